@@ -1,0 +1,46 @@
+"""How the gradient of the effective weights reaches the latent ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigurationError
+
+
+class GradientRule(Protocol):
+    """An elementwise rule dL/du -> dL/dw."""
+
+    def pull_back(self, parameter: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """A hook for gradients of `parameter`, which holds u; None where the rule is the identity."""
+
+
+@dataclass(frozen=True)
+class StraightThrough:
+    """dL/dw = dL/du on kept weights, theta times that on pruned ones.
+
+    theta = 1 is the plain straight-through estimator; a smaller one makes the mask more stable.
+    There is no factor for the operator's own derivative.
+    Source: Feather (BMVC 2023), section 3, and its supplement, section 3.
+    """
+
+    theta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.theta <= 1.0:
+            raise ConfigurationError(f"theta must lie in [0, 1], got {self.theta!r}.")
+
+    def pull_back(self, parameter: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """See `GradientRule`. A pruned weight is one whose effective value is 0."""
+        if self.theta == 1.0:
+            return None
+        return lambda gradient: torch.where(parameter == 0, gradient * self.theta, gradient)
+
+
+def Masked() -> StraightThrough:  # noqa: N802 - named like the rules it stands beside
+    """No gradient reaches pruned weights: `StraightThrough` with theta = 0."""
+    return StraightThrough(0.0)

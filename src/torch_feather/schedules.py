@@ -1,0 +1,96 @@
+"""How sparse the network is at step t.
+
+A schedule is a table of `total_steps + 1` numbers, made once on the host in float64: entry t is
+the share of the final target in force after t optimizer steps. It stays at its last entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigurationError
+
+
+class Schedule(Protocol):
+    """Share of the final sparsity over time."""
+
+    def table(self, total_steps: int) -> Tensor:
+        """Shares in [0, 1] after 0 .. total_steps steps, float64 of shape (total_steps + 1,)."""
+
+
+@dataclass(frozen=True)
+class _Ramp:
+    """0 until `begin`, 1 from `end` on, `shape` of the elapsed share between. Both in steps."""
+
+    begin: int = 0
+    end: int | None = None  # None: half of total_steps
+
+    def shape(self, elapsed: Tensor) -> Tensor:
+        raise TypeError("use Cubic or Linear")
+
+    def table(self, total_steps: int) -> Tensor:
+        """See `Schedule`."""
+        end = total_steps // 2 if self.end is None else self.end
+        if self.begin < 0 or (end <= self.begin and (self.end is not None or self.begin > 0)):
+            raise ConfigurationError(
+                f"The schedule must begin before it ends: begin={self.begin}, end={end} "
+                f"(steps, of {total_steps}; end defaults to half of them)."
+            )
+        if end > total_steps:
+            raise ConfigurationError(
+                f"The schedule ends at step {end}, after the {total_steps} steps of training: the "
+                "network would never reach its target."
+            )
+        t = torch.arange(total_steps + 1, dtype=torch.float64)
+        elapsed = ((t - self.begin) / max(end - self.begin, 1)).clamp_(0, 1)
+        return torch.where(t >= end, 1.0, self.shape(elapsed))
+
+
+@dataclass(frozen=True)
+class Cubic(_Ramp):
+    """1 - (1 - x)^3 over the elapsed share x of [begin, end]: fast first, then ever slower.
+
+    Source: Zhu and Gupta (2017), equation 1; Feather uses begin = 0, end = half of training.
+    """
+
+    def shape(self, elapsed: Tensor) -> Tensor:
+        """Share of the target at `elapsed`."""
+        rest = 1.0 - elapsed
+        return 1.0 - rest * rest * rest
+
+
+@dataclass(frozen=True)
+class Linear(_Ramp):
+    """The elapsed share of [begin, end] itself."""
+
+    def shape(self, elapsed: Tensor) -> Tensor:
+        """Share of the target at `elapsed`."""
+        return elapsed
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The final sparsity from the first forward pass on."""
+
+    def table(self, total_steps: int) -> Tensor:
+        """See `Schedule`."""
+        return torch.ones(total_steps + 1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """Dense until `at` steps were taken, at the final sparsity from then on."""
+
+    at: int
+
+    def table(self, total_steps: int) -> Tensor:
+        """See `Schedule`."""
+        if not 0 <= self.at <= total_steps:
+            raise ConfigurationError(
+                f"One-shot pruning at step {self.at} is outside of training (0 to {total_steps})."
+            )
+        return (torch.arange(total_steps + 1) >= self.at).double()
