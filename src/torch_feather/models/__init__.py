@@ -1,0 +1,69 @@
+"""The paper's CIFAR networks; all others come from timm by name."""
+
+from difflib import get_close_matches
+
+from torch import nn
+
+from .densenet import DenseNet, densenet40_24
+from .mobilenet import MobileNetV1, mobilenet_v1
+from .resnet import ResNet, resnet8, resnet20
+
+__all__ = [
+    "DenseNet",
+    "MobileNetV1",
+    "ResNet",
+    "available_models",
+    "create",
+    "densenet40_24",
+    "mobilenet_v1",
+    "resnet8",
+    "resnet20",
+]
+
+_MODELS = {
+    "resnet20": resnet20,
+    "resnet8": resnet8,
+    "mobilenet_v1": mobilenet_v1,
+    "densenet40_24": densenet40_24,
+}
+
+
+def available_models() -> list[str]:
+    """Names that `create` knows by itself; `timm/NAME` reaches every model of timm."""
+    return list(_MODELS)
+
+
+def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
+    """Build a freshly initialised network by name: one of `available_models()`, or `timm/NAME`.
+
+    Raises `ValueError` for a name that nobody knows (with the nearest known ones) and for counts
+    below 1, `ImportError` when `timm/NAME` is asked for and timm is not installed.
+    """
+    for what, count in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if count < 1:
+            raise ValueError(f"{what} must be at least 1, got {count}")
+    if name.startswith("timm/"):
+        return _create_timm(name.removeprefix("timm/"), num_classes, in_channels)
+    if name not in _MODELS:
+        known = ", ".join(_MODELS)
+        hint = _nearest(name, list(_MODELS))
+        raise ValueError(f"unknown network {name!r}{hint}; known are {known}, and timm/NAME")
+    return _MODELS[name](num_classes, in_channels)
+
+
+def _create_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            f"network 'timm/{name}' needs timm: pip install 'torch-feather[vision]'"
+        ) from error
+    if not timm.is_model(name):
+        hint = _nearest(name, timm.list_models())
+        raise ValueError(f"timm has no model {name!r}{hint}; timm.list_models() shows all")
+    return timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
