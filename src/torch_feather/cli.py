@@ -1,0 +1,274 @@
+"""The command `feather`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import rich  # noqa: F401
+    import typer
+    import yaml  # noqa: F401
+except ImportError as error:
+    raise SystemExit(
+        f"feather: the command line needs {error.name}; install it with: "
+        "pip install 'torch-feather[train]'"
+    ) from None
+
+app = typer.Typer(
+    name="feather",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Sparse training for PyTorch: train networks with 90 to 99.5 % of their weights zero.\n\n"
+    "Start with `feather train`: a minute, no download.",
+)
+
+TRAIN_EXAMPLES = """
+**Examples**
+
+- `feather train` trains a small network on scikit-learn's digits, sparse and dense
+
+- `feather train --recipe cifar100-small --data-path DATA/cifar100 --out runs/a`
+
+- `feather train --recipe cifar100 --data-path DATA/cifar100 --network mobilenet_v1 --sparsity 0.98`
+
+- `feather train --data cifar10 --data-path DATA/cifar10 --set optimizer.lr=0.05 --set options.p=2`
+
+- `feather train --resume --out runs/a` continues a run that was stopped or killed
+"""
+
+
+@app.command(epilog=TRAIN_EXAMPLES)
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Settings to start from, see `feather recipes`. [default: digits]"),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file laid over the recipe, such as a config.yaml.")
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="resnet8, resnet20, mobilenet_v1, ..., or timm/NAME.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="digits, cifar10 or cifar100.")] = None,
+    data_path: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder with train*.parquet and test*.parquet, or with the unpacked archive."
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="See `feather methods`; or `dense` for no sparsity.")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Final share of zeros among the weights, such as 0.95.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Decides initial weights, split, order, augmentation.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory. [default: a new one under runs/]")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")
+    ] = False,
+    compare_dense: Annotated[
+        bool | None,
+        typer.Option(
+            "--compare-dense/--no-compare-dense",
+            help="Also train the dense twin.",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any key of config.yaml, such as optimizer.lr=0.05."
+        ),
+    ] = None,
+) -> None:
+    """Train a sparse network into a run directory.
+
+    Settings come from the recipe, then from --config, then from the options here.
+    """
+    from .training.checkpoint import RunDirectory
+    from .training.config import apply, load_config, parse_assignments, resolve_config
+    from .training.console import ConsoleWatch, print_results
+    from .training.loop import train as run_training
+
+    given: dict[str, Any] = {
+        "network": network,
+        "data.name": data,
+        "data.path": None if data_path is None else str(Path(data_path).expanduser().absolute()),
+        "method": method,
+        "sparsity": sparsity,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "compare_dense": compare_dense,
+    }
+    overrides = {key: value for key, value in given.items() if value is not None}
+    overrides |= parse_assignments(settings or [])
+    if method == "dense":
+        overrides = {"sparsity": 0.0, "compare_dense": False} | overrides
+
+    if resume and out is None:
+        raise typer.BadParameter("say which run to continue: --resume --out RUN")
+    if resume and out is not None and RunDirectory(out).config_file.exists():
+        if recipe is not None or config is not None:
+            start = resolve_config(recipe, config, overrides)
+        else:
+            start = apply(load_config(RunDirectory(out).config_file), overrides, "command line")
+    else:
+        start = resolve_config(recipe or data or "digits", config, overrides)
+    out = out or _free_directory(f"{start.data.name}-{start.network}-{start.method}", start)
+    console = _console()
+    results = run_training(start, out, resume=resume, watch=ConsoleWatch(console))
+    print_results(console, results, out)
+
+
+def _free_directory(name: str, config: Any) -> Path:
+    from .training.checkpoint import RunDirectory
+
+    name = name.replace("/", "_")
+    if config.sparsity:
+        name += f"-{100 * config.sparsity:g}"
+    base = Path("runs") / f"{name}-seed{config.seed}"
+    candidate, number = base, 1
+    while RunDirectory(candidate).holds_a_run():
+        number += 1
+        candidate = base.with_name(f"{base.name}-{number}")
+    return candidate
+
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    data_path: Annotated[
+        str | None, typer.Option(help="Where the data is now, if not where it was.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Measure the stored network of RUN on its test images.
+
+    Reads RUN/model.safetensors, so it checks what a user of that file would get.
+    """
+    from dataclasses import replace
+
+    import torch_feather as feather
+
+    from . import models
+    from .training.checkpoint import RunDirectory
+    from .training.console import percent
+    from .training.data import EvalLoader, load_dataset
+    from .training.loop import evaluate as measure
+    from .training.loop import resolve_device
+
+    directory = RunDirectory(run)
+    config = directory.read_config()
+    data = load_dataset(replace(config.data, path=data_path or config.data.path), config.seed)
+    model = models.create(config.network, data.classes, data.channels)
+    directory.load_model(model)
+    target = resolve_device(device)
+    model.to(target)
+    loss, accuracy = measure(model, EvalLoader(data, data.test, target), config.system.amp)
+    macs = feather.count_flops(model, data.example().to(target))
+    _console().print(
+        f"{len(data.test):,} test images of {data.name}: accuracy {percent(accuracy)}, "
+        f"loss {loss:.4f}; {percent(feather.sparsity(model))} of the weights are zero, "
+        f"{macs.sparse:,} of {macs.dense:,} multiply-adds",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def report(
+    run: RunArgument,
+    json: Annotated[bool, typer.Option("--json", help="Print report.json itself.")] = False,
+) -> None:
+    """Show what RUN reached: accuracy, and zeros and multiply-adds per layer."""
+    from .training.checkpoint import RunDirectory
+    from .training.console import print_results
+
+    directory = RunDirectory(run)
+    results = directory.read_report()
+    if json:
+        typer.echo(directory.report_file.read_text(), nl=False)
+    else:
+        print_results(_console(), results, run)
+
+
+@app.command()
+def methods() -> None:
+    """List what --method accepts, with each method's options and their defaults."""
+    from rich.table import Table
+
+    from .methods import METHODS, method_options
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it is")
+    table.add_column("options (--set options.NAME=VALUE)")
+    for name, build in METHODS.items():
+        about = (build.__doc__ or "").strip().splitlines()[0] if build.__doc__ else ""
+        options = ", ".join(f"{key}={value}" for key, value in method_options(name).items())
+        table.add_row(name, about, options)
+    table.add_row("dense", "No sparsity: the network as it is.", "")
+    _console().print(table)
+
+
+@app.command()
+def recipes() -> None:
+    """List what --recipe accepts."""
+    from rich.table import Table
+
+    from .recipes import available_recipes
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, about in available_recipes().items():
+        table.add_row(name, about)
+    _console().print(table)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def main() -> None:
+    """Run the command; what a user can put right ends in one line, not in a traceback.
+
+    `FEATHER_TRACEBACK=1` shows the traceback all the same.
+    """
+    from .errors import FeatherError
+    from .training.errors import Interrupted
+
+    try:
+        app()
+    except Interrupted as error:
+        _fail(str(error), 130)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except (FeatherError, OSError, ValueError, ImportError) as error:
+        if os.environ.get("FEATHER_TRACEBACK"):
+            raise
+        _fail(str(error) or type(error).__name__, 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"feather: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""Everything that decides what a run computes, typed, validated, and written beside its results.
+
+Values come in layers, later ones win: the defaults below, a recipe, a file, the command line.
+A key is the dotted name of a field, such as `epochs` or `optimizer.lr`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigurationError
+
+DENSE = "dense"
+DATASETS = ("digits", "cifar10", "cifar100")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigurationError(message)
+
+
+def _choice(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigurationError(f"{key}: {value!r} is not one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and what happens to them on the way to the network."""
+
+    name: str = "digits"
+    path: str | None = None  # folder of the files; digits needs none
+    validation: float = 0.1  # share of the training set held out; 0: nothing is chosen
+    resolution: int | None = None  # images averaged down to this many pixels a side
+    shift: int = 4  # random crop of the image padded with this many pixels
+    flip: bool = True  # mirror half of the images
+    drop_last: bool = False  # leave out an epoch's last, smaller batch
+
+    def __post_init__(self) -> None:
+        _choice("data.name", self.name, DATASETS)
+        _require(
+            0 <= self.validation < 1,
+            f"data.validation is a share in [0, 1), got {self.validation}",
+        )
+        _require(
+            self.resolution is None or self.resolution >= 1,
+            f"data.resolution must be at least 1, got {self.resolution}",
+        )
+        _require(self.shift >= 0, f"data.shift must not be negative, got {self.shift}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """SGD with a learning rate that may warm up linearly and falls along a cosine, per step."""
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4  # on weights; norms and biases never decay
+    clip: float | None = 3.0  # largest gradient norm; null: no clipping
+    label_smoothing: float = 0.0
+    warmup_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optimizer.lr must be positive, got {self.lr}")
+        _require(0 <= self.momentum < 1, f"optimizer.momentum is in [0, 1), got {self.momentum}")
+        _require(
+            not self.nesterov or self.momentum > 0, "optimizer.nesterov needs momentum above 0"
+        )
+        _require(
+            self.weight_decay >= 0,
+            f"optimizer.weight_decay must not be negative, got {self.weight_decay}",
+        )
+        _require(
+            self.clip is None or self.clip > 0,
+            f"optimizer.clip must be positive, or null for none, got {self.clip}",
+        )
+        _require(
+            0 <= self.label_smoothing < 1,
+            f"optimizer.label_smoothing is in [0, 1), got {self.label_smoothing}",
+        )
+        _require(
+            self.warmup_epochs >= 0,
+            f"optimizer.warmup_epochs must not be negative, got {self.warmup_epochs}",
+        )
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """Where and how fast; the one section that may differ when a run is resumed."""
+
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    threads: int | None = None  # CPU threads; null: PyTorch's choice
+    amp: bool = False  # bfloat16 autocast
+    channels_last: bool = True  # faster convolutions on CPUs and with amp
+    compile: bool = False  # torch.compile
+    deterministic: bool = True  # same seed, same machine, same bits
+    checkpoint_seconds: float = 60.0  # at most this much work is lost when a run is killed
+    checkpoint_steps: int | None = None  # and a checkpoint each so many steps
+
+    def __post_init__(self) -> None:
+        _require(
+            self.threads is None or self.threads >= 1,
+            f"system.threads must be at least 1, got {self.threads}",
+        )
+        _require(
+            self.checkpoint_seconds >= 0,
+            f"system.checkpoint_seconds must not be negative, got {self.checkpoint_seconds}",
+        )
+        _require(
+            self.checkpoint_steps is None or self.checkpoint_steps >= 1,
+            f"system.checkpoint_steps must be at least 1, got {self.checkpoint_steps}",
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    recipe: str | None = None  # where the settings came from; a name for humans
+    network: str = "resnet20"  # torch_feather.models, or timm/NAME
+    method: str = "feather"  # torch_feather.available_methods(), or dense
+    sparsity: float = 0.95  # final share of prunable weights that are exactly zero
+    options: dict[str, Any] = field(default_factory=dict)  # of the method: p, theta, end, ...
+    epochs: int = 160
+    batch_size: int = 128
+    seed: int = 0
+    evaluate_every: int = 1  # epochs between two evaluations on the validation images
+    select: str = "last"  # last epoch, or best: by validation, among epochs at final sparsity
+    compare_dense: bool = False  # afterwards train the dense network with the same budget
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    system: SystemConfig = field(default_factory=SystemConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.sparsity < 1,
+            f"sparsity is a share in [0, 1) such as 0.95, got {self.sparsity}",
+        )
+        for key in ("epochs", "batch_size", "evaluate_every"):
+            _require(getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _choice("select", self.select, ("last", "best"))
+        _require(
+            self.select == "last" or self.data.validation > 0,
+            "select: best needs validation images: set data.validation above 0",
+        )
+        _require(
+            not (self.method == DENSE and self.options),
+            f"method dense has no options, got {', '.join(self.options)}",
+        )
+
+    def dense(self) -> Config:
+        """The dense run of the same budget."""
+        return replace(self, method=DENSE, options={}, sparsity=0.0, compare_dense=False)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"optimizer": {"lr": 1}}` to `{"optimizer.lr": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key with its type, sections walked through."""
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from known_keys(hints[item.name], f"{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", hints[item.name]
+
+
+def apply(config: Config, values: Mapping[str, Any], where: str) -> Config:
+    """`config` with `values` (nested or dotted) laid over it.
+
+    `where` names their source in messages. Raises `ConfigurationError` for a key that does not
+    exist, naming the nearest one, and for a value of the wrong type or range.
+    """
+    types_of = dict(known_keys())
+    changes: dict[str, Any] = {}
+    for key, value in flatten(values).items():
+        if key.startswith("options."):
+            changes[key] = _number_like(value)
+            continue
+        if key not in types_of:
+            raise ConfigurationError(f"{where}: unknown key {key!r}{_hint(key, types_of)}")
+        if key == "options" and value in (None, {}):  # an empty mapping flattens to nothing else
+            continue
+        changes[key] = _convert(f"{where}: {key}", value, types_of[key])
+    sections: dict[str, dict[str, Any]] = {}
+    top: dict[str, Any] = {}
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            sections.setdefault(section, {})[name] = value
+        else:
+            top[key] = value
+    try:
+        for section, fields in sections.items():
+            old = getattr(config, section)
+            top[section] = old | fields if section == "options" else replace(old, **fields)
+        return replace(config, **top)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: {error}") from None
+
+
+def _hint(key: str, known: Mapping[str, Any]) -> str:
+    same_leaf = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    leaves = {k.rpartition(".")[2]: k for k in known}
+    near = (
+        same_leaf
+        or get_close_matches(key, known, n=1, cutoff=0.6)
+        or [leaves[k] for k in get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.5)]
+    )
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type that its field declares: YAML reads 5e-4 as text and 1 as an int."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    kind = next(t for t in allowed if t is not type(None))
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is float and not isinstance(value, bool) and isinstance(value, int | float | str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    expected = names.get(kind, "a section with keys of its own")
+    raise ConfigurationError(f"{key} must be {expected}, got {value!r}")
+
+
+def _number_like(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values, every field resolved."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigurationError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0]
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        place = f", line {line + 1}" if line is not None else ""
+        raise ConfigurationError(f"{path}{place}: not valid YAML: {first}") from None
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{path}: expected keys and values, such as 'epochs: 10'")
+    return values
+
+
+def load_config(path: Path) -> Config:
+    """Read a configuration file alone, over the defaults."""
+    return apply(Config(), read_yaml(path), str(path))
+
+
+def resolve_config(
+    recipe: str | None = None,
+    file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """Defaults, then the recipe, then the file, then the overrides."""
+    from ..recipes import recipe_values
+
+    config = Config()
+    if recipe is not None:
+        config = apply(config, recipe_values(recipe), f"recipe {recipe}")
+        config = replace(config, recipe=recipe)
+    if file is not None:
+        config = apply(config, read_yaml(file), str(file))
+    if overrides:
+        config = apply(config, overrides, "command line")
+    return config
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """`["optimizer.lr=0.05"]` to `{"optimizer.lr": 0.05}`; values are read as YAML."""
+    values: dict[str, Any] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigurationError(f"--set {text!r}: write key=value, such as optimizer.lr=0.05")
+        try:
+            values[key.strip()] = yaml.safe_load(value) if value else None
+        except yaml.YAMLError:
+            raise ConfigurationError(f"--set {text!r}: the value is not valid YAML") from None
+    return values
