@@ -1,0 +1,149 @@
+"""The passes of `device.py` as Triton kernels: each reads the scores once and writes only counts.
+
+Imported for CUDA tensors only, since Triton does not exist everywhere that PyTorch does.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import FLOAT_BITS
+
+BLOCK = 8192
+"""Scores that a program holds in registers at a time."""
+PROGRAMS = 512
+"""At most so many programs count digits: each costs one round of atomic additions at its end."""
+CHUNK = 2048
+"""Counts that `descend` sums at a time."""
+
+
+@triton.jit
+def _load_codes(scores, position, inside, INFINITY: tl.constexpr):
+    bits = tl.load(scores + position, mask=inside, other=0)
+    all_but_sign: tl.constexpr = 0x7FFFFFFF if INFINITY < 0x7FFFFFFF else 0x7FFFFFFFFFFFFFFF
+    return tl.minimum(bits & all_but_sign, INFINITY + 1)
+
+
+@triton.jit(do_not_specialize_on_alignment=["prefix"])
+def _count_digits(
+    scores,
+    size,
+    prefix,
+    counts,
+    SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INFINITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    BINS: tl.constexpr = 1 << WIDTH
+    head = (tl.load(prefix) >> (SHIFT + WIDTH)).to(scores.dtype.element_ty)
+    mine = tl.zeros([BINS], tl.int32)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in range(first, size, stride):
+        position = start + tl.arange(0, BLOCK)
+        inside = position < size
+        code = _load_codes(scores, position, inside, INFINITY)
+        digit = ((code >> SHIFT) & (BINS - 1)).to(tl.int32)
+        mine += tl.histogram(digit, BINS, mask=inside & ((code >> (SHIFT + WIDTH)) == head))
+    tl.atomic_add(counts + tl.arange(0, BINS), mine.to(tl.int64), mask=mine > 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize_on_alignment=["code", "start"])
+def _count_ties(
+    scores,
+    size,
+    code,
+    start,
+    offset,
+    counts,
+    bins,
+    INFINITY: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    bin = tl.program_id(0).to(tl.int64) * BINS + tl.arange(0, BINS)
+    position = tl.load(start) - offset + bin[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (position >= 0) & (position < size)
+    wanted = tl.load(code).to(scores.dtype.element_ty)
+    tie = inside & (_load_codes(scores, position, inside, INFINITY) == wanted)
+    tl.store(counts + bin, tl.sum(tie.to(tl.int64), 1), mask=bin < bins)
+
+
+# One binary for every call: it is not worth compiling apart for aligned or round arguments.
+@triton.jit(do_not_specialize=["bins", "shift"], do_not_specialize_on_alignment=["rank", "prefix"])
+def _descend(counts, bins, rank, prefix, found, shift, CHUNK: tl.constexpr):
+    wanted = tl.load(rank)
+    digit = tl.zeros([], tl.int64)
+    below = tl.zeros([], tl.int64)
+    seen = tl.zeros([], tl.int64)
+    reached = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    for start in range(0, bins, CHUNK):
+        bin = start + tl.arange(0, CHUNK)
+        count = tl.load(counts + bin, mask=bin < bins, other=0)
+        running = seen + tl.cumsum(count, 0)
+        short = running < wanted
+        digit += tl.sum((short & (bin < bins)).to(tl.int64), 0)
+        below += tl.sum(tl.where(short, count, 0), 0)
+        reached = tl.minimum(reached, tl.min(tl.where(short, 0x7FFFFFFFFFFFFFFF, running), 0))
+        seen += tl.sum(count, 0)
+    tl.store(found, tl.load(prefix) | (digit << shift))
+    tl.store(found + 1, wanted - below)
+    tl.store(found + 2, tl.minimum(reached, seen) - below)
+
+
+class TritonPasses:
+    """`Passes` of `device.py` on a CUDA device."""
+
+    def __init__(self, scores: Tensor, offset: int) -> None:
+        bits = FLOAT_BITS[scores.dtype]
+        self.bits = scores.view(bits.integer)
+        self.infinity = bits.infinity
+        self.offset = offset
+
+    def count_digits(self, prefix: Tensor, shift: int, width: int) -> Tensor:
+        """See `Passes`."""
+        counts = self.bits.new_zeros(1 << width, dtype=torch.int64)
+        size = self.bits.numel()
+        grid = (min(PROGRAMS, triton.cdiv(size, BLOCK)),)
+        if size:
+            with torch.cuda.device_of(self.bits):
+                _count_digits[grid](
+                    self.bits, size, prefix, counts, shift, width, self.infinity, BLOCK, num_warps=8
+                )
+        return counts
+
+    def count_ties(self, code: Tensor, start: Tensor, block: int, bins: int) -> Tensor:
+        """See `Passes`."""
+        counts = self.bits.new_empty(bins, dtype=torch.int64)
+        size, per_program = self.bits.numel(), max(1, BLOCK // block)
+        grid = (triton.cdiv(bins, per_program),)
+        with torch.cuda.device_of(self.bits):
+            _count_ties[grid](
+                self.bits,
+                size,
+                code,
+                start,
+                self.offset,
+                counts,
+                bins,
+                self.infinity,
+                per_program,
+                block,
+                num_warps=8,
+            )
+        return counts
+
+    def descend(
+        self, counts: Tensor, rank: Tensor, prefix: Tensor, shift: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Passes`."""
+        found = counts.new_empty(3)
+        with torch.cuda.device_of(counts):
+            _descend[(1,)](counts, counts.numel(), rank, prefix, found, shift, CHUNK, num_warps=8)
+        code, left, here = found.unbind()
+        return code, left, here

@@ -1,0 +1,51 @@
+"""Runs the Triton kernels in Triton's interpreter, on CPU; TRITON_INTERPRET=1 must be set.
+
+A process of its own, because Triton decides when it is imported.
+"""
+
+import torch
+from hypothesis import given, settings
+from selection_cases import MAKERS, assert_selects, make, scores_and_count
+
+from torch_feather.selection import triton_kernels
+from torch_feather.selection.device import select_device
+from torch_feather.selection.triton_kernels import TritonPasses
+
+
+@settings(max_examples=25, deadline=None, database=None)
+@given(scores_and_count())
+def random_cases(case: tuple[torch.Tensor, int]) -> None:
+    scores, k = case
+    assert_selects(select_device(scores, k, passes=TritonPasses), scores, k)
+
+
+def every_kind() -> None:
+    for kind in MAKERS:
+        for dtype, counts in ((torch.float32, (4097, 9001)), (torch.float64, (8550,))):
+            scores = make(kind, 9001, seed=1, dtype=dtype)
+            for k in counts:
+                assert_selects(select_device(scores, k, passes=TritonPasses), scores, k, kind)
+
+
+def loops() -> None:
+    """Small blocks, so that each loop of each kernel takes several turns."""
+    triton_kernels.BLOCK, triton_kernels.PROGRAMS, triton_kernels.CHUNK = 512, 3, 16
+    for kind in ("normal", "few distinct"):
+        scores = make(kind, 9001, seed=1, dtype=torch.float32)
+        for k in (1, 4097, 9000):
+            assert_selects(select_device(scores, k, passes=TritonPasses), scores, k, kind)
+
+
+def shard() -> None:
+    """A shard that holds all of the ties, at an offset within a block."""
+    scores, offset = torch.ones(5000), 4000
+    cut = select_device(scores, 4500, index_offset=offset, passes=TritonPasses)
+    assert cut.last.item() == offset + 4499
+    empty = select_device(scores[:0], 0, index_offset=offset, total=9000, passes=TritonPasses)
+    assert empty.last.item() == -1
+
+
+if __name__ == "__main__":
+    for check in (random_cases, every_kind, loops, shard):
+        check()
+    print("checked")

@@ -1,0 +1,163 @@
+"""The Triton kernels: interpreted, compiled for devices that are not here, run where one is."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from selection_cases import MAKERS, assert_same_cut, make
+
+from torch_feather.selection import device as device_module
+from torch_feather.selection.device import TorchPasses, select_device
+from torch_feather.selection.reference import select_reference
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton does not exist for this platform"
+)
+COUNTS = (0, 1, 4097, 8550, 9000, 9001)
+
+
+@needs_triton
+def test_interpreted_kernels_find_the_reference_cut():
+    script = Path(__file__).parent / "interpreted.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.strip() == "checked"
+
+
+@needs_triton
+@pytest.mark.parametrize("target", [("cuda", 80, 32), ("cuda", 90, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernels_compile_without_a_device(target, dtype, tmp_path, monkeypatch):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from torch_feather.selection import triton_kernels as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    bits = device_module.FLOAT_BITS[dtype]
+    scores, count = ("*i32" if bits.integer == torch.int32 else "*i64"), "*i64"
+    sources = [
+        (
+            kernels._count_digits,
+            {"scores": scores, "size": "i64", "prefix": count, "counts": count},
+            {"SHIFT": 20, "WIDTH": 11, "INFINITY": bits.infinity, "BLOCK": kernels.BLOCK},
+        ),
+        (
+            kernels._count_ties,
+            {"scores": scores, "size": "i64", "code": count, "start": count}
+            | {"offset": "i64", "counts": count, "bins": "i32"},
+            {"INFINITY": bits.infinity, "BINS": 2, "BLOCK": device_module.TIE_BLOCK},
+        ),
+        (
+            kernels._descend,
+            {"counts": count, "bins": "i32", "rank": count, "prefix": count}
+            | {"found": count, "shift": "i32"},
+            {"CHUNK": kernels.CHUNK},
+        ),
+    ]
+    for function, arguments, constants in sources:
+        signature = arguments | dict.fromkeys(constants, "constexpr")
+        binary = compile(
+            ASTSource(fn=function, signature=signature, constexprs=constants),
+            target=GPUTarget(*target),
+            options={"num_warps": 8},
+        )
+        assert binary.asm["cubin"]
+        assert binary.metadata.shared <= 48 * 1024  # what every device grants without asking
+
+
+def test_where_triton_does_not_work_pytorch_is_used_and_says_so(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(device_module, "select_device", broken)
+    device_module._triton_works.cache_clear()
+    if importlib.util.find_spec("triton") is None:
+        assert not device_module._triton_works(torch.device("cpu"))
+    else:
+        with pytest.warns(UserWarning, match="Triton does not work.*no C compiler"):
+            assert not device_module._triton_works(torch.device("cpu"))
+    device_module._triton_works.cache_clear()
+
+
+def test_where_triton_is_absent_pytorch_is_used_silently(monkeypatch, recwarn):
+    monkeypatch.setitem(sys.modules, "torch_feather.selection.triton_kernels", None)
+    device_module._triton_works.cache_clear()
+    assert not device_module._triton_works(torch.device("cpu"))
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+    device_module._triton_works.cache_clear()
+
+
+def implementations():
+    from torch_feather.selection.triton_kernels import TritonPasses
+
+    return {"pytorch": TorchPasses, "triton": TritonPasses, "chosen": None}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_on_cuda_both_find_the_reference_cut(kind, dtype):
+    for size in (9001, 300_001):
+        scores = make(kind, size, seed=1, dtype=dtype)
+        for k in (*COUNTS, size):
+            expected = select_reference(scores, k)
+            for how, passes in implementations().items():
+                cut = select_device(scores.cuda(), k, passes=passes)
+                assert_same_cut(type(cut)(*(field.cpu() for field in cut)), expected, how)
+
+
+@pytest.mark.gpu
+def test_triton_is_what_cuda_tensors_get():
+    assert device_module._default_passes(torch.ones(3, device="cuda")).__name__ == "TritonPasses"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["pytorch", "triton", "chosen"])
+def test_on_cuda_nothing_synchronises(name):
+    passes = implementations()[name]
+    scores, k = torch.rand(100_000, device="cuda"), torch.full((), 95_000, device="cuda")
+    select_device(scores, k, passes=passes)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cut = select_device(scores, k, passes=passes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert int(cut.pruned(scores).sum()) == 95_000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["pytorch", "triton"])
+def test_one_cuda_graph_serves_every_count(name):
+    passes = implementations()[name]
+    scores, k = (
+        torch.rand(9001, device="cuda").bfloat16().float(),
+        torch.zeros((), device="cuda").long(),
+    )
+    select_device(scores, k, passes=passes)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cut = select_device(scores, k, passes=passes)
+    for count in COUNTS:
+        k.fill_(count)
+        graph.replay()
+        on_host = type(cut)(*(field.cpu() for field in cut))
+        assert_same_cut(on_host, select_reference(scores.cpu(), count), str(count))
+
+
+@pytest.mark.gpu
+def test_on_cuda_compiled_finds_the_reference_cut():
+    torch._dynamo.reset()
+    compiled = torch.compile(select_device, fullgraph=True)
+    scores = make("bf16", 9001, seed=0, dtype=torch.float32)
+    for k in COUNTS:
+        cut = compiled(scores.cuda(), torch.tensor(k, device="cuda"))
+        on_host = type(cut)(*(field.cpu() for field in cut))
+        assert_same_cut(on_host, select_reference(scores, k), str(k))
