@@ -1,1 +1,42 @@
-"""Sparse training for PyTorch."""
+"""Sparse training for PyTorch: two lines in any training loop.
+
+import torch_feather as feather
+
+sparsifier = feather.sparsify(model, optimizer, sparsity=0.95, total_steps=steps)
+...  # the training loop, unchanged
+sparsifier.finalize()
+"""
+
+from . import models
+from .analysis.report import report, sparsity
+from .average import LatentAverage
+from .batchnorm import recalibrate_batchnorm
+from .errors import (
+    ConfigurationError,
+    FeatherError,
+    FeatherWarning,
+    NonFiniteWeightError,
+    StateError,
+)
+from .flops import count_flops
+from .methods import available_methods
+from .operators import power_threshold
+from .sparsifier import Sparsifier, sparsify
+
+__all__ = [
+    "ConfigurationError",
+    "FeatherError",
+    "FeatherWarning",
+    "LatentAverage",
+    "NonFiniteWeightError",
+    "Sparsifier",
+    "StateError",
+    "available_methods",
+    "count_flops",
+    "models",
+    "power_threshold",
+    "recalibrate_batchnorm",
+    "report",
+    "sparsify",
+    "sparsity",
+]

@@ -59,8 +59,8 @@ def find_prunable(
     embedded = {
         id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
     }
-    for module_name, module in model.named_modules():
-        module_name = plain_name(module_name)
+    for module_name, module in unwrap(model).named_modules():
+        module_name = module_name.replace("_orig_mod.", "").removesuffix("_orig_mod")
         for attribute in _candidates(module):
             name = f"{module_name}.{attribute}" if module_name else attribute
             parameter = module._parameters.get(attribute)
@@ -83,12 +83,6 @@ def find_prunable(
                 )
             chosen.setdefault(id(parameter), Prunable(name, module, attribute, parameter))
     return list(chosen.values())
-
-
-def plain_name(name: str) -> str:
-    """`name` without the prefixes that torch.compile and DistributedDataParallel add."""
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
-    return ".".join(parts[1:] if parts[:1] == ["module"] else parts)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

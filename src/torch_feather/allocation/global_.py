@@ -1,0 +1,92 @@
+"""One threshold for the whole network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from ..latent import LatentWeights, Segment
+from ..selection import select
+
+
+@dataclass(frozen=True)
+class Global:
+    """The weights of smallest magnitude, wherever they are, are pruned.
+
+    Nothing is exempt. The share kept in each layer can be bounded, for networks of which a
+    global ranking would empty a layer; the total stays exact, other layers make up for it.
+
+    Source: Feather (BMVC 2023), section 3, the global pruning backbone; the bounds are ours.
+
+    Attributes:
+        min_density: every layer keeps at least this share of its weights, rounded up.
+        max_density: every layer keeps at most this share once the target is reached, rounded up.
+    """
+
+    min_density: float = 0.0
+    max_density: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.min_density <= self.max_density <= 1.0:
+            raise ConfigurationError(
+                "Bounds on the share kept per layer must satisfy 0 <= min_density <= max_density "
+                f"<= 1, got min_density={self.min_density}, max_density={self.max_density}."
+            )
+
+    def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
+        """See `Allocation`."""
+        k = (sparsity * weights.size).round().long()
+        if self.min_density == 0.0 and self.max_density == 1.0:
+            return [Segment(0, weights.size, select(weights.magnitudes, k))]
+        counts = self._bounded_counts(weights, k)
+        segments = []
+        for (start, stop), count in zip(weights.spans, counts, strict=True):
+            cut = select(lambda a=start, b=stop: weights.magnitudes(a, b), count)
+            segments.append(Segment(start, stop, cut._replace(last=cut.last + start)))
+        return segments
+
+    def check(self, sizes: list[int], sparsity: float) -> None:
+        """See `Allocation`."""
+        low, high = self._bounds(torch.tensor(sizes))
+        k = round(sparsity * sum(sizes))
+        if not int(low.sum()) <= k <= int(high.sum()):
+            raise ConfigurationError(
+                f"With min_density={self.min_density} and max_density={self.max_density} between "
+                f"{int(low.sum())} and {int(high.sum())} of {sum(sizes)} weights can be pruned, "
+                f"but sparsity={sparsity} asks for {k}. Widen the bounds or change the target."
+            )
+
+    def _bounds(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and most weights that may be pruned in each layer."""
+        least_kept = (sizes.double() * self.min_density).ceil().long()
+        most_kept = (sizes.double() * self.max_density).ceil().long()
+        return sizes - most_kept, sizes - least_kept
+
+    def _bounded_counts(self, weights: LatentWeights, k: Tensor) -> Tensor:
+        """Weights to prune per layer: the clamped counts below one common magnitude, sum k.
+
+        The common magnitude is found bit by bit: the largest v for which fewer than k weights,
+        after clamping per layer, lie below v. What is still missing are weights equal to v, taken
+        layer by layer.
+        """
+        integer = torch.int64 if weights.wide == torch.float64 else torch.int32
+        bits = [weights.magnitudes(a, b).view(integer) for a, b in weights.spans]
+        sizes = torch.tensor([b.numel() for b in bits], device=k.device)
+        low, high = self._bounds(sizes)
+        # On the way to the target the cap on the share kept tightens in step with it.
+        low = torch.minimum(low, (low * k) // low.sum().clamp_min(1))
+
+        def below(v: Tensor) -> Tensor:
+            counts = torch.stack([(layer < v).sum() for layer in bits])
+            return torch.maximum(torch.minimum(counts, high), low)
+
+        v = torch.zeros((), dtype=integer, device=k.device)
+        for bit in range(torch.iinfo(integer).bits - 2, -1, -1):
+            candidate = v | (1 << bit)
+            v = torch.where(below(candidate).sum() < k, candidate, v)
+        counts, room = below(v), below(v + 1) - below(v)
+        before = room.cumsum(0) - room
+        return counts + torch.minimum((k - counts.sum() - before).clamp_min(0), room)

@@ -1,0 +1,397 @@
+"""The side of the engine that faces the optimizer: its hooks, closures and state dict.
+
+Nothing here knows what sparse means. An attachment tells the sparsifier when a step of its
+optimizer begins and ends, and carries latent weights through the optimizer's state dict.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .errors import ConfigurationError, warn
+from .prunable import Prunable, find_prunable
+
+if TYPE_CHECKING:
+    from .sparsifier import Sparsifier
+
+# Keys of a parameter's entries in the optimizer's state dict.
+LATENT, HEADER = "feather_latent", "feather_header"
+
+# Optimizers that write parameters outside of step(), where latent and sparse weights would mix.
+WRITE_OUTSIDE_STEP = ("ScheduleFree", "Lookahead")
+# Optimizers that hold or step the parameters in a way that is not handled.
+NOT_HANDLED = ("ZeroRedundancyOptimizer",)
+
+_attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@dataclass(eq=False)
+class Slot:
+    """A prunable weight, and where the model and the optimizer hold it."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    parameter: nn.Parameter
+    optimizer: int
+    group: int
+    position: int
+
+
+def bind(
+    model: nn.Module,
+    prunable: Sequence[Prunable],
+    optimizer: Optimizer | Sequence[Optimizer],
+) -> tuple[list[Slot], list[Optimizer]]:
+    """Finds each prunable weight in the optimizers, by (optimizer, group, position)."""
+    given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    optimizers = [_checked(one) for one in given]
+    places: dict[int, list[tuple[int, int, int]]] = {}
+    for o, one in enumerate(optimizers):
+        for g, group in enumerate(one.param_groups):
+            for i, parameter in enumerate(group["params"]):
+                places.setdefault(id(parameter), []).append((o, g, i))
+    if not prunable:
+        raise ConfigurationError(
+            f"{type(model).__name__} has nothing to prune: no trainable weight of a convolution, "
+            "linear layer or attention projection is left by include and exclude (frozen weights "
+            "are left alone). Name what should take part with include=."
+        )
+    missing = [p.name for p in prunable if id(p.parameter) not in places]
+    if missing:
+        raise ConfigurationError(
+            f"No optimizer holds {_some(missing)}. Give sparsify all optimizers that train the "
+            "model, after any move that replaces parameters, or leave these weights out: exclude=."
+        )
+    shared = [p.name for p in prunable if len(places[id(p.parameter)]) > 1]
+    if shared:
+        raise ConfigurationError(
+            f"{_some(shared)} is held more than once by the optimizers: each step would update it "
+            "twice. Give every parameter to one optimizer."
+        )
+    for p in prunable:
+        check_storage(p.name, p.parameter)
+    devices = {p.parameter.device for p in prunable}
+    if len(devices) > 1:
+        raise ConfigurationError(
+            f"The prunable weights lie on several devices ({', '.join(map(str, devices))}); a "
+            "common threshold needs them on one."
+        )
+    slots = [
+        Slot(p.name, p.module, p.attribute, p.parameter, *places[id(p.parameter)][0])
+        for p in prunable
+    ]
+    return slots, optimizers
+
+
+class Attachment:
+    """Hooks on one optimizer.
+
+    Args:
+        sparsifier: told of every step.
+        optimizer: the optimizer.
+        indices: which of the sparsifier's slots this optimizer holds.
+        last: whether the schedule advances when this optimizer has stepped.
+    """
+
+    def __init__(
+        self, sparsifier: Sparsifier, optimizer: Optimizer, indices: list[int], last: bool
+    ):
+        self.sparsifier = sparsifier
+        self.optimizer = optimizer
+        self.indices = indices
+        self.last = last
+        self._depth = 0  # subclasses that call super().step() fire the hooks once per level
+        self._latent = False  # whether the parameters hold latent weights right now
+        self._phantom = False
+        self._incoming: dict[int, tuple[Tensor, Tensor]] | None = None
+        self._groups = len(optimizer.param_groups)
+        before, after = map(torch.compiler.disable, (self._before, self._after))
+        self._handles: list[Any] = [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+            optimizer.register_state_dict_post_hook(self._save),
+            optimizer.register_load_state_dict_pre_hook(self._unpack),
+            optimizer.register_load_state_dict_post_hook(self._load),
+        ]
+        self._guard_step()
+        _attached[optimizer] = True
+
+    def parameter_at(self, slot: Slot) -> nn.Parameter:
+        """What the optimizer holds now where it held the slot's parameter."""
+        return self.optimizer.param_groups[slot.group]["params"][slot.position]
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the parameters hold latent weights right now."""
+        return self._latent
+
+    def release(self) -> None:
+        """Removes every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self.optimizer.__dict__.get("step") is self._guarded_step:
+            if self._replaced_step is None:
+                del self.optimizer.__dict__["step"]
+            else:
+                self.optimizer.__dict__["step"] = self._replaced_step
+        _attached.pop(self.optimizer, None)
+
+    def keep_zeros(self) -> None:
+        """From now on, every step leaves weights at 0 that are 0 now."""
+        weights = [self.sparsifier.slots[i].parameter for i in self.indices]
+        zeros = [parameter.detach() == 0 for parameter in weights]
+
+        @torch.no_grad()
+        def refill(*_: Any) -> None:
+            for parameter, zero in zip(weights, zeros, strict=True):
+                parameter.masked_fill_(zero, 0.0)
+
+        self._handles.append(self.optimizer.register_step_post_hook(refill))
+
+    # Steps
+
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._depth += 1
+        if self._depth > 1:
+            return None
+        self._warn_of_new_groups()
+        self._phantom = self._is_phantom()
+        self.sparsifier.before_step(self.indices)
+        self._latent = True
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._sparse(args[1]), *args[2:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._sparse(kwargs["closure"])}
+        return None
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        self.sparsifier.capture(self.indices)
+        self._latent = False
+        # A fused optimizer under GradScaler decides on the device whether it steps.
+        skipped = getattr(optimizer, "found_inf", None)
+        taken = not self._phantom if skipped is None else skipped == 0
+        self.sparsifier.after_step(taken if self.last else False)
+
+    def _sparse(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """The closure as the network must see it: with the sparse image in the parameters."""
+
+        @functools.wraps(closure)
+        def on_image(*args: Any, **kwargs: Any) -> Any:
+            self.sparsifier.capture(self.indices)
+            self._latent = False
+            self.sparsifier.show_image()
+            try:
+                return closure(*args, **kwargs)
+            finally:
+                self.sparsifier.show_latent(self.indices)
+                self._latent = True
+
+        return on_image
+
+    def _guard_step(self) -> None:
+        """After a step that raised no post-hook runs, so `step` itself is guarded."""
+        inner = self.optimizer.step
+        self._replaced_step = self.optimizer.__dict__.get("step")
+
+        @functools.wraps(getattr(inner, "__func__", inner))
+        def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return inner(*args, **kwargs)
+            except BaseException:
+                if self._handles:
+                    self._recover()
+                raise
+
+        self._guarded_step = types.MethodType(step, self.optimizer)
+        self.optimizer.__dict__["step"] = self._guarded_step
+
+    def _recover(self) -> None:
+        self._depth = 0
+        if self._latent:
+            self.sparsifier.capture(self.indices)
+            self._latent = False
+        self.sparsifier.show_image()
+
+    def _is_phantom(self) -> bool:
+        """torch.distributed.checkpoint initialises a state by a step with lr 0 on zero gradients."""
+        groups = self.optimizer.param_groups
+        if self.optimizer.state or any(group.get("lr", 1) != 0 for group in groups):
+            return False
+        gradients = (p.grad for group in groups for p in group["params"])
+        return not any(g is not None and bool(g.any()) for g in gradients)
+
+    def _warn_of_new_groups(self) -> None:
+        groups, known = self.optimizer.param_groups, self._groups
+        if len(groups) == known:
+            return
+        self._groups = len(groups)
+        new = {id(p) for group in groups[known:] for p in group["params"]}
+        found = find_prunable(self.sparsifier.model)
+        late = [p.name for p in found if id(p.parameter) in new]
+        if late:
+            warn(
+                f"{_some(late)} came to the optimizer after sparsify: it is trained dense. To "
+                "prune it too, add all parameter groups before calling sparsify.",
+            )
+
+    # The optimizer's state dict
+
+    def _places(self) -> Iterator[tuple[int, int, nn.Parameter]]:
+        for g, group in enumerate(self.optimizer.param_groups):
+            for i, parameter in enumerate(group["params"]):
+                yield g, i, parameter
+
+    def _slot_at(self) -> dict[tuple[int, int], int]:
+        slots = self.sparsifier.slots
+        return {(slots[i].group, slots[i].position): i for i in self.indices}
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self.sparsifier.sync()
+        state = {key: dict(entries) for key, entries in state_dict["state"].items()}
+        slot_at = self._slot_at()
+        for g, i, parameter in self._places():
+            if not parameter.requires_grad:
+                continue
+            index = slot_at.get((g, i))
+            latent, header = self.sparsifier.export(index)
+            key = state_dict["param_groups"][g]["params"][i]
+            state.setdefault(key, {}).update({LATENT: latent, HEADER: header})
+        return {**state_dict, "state": state}
+
+    def _unpack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Takes our entries out of a state before the optimizer sees it, and checks them."""
+        self._incoming = None
+        state = {key: dict(entries) for key, entries in state_dict["state"].items()}
+        keys = {
+            (g, i): key
+            for g, group in enumerate(state_dict["param_groups"])
+            for i, key in enumerate(group["params"])
+        }
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for place, index in self._slot_at().items():
+            entries = state.get(keys.get(place), {})
+            if LATENT in entries and HEADER in entries:
+                found[index] = entries[LATENT], entries[HEADER]
+        for entries in state.values():
+            entries.pop(LATENT, None)
+            entries.pop(HEADER, None)
+        self._incoming = self.sparsifier.check_loaded(found, self.indices)
+        return {**state_dict, "state": {key: e for key, e in state.items() if e}}
+
+    def _load(self, optimizer: Optimizer) -> None:
+        incoming, self._incoming = self._incoming, None
+        if incoming is not None:
+            self.sparsifier.load(incoming)
+
+    def adopt_loaded_state(self) -> bool:
+        """Takes over latent weights that were loaded into the optimizer before attaching."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        slot_at = self._slot_at()
+        seen = False
+        for g, i, parameter in self._places():
+            entries = self.optimizer.state.get(parameter, {})
+            if LATENT not in entries:
+                continue
+            seen = True
+            if (g, i) in slot_at:
+                found[slot_at[g, i]] = entries[LATENT], entries[HEADER]
+        if not seen:
+            return False
+        self.sparsifier.load(self.sparsifier.check_loaded(found, self.indices))
+        for _, _, parameter in self._places():
+            entries = self.optimizer.state.get(parameter)
+            if entries is not None:
+                entries.pop(LATENT, None)
+                entries.pop(HEADER, None)
+                if not entries:
+                    del self.optimizer.state[parameter]
+        return True
+
+
+def _checked(optimizer: Any) -> Optimizer:
+    """The torch optimizer behind the wrappers of Accelerate and Lightning, if it can be used."""
+    while hasattr(optimizer, "optimizer") and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        optimizer = optimizer.optimizer
+    kinds = [kind.__name__ for kind in type(optimizer).__mro__]
+    wrapped = getattr(optimizer, "optimizer", None) or getattr(optimizer, "base_optimizer", None)
+    if wrapped is not None:
+        kinds += [kind.__name__ for kind in type(wrapped).__mro__]
+    for refused in WRITE_OUTSIDE_STEP:
+        name = next((kind for kind in kinds if refused in kind), None)
+        if name:
+            raise ConfigurationError(
+                f"{name} writes parameters outside of step(), where they hold the sparse weights "
+                "and not the latent ones it means. Use a plain optimizer; for an average of the "
+                "weights see torch_feather.LatentAverage."
+            )
+    for refused in NOT_HANDLED:
+        if refused in kinds:
+            raise ConfigurationError(f"{refused} is not handled. Use a plain torch optimizer.")
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigurationError(
+            "optimizer must be a torch.optim.Optimizer or a sequence of them, got "
+            f"{type(optimizer).__name__}."
+        )
+    if optimizer in _attached:
+        raise ConfigurationError(
+            f"This {type(optimizer).__name__} already has a sparsifier. Call its detach() or "
+            "finalize() first."
+        )
+    return optimizer
+
+
+def check_storage(name: str, parameter: Tensor) -> None:
+    """Raises ConfigurationError where the engine cannot exchange the values of a parameter."""
+    if not parameter.is_floating_point():
+        raise ConfigurationError(
+            f"{name} is {parameter.dtype}; only floating-point weights can be pruned. "
+            f"Leave it out: exclude={name!r}."
+        )
+    if hasattr(parameter, "to_local"):
+        raise ConfigurationError(f"{name} is sharded over several processes, which is not handled.")
+    if parameter.is_meta or parameter.layout != torch.strided:
+        raise ConfigurationError(
+            f"{name} has no ordinary memory ({parameter.device}, {parameter.layout}). "
+            "Materialise the model first."
+        )
+    if parameter.numel() == 0 or not _is_dense(parameter):
+        raise ConfigurationError(
+            f"{name} is empty or does not fill its memory (shape {tuple(parameter.shape)}, "
+            f"strides {parameter.stride()}). Make it contiguous, or leave it out: "
+            f"exclude={name!r}."
+        )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory without gaps or overlap."""
+    expected = 1
+    for stride, size in sorted(
+        (stride, size)
+        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if size > 1
+    ):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

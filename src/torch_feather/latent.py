@@ -1,0 +1,195 @@
+"""Latent weights: one flat copy of all prunable weights, and their sparse image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .operators import Operator
+from .selection import Cut
+
+# Elements per block when images are made on the CPU: three float32 blocks stay in the L2 cache.
+BLOCK = 1 << 16
+
+
+class Segment(NamedTuple):
+    """The weights [start, stop) in flat order, which share one cut."""
+
+    start: int
+    stop: int
+    cut: Cut
+
+
+@dataclass
+class _Part:
+    """Weights of one type: their flat latent values, and where they stand in the flat order."""
+
+    flat: Tensor
+    start: int
+    views: list[Tensor]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.flat.numel()
+
+
+class LatentWeights:
+    """The dense weights w behind parameters that hold their sparse image u.
+
+    The flat order is: parameters grouped by type, in the order given, each in the order of its
+    memory. It decides which of several tied weights are pruned.
+
+    Args:
+        parameters: tensors on one device, each dense in memory. They are only read here.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]):
+        self.size = sum(p.numel() for p in parameters)
+        # Half precision is ranked and thresholded in float32.
+        double = any(p.dtype == torch.float64 for p in parameters)
+        self.wide = torch.float64 if double else torch.float32
+        self.device = parameters[0].device
+        self.views: list[Tensor] = [torch.empty(0)] * len(parameters)
+        self.spans: list[tuple[int, int]] = [(0, 0)] * len(parameters)
+        self._parts: list[_Part] = []
+        start = 0
+        for dtype in dict.fromkeys(p.dtype for p in parameters):
+            members = [i for i, p in enumerate(parameters) if p.dtype == dtype]
+            flat = torch.empty(
+                sum(parameters[i].numel() for i in members), dtype=dtype, device=self.device
+            )
+            part = _Part(flat, start, [])
+            for i in members:
+                p, stop = parameters[i], start + parameters[i].numel()
+                view = flat.as_strided(p.shape, p.stride(), start - part.start)
+                self.spans[i], self.views[i] = (start, stop), view
+                part.views.append(view)
+                start = stop
+            self._parts.append(part)
+            copy_all(part.views, [parameters[i].detach() for i in members])
+
+    @property
+    def flats(self) -> list[Tensor]:
+        """The flat latent weights, one tensor per type."""
+        return [part.flat for part in self._parts]
+
+    def magnitudes(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """|w| of [start, stop) in flat order as a new float32 (or float64) tensor."""
+        stop = self.size if stop is None else stop
+        out = torch.empty(stop - start, dtype=self.wide, device=self.device)
+        for part in self._parts:
+            a, b = max(start, part.start), min(stop, part.stop)
+            if a < b:
+                source, target = (
+                    part.flat[a - part.start : b - part.start],
+                    out[a - start : b - start],
+                )
+                if source.dtype == out.dtype:
+                    torch.abs(source, out=target)
+                else:
+                    target.copy_(source).abs_()
+        return out
+
+    def images(
+        self, segments: Sequence[Segment], operator: Operator
+    ) -> tuple[list[Tensor], Tensor]:
+        """The sparse images u of all parameters, and their sum.
+
+        Returns:
+            One new tensor per parameter, shaped and laid out like it, and the sum of all of them
+            (0-dimensional): it is not finite if one of them is NaN.
+        """
+        images: list[Tensor] = [torch.empty(0)] * len(self.views)
+        total = torch.zeros((), dtype=self.wide, device=self.device)
+        for part in self._parts:
+            out = torch.empty_like(part.flat)
+            for segment in segments:
+                a, b = max(segment.start, part.start), min(segment.stop, part.stop)
+                if a < b:
+                    inside = slice(a - part.start, b - part.start)
+                    write = self._image_cpu if self.device.type == "cpu" else self._image_device
+                    total += write(part.flat[inside], segment.cut, operator, a, out[inside])
+            for i, (start, stop) in enumerate(self.spans):
+                if part.start <= start and stop <= part.stop:
+                    view = self.views[i]
+                    images[i] = out.as_strided(view.shape, view.stride(), start - part.start)
+        return images, total
+
+    def _image_device(
+        self, w: Tensor, cut: Cut, operator: Operator, offset: int, out: Tensor
+    ) -> Tensor:
+        wide = w.to(self.wide)
+        image = kept_image(wide, cut, operator, w.dtype)
+        torch.where(cut.pruned(wide.abs(), offset), 0.0, image, out=out)
+        return out.sum(dtype=self.wide)
+
+    def _image_cpu(
+        self, w: Tensor, cut: Cut, operator: Operator, offset: int, out: Tensor
+    ) -> Tensor:
+        """Block by block in the cache, and with the operator on kept weights alone."""
+        if cut.value < 0:
+            out.copy_(w)
+            return out.sum(dtype=self.wide)
+        total = torch.zeros((), dtype=self.wide)
+        all_ties_pruned = int(cut.last) >= offset + w.numel() - 1
+        for a in range(0, w.numel(), BLOCK):
+            wide = w[a : a + BLOCK].to(self.wide)
+            magnitude = wide.abs()
+            if all_ties_pruned:
+                kept = magnitude.le_(cut.value).logical_not_()  # a NaN is kept
+            else:
+                kept = cut.pruned(magnitude, offset + a).logical_not_()
+            where = kept.nonzero().squeeze(1)
+            image = kept_image(wide[where], cut, operator, w.dtype)
+            out[a : a + BLOCK].zero_()[where] = image
+            total += image.sum(dtype=self.wide)
+        return total
+
+    def like(self, values: Sequence[Tensor]) -> LatentWeights:
+        """Latent weights laid out like these, with the flat `values` in place of `flats`."""
+        other = object.__new__(LatentWeights)
+        other.__dict__.update(self.__dict__, views=list(self.views), _parts=[])
+        for part, flat in zip(self._parts, values, strict=True):
+            other._parts.append(_Part(flat, part.start, []))
+        for i, (start, stop) in enumerate(self.spans):
+            part = next(p for p in other._parts if p.start <= start and stop <= p.stop)
+            view = self.views[i]
+            other.views[i] = part.flat.as_strided(view.shape, view.stride(), start - part.start)
+            part.views.append(other.views[i])
+        return other
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies each source into its target, in place."""
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
+
+
+def kept_image(w: Tensor, cut: Cut, operator: Operator, dtype: torch.dtype) -> Tensor:
+    """Effective values of kept weights `w`, of type `dtype`, none of them 0 unless w itself is."""
+    if operator.is_identity:
+        return w.to(dtype)
+    image = operator(w, cut.threshold).to(dtype)
+    info = torch.finfo(dtype)
+    least = torch.tensor(info.smallest_normal * info.eps, dtype=dtype, device=w.device)
+    vanished = (image == 0) & (w != 0)
+    return torch.where(vanished, least.copysign(w.to(dtype)), image)
+
+
+def flat_alias(tensor: Tensor) -> Tensor:
+    """The memory of a dense tensor as one dimension, whatever its strides."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Sum of the bits of a dense tensor, modulo 2^64: changes whenever one value does."""
+    flat = flat_alias(tensor)
+    fits = flat.numel() * flat.element_size() % 8 == 0 and (
+        flat.storage_offset() * flat.element_size() % 8 == 0
+    )
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return flat.view(torch.int64 if fits else integers[flat.element_size()]).sum()

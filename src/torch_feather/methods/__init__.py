@@ -1,0 +1,67 @@
+"""The methods that can be asked for by name.
+
+A method is a composition of four parts: what becomes of a weight (operator), how its gradient
+comes back (gradient rule), which threshold it meets (allocation), and when (schedule). A new one
+is one small file with a function that makes a `Method`, and one line in the table.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+from ..errors import ConfigurationError
+from .feather import feather
+from .method import Method
+from .ste import hard_ste, soft_ste
+
+__all__ = ["Method", "available_methods", "build_method", "method_options"]
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "feather": feather,
+    "hard-ste": hard_ste,
+    "soft-ste": soft_ste,
+}
+
+
+def available_methods() -> list[str]:
+    """Names that `sparsify` and `feather train --method` take."""
+    return list(METHODS)
+
+
+def method_options(name: str) -> dict[str, Any]:
+    """Options of a method and their defaults."""
+    parameters = inspect.signature(_lookup(name)).parameters.values()
+    return {p.name: p.default for p in parameters if p.name != "sparsity"}
+
+
+def build_method(name: str, *, sparsity: float, **options: Any) -> Method:
+    """The method called `name` for a final `sparsity`.
+
+    Raises:
+        ConfigurationError: an unknown name or option (the message names the nearest), or a value
+            that the method refuses.
+    """
+    known = method_options(name)
+    for option in options:
+        if option not in known:
+            raise ConfigurationError(
+                f"Method {name!r} has no option {option!r}{_nearest(option, known)} "
+                f"It has: {', '.join(known)}."
+            )
+    return _lookup(name)(sparsity=sparsity, **options)
+
+
+def _lookup(name: str) -> Callable[..., Method]:
+    if name not in METHODS:
+        raise ConfigurationError(
+            f"There is no method {name!r}{_nearest(name, METHODS)} There are: {', '.join(METHODS)}."
+        )
+    return METHODS[name]
+
+
+def _nearest(wrong: str, known: Any) -> str:
+    near = get_close_matches(str(wrong), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."

@@ -1,0 +1,49 @@
+"""Feather with the global pruning backbone."""
+
+from __future__ import annotations
+
+import math
+
+from ..allocation import Global
+from ..errors import ConfigurationError
+from ..gradients import StraightThrough
+from ..operators import Hard, Power
+from ..schedules import Schedule
+from .method import Method, make_schedule
+
+
+def feather(
+    *,
+    sparsity: float,
+    p: float = 3.0,
+    theta: float | str = "auto",
+    schedule: str | Schedule = "cubic",
+    begin: int = 0,
+    end: int | None = None,
+    min_density: float = 0.0,
+    max_density: float = 1.0,
+) -> Method:
+    """Power threshold, straight-through gradient scaled by theta on pruned weights.
+
+    Source: Feather (BMVC 2023), sections 3 and 4.1, and its public code for theta's rule.
+
+    Args:
+        sparsity: final share of zeros.
+        p: exponent of the threshold, >= 1; `math.inf` for the hard threshold.
+        theta: factor on the gradient of pruned weights, in [0, 1]. 'auto': 0.5 where the final
+            sparsity exceeds 0.95, else 1.
+        schedule: 'cubic' (the paper's), 'linear', 'constant', 'one-shot' (at step `begin`), or an
+            object of `torch_feather.schedules`.
+        begin, end: steps between which the sparsity rises; `end` defaults to half of training.
+        min_density, max_density: bounds on the share kept in each layer; the paper has none.
+    """
+    if theta == "auto":
+        theta = 0.5 if sparsity > 0.95 else 1.0
+    if isinstance(theta, str):
+        raise ConfigurationError(f"theta must be 'auto' or a number in [0, 1], got {theta!r}.")
+    return Method(
+        operator=Hard() if p == math.inf else Power(float(p)),
+        gradient=StraightThrough(float(theta)),
+        allocation=Global(min_density, max_density),
+        schedule=make_schedule(schedule, begin, end),
+    )

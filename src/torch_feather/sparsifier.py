@@ -1,0 +1,544 @@
+"""The engine: sparse training as a transformation of the optimizer.
+
+The optimizer trains dense latent weights w; the network only ever sees their sparse image
+u = R(w). Between optimizer steps the parameters hold u, during a step they hold w:
+
+    forward, backward         parameters hold u; gradients dL/du are pulled back as they arrive
+    optimizer.step, before    parameters become w
+    optimizer.step            any optimizer updates w
+    optimizer.step, after     the schedule advances, thresholds move, parameters become u = R(w)
+
+Nothing in the model changes: the exchange happens in the optimizer's public step hooks, in place,
+and the latent weights travel in the optimizer's own state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .attachment import Attachment, bind, check_storage
+from .errors import ConfigurationError, NonFiniteWeightError, StateError, warn
+from .header import FORMAT, Header, digest
+from .latent import LatentWeights, Segment, checksum, copy_all
+from .methods import Method, build_method
+from .prunable import Filters, find_prunable
+from .analysis.report import Report, report
+from .selection import Cut
+
+# Steps between two looks at what costs a pass over the weights, or a transfer, to look at.
+POLL = 100
+
+
+def sparsify(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    method: str | Method = "feather",
+    *,
+    sparsity: float,
+    total_steps: int,
+    include: Filters = None,
+    exclude: Filters = None,
+    **options: Any,
+) -> Sparsifier:
+    """Attaches sparse training to an optimizer. The training loop stays as it is.
+
+    Args:
+        model: the network; none of its modules or keys change.
+        optimizer: the optimizer that trains it, or several of which each holds a part (the
+            schedule advances when the last of them has stepped).
+        method: a name from `available_methods()`, or a `Method`.
+        sparsity: final share of zeros among the prunable weights, in [0, 1).
+        total_steps: optimizer steps of the whole training. The schedule stays at its end beyond.
+        include, exclude: which weights take part, see `prunable.find_prunable`.
+        **options: of the method, see `methods.method_options(name)`.
+
+    Returns:
+        The `Sparsifier`. From now on, outside `optimizer.step`, the model is the sparse model:
+        what is evaluated, saved or copied has exact zeros. Saving `model.state_dict()` and
+        `optimizer.state_dict()` is enough to resume exactly.
+
+    Raises:
+        ConfigurationError: what was asked for cannot be; the message says why and what to do.
+    """
+    if not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
+        raise ConfigurationError(
+            f"sparsity is a share of zeros in [0, 1), for example 0.95; got {sparsity!r}."
+        )
+    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+        raise ConfigurationError(
+            "total_steps is the number of optimizer steps of the whole training (epochs times "
+            f"steps per epoch), an integer >= 1; got {total_steps!r}."
+        )
+    if isinstance(method, str):
+        method = build_method(method, sparsity=sparsity, **options)
+    elif options:
+        raise ConfigurationError(
+            f"Options ({', '.join(options)}) belong to methods given by name; set them on the "
+            "Method object."
+        )
+    return Sparsifier(model, optimizer, method, sparsity, total_steps, include, exclude)
+
+
+class Sparsifier:
+    """Keeps a model sparse while an optimizer trains it; made by `sparsify`.
+
+    Attributes:
+        model: the model, as it was given.
+        method: operator, gradient rule, allocation and schedule.
+        target: final share of zeros.
+        total_steps: optimizer steps of the whole training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        method: Method,
+        sparsity: float,
+        total_steps: int,
+        include: Filters = None,
+        exclude: Filters = None,
+    ):
+        self.model = model
+        self.method = method
+        self.target = float(sparsity)
+        self.total_steps = total_steps
+        prunable = [p for p in find_prunable(model, include, exclude) if p.parameter.requires_grad]
+        self.slots, optimizers = bind(model, prunable, optimizer)
+        method.allocation.check([slot.parameter.numel() for slot in self.slots], self.target)
+
+        self.weights = LatentWeights([slot.parameter for slot in self.slots])
+        self._layout = [_layout(slot.parameter) for slot in self.slots]
+        # All that changes with time is on the device: only there a skipped step is known, and
+        # nothing here makes the host wait for it.
+        device = self.weights.device
+        self._schedule = (method.schedule.table(total_steps) * self.target).to(device)
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._segments: list[Segment] = []
+        self._sum = torch.zeros(())  # of all effective weights: not finite if one is NaN
+        self._images: list[int] = []  # checksums of what the parameters were given (CPU)
+        self._loaded_images: dict[int, int] = {}  # and of what a checkpoint says they were given
+        self._strict = True
+        self._attached = True
+        self._ticks = 0
+        self._arrival = int((self._schedule == self.target).nonzero()[0])
+        self._warned: set[str] = set()
+        self._poll: tuple[Tensor, torch.cuda.Event] | None = None
+
+        self._pull_backs: list[Any] = []
+        self._pull_back()
+        self._attachments = [
+            Attachment(
+                self,
+                one,
+                [i for i, slot in enumerate(self.slots) if slot.optimizer == o],
+                last=o == len(optimizers) - 1,
+            )
+            for o, one in enumerate(optimizers)
+        ]
+        if not any([attachment.adopt_loaded_state() for attachment in self._attachments]):
+            self._materialize()
+
+    # Where it stands
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps taken so far; skipped ones do not count."""
+        return int(self._step)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the prunable weights that is pruned now."""
+        return 1.0 - sum(int(mask.sum()) for mask in self.masks().values()) / self.weights.size
+
+    def thresholds(self) -> dict[str, Tensor]:
+        """The threshold tau that each weight tensor meets now, by name; 0-dimensional."""
+        return {slot.name: self._cut(i).threshold.clone() for i, slot in enumerate(self.slots)}
+
+    def masks(self) -> dict[str, Tensor]:
+        """Which weights are kept (True), by name; shaped like the weights."""
+        self.sync()
+        masks = {}
+        for i, slot in enumerate(self.slots):
+            start, stop = self.weights.spans[i]
+            pruned = self._cut(i).pruned(self.weights.magnitudes(start, stop), start)
+            view = self.weights.views[i]
+            masks[slot.name] = pruned.logical_not_().as_strided(view.shape, view.stride())
+        return masks
+
+    def latent_weights(self) -> dict[str, Tensor]:
+        """Copies of the dense weights that the optimizer trains, by name."""
+        self.sync()
+        return {slot.name: self.export(i)[0] for i, slot in enumerate(self.slots)}
+
+    def parameters(self) -> list[Tensor]:
+        """Parameters of the method itself, such as learned thresholds; those listed have none."""
+        return []
+
+    def report(self, example_input: Any = None) -> Report:
+        """Zeros, sparsity and threshold per layer; multiply-adds too where an input is given."""
+        self.sync()
+        names = {slot.name for slot in self.slots}
+        return report(
+            self.model,
+            include=lambda _, name: name in names,
+            example_input=example_input,
+            thresholds={name: float(tau) for name, tau in self.thresholds().items()},
+        )
+
+    # Leaving
+
+    def finalize(self, *, force: bool = False, keep_masks: bool = False) -> nn.Module:
+        """Ends sparse training: plain modules, plain keys, exact zeros, no hooks.
+
+        Args:
+            force: end although the target is not reached yet.
+            keep_masks: training goes on, and every further step leaves pruned weights at 0
+                (momentum would revive them) until `detach()`.
+
+        Raises:
+            StateError: the target is not reached.
+        """
+        self._require_attached()
+        self.sync()
+        at = self.step_count
+        now = float(self._schedule[min(at, self.total_steps)])
+        if now != self.target and not force:
+            raise StateError(
+                f"After {at} of {self.total_steps} steps the sparsity is {now:.4f}, not yet "
+                f"{self.target}. Train on, or take the model as it is: finalize(force=True)."
+            )
+        self._inspect()
+        self._release()
+        if keep_masks:
+            for attachment in self._attachments:
+                attachment.keep_zeros()
+        return self.model
+
+    def detach(self) -> nn.Module:
+        """Removes all hooks; the model keeps the dense latent weights.
+
+        After `finalize(keep_masks=True)` it only ends the keeping: the model stays sparse.
+        """
+        if self._attached:
+            self.sync()
+            self._show(self.weights.views)
+        self._release()
+        return self.model
+
+    def reset_latents(self) -> None:
+        """The latent weights restart from what the parameters hold now, zeros included."""
+        self._require_attached()
+        self._rebind()
+        self.capture(range(len(self.slots)))
+        self._materialize()
+
+    # Saving and loading
+
+    def state_dict(self) -> dict[str, Any]:
+        """Latent weights and position. Not needed where the optimizer's state dict is saved."""
+        self.sync()
+        return {slot.name: self.export(i) for i, slot in enumerate(self.slots)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a `state_dict()`; raises StateError where it does not fit."""
+        self._require_attached()
+        found = {i: state[s.name] for i, s in enumerate(self.slots) if s.name in state}
+        self.load(self.check_loaded(found, range(len(self.slots))))
+
+    @contextmanager
+    def relaxed_loading(self) -> Iterator[None]:
+        """Within it, loading accepts states of other methods, targets and lengths of training.
+
+        Latent weights of fitting shape are taken over, and the step; where a state has none, the
+        latent weights restart from what the parameters hold.
+        """
+        before, self._strict = self._strict, False
+        try:
+            yield
+        finally:
+            self._strict = before
+
+    def header(self, i: int | None) -> Header:
+        """What a checkpoint says of weight i; None is a parameter that takes no part."""
+        return Header(
+            format=FORMAT,
+            step=self.step_count,
+            total_steps=self.total_steps,
+            sparsity=round(self.target * 1e12),
+            method=digest(repr(self.method)),
+            shape=0 if i is None else digest(str(tuple(self.slots[i].parameter.shape))),
+            image=0 if i is None else int(checksum(self.slots[i].parameter)),
+        )
+
+    def export(self, i: int | None) -> tuple[Tensor, Tensor]:
+        """Latent weights (a copy) and header of weight i, as they travel in checkpoints."""
+        latent = torch.zeros(()) if i is None else self.weights.views[i].clone()
+        return latent, self.header(i).tensor()
+
+    def check_loaded(
+        self, found: dict[int, tuple[Tensor, Tensor]], wanted: Iterable[int]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """What of a loaded state can be taken over; raises StateError unless loading is relaxed."""
+        how = (
+            " To take over what fits on purpose: with sparsifier.relaxed_loading(): "
+            "optimizer.load_state_dict(state)."
+        )
+        fitting = {}
+        for i in wanted:
+            slot = self.slots[i]
+            if i not in found:
+                if self._strict:
+                    raise StateError(
+                        f"The state has no latent weights for {slot.name}: it was saved without "
+                        "this sparsifier, or before sparsify was called." + how
+                    )
+                continue
+            latent, header = found[i]
+            saved = Header.read(header)
+            differences = (
+                ["its header is not readable"]
+                if saved is None
+                else saved.differences(self.header(i))
+            )
+            if differences and self._strict:
+                raise StateError(
+                    f"The state does not belong to this sparsifier ({slot.name}): "
+                    f"{'; '.join(differences)}." + how
+                )
+            if saved is not None and latent.shape == slot.parameter.shape:
+                fitting[i] = (latent, header)
+        return fitting
+
+    @torch.no_grad()
+    def load(self, entries: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Takes over checked latent weights and the step; the others restart from the image."""
+        self._rebind()
+        for i, slot in enumerate(self.slots):
+            if i in entries:
+                self.weights.views[i].copy_(entries[i][0])
+            elif not self._strict:
+                self.weights.views[i].copy_(slot.parameter)
+        headers = {i: Header(*header.tolist()) for i, (_, header) in entries.items()}
+        for header in headers.values():
+            self._step.fill_(header.step)
+        self._materialize()
+        self._loaded_images = {i: header.image for i, header in headers.items()}
+
+    # What attachments call during a step
+
+    def before_step(self, indices: Sequence[int]) -> None:
+        """Parameters become latent."""
+        self._absorb_writes()
+        self.show_latent(indices)
+
+    def after_step(self, taken: bool | Tensor) -> None:
+        """The schedule advances if the step was taken, and parameters become sparse."""
+        self._step += taken
+        self._materialize()
+        self._ticks += 1
+        self._look()
+
+    @torch.no_grad()
+    def capture(self, indices: Sequence[int]) -> None:
+        """The latent weights become what the parameters hold."""
+        copy_all(
+            [self.weights.views[i] for i in indices], [self.slots[i].parameter for i in indices]
+        )
+
+    @torch.no_grad()
+    def show_latent(self, indices: Sequence[int]) -> None:
+        """The parameters hold the latent weights."""
+        copy_all(
+            [self.slots[i].parameter for i in indices], [self.weights.views[i] for i in indices]
+        )
+
+    def show_image(self) -> None:
+        """The parameters hold the sparse image of the latent weights."""
+        self._materialize()
+
+    # The step itself
+
+    @torch.no_grad()
+    def _materialize(self) -> None:
+        """Parameters become u = R(w) at the present step."""
+        self._segments = self._cuts(self.weights)
+        images, self._sum = self.weights.images(self._segments, self.method.operator)
+        self._show(images)
+
+    def _cuts(self, weights: LatentWeights) -> list[Segment]:
+        sparsity = self._schedule[self._step.clamp(max=self.total_steps)]
+        return self.method.allocation.cuts(weights, sparsity)
+
+    def image_of(self, weights: LatentWeights) -> list[Tensor]:
+        """The image R of other latent weights, laid out like `self.weights`, at this step."""
+        return weights.images(self._cuts(weights), self.method.operator)[0]
+
+    @torch.no_grad()
+    def _show(self, images: Sequence[Tensor]) -> None:
+        copy_all([slot.parameter for slot in self.slots], images)
+        self._loaded_images = {}
+        if self.weights.device.type == "cpu":
+            self._images = self._checksums()
+
+    def _checksums(self) -> list[int]:
+        return [int(checksum(slot.parameter)) for slot in self.slots]
+
+    def _cut(self, i: int) -> Cut:
+        start = self.weights.spans[i][0]
+        return next(s.cut for s in self._segments if s.start <= start < s.stop)
+
+    def _pull_back(self) -> None:
+        """Gradients dL/du are pulled back to dL/dw by hooks, none where that is the identity."""
+        for handle in self._pull_backs:
+            handle.remove()
+        rules = [(s.parameter, self.method.gradient.pull_back(s.parameter)) for s in self.slots]
+        self._pull_backs = [p.register_hook(rule) for p, rule in rules if rule is not None]
+
+    # What others did to the parameters
+
+    def sync(self) -> None:
+        """Outside of a step: latent weights and image follow what was written from outside."""
+        in_step = any(attachment.in_step for attachment in self._attachments)
+        if self._attached and not in_step and self._absorb_writes():
+            self._materialize()
+
+    @torch.no_grad()
+    def _absorb_writes(self) -> bool:
+        """Where a parameter no longer holds its image, the written value becomes its latent one.
+
+        On CPU a checksum tells whether anything was written, also through `.data`. Elsewhere
+        reading it would make the host wait: there the comparison itself always runs.
+        """
+        self._rebind()
+        on_cpu = self.weights.device.type == "cpu"
+        written = list(range(len(self.slots)))
+        if on_cpu or self._loaded_images:
+            sums = self._checksums()
+            if on_cpu:
+                written = [i for i in written if sums[i] != self._images[i]]
+            # A checkpoint's image, perhaps made by another device, is no foreign write.
+            written = [i for i in written if sums[i] != self._loaded_images.get(i)]
+        if not written:
+            return False
+        images, _ = self.weights.images(self._segments, self.method.operator)
+        for i in written:
+            view, parameter = self.weights.views[i], self.slots[i].parameter
+            view.copy_(torch.where(parameter == images[i], view, parameter))
+        return True
+
+    @torch.no_grad()
+    def _rebind(self) -> None:
+        """Follows parameters that were replaced, moved or cast since the last look."""
+        current = [self._attachments[s.optimizer].parameter_at(s) for s in self.slots]
+        for slot, parameter in zip(self.slots, current, strict=True):
+            if slot.module._parameters.get(slot.attribute) is not parameter:
+                raise StateError(
+                    f"The model's {slot.name} is no longer the parameter that the optimizer "
+                    "trains, as after load_state_dict(assign=True). Load with assign=False, or "
+                    "make optimizer and sparsifier anew."
+                )
+        layout = [_layout(parameter) for parameter in current]
+        same = all(s.parameter is p for s, p in zip(self.slots, current, strict=True))
+        if same and layout == self._layout:
+            return
+        before = self.weights
+        images, _ = before.images(self._segments, self.method.operator)
+        for slot, parameter in zip(self.slots, current, strict=True):
+            check_storage(slot.name, parameter)
+            slot.parameter = parameter
+        self.weights, self._layout = LatentWeights(current), layout
+        for p, image, old, new in zip(
+            current, images, before.views, self.weights.views, strict=True
+        ):
+            new.copy_(torch.where(p == image.to(p), old.to(p), p))
+        self._schedule = self._schedule.to(self.weights.device)
+        self._step = self._step.to(self.weights.device)
+        self._pull_back()
+        self._materialize()
+
+    # Keeping watch
+
+    def _look(self) -> None:
+        """Raises for NaN and warns of empty layers, without making the host wait for a device."""
+        if self.weights.device.type == "cpu":
+            if not self._sum.isfinite():
+                self._raise_if_nan()
+            if self._ticks % POLL == 0 or self.step_count in (self._arrival, self.total_steps):
+                self._inspect()
+        elif not torch.cuda.is_current_stream_capturing():
+            if self._poll is None and self._ticks % POLL == 0:
+                counts = self._counts()
+                pinned = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+                event = torch.cuda.Event()
+                pinned.copy_(counts, non_blocking=True)
+                event.record()
+                self._poll = pinned, event
+            elif self._poll is not None and self._poll[1].query():
+                counts, self._poll = self._poll[0], None
+                self._tell(counts)
+
+    def _inspect(self) -> None:
+        self._tell(self._counts().cpu())
+
+    @torch.no_grad()
+    def _counts(self) -> Tensor:
+        """Weights that are NaN, kept weights that are 0, and kept weights of each layer."""
+        nan = torch.stack([s.parameter.isnan().sum() for s in self.slots]).sum()
+        zero = torch.stack([(s.parameter == 0).sum() for s in self.slots]).sum()
+        kept = [
+            self._cut(i).pruned(self.weights.magnitudes(a, b), a).logical_not_().sum()
+            for i, (a, b) in enumerate(self.weights.spans)
+        ]
+        pruned = self.weights.size - torch.stack(kept).sum()
+        return torch.stack([nan, zero - pruned, *kept])
+
+    def _tell(self, counts: Tensor) -> None:
+        nan, zeros, *kept = counts.tolist()
+        if nan:
+            self._raise_if_nan()
+        for slot, left in zip(self.slots, kept, strict=True):
+            if left == 0 and slot.name not in self._warned:
+                self._warned.add(slot.name)
+                warn(
+                    f"Every weight of {slot.name} is pruned, so the layer gives nothing but its "
+                    "bias. Keep a share of each layer (min_density=), or leave it out (exclude=)."
+                )
+        if zeros > 0 and "" not in self._warned:
+            self._warned.add("")
+            warn(
+                f"{zeros} latent weights that should be kept are exactly 0: the network has more "
+                "zeros than asked for. Initialise these weights, or leave them out (exclude=)."
+            )
+
+    def _raise_if_nan(self) -> None:
+        names = [slot.name for slot in self.slots if bool(slot.parameter.isnan().any())]
+        if names:
+            raise NonFiniteWeightError(
+                f"After step {self.step_count} weights of {', '.join(names[:3])} are NaN. They are "
+                "kept in the network, so that its loss shows them. Lower the learning rate, clip "
+                "gradients, or go back to a checkpoint."
+            )
+
+    # Leaving, inside
+
+    def _release(self) -> None:
+        for handle in self._pull_backs:
+            handle.remove()
+        for attachment in self._attachments:
+            attachment.release()
+        self._attached = False
+
+    def _require_attached(self) -> None:
+        if not self._attached:
+            raise StateError("This sparsifier was finalized or detached: make a new one.")
+
+
+def _layout(parameter: Tensor) -> tuple[Any, ...]:
+    return parameter.dtype, parameter.device, parameter.shape, parameter.stride()
