@@ -4,6 +4,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
+from ..errors import ConfigurationError
 from .densenet import DenseNet, densenet40_24
 from .mobilenet import MobileNetV1, mobilenet_v1
 from .resnet import ResNet, resnet8, resnet20
@@ -36,18 +37,22 @@ def available_models() -> list[str]:
 def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     """Build a freshly initialised network by name: one of `available_models()`, or `timm/NAME`.
 
-    Raises `ValueError` for a name that nobody knows (with the nearest known ones) and for counts
-    below 1, `ImportError` when `timm/NAME` is asked for and timm is not installed.
+    Raises:
+        ConfigurationError: a name that nobody knows (the nearest known ones are told), or a
+            count below 1.
+        ImportError: `timm/NAME` was asked for and timm is not installed.
     """
     for what, count in (("num_classes", num_classes), ("in_channels", in_channels)):
         if count < 1:
-            raise ValueError(f"{what} must be at least 1, got {count}")
+            raise ConfigurationError(f"{what} must be at least 1, got {count}")
     if name.startswith("timm/"):
         return _create_timm(name.removeprefix("timm/"), num_classes, in_channels)
     if name not in _MODELS:
         known = ", ".join(_MODELS)
         hint = _nearest(name, list(_MODELS))
-        raise ValueError(f"unknown network {name!r}{hint}; known are {known}, and timm/NAME")
+        raise ConfigurationError(
+            f"unknown network {name!r}{hint}; known are {known}, and timm/NAME"
+        )
     return _MODELS[name](num_classes, in_channels)
 
 
@@ -60,7 +65,7 @@ def _create_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
         ) from error
     if not timm.is_model(name):
         hint = _nearest(name, timm.list_models())
-        raise ValueError(f"timm has no model {name!r}{hint}; timm.list_models() shows all")
+        raise ConfigurationError(f"timm has no model {name!r}{hint}; timm.list_models() shows all")
     return timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
 
 
