@@ -99,6 +99,7 @@ def train(
     from .training.checkpoint import RunDirectory
     from .training.config import apply, load_config, parse_assignments, resolve_config
     from .training.console import ConsoleWatch, print_results
+    from .training.errors import RunError
     from .training.loop import train as run_training
 
     given: dict[str, Any] = {
@@ -119,11 +120,11 @@ def train(
 
     if resume and out is None:
         raise typer.BadParameter("say which run to continue: --resume --out RUN")
-    if resume and out is not None and RunDirectory(out).config_file.exists():
-        if recipe is not None or config is not None:
-            start = resolve_config(recipe, config, overrides)
-        else:
-            start = apply(load_config(RunDirectory(out).config_file), overrides, "command line")
+    old = RunDirectory(out).config_file if resume and out is not None else None
+    if recipe is None and config is None and old is not None:
+        if not old.exists():
+            raise RunError(f"{out}: no run to resume (a --recipe would let it start there)")
+        start = apply(load_config(old), overrides, "command line")
     else:
         start = resolve_config(recipe or data or "digits", config, overrides)
     out = out or _free_directory(f"{start.data.name}-{start.network}-{start.method}", start)

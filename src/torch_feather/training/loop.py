@@ -94,11 +94,14 @@ class Task:
     def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         self.config, self.data, self.device = config, data, device
-        layout = torch.channels_last if config.system.channels_last else torch.contiguous_format
+        channels_last = config.system.channels_last
+        layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = models.create(config.network, data.classes, data.channels)
         self.model.to(device, memory_format=layout)
         self.network = torch.compile(self.model) if config.system.compile else self.model
-        self.loader = TrainLoader(data, config.data, config.batch_size, config.seed, device)
+        self.loader = TrainLoader(
+            data, config.data, config.batch_size, config.seed, device, channels_last
+        )
         self.validation = EvalLoader(data, data.validation, device)
         self.example = data.example().to(device)
         self.total_steps = config.epochs * len(self.loader)
