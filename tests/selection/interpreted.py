@@ -12,7 +12,7 @@ from torch_feather.selection.device import select_device
 from torch_feather.selection.triton_kernels import TritonPasses
 
 
-@settings(max_examples=25, deadline=None, database=None)
+@settings(max_examples=20, deadline=None, database=None)
 @given(scores_and_count())
 def random_cases(case: tuple[torch.Tensor, int]) -> None:
     scores, k = case
@@ -21,10 +21,9 @@ def random_cases(case: tuple[torch.Tensor, int]) -> None:
 
 def every_kind() -> None:
     for kind in MAKERS:
-        for dtype, counts in ((torch.float32, (4097, 9001)), (torch.float64, (8550,))):
+        for dtype, k in ((torch.float32, 4097), (torch.float64, 8550)):
             scores = make(kind, 9001, seed=1, dtype=dtype)
-            for k in counts:
-                assert_selects(select_device(scores, k, passes=TritonPasses), scores, k, kind)
+            assert_selects(select_device(scores, k, passes=TritonPasses), scores, k, kind)
 
 
 def loops() -> None:
