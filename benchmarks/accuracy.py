@@ -37,13 +37,13 @@ def jobs_of(args: argparse.Namespace) -> list[tuple[str, float | None, int]]:
 def run(job: tuple[str, float | None, int], args: argparse.Namespace) -> Row:
     """Train one network, or read what it gave."""
     from torch_feather.training import resolve_config, train
+    from torch_feather.training.config import parse_assignments
 
     method, sparsity, seed = job
     overrides = {"method": method, "seed": seed, "data.path": args.data_path}
     if sparsity is not None:
         overrides["sparsity"] = sparsity
-    if args.epochs is not None:
-        overrides["epochs"] = args.epochs
+    overrides |= parse_assignments(args.set)
     config = resolve_config(args.recipe, None, overrides)
     name = f"{method}-{sparsity}-{seed}" if sparsity is not None else f"{method}-{seed}"
     folder = Path(args.out) / name
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["dense", "feather", "hard-ste", "soft-ste"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.95, 0.98])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--set", nargs="+", default=[], help="settings, such as system.amp=true")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", default="runs/accuracy", help="run directories")
     parser.add_argument("--results", type=Path, required=True, help="table, plot and rows")
@@ -163,7 +163,7 @@ def main() -> None:
     command = (
         f"python benchmarks/accuracy.py --recipe {args.recipe} --methods {' '.join(args.methods)} "
         f"--sparsity {' '.join(map(str, args.sparsity))} --seeds {' '.join(map(str, args.seeds))}"
-        + (f" --epochs {args.epochs}" if args.epochs else "")
+        + (f" --set {' '.join(args.set)}" if args.set else "")
     )
     args.results.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
