@@ -19,7 +19,8 @@ class Cut(NamedTuple):
     value: Tensor
     """The k-th smallest score; -1 where k = 0."""
     last: Tensor
-    """Flat index (int64) of the last pruned score among those equal to `value`."""
+    """Flat index (int64) of the last pruned score among those equal to `value`; that of the very
+    last score where none of them is kept."""
     threshold: Tensor
     """tau for the operator: `value`, or one float step below it where a kept score ties with it
     (so that the survivor's image is not 0); 0 where k = 0."""
