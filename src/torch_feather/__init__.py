@@ -8,7 +8,6 @@ sparsifier.finalize()
 """
 
 from . import models
-from .analysis.report import report, sparsity
 from .average import LatentAverage
 from .batchnorm import recalibrate_batchnorm
 from .errors import (
@@ -21,6 +20,7 @@ from .errors import (
 from .flops import count_flops
 from .methods import available_methods
 from .operators import power_threshold
+from .report import report, sparsity
 from .sparsifier import Sparsifier, sparsify
 
 __all__ = [

@@ -229,7 +229,7 @@ class Attachment:
         self.sparsifier.show_image()
 
     def _is_phantom(self) -> bool:
-        """torch.distributed.checkpoint initialises a state by a step with lr 0 on zero gradients."""
+        """torch.distributed.checkpoint makes a state by a step with lr 0 on zero gradients."""
         groups = self.optimizer.param_groups
         if self.optimizer.state or any(group.get("lr", 1) != 0 for group in groups):
             return False

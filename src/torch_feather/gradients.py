@@ -16,7 +16,7 @@ class GradientRule(Protocol):
     """An elementwise rule dL/du -> dL/dw."""
 
     def pull_back(self, parameter: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """A hook for gradients of `parameter`, which holds u; None where the rule is the identity."""
+        """A hook for gradients of `parameter`, which holds u; None for the identity."""
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class LatentWeights:
     ) -> Tensor:
         wide = w.to(self.wide)
         image = kept_image(wide, cut, operator, w.dtype)
-        torch.where(cut.pruned(wide.abs(), offset), 0.0, image, out=out)
+        out.copy_(image.masked_fill(cut.pruned(wide.abs(), offset), 0.0))
         return out.sum(dtype=self.wide)
 
     def _image_cpu(

@@ -101,7 +101,7 @@ def _default_weights(module: nn.Module) -> tuple[str, ...]:
 
 
 def _candidates(module: nn.Module) -> Iterator[str]:
-    """Parameter names of `module` itself, and default weights that hide behind a parametrization."""
+    """Parameters of `module` itself, and default weights hidden by a parametrization."""
     yield from (name for name, parameter in module._parameters.items() if parameter is not None)
     for name in _default_weights(module):
         hidden = name not in module._parameters and getattr(module, name, None) is not None

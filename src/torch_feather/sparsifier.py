@@ -28,7 +28,7 @@ from .header import FORMAT, Header, digest
 from .latent import LatentWeights, Segment, checksum, copy_all
 from .methods import Method, build_method
 from .prunable import Filters, find_prunable
-from .analysis.report import Report, report
+from .report import Report, report
 from .selection import Cut
 
 # Steps between two looks at what costs a pass over the weights, or a transfer, to look at.

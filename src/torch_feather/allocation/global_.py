@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Global:
         counts = self._bounded_counts(weights, k)
         segments = []
         for (start, stop), count in zip(weights.spans, counts, strict=True):
-            cut = select(lambda a=start, b=stop: weights.magnitudes(a, b), count)
+            cut = select(partial(weights.magnitudes, start, stop), count)
             segments.append(Segment(start, stop, cut._replace(last=cut.last + start)))
         return segments
 

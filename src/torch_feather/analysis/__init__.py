@@ -1,5 +1,1 @@
-"""Looking at a model: the per-layer report and its sparsity."""
-
-from .report import LayerReport, Report, report, sparsity
-
-__all__ = ["LayerReport", "Report", "report", "sparsity"]
+"""Looking at runs: what there is to see in them, drawn."""

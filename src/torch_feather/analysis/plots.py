@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ..operators import power_threshold
 
-BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
+BLUE, ORANGE, GREY, GREEN = "#2b6cb0", "#dd6b20", "#718096", "#38a169"
 
 
 def draw_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any]) -> list[Path]:
@@ -30,7 +30,9 @@ def curves(history: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
     """Accuracy (or the training loss, where nothing is held out) and sparsity over epochs."""
     figure, axes = _figure(6.4, 4.0)
     epochs = [line["epoch"] for line in history]
-    measured = [(line["epoch"], 100 * line["val_acc"]) for line in history if line["val_acc"]]
+    measured = [
+        (line["epoch"], 100 * line["val_acc"]) for line in history if line["val_acc"] is not None
+    ]
     if measured:
         axes.plot(*zip(*measured, strict=True), color=BLUE, label="validation accuracy, %")
         axes.axhline(
@@ -44,6 +46,13 @@ def curves(history: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
         losses = [line["train_loss"] for line in history]
         axes.plot(epochs, losses, color=BLUE, label="training loss")
         axes.set_ylabel("training loss")
+    if measured and "dense" in results:
+        axes.axhline(
+            100 * results["dense"]["test_accuracy"],
+            color=GREY,
+            linestyle=":",
+            label="test accuracy of the dense network, %",
+        )
     axes.set_xlabel("epoch")
     right = axes.twinx()
     right.plot(
@@ -82,13 +91,14 @@ def operators(powers: tuple[float, ...] = (1.0, 2.0, 3.0, float("inf"))) -> Figu
     figure, axes = _figure(5.0, 4.0)
     weights = torch.linspace(-3, 3, 1201)
     names = {1.0: "p = 1 (soft)", float("inf"): "p = ∞ (hard)"}
+    colours = {1.0: GREY, 2.0: BLUE, 3.0: ORANGE, float("inf"): GREEN}
     for p in powers:
         image = power_threshold(weights, torch.tensor(1.0), p)
         axes.plot(
             weights,
             image,
             label=names.get(p, f"p = {p:g}"),
-            color=ORANGE if p == 3.0 else None,
+            color=colours.get(p),
             linewidth=2.2 if p == 3.0 else 1.1,
         )
     axes.set_xlabel("latent weight, in units of the threshold")

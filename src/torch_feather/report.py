@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError
-from ..flops import count_flops
-from ..prunable import Filters, Prunable, find_prunable, unwrap
+from .errors import ConfigurationError
+from .flops import count_flops
+from .prunable import Filters, Prunable, find_prunable, unwrap
 
 
 @dataclass(frozen=True)
