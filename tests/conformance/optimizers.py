@@ -1,0 +1,124 @@
+"""Optimizers that the engine must carry, each from the list of a model's parameters."""
+
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import prodigyopt
+import pytorch_optimizer
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+Made = Optimizer | list[Optimizer]
+
+
+@dataclass(frozen=True)
+class OptimizerCase:
+    """How to make an optimizer (or a sequence of them), and what is special about it."""
+
+    name: str
+    make: Callable[[list[nn.Parameter]], Made]
+    needs_closure: bool = False
+    # Relative deviation from the autograd form that rounding may cause within a few steps of
+    # float64; float32 is allowed its share more. Only arithmetic in bf16 needs another.
+    tolerance: float = 1e-8
+
+    def __call__(self, model: nn.Module) -> Made:
+        """The optimizer over all trainable parameters of `model`."""
+        with contextlib.redirect_stdout(io.StringIO()):  # some announce themselves
+            return self.make([p for p in model.parameters() if p.requires_grad])
+
+
+def as_list(made: Made) -> Sequence[Optimizer]:
+    """One optimizer or several, as a sequence."""
+    return [made] if isinstance(made, Optimizer) else made
+
+
+def _decay_on_weights_only(parameters: list[nn.Parameter]) -> Optimizer:
+    return torch.optim.SGD(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.05},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0, "lr": 0.05},
+        ],
+        lr=0.1,
+        momentum=0.9,
+    )
+
+
+def _muon_and_adamw(parameters: list[nn.Parameter]) -> list[Optimizer]:
+    return [
+        torch.optim.Muon([p for p in parameters if p.dim() == 2], lr=0.02),
+        torch.optim.AdamW([p for p in parameters if p.dim() != 2], lr=0.01),
+    ]
+
+
+class NestedSGD(torch.optim.SGD):
+    """A subclass that calls its parent's step, which fires the step hooks twice."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class ReassigningSGD(Optimizer):
+    """Replaces the storage of its parameters instead of writing into it."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data = p.data - group["lr"] * p.grad
+        return loss
+
+
+SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+
+OPTIMIZERS = {
+    case.name: case
+    for case in [
+        OptimizerCase("sgd", lambda ps: SGD(ps, lr=0.1)),
+        OptimizerCase("sgd-momentum", lambda ps: SGD(ps, 0.1, 0.9, weight_decay=0.05)),
+        OptimizerCase("sgd-nesterov", lambda ps: SGD(ps, 0.1, 0.9, nesterov=True)),
+        OptimizerCase("sgd-foreach", lambda ps: SGD(ps, 0.1, 0.9, foreach=True)),
+        OptimizerCase("sgd-fused", lambda ps: SGD(ps, 0.1, 0.9, fused=True)),
+        OptimizerCase("sgd-groups", _decay_on_weights_only),
+        OptimizerCase("sgd-nested", lambda ps: NestedSGD(ps, 0.1, 0.9)),
+        OptimizerCase("sgd-reassigning", ReassigningSGD),
+        OptimizerCase("adam", lambda ps: Adam(ps, lr=0.01, amsgrad=True)),
+        OptimizerCase("adam-foreach", lambda ps: Adam(ps, lr=0.01, foreach=True)),
+        OptimizerCase("adam-fused", lambda ps: Adam(ps, lr=0.01, fused=True)),
+        OptimizerCase("adamw", lambda ps: AdamW(ps, lr=0.01, weight_decay=0.1)),
+        OptimizerCase("adamw-tensor-lr", lambda ps: AdamW(ps, torch.tensor(0.01), foreach=False)),
+        OptimizerCase("adamw-foreach", lambda ps: AdamW(ps, lr=0.01, foreach=True)),
+        OptimizerCase("adamw-fused", lambda ps: AdamW(ps, lr=0.01, fused=True)),
+        OptimizerCase("rmsprop", lambda ps: torch.optim.RMSprop(ps, 0.01, momentum=0.9)),
+        OptimizerCase("adagrad", lambda ps: torch.optim.Adagrad(ps, lr=0.05)),
+        OptimizerCase("adafactor", lambda ps: torch.optim.Adafactor(ps, lr=0.01)),
+        OptimizerCase(
+            "lbfgs",
+            lambda ps: torch.optim.LBFGS(ps, lr=0.1, max_iter=3, history_size=4),
+            needs_closure=True,
+        ),
+        OptimizerCase("muon+adamw", _muon_and_adamw, tolerance=1e-3),
+        OptimizerCase("lion (pytorch_optimizer)", lambda ps: pytorch_optimizer.Lion(ps, lr=0.003)),
+        OptimizerCase("lamb (pytorch_optimizer)", lambda ps: pytorch_optimizer.Lamb(ps, lr=0.01)),
+        OptimizerCase("soap (pytorch_optimizer)", lambda ps: pytorch_optimizer.SOAP(ps, lr=0.01)),
+        OptimizerCase(
+            "prodigy (prodigyopt)", lambda ps: prodigyopt.Prodigy(ps, weight_decay=0.01, d0=1e-3)
+        ),
+    ]
+}
+
+# Those with scale handling of their own: GradScaler calls their step on skipped steps too.
+FUSED = ["sgd-fused", "adam-fused", "adamw-fused"]
+# A handful that between them take every path of the engine, for tests with another long axis.
+SELECTED = ["sgd-momentum", "adamw-fused", "adamw-foreach", "sgd-nested", "muon+adamw"]

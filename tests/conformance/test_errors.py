@@ -1,0 +1,383 @@
+"""Bad input is a clear error that says what was wrong, where, and what to do."""
+
+import math
+
+import pytest
+import pytorch_optimizer
+import schedulefree
+import torch
+from torch import nn
+
+import torch_feather as feather
+from torch_feather.errors import ConfigurationError, FeatherError, StateError
+
+from .harness import STEPS, Loop, Run, assert_exact, assert_same, snapshot, start, unchanged
+from .models import MODELS
+from .optimizers import OPTIMIZERS, as_list
+
+
+def sparsify(model=None, optimizer=None, method="feather", **settings):
+    model = MODELS["mlp"].make() if model is None else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer
+    settings = {"sparsity": 0.8, "total_steps": 10} | settings
+    return feather.sparsify(model, optimizer, method, **settings)
+
+
+# --- targets and options --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, 95, math.nan, math.inf, "0.9", None])
+def test_sparsity_outside_0_to_1(sparsity):
+    with pytest.raises(ConfigurationError, match=r"sparsity.*\[0, 1\)"):
+        sparsify(sparsity=sparsity)
+
+
+@pytest.mark.parametrize("total_steps", [0, -5, 2.5, math.nan, "10", None])
+def test_total_steps_below_1(total_steps):
+    with pytest.raises(ConfigurationError, match="total_steps"):
+        sparsify(total_steps=total_steps)
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [{"begin": 5, "end": 5}, {"begin": 6, "end": 5}, {"begin": 5}, {"begin": -1}, {"end": 0},
+     {"end": 11}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("schedule", ["cubic", "linear"])
+def test_a_schedule_that_cannot_be(schedule, bounds):
+    with pytest.raises(ConfigurationError, match=r"begin|end"):
+        sparsify(schedule=schedule, **bounds)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("fether", "feather"),
+        ("hard_ste", "hard-ste"),
+        ("Feather", "feather"),
+        ("softste", "soft-ste"),
+    ],
+)
+def test_an_unknown_method_names_the_nearest(given, nearest):
+    with pytest.raises(ConfigurationError, match=f"{given}.*{nearest}"):
+        sparsify(method=given)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("tetha", "theta"),
+        ("schedul", "schedule"),
+        ("min_densty", "min_density"),
+        ("beginn", "begin"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(given, nearest):
+    with pytest.raises((ConfigurationError, TypeError), match=f"{given}.*{nearest}"):
+        sparsify(**{given: 1})
+
+
+def test_an_unknown_schedule_names_the_nearest():
+    with pytest.raises(ConfigurationError, match=r"cubik.*cubic"):
+        sparsify(schedule="cubik")
+
+
+@pytest.mark.parametrize("p", [0.5, 0, -3, math.nan, "3"])
+def test_p_below_1(p):
+    with pytest.raises((ConfigurationError, TypeError), match=r"\bp\b"):
+        sparsify(p=p)
+
+
+@pytest.mark.parametrize("theta", [-0.1, 1.1, math.nan, "Auto", "half"])
+def test_theta_outside_0_to_1(theta):
+    with pytest.raises((ConfigurationError, TypeError), match="theta"):
+        sparsify(theta=theta)
+
+
+def test_theta_is_one_half_above_95_percent_and_only_there():
+    def pulled(sparsity):
+        model = nn.Linear(20, 20, bias=False)
+        sparsify(model, sparsity=sparsity, schedule="constant")
+        model.weight.sum().backward()
+        return float(model.weight.grad[model.weight == 0].unique())
+
+    assert pulled(0.95) == 1.0
+    assert pulled(0.9501) == 0.5
+    assert pulled(0.99) == 0.5
+
+
+# --- models and optimizers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "filters"),
+    [(nn.BatchNorm1d(4), {}), (nn.Embedding(5, 3), {}), (nn.Linear(3, 3), {"exclude": "*"}),
+     (nn.Linear(3, 3), {"include": "no.such.*"})],
+    ids=str,
+)  # fmt: skip
+def test_nothing_prunable(model, filters):
+    with pytest.raises(ConfigurationError, match=r"prunable"):
+        sparsify(model, **filters)
+
+
+def test_everything_frozen():
+    model = nn.Linear(3, 3)
+    model.weight.requires_grad_(False)
+    with pytest.raises(ConfigurationError, match="prunable"):
+        sparsify(model)
+
+
+def test_a_parameter_that_no_optimizer_holds():
+    model = MODELS["mlp"].make()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match=r"2\.weight"):
+        sparsify(model, optimizer)
+    assert not as_hooks(optimizer)
+
+
+def test_a_parameter_that_two_optimizers_hold():
+    model = MODELS["mlp"].make()
+    both = [torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD([model[2].weight], 0.1)]
+    with pytest.raises(ConfigurationError, match=r"2\.weight"):
+        sparsify(model, both)
+    assert not any(as_hooks(optimizer) for optimizer in both)
+
+
+def test_the_same_optimizer_given_twice():
+    model = MODELS["mlp"].make()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ConfigurationError):
+        sparsify(model, [optimizer, optimizer])
+
+
+@pytest.mark.parametrize(
+    "optimizer", [object(), [], [object()], lambda: None, "sgd"], ids=lambda o: type(o).__name__
+)
+def test_something_that_is_no_optimizer(optimizer):
+    with pytest.raises((ConfigurationError, TypeError), match=r"[Oo]ptimizer"):
+        sparsify(optimizer=optimizer)
+
+
+@pytest.mark.parametrize("model", [None, 3, "net", nn.Linear], ids=str)
+def test_something_that_is_no_model(model):
+    parameter = nn.Parameter(torch.ones(3))
+    with pytest.raises((ConfigurationError, TypeError), match=r"[Mm]odel|Module"):
+        feather.sparsify(model, torch.optim.SGD([parameter], 0.1), sparsity=0.5, total_steps=10)
+
+
+def _lookahead(parameters):
+    return pytorch_optimizer.Lookahead(torch.optim.AdamW(parameters), k=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (schedulefree.AdamWScheduleFree, "AdamWScheduleFree"),
+        (schedulefree.SGDScheduleFree, "SGDScheduleFree"),
+        (schedulefree.RAdamScheduleFree, "RAdamScheduleFree"),
+        (pytorch_optimizer.ScheduleFreeAdamW, "ScheduleFreeAdamW"),
+        (_lookahead, "Lookahead"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_optimizers_that_write_outside_their_step_are_refused_by_name(make, name):
+    model = MODELS["mlp"].make()
+    with pytest.raises(ConfigurationError, match=name):
+        sparsify(model, make(model.parameters()))
+
+
+def test_a_model_that_is_sparsified_already():
+    model = MODELS["mlp"].make()
+    sparsify(model)
+    with pytest.raises(ConfigurationError, match=r"already"):
+        sparsify(model)
+
+
+def test_an_optimizer_that_is_attached_already():
+    model = MODELS["mlp"].make()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sparsify(model, optimizer)
+    with pytest.raises(ConfigurationError, match=r"already"):
+        sparsify(model, optimizer)
+
+
+def test_a_refused_call_leaves_model_and_optimizer_as_they_were():
+    model = MODELS["mlp"].make()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    weights = [p.detach().clone() for p in model.parameters()]
+    refused = [
+        {"sparsity": 2},
+        {"method": "none"},
+        {"theta": 7},
+        {"begin": 9, "end": 3},
+        {"min_density": 0.9},
+        {"include": 5},
+        {"option": 1},
+    ]
+    for settings in refused:
+        with pytest.raises((FeatherError, TypeError)):
+            sparsify(model, optimizer, **settings)
+        assert not as_hooks(optimizer)
+        assert_same([p.detach() for p in model.parameters()], weights)
+        assert not any(p._backward_hooks for p in model.parameters())
+    sparsify(model, optimizer)
+
+
+def as_hooks(optimizer) -> list:
+    return [
+        *optimizer._optimizer_step_pre_hooks,
+        *optimizer._optimizer_step_post_hooks,
+        *optimizer._optimizer_state_dict_post_hooks,
+        *optimizer._optimizer_load_state_dict_pre_hooks,
+    ]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw", "adamw-fused", "muon+adamw"])
+def test_an_optimizer_that_already_has_state_is_taken_as_it_is(optimizer):
+    """Dense training first, sparse training from there on: momentum goes on."""
+    case = MODELS["mlp"]
+    net = case.make()
+    made = OPTIMIZERS[optimizer](net)
+    loop = Loop(net, net, made, case)
+    for step in range(3):
+        loop.step(step)
+    state = [one.state_dict()["state"] for one in as_list(made)]
+    latent = {n: p.detach().clone() for n, p in case.weights(net).items()}
+    sparsifier = feather.sparsify(net, made, sparsity=0.8, total_steps=6, schedule="constant")
+    run = Run(net, made, sparsifier, loop, case)
+    assert sparsifier.step_count == 0
+    assert_same(sparsifier.latent_weights(), latent)
+    for one, before in zip(as_list(made), state, strict=True):
+        for key, entries in before.items():
+            for name, value in entries.items():
+                assert one.state_dict()["state"][key][name] is value
+    run.train(3, 8)
+    assert_exact(run)
+    assert sparsifier.step_count == 5
+
+
+def test_reading_before_the_first_step_works():
+    run = start()
+    assert run.sparsifier.step_count == 0
+    assert run.sparsifier.sparsity == 0
+    assert all(mask.all() for mask in run.sparsifier.masks().values())
+    assert all(tau == 0 for tau in run.sparsifier.thresholds().values())
+    assert run.sparsifier.parameters() == []
+    assert str(run.sparsifier.report())
+
+
+def test_sparsity_0_trains_densely():
+    run = start(sparsity=0.0).train(0, STEPS)
+    assert run.zeros() == 0
+    run.sparsifier.finalize()
+
+
+# --- weights that are no numbers ------------------------------------------------------------
+
+
+def poison(run, value: float) -> None:
+    """One latent weight of the second layer becomes `value` in the next step."""
+    run.loop.gradients(0)
+    run.model[2].weight.grad[1, 3] = value
+    run.optimizer.step()
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_nan_stays_visible_in_the_model_and_is_raised_with_its_name(sparsity):
+    """Pruning it away would hide a run that is lost. On CPU the step itself notices."""
+    run = start(optimizer="sgd", sparsity=sparsity, schedule="constant")
+    with pytest.raises(FloatingPointError, match=r"2\.weight"):
+        poison(run, math.nan)
+    assert run.model[2].weight[1, 3].isnan()
+    assert run.sparsifier.latent_weights()["2.weight"][1, 3].isnan()
+    assert run.sparsifier.masks()["2.weight"][1, 3]
+    # Still exactly as many zeros as asked for.
+    assert run.zeros() == round(sparsity * 120)
+
+
+def test_nan_at_the_start_is_raised_before_anything_is_attached():
+    model = MODELS["mlp"].make()
+    with torch.no_grad():
+        model[2].weight[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"2\.weight"):
+        sparsify(model, schedule="constant")
+
+
+def test_nan_everywhere_is_still_a_clear_error():
+    run = start(optimizer="sgd", schedule="constant")
+    for p in run.model.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    with pytest.raises(FloatingPointError, match=r"0\.weight"):
+        run.optimizer.step()
+    assert all(p.isnan().any() for p in run.model.parameters())
+
+
+def test_finalize_does_not_pass_a_nan_on_silently():
+    run = start(optimizer="sgd", schedule="constant")
+    with torch.no_grad():
+        run.model[2].weight[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"2\.weight"):
+        run.sparsifier.finalize()
+
+
+@pytest.mark.parametrize("method", ["feather", "hard-ste", "soft-ste"])
+def test_infinite_weights_rank_highest_and_are_kept(method):
+    run = start(optimizer="sgd", method=method, sparsity=0.9, schedule="constant")
+    poison(run, -math.inf)
+    assert run.model[2].weight[1, 3] == math.inf
+    assert run.sparsifier.masks()["2.weight"][1, 3]
+    assert not any(p.isnan().any() for p in run.model.parameters())
+    assert_exact(run)
+
+
+# --- calls at the wrong time ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["reset_latents", "load_state_dict", "finalize", "detach"])
+def test_a_detached_sparsifier_says_so(call):
+    run = start().train(0, STEPS)
+    state = run.sparsifier.state_dict()
+    run.sparsifier.detach()
+    arguments = [state] if call == "load_state_dict" else []
+    with pytest.raises(StateError, match=r"finalize|detach"):
+        getattr(run.sparsifier, call)(*arguments)
+
+
+def test_a_group_added_later_stays_dense_and_says_so():
+    run = start(schedule="constant")
+    late = nn.Linear(4, 4)
+    run.model.append(late)
+    run.optimizer.add_param_group({"params": late.parameters()})
+    with pytest.warns(UserWarning, match=r"3\.weight"):
+        run.train(0, 1)
+    run.train(1, 2)  # it is said once
+    assert (late.weight != 0).all()
+    assert run.sparsifier.step_count == 2
+    assert sum(int((~m).sum()) for m in run.sparsifier.masks().values()) == 96
+
+
+def test_a_group_of_biases_added_later_needs_no_warning():
+    import warnings
+
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
+    biases = [model[0].bias, model[2].bias]
+    optimizer = torch.optim.SGD([model[0].weight, model[2].weight], 0.1, 0.9)
+    sparsifier = sparsify(model, optimizer)
+    run = Run(model, optimizer, sparsifier, Loop(model, model, optimizer, MODELS["mlp"]),
+              MODELS["mlp"])  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.add_param_group({"params": biases})
+        run.train(0, 4)
+        state = run.save()
+        assert_exact(run.load(state))
+
+
+def test_a_state_dict_that_is_no_state_dict():
+    run = start().train(0, 2)
+    for state in ({}, {"latent": {}}, {"state": {}, "param_groups": []}):
+        with unchanged(run), pytest.raises((StateError, ValueError, KeyError)):
+            run.sparsifier.load_state_dict(state)
+    other = start().train(0, 2)
+    assert_same(snapshot(run), snapshot(other))

@@ -1,0 +1,302 @@
+"""Exactly round(s N) weights are zero, at every step, whatever the weights are."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import torch_feather as feather
+from torch_feather.errors import ConfigurationError
+
+from .harness import TOTAL, assert_exact, start
+from .methods import METHODS, SHARES, smallest, smallest_number
+from .models import MODELS
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+EXACT = [name for name, case in METHODS.items() if case.exact]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", EXACT)
+def test_exact_at_every_step_of_training(method, model):
+    case = METHODS[method]
+    run = start(model, method=case.method, sparsity=case.sparsity, **case.options)
+    seen = []
+    for step in range(TOTAL):
+        assert_exact(run)
+        seen.append(run.zeros())
+        run.train(step, step + 1)
+    assert_exact(run)
+    assert run.zeros() == round(case.sparsity * run.case.size)
+    assert seen == sorted(seen)
+
+
+def scalars(dtype: torch.dtype) -> st.SearchStrategy[float]:
+    """Weights that go wrong: ties, denormals, the largest and the smallest of a type."""
+    info = torch.finfo(dtype)
+    huge, least = min(1e30, info.max), smallest_number(dtype)
+    corner = [0.0, 0.5, -0.5, 1.0, info.tiny, -info.tiny, least, 3 * least, -least, huge, -huge,
+              info.max, -info.max, info.max / 2]  # fmt: skip
+    return st.one_of(
+        st.sampled_from(corner),
+        st.floats(-1, 1),
+        st.floats(-1, 1).map(lambda x: x * info.tiny),
+        st.integers(-3, 3).map(float),
+    )
+
+
+@st.composite
+def layers(draw) -> nn.Module:
+    """One to three linear layers, each with a shape and a type of its own."""
+    model = nn.Sequential()
+    one_dtype = draw(st.sampled_from([*DTYPES, None]))
+    for _ in range(draw(st.integers(1, 3))):
+        dtype = one_dtype or draw(st.sampled_from(DTYPES))
+        shape = draw(st.tuples(st.integers(1, 7), st.integers(1, 9)))
+        layer = nn.Linear(shape[1], shape[0], dtype=dtype)
+        pool = draw(st.lists(scalars(dtype), min_size=1, max_size=shape[0] * shape[1]))
+        # A short pool is repeated: ties.
+        values = [pool[i % len(pool)] for i in range(shape[0] * shape[1])]
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor(values, dtype=torch.float64).reshape(shape))
+        model.append(layer)
+    return model
+
+
+@pytest.mark.parametrize("method", ["feather", "hard-ste", "soft-ste"])
+@settings(max_examples=60)
+@given(model=layers(), sparsity=st.one_of(st.floats(0, 1, exclude_max=True),
+                                          st.sampled_from([0.5, 0.9, 0.95, 0.995])),
+       data=st.data())  # fmt: skip
+def test_exact_whatever_the_weights(method, model, sparsity, data):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    weights = [layer.weight for layer in model]
+    size = sum(w.numel() for w in weights)
+    k = round(sparsity * size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # layers that end empty are another test's business
+        sparsifier = feather.sparsify(
+            model, optimizer, method, sparsity=sparsity, total_steps=3, schedule="constant"
+        )
+        for _ in range(3):
+            latent = list(sparsifier.latent_weights().values())
+            kept = list(sparsifier.masks().values())
+            assert sum(int((~mask).sum()) for mask in kept) == k
+            magnitude = torch.cat([w.abs().flatten().double() for w in latent])
+            flat = torch.cat([mask.flatten() for mask in kept])
+            if 0 < k < size:
+                assert magnitude[~flat].max() <= magnitude[flat].min()
+            for u, w, mask in zip(weights, latent, kept, strict=True):
+                # A kept weight is zero only if its latent weight is: that cannot be repaired.
+                assert torch.equal(u != 0, mask & (w != 0))
+                assert torch.equal(u.sign(), torch.where(mask, w.sign(), 0))
+                assert (u.abs() <= w.abs()).all()
+                assert torch.isfinite(u).all()
+            for w in weights:
+                scale = float(w.detach().abs().max()) or 1.0
+                step = data.draw(st.sampled_from([0.0, 0.25, -0.5]))
+                w.grad = torch.full_like(w, step * min(scale, 1.0))
+            optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9, 0.99])
+def test_ties_are_pruned_in_order_and_survivors_stay_visible(sparsity, dtype):
+    """All weights tie: the first ones in flat order go, and no survivor collapses to zero."""
+    model = nn.Sequential(nn.Linear(10, 6, dtype=dtype), nn.Linear(6, 7, dtype=dtype))
+    weights = [layer.weight for layer in model]
+    with torch.no_grad():
+        for w in weights:
+            w.fill_(-0.3)
+    sparsify = feather.sparsify
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), sparsity=sparsity,
+                 total_steps=4, schedule="constant")  # fmt: skip
+    k = round(sparsity * 102)
+    kept, _ = smallest([torch.full_like(w, 0.3) for w in weights], k)
+    flat = torch.cat([(w != 0).flatten() for w in weights])
+    assert torch.equal(flat, torch.cat([mask.flatten() for mask in kept]))
+    assert all((w <= 0).all() for w in weights)
+
+
+def test_the_order_of_ties_does_not_depend_on_the_memory_format():
+    def pruned(memory_format):
+        model = nn.Conv2d(4, 6, 3, bias=False).to(memory_format=memory_format)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([0.1, 0.2]).repeat(108).view(6, 4, 3, 3))
+        feather.sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), sparsity=0.3,
+                         total_steps=4, schedule="constant")  # fmt: skip
+        return model.weight == 0
+
+    assert torch.equal(pruned(torch.contiguous_format), pruned(torch.channels_last))
+
+
+def test_types_are_ranked_together():
+    """Half precision layers compete with single precision ones by their exact magnitudes."""
+    model = nn.Sequential(*[nn.Linear(8, 8, dtype=dtype) for dtype in DTYPES])
+    latent = [layer.weight.detach().clone() for layer in model]
+    kept, _ = smallest(latent, round(0.7 * 256))
+    feather.sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), sparsity=0.7,
+                     total_steps=4, schedule="constant")  # fmt: skip
+    for layer, mask in zip(model, kept, strict=True):
+        assert torch.equal(layer.weight != 0, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_kept_weight_whose_image_rounds_to_zero_takes_the_smallest_number(dtype):
+    """Neighbouring denormals: soft thresholding leaves less than any number can hold."""
+    least = smallest_number(dtype)
+    model = nn.Linear(4, 1, bias=False, dtype=dtype)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1, -1, 1, -1]]) * least)
+    feather.sparsify(model, torch.optim.SGD(model.parameters(), lr=0.1), "soft-ste", sparsity=0.5,
+                     total_steps=4, schedule="constant")  # fmt: skip
+    assert model.weight.tolist() == [[0, 0, least, -least]]
+
+
+@pytest.mark.parametrize("schedule", ["cubic", "linear", "constant"])
+@pytest.mark.parametrize("bounds", [{}, {"begin": 2, "end": 5}])
+def test_every_schedule_is_followed_to_the_weight(schedule, bounds):
+    if schedule == "constant":
+        bounds = {}
+    run = start("convnet", schedule=schedule, sparsity=0.9, **bounds)
+    begin, end = bounds.get("begin", 0), bounds.get("end", TOTAL // 2)
+    for step in range(TOTAL + 1):
+        sparsity = 0.9 * SHARES[schedule](step, begin, end)
+        assert abs(run.sparsifier.sparsity - sparsity) <= 0.5 / run.case.size + 1e-12
+        assert run.zeros() == round(sparsity * run.case.size)
+        run.train(step, step + 1)
+
+
+def test_a_schedule_object_serves_as_well_as_its_name():
+    run = start(schedule=feather.schedules.OneShot(3), sparsity=0.9)
+    zeros = []
+    for step in range(6):
+        zeros.append(run.zeros())
+        run.train(step, step + 1)
+    assert zeros == [0, 0, 0, 108, 108, 108]
+
+
+def test_one_shot_by_name():
+    run = start(schedule="one-shot", begin=4, sparsity=0.9)
+    zeros = []
+    for step in range(6):
+        zeros.append(run.zeros())
+        run.train(step, step + 1)
+    assert zeros == [0, 0, 0, 0, 108, 108]
+
+
+def small_head() -> nn.Module:
+    """A layer whose weights are all far smaller than the others'."""
+    model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 4))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-4)
+    return model
+
+
+@pytest.mark.parametrize("min_density", [0.05, 0.25, 1 / 3])
+def test_a_floor_keeps_its_share_of_every_layer_and_the_total_stays_exact(min_density):
+    model = small_head()
+    sparsifier = feather.sparsify(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), sparsity=0.6, total_steps=4,
+        schedule="constant", min_density=min_density,
+    )  # fmt: skip
+    kept = [int((layer.weight != 0).sum()) for layer in model]
+    assert sum(kept) == 120 - 72
+    assert math.floor(min_density * 48) <= kept[1] <= math.ceil(min_density * 48)
+    largest = sparsifier.latent_weights()["1.weight"].abs().flatten().topk(kept[1]).indices
+    assert (model[1].weight.flatten()[largest] != 0).all()
+
+
+@pytest.mark.parametrize("max_density", [0.5, 0.75])
+def test_a_cap_prunes_its_share_of_every_layer_and_the_total_stays_exact(max_density):
+    model = small_head()
+    feather.sparsify(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), sparsity=0.6, total_steps=4,
+        schedule="constant", max_density=max_density,
+    )  # fmt: skip
+    kept = [int((layer.weight != 0).sum()) for layer in model]
+    assert sum(kept) == 48
+    assert kept[0] <= math.ceil(max_density * 72)
+
+
+def test_floor_and_cap_hold_throughout_training():
+    run = start("convnet", sparsity=0.9, min_density=0.08, max_density=0.3)
+    for step in range(TOTAL):
+        run.train(step, step + 1)
+        assert_exact(run)
+        for name, p in run.case.weights(run.model).items():
+            density = float((p != 0).double().mean())
+            assert density >= math.floor(0.08 * p.numel()) / p.numel(), name
+    for name, p in run.case.weights(run.model).items():
+        assert float((p != 0).double().mean()) <= math.ceil(0.3 * p.numel()) / p.numel(), name
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [{"min_density": 0.5}, {"max_density": 0.05}, {"min_density": 0.3, "max_density": 0.2},
+     {"min_density": -0.1}, {"max_density": 1.5}],
+    ids=str,
+)  # fmt: skip
+def test_bounds_that_contradict_the_target_or_each_other_are_an_error(bounds):
+    with pytest.raises(ConfigurationError, match=r"min_density|max_density"):
+        start(sparsity=0.9, **bounds)
+
+
+def test_a_layer_that_ends_empty_is_reported_by_name():
+    model = small_head()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    feather.sparsify(model, optimizer, sparsity=0.6, total_steps=3, schedule="constant")
+
+    def train():
+        for _ in range(3):
+            model(torch.randn(3, 6)).sum().backward()
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"1\.weight"):
+        train()
+    assert not (model[1].weight != 0).any()
+
+
+def test_a_layer_that_becomes_empty_while_training_is_reported_by_name():
+    model = small_head()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier = feather.sparsify(model, optimizer, sparsity=0.6, total_steps=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            model(torch.randn(3, 6)).sum().backward()
+            optimizer.step()
+        sparsifier.finalize()
+    about = [str(w.message) for w in caught if issubclass(w.category, feather.FeatherWarning)]
+    assert len(about) == 1  # once, not at every step
+    assert "1.weight" in about[0]
+    assert not (model[1].weight != 0).any()
+
+
+def test_more_zero_latents_than_pruned_weights_are_reported():
+    """They cannot be repaired: the model then has more zeros than its schedule asks for."""
+    model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 4))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    with pytest.warns(UserWarning, match="zero"):
+        sparsifier = feather.sparsify(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), sparsity=0.1, total_steps=4,
+            schedule="constant",
+        )  # fmt: skip
+    assert sum(int((~mask).sum()) for mask in sparsifier.masks().values()) == 12
+
+
+def test_thresholds_are_the_kth_magnitude():
+    run = start("convnet", schedule="constant", sparsity=0.7)
+    _, tau = smallest(run.sparsifier.latent_weights().values(), round(0.7 * run.case.size))
+    thresholds = run.sparsifier.thresholds()
+    assert set(thresholds) == set(run.case.prunable)
+    for value in thresholds.values():
+        assert value.dim() == 0
+        assert value == tau

@@ -1,0 +1,222 @@
+"""What others write into the parameters between two steps is noticed, and only that."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import torch_feather as feather
+
+from .harness import TOTAL, assert_exact, assert_same, snapshot, start
+from .models import MODELS
+
+
+def settle(run, steps: int = 1):
+    """Steps that move nothing: lr 0, so that latent weights show what was taken over."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
+    return run.train(50, 50 + steps)
+
+
+def trained(**settings):
+    return start(optimizer="sgd", **settings).train(0, 6)
+
+
+def merged(written: torch.Tensor, u: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """The written value where it differs from what was there, the latent weight elsewhere."""
+    return torch.where(written != u, written, w)
+
+
+def by_load_state_dict(run, values):
+    state = run.model.state_dict()
+    run.model.load_state_dict(state | {name: v.clone() for name, v in values.items()})
+
+
+def by_copy_(run, values):
+    with torch.no_grad():
+        for name, p in run.case.weights(run.model).items():
+            p.copy_(values[name])
+
+
+def by_data_copy_(run, values):
+    for name, p in run.case.weights(run.model).items():
+        p.data.copy_(values[name])
+
+
+def by_numpy(run, values):
+    for name, p in run.case.weights(run.model).items():
+        p.detach().numpy()[...] = values[name].numpy()
+
+
+def by_new_storage(run, values):
+    for name, p in run.case.weights(run.model).items():
+        p.data = values[name].clone()
+
+
+WRITERS = [by_load_state_dict, by_copy_, by_data_copy_, by_numpy, by_new_storage]
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("model", ["mlp", "convnet", "attention"])
+def test_written_values_become_the_latent_weights_where_they_differ(write, model):
+    run = trained(model=model)
+    u = {n: p.detach().clone() for n, p in run.case.weights(run.model).items()}
+    w = run.sparsifier.latent_weights()
+    # Half of the weights are written: some kept, some pruned ones, with values of their own.
+    half = {n: torch.rand_like(v) < 0.5 for n, v in u.items()}
+    written = {n: torch.where(half[n], torch.randn_like(v), v) for n, v in u.items()}
+    write(run, written)
+    settle(run)
+    expected = {n: merged(written[n], u[n], w[n]) for n in u}
+    assert_same(run.sparsifier.latent_weights(), expected)
+    assert_exact(run)
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda f: f.__name__)
+def test_writing_what_is_there_already_changes_nothing(write):
+    run, other = trained(), trained()
+    write(run, {n: p.detach().clone() for n, p in run.case.weights(run.model).items()})
+    assert_same(snapshot(run), snapshot(other))
+    assert_same(snapshot(run.train(6, 9)), snapshot(other.train(6, 9)))
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda f: f.__name__)
+def test_a_swap_there_and_back_changes_nothing(write):
+    """An evaluation with averaged weights: written in, evaluated, written back."""
+    run, other = trained(model="convnet"), trained(model="convnet")
+    u = {n: p.detach().clone() for n, p in run.case.weights(run.model).items()}
+    average = {n: 0.9 * v + 0.01 for n, v in u.items()}
+    for _ in range(3):
+        write(run, average)
+        run.model.eval()
+        with torch.no_grad():
+            run.model(run.case.batch(77)[0])
+        run.model.train()
+        write(run, u)
+    assert_same(snapshot(run.train(6, 9)), snapshot(other.train(6, 9)))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw"])
+def test_a_torch_ema_beside_training_changes_nothing(optimizer):
+    run, other = start("convnet", optimizer), start("convnet", optimizer)
+    ema = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for step in range(6):
+        run.train(step, step + 1)
+        other.train(step, step + 1)
+        ema.update_parameters(run.model)
+    assert_same(snapshot(run), snapshot(other))
+
+
+def test_a_single_changed_weight_is_noticed():
+    run = trained(model="convnet")
+    before = run.sparsifier.latent_weights()
+    run.model.head.weight.data[1, 2] += 1.0
+    written = run.model.head.weight[1, 2].item()
+    settle(run)
+    after = run.sparsifier.latent_weights()
+    changed = {n: int((before[n] != after[n]).sum()) for n in before}
+    assert changed == {"stem.weight": 0, "depth.weight": 0, "point.weight": 0, "head.weight": 1}
+    assert after["head.weight"][1, 2] == written
+
+
+def test_two_changes_that_cancel_in_a_sum_are_noticed():
+    run = trained()
+    weight = run.model[0].weight
+    before = run.sparsifier.latent_weights()["0.weight"]
+    rows = weight.detach().clone()
+    weight.data[[0, 1]] = rows[[1, 0]]  # a permutation keeps every plain sum
+    settle(run)
+    expected = merged(weight.detach().new_tensor(rows[[1, 0]]), rows[:2], before[:2])
+    assert torch.equal(run.sparsifier.latent_weights()["0.weight"][:2], expected)
+
+
+def test_reinitialising_a_layer_is_noticed():
+    run = trained(model="convnet")
+    u = run.model.point.weight.detach().clone()
+    before = run.sparsifier.latent_weights()
+    nn.init.kaiming_uniform_(run.model.point.weight)
+    written = run.model.point.weight.detach().clone()
+    settle(run)
+    after = run.sparsifier.latent_weights()
+    assert torch.equal(after["point.weight"], merged(written, u, before["point.weight"]))
+    assert torch.equal(after["stem.weight"], before["stem.weight"])
+    assert_exact(run)
+
+
+def test_a_checkpoint_after_a_write_holds_what_was_written():
+    run = trained()
+    with torch.no_grad():
+        run.model[0].weight.fill_(0.5)
+    resumed = start(optimizer="sgd", seed=3).load(run.save())
+    assert (resumed.sparsifier.latent_weights()["0.weight"] == 0.5).all()
+    assert_same(snapshot(resumed.train(6, 8)), snapshot(run.train(6, 8)))
+
+
+def test_loading_the_model_alone_starts_from_it():
+    """Fine-tuning from a dense checkpoint that is loaded after attaching."""
+    run = start(optimizer="sgd")
+    dense = MODELS["mlp"].make(seed=9)
+    run.model.load_state_dict(dense.state_dict())
+    settle(run)
+    for name, p in run.case.weights(dense).items():
+        assert torch.equal(run.sparsifier.latent_weights()[name], p)
+
+
+@pytest.mark.parametrize("trigger", ["step", "finalize", "state_dict"])
+def test_loading_with_assign_orphans_a_parameter_and_is_an_error(trigger):
+    run = trained()
+    run.model.load_state_dict(copy.deepcopy(run.model.state_dict()), assign=True)
+    triggers = {
+        "step": lambda: run.train(6, 7),
+        "finalize": lambda: run.sparsifier.finalize(),
+        "state_dict": lambda: run.optimizer.state_dict(),
+    }
+    with pytest.raises(feather.errors.FeatherError, match=r"0\.weight"):
+        triggers[trigger]()
+
+
+def test_replacing_a_module_orphans_its_parameter_and_is_an_error():
+    run = trained()
+    run.model[0] = nn.Linear(6, 12)
+    with pytest.raises(feather.errors.FeatherError, match=r"0\.weight"):
+        run.train(6, 7)
+
+
+def test_reset_latents_restarts_from_what_the_parameters_hold():
+    run = trained()
+    u = {n: p.detach().clone() for n, p in run.case.weights(run.model).items()}
+    assert any((w != u[n]).any() for n, w in run.sparsifier.latent_weights().items())
+    run.sparsifier.reset_latents()
+    assert_same(run.sparsifier.latent_weights(), u)
+    assert run.sparsifier.step_count == 6
+    with torch.no_grad():
+        run.model[0].weight.normal_()
+        written = run.model[0].weight.detach().clone()
+    run.sparsifier.reset_latents()
+    assert torch.equal(run.sparsifier.latent_weights()["0.weight"], written)
+    run.train(6, 9)
+    assert run.sparsifier.step_count == 9
+
+
+def test_an_optimizer_that_replaces_storage_stays_exact():
+    run = start("convnet", "sgd-reassigning")
+    for step in range(TOTAL):
+        run.train(step, step + 1)
+        assert_exact(run)
+    plain = start("convnet", "sgd").train(0, TOTAL)
+    for a, b in zip(run.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_identity_storage_and_aliases_of_parameters_never_change():
+    run = start("convnet")
+    identities = [(id(p), p.data_ptr()) for p in run.model.parameters()]
+    alias = run.model.head.weight.detach()
+    run.train(0, 4).save()
+    run.load(run.save())
+    assert [(id(p), p.data_ptr()) for p in run.model.parameters()] == identities
+    assert torch.equal(alias, run.model.head.weight)
+    run.sparsifier.finalize(force=True)
+    assert [(id(p), p.data_ptr()) for p in run.model.parameters()] == identities

@@ -1,0 +1,237 @@
+"""How sparse training ends: plain modules, plain keys, exact zeros, nothing left behind."""
+
+import copy
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+import torch_feather as feather
+from torch_feather.errors import StateError
+
+from .harness import RECIPES, STEPS, TOTAL, assert_same, start
+from .methods import METHODS
+from .models import MODELS
+from .optimizers import OPTIMIZERS
+
+HOOKS = [
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+]
+
+
+def assert_nothing_left(run) -> None:
+    """Model and optimizer are as if they had never met a sparsifier."""
+    plain = run.case.make()
+    assert list(run.model.state_dict()) == list(plain.state_dict())
+    pairs = zip(run.model.modules(), plain.modules(), strict=True)
+    for module, other in pairs:
+        assert type(module) is type(other)
+        assert vars(module).keys() == vars(other).keys()
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
+                     "_state_dict_hooks", "_load_state_dict_pre_hooks"):  # fmt: skip
+            assert not getattr(module, kind)
+    for p in run.model.parameters():
+        assert not p._backward_hooks
+        assert not p._post_accumulate_grad_hooks
+        assert not [name for name in vars(p) if "feather" in name]
+    for optimizer in run.optimizers:
+        assert not [hooks for hooks in HOOKS if getattr(optimizer, hooks)]
+        assert "step" not in vars(optimizer)
+        for state in optimizer.state_dict()["state"].values():
+            assert not [key for key in state if "feather" in str(key)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw-fused", "muon+adamw", "lbfgs"])
+def test_finalize_leaves_plain_modules_plain_keys_and_no_hooks(optimizer, model):
+    run = start(model, optimizer, theta=0.5).train(0, STEPS)
+    parameters = list(run.model.parameters())
+    assert run.sparsifier.finalize() is run.model
+    assert_nothing_left(run)
+    assert all(p is q for p, q in zip(parameters, run.model.parameters(), strict=True))
+    assert run.zeros() == round(0.8 * run.case.size)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_evaluated_before_is_what_remains(method):
+    case = METHODS[method]
+    run = start("convnet", method=case.method, sparsity=case.sparsity, **case.options)
+    run.train(0, STEPS).model.eval()
+    x, _ = run.case.batch(60)
+    with torch.no_grad():
+        before, state = run.model(x), copy.deepcopy(run.model.state_dict())
+        run.sparsifier.finalize()
+        assert torch.equal(run.model(x), before)
+    assert_same(run.model.state_dict(), state)
+    assert run.zeros() == round(case.sparsity * run.case.size)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_finalize_refuses_before_the_target_is_reached(steps):
+    run = start().train(0, steps)
+    zeros = run.zeros()
+    with pytest.raises(StateError, match=r"(?s)0\.8.*force=True"):
+        run.sparsifier.finalize()
+    # It went on as if nothing had been asked.
+    assert run.train(steps, steps + 1).sparsifier.step_count == steps + 1
+    assert run.zeros() > zeros
+    assert run.sparsifier.finalize(force=True) is run.model
+    assert_nothing_left(run)
+
+
+def test_finalize_is_possible_from_the_end_of_the_schedule_on():
+    """The ramp ends at half of training; from there on the model is what was asked for."""
+    run = start().train(0, TOTAL // 2)
+    run.sparsifier.finalize()
+    assert run.zeros() == 96
+
+
+def test_a_finalized_run_trains_on_as_a_plain_dense_model():
+    run = start().train(0, STEPS)
+    run.sparsifier.finalize()
+    plain = MODELS["mlp"].make(3)
+    plain.load_state_dict(run.model.state_dict())
+    optimizer = OPTIMIZERS["sgd-momentum"](plain)
+    optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    from .harness import Loop
+
+    loop = Loop(plain, plain, optimizer, run.case)
+    for step in range(3):
+        run.loop.step(step)
+        loop.step(step)
+    assert_same(list(run.model.parameters()), list(plain.parameters()))
+    assert run.zeros() < 96
+
+
+MASKED = ["sgd", "sgd-momentum", "sgd-nesterov", "sgd-groups", "sgd-nested", "adamw", "adamw-fused",
+          "adamw-foreach", "rmsprop", "adafactor", "muon+adamw", "lion (pytorch_optimizer)",
+          "prodigy (prodigyopt)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", MASKED)
+def test_kept_masks_hold_while_the_user_trains_on(optimizer):
+    """Momentum and moments of pruned weights must not bring them back."""
+    run = start("convnet", optimizer).train(0, STEPS)
+    masks = run.sparsifier.masks()
+    before = {n: p.detach().clone() for n, p in run.case.weights(run.model).items()}
+    assert run.sparsifier.finalize(keep_masks=True) is run.model
+    for step in range(STEPS):
+        run.train(step, step + 1)
+        for name, p in run.case.weights(run.model).items():
+            assert (p[~masks[name]] == 0).all(), name
+    for name, p in run.case.weights(run.model).items():
+        if masks[name].any():
+            assert not torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize("form", ["step(closure)", "step(closure=...)"])
+def test_kept_masks_hold_under_closures(form):
+    run = start("mlp", "sgd-momentum", recipe=RECIPES[form]).train(0, STEPS)
+    run.sparsifier.finalize(keep_masks=True)
+    zeros = run.zeros()
+    run.train(0, 4)
+    assert run.zeros() == zeros == 96
+
+
+def test_a_kept_mask_saves_plain_states():
+    run = start().train(0, STEPS)
+    run.sparsifier.finalize(keep_masks=True)
+    run.train(0, 2)
+    assert list(run.model.state_dict()) == list(run.case.make().state_dict())
+    for state in run.optimizer.state_dict()["state"].values():
+        assert not [key for key in state if "feather" in str(key)]
+
+
+def test_detach_gives_the_latent_weights_back():
+    run = start("convnet").train(0, STEPS)
+    latent = run.sparsifier.latent_weights()
+    run.sparsifier.detach()
+    assert_nothing_left(run)
+    assert_same({n: p.detach() for n, p in run.case.weights(run.model).items()}, latent)
+    run.train(0, 2)
+    assert run.zeros() == 0
+
+
+@pytest.mark.parametrize("leave", ["finalize", "detach"])
+def test_a_model_can_be_sparsified_again(leave):
+    run = start().train(0, STEPS)
+    getattr(run.sparsifier, leave)()
+    sparsifier = feather.sparsify(
+        run.model, run.optimizer, sparsity=0.9, total_steps=4, schedule="constant"
+    )
+    run.train(0, 3)
+    assert sparsifier.step_count == 3
+    assert run.zeros() == 108
+
+
+@pytest.mark.parametrize("leave", ["finalize", "detach"])
+def test_leaving_twice_is_a_clear_error(leave):
+    run = start().train(0, STEPS)
+    run.sparsifier.finalize()
+    with pytest.raises(StateError, match=r"finalize|detach"):
+        getattr(run.sparsifier, leave)()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("leave", ["finalize", "detach"])
+def test_a_learning_rate_scheduler_survives(leave, when):
+    case = MODELS["mlp"]
+    net = case.make()
+    optimizer = OPTIMIZERS["sgd-momentum"](net)
+    make = lambda: CosineAnnealingLR(optimizer, 20)  # noqa: E731
+    scheduler = make() if when == "before" else None
+    sparsifier = feather.sparsify(net, optimizer, sparsity=0.8, total_steps=4)
+    scheduler = scheduler or make()
+    from .harness import Loop, Run
+
+    run = Run(net, optimizer, sparsifier, Loop(net, net, optimizer, case), case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4):
+            run.train(step, step + 1)
+            scheduler.step()
+        getattr(sparsifier, leave)()
+        before = [p.detach().clone() for p in net.parameters()]
+        for step in range(3):
+            run.train(step, step + 1)
+            scheduler.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert not [hooks for hooks in HOOKS if getattr(optimizer, hooks)]
+
+
+def test_users_own_hooks_stay():
+    run, seen = start(), []
+    run.optimizer.register_step_post_hook(lambda *_: seen.append("step"))
+    run.model[0].weight.register_hook(lambda g: seen.append("gradient"))
+    run.train(0, STEPS)
+    run.sparsifier.finalize()
+    seen.clear()
+    run.train(0, 1)
+    assert seen == ["gradient", "step"]
+
+
+@pytest.mark.parametrize("leave", ["finalize", "detach"])
+def test_nothing_keeps_the_sparsifier_or_its_latents_alive(leave):
+    run = start(theta=0.5).train(0, STEPS)
+    getattr(run.sparsifier, leave)()
+    dying = weakref.ref(run.sparsifier)
+    run.sparsifier = None
+    gc.collect()
+    assert dying() is None
+
+
+def test_a_sparsifier_that_nobody_holds_works_on():
+    """The two lines need no variable: the optimizer keeps it."""
+    run = start()
+    run.sparsifier = None
+    gc.collect()
+    run.train(0, STEPS)
+    assert run.zeros() == 96

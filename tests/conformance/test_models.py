@@ -1,0 +1,505 @@
+"""Ordinary models stay ordinary: compiled, copied, averaged, tied, cast, filtered, saved."""
+
+import copy
+import io
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+import torch_feather as feather
+from torch_feather.errors import ConfigurationError
+
+from .harness import STEPS, TOTAL, Loop, Run, assert_exact, assert_same, snapshot, start
+from .models import MODELS
+from .optimizers import OPTIMIZERS
+from .test_trajectory import compare
+
+
+def zeros(model: nn.Module, *names: str) -> int:
+    parameters = dict(model.named_parameters())
+    return sum(int((parameters[name] == 0).sum()) for name in names)
+
+
+def attach(model: nn.Module, sparsity: float = 0.5, **settings):
+    """Sparse from the start, with the plainest optimizer."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    settings = {"total_steps": 4, "schedule": "constant"} | settings
+    return feather.sparsify(model, optimizer, sparsity=sparsity, **settings), optimizer
+
+
+# --- torch.compile --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["mlp", "convnet", "attention"])
+@pytest.mark.parametrize("when", ["after", "before"])
+def test_a_compiled_model_is_compiled_once(model, when):
+    """Sparsity, thresholds and weights change at every step; the graphs do not."""
+    torch._dynamo.reset()
+    case = MODELS[model]
+    counter = CompileCounterWithBackend("aot_eager")
+    net = case.make()
+    compiled = torch.compile(net, backend=counter) if when == "before" else None
+    optimizer = OPTIMIZERS["sgd-momentum"](net)
+    sparsifier = feather.sparsify(
+        compiled or net, optimizer, sparsity=0.8, total_steps=TOTAL, theta=0.5
+    )
+    if compiled is None:
+        compiled = torch.compile(net, backend=counter)
+    loop = Loop(compiled, net, optimizer, case)
+    loop.step(0)
+    graphs = counter.frame_count
+    assert graphs >= 1
+    run = Run(net, optimizer, sparsifier, loop, case).train(1, STEPS)
+    assert counter.frame_count == graphs
+    assert set(sparsifier.masks()) == set(case.prunable)
+    eager = start(model, theta=0.5).train(0, STEPS)
+    for p, q in zip(net.parameters(), eager.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert run.zeros() == eager.zeros()
+
+
+def test_a_compiled_forward_follows_the_autograd_form():
+    torch._dynamo.reset()
+    compare("feather-theta", prepare=lambda m: torch.compile(m, backend="eager"))
+
+
+@pytest.mark.slow
+def test_inductor_follows_the_autograd_form():
+    torch._dynamo.reset()
+    compare("feather-theta", prepare=torch.compile)
+
+
+def test_a_compiled_optimizer_step_is_sparse_too():
+    """`torch.compile(optimizer.step)`: the hooks run inside or around the compiled function."""
+    torch._dynamo.reset()
+    run, other = start("mlp", "sgd-foreach"), start("mlp", "sgd-foreach").train(0, 4)
+    step = torch.compile(run.optimizer.step, backend="eager")
+    for number in range(4):
+        run.loop.gradients(number)
+        step()
+    assert run.sparsifier.step_count == 4
+    assert_exact(run)
+    assert_same(run.sparsifier.latent_weights(), other.sparsifier.latent_weights())
+
+
+# --- memory and types -----------------------------------------------------------------------
+
+
+def test_channels_last_trains_alike_and_stays_channels_last():
+    case = MODELS["convnet"]
+    net = case.make().to(memory_format=torch.channels_last)
+    optimizer = OPTIMIZERS["sgd-momentum"](net)
+    sparsifier = feather.sparsify(net, optimizer, sparsity=0.8, total_steps=TOTAL, theta=0.5)
+    forward = lambda x: net(x.to(memory_format=torch.channels_last))  # noqa: E731
+    run = Run(net, optimizer, sparsifier, Loop(forward, net, optimizer, case), case)
+    run.train(0, STEPS)
+    assert_exact(run)
+    assert net.stem.weight.is_contiguous(memory_format=torch.channels_last)
+    plain = start("convnet", theta=0.5).train(0, STEPS)
+    for p, q in zip(net.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_moves_between_memory_formats():
+    run = start("convnet").train(0, 4)
+    resumed = start("convnet", seed=1)
+    resumed.model.to(memory_format=torch.channels_last)
+    resumed.load(run.save())
+    assert_same(resumed.sparsifier.latent_weights(), run.sparsifier.latent_weights())
+    assert_exact(resumed.train(4, 6))
+
+
+@pytest.mark.parametrize("change", ["transposed", "strided", "expanded to channels_last later"])
+def test_unusual_layouts_are_exact(change):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 6, bias=False))
+    if change == "transposed":
+        model[2].weight = nn.Parameter(torch.randn(4, 6).t())
+    elif change == "strided":
+        model[2].weight = nn.Parameter(torch.randn(6, 8)[:, ::2])
+    sparsifier, optimizer = attach(model, 0.7)
+    if change.startswith("expanded"):
+        model.to(memory_format=torch.channels_last)
+    before = model[2].weight.stride()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 3, 3)).square().sum().backward()
+        optimizer.step()
+        assert zeros(model, "0.weight", "2.weight") == round(0.7 * 132)
+        for name, mask in sparsifier.masks().items():
+            assert torch.equal(dict(model.named_parameters())[name] != 0, mask)
+    assert model[2].weight.stride() == before
+
+
+@pytest.mark.parametrize("cast", ["double", "half", "bfloat16", "to", "to_empty-free cpu"])
+def test_casting_after_attaching_keeps_the_latents(cast):
+    """`.to()` replaces the storage of every parameter; the latent weights follow its type."""
+    run = start("mlp", "sgd", schedule="constant")
+    before = run.sparsifier.latent_weights()
+    casts = {
+        "double": lambda m: m.double(),
+        "half": lambda m: m.half(),
+        "bfloat16": lambda m: m.bfloat16(),
+        "to": lambda m: m.to(torch.float64),
+        "to_empty-free cpu": lambda m: m.to("cpu"),
+    }
+    casts[cast](run.model)
+    run.loop.dtype = dtype = run.model[0].weight.dtype
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    run.train(0, 1)
+    after = run.sparsifier.latent_weights()
+    tolerance = torch.finfo(dtype).eps
+    for name, w in before.items():
+        assert after[name].dtype == dtype
+        # The pruned ones too: what R(w) hides must not be lost.
+        torch.testing.assert_close(after[name].float(), w, rtol=tolerance, atol=1e-7)
+    run.optimizer.param_groups[0]["lr"] = 0.1
+    run.train(1, STEPS)
+    assert_exact(run)
+    assert run.sparsifier.step_count == STEPS
+
+
+def test_casting_in_mid_training_and_saving_at_once():
+    run = start("mlp", "sgd", schedule="constant").train(0, 3)
+    run.model.double()
+    run.loop.dtype = torch.float64
+    resumed = start("mlp", "sgd", schedule="constant", dtype=torch.float64, seed=1)
+    resumed.load(run.save())
+    assert_same(snapshot(resumed.train(3, 5)), snapshot(run.train(3, 5)))
+
+
+# --- copies and averages --------------------------------------------------------------------
+
+
+def test_a_deep_copy_is_an_independent_plain_sparse_model():
+    run = start("convnet", theta=0.5).train(0, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        twin = copy.deepcopy(run.model)
+    assert_same(twin.state_dict(), run.model.state_dict())
+    assert not any(p._backward_hooks for p in twin.parameters())
+    before = snapshot(run)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    Loop(twin, twin, optimizer, run.case).step(0)
+    assert_same(snapshot(run), before)
+    assert run.case.zeros(twin) < run.zeros()
+
+
+def test_a_deep_copy_can_be_sparsified_itself():
+    run = start("convnet", theta=0.5).train(0, 6)
+    twin = copy.deepcopy(run.model)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(twin, optimizer, sparsity=0.9, total_steps=4,
+                                  schedule="constant")  # fmt: skip
+    Loop(twin, twin, optimizer, run.case).step(0)
+    assert run.case.zeros(twin) == round(0.9 * run.case.size)
+    assert sparsifier.step_count == 1
+    assert run.sparsifier.step_count == 6
+
+
+def test_a_whole_model_can_be_pickled():
+    run = start("convnet", theta=0.5).train(0, 6)
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.save(run.model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert_same(loaded.state_dict(), run.model.state_dict())
+
+
+def test_a_latent_average_is_exactly_sparse_and_is_the_average_of_the_latents():
+    run = start("convnet")
+    average = feather.LatentAverage(run.sparsifier, decay=0.8)
+    expected = run.sparsifier.latent_weights()
+    twin = copy.deepcopy(run.model)
+    for step in range(STEPS):
+        run.train(step, step + 1)
+        average.update()
+        for name, w in run.sparsifier.latent_weights().items():
+            expected[name] = 0.8 * expected[name] + 0.2 * w
+        average.copy_to(twin)
+        assert run.case.zeros(twin) == round(run.sparsifier.sparsity * run.case.size)
+    kept = {n: p != 0 for n, p in run.case.weights(twin).items()}
+    k = run.case.zeros(twin)
+    magnitude = torch.cat([w.abs().flatten() for w in expected.values()])
+    mask = torch.cat([m.flatten() for m in kept.values()])
+    assert magnitude[~mask].max() <= magnitude[mask].min()
+    tau = magnitude.kthvalue(k).values
+    for name, p in run.case.weights(twin).items():
+        image = feather.power_threshold(expected[name], tau)
+        torch.testing.assert_close(p.detach(), image, rtol=1e-4, atol=1e-6)
+
+
+def test_a_latent_average_without_memory_is_the_model_itself():
+    run = start("convnet")
+    average = feather.LatentAverage(run.sparsifier, decay=0.0)
+    run.train(0, 6)
+    average.update()
+    twin = copy.deepcopy(run.model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    twin.load_state_dict(run.model.state_dict() | {
+        n: torch.zeros_like(p) for n, p in run.case.weights(twin).items()})  # fmt: skip
+    average.copy_to(twin)
+    for name, p in run.case.weights(twin).items():
+        assert torch.equal(p, run.case.weights(run.model)[name])
+
+
+def test_averaging_leaves_training_alone():
+    run, other = start("convnet"), start("convnet")
+    average = feather.LatentAverage(run.sparsifier, decay=0.9)
+    twin = copy.deepcopy(run.model)
+    for step in range(4):
+        run.train(step, step + 1)
+        other.train(step, step + 1)
+        average.update()
+        average.copy_to(twin)
+    assert_same(snapshot(run), snapshot(other))
+
+
+def test_a_latent_average_resumes():
+    def averaged(run, state=None):
+        average = feather.LatentAverage(run.sparsifier, decay=0.9)
+        if state is not None:
+            average.load_state_dict(state)
+        return average
+
+    def advance(run, average, start, stop):
+        for step in range(start, stop):
+            run.train(step, step + 1)
+            average.update()
+
+    run = start("mlp")
+    average = averaged(run)
+    advance(run, average, 0, 3)
+    file = io.BytesIO()
+    torch.save(average.state_dict(), file)
+    file.seek(0)
+    checkpoint = run.save()
+    resumed = start("mlp", seed=1).load(checkpoint)
+    other = averaged(resumed, torch.load(file, weights_only=True))
+    advance(run, average, 3, 6)
+    advance(resumed, other, 3, 6)
+    one, two = copy.deepcopy(run.model), copy.deepcopy(run.model)
+    average.copy_to(one)
+    other.copy_to(two)
+    assert_same(one.state_dict(), two.state_dict())
+
+
+# --- which weights take part ----------------------------------------------------------------
+
+
+def test_tied_parameters_count_once():
+    run = start("tied", schedule="constant")
+    assert run.zeros() == round(0.8 * 60)
+    assert list(run.sparsifier.masks()) == ["first.weight", "head.weight"]
+    run.train(0, 3)
+    assert run.model.first.weight is run.model.second.weight
+    assert_exact(run)
+
+
+def test_the_packed_projection_of_attention_is_prunable_and_so_are_separate_ones():
+    run = start("attention", schedule="constant")
+    assert set(run.sparsifier.masks()) == {
+        "attention.in_proj_weight", "attention.out_proj.weight", "head.weight"
+    }  # fmt: skip
+    separate = nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
+    sparsifier, _ = attach(separate)
+    assert set(sparsifier.masks()) == {
+        "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"
+    }  # fmt: skip
+
+
+def test_convolutions_keep_their_arguments():
+    """Dilation, groups and padding mode: nothing is wrapped, so nothing can be dropped."""
+    run = start("convnet")
+    before = [repr(module) for module in run.model.modules()]
+    run.train(0, STEPS)
+    depth = run.model.depth
+    assert (depth.dilation, depth.groups, depth.padding_mode) == ((2, 2), 8, "circular")
+    assert [repr(module) for module in run.model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv1d(3, 4, 3, dilation=2),
+     nn.Conv2d(4, 4, 3, groups=2, padding_mode="reflect", padding=1), nn.Conv3d(2, 3, 2), nn.ConvTranspose1d(3, 4, 3), nn.ConvTranspose2d(4, 6, 3, groups=2),
+     nn.Linear(5, 6), nn.Bilinear(3, 4, 2)],
+    ids=lambda layer: type(layer).__name__,
+)  # fmt: skip
+def test_every_kind_of_layer_with_weights_takes_part(layer):
+    attach(layer)
+    assert zeros(layer, "weight") == round(0.5 * layer.weight.numel())
+    assert (layer.bias != 0).all()
+
+
+def test_embeddings_norms_and_biases_are_left_alone_by_default():
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(7, 4),
+            "bag": nn.EmbeddingBag(7, 4),
+            "batch": nn.BatchNorm2d(4),
+            "layer": nn.LayerNorm([4, 4]),
+            "group": nn.GroupNorm(2, 4),
+            "rms": nn.RMSNorm(4),
+            "prelu": nn.PReLU(4),
+            "linear": nn.Linear(4, 4),
+        }
+    )
+    model.scale = nn.Parameter(torch.randn(4, 4))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    sparsifier, optimizer = attach(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert list(sparsifier.masks()) == ["linear.weight"]
+    for name, p in model.named_parameters():
+        if name != "linear.weight":
+            assert torch.equal(p, before[name]), name
+
+
+def test_frozen_parameters_are_left_alone():
+    case = MODELS["mlp"]
+    net = case.make()
+    net[0].weight.requires_grad_(False)
+    before = net[0].weight.clone()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
+    sparsifier = feather.sparsify(net, optimizer, sparsity=0.5, total_steps=4,
+                                  schedule="constant")  # fmt: skip
+    run = Run(net, optimizer, sparsifier, Loop(net, net, optimizer, case), case).train(0, 3)
+    assert torch.equal(net[0].weight, before)
+    assert list(sparsifier.masks()) == ["2.weight"]
+    assert zeros(net, "2.weight") == 24
+    net[0].weight.requires_grad_(False)
+    run.load(run.save())
+    sparsifier.finalize()
+
+
+def test_a_frozen_parameter_needs_no_optimizer():
+    net = MODELS["mlp"].make()
+    net[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    feather.sparsify(net, optimizer, sparsity=0.5, total_steps=4)
+
+
+CONVNET = ["stem.weight", "depth.weight", "point.weight", "head.weight"]
+FILTERS = {
+    "exclude a glob": ({"exclude": "stem.*"}, CONVNET[1:]),
+    "exclude a name": ({"exclude": "head.weight"}, CONVNET[:3]),
+    "exclude a regex": ({"exclude": re.compile(r"^(stem|head)\.")}, CONVNET[1:3]),
+    "exclude a type": ({"exclude": nn.Linear}, CONVNET[:3]),
+    "exclude a callable": (
+        {"exclude": lambda module, name: getattr(module, "groups", 1) > 1},
+        ["stem.weight", "point.weight", "head.weight"],
+    ),
+    "exclude several": ({"exclude": ["stem.*", nn.Linear]}, CONVNET[1:3]),
+    "include a glob": ({"include": "*o*.weight"}, ["norm.weight", "point.weight"]),
+    "include a regex": ({"include": re.compile(r"^(stem|point)\.weight$")},
+                        ["stem.weight", "point.weight"]),
+    "include a type": ({"include": nn.Conv2d}, CONVNET[:3]),
+    "include a callable": (
+        {"include": lambda module, name: isinstance(module, nn.Linear) and name.endswith("bias")},
+        ["head.bias"],
+    ),
+    "include and exclude": ({"include": nn.Conv2d, "exclude": "point.*"}, CONVNET[:2]),
+    "include several": ({"include": ("head.*", re.compile("^stem"))},
+                        ["stem.weight", "head.weight", "head.bias"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FILTERS)
+def test_include_and_exclude(kind):
+    filters, expected = FILTERS[kind]
+    net = MODELS["convnet"].make()
+    with torch.no_grad():  # nothing else may be zero
+        for p in net.parameters():
+            p.copy_(torch.randn_like(p))
+    sparsifier, _ = attach(net, **filters)
+    assert list(sparsifier.masks()) == expected
+    for name, p in net.named_parameters():
+        assert name in expected or (p != 0).all(), name
+    size = sum(p.numel() for n, p in net.named_parameters() if n in expected)
+    assert zeros(net, *expected) == round(0.5 * size)
+
+
+# --- weights that are computed --------------------------------------------------------------
+
+
+def old_weight_norm(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+COMPUTED = {
+    "parametrized weight_norm": weight_norm,
+    "weight_norm": old_weight_norm,
+    "parametrized spectral_norm": spectral_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv2d(2, 3, 3)], ids=["linear", "conv"])
+def test_weights_that_are_computed_are_refused_by_name_or_left_out(layer, kind):
+    model = nn.Sequential(nn.Linear(4, 4), COMPUTED[kind](copy.deepcopy(layer)))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigurationError, match=r"\b1\.weight"):
+        attach(model)
+    assert_same(model.state_dict(), before)
+    sparsifier, _ = attach(model, exclude="1.*")
+    assert list(sparsifier.masks()) == ["0.weight"]
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(4), nn.LazyConv2d(3, 3)], ids=["linear", "conv"])
+def test_lazy_modules_are_refused_until_they_have_a_shape(lazy):
+    model = nn.Sequential(nn.Linear(4, 4), lazy)
+    with pytest.raises(ConfigurationError, match=r"\b1\.weight"):
+        attach(model)
+    lazy(torch.randn(2, 4) if isinstance(lazy, nn.LazyLinear) else torch.randn(1, 2, 5, 5))
+    sparsifier, _ = attach(model)
+    assert list(sparsifier.masks()) == ["0.weight", "1.weight"]
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_keys_types_and_modules_of_the_model_never_change(model):
+    run = start(model)
+    plain = run.case.make()
+    for _ in range(3):
+        assert list(run.model.state_dict()) == list(plain.state_dict())
+        assert list(dict(run.model.named_modules())) == list(dict(plain.named_modules()))
+        assert [type(m) for m in run.model.modules()] == [type(m) for m in plain.modules()]
+        assert [type(p) for p in run.model.parameters()] == [type(p) for p in plain.parameters()]
+        run.train(0, 2)
+
+
+@pytest.mark.parametrize("model", ["convnet", "tied", "attention"])
+def test_safetensors_save_model_works_while_training(model, tmp_path):
+    from safetensors.torch import load_model, save_model
+
+    run = start(model).train(0, 6)
+    save_model(run.model, str(tmp_path / "model.safetensors"))
+    plain = run.case.make(5)
+    load_model(plain, str(tmp_path / "model.safetensors"))
+    assert_same(plain.state_dict(), run.model.state_dict())
+    assert run.case.zeros(plain) == run.zeros()
+
+
+def test_a_saved_layer_takes_its_own_room_only():
+    """No parameter is a view into a larger storage."""
+    run = start("convnet").train(0, 3)
+    for p in run.model.parameters():
+        assert p.untyped_storage().nbytes() == p.numel() * p.element_size()
+    for w in run.sparsifier.latent_weights().values():
+        assert w.untyped_storage().nbytes() == w.numel() * w.element_size()

@@ -1,0 +1,369 @@
+"""A killed run continues bit for bit from model.state_dict() and optimizer.state_dict() alone."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+import torch_feather as feather
+from torch_feather.errors import StateError
+
+from .harness import (
+    RECIPES,
+    STEPS,
+    TOTAL,
+    Loop,
+    Run,
+    assert_same,
+    read,
+    snapshot,
+    start,
+    unchanged,
+)
+from .methods import METHODS
+from .models import MODELS
+from .optimizers import OPTIMIZERS, as_list
+
+
+def uninterrupted(**settings) -> tuple[list[bytes], dict[str, object]]:
+    """A checkpoint before every step, and what the run ends with."""
+    run, checkpoints = start(**settings), []
+    for step in range(STEPS):
+        checkpoints.append(run.save())
+        run.train(step, step + 1)
+    return checkpoints, snapshot(run)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_continues_bit_for_bit_from_any_step(optimizer):
+    checkpoints, end = uninterrupted(model="convnet", optimizer=optimizer, theta=0.5)
+    for killed, checkpoint in enumerate(checkpoints):
+        # Another seed: nothing of the fresh model may survive.
+        run = start("convnet", optimizer, seed=1 + killed, theta=0.5)
+        order = ["model first", "optimizer first"][killed % 2]
+        run.load(checkpoint, order).train(killed, STEPS)
+        assert_same(snapshot(run), end)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_continues_bit_for_bit(method):
+    case = METHODS[method]
+    settings = {"method": case.method, "sparsity": case.sparsity, **case.options}
+    checkpoints, end = uninterrupted(**settings)
+    run = start(seed=1, **settings).load(checkpoints[4]).train(4, STEPS)
+    assert_same(snapshot(run), end)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("model", ["mlp", "attention"])
+def test_every_dtype_continues_bit_for_bit(model, dtype):
+    checkpoints, end = uninterrupted(model=model, dtype=dtype, total_steps=1_000_003, end=5)
+    run = start(model, dtype=dtype, seed=1, total_steps=1_000_003, end=5)
+    assert_same(snapshot(run.load(checkpoints[3]).train(3, STEPS)), end)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_continues_bit_for_bit(model):
+    checkpoints, end = uninterrupted(model=model)
+    run = start(model, seed=1).load(checkpoints[5], "optimizer first").train(5, STEPS)
+    assert_same(snapshot(run), end)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adamw", "adafactor", "muon+adamw",
+                                       "prodigy (prodigyopt)"])  # fmt: skip
+def test_attaching_after_loading_continues_bit_for_bit(optimizer, dtype):
+    """A loop that restores first and sparsifies then finds everything in the optimizer's state."""
+    if dtype == torch.bfloat16 and optimizer == "prodigy (prodigyopt)":
+        dtype = torch.float16
+    settings = {"optimizer": optimizer, "dtype": dtype, "total_steps": 30_011, "end": 5}
+    checkpoints, end = uninterrupted(**settings)
+    for killed in (0, 1, 5):
+        case, state = MODELS["mlp"], read(checkpoints[killed])
+        net = case.make(7, dtype)
+        made = OPTIMIZERS[optimizer](net)
+        net.load_state_dict(state["model"])
+        for one, saved in zip(as_list(made), state["optimizers"], strict=True):
+            one.load_state_dict(saved)
+        sparsifier = feather.sparsify(
+            net, made, sparsity=0.8, total_steps=settings["total_steps"], end=5
+        )
+        run = Run(net, made, sparsifier, Loop(net, net, made, case, dtype=dtype), case)
+        assert_same(snapshot(run.train(killed, STEPS)), end)
+
+
+def test_a_second_interruption_is_as_harmless_as_the_first():
+    checkpoints, end = uninterrupted()
+    run = start(seed=1).load(checkpoints[2]).train(2, 5)
+    run = start(seed=2).load(run.save()).train(5, STEPS)
+    assert_same(snapshot(run), end)
+
+
+def test_loading_into_a_run_that_has_trained_rewinds_it():
+    checkpoints, end = uninterrupted()
+    run = start().train(0, 7).load(checkpoints[3]).train(3, STEPS)
+    assert_same(snapshot(run), end)
+
+
+def test_saving_changes_nothing():
+    run, other = start(), start()
+    for step in range(STEPS):
+        run.save()
+        run.train(step, step + 1)
+        other.train(step, step + 1)
+    assert_same(snapshot(run), snapshot(other))
+
+
+def test_the_saved_model_is_sparse_and_the_optimizer_holds_the_latents():
+    run = start("convnet").train(0, STEPS)
+    state = read(run.save())
+    sparse = sum(int((state["model"][name] == 0).sum()) for name in run.case.prunable)
+    assert sparse == round(0.8 * run.case.size)
+    saved = state["optimizers"][0]["state"]
+    names = [name for name, _ in run.model.named_parameters()]
+    for name, latent in run.sparsifier.latent_weights().items():
+        assert torch.equal(saved[names.index(name)]["feather_latent"], latent)
+    assert set(state["optimizers"][0]) == {"state", "param_groups"}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adamw", "lbfgs", "muon+adamw"])
+def test_the_live_optimizer_state_holds_nothing_of_ours(optimizer):
+    def check(run):
+        for one in run.optimizers:
+            entries = [key for state in one.state.values() for key in state]
+            groups = [key for group in one.param_groups for key in group]
+            assert not [key for key in entries + groups if "feather" in str(key)]
+
+    run = start(optimizer=optimizer)
+    check(run)
+    check(run.train(0, 3))
+    run.save()
+    check(run)
+    check(start(optimizer=optimizer).load(run.save()))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon+adamw"])
+def test_the_users_state_is_not_changed_by_loading_it(optimizer):
+    state = read(start(optimizer=optimizer).train(0, 3).save())
+    before = copy.deepcopy(state)
+    run = start(optimizer=optimizer)
+    for one, saved in zip(run.optimizers, state["optimizers"], strict=True):
+        one.load_state_dict(saved)
+    run.train(3, STEPS)
+    assert_same(state, before)
+
+
+def test_a_state_taken_in_memory_does_not_follow_the_latents():
+    """`state_dict()` then more steps then `load_state_dict()`: an early-stopping loop's rewind."""
+    run = start().train(0, 3)
+    model, optimizer = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()))
+    latent = {n: w.clone() for n, w in run.sparsifier.latent_weights().items()}
+    run.train(3, 6)
+    run.model.load_state_dict(model)
+    run.optimizer.load_state_dict(optimizer)
+    assert_same(run.sparsifier.latent_weights(), latent)
+    assert run.sparsifier.step_count == 3
+
+
+# --- states that do not belong --------------------------------------------------------------
+
+
+def of_another_shape() -> Run:
+    """As many parameters, of other sizes."""
+    net = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
+    sparsifier = feather.sparsify(net, optimizer, sparsity=0.8, total_steps=TOTAL)
+    return Run(net, optimizer, sparsifier, Loop(net, net, optimizer, MODELS["mlp"]), MODELS["mlp"])
+
+
+def dense() -> bytes:
+    net = MODELS["mlp"].make()
+    optimizer = OPTIMIZERS["sgd-momentum"](net)
+    loop = Loop(net, net, optimizer, MODELS["mlp"])
+    loop.step(0)
+    file = Run(net, optimizer, None, loop, MODELS["mlp"])
+    return file.save()
+
+
+FOREIGN = {
+    "a dense run": (dense, r"latent"),
+    "another shape": (lambda: of_another_shape().train(0, 2).save(), r"weight"),
+    "another method": (lambda: start(method="hard-ste").train(0, 2).save(), r"hard-ste|method"),
+    "another p": (lambda: start(p=2.0).train(0, 2).save(), r"option"),
+    "another theta": (lambda: start(theta=0.25).train(0, 2).save(), r"theta|option"),
+    "another sparsity": (lambda: start(sparsity=0.7).train(0, 2).save(), r"sparsity"),
+    "other total_steps": (lambda: start(total_steps=50).train(0, 2).save(), r"total_steps"),
+    "another schedule": (lambda: start(schedule="linear").train(0, 2).save(), r"schedule|option"),
+    "other bounds": (lambda: start(end=9).train(0, 2).save(), r"schedule|option"),
+    "other exclusions": (
+        lambda: start(exclude="2.*").train(0, 2).save(),
+        r"2\.weight|prunable|model",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_state_that_does_not_belong_is_refused_and_nothing_changes(kind):
+    make, names_the_difference = FOREIGN[kind]
+    state = read(make())["optimizers"][0]
+    run = start().train(0, 4)
+    with (
+        unchanged(run),
+        pytest.raises((StateError, ValueError), match=names_the_difference),
+    ):
+        run.optimizer.load_state_dict(state)
+    other = start().train(0, 4)
+    assert_same(snapshot(run.train(4, 6)), snapshot(other.train(4, 6)))
+
+
+def test_a_state_that_torch_itself_refuses_leaves_the_run_as_it_was():
+    """Its latent weights are fine, its parameter groups are not."""
+    state = read(start(seed=1).train(0, 2).save())["optimizers"][0]
+    state["param_groups"].append(copy.deepcopy(state["param_groups"][0]))
+    run = start().train(0, 4)
+    with unchanged(run), pytest.raises((StateError, ValueError)):
+        run.optimizer.load_state_dict(state)
+    other = start().train(0, 4)
+    assert_same(snapshot(run.train(4, 6)), snapshot(other.train(4, 6)))
+
+
+def test_a_state_with_one_latent_missing_or_misshapen_is_refused():
+    good = read(start(seed=1).train(0, 2).save())["optimizers"][0]
+    missing, misshapen = copy.deepcopy(good), copy.deepcopy(good)
+    del missing["state"][2]["feather_latent"]
+    misshapen["state"][2]["feather_latent"] = torch.zeros(5)
+    for state in (missing, misshapen):
+        run = start()
+        with unchanged(run), pytest.raises((StateError, ValueError), match=r"2\.weight"):
+            run.optimizer.load_state_dict(state)
+
+
+def test_one_optimizer_of_a_pair_with_a_foreign_state_is_refused():
+    foreign = read(start(optimizer="muon+adamw", sparsity=0.7).train(0, 2).save())["optimizers"]
+    run = start(optimizer="muon+adamw").train(0, 3)
+    with unchanged(run), pytest.raises((StateError, ValueError), match="sparsity"):
+        run.optimizers[0].load_state_dict(foreign[0])
+
+
+# --- the deliberate override ----------------------------------------------------------------
+
+
+def test_relaxed_loading_takes_latents_and_step_into_another_plan():
+    source = start().train(0, 4)
+    checkpoint = source.save()
+    latent, step = source.sparsifier.latent_weights(), source.sparsifier.step_count
+    run = start(seed=1, method="hard-ste", sparsity=0.9, total_steps=40)
+    with run.sparsifier.relaxed_loading():
+        run.load(checkpoint)
+    assert run.sparsifier.step_count == step
+    assert run.sparsifier.target == 0.9
+    assert run.sparsifier.total_steps == 40
+    assert_same(run.sparsifier.latent_weights(), latent)
+    assert run.zeros() == round(run.sparsifier.sparsity * run.case.size)
+
+
+def test_relaxed_loading_starts_from_a_dense_run():
+    """Its weights become the latent ones, and its momentum is kept."""
+    checkpoint = dense()
+    state = read(checkpoint)
+    run = start(seed=1)
+    with run.sparsifier.relaxed_loading():
+        run.load(checkpoint)
+    assert run.sparsifier.step_count == 0
+    for name, latent in run.sparsifier.latent_weights().items():
+        assert torch.equal(latent, state["model"][name])
+    assert_same(run.optimizer.state_dict()["state"][0]["momentum_buffer"],
+                state["optimizers"][0]["state"][0]["momentum_buffer"])  # fmt: skip
+    run.train(0, STEPS)
+    assert run.zeros() == 96
+
+
+def test_relaxed_loading_ends_with_its_block():
+    foreign = read(start(sparsity=0.7).train(0, 2).save())["optimizers"][0]
+    run = start()
+    with run.sparsifier.relaxed_loading():
+        pass
+    with pytest.raises(StateError):
+        run.optimizer.load_state_dict(foreign)
+    with pytest.raises(KeyError), run.sparsifier.relaxed_loading():
+        raise KeyError
+    with pytest.raises(StateError):
+        run.optimizer.load_state_dict(foreign)
+
+
+def test_latents_of_another_shape_cannot_be_forced():
+    state = read(of_another_shape().train(0, 2).save())["optimizers"][0]
+    run = start()
+    with (
+        unchanged(run),
+        pytest.raises((StateError, ValueError), match="weight"),
+        run.sparsifier.relaxed_loading(),
+    ):
+        run.optimizer.load_state_dict(state)
+
+
+# --- other roads ----------------------------------------------------------------------------
+
+
+def test_the_sparsifiers_own_state_round_trips():
+    run = start("convnet").train(0, 4)
+    file = io.BytesIO()
+    torch.save(run.sparsifier.state_dict(), file)
+    file.seek(0)
+    other = start("convnet", seed=1)
+    other.sparsifier.load_state_dict(torch.load(file, weights_only=True))
+    assert_same(other.sparsifier.latent_weights(), run.sparsifier.latent_weights())
+    assert_same(other.sparsifier.masks(), run.sparsifier.masks())
+    assert other.sparsifier.step_count == 4
+    assert other.zeros() == run.zeros()
+
+
+@pytest.mark.parametrize("kind", ["another sparsity", "another method", "other total_steps"])
+def test_the_sparsifier_refuses_a_foreign_state(kind):
+    settings = {
+        "another sparsity": {"sparsity": 0.7},
+        "another method": {"method": "soft-ste"},
+        "other total_steps": {"total_steps": 77},
+    }[kind]
+    state = start(**settings).train(0, 2).sparsifier.state_dict()
+    run = start().train(0, 3)
+    with unchanged(run), pytest.raises(StateError, match=FOREIGN[kind][1]):
+        run.sparsifier.load_state_dict(state)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adamw"])
+def test_resume_through_torch_distributed_checkpoint(optimizer, flatten):
+    """Its state names parameters, and it steps once with lr 0 and no gradients to make state."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    whole = start(optimizer=optimizer).train(0, STEPS)
+    run = start(optimizer=optimizer).train(0, 4)
+    model = copy.deepcopy(run.model.state_dict())
+    run.optimizer.zero_grad()
+    state = copy.deepcopy(get_optimizer_state_dict(run.model, run.optimizer, options=options))
+    assert run.sparsifier.step_count == 4
+    resumed = start(optimizer=optimizer, seed=1)
+    resumed.model.load_state_dict(model)
+    set_optimizer_state_dict(resumed.model, resumed.optimizer, state, options=options)
+    assert resumed.sparsifier.step_count == 4
+    resumed.train(4, STEPS)
+    for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert_same(resumed.sparsifier.latent_weights(), whole.sparsifier.latent_weights())
+
+
+@pytest.mark.parametrize("recipe", ["accumulate", "step(closure)", "scaler"])
+def test_resume_under_other_recipes(recipe):
+    recipe = RECIPES[recipe]
+    whole = start(optimizer="adamw-fused", recipe=recipe).train(0, STEPS)
+    run = start(optimizer="adamw-fused", recipe=recipe).train(0, 4)
+    resumed = start(optimizer="adamw-fused", recipe=recipe, seed=1).load(run.save())
+    resumed.loop.scaler.load_state_dict(run.loop.scaler.state_dict())
+    assert_same(snapshot(resumed.train(4, STEPS)), snapshot(whole))

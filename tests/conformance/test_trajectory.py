@@ -1,0 +1,143 @@
+"""The engine's trajectory is that of the paper's autograd form, to rounding.
+
+Both are trained on the same batches with the same optimizer. After every step the gradients that
+the user sees, the latent weights, the effective weights and the sparsity have to agree. Where it
+can be, arithmetic is float64, so that no deviation can pass for rounding.
+"""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import torch_feather as feather
+
+from .harness import RECIPES, STEPS, TOTAL, Loop, Recipe, start
+from .methods import METHODS
+from .models import MODELS
+from .optimizers import FUSED, OPTIMIZERS, SELECTED
+
+
+def compare(
+    method: str = "feather",
+    optimizer: str = "sgd-momentum",
+    model: str = "convnet",
+    recipe: Recipe = RECIPES["plain"],
+    *,
+    dtype: torch.dtype = torch.float64,
+    tolerance: float | None = None,
+    prepare=lambda model: model,
+) -> None:
+    method, made = METHODS[method], OPTIMIZERS[optimizer]
+    run = start(
+        model, optimizer, method.method, recipe=recipe, dtype=dtype, sparsity=method.sparsity,
+        total_steps=TOTAL, **method.options,
+    )  # fmt: skip
+    run.loop.forward = prepare(run.model)
+    case = run.case
+    net = case.make(0, dtype)
+    reference = method.refer(net, case.prunable, TOTAL)
+    loop = Loop(reference, net, made(net), case, run.loop.recipe, dtype)
+    if tolerance is None:
+        tolerance = made.tolerance
+    close = {"rtol": tolerance, "atol": tolerance / 10}
+    # The operator's slope grows without bound towards the threshold, and rounding with it.
+    near = {"rtol": 10 * tolerance, "atol": tolerance}
+    ours, theirs = case.weights(run.model), reference.latent
+
+    def check(step: int) -> None:
+        at = f"step {step}: "
+        assert run.sparsifier.step_count == reference.step_count, at
+        # Whether it is the target of this step or the share that comes out, it is within rounding.
+        assert abs(run.sparsifier.sparsity - reference.sparsity) <= 0.5 / case.size + 1e-12, at
+        latent = run.sparsifier.latent_weights()
+        effective = reference.effective()
+        assert list(latent) == list(ours)
+        for name in ours:
+            message = lambda m, name=name: f"{at}{name}: {m}"  # noqa: E731
+            assert_close(latent[name], theirs[name].detach(), msg=message, **close)
+            assert_close(ours[name].detach(), effective[name].detach(), msg=message, **near)
+            if ours[name].grad is not None and step not in recipe.overflows:
+                assert_close(ours[name].grad, theirs[name].grad, msg=message, **close)
+        for (name, p), q in zip(run.model.named_parameters(), net.parameters(), strict=True):
+            if name not in ours:
+                assert_close(p, q, msg=lambda m, name=name: f"{at}{name}: {m}", **close)
+
+    check(-1)
+    for step in range(STEPS):
+        run.loop.step(step)
+        reference.step_count += loop.step(step)
+        check(step)
+    # A trajectory that stands still would prove nothing.
+    assert case.zeros(run.model) == round(method.sparsity * case.size)
+    assert any(
+        not torch.equal(p, q)
+        for p, q in zip(case.make(0, dtype).parameters(), net.parameters(), strict=True)
+    )
+
+
+def precision(recipe: Recipe, optimizer: str = "sgd-momentum") -> dict[str, object]:
+    """Autocast takes float32, and its bf16 products make 1/256 of a last-bit difference."""
+    if recipe.autocast:
+        return {"dtype": torch.float32, "tolerance": 2e-2}
+    return {"tolerance": OPTIMIZERS[optimizer].tolerance}
+
+
+def test_every_method_is_listed():
+    assert {case.method for case in METHODS.values()} == set(feather.available_methods())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_under_every_optimizer(method, optimizer):
+    compare(method, optimizer, "mlp", RECIPES["clip"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("optimizer", SELECTED)
+def test_every_way_to_use_an_optimizer(optimizer, recipe):
+    recipe = RECIPES[recipe]
+    compare("feather-theta", optimizer, recipe=recipe, **precision(recipe, optimizer))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "recipe"),
+    [
+        (optimizer, recipe)
+        for optimizer in FUSED
+        for recipe in ("scaler", "scaler + clip", "scaler from an overflow")
+        # torch 2.14 leaves the momentum of fused SGD uninitialised if its first step is skipped.
+        if (optimizer, recipe) != ("sgd-fused", "scaler from an overflow")
+    ],
+)
+def test_fused_optimizers_under_a_grad_scaler(optimizer, recipe):
+    compare("feather-theta", optimizer, recipe=RECIPES[recipe])
+
+
+@pytest.mark.parametrize("recipe", ["plain", "accumulate", "autocast"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model(model, recipe):
+    recipe = RECIPES[recipe]
+    compare("feather-theta", model=model, recipe=recipe, **precision(recipe))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "sgd-foreach", "adamw"])
+@pytest.mark.parametrize("method", ["feather-theta", "hard-ste", "soft-ste"])
+def test_other_dtypes(method, optimizer, dtype):
+    if (optimizer, dtype) == ("adamw", torch.float16):
+        optimizer = "lion (pytorch_optimizer)"  # Adam's epsilon is 0 in float16
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    compare(method, optimizer, "mlp", dtype=dtype, tolerance=tolerance)
+
+
+def test_zero_is_a_value_like_any_other():
+    """Only pruned weights have their gradient scaled, so a zero-initialised layer learns."""
+    net = MODELS["mlp"].make()
+    with torch.no_grad():
+        net[2].weight.zero_()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(
+        net, optimizer, sparsity=0.5, total_steps=TOTAL, theta=0.0, begin=4, end=8
+    )
+    Loop(net, net, optimizer, MODELS["mlp"]).step(0)
+    assert (sparsifier.latent_weights()["2.weight"] != 0).all()
