@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -251,19 +252,29 @@ def main() -> None:
 
     `FEATHER_TRACEBACK=1` shows the traceback all the same.
     """
+    import torch
+
     from .errors import FeatherError
     from .training.errors import Interrupted
 
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app()
     except Interrupted as error:
         _fail(str(error), 130)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except torch.OutOfMemoryError:
+        _fail("the GPU's memory is full; try a smaller --batch-size, or --set system.amp=true", 1)
     except (FeatherError, OSError, ValueError, ImportError) as error:
         if os.environ.get("FEATHER_TRACEBACK"):
             raise
         _fail(str(error) or type(error).__name__, 1)
+
+
+def _show_warning(message: Warning | str, *details: object, **more: object) -> None:
+    print(f"feather: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,7 +77,7 @@ class RunDirectory:
         import fcntl
 
         try:
-            self.last.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             file = open(self.path / ".lock", "a")  # noqa: SIM115
         except OSError as error:
             raise RunError(f"{self.path}: cannot be used as a run directory ({error})") from None
@@ -120,6 +121,7 @@ class RunDirectory:
     def save(self, state: dict[str, Any]) -> None:
         """Make `state` the last checkpoint, and keep the one before."""
         new = self.last.with_name("new.pt")
+        new.parent.mkdir(exist_ok=True)
         write_atomically(new, lambda file: torch.save({"format": FORMAT, **state}, file))
         if self.last.exists():
             os.replace(self.last, self.previous)
@@ -130,6 +132,9 @@ class RunDirectory:
         present = [path for path in self._checkpoints() if path.exists()]
         for path in present:
             try:
+                with zipfile.ZipFile(path) as archive:  # torch.load does not look at checksums
+                    if bad := archive.testzip():
+                        raise zipfile.BadZipFile(bad)
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 if state["format"] != FORMAT:
                     raise CheckpointError(

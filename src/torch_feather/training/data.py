@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import FeatherWarning
 from .config import DataConfig
 from .errors import DataError
 
@@ -152,7 +154,7 @@ def _cifar(name: str, label: str, classes: int) -> Callable[[str | None], tuple[
             folder = folder.parent
         if any(folder.glob("*.parquet")):
             parts = [
-                _cached(name, files, lambda f=files: _read_parquet(f, label, classes))
+                _cached(name, files, partial(_read_parquet, files, label, classes))
                 for files in (_shards(folder, "train"), _shards(folder, "test"))
             ]
             return parts[0], parts[1]
@@ -228,12 +230,12 @@ def _read_parquet(files: list[Path], label: str, classes: int) -> Arrays:
                     f"{file}: the image in row {row} has {image.width}x{image.height} pixels; "
                     "all must be squares of one size"
                 )
+        if table.num_rows == 0:
+            raise DataError(f"{file}: holds no image")
         column = table.column(label).to_numpy()
         if column.dtype.kind not in "iu" or ((column < 0) | (column >= classes)).any():
             raise DataError(f"{file}: {label} must hold whole numbers from 0 to {classes - 1}")
         labels.append(column.astype(np.int64))
-    if not pixels:
-        raise DataError(f"{files[0]}: holds no image")
     return np.stack(pixels), np.concatenate(labels)
 
 
@@ -248,10 +250,10 @@ def _read_archive(folder: Path, name: str) -> tuple[Arrays, Arrays]:
     cls = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     try:
         parts = [cls(str(folder), train=train, download=False) for train in (True, False)]
-    except Exception as error:  # it unpickles, so a damaged file may raise anything
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception:  # it unpickles, so a damaged file may raise anything
         raise DataError(
-            f"{folder}: the {name} archive is incomplete or damaged ({first})"
+            f"{folder}: the {name} archive is incomplete or damaged (by torchvision's checksums); "
+            "unpack it anew"
         ) from None
     train, test = ((p.data, np.asarray(p.targets, dtype=np.int64)) for p in parts)
     return train, test
@@ -289,7 +291,8 @@ def _cached(name: str, files: list[Path], decode: Callable[[], Arrays]) -> Array
     except OSError as error:  # only slower next time
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        warnings.warn(f"decoded images not kept in {target.parent}: {error}", stacklevel=2)
+        message = f"decoded images not kept in {target.parent}: {error}"
+        warnings.warn(message, FeatherWarning, stacklevel=2)
     return pixels, labels
 
 

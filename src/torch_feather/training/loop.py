@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import torch_feather as feather
 
 from .. import models
+from ..errors import ConfigurationError
 from ..prunable import find_prunable
 from .checkpoint import RunDirectory, write_json
 from .config import DENSE, Config, OptimizerConfig, SystemConfig
@@ -59,18 +61,18 @@ def train(
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
     watch = watch or Watch()
-    out = Path(out)
-    results = _train_one(config, out, resume, watch)
+    run = RunDirectory(out)
+    results = _train_one(config, run, resume, watch)
     if config.compare_dense and "dense" not in results:
-        dense = _train_one(config.dense(), out / "dense", True, watch)
+        dense = _train_one(config.dense(), RunDirectory(run.path / "dense"), True, watch)
         keys = ("test_accuracy", "test_loss", "macs", "seconds")
         results["dense"] = {key: dense[key] for key in keys}
-        write_json(RunDirectory(out).report_file, results)
+        write_json(run.report_file, results)
+    _draw(run, results, watch)
     return results
 
 
-def _train_one(config: Config, out: Path, resume: bool, watch: Watch) -> dict[str, Any]:
-    run = RunDirectory(out)
+def _train_one(config: Config, run: RunDirectory, resume: bool, watch: Watch) -> dict[str, Any]:
     with run.locked(), _settings(config.system) as device:
         saved = run.begin(config, resume, watch.message)
         if run.report_file.exists():
@@ -80,12 +82,10 @@ def _train_one(config: Config, out: Path, resume: bool, watch: Watch) -> dict[st
         run.write_config(config)
         if saved is not None:
             task.load_state_dict(saved)
-            watch.message(f"resuming {out} at step {task.step} of {task.total_steps}")
+            watch.message(f"resuming {run.path} at step {task.step} of {task.total_steps}")
         with _stop_requests() as stop_requested:
             task.fit(run, watch, stop_requested)
-        results = task.finish(run)
-    _draw(run, task.history, results, watch)
-    return results
+        return task.finish(run)
 
 
 class Task:
@@ -97,13 +97,14 @@ class Task:
         channels_last = config.system.channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = models.create(config.network, data.classes, data.channels)
-        self.model.to(device, memory_format=layout)
+        self.model.to(device).to(memory_format=layout)
         self.network = torch.compile(self.model) if config.system.compile else self.model
         self.loader = TrainLoader(
             data, config.data, config.batch_size, config.seed, device, channels_last
         )
         self.validation = EvalLoader(data, data.validation, device)
         self.example = data.example().to(device)
+        self._try_example()
         self.total_steps = config.epochs * len(self.loader)
 
         # Sparse training, as any user of the library writes it.
@@ -127,6 +128,17 @@ class Task:
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
+
+    def _try_example(self) -> None:
+        """Fail now, in one line, rather than in the first step."""
+        try:
+            feather.count_flops(self.model, self.example)
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            size = "x".join(map(str, self.example.shape[1:]))
+            raise ConfigurationError(
+                f"network {self.config.network!r} does not take images of {size}: {first}"
+            ) from None
 
     def fit(
         self, run: RunDirectory, watch: Watch, stop_requested: Callable[[], bool] = lambda: False
@@ -234,7 +246,7 @@ class Task:
         options = self.config.optimizer
         warmup = round(options.warmup_epochs * len(self.loader))
         if step < warmup:
-            return options.lr * (step + 1) / warmup
+            return options.lr * ((step + 1) / warmup)
         progress = (step - warmup) / max(1, self.total_steps - warmup)
         return options.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -363,6 +375,8 @@ def _settings(system: SystemConfig) -> Iterator[torch.device]:
     )
     if system.threads is not None:
         torch.set_num_threads(system.threads)
+    if system.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(system.deterministic, warn_only=True)
     cudnn.deterministic, cudnn.benchmark = system.deterministic, not system.deterministic
     try:
@@ -412,12 +426,10 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _draw(
-    run: RunDirectory, history: list[dict[str, Any]], results: dict[str, Any], watch: Watch
-) -> None:
+def _draw(run: RunDirectory, results: dict[str, Any], watch: Watch) -> None:
     try:
         from ..analysis.plots import draw_run
     except ImportError as error:
         watch.message(f"no plots: {error.name} is missing (pip install 'torch-feather[train]')")
         return
-    draw_run(run.path, history, results)
+    draw_run(run.path, run.read_metrics(), results)

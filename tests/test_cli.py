@@ -1,0 +1,184 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from torch_feather import available_methods
+from torch_feather.cli import main
+from torch_feather.recipes import available_recipes
+
+QUICK = ["--epochs", "1", "--batch-size", "256", "--set", "system.threads=1"]
+
+
+@pytest.fixture
+def feather(monkeypatch, tmp_path, capsys):
+    """Run the command in an empty folder; exit code, output, errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FEATHER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["feather", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run, with its dense twin."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    command = [sys.executable, "-m", "torch_feather.cli", "train", *QUICK, "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_train_without_arguments_compares_with_dense_and_says_where_it_is(run):
+    folder, output = run
+    accuracy = json.loads((folder / "report.json").read_text())["test_accuracy"]
+    assert re.search(rf"feather 95.00 % sparse +{100 * accuracy:.2f} %", output)
+    assert re.search(r"dense, same budget +\d", output)
+    assert re.search(r"layer3.0.conv2.weight +128x128x3x3 +147,456", output)
+    assert re.search(r"total +306,720 +291,384 +95.00 %", output)
+    assert output.rstrip().endswith(str(folder))
+    for name in ("curves.png", "layers.png", "operator.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_gives_the_reported_accuracy(run, feather):
+    folder, _ = run
+    code, output, _ = feather("evaluate", folder, "--device", "cpu")
+    accuracy = json.loads((folder / "report.json").read_text())["test_accuracy"]
+    assert code == 0
+    assert f"accuracy {100 * accuracy:.2f} %" in output
+    assert "95.00 % of the weights are zero" in output
+
+
+def test_report_shows_the_table_and_the_file(run, feather):
+    folder, _ = run
+    code, output, _ = feather("report", folder)
+    assert code == 0
+    assert "dense, same budget" in output
+    code, output, _ = feather("report", folder, "--json")
+    assert json.loads(output) == json.loads((folder / "report.json").read_text())
+
+
+def test_methods_and_recipes_list_all_there_are(feather):
+    _, output, _ = feather("methods")
+    assert {line.split()[0] for line in output.splitlines() if line[:1].strip()} >= {
+        *available_methods(),
+        "dense",
+    }
+    _, output, _ = feather("recipes")
+    assert [line.split()[0] for line in output.splitlines()] == list(available_recipes())
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "report", "methods", "recipes"])
+def test_help_exists_for_every_command(feather, command):
+    code, output, _ = feather(command, "--help")
+    assert code == 0
+    assert "Usage" in output
+
+
+def test_help_teaches_by_examples(feather):
+    _, output, _ = feather("train", "--help")
+    assert "--recipe cifar100 --data-path" in output
+    assert "feather train --resume --out runs/a" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "nowhere"], "nowhere: no such run directory"),
+        (["report", "nowhere"], "nowhere: no such run directory"),
+        (["report", "."], "not a run directory"),
+        (["train", "--recipe", "digit"], "did you mean 'digits'"),
+        (["train", "--config", "mine.yaml"], "mine.yaml: no such file"),
+        (["train", "--set", "lr=1"], "did you mean 'optimizer.lr'"),
+        (["train", "--set", "lr"], "write key=value"),
+        (["train", "--sparsity", "1.5"], "sparsity is a share"),
+        (["train", "--epochs", "0"], "epochs must be at least 1"),
+        (["train", "--method", "fether"], "did you mean 'feather'"),
+        (["train", "--set", "options.q=2"], "no option 'q'"),
+        (["train", "--network", "resnet9"], "unknown network 'resnet9'"),
+        (["train", "--network", "timm/resnet9999"], "timm has no model"),
+        (["train", "--network", "timm/vit_tiny_patch16_224"], "does not take images of 1x8x8"),
+        (["train", "--data", "mnist"], "'mnist'"),
+        (["train", "--data", "cifar10"], "cifar10 needs --data-path"),
+        (["train", "--data", "cifar100", "--data-path", "nowhere"], "no such folder"),
+        (["train", "--data", "cifar100", "--data-path", "."], "found neither train"),
+        (["train", "--set", "system.device=tpu"], "device 'tpu'"),
+        (["train", "--resume", "--out", "nowhere"], "no run to resume"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(feather, tmp_path, arguments, message):
+    code, _, errors = feather(*arguments)
+    assert code == 1
+    assert errors.startswith("feather: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "--epochs", "x"], ["train", "--resume"], ["trian"], ["train", "--lr"]]
+)
+def test_a_command_that_cannot_be_read_is_a_usage_error(feather, arguments):
+    code, _, errors = feather(*arguments)
+    assert code == 2
+    assert "Traceback" not in errors
+
+
+def test_a_run_is_not_overwritten_nor_changed(run, feather):
+    folder, _ = run
+    code, _, errors = feather("train", *QUICK, "--out", folder)
+    assert code == 1
+    assert "already holds a run" in errors
+    code, _, errors = feather("train", "--resume", "--out", folder, "--sparsity", "0.5")
+    assert code == 1
+    assert "sparsity was 0.95, not 0.5" in errors
+
+
+def test_each_run_gets_a_directory_of_its_own(feather, tmp_path):
+    quick = ["train", *QUICK, "--no-compare-dense", "--network", "mobilenet_v1"]
+    for _ in range(2):
+        code, _, errors = feather(*quick, "--method", "dense")
+        assert code == 0, errors
+    names = sorted(p.name for p in (tmp_path / "runs").iterdir())
+    assert names == ["digits-mobilenet_v1-dense-seed0", "digits-mobilenet_v1-dense-seed0-2"]
+
+
+def test_damaged_files_of_a_run_are_one_line(run, feather, tmp_path):
+    folder, _ = run
+    (tmp_path / "config.yaml").write_text((folder / "config.yaml").read_text())
+    code, _, errors = feather("evaluate", tmp_path)
+    assert code == 1
+    assert "this run has not finished" in errors
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
+    (tmp_path / "report.json").write_text("{")
+    for command in ("evaluate", "report"):
+        code, _, errors = feather(command, tmp_path)
+        assert code == 1
+        assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "yaml"])
+def test_a_missing_extra_says_what_to_install(missing):
+    script = f"import sys; sys.modules[{missing!r}] = None; import torch_feather.cli"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"needs {missing}" in done.stderr
+    assert "pip install 'torch-feather[train]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_does_not_import_what_only_training_needs():
+    heavy = ["timm", "torchvision", "sklearn", "matplotlib", "pyarrow", "safetensors"]
+    script = f"import sys, torch_feather.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

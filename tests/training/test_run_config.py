@@ -1,0 +1,148 @@
+import pytest
+
+from torch_feather.errors import ConfigurationError
+from torch_feather.recipes import available_recipes, recipe_values
+from torch_feather.training.config import (
+    Config,
+    apply,
+    flatten,
+    known_keys,
+    load_config,
+    parse_assignments,
+    resolve_config,
+    to_dict,
+    to_yaml,
+)
+
+
+@pytest.mark.parametrize("recipe", sorted(available_recipes()))
+def test_every_recipe_survives_the_way_through_yaml(recipe, tmp_path):
+    config = resolve_config(recipe, None, {"options.p": 2, "data.path": "here"})
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert load_config(file) == config
+
+
+def test_every_known_key_is_in_the_resolved_configuration():
+    assert {key for key, _ in known_keys()} - {"options"} == set(flatten(to_dict(Config())))
+
+
+def test_later_layers_win(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 7\noptimizer: {lr: 0.3}\n")
+    config = resolve_config("digits", file, {"epochs": 9})
+    assert config.epochs == 9  # command line over file
+    assert config.optimizer.lr == 0.3  # file over recipe
+    assert config.batch_size == recipe_values("digits")["batch_size"]  # recipe over default
+    assert config.optimizer.momentum == Config().optimizer.momentum
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("cifar100", ("resnet20", 160, 128, 0.1, 0.9, 5e-4, 3.0, 0.0, 4, None)),
+        ("cifar10", ("resnet20", 160, 128, 0.1, 0.9, 5e-4, 3.0, 0.0, 4, None)),
+        ("cifar100-small", ("resnet8", 10, 128, 0.1, 0.9, 5e-4, 3.0, 0.0, 2, 16)),
+    ],
+)
+def test_recipes_are_the_published_settings(recipe, expected):
+    c = resolve_config(recipe)
+    o = c.optimizer
+    assert expected == (
+        c.network,
+        c.epochs,
+        c.batch_size,
+        o.lr,
+        o.momentum,
+        o.weight_decay,
+        o.clip,
+        o.label_smoothing,
+        c.data.shift,
+        c.data.resolution,
+    )
+    assert not o.nesterov
+    assert c.data.flip
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("epoch", "epochs"),
+        ("lr", "optimizer.lr"),
+        ("optimizer.learning_rate", "optimizer."),
+        ("data.pth", "data.path"),
+        ("optimiser.momentum", "optimizer.momentum"),
+        ("weight-decay", "optimizer.weight_decay"),
+        ("batchsize", "batch_size"),
+    ],
+)
+def test_an_unknown_key_is_an_error_that_names_the_nearest(key, nearest):
+    with pytest.raises(ConfigurationError, match=f"{key!r}; did you mean '{nearest}") as caught:
+        apply(Config(), {key: 1}, "the file")
+    assert str(caught.value).startswith("the file: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": 2.5}, "epochs must be a whole number, got 2.5"),
+        ({"epochs": True}, "epochs must be a whole number"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"sparsity": 1.0}, "sparsity is a share"),
+        ({"sparsity": "much"}, "sparsity must be a number"),
+        ({"data.flip": "yes please"}, "data.flip must be true or false"),
+        ({"data.name": "mnist"}, "not one of digits"),
+        ({"data.validation": 1.0}, "share in"),
+        ({"data": 3}, "unknown key 'data'"),
+        ({"optimizer.lr": None}, "optimizer.lr must be a number"),
+        ({"optimizer.clip": 0}, "clip must be positive"),
+        ({"optimizer": {"momentum": 0, "nesterov": True}}, "nesterov needs momentum"),
+        ({"select": "best", "data.validation": 0}, "needs validation images"),
+        ({"method": "dense", "options.p": 2}, "dense has no options"),
+        ({"system.checkpoint_steps": 0}, "at least 1"),
+    ],
+)
+def test_a_wrong_value_is_an_error_that_says_where(values, message):
+    with pytest.raises(ConfigurationError, match=message):
+        apply(Config(), values, "here")
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    config = apply(Config(), {"optimizer.weight_decay": "5e-4", "options.theta": "5e-1"}, "x")
+    assert config.optimizer.weight_decay == 5e-4
+    assert config.options == {"theta": 0.5}
+
+
+def test_null_switches_off_what_may_be_off():
+    assert apply(Config(), {"optimizer.clip": None}, "x").optimizer.clip is None
+
+
+def test_assignments_are_read_as_yaml():
+    given = ["optimizer.lr=0.5", "data.flip=false", "optimizer.clip=null", "network=timm/a=b"]
+    assert parse_assignments(given) == {
+        "optimizer.lr": 0.5,
+        "data.flip": False,
+        "optimizer.clip": None,
+        "network": "timm/a=b",
+    }
+    with pytest.raises(ConfigurationError, match="write key=value"):
+        parse_assignments(["optimizer.lr"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", "line 1: not valid YAML"), ("- 1", "expected keys and values"), (None, "no such")],
+)
+def test_an_unreadable_file_is_an_error_that_names_it(text, message, tmp_path):
+    file = tmp_path / "mine.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        load_config(file)
+    assert str(file) in str(caught.value)
+
+
+def test_an_unknown_recipe_is_an_error_that_names_the_nearest():
+    with pytest.raises(ConfigurationError, match="did you mean 'cifar100'"):
+        resolve_config("cifar-100")

@@ -1,0 +1,370 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import torch_feather as feather
+from torch_feather.training import loop
+from torch_feather.training.checkpoint import RunDirectory
+from torch_feather.training.config import Config, apply, load_config, resolve_config, to_yaml
+from torch_feather.training.data import Images, load_dataset
+from torch_feather.training.errors import Interrupted, RunError, TrainingDiverged
+from torch_feather.training.loop import Task, Watch, evaluate, make_optimizer, train
+
+CPU = torch.device("cpu")
+BLOBS = {"epochs": 4, "batch_size": 32, "system.threads": 1, "optimizer.lr": 0.05}
+
+
+class TinyNetwork(torch.nn.Module):
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(channels, 8, 3, padding=1, bias=False)
+        self.norm = torch.nn.BatchNorm2d(8)
+        self.dropout = torch.nn.Dropout(0.1)  # its random numbers are part of the state, too
+        self.fc = torch.nn.Linear(8 * 64, classes)
+
+    def forward(self, x):
+        return self.fc(self.dropout(torch.relu(self.norm(self.conv(x)))).flatten(1))
+
+
+@pytest.fixture(autouse=True)
+def tiny_network(monkeypatch):
+    monkeypatch.setitem(feather.models._MODELS, "tiny", TinyNetwork)
+
+
+def tiny(**changes):
+    return apply(
+        resolve_config("digits"),
+        {**BLOBS, "network": "tiny", "compare_dense": False} | changes,
+        "test",
+    )
+
+
+def without_times(history):
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in history]
+
+
+def results_of(folder):
+    run = RunDirectory(folder)
+    report = run.read_report()
+    report.pop("seconds")
+    return run.model_file.read_bytes(), without_times(run.read_metrics()), report
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    feather.models._MODELS["tiny"] = TinyNetwork
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    results = train(tiny(), folder)
+    del feather.models._MODELS["tiny"]
+    return folder, results
+
+
+def test_a_run_leaves_what_its_directory_promises(finished):
+    folder, results = finished
+    names = {p.name for p in folder.iterdir()} - {".lock"}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "model.safetensors",
+        "report.json",
+        "curves.png",
+        "layers.png",
+        "operator.png",
+    }
+    assert load_config(folder / "config.yaml") == tiny()
+    assert json.loads((folder / "report.json").read_text()) == results
+    assert {"versions", "commit", "hardware", "seed", "seconds", "macs"} <= results.keys()
+    history = RunDirectory(folder).read_metrics()
+    assert [line["epoch"] for line in history] == [1, 2, 3, 4]
+    assert list(history[0]) == [
+        "epoch",
+        "step",
+        "lr",
+        "train_loss",
+        "val_loss",
+        "val_acc",
+        "sparsity",
+        "macs",
+        "images_per_s",
+    ]
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    assert history[-1]["macs"] == results["macs"]["sparse"]
+
+
+def test_the_stored_network_has_exactly_the_zeros_and_accuracy_reported(finished):
+    folder, results = finished
+    data = load_dataset(tiny().data, tiny().seed)
+    model = TinyNetwork(10, 1)
+    RunDirectory(folder).load_model(model)
+    weights = 8 * 9 + 8 * 64 * 10
+    assert results["report"]["weights"] == weights
+    zeros = sum(int((p == 0).sum()) for p in (model.conv.weight, model.fc.weight))
+    assert zeros == results["report"]["zeros"] == round(0.95 * weights)
+    _, accuracy = evaluate(model, loop.EvalLoader(data, data.test, CPU))
+    assert accuracy == results["test_accuracy"]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, tmp_path):
+    train(tiny(), tmp_path / "again")
+    assert results_of(tmp_path / "again") == results_of(finished[0])
+    train(tiny(seed=1), tmp_path / "other")
+    assert results_of(tmp_path / "other")[0] != results_of(finished[0])[0]
+
+
+class StopAt(Watch):
+    def __init__(self, step):
+        self.left = step
+
+    def step(self):
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("step", [1, 40, 41, 100])  # an epoch has 41
+def test_ctrl_c_saves_and_the_run_goes_on_bit_for_bit(finished, tmp_path, step):
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted, match=f"stopped at step {step} of 164; go on with .*--resume"):
+        train(tiny(), folder, watch=StopAt(step))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(tiny(), folder, resume=True)
+    assert results_of(folder) == results_of(finished[0])
+
+
+def test_a_failing_step_keeps_the_checkpoint_from_before(finished, tmp_path, monkeypatch):
+    class Failing(Watch):
+        def __init__(self):
+            self.left = 60
+
+        def step(self):
+            self.left -= 1
+            if self.left == 0:
+                raise OSError("the disk went away")
+
+    with pytest.raises(OSError, match="went away"):
+        train(tiny(**{"system.checkpoint_steps": 7}), tmp_path / "run", watch=Failing())
+    train(tiny(), tmp_path / "run", resume=True)
+    assert results_of(tmp_path / "run") == results_of(finished[0])
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from torch_feather.training import checkpoint, load_config, train
+from torch_feather.training.loop import Watch
+
+folder, where = Path(sys.argv[1]), sys.argv[2]
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Kill(Watch):
+    steps = 0
+    def step(self):
+        self.steps += 1
+        if where == "step" and self.steps == 30:
+            kill()
+    def epoch(self, metrics):
+        if where == "epoch":
+            kill()
+
+real, saves = os.replace, []
+def replace(source, target):
+    if str(target).endswith("last.pt"):
+        saves.append(target)
+        if where == "save" and len(saves) == 3:
+            kill()
+    real(source, target)
+checkpoint.os.replace = replace
+train(load_config(folder.with_suffix(".yaml")), folder, watch=Kill())
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    config = apply(
+        resolve_config("digits"),
+        {
+            "epochs": 2,
+            "batch_size": 64,
+            "compare_dense": False,
+            "select": "best",
+            "system.threads": 1,
+            "system.checkpoint_steps": 8,
+        },
+        "test",
+    )
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(config, folder)
+    return config, results_of(folder)
+
+
+@pytest.mark.parametrize("where", ["step", "save", "epoch"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, where):
+    config, expected = whole
+    killed = tmp_path / "killed"
+    killed.with_suffix(".yaml").write_text(to_yaml(config))
+    process = subprocess.run([sys.executable, "-c", KILLED, str(killed), where], timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert not RunDirectory(killed).report_file.exists()
+    assert RunDirectory(killed).load()["step"] in (16, 24)
+    train(config, killed, resume=True)
+    assert results_of(killed) == expected
+    epochs = [line["epoch"] for line in RunDirectory(killed).read_metrics()]
+    assert epochs == [1, 2]
+
+
+def test_a_finished_run_is_only_read(finished):
+    folder, results = finished
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert train(tiny(), folder, resume=True) == results
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(RunError, match="already holds a run"):
+        train(tiny(), folder)
+
+
+def test_resume_without_a_run_starts_one(finished, tmp_path):
+    train(tiny(), tmp_path / "new", resume=True)
+    assert results_of(tmp_path / "new") == results_of(finished[0])
+
+
+class Scripted(Task):
+    """Validation accuracies as a test wants them: the densest epoch would win."""
+
+    accuracies = (0.9, 0.8, 0.3, 0.5, 0.4, 0.5)
+
+    def _consider(self, val_acc):
+        super()._consider(self.accuracies[self.epoch - 1])
+
+
+@pytest.mark.parametrize(("method", "expected"), [("feather", 4), ("dense", 1)])
+def test_best_is_chosen_only_at_the_final_sparsity(tmp_path, monkeypatch, method, expected):
+    monkeypatch.setattr(loop, "Task", Scripted)
+    config = tiny(epochs=6, select="best", method=method, data={"validation": 0.2})
+    if method == "dense":
+        config = replace(config, sparsity=0.0)
+    results = train(config, tmp_path / "run")
+    assert results["chosen_epoch"] == expected
+    assert results["report"]["sparsity"] == pytest.approx(config.sparsity, abs=1e-3)
+    history = RunDirectory(tmp_path / "run").read_metrics()
+    assert results["validation_accuracy"] == history[expected - 1]["val_acc"]
+    assert all(line["sparsity"] < 0.95 for line in history[:2]) or method == "dense"
+
+
+def test_the_test_images_choose_nothing(tmp_path, monkeypatch):
+    real = load_dataset
+
+    def other_test_images(config, seed):
+        data = real(config, seed)
+        wrong = Images(data.test.pixels.flip(0), (data.test.labels + 1) % 10)
+        return replace(data, test=wrong)
+
+    config = tiny(epochs=2, select="best", data={"validation": 0.2})
+    train(config, tmp_path / "a")
+    monkeypatch.setattr(loop, "load_dataset", other_test_images)
+    train(config, tmp_path / "b")
+    a, b = results_of(tmp_path / "a"), results_of(tmp_path / "b")
+    assert a[:2] == b[:2]
+    assert a[2]["chosen_epoch"] == b[2]["chosen_epoch"]
+    assert a[2]["test_accuracy"] != b[2]["test_accuracy"]
+
+
+def test_without_validation_images_nothing_is_measured_until_the_end(tmp_path):
+    results = train(tiny(epochs=1, data={"validation": 0.0}), tmp_path / "run")
+    assert results["validation_accuracy"] is None
+    assert RunDirectory(tmp_path / "run").read_metrics()[0]["val_acc"] is None
+
+
+def test_the_dense_comparison_has_the_same_budget_and_survives_a_stop(tmp_path):
+    config = tiny(compare_dense=True, epochs=1)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run", watch=StopAt(41 + 20))
+    results = train(config, tmp_path / "run", resume=True)
+    dense = RunDirectory(tmp_path / "run" / "dense")
+    assert results["dense"]["test_accuracy"] == dense.read_report()["test_accuracy"]
+    assert dense.read_report()["report"]["zeros"] == 0
+    assert dense.read_metrics()[-1]["step"] == 41
+    assert RunDirectory(tmp_path / "run").read_report()["dense"] == results["dense"]
+
+
+def test_a_diverging_run_is_an_error_that_says_so(tmp_path):
+    config = tiny(method="dense", sparsity=0.0, **{"optimizer.lr": 1e20, "optimizer.clip": None})
+    with pytest.raises(TrainingDiverged, match=r"epoch 1; try a smaller optimizer\.lr"):
+        train(config, tmp_path / "run")
+
+
+def test_two_processes_cannot_write_one_run(tmp_path):
+    with RunDirectory(tmp_path / "run").locked(), pytest.raises(RunError, match="another process"):
+        train(tiny(), tmp_path / "run")
+
+
+def test_the_learning_rate_is_a_cosine_per_step_after_a_linear_warm_up():
+    config = tiny(**{"optimizer.warmup_epochs": 1})
+    task = Task(config, load_dataset(config.data, 0), CPU)
+    n, total = len(task.loader), task.total_steps
+    rates = [task.learning_rate(step) for step in range(total)]
+    assert rates[: n - 1] == sorted(rates[: n - 1])
+    assert rates[n - 1] == pytest.approx(0.05)
+    assert rates[n] == max(rates) == pytest.approx(0.05)
+    assert rates[n:] == sorted(rates[n:], reverse=True)
+    assert rates[n + (total - n) // 2] == pytest.approx(0.025, rel=0.05)
+    assert rates[-1] < 1e-4
+
+
+def test_norms_and_biases_do_not_decay():
+    model = feather.models.resnet8(10)
+    decayed, free = make_optimizer(model, Config().optimizer).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(names[id(p)].endswith("weight") and p.ndim > 1 for p in decayed["params"])
+    assert decayed["weight_decay"] == 5e-4
+    assert free["weight_decay"] == 0
+    assert {id(p) for g in (decayed, free) for p in g["params"]} == set(names)
+
+
+def test_global_switches_are_put_back(tmp_path):
+    torch.set_num_threads(2)
+    try:
+        train(tiny(epochs=1), tmp_path / "run")
+        assert torch.get_num_threads() == 2
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_device_that_is_not_there_is_one_line():
+    with pytest.raises(RunError, match="device 'tpu' cannot be used") as caught:
+        loop.resolve_device("tpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("switch", ["amp", "compile"])
+def test_a_faster_way_trains_the_same_network(tmp_path, switch, finished):
+    if switch == "compile":
+        # the plain interpreter of the compiler: what is tested is the wiring, not code generation
+        real = torch.compile
+        torch.compile = lambda model: real(model, backend="eager")
+    try:
+        results = train(tiny(epochs=2, **{f"system.{switch}": True}), tmp_path / "run")
+    finally:
+        if switch == "compile":
+            torch.compile = real
+    assert results["report"]["sparsity"] == pytest.approx(0.95, abs=1e-3)
+    assert results["test_accuracy"] > 0.5
+
+
+def test_evaluation_is_the_mean_over_images_not_batches():
+    data = load_dataset(tiny().data, 0)
+    model = TinyNetwork(10, 1).train()
+    whole = evaluate(model, loop.EvalLoader(data, data.test, CPU, batch_size=10**6))
+    parts = evaluate(model, loop.EvalLoader(data, data.test, CPU, batch_size=100))
+    assert model.training
+    assert whole[0] == pytest.approx(parts[0])
+    assert whole[1] == parts[1]
+    assert math.isclose(whole[1] * len(data.test) % 1, 0, abs_tol=1e-6)
