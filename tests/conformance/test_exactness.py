@@ -136,6 +136,35 @@ def test_the_order_of_ties_does_not_depend_on_the_memory_format():
     assert torch.equal(pruned(torch.contiguous_format), pruned(torch.channels_last))
 
 
+@pytest.mark.parametrize("fill", ["normal", "bfloat16 grid", "two values", "one value", "sorted"])
+@pytest.mark.parametrize("sparsity", [0.0001, 0.3, 0.9, 0.95, 0.9999])
+def test_large_layers_are_exact_too(fill, sparsity):
+    """Enough weights for what is done in blocks or by samples, with ties across their borders."""
+    fills = {
+        "normal": lambda w: w,
+        "bfloat16 grid": lambda w: w.bfloat16().float(),
+        "two values": lambda w: torch.where(w > 0, 0.5, -0.25),
+        "one value": lambda w: torch.full_like(w, 0.5),
+        "sorted": lambda w: w.flatten().sort().values.view_as(w),
+    }
+    model = nn.Sequential(nn.Linear(300, 301), nn.Linear(301, 200), nn.Linear(7, 3))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(fills[fill](torch.randn_like(layer.weight)))
+    latent = [layer.weight.detach().clone() for layer in model]
+    size = sum(w.numel() for w in latent)
+    kept, tau = smallest(latent, round(sparsity * size))
+    sparsifier = feather.sparsify(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), sparsity=sparsity, total_steps=4,
+        schedule="constant",
+    )  # fmt: skip
+    for layer, w, mask in zip(model, latent, kept, strict=True):
+        assert torch.equal(layer.weight != 0, mask)
+        image = feather.power_threshold(w, tau).where(mask, torch.tensor(0.0))
+        torch.testing.assert_close(layer.weight.detach(), image, rtol=1e-5, atol=0)
+    assert all(value == tau for value in sparsifier.thresholds().values())
+
+
 def test_types_are_ranked_together():
     """Half precision layers compete with single precision ones by their exact magnitudes."""
     model = nn.Sequential(*[nn.Linear(8, 8, dtype=dtype) for dtype in DTYPES])
@@ -284,11 +313,12 @@ def test_more_zero_latents_than_pruned_weights_are_reported():
     model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 4))
     with torch.no_grad():
         model[0].weight.zero_()
-    with pytest.warns(UserWarning, match="zero"):
-        sparsifier = feather.sparsify(
-            model, torch.optim.SGD(model.parameters(), lr=0.1), sparsity=0.1, total_steps=4,
-            schedule="constant",
-        )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(
+        model, optimizer, sparsity=0.1, total_steps=1, schedule="constant"
+    )
+    with pytest.warns(UserWarning, match="more zeros than asked for"):
+        optimizer.step()
     assert sum(int((~mask).sum()) for mask in sparsifier.masks().values()) == 12
 
 

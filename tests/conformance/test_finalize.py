@@ -172,12 +172,24 @@ def test_a_model_can_be_sparsified_again(leave):
     assert run.zeros() == 108
 
 
-@pytest.mark.parametrize("leave", ["finalize", "detach"])
-def test_leaving_twice_is_a_clear_error(leave):
+@pytest.mark.parametrize("first", ["finalize", "detach"])
+def test_finalizing_afterwards_is_a_clear_error(first):
     run = start().train(0, STEPS)
-    run.sparsifier.finalize()
-    with pytest.raises(StateError, match=r"finalize|detach"):
-        getattr(run.sparsifier, leave)()
+    getattr(run.sparsifier, first)()
+    with pytest.raises(StateError, match=r"finalized|detached"):
+        run.sparsifier.finalize()
+
+
+def test_detach_ends_the_keeping_of_masks_and_leaves_the_sparse_model():
+    run = start().train(0, STEPS)
+    run.sparsifier.finalize(keep_masks=True)
+    run.train(0, 2)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    run.sparsifier.detach()
+    assert_same([p.detach() for p in run.model.parameters()], before)
+    assert_nothing_left(run)
+    run.train(2, 4)
+    assert run.zeros() < 96
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

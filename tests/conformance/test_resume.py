@@ -77,15 +77,16 @@ def test_every_model_continues_bit_for_bit(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adamw", "adafactor", "muon+adamw",
-                                       "prodigy (prodigyopt)"])  # fmt: skip
+@pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adamw", "adafactor", "muon+adamw"])
 def test_attaching_after_loading_continues_bit_for_bit(optimizer, dtype):
-    """A loop that restores first and sparsifies then finds everything in the optimizer's state."""
-    if dtype == torch.bfloat16 and optimizer == "prodigy (prodigyopt)":
-        dtype = torch.float16
+    """A loop that restores first and sparsifies then finds everything in the optimizer's state.
+
+    On the way torch casts every entry to the type of its parameter.
+    """
     settings = {"optimizer": optimizer, "dtype": dtype, "total_steps": 30_011, "end": 5}
     checkpoints, end = uninterrupted(**settings)
-    for killed in (0, 1, 5):
+    # Not from before the first step: torch's Adam refuses a parameter's state without its own.
+    for killed in (1, 5):
         case, state = MODELS["mlp"], read(checkpoints[killed])
         net = case.make(7, dtype)
         made = OPTIMIZERS[optimizer](net)
@@ -156,8 +157,14 @@ def test_the_users_state_is_not_changed_by_loading_it(optimizer):
     run = start(optimizer=optimizer)
     for one, saved in zip(run.optimizers, state["optimizers"], strict=True):
         one.load_state_dict(saved)
-    run.train(3, STEPS)
     assert_same(state, before)
+    # The optimizer goes on with the very tensors it was given (that is torch's way); ours not.
+    run.train(3, STEPS)
+    for saved, old in zip(state["optimizers"], before["optimizers"], strict=True):
+        for key, entries in old["state"].items():
+            for name in entries:
+                if "feather" in name:
+                    assert torch.equal(saved["state"][key][name], entries[name])
 
 
 def test_a_state_taken_in_memory_does_not_follow_the_latents():
@@ -298,15 +305,18 @@ def test_relaxed_loading_ends_with_its_block():
         run.optimizer.load_state_dict(foreign)
 
 
-def test_latents_of_another_shape_cannot_be_forced():
-    state = read(of_another_shape().train(0, 2).save())["optimizers"][0]
-    run = start()
-    with (
-        unchanged(run),
-        pytest.raises((StateError, ValueError), match="weight"),
-        run.sparsifier.relaxed_loading(),
-    ):
+def test_relaxed_loading_takes_what_fits_and_restarts_the_rest_from_the_parameters():
+    state = read(start(seed=1, optimizer="sgd").train(0, 4).save())["optimizers"][0]
+    state["state"][2]["feather_latent"] = torch.zeros(5)
+    run = start(optimizer="sgd")
+    effective = run.model[2].weight.detach().clone()
+    with run.sparsifier.relaxed_loading():
         run.optimizer.load_state_dict(state)
+    latent = run.sparsifier.latent_weights()
+    assert torch.equal(latent["0.weight"], state["state"][0]["feather_latent"])
+    assert torch.equal(latent["2.weight"], effective)
+    assert run.sparsifier.step_count == 4
+    assert run.zeros() == round(run.sparsifier.sparsity * 120)
 
 
 # --- other roads ----------------------------------------------------------------------------
@@ -338,25 +348,46 @@ def test_the_sparsifier_refuses_a_foreign_state(kind):
         run.sparsifier.load_state_dict(state)
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adamw"])
-def test_resume_through_torch_distributed_checkpoint(optimizer, flatten):
+@pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adamw", "adafactor"])
+def test_resume_through_torch_distributed_checkpoint(optimizer):
     """Its state names parameters, and it steps once with lr 0 and no gradients to make state."""
-    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     whole = start(optimizer=optimizer).train(0, STEPS)
     run = start(optimizer=optimizer).train(0, 4)
     model = copy.deepcopy(run.model.state_dict())
     run.optimizer.zero_grad()
-    state = copy.deepcopy(get_optimizer_state_dict(run.model, run.optimizer, options=options))
+    state = copy.deepcopy(get_optimizer_state_dict(run.model, run.optimizer))
     assert run.sparsifier.step_count == 4
     resumed = start(optimizer=optimizer, seed=1)
     resumed.model.load_state_dict(model)
-    set_optimizer_state_dict(resumed.model, resumed.optimizer, state, options=options)
+    set_optimizer_state_dict(resumed.model, resumed.optimizer, state)
     assert resumed.sparsifier.step_count == 4
     resumed.train(4, STEPS)
     for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert_same(resumed.sparsifier.latent_weights(), whole.sparsifier.latent_weights())
+
+
+def test_a_flattened_distributed_state_is_refused_rather_than_resumed_densely():
+    """torch rebuilds it with the keys of the live state alone, which drops the latent weights."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    run = start(optimizer="adamw").train(0, 4)
+    state = copy.deepcopy(get_optimizer_state_dict(run.model, run.optimizer, options=options))
+    assert "state.0.weight.feather_latent" in state
+    resumed = start(optimizer="adamw", seed=1)
+    with pytest.raises(StateError, match="latent"):
+        set_optimizer_state_dict(resumed.model, resumed.optimizer, state, options=options)
+
+
+def test_a_layer_frozen_during_training_keeps_its_latent_weights_in_checkpoints():
+    def freeze(run):
+        run.model[0].weight.requires_grad_(False)
+        return run
+
+    whole = freeze(start().train(0, 4)).train(4, STEPS)
+    run = freeze(start().train(0, 4)).train(4, 6)
+    resumed = freeze(start(seed=1)).load(run.save()).train(6, STEPS)
+    assert_same(resumed.sparsifier.latent_weights(), whole.sparsifier.latent_weights())
+    assert resumed.zeros() == whole.zeros() == 96
 
 
 @pytest.mark.parametrize("recipe", ["accumulate", "step(closure)", "scaler"])
