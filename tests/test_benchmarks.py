@@ -1,0 +1,252 @@
+"""The benchmarks run, and compute what they print. What they measure is not judged here."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+# The interface of the official implementation, with the crudest pruning behind it.
+STAND_IN = """
+import torch
+
+class Pruner:
+    def __init__(self, model, device, final_rate, nbatches, epochs):
+        self.model, self.rate, self.step_idx, self.ends = model, final_rate, 0, 0
+        self.weights = [
+            m.weight for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))
+        ]
+        self.prunable_weights_cnt = sum(w.numel() for w in self.weights)
+
+    def update_thresh(self, end_of_batch=False):
+        self.step_idx += not end_of_batch
+        self.ends += end_of_batch
+
+    @torch.no_grad()
+    def desparsify(self):
+        for w in self.weights:
+            keep = w.abs() > w.abs().flatten().kthvalue(int(self.rate * w.numel())).values
+            w.mul_(keep)
+"""
+
+
+@pytest.fixture
+def step_overhead(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("step_overhead")
+
+
+@pytest.fixture
+def peer_accuracy(monkeypatch):
+    pytest.importorskip("scipy")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return importlib.import_module("peer_accuracy")
+
+
+@pytest.fixture
+def peer(tmp_path):
+    folder = tmp_path / "peer"
+    folder.mkdir()
+    (folder / "sparse_utils.py").write_text(STAND_IN)
+    return folder
+
+
+# Step overhead
+
+
+def test_a_run_records_every_contestant(step_overhead, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step_overhead, "CACHES", 1 << 16)
+    monkeypatch.setattr(step_overhead, "ENGINE_REPEATS", 2)
+    file = tmp_path / "results" / "overhead.json"
+    command = "--network resnet8 --batch 2 --size 8 --steps 3 --threads 1 --theta 1 .5 --json"
+    step_overhead.main([*command.split(), str(file)])
+    record = json.loads(file.read_text())
+    assert {"command", "date", "hardware", "versions", "commit", "settings", "runs"} <= set(record)
+    (run,) = record["runs"]
+    assert run["prunable"] == 318_816
+    assert list(run["contestants"]) == ["dense", "control", "feather, θ 1", "feather, θ 0.5"]
+    assert all(len(samples) == 3 for samples in run["samples_ms"].values())
+    assert run["contestants"]["dense"]["ratio"] == 1.0
+    for engine in run["engine"].values():
+        assert set(engine["ms"]) == {"before_step", "capture", "after_step", "pull_back"}
+        assert set(engine["parts_ms"]) == {"select", "image", "copy", "checks"}
+        assert engine["memory"]["latent"] == engine["memory"]["weights"] == 4 * run["prunable"]
+    printed = capsys.readouterr().out
+    assert "a trial, not a measurement" in printed
+    assert "feather, θ 0.5" in printed
+
+
+@pytest.mark.parametrize("at", ["end", "ramp"])
+def test_all_contestants_start_alike_and_take_the_same_steps(step_overhead, peer, at):
+    command = f"--steps 4 --at {at} --peer {peer}"
+    arguments = step_overhead.parse(command.split())
+    implementation = step_overhead.official.load_official(peer)
+    model, contestants = step_overhead.build(arguments, "resnet8", 2, implementation)
+    assert list(contestants) == ["dense", "control", "feather, θ 1", "official"]
+    for name in ("dense", "control", "official"):
+        pairs = zip(model.parameters(), contestants[name].model.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    latent = contestants["feather, θ 1"].sparsifier.latent_weights()
+    assert all(torch.equal(w, model.get_parameter(name)) for name, w in latent.items())
+    device = torch.device("cpu")
+    step_overhead.race(contestants, 4, (2, 3, 8, 8), device, False, seed=0)
+    steps = step_overhead.WARMUP + 4
+    assert contestants["feather, θ 1"].sparsifier.step_count == steps
+    assert contestants["feather, θ 1"].sparsifier.sparsity == pytest.approx(0.95, abs=1e-5)
+    # At the end its schedule starts in the half that is at the final sparsity.
+    pruner = contestants["official"].before_forward.__self__
+    assert pruner.step_idx == (2 * steps if at == "end" else steps)
+
+
+def test_ratios_are_those_of_medians_and_common_noise_cancels(step_overhead):
+    dense = np.random.default_rng(0).lognormal(3, 1, 41)
+    compared = step_overhead.compare({"dense": dense.tolist(), "twice": (2 * dense).tolist()}, 0)
+    assert compared["twice"]["ratio"] == pytest.approx(2)
+    assert compared["twice"]["interval"] == pytest.approx([2, 2])
+    assert compared["dense"]["median_ms"] == pytest.approx(sorted(dense)[20])
+
+
+def test_a_ratio_over_its_limit_is_said_so(step_overhead):
+    row = {"ratio": 1.04, "limit": 1.03}
+    rows = {"dense": {"ratio": 1.0, "limit": None}, "control": {"ratio": 1.01, "limit": None}}
+    result = {
+        "network": "resnet20",
+        "batch": 128,
+        "contestants": rows | {"feather, θ 1": row, "feather, θ 0.5": row | {"limit": 1.05}},
+        "engine": {name: {"sum_ms": 2.5} for name in ("feather, θ 1", "feather, θ 0.5")},
+    }
+    _, over, within = step_overhead.limits_table([result]).strip().splitlines()
+    assert "OVER" in over
+    assert "within" in within
+
+
+def test_records_name_no_path_of_this_machine(step_overhead):
+    command = step_overhead.official.recorded_command(
+        ["--peer", "/a/place", "--data-path=/b", "--json", "results/b"],
+        {"/a/place": "OFFICIAL", "/b": "DATA"},
+    )
+    assert command.endswith("--peer OFFICIAL --data-path=DATA --json results/b")
+
+
+def test_a_checkout_without_the_official_code_is_refused(step_overhead, tmp_path):
+    with pytest.raises(SystemExit, match=r"no sparse_utils\.py"):
+        step_overhead.main(["--peer", str(tmp_path)])
+
+
+# Accuracy beside the official implementation
+
+
+def row(who, seed, accuracy, sparsity=0.98, **changes):
+    return {
+        "implementation": who,
+        "sparsity": sparsity,
+        "seed": seed,
+        "test_accuracy": accuracy,
+        "train_loss": 1.5,
+        "weights": 1000,
+        "zeros": 980 if who == "ours" else 979,
+        "seconds": 1.0,
+        "peer_commit": None if who == "ours" else "b" * 40,
+        "settings": {
+            "network": "resnet8",
+            "recipe": "digits",
+            "epochs": 1,
+            "data": {"name": "digits"},
+        },
+        "commit": "a" * 40,
+        "versions": {"torch": "2"},
+        "hardware": {"cpu": "a CPU", "threads": 1},
+    } | changes
+
+
+PAIRS = [
+    *(row("ours", seed, value) for seed, value in enumerate([0.36, 0.37, 0.38])),
+    *(row("official", seed, value) for seed, value in enumerate([0.35, 0.37, 0.36])),
+]
+
+
+def test_means_and_deviations_over_seeds(peer_accuracy):
+    (entry,) = peer_accuracy.aggregate(PAIRS)
+    assert entry["n"] == 3
+    assert entry["ours"] == {
+        "mean": pytest.approx(37),
+        "deviation": pytest.approx(1),
+        "zeros": [980],
+    }
+    assert entry["official"]["mean"] == pytest.approx(36)
+    assert entry["difference"] == pytest.approx(1)
+    # Welch: equal deviations of 1, n = 3: 1 -+ 2.7764 sqrt(2/3) at 4 degrees of freedom.
+    assert entry["interval"] == pytest.approx([1 - 2.2669, 1 + 2.2669], abs=1e-3)
+
+
+def test_only_seeds_that_both_have_are_averaged(peer_accuracy):
+    rows = [*PAIRS, row("ours", 3, 0.99), row("ours", 0, 0.5, sparsity=0.95)]
+    (entry,) = peer_accuracy.aggregate(rows)
+    assert entry["seeds"] == [0, 1, 2]
+    assert entry["ours"]["mean"] == pytest.approx(37)
+
+
+@pytest.mark.parametrize("rows", [PAIRS[::3], [row("ours", 0, 0.5), row("official", 0, 0.5)]])
+def test_one_pair_has_a_difference_but_no_spread(peer_accuracy, rows):
+    (entry,) = peer_accuracy.aggregate(rows)
+    assert entry["ours"]["deviation"] is None
+    assert entry["interval"] is None
+
+
+def test_the_table_shows_every_seed_and_what_is_missing(peer_accuracy):
+    text = peer_accuracy.table([*PAIRS, row("ours", 7, 0.4)], "python it")
+    assert "| 98 % | 37.00 ± 1.00 | 36.00 ± 1.00 | +1.00 (-1.27 to +3.27) | 3 | 980 | 979 |" in text
+    assert "| 98 % | 2 | 38.00 | 36.00 | +2.00 | 1.5000 | 1.5000 |" in text
+    assert "| 98 % | 7 | 40.00 |  |  | 1.5000 |  |" in text
+    assert "bbbbbbbbbb" in text
+
+
+DIGITS = ["--recipe", "digits", "--data", "digits", "--epochs", "2", "--sparsity", ".5"]
+
+
+def test_the_official_one_is_trained_by_the_same_trainer(peer_accuracy, peer, monkeypatch):
+    arguments = peer_accuracy.parse([*DIGITS, "--peer", str(peer), "--set", "batch_size=512"])
+    config = peer_accuracy.configuration(arguments, 0.5, seed=0)
+    found = []
+
+    class Watched(peer_accuracy.OfficialTask):
+        def finish(self, run):
+            found.append(self.pruner)
+            return super().finish(run)
+
+    monkeypatch.setattr(peer_accuracy, "OfficialTask", Watched)
+    monkeypatch.setitem(sys.modules, "torch_feather.analysis.plots", None)  # they take longest
+    official = peer_accuracy.run("official", config, peer)
+    ours = peer_accuracy.run("ours", config, peer)
+    (pruner,) = found
+    assert pruner.step_idx == 2 * 3  # each step of two epochs of three batches
+    assert pruner.ends == 2
+    assert set(official) == set(ours)
+    assert official["settings"] == ours["settings"]
+    assert official["weights"] == ours["weights"]
+    assert official["zeros"] == pytest.approx(0.5 * official["weights"], rel=1e-3)
+    # The stand-in trains dense; its copy that is measured after an epoch is sparse.
+    assert official["curve"]["sparsity"] == pytest.approx([0.5, 0.5], abs=1e-3)
+
+
+def test_runs_that_are_done_are_read_and_not_trained_again(peer_accuracy, peer, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [*DIGITS, "--peer", str(peer), "--seeds", "0", "--out", str(out)]
+    config = peer_accuracy.configuration(peer_accuracy.parse(arguments), 0.5, seed=0)
+    out.mkdir()
+    for who in ("ours", "official"):
+        done = row(who, 0, 0.4, sparsity=0.5, settings=peer_accuracy.settings(config))
+        peer_accuracy.file_of(out, who, config).write_text(json.dumps(done))
+    peer_accuracy.main(arguments)
+    assert "2 run(s) done before, 0 to do" in capsys.readouterr().out
+    assert "| 50 % | 40.00 | 40.00 | +0.00 | 1 |" in (out / "table.md").read_text()
+    (entry,) = json.loads((out / "summary.json").read_text())
+    assert entry["n"] == 1
+    with pytest.raises(SystemExit, match="other settings"):
+        peer_accuracy.main([*arguments, "--set", "optimizer.lr=0.2"])
