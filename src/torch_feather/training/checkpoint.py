@@ -43,11 +43,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         )
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        full = " - free some space, then go on with --resume" if error.errno == errno.ENOSPC else ""
-        return (error.strerror or str(error)) + full
-    return f"{str(error).splitlines()[0]} - is the disk full?"
+def _reason(error: BaseException) -> str:
+    if not isinstance(error, OSError) and error.__context__ is not None:
+        return _reason(error.__context__)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full: free some space, then go on with --resume"
+    return str(error).splitlines()[0]
 
 
 def write_json(path: Path, value: Any) -> None:
