@@ -49,6 +49,8 @@ class OfficialTask(loop.Task):
     `end_of_batch=True`, after the last one of an epoch; `desparsify()` at the end.
     """
 
+    model: torch.nn.Module
+
     def __init__(
         self, implementation: ModuleType, config: Config, data: Dataset, device: torch.device
     ) -> None:
