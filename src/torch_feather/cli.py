@@ -47,7 +47,10 @@ TRAIN_EXAMPLES = """
 def train(
     recipe: Annotated[
         str | None,
-        typer.Option(help="Settings to start from, see `feather recipes`. [default: digits]"),
+        typer.Option(
+            help="Settings to start from, see `feather recipes`. "
+            "[default: the one named like --data, else digits]"
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file laid over the recipe, such as a config.yaml.")
