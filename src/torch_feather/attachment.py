@@ -31,6 +31,7 @@ WRITE_OUTSIDE_STEP = ("ScheduleFree", "Lookahead")
 # Optimizers that hold or step the parameters in a way that is not handled.
 NOT_HANDLED = ("ZeroRedundancyOptimizer",)
 
+# Optimizers and parameters that a sparsifier is attached to.
 _attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -62,24 +63,28 @@ def bind(
                 places.setdefault(id(parameter), []).append((o, g, i))
     if not prunable:
         raise ConfigurationError(
-            f"{type(model).__name__} has nothing to prune: no trainable weight of a convolution, "
-            "linear layer or attention projection is left by include and exclude (frozen weights "
-            "are left alone). Name what should take part with include=."
+            f"{type(model).__name__} has no prunable weights: no trainable weight of a "
+            "convolution, linear layer or attention projection is left by include and exclude "
+            "(frozen weights are left alone). Name what should take part with include=."
         )
     missing = [p.name for p in prunable if id(p.parameter) not in places]
     if missing:
         raise ConfigurationError(
-            f"No optimizer holds {_some(missing)}. Give sparsify all optimizers that train the "
+            f"No optimizer holds {some(missing)}. Give sparsify all optimizers that train the "
             "model, after any move that replaces parameters, or leave these weights out: exclude=."
         )
     shared = [p.name for p in prunable if len(places[id(p.parameter)]) > 1]
     if shared:
         raise ConfigurationError(
-            f"{_some(shared)} is held more than once by the optimizers: each step would update it "
+            f"{some(shared)} is held more than once by the optimizers: each step would update it "
             "twice. Give every parameter to one optimizer."
         )
     for p in prunable:
         check_storage(p.name, p.parameter)
+        if p.parameter in _attached:
+            raise ConfigurationError(
+                f"{p.name} already has a sparsifier. Call its detach() or finalize() first."
+            )
     devices = {p.parameter.device for p in prunable}
     if len(devices) > 1:
         raise ConfigurationError(
@@ -113,6 +118,7 @@ class Attachment:
         self._depth = 0  # subclasses that call super().step() fire the hooks once per level
         self._latent = False  # whether the parameters hold latent weights right now
         self._phantom = False
+        self._in_live_state = False  # whether entries of ours are in optimizer.state
         self._incoming: dict[int, tuple[Tensor, Tensor]] | None = None
         self._groups = len(optimizer.param_groups)
         before, after = map(torch.compiler.disable, (self._before, self._after))
@@ -124,7 +130,8 @@ class Attachment:
             optimizer.register_load_state_dict_post_hook(self._load),
         ]
         self._guard_step()
-        _attached[optimizer] = True
+        for one in (optimizer, *self._weights()):
+            _attached[one] = True
 
     def parameter_at(self, slot: Slot) -> nn.Parameter:
         """What the optimizer holds now where it held the slot's parameter."""
@@ -145,11 +152,15 @@ class Attachment:
                 del self.optimizer.__dict__["step"]
             else:
                 self.optimizer.__dict__["step"] = self._replaced_step
-        _attached.pop(self.optimizer, None)
+        for one in (self.optimizer, *self._weights()):
+            _attached.pop(one, None)
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [self.sparsifier.slots[i].parameter for i in self.indices]
 
     def keep_zeros(self) -> None:
         """From now on, every step leaves weights at 0 that are 0 now."""
-        weights = [self.sparsifier.slots[i].parameter for i in self.indices]
+        weights = self._weights()
         zeros = [parameter.detach() == 0 for parameter in weights]
 
         @torch.no_grad()
@@ -167,6 +178,7 @@ class Attachment:
         self._depth += 1
         if self._depth > 1:
             return None
+        self._clear_live_state()
         self._warn_of_new_groups()
         self._phantom = self._is_phantom()
         self.sparsifier.before_step(self.indices)
@@ -246,7 +258,7 @@ class Attachment:
         late = [p.name for p in found if id(p.parameter) in new]
         if late:
             warn(
-                f"{_some(late)} came to the optimizer after sparsify: it is trained dense. To "
+                f"{some(late)} came to the optimizer after sparsify: it is trained dense. To "
                 "prune it too, add all parameter groups before calling sparsify.",
             )
 
@@ -288,10 +300,14 @@ class Attachment:
             entries = state.get(keys.get(place), {})
             if LATENT in entries and HEADER in entries:
                 found[index] = entries[LATENT], entries[HEADER]
+        self._incoming = self.sparsifier.check_loaded(found, self.indices)
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+            # Such a one may read its own copy of the state again: it goes before the next step.
+            self._in_live_state = True
+            return state_dict
         for entries in state.values():
             entries.pop(LATENT, None)
             entries.pop(HEADER, None)
-        self._incoming = self.sparsifier.check_loaded(found, self.indices)
         return {**state_dict, "state": {key: e for key, e in state.items() if e}}
 
     def _load(self, optimizer: Optimizer) -> None:
@@ -303,17 +319,23 @@ class Attachment:
         """Takes over latent weights that were loaded into the optimizer before attaching."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
         slot_at = self._slot_at()
-        seen = False
         for g, i, parameter in self._places():
             entries = self.optimizer.state.get(parameter, {})
-            if LATENT not in entries:
-                continue
-            seen = True
-            if (g, i) in slot_at:
-                found[slot_at[g, i]] = entries[LATENT], entries[HEADER]
-        if not seen:
-            return False
-        self.sparsifier.load(self.sparsifier.check_loaded(found, self.indices))
+            if LATENT in entries:
+                self._in_live_state = True
+                if (g, i) in slot_at:
+                    found[slot_at[g, i]] = entries[LATENT], entries[HEADER]
+        if self._in_live_state:
+            self.sparsifier.load(self.sparsifier.check_loaded(found, self.indices))
+            self._clear_live_state()
+            return True
+        return False
+
+    def _clear_live_state(self) -> None:
+        """Optimizers make a parameter's state when they find none: nothing of ours may be there."""
+        if not self._in_live_state:
+            return
+        self._in_live_state = False
         for _, _, parameter in self._places():
             entries = self.optimizer.state.get(parameter)
             if entries is not None:
@@ -321,7 +343,6 @@ class Attachment:
                 entries.pop(HEADER, None)
                 if not entries:
                     del self.optimizer.state[parameter]
-        return True
 
 
 def _checked(optimizer: Any) -> Optimizer:
@@ -392,6 +413,7 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of many names."""
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,6 +1,8 @@
 """The errors that are torch-feather's own; each also is the standard error of its kind."""
 
 import warnings
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class FeatherError(Exception):
@@ -26,3 +28,9 @@ class FeatherWarning(UserWarning):
 def warn(message: str) -> None:
     """Issues a FeatherWarning."""
     warnings.warn(message, FeatherWarning, stacklevel=3)
+
+
+def nearest(wrong: object, known: Iterable[str]) -> str:
+    """The end of a sentence that names what is most like `wrong` among the known names."""
+    near = get_close_matches(str(wrong), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."

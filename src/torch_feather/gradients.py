@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,8 +14,12 @@ from .errors import ConfigurationError
 class GradientRule(Protocol):
     """An elementwise rule dL/du -> dL/dw."""
 
-    def pull_back(self, parameter: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """A hook for gradients of `parameter`, which holds u; None for the identity."""
+    @property
+    def is_identity(self) -> bool:
+        """Whether dL/dw is dL/du, so that nothing has to be done."""
+
+    def __call__(self, gradient: Tensor, pruned: Tensor) -> Tensor:
+        """dL/dw of dL/du and the mask of pruned weights, all of one shape."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,14 @@ class StraightThrough:
         if not 0.0 <= self.theta <= 1.0:
             raise ConfigurationError(f"theta must lie in [0, 1], got {self.theta!r}.")
 
-    def pull_back(self, parameter: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """See `GradientRule`. A pruned weight is one whose effective value is 0."""
-        if self.theta == 1.0:
-            return None
-        return lambda gradient: torch.where(parameter == 0, gradient * self.theta, gradient)
+    @property
+    def is_identity(self) -> bool:
+        """See `GradientRule`."""
+        return self.theta == 1.0
+
+    def __call__(self, gradient: Tensor, pruned: Tensor) -> Tensor:
+        """See `GradientRule`."""
+        return torch.where(pruned, gradient * self.theta, gradient)
 
 
 def Masked() -> StraightThrough:  # noqa: N802 - named like the rules it stands beside

@@ -27,14 +27,22 @@ class Header(NamedTuple):
     """Checksum of the parameter's sparse image; 0 for parameters that take no part."""
 
     def tensor(self) -> Tensor:
-        """As int64 of shape (7,)."""
-        return torch.tensor(list(self), dtype=torch.int64)
+        """As uint8 of shape (56,), little-endian.
+
+        Bytes, because an optimizer casts what it loads to the parameter's type: half precision
+        holds every byte exactly, but not every integer.
+        """
+        data = b"".join(value.to_bytes(8, "little", signed=True) for value in self)
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
     @classmethod
     def read(cls, tensor: Tensor) -> Header | None:
         """From a tensor, or None where it is no header."""
-        values = torch.as_tensor(tensor).flatten().tolist()
-        return cls(*map(int, values)) if len(values) == len(cls._fields) else None
+        if tensor.numel() != 8 * len(cls._fields):
+            return None
+        data = tensor.to("cpu", torch.uint8).numpy().tobytes()
+        words = (data[i : i + 8] for i in range(0, len(data), 8))
+        return cls(*(int.from_bytes(word, "little", signed=True) for word in words))
 
     def differences(self, other: Header) -> list[str]:
         """What of `self` (a saved state) does not fit `other` (the present)."""

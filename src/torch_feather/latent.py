@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -180,16 +181,23 @@ def kept_image(w: Tensor, cut: Cut, operator: Operator, dtype: torch.dtype) -> T
     return torch.where(vanished, least.copysign(w.to(dtype)), image)
 
 
-def flat_alias(tensor: Tensor) -> Tensor:
-    """The memory of a dense tensor as one dimension, whatever its strides."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
+# A prime, so that hardly any exchange of whole rows or channels keeps words in their columns.
+_COLUMNS = 509
+_FACTORS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, _COLUMNS) | 1
 
 
-def checksum(tensor: Tensor) -> Tensor:
-    """Sum of the bits of a dense tensor, modulo 2^64: changes whenever one value does."""
-    flat = flat_alias(tensor)
-    fits = flat.numel() * flat.element_size() % 8 == 0 and (
-        flat.storage_offset() * flat.element_size() % 8 == 0
-    )
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return flat.view(torch.int64 if fits else integers[flat.element_size()]).sum()
+def checksum(tensor: Tensor) -> int:
+    """A number that changes when a value of `tensor` does, or when values change places.
+
+    The memory, as rows of 64-bit words, is summed by column, and the columns with odd factors,
+    modulo 2^64. So any change of one value shows, and others almost surely; what cannot show is
+    an exchange of values 509 words apart. The tensor must be dense in memory, on any device.
+    """
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,)).cpu()
+    data = flat.view(torch.uint8).numpy()
+    words = data[: data.size // 8 * 8].view(np.int64)
+    rows = words.size // _COLUMNS
+    columns = np.add.reduce(words[: rows * _COLUMNS].reshape(rows, _COLUMNS), axis=0)
+    columns[: words.size - rows * _COLUMNS] += words[rows * _COLUMNS :]
+    rest = int.from_bytes(data[words.size * 8 :].tobytes(), "little")
+    return (int(np.dot(columns, _FACTORS)) + rest * int(_FACTORS[-1])) % 2**63

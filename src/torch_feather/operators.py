@@ -45,7 +45,7 @@ class Power:
     is_identity = False
 
     def __post_init__(self) -> None:
-        if not 1.0 <= self.p < math.inf:
+        if not isinstance(self.p, int | float) or not 1.0 <= self.p < math.inf:
             raise ConfigurationError(
                 f"p must be a number >= 1 (1 is soft thresholding; for hard use Hard()), "
                 f"got {self.p!r}."

@@ -52,9 +52,11 @@ def find_prunable(
         exclude: leaves out what it matches, in the same forms.
 
     Raises:
-        ConfigurationError: a weight that would take part is computed from other parameters
-            (parametrized, weight-normed) or not materialised yet (lazy modules).
+        ConfigurationError: `model` is no module; or a weight that would take part is computed
+            from other parameters (parametrized, weight-normed) or has no shape yet (lazy modules).
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     chosen: dict[int, Prunable] = {}
     embedded = {
         id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
@@ -104,8 +106,9 @@ def _candidates(module: nn.Module) -> Iterator[str]:
     """Parameters of `module` itself, and default weights hidden by a parametrization."""
     yield from (name for name, parameter in module._parameters.items() if parameter is not None)
     for name in _default_weights(module):
-        hidden = name not in module._parameters and getattr(module, name, None) is not None
-        if hidden:
+        # Not getattr: a parametrization may change its own state when it is evaluated.
+        computed = isinstance(getattr(type(module), name, None), property)
+        if name not in module._parameters and (computed or name in module.__dict__):
             yield name
 
 

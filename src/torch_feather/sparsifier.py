@@ -14,7 +14,7 @@ and the latent weights travel in the optimizer's own state dict.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .attachment import Attachment, bind, check_storage
+from .attachment import Attachment, bind, check_storage, some
 from .errors import ConfigurationError, NonFiniteWeightError, StateError, warn
 from .header import FORMAT, Header, digest
 from .latent import LatentWeights, Segment, checksum, copy_all
 from .methods import Method, build_method
-from .prunable import Filters, find_prunable
+from .prunable import Filters, find_prunable, unwrap
 from .report import Report, report
 from .selection import Cut
 
@@ -113,6 +113,8 @@ class Sparsifier:
         self.slots, optimizers = bind(model, prunable, optimizer)
         method.allocation.check([slot.parameter.numel() for slot in self.slots], self.target)
 
+        self._raise_if_nan()
+
         self.weights = LatentWeights([slot.parameter for slot in self.slots])
         self._layout = [_layout(slot.parameter) for slot in self.slots]
         # All that changes with time is on the device: only there a skipped step is known, and
@@ -126,6 +128,7 @@ class Sparsifier:
         self._loaded_images: dict[int, int] = {}  # and of what a checkpoint says they were given
         self._strict = True
         self._attached = True
+        self._keeping = False  # zeros, after finalize
         self._ticks = 0
         self._arrival = int((self._schedule == self.target).nonzero()[0])
         self._warned: set[str] = set()
@@ -217,6 +220,7 @@ class Sparsifier:
         self._inspect()
         self._release()
         if keep_masks:
+            self._keeping = True
             for attachment in self._attachments:
                 attachment.keep_zeros()
         return self.model
@@ -226,10 +230,12 @@ class Sparsifier:
 
         After `finalize(keep_masks=True)` it only ends the keeping: the model stays sparse.
         """
-        if self._attached:
+        if not self._keeping:
+            self._require_attached()
             self.sync()
             self._show(self.weights.views)
         self._release()
+        self._keeping = False
         return self.model
 
     def reset_latents(self) -> None:
@@ -274,7 +280,7 @@ class Sparsifier:
             sparsity=round(self.target * 1e12),
             method=digest(repr(self.method)),
             shape=0 if i is None else digest(str(tuple(self.slots[i].parameter.shape))),
-            image=0 if i is None else int(checksum(self.slots[i].parameter)),
+            image=0 if i is None else checksum(self.slots[i].parameter),
         )
 
     def export(self, i: int | None) -> tuple[Tensor, Tensor]:
@@ -325,11 +331,12 @@ class Sparsifier:
                 self.weights.views[i].copy_(entries[i][0])
             elif not self._strict:
                 self.weights.views[i].copy_(slot.parameter)
-        headers = {i: Header(*header.tolist()) for i, (_, header) in entries.items()}
-        for header in headers.values():
+        headers = {i: Header.read(header) for i, (_, header) in entries.items()}
+        found = {i: header for i, header in headers.items() if header is not None}
+        for header in found.values():
             self._step.fill_(header.step)
         self._materialize()
-        self._loaded_images = {i: header.image for i, header in headers.items()}
+        self._loaded_images = {i: header.image for i, header in found.items()}
 
     # What attachments call during a step
 
@@ -388,7 +395,7 @@ class Sparsifier:
             self._images = self._checksums()
 
     def _checksums(self) -> list[int]:
-        return [int(checksum(slot.parameter)) for slot in self.slots]
+        return [checksum(slot.parameter) for slot in self.slots]
 
     def _cut(self, i: int) -> Cut:
         start = self.weights.spans[i][0]
@@ -398,8 +405,24 @@ class Sparsifier:
         """Gradients dL/du are pulled back to dL/dw by hooks, none where that is the identity."""
         for handle in self._pull_backs:
             handle.remove()
-        rules = [(s.parameter, self.method.gradient.pull_back(s.parameter)) for s in self.slots]
-        self._pull_backs = [p.register_hook(rule) for p, rule in rules if rule is not None]
+        rule = self.method.gradient
+        self._pull_backs = (
+            []
+            if rule.is_identity
+            else [s.parameter.register_hook(self._hook(i)) for i, s in enumerate(self.slots)]
+        )
+
+    def _hook(self, i: int) -> Callable[[Tensor], Tensor]:
+        def pull_back(gradient: Tensor) -> Tensor:
+            value = self._cut(i).value
+            if value.device.type == "cpu" and value <= 0:
+                return gradient
+            # A weight whose image is 0 is pruned, unless the threshold is 0 too: a layer that
+            # begins with zeros is to learn.
+            pruned = (self.slots[i].parameter == 0) & (value > 0)
+            return self.method.gradient(gradient, pruned)
+
+        return pull_back
 
     # What others did to the parameters
 
@@ -438,7 +461,7 @@ class Sparsifier:
         """Follows parameters that were replaced, moved or cast since the last look."""
         current = [self._attachments[s.optimizer].parameter_at(s) for s in self.slots]
         for slot, parameter in zip(self.slots, current, strict=True):
-            if slot.module._parameters.get(slot.attribute) is not parameter:
+            if _lookup(self.model, slot.name) is not parameter:
                 raise StateError(
                     f"The model's {slot.name} is no longer the parameter that the optimizer "
                     "trains, as after load_state_dict(assign=True). Load with assign=False, or "
@@ -521,9 +544,8 @@ class Sparsifier:
         names = [slot.name for slot in self.slots if bool(slot.parameter.isnan().any())]
         if names:
             raise NonFiniteWeightError(
-                f"After step {self.step_count} weights of {', '.join(names[:3])} are NaN. They are "
-                "kept in the network, so that its loss shows them. Lower the learning rate, clip "
-                "gradients, or go back to a checkpoint."
+                f"Weights of {some(names)} are NaN. They are kept in the network, so that its loss "
+                "shows them. Lower the learning rate, clip gradients, or go back to a checkpoint."
             )
 
     # Leaving, inside
@@ -538,6 +560,18 @@ class Sparsifier:
     def _require_attached(self) -> None:
         if not self._attached:
             raise StateError("This sparsifier was finalized or detached: make a new one.")
+
+
+def _lookup(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter called `name` now, None where there is none."""
+    module = unwrap(model)
+    *path, attribute = name.split(".")
+    for part in path:
+        child = module._modules.get(part)
+        if child is None:
+            return None
+        module = child._modules.get("_orig_mod") or child
+    return module._parameters.get(attribute)
 
 
 def _layout(parameter: Tensor) -> tuple[Any, ...]:

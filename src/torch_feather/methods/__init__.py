@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, nearest
 from .feather import feather
 from .method import Method
 from .ste import hard_ste, soft_ste
@@ -48,7 +47,7 @@ def build_method(name: str, *, sparsity: float, **options: Any) -> Method:
     for option in options:
         if option not in known:
             raise ConfigurationError(
-                f"Method {name!r} has no option {option!r}{_nearest(option, known)} "
+                f"Method {name!r} has no option {option!r}{nearest(option, known)} "
                 f"It has: {', '.join(known)}."
             )
     return _lookup(name)(sparsity=sparsity, **options)
@@ -57,11 +56,6 @@ def build_method(name: str, *, sparsity: float, **options: Any) -> Method:
 def _lookup(name: str) -> Callable[..., Method]:
     if name not in METHODS:
         raise ConfigurationError(
-            f"There is no method {name!r}{_nearest(name, METHODS)} There are: {', '.join(METHODS)}."
+            f"There is no method {name!r}{nearest(name, METHODS)} There are: {', '.join(METHODS)}."
         )
     return METHODS[name]
-
-
-def _nearest(wrong: str, known: Any) -> str:
-    near = get_close_matches(str(wrong), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."

@@ -42,7 +42,7 @@ def feather(
     if isinstance(theta, str):
         raise ConfigurationError(f"theta must be 'auto' or a number in [0, 1], got {theta!r}.")
     return Method(
-        operator=Hard() if p == math.inf else Power(float(p)),
+        operator=Hard() if p == math.inf else Power(p),
         gradient=StraightThrough(float(theta)),
         allocation=Global(min_density, max_density),
         schedule=make_schedule(schedule, begin, end),

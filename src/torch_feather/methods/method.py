@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..allocation import Allocation
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, nearest
 from ..gradients import GradientRule
 from ..operators import Operator
 from ..schedules import Constant, Cubic, Linear, OneShot, Schedule
@@ -19,6 +19,9 @@ class Method:
     gradient: GradientRule
     allocation: Allocation
     schedule: Schedule
+
+
+SCHEDULES = ("cubic", "linear", "constant", "one-shot")
 
 
 def make_schedule(schedule: str | Schedule, begin: int, end: int | None) -> Schedule:
@@ -36,7 +39,7 @@ def make_schedule(schedule: str | Schedule, begin: int, end: int | None) -> Sche
     ramps = {"cubic": Cubic, "linear": Linear}
     if schedule not in ramps:
         raise ConfigurationError(
-            f"schedule must be 'cubic', 'linear', 'constant', 'one-shot' or a Schedule object, "
-            f"got {schedule!r}."
+            f"There is no schedule {schedule!r}{nearest(schedule, SCHEDULES)} There are: "
+            f"{', '.join(SCHEDULES)}, or any object of torch_feather.schedules."
         )
     return ramps[schedule](begin, end)
