@@ -135,7 +135,10 @@ def plot(rows: list[Row], path: Path) -> None:
             left.set_xticks(range(len(sparsities)), [f"{100 * s:g} %" for s in sparsities])
         highest = max(sparsities, default=None)
         curves = [r["curve"] for r in mine if r["sparsity"] == highest]
-        losses = [statistics.mean(values) for values in zip(*(c["train_loss"] for c in curves))]
+        losses = [
+            statistics.mean(values)
+            for values in zip(*(c["train_loss"] for c in curves), strict=True)
+        ]
         title = method if highest is None else f"{method}, {100 * highest:g} %"
         right.plot(curves[0]["epoch"], losses, color=colour, label=title)
     left.set(xlabel="sparsity", ylabel="test accuracy, %", title="Each seed, and the mean")
@@ -151,7 +154,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--recipe", default="cifar100-small")
     parser.add_argument("--data-path", required=True)
-    parser.add_argument("--methods", nargs="+", default=["dense", "feather", "hard-ste", "soft-ste"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["dense", "feather", "hard-ste", "soft-ste"]
+    )
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.95, 0.98])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], help="settings, such as system.amp=true")

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from torch_feather import models
-from torch_feather.report import report, sparsity
-from torch_feather.report import macs_text, percent
 from torch_feather.errors import ConfigurationError
 from torch_feather.flops import count_flops
+from torch_feather.report import macs_text, percent, report, sparsity
 
 
 def network(density=0.3):

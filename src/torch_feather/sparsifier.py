@@ -413,14 +413,13 @@ class Sparsifier:
         )
 
     def _hook(self, i: int) -> Callable[[Tensor], Tensor]:
+        """A weight whose image is 0 is pruned, unless the cut is at 0: zero layers are to learn."""
+
         def pull_back(gradient: Tensor) -> Tensor:
-            value = self._cut(i).value
-            if value.device.type == "cpu" and value <= 0:
-                return gradient
-            # A weight whose image is 0 is pruned, unless the threshold is 0 too: a layer that
-            # begins with zeros is to learn.
-            pruned = (self.slots[i].parameter == 0) & (value > 0)
-            return self.method.gradient(gradient, pruned)
+            value, pruned = self._cut(i).value, self.slots[i].parameter == 0
+            if value.device.type != "cpu":
+                return self.method.gradient(gradient, pruned & (value > 0))
+            return self.method.gradient(gradient, pruned) if value > 0 else gradient
 
         return pull_back
 

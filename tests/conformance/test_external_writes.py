@@ -121,6 +121,26 @@ def test_a_single_changed_weight_is_noticed():
     assert after["head.weight"][1, 2] == written
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_sign_that_flips_is_noticed_wherever_it_is(dtype):
+    """It changes the highest bit of a number alone."""
+    run = start("mlp", "sgd", dtype=dtype).train(0, 6)
+    weight = run.model[0].weight.data.view(-1)
+    for index in weight.nonzero().flatten()[:8].tolist():
+        weight[index] *= -1
+        written = weight[index].clone()
+        assert run.sparsifier.latent_weights()["0.weight"].view(-1)[index] == written, index
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights_that_are_all_negated_are_noticed(dtype):
+    run = start("mlp", "sgd", dtype=dtype).train(0, 6)
+    run.model[0].weight.data.neg_()
+    written = run.model[0].weight.detach().clone()
+    latent = run.sparsifier.latent_weights()["0.weight"]
+    assert torch.equal(latent[written != 0], written[written != 0])
+
+
 @pytest.mark.parametrize("through", ["no_grad", "data"])
 def test_a_permutation_is_noticed(through):
     """Two rows change places: every plain sum of the weights stays what it was."""
@@ -193,8 +213,33 @@ def test_loading_with_assign_orphans_a_parameter_and_is_an_error(trigger):
         "finalize": lambda: run.sparsifier.finalize(),
         "state_dict": lambda: run.optimizer.state_dict(),
     }
-    with pytest.raises(feather.errors.FeatherError, match=r"0\.weight"):
+    with pytest.raises(feather.FeatherError, match=r"0\.weight"):
         triggers[trigger]()
+
+
+def test_replacing_a_module_orphans_its_parameter_and_is_an_error():
+    run = trained()
+    run.model[0] = nn.Linear(6, 12)
+    with pytest.raises(feather.FeatherError, match=r"0\.weight"):
+        run.train(6, 7)
+
+
+@pytest.mark.parametrize("wrapper", [nn.Sequential, torch.compile], ids=lambda f: f.__name__)
+def test_wrapping_a_layer_after_attaching_is_no_write(wrapper):
+    """The parameter is the same, only its name is another (activation checkpointing does so)."""
+    run, other = trained(), trained()
+    run.model[0] = wrapper(run.model[0])
+    run.loop.forward = lambda x: other_forward(run.model, x)
+    run.train(6, 8)
+    other.train(6, 8)
+    latents = (r.sparsifier.latent_weights().values() for r in (run, other))
+    assert_same(*map(list, latents))
+
+
+def other_forward(model, x):
+    """The forward pass without running any compiled code."""
+    first = getattr(model[0], "_orig_mod", model[0])
+    return model[2](model[1](first(x)))
 
 
 @pytest.mark.parametrize("replace", ["model and optimizer", "cast"])

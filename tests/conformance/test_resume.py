@@ -134,7 +134,10 @@ def test_the_saved_model_is_sparse_and_the_optimizer_holds_the_latents():
     assert set(state["optimizers"][0]) == {"state", "param_groups"}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adamw", "lbfgs", "muon+adamw"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["sgd", "sgd-momentum", "adamw", "lbfgs", "muon+adamw", "lion (pytorch_optimizer)"],
+)
 def test_the_live_optimizer_state_holds_nothing_of_ours(optimizer):
     def check(run):
         for one in run.optimizers:
@@ -260,6 +263,21 @@ def test_one_optimizer_of_a_pair_with_a_foreign_state_is_refused():
 
 
 # --- the deliberate override ----------------------------------------------------------------
+
+
+def test_a_load_that_an_optimizers_own_code_refuses_leaves_the_run_as_it_was():
+    """Some override `load_state_dict` and raise after torch's own part of it."""
+    run = start(optimizer="lion (pytorch_optimizer)").train(0, 4)
+    state = read(start(optimizer="lion (pytorch_optimizer)", seed=1).train(0, 2).save())
+    state = state["optimizers"][0]
+    state["state"][0]["unknown"] = [torch.ones(1)]
+    state["state"][0]["exp_avg"] = {"not": torch.ones(1)}
+    latent, step = run.sparsifier.latent_weights(), run.sparsifier.step_count
+    try:
+        run.optimizer.load_state_dict(state)
+    except Exception:
+        assert_same(run.sparsifier.latent_weights(), latent)
+        assert run.sparsifier.step_count == step
 
 
 def test_relaxed_loading_takes_latents_and_step_into_another_plan():

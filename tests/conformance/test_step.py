@@ -386,6 +386,13 @@ def test_the_pull_back_is_linear_in_repeated_and_partial_backward_passes():
     assert torch.allclose(direct, expected)
 
 
+def test_plain_straight_through_hooks_no_gradient():
+    """Where nothing has to be done, nothing is: theta = 1 costs the backward pass nothing."""
+    assert not any(p._backward_hooks for p in start(theta=1.0).model.parameters())
+    hooked = [bool(p._backward_hooks) for p in start(theta=0.5).model.parameters()]
+    assert hooked == [True, False, True, False]
+
+
 def test_inference_and_no_grad_evaluation_between_steps_change_nothing():
     run, other = start("convnet"), start("convnet")
     for step in range(4):
