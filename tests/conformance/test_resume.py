@@ -265,21 +265,6 @@ def test_one_optimizer_of_a_pair_with_a_foreign_state_is_refused():
 # --- the deliberate override ----------------------------------------------------------------
 
 
-def test_a_load_that_an_optimizers_own_code_refuses_leaves_the_run_as_it_was():
-    """Some override `load_state_dict` and raise after torch's own part of it."""
-    run = start(optimizer="lion (pytorch_optimizer)").train(0, 4)
-    state = read(start(optimizer="lion (pytorch_optimizer)", seed=1).train(0, 2).save())
-    state = state["optimizers"][0]
-    state["state"][0]["unknown"] = [torch.ones(1)]
-    state["state"][0]["exp_avg"] = {"not": torch.ones(1)}
-    latent, step = run.sparsifier.latent_weights(), run.sparsifier.step_count
-    try:
-        run.optimizer.load_state_dict(state)
-    except Exception:
-        assert_same(run.sparsifier.latent_weights(), latent)
-        assert run.sparsifier.step_count == step
-
-
 def test_relaxed_loading_takes_latents_and_step_into_another_plan():
     source = start().train(0, 4)
     checkpoint = source.save()
