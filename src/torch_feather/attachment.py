@@ -118,18 +118,16 @@ class Attachment:
         self._depth = 0  # subclasses that call super().step() fire the hooks once per level
         self._latent = False  # whether the parameters hold latent weights right now
         self._phantom = False
-        self._in_live_state = False  # whether entries of ours are in optimizer.state
-        self._incoming: dict[int, tuple[Tensor, Tensor]] | None = None
         self._groups = len(optimizer.param_groups)
         before, after = map(torch.compiler.disable, (self._before, self._after))
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(before),
             optimizer.register_step_post_hook(after),
             optimizer.register_state_dict_post_hook(self._save),
-            optimizer.register_load_state_dict_pre_hook(self._unpack),
-            optimizer.register_load_state_dict_post_hook(self._load),
         ]
-        self._guard_step()
+        self._wrapped: dict[str, Any] = {}
+        self._wrap("step", self._guarded)
+        self._wrap("load_state_dict", self._load)
         for one in (optimizer, *self._weights()):
             _attached[one] = True
 
@@ -147,11 +145,11 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self.optimizer.__dict__.get("step") is self._guarded_step:
-            if self._replaced_step is None:
-                del self.optimizer.__dict__["step"]
-            else:
-                self.optimizer.__dict__["step"] = self._replaced_step
+        for name, (ours, before) in self._wrapped.items():
+            if self.optimizer.__dict__.get(name) is ours:
+                del self.optimizer.__dict__[name]
+                if before is not None:
+                    self.optimizer.__dict__[name] = before
         for one in (self.optimizer, *self._weights()):
             _attached.pop(one, None)
 
@@ -178,7 +176,6 @@ class Attachment:
         self._depth += 1
         if self._depth > 1:
             return None
-        self._clear_live_state()
         self._warn_of_new_groups()
         self._phantom = self._is_phantom()
         self.sparsifier.before_step(self.indices)
@@ -216,22 +213,29 @@ class Attachment:
 
         return on_image
 
-    def _guard_step(self) -> None:
-        """After a step that raised no post-hook runs, so `step` itself is guarded."""
-        inner = self.optimizer.step
-        self._replaced_step = self.optimizer.__dict__.get("step")
+    def _wrap(self, name: str, around: Callable[..., Any]) -> None:
+        """Replaces a method of this one optimizer by `around(method, *args, **kwargs)`.
+
+        For what the public hooks leave open: no post-hook runs after a step that raised, and an
+        overridden `load_state_dict` may read the given state without asking any hook.
+        """
+        inner = getattr(self.optimizer, name)
 
         @functools.wraps(getattr(inner, "__func__", inner))
-        def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return inner(*args, **kwargs)
-            except BaseException:
-                if self._handles:
-                    self._recover()
-                raise
+        def method(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            return around(inner, *args, **kwargs) if self._handles else inner(*args, **kwargs)
 
-        self._guarded_step = types.MethodType(step, self.optimizer)
-        self.optimizer.__dict__["step"] = self._guarded_step
+        ours = types.MethodType(method, self.optimizer)
+        self._wrapped[name] = ours, self.optimizer.__dict__.get(name)
+        self.optimizer.__dict__[name] = ours
+
+    def _guarded(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(*args, **kwargs)
+        except BaseException:
+            if self._handles:
+                self._recover()
+            raise
 
     def _recover(self) -> None:
         self._depth = 0
@@ -278,17 +282,16 @@ class Attachment:
         state = {key: dict(entries) for key, entries in state_dict["state"].items()}
         slot_at = self._slot_at()
         for g, i, parameter in self._places():
-            if not parameter.requires_grad:
-                continue
             index = slot_at.get((g, i))
+            if index is None and not parameter.requires_grad:
+                continue
             latent, header = self.sparsifier.export(index)
             key = state_dict["param_groups"][g]["params"][i]
             state.setdefault(key, {}).update({LATENT: latent, HEADER: header})
         return {**state_dict, "state": state}
 
-    def _unpack(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Takes our entries out of a state before the optimizer sees it, and checks them."""
-        self._incoming = None
+    def _load(self, load_state_dict: Callable[..., Any], state_dict: dict[str, Any]) -> Any:
+        """Takes our entries out of a state before the optimizer sees it."""
         state = {key: dict(entries) for key, entries in state_dict["state"].items()}
         keys = {
             (g, i): key
@@ -300,49 +303,37 @@ class Attachment:
             entries = state.get(keys.get(place), {})
             if LATENT in entries and HEADER in entries:
                 found[index] = entries[LATENT], entries[HEADER]
-        self._incoming = self.sparsifier.check_loaded(found, self.indices)
-        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
-            # Such a one may read its own copy of the state again: it goes before the next step.
-            self._in_live_state = True
-            return state_dict
         for entries in state.values():
             entries.pop(LATENT, None)
             entries.pop(HEADER, None)
-        return {**state_dict, "state": {key: e for key, e in state.items() if e}}
-
-    def _load(self, optimizer: Optimizer) -> None:
-        incoming, self._incoming = self._incoming, None
-        if incoming is not None:
-            self.sparsifier.load(incoming)
+        fitting = self.sparsifier.check_loaded(found, self.indices)
+        plain = {**state_dict, "state": {key: e for key, e in state.items() if e}}
+        result = load_state_dict(plain)
+        self.sparsifier.load(fitting)
+        return result
 
     def adopt_loaded_state(self) -> bool:
         """Takes over latent weights that were loaded into the optimizer before attaching."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
         slot_at = self._slot_at()
-        for g, i, parameter in self._places():
-            entries = self.optimizer.state.get(parameter, {})
-            if LATENT in entries:
-                self._in_live_state = True
-                if (g, i) in slot_at:
-                    found[slot_at[g, i]] = entries[LATENT], entries[HEADER]
-        if self._in_live_state:
-            self.sparsifier.load(self.sparsifier.check_loaded(found, self.indices))
-            self._clear_live_state()
-            return True
-        return False
+        loaded = [place for place in self._places() if LATENT in self._live_state(place[2])]
+        for g, i, parameter in loaded:
+            if (g, i) in slot_at:
+                entries = self._live_state(parameter)
+                found[slot_at[g, i]] = entries[LATENT], entries[HEADER]
+        if not loaded:
+            return False
+        self.sparsifier.load(self.sparsifier.check_loaded(found, self.indices))
+        # Optimizers make a parameter's state when they find none: nothing of ours may be left.
+        for _, _, parameter in loaded:
+            entries = self._live_state(parameter)
+            del entries[LATENT], entries[HEADER]
+            if not entries:
+                del self.optimizer.state[parameter]
+        return True
 
-    def _clear_live_state(self) -> None:
-        """Optimizers make a parameter's state when they find none: nothing of ours may be there."""
-        if not self._in_live_state:
-            return
-        self._in_live_state = False
-        for _, _, parameter in self._places():
-            entries = self.optimizer.state.get(parameter)
-            if entries is not None:
-                entries.pop(LATENT, None)
-                entries.pop(HEADER, None)
-                if not entries:
-                    del self.optimizer.state[parameter]
+    def _live_state(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return self.optimizer.state.get(parameter, {})
 
 
 def _checked(optimizer: Any) -> Optimizer:

@@ -1,8 +1,11 @@
 """The errors that are torch-feather's own; each also is the standard error of its kind."""
 
+import sys
 import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_OURS = ("torch", "torch_feather")
 
 
 class FeatherError(Exception):
@@ -26,8 +29,11 @@ class FeatherWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Issues a FeatherWarning."""
-    warnings.warn(message, FeatherWarning, stacklevel=3)
+    """Issues a FeatherWarning that points at the line outside of this package and of torch."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _OURS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, FeatherWarning, stacklevel=level)
 
 
 def nearest(wrong: object, known: Iterable[str]) -> str:

@@ -195,14 +195,19 @@ def checksum(tensor: Tensor) -> int:
     """A number that changes when a value of `tensor` does, or when values change places.
 
     The memory, as rows of 64-bit words, is summed by column, and the columns with odd factors,
-    modulo 2^64. So any change of one value shows, and others almost surely; what cannot show is
-    an exchange of values 509 words apart. The tensor must be dense in memory, on any device.
+    modulo 2^64, as a signed integer. So any change of one value shows, and others almost surely;
+    what cannot show is an exchange of values 509 words apart. The tensor must be dense in memory,
+    on any device.
     """
     flat = tensor.detach().as_strided((tensor.numel(),), (1,)).cpu()
     data = flat.view(torch.uint8).numpy()
     words = data[: data.size // 8 * 8].view(np.int64)
+    if tensor.element_size() == 8:
+        # Signs would be the topmost bits, of which an even number cancels: spread them.
+        words = words ^ (words.view(np.uint64) >> 1).view(np.int64)
     rows = words.size // _COLUMNS
     columns = np.add.reduce(words[: rows * _COLUMNS].reshape(rows, _COLUMNS), axis=0)
     columns[: words.size - rows * _COLUMNS] += words[rows * _COLUMNS :]
     rest = int.from_bytes(data[words.size * 8 :].tobytes(), "little")
-    return (int(np.dot(columns, _FACTORS)) + rest * int(_FACTORS[-1])) % 2**63
+    total = (int(np.dot(columns, _FACTORS)) + rest * int(_FACTORS[-1])) % 2**64
+    return total - 2**64 if total >= 2**63 else total

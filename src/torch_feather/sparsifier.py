@@ -124,7 +124,7 @@ class Sparsifier:
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._segments: list[Segment] = []
         self._sum = torch.zeros(())  # of all effective weights: not finite if one is NaN
-        self._images: list[int] = []  # checksums of what the parameters were given (CPU)
+        self._images: list[tuple[int, int]] = []  # marks of what the parameters hold (CPU)
         self._loaded_images: dict[int, int] = {}  # and of what a checkpoint says they were given
         self._strict = True
         self._attached = True
@@ -147,6 +147,8 @@ class Sparsifier:
         ]
         if not any([attachment.adopt_loaded_state() for attachment in self._attachments]):
             self._materialize()
+        if self._arrival == 0:
+            self._inspect()
 
     # Where it stands
 
@@ -303,7 +305,9 @@ class Sparsifier:
                 if self._strict:
                     raise StateError(
                         f"The state has no latent weights for {slot.name}: it was saved without "
-                        "this sparsifier, or before sparsify was called." + how
+                        "this sparsifier, before sparsify was called, or by something that keeps "
+                        "only the optimizer's own entries (such as a flattened distributed "
+                        "state)." + how
                     )
                 continue
             latent, header = found[i]
@@ -313,6 +317,11 @@ class Sparsifier:
                 if saved is None
                 else saved.differences(self.header(i))
             )
+            if latent.shape != slot.parameter.shape:
+                differences.append(
+                    f"its latent weights have shape {tuple(latent.shape)}, the parameter "
+                    f"{tuple(slot.parameter.shape)}"
+                )
             if differences and self._strict:
                 raise StateError(
                     f"The state does not belong to this sparsifier ({slot.name}): "
@@ -392,10 +401,11 @@ class Sparsifier:
         copy_all([slot.parameter for slot in self.slots], images)
         self._loaded_images = {}
         if self.weights.device.type == "cpu":
-            self._images = self._checksums()
+            self._images = self._marks()
 
-    def _checksums(self) -> list[int]:
-        return [checksum(slot.parameter) for slot in self.slots]
+    def _marks(self) -> list[tuple[int, int]]:
+        """Versions and checksums of the parameters: one of them changes with every write."""
+        return [(slot.parameter._version, checksum(slot.parameter)) for slot in self.slots]
 
     def _cut(self, i: int) -> Cut:
         start = self.weights.spans[i][0]
@@ -435,18 +445,18 @@ class Sparsifier:
     def _absorb_writes(self) -> bool:
         """Where a parameter no longer holds its image, the written value becomes its latent one.
 
-        On CPU a checksum tells whether anything was written, also through `.data`. Elsewhere
-        reading it would make the host wait: there the comparison itself always runs.
+        On CPU the version and a checksum tell whether anything was written, also through
+        `.data`. Elsewhere reading it would make the host wait: there the comparison always runs.
         """
         self._rebind()
         on_cpu = self.weights.device.type == "cpu"
         written = list(range(len(self.slots)))
         if on_cpu or self._loaded_images:
-            sums = self._checksums()
+            marks = self._marks()
             if on_cpu:
-                written = [i for i in written if sums[i] != self._images[i]]
+                written = [i for i in written if marks[i] != self._images[i]]
             # A checkpoint's image, perhaps made by another device, is no foreign write.
-            written = [i for i in written if sums[i] != self._loaded_images.get(i)]
+            written = [i for i in written if marks[i][1] != self._loaded_images.get(i)]
         if not written:
             return False
         images, _ = self.weights.images(self._segments, self.method.operator)
@@ -460,7 +470,9 @@ class Sparsifier:
         """Follows parameters that were replaced, moved or cast since the last look."""
         current = [self._attachments[s.optimizer].parameter_at(s) for s in self.slots]
         for slot, parameter in zip(self.slots, current, strict=True):
-            if _lookup(self.model, slot.name) is not parameter:
+            if _lookup(self.model, slot.name) is not parameter and not any(
+                parameter is other for other in self.model.parameters()
+            ):
                 raise StateError(
                     f"The model's {slot.name} is no longer the parameter that the optimizer "
                     "trains, as after load_state_dict(assign=True). Load with assign=False, or "
@@ -472,9 +484,12 @@ class Sparsifier:
             return
         before = self.weights
         images, _ = before.images(self._segments, self.method.operator)
-        for slot, parameter in zip(self.slots, current, strict=True):
+        for i, (slot, parameter) in enumerate(zip(self.slots, current, strict=True)):
             check_storage(slot.name, parameter)
-            slot.parameter = parameter
+            replaced, slot.parameter = slot.parameter is not parameter, parameter
+            if replaced and parameter.grad is not None and not self.method.gradient.is_identity:
+                # It came without our hook.
+                parameter.grad = self._hook(i)(parameter.grad)
         self.weights, self._layout = LatentWeights(current), layout
         for p, image, old, new in zip(
             current, images, before.views, self.weights.views, strict=True
@@ -569,7 +584,8 @@ def _lookup(model: nn.Module, name: str) -> Tensor | None:
         child = module._modules.get(part)
         if child is None:
             return None
-        module = child._modules.get("_orig_mod") or child
+        compiled = child._modules.get("_orig_mod")
+        module = child if compiled is None else compiled
     return module._parameters.get(attribute)
 
 
