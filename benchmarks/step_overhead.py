@@ -194,6 +194,7 @@ def engine(sparsifier: feather.Sparsifier, device: torch.device) -> dict[str, An
     sparsity = torch.tensor(sparsifier.sparsity, dtype=torch.float64, device=device)
     segments = method.allocation.cuts(weights, sparsity)
     images, _ = weights.images(segments, method.operator)
+    spare = [torch.empty_like(image) for image in images]
     hooks = [
         (hook, torch.randn_like(p))
         for p in parameters
@@ -209,7 +210,7 @@ def engine(sparsifier: feather.Sparsifier, device: torch.device) -> dict[str, An
     parts = {
         "select": lambda: method.allocation.cuts(weights, sparsity),
         "image": lambda: weights.images(segments, method.operator),
-        "copy": lambda: copy_all(parameters, images),
+        "copy": lambda: copy_all(spare, images),  # into the parameters it would be a foreign write
     }
     if device.type == "cpu":
         parts["checks"] = lambda: [checksum(p) for p in parameters]

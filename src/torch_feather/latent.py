@@ -140,19 +140,23 @@ class LatentWeights:
         all_ties_pruned = int(cut.last) >= offset + w.numel() - 1
         out.zero_()
         kept: list[np.ndarray] = []
+        pending = 0
         for a in range(0, w.numel(), BLOCK):
-            magnitude = np.abs(w[a : a + BLOCK].to(self.wide).numpy())
+            magnitude = w[a : a + BLOCK].to(self.wide).abs().numpy()
             if all_ties_pruned:
                 pruned = magnitude <= value  # not so for NaN, which is kept
             else:
                 pruned = cut.pruned(torch.from_numpy(magnitude), offset + a).numpy()
-            kept.append(np.flatnonzero(~pruned) + a)
-            if sum(map(len, kept)) >= BLOCK or a + BLOCK >= w.numel():
-                where = torch.from_numpy(np.concatenate(kept))
-                image = kept_image(w[where].to(self.wide), cut, operator, w.dtype)
-                out.scatter_(0, where, image)
+            where = np.logical_not(pruned, out=pruned).nonzero()[0]
+            where += a
+            kept.append(where)
+            pending += where.size
+            if pending >= BLOCK or a + BLOCK >= w.numel():
+                index = torch.from_numpy(np.concatenate(kept))
+                image = kept_image(w[index].to(self.wide), cut, operator, w.dtype)
+                out.scatter_(0, index, image)
                 total += image.sum(dtype=self.wide)
-                kept.clear()
+                kept, pending = [], 0
         return total
 
     def like(self, values: Sequence[Tensor]) -> LatentWeights:

@@ -426,10 +426,10 @@ class Sparsifier:
         """A weight whose image is 0 is pruned, unless the cut is at 0: zero layers are to learn."""
 
         def pull_back(gradient: Tensor) -> Tensor:
-            value, pruned = self._cut(i).value, self.slots[i].parameter == 0
+            value, image = self._cut(i).value, self.slots[i].parameter.detach()
             if value.device.type != "cpu":
-                return self.method.gradient(gradient, pruned & (value > 0))
-            return self.method.gradient(gradient, pruned) if value > 0 else gradient
+                return torch.where(value > 0, self.method.gradient(gradient, image), gradient)
+            return self.method.gradient(gradient, image) if value > 0 else gradient
 
         return pull_back
 

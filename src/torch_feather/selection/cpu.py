@@ -12,7 +12,7 @@ from .cut import Cut
 
 SMALL = 1 << 16
 """Below so many scores a sample gains nothing."""
-BLOCK = 1 << 18
+BLOCK = 1 << 16
 """Scores compared at a time, which bounds the transient memory."""
 MARGIN = 4.0
 """Half-width of the bracket in standard deviations of the sampled rank; it misses 1 in 16000."""
@@ -66,8 +66,9 @@ def _bracket(scores: np.ndarray, k: int) -> tuple[np.ndarray, int]:
     below, near = 0, []
     for start in range(0, size, BLOCK):
         block = scores[start : start + BLOCK]
-        below += int(np.count_nonzero(block < least))
-        near.append(block[(block >= least) & (block <= most)])
+        under = block < least
+        below += int(np.count_nonzero(under))
+        near.append(block[np.greater(block <= most, under)])  # within both bounds
     bracketed = np.concatenate(near)
     if not below < k <= below + bracketed.size:
         return scores, k
