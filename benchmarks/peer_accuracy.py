@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import official
 import torch
@@ -116,12 +115,10 @@ def settings(config: Config) -> dict[str, Any]:
 def run(implementation: str, config: Config, peer: Path) -> Row:
     """Train one network; what its JSON file holds."""
     with tempfile.TemporaryDirectory() as folder:
+        task = None
         if implementation == OFFICIAL:
             task = partial(OfficialTask, official.load_official(peer))
-            with mock.patch.object(loop, "Task", task):
-                results = train(config, folder)
-        else:
-            results = train(config, folder)
+        results = train(config, folder, make_task=task)
         metrics = RunDirectory(folder).read_metrics()
     report = results["report"]
     return {

@@ -48,13 +48,19 @@ class Watch:
 
 
 def train(
-    config: Config, out: Path | str, *, resume: bool = False, watch: Watch | None = None
+    config: Config,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    watch: Watch | None = None,
+    make_task: Callable[..., Task] | None = None,
 ) -> dict[str, Any]:
     """Train one network into the run directory `out`; returns what report.json holds.
 
     With `resume`, a run that was killed goes on from its last checkpoint and ends with the same
     bits; one that has finished is only read. With `config.compare_dense` the dense network is
-    trained with the same budget into `out`/dense.
+    trained with the same budget into `out`/dense. `make_task` stands in for `Task`, for a run
+    that differs in one of its methods.
 
     Raises:
         FeatherError: settings, data or files that cannot be used; a loss that is not finite.
@@ -62,9 +68,11 @@ def train(
     """
     watch = watch or Watch()
     run = RunDirectory(out)
-    results = _train_one(config, run, resume, watch)
+    make_task = make_task or Task
+    results = _train_one(config, run, resume, watch, make_task)
     if config.compare_dense and "dense" not in results:
-        dense = _train_one(config.dense(), RunDirectory(run.path / "dense"), True, watch)
+        dense_run = RunDirectory(run.path / "dense")
+        dense = _train_one(config.dense(), dense_run, True, watch, make_task)
         keys = ("test_accuracy", "test_loss", "macs", "seconds")
         results["dense"] = {key: dense[key] for key in keys}
         write_json(run.report_file, results)
@@ -72,13 +80,19 @@ def train(
     return results
 
 
-def _train_one(config: Config, run: RunDirectory, resume: bool, watch: Watch) -> dict[str, Any]:
+def _train_one(
+    config: Config,
+    run: RunDirectory,
+    resume: bool,
+    watch: Watch,
+    make_task: Callable[..., Task],
+) -> dict[str, Any]:
     with run.locked(), _settings(config.system) as device:
         saved = run.begin(config, resume, watch.message)
         if run.report_file.exists():
             return run.read_report()
         data = load_dataset(config.data, config.seed)
-        task = Task(config, data, device)
+        task = make_task(config, data, device)
         run.write_config(config)
         if saved is not None:
             task.load_state_dict(saved)
