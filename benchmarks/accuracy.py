@@ -128,10 +128,11 @@ def plot(rows: list[Row], path: Path) -> None:
             left.axhline(mean, color=colour, linestyle="--", label=method)
         for sparsity in sparsities:
             accuracies = [100 * r["test_accuracy"] for r in mine if r["sparsity"] == sparsity]
-            x = sparsities.index(sparsity) + 0.06 * i
+            x = sparsities.index(sparsity) + 0.08 * (i - (len(methods) - 1) / 2)
             left.plot([x] * len(accuracies), accuracies, "o", color=colour, alpha=0.5, mew=0)
             label = method if sparsity == sparsities[0] else None
             left.plot(x, statistics.mean(accuracies), "_", color=colour, ms=18, mew=2, label=label)
+            left.set_xlim(-0.5, len(sparsities) - 0.5)
             left.set_xticks(range(len(sparsities)), [f"{100 * s:g} %" for s in sparsities])
         highest = max(sparsities, default=None)
         curves = [r["curve"] for r in mine if r["sparsity"] == highest]

@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one go: tests, selection, step overhead; a short table at the end.
+"""Everything that wants a GPU, in one go: tests, selection, step overhead; and a short table.
 
     python benchmarks/gpu_round.py [--peer OFFICIAL] [--out results/gpu]
 
