@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from torch_feather import models
+from torch_feather.errors import ConfigurationError, nearest
 
 # name: parameters, conv + linear weights with 100 classes
 COUNTS = {
@@ -154,6 +155,17 @@ def test_timm_models_come_by_name():
 def test_unknown_name_tells_the_nearest(name, hint):
     with pytest.raises(ValueError, match=hint):
         models.create(name, 10)
+
+
+@pytest.mark.parametrize("name", ["resnet2", "xyz", "timm/resnet5", "timm/xyz"])
+def test_the_nearest_name_is_told_as_everywhere_else(name):
+    import timm
+
+    known = timm.list_models() if name.startswith("timm/") else models.available_models()
+    with pytest.raises(ConfigurationError) as caught:
+        models.create(name, 10)
+    short = name.removeprefix("timm/")
+    assert f"{short!r}{nearest(short, known)} " in str(caught.value)
 
 
 @pytest.mark.parametrize("counts", [{"num_classes": 0}, {"num_classes": 3, "in_channels": 0}])

@@ -18,6 +18,7 @@ from .errors import (
     StateError,
 )
 from .flops import count_flops
+from .masks import ZeroKeeper, keep_zeros
 from .methods import available_methods
 from .operators import power_threshold
 from .report import report, sparsity
@@ -31,8 +32,10 @@ __all__ = [
     "NonFiniteWeightError",
     "Sparsifier",
     "StateError",
+    "ZeroKeeper",
     "available_methods",
     "count_flops",
+    "keep_zeros",
     "models",
     "power_threshold",
     "recalibrate_batchnorm",

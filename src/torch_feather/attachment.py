@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .errors import ConfigurationError, warn
+from .errors import ConfigurationError, StateError, warn
+from .header import Header
 from .prunable import Prunable, find_prunable
 
 if TYPE_CHECKING:
@@ -79,18 +80,12 @@ def bind(
             f"{some(shared)} is held more than once by the optimizers: each step would update it "
             "twice. Give every parameter to one optimizer."
         )
+    check_storage([p.name for p in prunable], [p.parameter for p in prunable])
     for p in prunable:
-        check_storage(p.name, p.parameter)
         if p.parameter in _attached:
             raise ConfigurationError(
                 f"{p.name} already has a sparsifier. Call its detach() or finalize() first."
             )
-    devices = {p.parameter.device for p in prunable}
-    if len(devices) > 1:
-        raise ConfigurationError(
-            f"The prunable weights lie on several devices ({', '.join(map(str, devices))}); a "
-            "common threshold needs them on one."
-        )
     slots = [
         Slot(p.name, p.module, p.attribute, p.parameter, *places[id(p.parameter)][0])
         for p in prunable
@@ -119,6 +114,7 @@ class Attachment:
         self._latent = False  # whether the parameters hold latent weights right now
         self._phantom = False
         self._groups = len(optimizer.param_groups)
+        self._attached = True
         before, after = map(torch.compiler.disable, (self._before, self._after))
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(before),
@@ -128,12 +124,21 @@ class Attachment:
         self._wrapped: dict[str, Any] = {}
         self._wrap("step", self._guarded)
         self._wrap("load_state_dict", self._load)
+        for phase in ("first_step", "second_step"):  # SAM and its kin
+            if hasattr(optimizer, phase):
+                self._wrap(phase, functools.partial(self._only_inside_step, phase))
         for one in (optimizer, *self._weights()):
             _attached[one] = True
 
     def parameter_at(self, slot: Slot) -> nn.Parameter:
         """What the optimizer holds now where it held the slot's parameter."""
-        return self.optimizer.param_groups[slot.group]["params"][slot.position]
+        try:
+            return self.optimizer.param_groups[slot.group]["params"][slot.position]
+        except IndexError:
+            raise StateError(
+                f"The optimizer no longer holds {slot.name}: a parameter group was taken out. "
+                "Detach the sparsifier before that, and make a new one after it."
+            ) from None
 
     @property
     def in_step(self) -> bool:
@@ -142,6 +147,7 @@ class Attachment:
 
     def release(self) -> None:
         """Removes every hook."""
+        self._attached = False
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -155,18 +161,6 @@ class Attachment:
 
     def _weights(self) -> list[nn.Parameter]:
         return [self.sparsifier.slots[i].parameter for i in self.indices]
-
-    def keep_zeros(self) -> None:
-        """From now on, every step leaves weights at 0 that are 0 now."""
-        weights = self._weights()
-        zeros = [parameter.detach() == 0 for parameter in weights]
-
-        @torch.no_grad()
-        def refill(*_: Any) -> None:
-            for parameter, zero in zip(weights, zeros, strict=True):
-                parameter.masked_fill_(zero, 0.0)
-
-        self._handles.append(self.optimizer.register_step_post_hook(refill))
 
     # Steps
 
@@ -223,7 +217,7 @@ class Attachment:
 
         @functools.wraps(getattr(inner, "__func__", inner))
         def method(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            return around(inner, *args, **kwargs) if self._handles else inner(*args, **kwargs)
+            return around(inner, *args, **kwargs) if self._attached else inner(*args, **kwargs)
 
         ours = types.MethodType(method, self.optimizer)
         self._wrapped[name] = ours, self.optimizer.__dict__.get(name)
@@ -233,9 +227,19 @@ class Attachment:
         try:
             return step(*args, **kwargs)
         except BaseException:
-            if self._handles:
+            if self._attached:
                 self._recover()
             raise
+
+    def _only_inside_step(
+        self, phase: str, inner: Callable[..., Any], *args: Any, **kw: Any
+    ) -> Any:
+        if self._depth == 0:
+            raise StateError(
+                f"{type(self.optimizer).__name__}.{phase}() writes parameters outside of step(), "
+                "where they hold the sparse weights. Call optimizer.step(closure) instead."
+            )
+        return inner(*args, **kw)
 
     def _recover(self) -> None:
         self._depth = 0
@@ -258,7 +262,9 @@ class Attachment:
             return
         self._groups = len(groups)
         new = {id(p) for group in groups[known:] for p in group["params"]}
-        found = find_prunable(self.sparsifier.model)
+        found = find_prunable(
+            self.sparsifier.model, self.sparsifier.include, self.sparsifier.exclude
+        )
         late = [p.name for p in found if id(p.parameter) in new]
         if late:
             warn(
@@ -298,39 +304,50 @@ class Attachment:
             for g, group in enumerate(state_dict["param_groups"])
             for i, key in enumerate(group["params"])
         }
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        for place, index in self._slot_at().items():
-            entries = state.get(keys.get(place), {})
-            if LATENT in entries and HEADER in entries:
-                found[index] = entries[LATENT], entries[HEADER]
+        places = {place: state.get(key, {}) for place, key in keys.items()}
+        fitting = self.sparsifier.check_loaded(*self._ours(places))
         for entries in state.values():
             entries.pop(LATENT, None)
             entries.pop(HEADER, None)
-        fitting = self.sparsifier.check_loaded(found, self.indices)
         plain = {**state_dict, "state": {key: e for key, e in state.items() if e}}
         result = load_state_dict(plain)
-        self.sparsifier.load(fitting)
+        self.sparsifier.load(fitting, self.indices)
         return result
 
-    def adopt_loaded_state(self) -> bool:
-        """Takes over latent weights that were loaded into the optimizer before attaching."""
+    def _ours(
+        self, places: dict[tuple[int, int], dict[str, Any]]
+    ) -> tuple[dict[int, tuple[Tensor, Tensor]], list[int], list[str]]:
+        """Arguments of `check_loaded`, from a state's entries by (group, position)."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
+        foreign = []
         slot_at = self._slot_at()
+        for place, entries in places.items():
+            if LATENT not in entries or HEADER not in entries:
+                continue
+            if place in slot_at:
+                found[slot_at[place]] = entries[LATENT], entries[HEADER]
+            elif (header := Header.read(entries[HEADER])) is not None and header.shape != 0:
+                foreign.append("parameter {1} of group {0}".format(*place))
+        return found, self.indices, foreign
+
+    def adopt_loaded_state(self) -> None:
+        """Takes over latent weights that were loaded into the optimizer before attaching."""
         loaded = [place for place in self._places() if LATENT in self._live_state(place[2])]
-        for g, i, parameter in loaded:
-            if (g, i) in slot_at:
-                entries = self._live_state(parameter)
-                found[slot_at[g, i]] = entries[LATENT], entries[HEADER]
         if not loaded:
-            return False
-        self.sparsifier.load(self.sparsifier.check_loaded(found, self.indices))
+            return
+        places = {(g, i): self._live_state(parameter) for g, i, parameter in loaded}
+        how = (
+            " To take over what fits on purpose: load the optimizer's state after sparsify, within "
+            "sparsifier.relaxed_loading()."
+        )
+        fitting = self.sparsifier.check_loaded(*self._ours(places), how)
+        self.sparsifier.load(fitting, self.indices)
         # Optimizers make a parameter's state when they find none: nothing of ours may be left.
         for _, _, parameter in loaded:
             entries = self._live_state(parameter)
             del entries[LATENT], entries[HEADER]
             if not entries:
                 del self.optimizer.state[parameter]
-        return True
 
     def _live_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         return self.optimizer.state.get(parameter, {})
@@ -368,25 +385,33 @@ def _checked(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def check_storage(name: str, parameter: Tensor) -> None:
-    """Raises ConfigurationError where the engine cannot exchange the values of a parameter."""
-    if not parameter.is_floating_point():
+def check_storage(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
+    """Raises ConfigurationError where the engine cannot exchange the values of parameters."""
+    for name, parameter in zip(names, parameters, strict=True):
+        out = f"Leave it out: exclude={name!r}."
+        if not parameter.is_floating_point():
+            raise ConfigurationError(
+                f"{name} is {parameter.dtype}; only floating-point weights can be pruned. {out}"
+            )
+        if hasattr(parameter, "to_local"):
+            raise ConfigurationError(
+                f"{name} is sharded over several processes, which is not handled."
+            )
+        if parameter.layout != torch.strided or parameter.device.type not in ("cpu", "cuda"):
+            raise ConfigurationError(
+                f"{name} lies on {parameter.device} with layout {parameter.layout}; weights must "
+                "be ordinary (strided) tensors on a CPU or a CUDA device."
+            )
+        if parameter.numel() == 0 or not _is_dense(parameter):
+            raise ConfigurationError(
+                f"{name} is empty or does not fill its memory (shape {tuple(parameter.shape)}, "
+                f"strides {parameter.stride()}). Make it contiguous. {out}"
+            )
+    devices = sorted({str(parameter.device) for parameter in parameters})
+    if len(devices) > 1:
         raise ConfigurationError(
-            f"{name} is {parameter.dtype}; only floating-point weights can be pruned. "
-            f"Leave it out: exclude={name!r}."
-        )
-    if hasattr(parameter, "to_local"):
-        raise ConfigurationError(f"{name} is sharded over several processes, which is not handled.")
-    if parameter.is_meta or parameter.layout != torch.strided:
-        raise ConfigurationError(
-            f"{name} has no ordinary memory ({parameter.device}, {parameter.layout}). "
-            "Materialise the model first."
-        )
-    if parameter.numel() == 0 or not _is_dense(parameter):
-        raise ConfigurationError(
-            f"{name} is empty or does not fill its memory (shape {tuple(parameter.shape)}, "
-            f"strides {parameter.stride()}). Make it contiguous, or leave it out: "
-            f"exclude={name!r}."
+            f"The prunable weights lie on several devices ({', '.join(devices)}); a common "
+            "threshold needs them on one."
         )
 
 

@@ -40,6 +40,7 @@ class LatentAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the present weights."""
+        self.sparsifier.require_attached()
         self.sparsifier.sync()
         flats = self.sparsifier.weights.flats
         if [_kind(f) for f in flats] != [_kind(f) for f in self._latent]:
@@ -82,13 +83,13 @@ class LatentAverage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a `state_dict()`; raises StateError if it is of another model."""
-        shapes = [flat.shape for flat in self._latent]
-        fits = [flat.shape for flat in state["latent"]] == shapes
-        if not fits or state["others"].keys() != self._others.keys():
+        latent, others = state.get("latent", []), state.get("others", {})
+        fits = [flat.shape for flat in latent] == [flat.shape for flat in self._latent]
+        if not fits or others.keys() != self._others.keys():
             raise StateError("This average belongs to another model, or other weights took part.")
         self.decay = state["decay"]
-        copy_all(self._latent, state["latent"])
-        for name, value in state["others"].items():
+        copy_all(self._latent, latent)
+        for name, value in others.items():
             self._others[name].copy_(value)
 
     def _other_parameters(self) -> list[tuple[str, nn.Parameter]]:

@@ -119,8 +119,6 @@ def train(
     }
     overrides = {key: value for key, value in given.items() if value is not None}
     overrides |= parse_assignments(settings or [])
-    if method == "dense":
-        overrides = {"sparsity": 0.0, "compare_dense": False} | overrides
 
     if resume and out is None:
         raise typer.BadParameter("say which run to continue: --resume --out RUN")

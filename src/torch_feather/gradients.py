@@ -36,6 +36,7 @@ class StraightThrough:
     def __post_init__(self) -> None:
         if not 0.0 <= self.theta <= 1.0:
             raise ConfigurationError(f"theta must lie in [0, 1], got {self.theta!r}.")
+        object.__setattr__(self, "theta", float(self.theta))
 
     @property
     def is_identity(self) -> bool:

@@ -15,6 +15,8 @@ from .selection import Cut
 
 # Weights that are looked at together when images are made on the CPU: they stay in the L2 cache.
 BLOCK = 1 << 16
+# And on other devices: enough to fill them, and little beside the weights of a large network.
+DEVICE_BLOCK = 1 << 24
 
 
 class Segment(NamedTuple):
@@ -54,6 +56,7 @@ class LatentWeights:
         double = any(p.dtype == torch.float64 for p in parameters)
         self.wide = torch.float64 if double else torch.float32
         self.device = parameters[0].device
+        self.sizes = torch.tensor([p.numel() for p in parameters], device=self.device)
         self.views: list[Tensor] = [torch.empty(0)] * len(parameters)
         self.spans: list[tuple[int, int]] = [(0, 0)] * len(parameters)
         self._parts: list[_Part] = []
@@ -95,6 +98,21 @@ class LatentWeights:
                     target.copy_(source).abs_()
         return out
 
+    def cut_of(self, i: int, segments: Sequence[Segment]) -> Cut:
+        """The cut that weight tensor i meets."""
+        start = self.spans[i][0]
+        return next(s.cut for s in segments if s.start <= start < s.stop)
+
+    def pruned(self, i: int, segments: Sequence[Segment]) -> Tensor:
+        """Which weights of tensor i lie below their cut, shaped and laid out like it."""
+        start, stop = self.spans[i]
+        flat = self.cut_of(i, segments).pruned(self.magnitudes(start, stop), start)
+        return flat.as_strided(self.views[i].shape, self.views[i].stride())
+
+    def counts_pruned(self, segments: Sequence[Segment]) -> Tensor:
+        """Number of pruned weights of each tensor, int64."""
+        return torch.stack([self.pruned(i, segments).sum() for i in range(len(self.views))])
+
     def images(
         self, segments: Sequence[Segment], operator: Operator
     ) -> tuple[list[Tensor], Tensor]:
@@ -123,9 +141,11 @@ class LatentWeights:
     def _image_device(
         self, w: Tensor, cut: Cut, operator: Operator, offset: int, out: Tensor
     ) -> Tensor:
-        wide = w.to(self.wide)
-        image = kept_image(wide, cut, operator, w.dtype)
-        out.copy_(image.masked_fill(cut.pruned(wide.abs(), offset), 0.0))
+        for a in range(0, w.numel(), DEVICE_BLOCK):
+            wide = w[a : a + DEVICE_BLOCK].to(self.wide)
+            image = kept_image(wide, cut, operator, w.dtype)
+            pruned = cut.pruned(wide.abs(), offset + a)
+            out[a : a + DEVICE_BLOCK] = image.masked_fill(pruned, 0.0)
         return out.sum(dtype=self.wide)
 
     def _image_cpu(
@@ -185,7 +205,7 @@ def kept_image(w: Tensor, cut: Cut, operator: Operator, dtype: torch.dtype) -> T
         return w.to(dtype)
     image = operator(w, cut.threshold).to(dtype)
     info = torch.finfo(dtype)
-    least = torch.tensor(info.smallest_normal * info.eps, dtype=dtype, device=w.device)
+    least = w.new_full((), info.smallest_normal * info.eps, dtype=dtype)
     vanished = (image == 0) & (w != 0)
     return torch.where(vanished, least.copysign(w.to(dtype)), image)
 

@@ -50,6 +50,7 @@ class Power:
                 f"p must be a number >= 1 (1 is soft thresholding; for hard use Hard()), "
                 f"got {self.p!r}."
             )
+        object.__setattr__(self, "p", float(self.p))  # 3 and 3.0 are one method
 
     def __call__(self, w: Tensor, tau: Tensor) -> Tensor:
         """See `Operator`."""

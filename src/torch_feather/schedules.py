@@ -22,6 +22,21 @@ class Schedule(Protocol):
         """Shares in [0, 1] after 0 .. total_steps steps, float64 of shape (total_steps + 1,)."""
 
 
+def make_table(schedule: Schedule, total_steps: int) -> Tensor:
+    """The schedule's table, checked: it may come from anyone."""
+    table = torch.as_tensor(schedule.table(total_steps), dtype=torch.float64)
+    if (
+        table.shape != (total_steps + 1,)
+        or not bool(((table >= 0) & (table <= 1)).all())
+        or float(table[-1]) != 1.0
+    ):
+        raise ConfigurationError(
+            f"{schedule!r} must give a table of total_steps + 1 = {total_steps + 1} numbers in "
+            "[0, 1] of which the last is 1."
+        )
+    return table
+
+
 @dataclass(frozen=True)
 class _Ramp:
     """0 until `begin`, 1 from `end` on, `shape` of the elapsed share between. Both in steps."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ from .attachment import Attachment, bind, check_storage, some
 from .errors import ConfigurationError, NonFiniteWeightError, StateError, warn
 from .header import FORMAT, Header, digest
 from .latent import LatentWeights, Segment, checksum, copy_all
+from .masks import ZeroKeeper
 from .methods import Method, build_method
 from .prunable import Filters, find_prunable, unwrap
 from .report import Report, report
-from .selection import Cut
+from .schedules import make_table
 
 # Steps between two looks at what costs a pass over the weights, or a transfer, to look at.
 POLL = 100
@@ -66,23 +68,23 @@ def sparsify(
     Raises:
         ConfigurationError: what was asked for cannot be; the message says why and what to do.
     """
-    if not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
+    if not isinstance(sparsity, Real) or not 0.0 <= sparsity < 1.0:
         raise ConfigurationError(
             f"sparsity is a share of zeros in [0, 1), for example 0.95; got {sparsity!r}."
         )
-    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+    if not isinstance(total_steps, Integral) or isinstance(total_steps, bool) or total_steps < 1:
         raise ConfigurationError(
             "total_steps is the number of optimizer steps of the whole training (epochs times "
             f"steps per epoch), an integer >= 1; got {total_steps!r}."
         )
     if isinstance(method, str):
-        method = build_method(method, sparsity=sparsity, **options)
+        method = build_method(method, sparsity=float(sparsity), **options)
     elif options:
         raise ConfigurationError(
             f"Options ({', '.join(options)}) belong to methods given by name; set them on the "
             "Method object."
         )
-    return Sparsifier(model, optimizer, method, sparsity, total_steps, include, exclude)
+    return Sparsifier(model, optimizer, method, float(sparsity), int(total_steps), include, exclude)
 
 
 class Sparsifier:
@@ -107,8 +109,9 @@ class Sparsifier:
     ):
         self.model = model
         self.method = method
-        self.target = float(sparsity)
+        self.target = sparsity
         self.total_steps = total_steps
+        self.include, self.exclude = include, exclude
         prunable = [p for p in find_prunable(model, include, exclude) if p.parameter.requires_grad]
         self.slots, optimizers = bind(model, prunable, optimizer)
         method.allocation.check([slot.parameter.numel() for slot in self.slots], self.target)
@@ -120,7 +123,12 @@ class Sparsifier:
         # All that changes with time is on the device: only there a skipped step is known, and
         # nothing here makes the host wait for it.
         device = self.weights.device
-        self._schedule = (method.schedule.table(total_steps) * self.target).to(device)
+        table = make_table(method.schedule, total_steps)
+        self._schedule = (table * self.target).to(device)
+        self._identity = digest(
+            f"{method.operator!r} {method.gradient!r} {method.allocation!r} "
+            f"{table.numpy().tobytes().hex()}"
+        )
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._segments: list[Segment] = []
         self._sum = torch.zeros(())  # of all effective weights: not finite if one is NaN
@@ -128,7 +136,7 @@ class Sparsifier:
         self._loaded_images: dict[int, int] = {}  # and of what a checkpoint says they were given
         self._strict = True
         self._attached = True
-        self._keeping = False  # zeros, after finalize
+        self._keeper: ZeroKeeper | None = None
         self._ticks = 0
         self._arrival = int((self._schedule == self.target).nonzero()[0])
         self._warned: set[str] = set()
@@ -136,6 +144,7 @@ class Sparsifier:
 
         self._pull_backs: list[Any] = []
         self._pull_back()
+        self._optimizers = optimizers
         self._attachments = [
             Attachment(
                 self,
@@ -145,8 +154,13 @@ class Sparsifier:
             )
             for o, one in enumerate(optimizers)
         ]
-        if not any([attachment.adopt_loaded_state() for attachment in self._attachments]):
-            self._materialize()
+        self._materialize()
+        try:
+            for attachment in self._attachments:
+                attachment.adopt_loaded_state()
+        except StateError:
+            self.detach()
+            raise
         if self._arrival == 0:
             self._inspect()
 
@@ -164,21 +178,22 @@ class Sparsifier:
 
     def thresholds(self) -> dict[str, Tensor]:
         """The threshold tau that each weight tensor meets now, by name; 0-dimensional."""
-        return {slot.name: self._cut(i).threshold.clone() for i, slot in enumerate(self.slots)}
+        return {
+            slot.name: self.weights.cut_of(i, self._segments).threshold.clone()
+            for i, slot in enumerate(self.slots)
+        }
 
     def masks(self) -> dict[str, Tensor]:
         """Which weights are kept (True), by name; shaped like the weights."""
+        if not self._attached:
+            return {slot.name: slot.parameter.detach() != 0 for slot in self.slots}
         self.sync()
-        masks = {}
-        for i, slot in enumerate(self.slots):
-            start, stop = self.weights.spans[i]
-            pruned = self._cut(i).pruned(self.weights.magnitudes(start, stop), start)
-            view = self.weights.views[i]
-            masks[slot.name] = pruned.logical_not_().as_strided(view.shape, view.stride())
-        return masks
+        pruned = (self.weights.pruned(i, self._segments) for i in range(len(self.slots)))
+        return {slot.name: ~mask for slot, mask in zip(self.slots, pruned, strict=True)}
 
     def latent_weights(self) -> dict[str, Tensor]:
         """Copies of the dense weights that the optimizer trains, by name."""
+        self.require_attached()
         self.sync()
         return {slot.name: self.export(i)[0] for i, slot in enumerate(self.slots)}
 
@@ -205,12 +220,13 @@ class Sparsifier:
         Args:
             force: end although the target is not reached yet.
             keep_masks: training goes on, and every further step leaves pruned weights at 0
-                (momentum would revive them) until `detach()`.
+                (momentum would revive them) until `detach()`. After a restart of that phase,
+                `keep_zeros(model, optimizer)` takes over.
 
         Raises:
             StateError: the target is not reached.
         """
-        self._require_attached()
+        self.require_attached()
         self.sync()
         at = self.step_count
         now = float(self._schedule[min(at, self.total_steps)])
@@ -222,9 +238,7 @@ class Sparsifier:
         self._inspect()
         self._release()
         if keep_masks:
-            self._keeping = True
-            for attachment in self._attachments:
-                attachment.keep_zeros()
+            self._keeper = ZeroKeeper([slot.parameter for slot in self.slots], self._optimizers)
         return self.model
 
     def detach(self) -> nn.Module:
@@ -232,17 +246,19 @@ class Sparsifier:
 
         After `finalize(keep_masks=True)` it only ends the keeping: the model stays sparse.
         """
-        if not self._keeping:
-            self._require_attached()
-            self.sync()
-            self._show(self.weights.views)
+        if self._keeper is not None:
+            self._keeper.remove()
+            self._keeper = None
+            return self.model
+        self.require_attached()
+        self.sync()
+        self._show(self.weights.views)
         self._release()
-        self._keeping = False
         return self.model
 
     def reset_latents(self) -> None:
         """The latent weights restart from what the parameters hold now, zeros included."""
-        self._require_attached()
+        self.require_attached()
         self._rebind()
         self.capture(range(len(self.slots)))
         self._materialize()
@@ -256,9 +272,12 @@ class Sparsifier:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a `state_dict()`; raises StateError where it does not fit."""
-        self._require_attached()
+        self.require_attached()
         found = {i: state[s.name] for i, s in enumerate(self.slots) if s.name in state}
-        self.load(self.check_loaded(found, range(len(self.slots))))
+        known = {slot.name for slot in self.slots}
+        foreign = [name for name in state if name not in known]
+        every = range(len(self.slots))
+        self.load(self.check_loaded(found, every, foreign), every)
 
     @contextmanager
     def relaxed_loading(self) -> Iterator[None]:
@@ -273,79 +292,83 @@ class Sparsifier:
         finally:
             self._strict = before
 
-    def header(self, i: int | None) -> Header:
+    def header(self, i: int | None, image: int = 0) -> Header:
         """What a checkpoint says of weight i; None is a parameter that takes no part."""
+        shape = 0 if i is None else digest(str(tuple(self.slots[i].parameter.shape)))
+        target = round(self.target * 1e12)
         return Header(
-            format=FORMAT,
-            step=self.step_count,
-            total_steps=self.total_steps,
-            sparsity=round(self.target * 1e12),
-            method=digest(repr(self.method)),
-            shape=0 if i is None else digest(str(tuple(self.slots[i].parameter.shape))),
-            image=0 if i is None else checksum(self.slots[i].parameter),
+            FORMAT, self.step_count, self.total_steps, target, self._identity, shape, image
         )
 
     def export(self, i: int | None) -> tuple[Tensor, Tensor]:
         """Latent weights (a copy) and header of weight i, as they travel in checkpoints."""
-        latent = torch.zeros(()) if i is None else self.weights.views[i].clone()
-        return latent, self.header(i).tensor()
+        if i is None:
+            return torch.zeros(()), self.header(None).tensor()
+        header = self.header(i, checksum(self.slots[i].parameter))
+        return self.weights.views[i].clone(), header.tensor()
 
     def check_loaded(
-        self, found: dict[int, tuple[Tensor, Tensor]], wanted: Iterable[int]
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """What of a loaded state can be taken over; raises StateError unless loading is relaxed."""
-        how = (
+        self,
+        found: dict[int, tuple[Tensor, Tensor]],
+        wanted: Iterable[int],
+        foreign: Sequence[str] = (),
+        how: str = "",
+    ) -> dict[int, tuple[Tensor, Header]]:
+        """What of a loaded state can be taken over; raises StateError unless loading is relaxed.
+
+        Args:
+            found: latent weights and headers in the state, by weight.
+            wanted: the weights that it should have.
+            foreign: what took part when it was saved and does not now.
+            how: the way around a refusal, for the message.
+        """
+        how = how or (
             " To take over what fits on purpose: with sparsifier.relaxed_loading(): "
             "optimizer.load_state_dict(state)."
         )
+        if foreign and self._strict:
+            raise StateError(f"The state has latent weights of {some(foreign)}, not ours." + how)
         fitting = {}
         for i in wanted:
-            slot = self.slots[i]
+            name, shape = self.slots[i].name, self.slots[i].parameter.shape
             if i not in found:
                 if self._strict:
                     raise StateError(
-                        f"The state has no latent weights for {slot.name}: it was saved without "
-                        "this sparsifier, before sparsify was called, or by something that keeps "
-                        "only the optimizer's own entries (such as a flattened distributed "
-                        "state)." + how
+                        f"The state has no latent weights for {name}: it was saved without this "
+                        "sparsifier, before sparsify was called, or by something that keeps only "
+                        "the optimizer's own entries (such as a flattened distributed state)." + how
                     )
                 continue
-            latent, header = found[i]
-            saved = Header.read(header)
-            differences = (
-                ["its header is not readable"]
-                if saved is None
-                else saved.differences(self.header(i))
-            )
-            if latent.shape != slot.parameter.shape:
+            latent, saved = found[i][0], Header.read(found[i][1])
+            if saved is None:
+                raise StateError(f"The state's header for {name} is not readable: it is damaged.")
+            differences = saved.differences(self.header(i))
+            if latent.shape != shape:
                 differences.append(
                     f"its latent weights have shape {tuple(latent.shape)}, the parameter "
-                    f"{tuple(slot.parameter.shape)}"
+                    f"{tuple(shape)}"
                 )
             if differences and self._strict:
                 raise StateError(
-                    f"The state does not belong to this sparsifier ({slot.name}): "
+                    f"The state does not belong to this sparsifier ({name}): "
                     f"{'; '.join(differences)}." + how
                 )
-            if saved is not None and latent.shape == slot.parameter.shape:
-                fitting[i] = (latent, header)
+            if latent.shape == shape:
+                fitting[i] = (latent, saved)
         return fitting
 
     @torch.no_grad()
-    def load(self, entries: dict[int, tuple[Tensor, Tensor]]) -> None:
-        """Takes over checked latent weights and the step; the others restart from the image."""
-        self._rebind()
-        for i, slot in enumerate(self.slots):
-            if i in entries:
-                self.weights.views[i].copy_(entries[i][0])
-            elif not self._strict:
-                self.weights.views[i].copy_(slot.parameter)
-        headers = {i: Header.read(header) for i, (_, header) in entries.items()}
-        found = {i: header for i, header in headers.items() if header is not None}
-        for header in found.values():
+    def load(self, entries: dict[int, tuple[Tensor, Header]], wanted: Iterable[int]) -> None:
+        """Takes over checked latent weights and the step; the rest of `wanted` restarts."""
+        loaded = dict(self._loaded_images)
+        self._absorb_writes()
+        for i in wanted:
+            latent = entries[i][0] if i in entries else self.slots[i].parameter
+            self.weights.views[i].copy_(latent)
+        for _, header in entries.values():
             self._step.fill_(header.step)
         self._materialize()
-        self._loaded_images = {i: header.image for i, header in found.items()}
+        self._loaded_images = loaded | {i: header.image for i, (_, header) in entries.items()}
 
     # What attachments call during a step
 
@@ -357,6 +380,7 @@ class Sparsifier:
     def after_step(self, taken: bool | Tensor) -> None:
         """The schedule advances if the step was taken, and parameters become sparse."""
         self._step += taken
+        self._loaded_images = {}
         self._materialize()
         self._ticks += 1
         self._look()
@@ -389,7 +413,8 @@ class Sparsifier:
         self._show(images)
 
     def _cuts(self, weights: LatentWeights) -> list[Segment]:
-        sparsity = self._schedule[self._step.clamp(max=self.total_steps)]
+        # take, not an index: that would read the step on the host.
+        sparsity = self._schedule.take(self._step.clamp(max=self.total_steps))
         return self.method.allocation.cuts(weights, sparsity)
 
     def image_of(self, weights: LatentWeights) -> list[Tensor]:
@@ -399,17 +424,12 @@ class Sparsifier:
     @torch.no_grad()
     def _show(self, images: Sequence[Tensor]) -> None:
         copy_all([slot.parameter for slot in self.slots], images)
-        self._loaded_images = {}
         if self.weights.device.type == "cpu":
             self._images = self._marks()
 
     def _marks(self) -> list[tuple[int, int]]:
         """Versions and checksums of the parameters: one of them changes with every write."""
         return [(slot.parameter._version, checksum(slot.parameter)) for slot in self.slots]
-
-    def _cut(self, i: int) -> Cut:
-        start = self.weights.spans[i][0]
-        return next(s.cut for s in self._segments if s.start <= start < s.stop)
 
     def _pull_back(self) -> None:
         """Gradients dL/du are pulled back to dL/dw by hooks, none where that is the identity."""
@@ -426,7 +446,10 @@ class Sparsifier:
         """A weight whose image is 0 is pruned, unless the cut is at 0: zero layers are to learn."""
 
         def pull_back(gradient: Tensor) -> Tensor:
-            value, image = self._cut(i).value, self.slots[i].parameter.detach()
+            value, image = (
+                self.weights.cut_of(i, self._segments).value,
+                self.slots[i].parameter.detach(),
+            )
             if value.device.type != "cpu":
                 return torch.where(value > 0, self.method.gradient(gradient, image), gradient)
             return self.method.gradient(gradient, image) if value > 0 else gradient
@@ -484,8 +507,8 @@ class Sparsifier:
             return
         before = self.weights
         images, _ = before.images(self._segments, self.method.operator)
+        check_storage([s.name for s in self.slots], current)
         for i, (slot, parameter) in enumerate(zip(self.slots, current, strict=True)):
-            check_storage(slot.name, parameter)
             replaced, slot.parameter = slot.parameter is not parameter, parameter
             if replaced and parameter.grad is not None and not self.method.gradient.is_identity:
                 # It came without our hook.
@@ -511,11 +534,12 @@ class Sparsifier:
                 self._inspect()
         elif not torch.cuda.is_current_stream_capturing():
             if self._poll is None and self._ticks % POLL == 0:
-                counts = self._counts()
-                pinned = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-                event = torch.cuda.Event()
-                pinned.copy_(counts, non_blocking=True)
-                event.record()
+                with torch.cuda.device(self.weights.device):
+                    counts = self._counts()
+                    pinned = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+                    event = torch.cuda.Event()
+                    pinned.copy_(counts, non_blocking=True)
+                    event.record()
                 self._poll = pinned, event
             elif self._poll is not None and self._poll[1].query():
                 counts, self._poll = self._poll[0], None
@@ -529,12 +553,8 @@ class Sparsifier:
         """Weights that are NaN, kept weights that are 0, and kept weights of each layer."""
         nan = torch.stack([s.parameter.isnan().sum() for s in self.slots]).sum()
         zero = torch.stack([(s.parameter == 0).sum() for s in self.slots]).sum()
-        kept = [
-            self._cut(i).pruned(self.weights.magnitudes(a, b), a).logical_not_().sum()
-            for i, (a, b) in enumerate(self.weights.spans)
-        ]
-        pruned = self.weights.size - torch.stack(kept).sum()
-        return torch.stack([nan, zero - pruned, *kept])
+        pruned = self.weights.counts_pruned(self._segments)
+        return torch.cat([torch.stack([nan, zero - pruned.sum()]), self.weights.sizes - pruned])
 
     def _tell(self, counts: Tensor) -> None:
         nan, zeros, *kept = counts.tolist()
@@ -571,7 +591,8 @@ class Sparsifier:
             attachment.release()
         self._attached = False
 
-    def _require_attached(self) -> None:
+    def require_attached(self) -> None:
+        """Raises StateError after `finalize` or `detach`."""
         if not self._attached:
             raise StateError("This sparsifier was finalized or detached: make a new one.")
 

@@ -260,6 +260,32 @@ def test_a_loader_continues_inside_an_epoch_bit_for_bit(position):
         assert torch.equal(y, b)
 
 
+def test_the_random_numbers_of_an_epoch_do_not_depend_on_the_device():
+    config = DataConfig(shift=1)
+    data = load_dataset(config, 0)
+    here = TrainLoader(data, config, 100, 3, CPU)
+    there = TrainLoader(data, config, 100, 3, torch.device("meta"))
+    for _ in range(2):
+        assert [x.shape for x, _ in there] == [x.shape for x, _ in here]
+        assert torch.equal(there.state_dict()["generator"], here.state_dict()["generator"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
+def test_a_loader_continues_on_another_device(devices):
+    config = DataConfig(shift=1)
+    data = load_dataset(config, 0)
+    first, second = (TrainLoader(data, config, 100, 3, torch.device(d)) for d in devices)
+    batches = iter(first)
+    for _ in range(5):
+        next(batches)
+    second.load_state_dict(first.state_dict())
+    expected = [*loader(config, seed=3, data=data)][5:]
+    for (x, y), (a, b) in zip(second, expected, strict=True):
+        assert torch.equal(y.cpu(), b)
+        torch.testing.assert_close(x.cpu(), a)
+
+
 def test_drop_last_leaves_out_the_smaller_batch():
     config = DataConfig(shift=0)
     sizes = [len(y) for _, y in loader(config, batch_size=100)]

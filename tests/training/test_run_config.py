@@ -1,6 +1,6 @@
 import pytest
 
-from torch_feather.errors import ConfigurationError
+from torch_feather.errors import ConfigurationError, nearest
 from torch_feather.recipes import available_recipes, recipe_values
 from torch_feather.training.config import (
     Config,
@@ -74,6 +74,8 @@ def test_recipes_are_the_published_settings(recipe, expected):
         ("optimiser.momentum", "optimizer.momentum"),
         ("weight-decay", "optimizer.weight_decay"),
         ("batchsize", "batch_size"),
+        ("nestrov", "optimizer.nesterov"),
+        ("system.lr", "optimizer.lr"),
     ],
 )
 def test_an_unknown_key_is_an_error_that_names_the_nearest(key, nearest):
@@ -106,6 +108,20 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(key, nearest):
 def test_a_wrong_value_is_an_error_that_says_where(values, message):
     with pytest.raises(ConfigurationError, match=message):
         apply(Config(), values, "here")
+
+
+def test_a_dense_run_has_no_target_and_no_twin(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: dense\n")
+    given = parse_assignments(["method=dense"])
+    for config in (
+        Config(method="dense", sparsity=0.5, compare_dense=True),
+        resolve_config("digits", file),
+        resolve_config("digits", None, given),
+        resolve_config("digits").dense(),
+    ):
+        assert config.sparsity == 0.0
+        assert not config.compare_dense
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers():
@@ -144,5 +160,7 @@ def test_an_unreadable_file_is_an_error_that_names_it(text, message, tmp_path):
 
 
 def test_an_unknown_recipe_is_an_error_that_names_the_nearest():
-    with pytest.raises(ConfigurationError, match="did you mean 'cifar100'"):
-        resolve_config("cifar-100")
+    for name in ("cifar-100", "xyz"):
+        with pytest.raises(ConfigurationError) as caught:
+            resolve_config(name)
+        assert f"{name!r}{nearest(name, available_recipes())} " in str(caught.value)

@@ -1,6 +1,9 @@
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -161,6 +164,39 @@ def test_the_lock_ends_with_its_holder(tmp_path):
     for _ in range(2):
         with RunDirectory(tmp_path / "run").locked():
             pass
+
+
+def test_what_a_killed_writer_left_is_swept_when_the_next_one_begins(tmp_path):
+    write = """
+import os, signal, sys
+from pathlib import Path
+from torch_feather.training.checkpoint import write_atomically
+write_atomically(Path(sys.argv[1]), lambda file: os.kill(os.getpid(), signal.SIGKILL))
+"""
+    run = RunDirectory(tmp_path / "run")
+    with run.locked():
+        run.save(state(1))
+        run.write_config(Config())
+    kept = set(run.path.rglob("*"))
+    for target in (run.last.with_name("new.pt"), run.metrics_file):
+        process = subprocess.run([sys.executable, "-c", write, str(target)], timeout=60)
+        assert process.returncode == -signal.SIGKILL
+    mine = run.path / "notes.tmp"
+    mine.write_text("")
+    assert len(set(run.path.rglob("*"))) == len(kept) + 3
+    with run.locked():
+        assert set(run.path.rglob("*")) == kept | {mine}
+    assert run.load(pytest.fail)["step"] == 1
+
+
+def test_a_system_without_kernel_locks_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with (
+        pytest.raises(RunError, match="run directories need a POSIX system") as caught,
+        RunDirectory(tmp_path / "run").locked(),
+    ):
+        pytest.fail("held without a lock")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_in_the_way_is_named(tmp_path):

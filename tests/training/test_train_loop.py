@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -138,6 +139,17 @@ def test_ctrl_c_saves_and_the_run_goes_on_bit_for_bit(finished, tmp_path, step):
     assert results_of(folder) == results_of(finished[0])
 
 
+@pytest.mark.parametrize("before", range(4))
+def test_whenever_a_stop_is_requested_the_checkpoint_of_that_step_is_there(tmp_path, before):
+    config = tiny()
+    run = RunDirectory(tmp_path / "run")
+    answers = iter([False] * before + [True] * 4)
+    task = Task(config, load_dataset(config.data, config.seed), CPU)
+    with run.locked(), pytest.raises(Interrupted, match=f"stopped at step {before + 1} "):
+        task.fit(run, Watch(), lambda: next(answers))
+    assert run.load()["step"] == before + 1
+
+
 def test_a_failing_step_keeps_the_checkpoint_from_before(finished, tmp_path, monkeypatch):
     class Failing(Watch):
         def __init__(self):
@@ -248,8 +260,6 @@ class Scripted(Task):
 def test_best_is_chosen_only_at_the_final_sparsity(tmp_path, monkeypatch, method, expected):
     monkeypatch.setattr(loop, "Task", Scripted)
     config = tiny(epochs=6, select="best", method=method, data={"validation": 0.2})
-    if method == "dense":
-        config = replace(config, sparsity=0.0)
     results = train(config, tmp_path / "run")
     assert results["chosen_epoch"] == expected
     assert results["report"]["sparsity"] == pytest.approx(config.sparsity, abs=1e-3)
@@ -284,14 +294,34 @@ def test_without_validation_images_nothing_is_measured_until_the_end(tmp_path):
 
 def test_the_dense_comparison_has_the_same_budget_and_survives_a_stop(tmp_path):
     config = tiny(compare_dense=True, epochs=1)
-    with pytest.raises(Interrupted):
+    whole = f"--resume --compare-dense --out {tmp_path / 'run'}'"
+    with pytest.raises(Interrupted, match=re.escape(whole)):
         train(config, tmp_path / "run", watch=StopAt(41 + 20))
+    with pytest.raises(RunError, match=re.escape(whole)):
+        RunDirectory(tmp_path / "run" / "dense").read_report()
     results = train(config, tmp_path / "run", resume=True)
     dense = RunDirectory(tmp_path / "run" / "dense")
     assert results["dense"]["test_accuracy"] == dense.read_report()["test_accuracy"]
     assert dense.read_report()["report"]["zeros"] == 0
     assert dense.read_metrics()[-1]["step"] == 41
     assert RunDirectory(tmp_path / "run").read_report()["dense"] == results["dense"]
+
+
+def test_a_run_of_its_own_named_dense_is_resumed_itself(tmp_path):
+    folder = tmp_path / "dense"
+    with pytest.raises(Interrupted, match=re.escape(f"--resume --out {folder}'")):
+        train(tiny(method="dense"), folder, watch=StopAt(3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_run_goes_on_on_another_device(tmp_path, devices):
+    first, second = (tiny(**{"system.device": device}) for device in devices)
+    with pytest.raises(Interrupted):
+        train(first, tmp_path / "run", watch=StopAt(60))
+    results = train(second, tmp_path / "run", resume=True)
+    assert results["report"]["sparsity"] == pytest.approx(0.95, abs=1e-3)
+    assert results["test_accuracy"] > 0.5
 
 
 def test_a_diverging_run_is_an_error_that_says_so(tmp_path):

@@ -36,12 +36,21 @@ class Global:
                 "Bounds on the share kept per layer must satisfy 0 <= min_density <= max_density "
                 f"<= 1, got min_density={self.min_density}, max_density={self.max_density}."
             )
+        object.__setattr__(self, "min_density", float(self.min_density))
+        object.__setattr__(self, "max_density", float(self.max_density))
 
     def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
         """See `Allocation`."""
         k = (sparsity * weights.size).round().long()
         if self.min_density == 0.0 and self.max_density == 1.0:
             return [Segment(0, weights.size, select(weights.magnitudes, k))]
+        if k.device.type == "cpu":
+            # Bounds that do not bind cost one look; elsewhere looking would make the host wait.
+            cut = select(weights.magnitudes, k)
+            counts = weights.counts_pruned([Segment(0, weights.size, cut)])
+            low, high = self._bounds_on_the_way(weights.sizes, k)
+            if bool(((low <= counts) & (counts <= high)).all()):
+                return [Segment(0, weights.size, cut)]
         counts = self._bounded_counts(weights, k)
         segments = []
         for (start, stop), count in zip(weights.spans, counts, strict=True):
@@ -66,6 +75,11 @@ class Global:
         most_kept = (sizes.double() * self.max_density).ceil().long()
         return sizes - most_kept, sizes - least_kept
 
+    def _bounds_on_the_way(self, sizes: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The bounds while only k weights are pruned: the cap tightens in step with k."""
+        low, high = self._bounds(sizes)
+        return torch.minimum(low, (low * k) // low.sum().clamp_min(1)), high
+
     def _bounded_counts(self, weights: LatentWeights, k: Tensor) -> Tensor:
         """Weights to prune per layer: the clamped counts below one common magnitude, sum k.
 
@@ -75,10 +89,7 @@ class Global:
         """
         integer = torch.int64 if weights.wide == torch.float64 else torch.int32
         bits = [weights.magnitudes(a, b).view(integer) for a, b in weights.spans]
-        sizes = torch.tensor([b.numel() for b in bits], device=k.device)
-        low, high = self._bounds(sizes)
-        # On the way to the target the cap on the share kept tightens in step with it.
-        low = torch.minimum(low, (low * k) // low.sum().clamp_min(1))
+        low, high = self._bounds_on_the_way(weights.sizes, k)
 
         def below(v: Tensor) -> Tensor:
             counts = torch.stack([(layer < v).sum() for layer in bits])

@@ -1,10 +1,8 @@
 """The paper's CIFAR networks; all others come from timm by name."""
 
-from difflib import get_close_matches
-
 from torch import nn
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, nearest
 from .densenet import DenseNet, densenet40_24
 from .mobilenet import MobileNetV1, mobilenet_v1
 from .resnet import ResNet, resnet8, resnet20
@@ -38,7 +36,7 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     """Build a freshly initialised network by name: one of `available_models()`, or `timm/NAME`.
 
     Raises:
-        ConfigurationError: a name that nobody knows (the nearest known ones are told), or a
+        ConfigurationError: a name that nobody knows (the nearest known one is told), or a
             count below 1.
         ImportError: `timm/NAME` was asked for and timm is not installed.
     """
@@ -48,10 +46,9 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     if name.startswith("timm/"):
         return _create_timm(name.removeprefix("timm/"), num_classes, in_channels)
     if name not in _MODELS:
-        known = ", ".join(_MODELS)
-        hint = _nearest(name, list(_MODELS))
         raise ConfigurationError(
-            f"unknown network {name!r}{hint}; known are {known}, and timm/NAME"
+            f"unknown network {name!r}{nearest(name, _MODELS)} "
+            f"Known are {', '.join(_MODELS)}, and timm/NAME."
         )
     return _MODELS[name](num_classes, in_channels)
 
@@ -64,11 +61,8 @@ def _create_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
             f"network 'timm/{name}' needs timm: pip install 'torch-feather[vision]'"
         ) from error
     if not timm.is_model(name):
-        hint = _nearest(name, timm.list_models())
-        raise ConfigurationError(f"timm has no model {name!r}{hint}; timm.list_models() shows all")
+        raise ConfigurationError(
+            f"timm has no model {name!r}{nearest(name, timm.list_models())} "
+            "timm.list_models() shows all."
+        )
     return timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""

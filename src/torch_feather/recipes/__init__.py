@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from importlib import resources
 from typing import Any
 
 import yaml
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, nearest
 
 
 def available_recipes() -> dict[str, str]:
@@ -25,11 +24,9 @@ def recipe_values(name: str) -> dict[str, Any]:
     """The settings of the recipe `name`; `ConfigurationError` names the nearest known one."""
     known = available_recipes()
     if name not in known:
-        near = get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigurationError(
-            f"unknown recipe {name!r}; {hint}known are {', '.join(known)} "
-            "(a file of your own goes to --config)"
+            f"unknown recipe {name!r}{nearest(name, known)} Known are {', '.join(known)} "
+            "(a file of your own goes to --config)."
         )
     text = resources.files(__package__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)

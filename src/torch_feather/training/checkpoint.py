@@ -21,12 +21,14 @@ from .config import Config, flatten, load_config, to_dict, to_yaml
 from .errors import CheckpointError, RunError
 
 FORMAT = 1
+TWIN = "dense"  # the folder, in a run's own, of the dense run that it is compared with
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a temporary file, force it to disk, then put it in place of `path`.
 
-    A kill or a full disk leaves the old content. `RunError` where it cannot be written.
+    A full disk leaves the old content, a kill also the temporary file (`sweep` removes it).
+    `RunError` where it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -41,6 +43,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise RunError(f"{path}: cannot be written ({_reason(error)}); what it held is kept") from (
             error
         )
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of killed writers; nobody else may be writing into `folder`."""
+    for temporary in folder.glob(".*.[0-9]*.tmp"):
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _reason(error: BaseException) -> str:
@@ -71,12 +80,17 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory; `RunError` where another process holds it.
+        """Hold the directory, swept of what killed writers left.
 
         The lock is the kernel's, so it ends with its process, however that ends.
+        `RunError` where another process holds it, or where the system has no such locks.
         """
-        import fcntl
-
+        try:
+            import fcntl
+        except ImportError:
+            raise RunError(
+                f"{self.path}: run directories need a POSIX system (Linux, macOS, WSL)"
+            ) from None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(self.path / ".lock", "a")  # noqa: SIM115
@@ -90,7 +104,19 @@ class RunDirectory:
                     f"{self.path}: another process is training into it; wait for it, "
                     "or choose another --out"
                 ) from None
+            sweep(self.path)
+            sweep(self.last.parent)
             yield
+
+    def dense_twin(self) -> RunDirectory:
+        """Where the dense run goes that this one is compared with."""
+        return RunDirectory(self.path / TWIN)
+
+    def go_on(self) -> str:
+        """What to do to complete this run; a dense twin is completed by the run it belongs to."""
+        if self.path.name == TWIN and RunDirectory(self.path.parent).config_file.exists():
+            return f"go on with 'feather train --resume --compare-dense --out {self.path.parent}'"
+        return f"go on with 'feather train --resume --out {self.path}'"
 
     def begin(
         self, config: Config, resume: bool, warn: Callable[[str], object] = lambda message: None
@@ -188,10 +214,7 @@ class RunDirectory:
             return f"{self.path}: no such run directory"
         if not self.config_file.exists():
             return f"{self.path}: not a run directory (no config.yaml in it)"
-        return (
-            f"{self.path}: this run has not finished; go on with "
-            f"'feather train --resume --out {self.path}'"
-        )
+        return f"{self.path}: this run has not finished; {self.go_on()}"
 
     def save_model(self, model: torch.nn.Module) -> None:
         """model.safetensors: plain keys, plain dense layout."""

@@ -7,17 +7,17 @@ A key is the dotted name of a field, such as `epochs` or `optimizer.lr`.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, nearest
 
 DENSE = "dense"
 DATASETS = ("digits", "cifar10", "cifar100")
@@ -129,7 +129,7 @@ class Config:
     recipe: str | None = None  # where the settings came from; a name for humans
     network: str = "resnet20"  # torch_feather.models, or timm/NAME
     method: str = "feather"  # torch_feather.available_methods(), or dense
-    sparsity: float = 0.95  # final share of prunable weights that are exactly zero
+    sparsity: float = 0.95  # final share of prunable weights that are exactly zero; dense: 0
     options: dict[str, Any] = field(default_factory=dict)  # of the method: p, theta, end, ...
     epochs: int = 160
     batch_size: int = 128
@@ -142,6 +142,9 @@ class Config:
     system: SystemConfig = field(default_factory=SystemConfig)
 
     def __post_init__(self) -> None:
+        if self.method == DENSE:  # its target is known, and it would be a twin of itself
+            object.__setattr__(self, "sparsity", 0.0)
+            object.__setattr__(self, "compare_dense", False)
         _require(
             0 <= self.sparsity < 1,
             f"sparsity is a share in [0, 1) such as 0.95, got {self.sparsity}",
@@ -161,7 +164,7 @@ class Config:
 
     def dense(self) -> Config:
         """The dense run of the same budget."""
-        return replace(self, method=DENSE, options={}, sparsity=0.0, compare_dense=False)
+        return replace(self, method=DENSE, options={})
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -219,15 +222,14 @@ def apply(config: Config, values: Mapping[str, Any], where: str) -> Config:
         raise ConfigurationError(f"{where}: {error}") from None
 
 
-def _hint(key: str, known: Mapping[str, Any]) -> str:
-    same_leaf = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
-    leaves = {k.rpartition(".")[2]: k for k in known}
-    near = (
-        same_leaf
-        or get_close_matches(key, known, n=1, cutoff=0.6)
-        or [leaves[k] for k in get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.5)]
-    )
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+def _hint(key: str, known: Collection[str]) -> str:
+    """`nearest`, also for a key whose section is missing or another's; without one, all keys."""
+    whole = {k.rpartition(".")[2]: k for k in known}
+    leaf = key.rpartition(".")[2]
+    hint = nearest(key, known)
+    if leaf in whole or hint == ".":
+        hint = re.sub("'(.+)'", lambda match: repr(whole[match[1]]), nearest(leaf, whole))
+    return f"; known are {', '.join(known)}" if hint == "." else hint
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:

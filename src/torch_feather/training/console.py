@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from ..report import EMPTY_MARK, LayerReport, Report
+from ..report import percent as percent_of
 from .config import Config
 from .loop import Watch
 
@@ -63,50 +68,24 @@ class ConsoleWatch(Watch):
 
 
 def percent(share: float) -> str:
-    """`0.95` to `95.00 %`."""
-    return f"{100 * share:.2f} %"
+    """A share as reports show it: `0.95` is 95.00 %, and 0.99996 is not yet 100.00 %."""
+    return percent_of(*share.as_integer_ratio())
 
 
-def layer_table(report: dict[str, Any]) -> Table:
-    """The per-layer part of report.json."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("layer")
-    for heading in ("shape", "weights", "zeros", "sparsity", "threshold", "MACs", "sparse MACs"):
-        table.add_column(heading, justify="right")
-    for row in report["layers"]:
-        table.add_row(
-            row["name"],
-            "x".join(map(str, row["shape"])),
-            f"{row['weights']:,}",
-            f"{row['zeros']:,}",
-            percent(row["sparsity"]),
-            _optional(row["threshold"], ".5f"),
-            _optional(row["dense_macs"], ","),
-            _optional(row["sparse_macs"], ","),
-            style="bold red" if row["zeros"] == row["weights"] else "",
-        )
-    table.add_row(
-        "total",
-        "",
-        f"{report['weights']:,}",
-        f"{report['zeros']:,}",
-        percent(report["sparsity"]),
-        "",
-        _optional(report["dense_macs"], ","),
-        _optional(report["sparse_macs"], ","),
-        style="bold",
-    )
-    return table
-
-
-def _optional(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def layer_table(report: dict[str, Any]) -> Text:
+    """The per-layer part of report.json as `Report` shows it; empty layers are red."""
+    keys = [field.name for field in fields(LayerReport)]
+    layers = [LayerReport(**{key: row[key] for key in keys}) for row in report["layers"]]
+    text = Text(str(Report(layers, report["dense_macs"], report["sparse_macs"])))
+    text.highlight_regex(r"\A.*", "bold")
+    text.highlight_regex(re.compile(f"^.*{EMPTY_MARK}$", re.MULTILINE), "bold red")
+    return text
 
 
 def print_results(console: Console, results: dict[str, Any], run: object) -> None:
     """The per-layer report, then the numbers that matter."""
     console.print()
-    console.print(layer_table(results["report"]))
+    console.print(layer_table(results["report"]), soft_wrap=True)
     console.print()
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")

@@ -2,8 +2,8 @@
 
 Small images fit in memory, so an epoch needs no worker processes: a batch is one gather that
 picks the images and crops and mirrors each of them by its own random numbers, on the device that
-trains. All randomness of an epoch is drawn at its beginning, so the state of one generator and
-a position say everything that a resumed run has to know.
+trains. All randomness of an epoch is drawn at its beginning, on the CPU whatever device trains, so
+the state of one generator and a position say everything that a resumed run has to know.
 """
 
 from __future__ import annotations
@@ -342,7 +342,7 @@ class TrainLoader:
         self.batches = count // batch_size if config.drop_last else -(-count // batch_size)
         if self.batches == 0:
             raise DataError(f"{count} training images fill no batch of {batch_size}")
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
         self.epoch_start = self.generator.get_state()
         self.position = 0
 
@@ -366,15 +366,22 @@ class TrainLoader:
         self.epoch_start = self.generator.get_state()
 
     def _draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        count, device = len(self.labels), self.labels.device
+        count = len(self.labels)
 
         def integers(high: int) -> Tensor:
-            return torch.randint(high, (count,), generator=self.generator, device=device)
+            return torch.randint(high, (count,), generator=self.generator)
 
-        order = torch.randperm(count, generator=self.generator, device=device)
+        order = torch.randperm(count, generator=self.generator)
         shifts = 2 * self.shift + 1
         down, right = integers(shifts), integers(shifts)
-        return order, down, right, integers(2 if self.flip else 1).bool()
+        mirrored = integers(2 if self.flip else 1).bool()
+        device = self.labels.device
+        return (
+            order.to(device, non_blocking=True),
+            down.to(device, non_blocking=True),
+            right.to(device, non_blocking=True),
+            mirrored.to(device, non_blocking=True),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The generator at the beginning of the current epoch, and the batches given since."""
@@ -382,7 +389,7 @@ class TrainLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken."""
-        self.generator.set_state(state["generator"].cpu())
+        self.generator.set_state(state["generator"])
         self.epoch_start = self.generator.get_state()
         self.position = state["position"]
 

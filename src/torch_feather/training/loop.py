@@ -71,11 +71,11 @@ def train(
     make_task = make_task or Task
     results = _train_one(config, run, resume, watch, make_task)
     if config.compare_dense and "dense" not in results:
-        dense_run = RunDirectory(run.path / "dense")
-        dense = _train_one(config.dense(), dense_run, True, watch, make_task)
+        dense = _train_one(config.dense(), run.dense_twin(), True, watch, make_task)
         keys = ("test_accuracy", "test_loss", "macs", "seconds")
         results["dense"] = {key: dense[key] for key in keys}
-        write_json(run.report_file, results)
+        with run.locked():
+            write_json(run.report_file, results)
     _draw(run, results, watch)
     return results
 
@@ -171,13 +171,13 @@ class Task:
                     due = time.monotonic() - saved_at >= system.checkpoint_seconds
                     if system.checkpoint_steps is not None:
                         due = due or self.step % system.checkpoint_steps == 0
-                    if stop_requested() or due:
+                    stop = stop_requested()  # once: a signal between two looks would save nothing
+                    if stop or due:
                         run.save(self.state_dict() | {"seconds": self._clock(began)})
                         saved_at = time.monotonic()
-                    if stop_requested():
+                    if stop:
                         raise Interrupted(
-                            f"stopped at step {self.step} of {self.total_steps}; go on with "
-                            f"'feather train --resume --out {run.path}'"
+                            f"stopped at step {self.step} of {self.total_steps}; {run.go_on()}"
                         )
                 self.end_epoch(self.images - before, began)
                 run.write_metrics(self.history)
