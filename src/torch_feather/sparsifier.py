@@ -138,7 +138,7 @@ class Sparsifier:
         self._attached = True
         self._keeper: ZeroKeeper | None = None
         self._ticks = 0
-        self._arrival = int((self._schedule == self.target).nonzero()[0])
+        self._arrival = int((table.numpy() == 1).argmax())
         self._warned: set[str] = set()
         self._poll: tuple[Tensor, torch.cuda.Event] | None = None
 

@@ -1,0 +1,53 @@
+"""Zeros that stay: training on with a fixed mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .prunable import Filters, find_prunable
+
+
+class ZeroKeeper:
+    """After every step of the optimizers, weights that were 0 at first are 0 again.
+
+    Made by `keep_zeros` and by `Sparsifier.finalize(keep_masks=True)`; `remove()` ends it.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], optimizers: Sequence[Optimizer]):
+        self._zeros = [(p, p.detach() == 0) for p in parameters]
+        self._handles = [o.register_step_post_hook(self._refill) for o in optimizers]
+
+    @torch.no_grad()
+    def _refill(self, *_: Any) -> None:
+        for parameter, zero in self._zeros:
+            parameter.masked_fill_(zero.to(parameter.device), 0.0)
+
+    def remove(self) -> None:
+        """Pruned weights may come back from now on."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def keep_zeros(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    include: Filters = None,
+    exclude: Filters = None,
+) -> ZeroKeeper:
+    """Trains a sparse model on without losing its zeros, which momentum would revive.
+
+    Args:
+        model: a model that is sparse already: finalized, or loaded from a file.
+        optimizer: what trains it, one or several.
+        include, exclude: which weights, see `prunable.find_prunable`.
+
+    Returns:
+        The keeper; nothing of it is in any state dict, so call this again after a restart.
+    """
+    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    return ZeroKeeper([p.parameter for p in find_prunable(model, include, exclude)], optimizers)

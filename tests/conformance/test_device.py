@@ -1,0 +1,77 @@
+"""What holds on a GPU, shown without one: tensors without data stand in for CUDA tensors.
+
+Whatever would make the host wait for the device cannot be computed on them, and raises.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+import torch_feather as feather
+from torch_feather import sparsifier
+from torch_feather.allocation import Global
+from torch_feather.latent import LatentWeights, Segment
+from torch_feather.operators import Hard, Power
+from torch_feather.schedules import make_table
+from torch_feather.selection import device, select
+from torch_feather.sparsifier import Sparsifier
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    monkeypatch.setattr(device, "_default_passes", lambda scores: device.TorchPasses)
+    # What is read once, when the sparsifier is attached.
+    monkeypatch.setattr(Sparsifier, "_raise_if_nan", lambda self: None)
+    monkeypatch.setattr(Global, "check", lambda *_: None)
+    monkeypatch.setattr(sparsifier, "make_table", _outside_of_fake_tensors(make_table))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+@pytest.mark.parametrize("options", [{}, {"min_density": 0.01}, {"theta": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_never_makes_the_host_wait(without_gpu, options, dtype):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        like = {"device": "cuda", "dtype": dtype}
+        model = nn.Sequential(nn.Linear(30, 40, **like), nn.ReLU(), nn.Linear(40, 20, **like))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=True)
+        feather.sparsify(model, optimizer, sparsity=0.9, total_steps=10, **options)
+        for _ in range(3):
+            for p in model.parameters():  # autograd itself wants a device
+                p.grad = torch.randn_like(p)
+                for pull_back in (p._backward_hooks or {}).values():
+                    p.grad = pull_back(p.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("operator", [Power(3.0), Power(1.0), Hard()], ids=str)
+@pytest.mark.parametrize("fill", ["normal", "ties", "zeros"])
+def test_the_device_form_of_the_image_is_that_of_the_cpu(operator, fill, monkeypatch):
+    monkeypatch.setattr("torch_feather.latent.DEVICE_BLOCK", 1000)  # several blocks
+    w = {"normal": torch.randn(70, 50), "ties": torch.randint(-4, 5, (70, 50)) / 8.0}
+    w["zeros"] = torch.where(w["ties"].abs() < 0.3, 0.0, w["normal"])
+    weights = LatentWeights([w[fill]])
+    for k in (0, 1, 700, 3400):
+        segments = [Segment(0, 3500, select(weights.magnitudes, torch.tensor(k)))]
+        (on_cpu,), total = weights.images(segments, operator)
+        monkeypatch.setattr(weights, "device", torch.device("cuda"))
+        monkeypatch.setattr("torch.zeros", _on_cpu(torch.zeros))
+        (on_device,), other = weights.images(segments, operator)
+        monkeypatch.undo()
+        monkeypatch.setattr("torch_feather.latent.DEVICE_BLOCK", 1000)
+        assert torch.equal(on_cpu == 0, on_device == 0)
+        torch.testing.assert_close(on_cpu, on_device)
+        torch.testing.assert_close(total, other, rtol=1e-4, atol=1e-3)
+
+
+def _outside_of_fake_tensors(function):
+    def call(*args):
+        with unset_fake_temporarily():
+            return function(*args)
+
+    return call
+
+
+def _on_cpu(make):
+    return lambda *args, **kwargs: make(*args, **{**kwargs, "device": "cpu"})
