@@ -69,7 +69,7 @@ def test_an_image_made_by_another_device_is_no_write(pair):
         for layer in (model[0], model[2]):
             layer.weight.copy_(torch.where(layer.weight == 0, 0.0, layer.weight * (1 + 1e-6)))
     elsewhere = copy.deepcopy(model.state_dict())
-    expected = {n: torch.where(elsewhere[n] == 0, w, w) for n, w in pair_latents(pair).items()}
+    expected = sparsifier_latents(pair)
     saved = resaved(pair, elsewhere)
     for optimizer, state in zip(optimizers, saved, strict=True):
         optimizer.load_state_dict(state)
@@ -77,7 +77,7 @@ def test_an_image_made_by_another_device_is_no_write(pair):
     assert_latents(sparsifier, expected)
 
 
-def pair_latents(pair):
+def sparsifier_latents(pair):
     return {
         f"{2 * i}.weight": state["state"][0]["feather_latent"] for i, state in enumerate(pair[3])
     }
@@ -251,7 +251,7 @@ def test_an_average_of_another_model_is_refused():
 
 def test_bounds_that_do_not_bind_change_nothing():
     images = []
-    for bounds in ({}, {"min_density": 0.001}, {"min_density": 0.3, "max_density": 0.7}):
+    for bounds in ({}, {"min_density": 0.001}):
         model = network()
         feather.sparsify(
             model,
