@@ -57,10 +57,11 @@ def _bracket(scores: np.ndarray, k: int) -> tuple[np.ndarray, int]:
     if size < SMALL:
         return scores, k
     # An odd step, so that it does not stay within one column of a weight matrix.
-    sample = np.sort(scores[:: int(size ** (1 / 3)) | 1])
+    sample = scores[:: int(size ** (1 / 3)) | 1].copy()
     center = k / size * sample.size
     spread = MARGIN * (center * (1 - k / size)) ** 0.5 + 1
     low, high = int(center - spread), int(center + spread)
+    sample.partition([rank for rank in (low, high) if 0 < rank < sample.size] or [0])
     least = sample[low] if low > 0 else 0
     most = sample[high] if high < sample.size else np.inf
     below, near = 0, []
