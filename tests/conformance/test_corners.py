@@ -158,7 +158,7 @@ class HalfWay:
         ({"schedule": Cubic()}, {}),
         ({"schedule": HalfWay()}, {"schedule": HalfWay()}),
     ],
-    ids=str,
+    ids=["p", "theta", "end", "schedule by name", "schedule without repr"],
 )
 def test_equal_settings_are_one_method(saved, now):
     model = network()
