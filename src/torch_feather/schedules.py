@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,13 +23,13 @@ class Schedule(Protocol):
         """Shares in [0, 1] after 0 .. total_steps steps, float64 of shape (total_steps + 1,)."""
 
 
-def make_table(schedule: Schedule, total_steps: int) -> Tensor:
+def make_table(schedule: Schedule, total_steps: int) -> np.ndarray:
     """The schedule's table, checked: it may come from anyone."""
-    table = torch.as_tensor(schedule.table(total_steps), dtype=torch.float64)
+    table = np.asarray(schedule.table(total_steps), dtype=np.float64)
     if (
         table.shape != (total_steps + 1,)
-        or not bool(((table >= 0) & (table <= 1)).all())
-        or float(table[-1]) != 1.0
+        or not ((table >= 0) & (table <= 1)).all()
+        or table[-1] != 1.0
     ):
         raise ConfigurationError(
             f"{schedule!r} must give a table of total_steps + 1 = {total_steps + 1} numbers in "

@@ -124,10 +124,10 @@ class Sparsifier:
         # nothing here makes the host wait for it.
         device = self.weights.device
         table = make_table(method.schedule, total_steps)
-        self._schedule = (table * self.target).to(device)
+        self._schedule = torch.from_numpy(table * self.target).to(device)
         self._identity = digest(
             f"{method.operator!r} {method.gradient!r} {method.allocation!r} "
-            f"{table.numpy().tobytes().hex()}"
+            f"{table.tobytes().hex()}"
         )
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._segments: list[Segment] = []
@@ -138,7 +138,7 @@ class Sparsifier:
         self._attached = True
         self._keeper: ZeroKeeper | None = None
         self._ticks = 0
-        self._arrival = int((table.numpy() == 1).argmax())
+        self._arrival = int((table == 1).argmax())
         self._warned: set[str] = set()
         self._poll: tuple[Tensor, torch.cuda.Event] | None = None
 
