@@ -126,8 +126,7 @@ class Sparsifier:
         table = make_table(method.schedule, total_steps)
         self._schedule = torch.from_numpy(table * self.target).to(device)
         self._identity = digest(
-            f"{method.operator!r} {method.gradient!r} {method.allocation!r} "
-            f"{table.tobytes().hex()}"
+            f"{method.operator!r} {method.gradient!r} {method.allocation!r} {table.tobytes().hex()}"
         )
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._segments: list[Segment] = []
