@@ -43,7 +43,6 @@ def step_overhead(monkeypatch):
 
 @pytest.fixture
 def peer_accuracy(monkeypatch):
-    pytest.importorskip("scipy")
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return importlib.import_module("peer_accuracy")
