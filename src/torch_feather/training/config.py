@@ -20,7 +20,7 @@ import yaml
 from ..errors import ConfigurationError, nearest
 
 DENSE = "dense"
-DATASETS = ("digits", "cifar10", "cifar100")
+DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -38,11 +38,15 @@ class DataConfig:
     """Which images, and what happens to them on the way to the network."""
 
     name: str = "digits"
-    path: str | None = None  # folder of the files; digits needs none
+    path: str | None = None  # folder of the files, or a tar file; digits needs none
     validation: float = 0.1  # share of the training set held out; 0: nothing is chosen
-    resolution: int | None = None  # images averaged down to this many pixels a side
-    shift: int = 4  # random crop of the image padded with this many pixels
+    resolution: int | None = None  # pixels a side that the network sees; null: as stored
+    crop: str = "shift"  # of training images: shift, or resized (a random part, scaled)
+    shift: int = 4  # shift: crop of the image padded with this many pixels
+    smallest_crop: float = 0.08  # resized: the least share of the image's area
     flip: bool = True  # mirror half of the images
+    center: float = 0.875  # imagefolder, evaluation: the share of the shorter side that is seen
+    storage: str = "auto"  # imagefolder: memory (decoded once), stream (by workers), or auto
     drop_last: bool = False  # leave out an epoch's last, smaller batch
 
     def __post_init__(self) -> None:
@@ -55,7 +59,12 @@ class DataConfig:
             self.resolution is None or self.resolution >= 1,
             f"data.resolution must be at least 1, got {self.resolution}",
         )
+        _choice("data.crop", self.crop, ("shift", "resized"))
+        _choice("data.storage", self.storage, ("auto", "memory", "stream"))
         _require(self.shift >= 0, f"data.shift must not be negative, got {self.shift}")
+        for key in ("smallest_crop", "center"):
+            share = getattr(self, key)
+            _require(0 < share <= 1, f"data.{key} is a share in (0, 1], got {share}")
 
 
 @dataclass(frozen=True)
@@ -103,15 +112,22 @@ class SystemConfig:
     amp: bool = False  # bfloat16 autocast
     channels_last: bool = True  # faster convolutions on CPUs and with amp
     compile: bool = False  # torch.compile
+    graph: bool = False  # on a GPU: whole steps replayed as one captured CUDA graph
+    micro_batch: int | None = None  # images per forward pass and process; null: all of a step's
+    workers: int | None = None  # processes that decode streamed images; null: one per core, up to 8
     deterministic: bool = True  # same seed, same machine, same bits
     checkpoint_seconds: float = 60.0  # at most this much work is lost when a run is killed
     checkpoint_steps: int | None = None  # and a checkpoint each so many steps
+    tensorboard: bool = True  # write its event files where tensorboard is installed
+    wandb: str | None = None  # Weights & Biases project to report to
 
     def __post_init__(self) -> None:
-        _require(
-            self.threads is None or self.threads >= 1,
-            f"system.threads must be at least 1, got {self.threads}",
-        )
+        for key, least in (("threads", 1), ("micro_batch", 1), ("workers", 0)):
+            value = getattr(self, key)
+            _require(
+                value is None or value >= least,
+                f"system.{key} must be at least {least}, got {value}",
+            )
         _require(
             self.checkpoint_seconds >= 0,
             f"system.checkpoint_seconds must not be negative, got {self.checkpoint_seconds}",
