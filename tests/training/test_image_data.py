@@ -209,7 +209,7 @@ def test_an_epoch_without_augmentation_gives_every_image_once():
     config = DataConfig(shift=0, flip=False)
     data = load_dataset(config, 0)
     batches = list(loader(config, data=data))
-    images = torch.cat([x for x, _ in batches])
+    images = torch.cat([batch.x for batch in batches])
     expected = torch.cat([x for x, _ in EvalLoader(data, data.train, CPU)])
     assert len(images) == len(data.train)
     assert not torch.equal(images, expected)  # shuffled
@@ -224,7 +224,7 @@ def test_every_augmented_image_is_a_shift_and_mirror_of_its_own(folder):
     epoch = loader(config, batch_size=7, data=data)
     grey = epoch.normalize(torch.zeros(1, 1, 1, 3, dtype=torch.uint8))
     seen = set()
-    for x, y in epoch:
+    for x, y, _ in epoch:
         for image, label in zip(x, y.tolist(), strict=True):  # labels number the images
             plain = epoch.normalize(data.train.pixels[label : label + 1])
             padded = torch.empty(1, 3, 36, 36).copy_(grey.expand(1, 3, 36, 36))
@@ -243,6 +243,36 @@ def test_every_augmented_image_is_a_shift_and_mirror_of_its_own(folder):
     assert {m[2] for m in seen} == {False, True}
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 150])
+def test_the_ranks_together_train_on_the_batches_of_one_process(ranks):
+    config = DataConfig(shift=1)
+    data = load_dataset(config, 0)
+    alone = TrainLoader(data, config, 100, 3, CPU)
+    together = [TrainLoader(data, config, 100, 3, CPU, rank=r, ranks=ranks) for r in range(ranks)]
+    for _ in range(2):
+        for whole, *parts in zip(alone, *together, strict=True):
+            assert torch.equal(torch.cat([part.x for part in parts]), whole.x)
+            assert torch.equal(torch.cat([part.y for part in parts]), whole.y)
+            assert {part.total for part in parts} == {whole.total} == {len(whole.y)}
+            sizes = [len(part.x) for part in parts]
+            assert max(sizes) - min(sizes) <= 1
+            assert all(part.x.shape[1:] == whole.x.shape[1:] for part in parts)  # empty ones, too
+    assert {str(one.state_dict()) for one in together} == {str(alone.state_dict())}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 400])
+def test_the_ranks_together_evaluate_every_image_once(ranks):
+    data = load_dataset(DataConfig(), 0)
+    batches = [
+        batch
+        for rank in range(ranks)
+        for batch in EvalLoader(data, data.test, CPU, batch_size=100, rank=rank, ranks=ranks)
+    ]
+    whole = next(iter(EvalLoader(data, data.test, CPU)))
+    assert torch.equal(torch.cat([x for x, _ in batches]), whole[0])
+    assert torch.equal(torch.cat([y for _, y in batches]), whole[1])
+
+
 @pytest.mark.parametrize("position", [0, 3, 13])
 def test_a_loader_continues_inside_an_epoch_bit_for_bit(position):
     config = DataConfig(shift=1)
@@ -256,9 +286,10 @@ def test_a_loader_continues_inside_an_epoch_bit_for_bit(position):
     resumed.load_state_dict(state)
     got = [*resumed, *resumed]
     assert len(got) == len(expected) - position
-    for (x, y), (a, b) in zip(got, expected[position:], strict=True):
-        assert torch.equal(x, a)
-        assert torch.equal(y, b)
+    for batch, other in zip(got, expected[position:], strict=True):
+        assert torch.equal(batch.x, other.x)
+        assert torch.equal(batch.y, other.y)
+        assert batch.total == other.total
 
 
 def test_the_random_numbers_of_an_epoch_do_not_depend_on_the_device():
@@ -267,7 +298,7 @@ def test_the_random_numbers_of_an_epoch_do_not_depend_on_the_device():
     here = TrainLoader(data, config, 100, 3, CPU)
     there = TrainLoader(data, config, 100, 3, torch.device("meta"))
     for _ in range(2):
-        assert [x.shape for x, _ in there] == [x.shape for x, _ in here]
+        assert [b.x.shape for b in there] == [b.x.shape for b in here]
         assert torch.equal(there.state_dict()["generator"], here.state_dict()["generator"])
 
 
@@ -282,15 +313,15 @@ def test_a_loader_continues_on_another_device(devices):
         next(batches)
     second.load_state_dict(first.state_dict())
     expected = [*loader(config, seed=3, data=data)][5:]
-    for (x, y), (a, b) in zip(second, expected, strict=True):
-        assert torch.equal(y.cpu(), b)
-        torch.testing.assert_close(x.cpu(), a)
+    for batch, other in zip(second, expected, strict=True):
+        assert torch.equal(batch.y.cpu(), other.y)
+        torch.testing.assert_close(batch.x.cpu(), other.x)
 
 
 def test_drop_last_leaves_out_the_smaller_batch():
     config = DataConfig(shift=0)
-    sizes = [len(y) for _, y in loader(config, batch_size=100)]
-    whole = [len(y) for _, y in loader(replace(config, drop_last=True), batch_size=100)]
+    sizes = [len(batch.y) for batch in loader(config, batch_size=100)]
+    whole = [b.total for b in loader(replace(config, drop_last=True), batch_size=100)]
     assert set(whole) == {100}
     assert sizes[:-1] == whole
     with pytest.raises(DataError, match="fill no batch"):

@@ -1,0 +1,85 @@
+"""The order of batches, and where a run stands in it.
+
+All randomness of an epoch is drawn at its beginning, on the CPU whatever device trains, so the
+state of one generator and a position say everything that a resumed run has to know. Every rank
+draws the same and takes its own part of each batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+
+
+class Batch(NamedTuple):
+    """One rank's part of a training batch; it may be empty."""
+
+    x: Tensor  # float32 (B, C, H, W)
+    y: Tensor  # int64 (B,)
+    total: int  # images of the whole batch, over all ranks
+
+
+def share(start: int, stop: int, rank: int, ranks: int) -> slice:
+    """The part of a range that is `rank`'s; parts follow each other and differ by at most 1."""
+    count = stop - start
+    return slice(start + rank * count // ranks, start + (rank + 1) * count // ranks)
+
+
+class Epochs(ABC):
+    """Shuffled batches, one epoch per iteration.
+
+    Iterating after `load_state_dict` goes on in the middle of the epoch where the state was taken.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, drop_last: bool, seed: int, rank: int, ranks: int
+    ) -> None:
+        self.count, self.batch_size = count, batch_size
+        self.rank, self.ranks = rank, ranks
+        self.batches = count // batch_size if drop_last else -(-count // batch_size)
+        if self.batches == 0:
+            raise DataError(f"{count} training images fill no batch of {batch_size}")
+        self.generator = torch.Generator().manual_seed(seed)
+        self.epoch_start = self.generator.get_state()
+        self.position = 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.epoch_start = self.generator.get_state()
+        drawn = self._draw()
+        starts = range(self.position * self.batch_size, self.count, self.batch_size)
+        ends = [min(start + self.batch_size, self.count) for start in starts]
+        whole = list(zip(starts, ends, strict=True))[: self.batches - self.position]
+        parts = [share(start, end, self.rank, self.ranks) for start, end in whole]
+        loaded = self._load(drawn, parts)
+        for (x, y), (start, end) in zip(loaded, whole, strict=True):
+            self.position += 1
+            yield Batch(x, y, end - start)
+        self.position = 0
+        self.epoch_start = self.generator.get_state()
+
+    @abstractmethod
+    def _draw(self) -> Any:
+        """Everything random of an epoch, from `self.generator`."""
+
+    @abstractmethod
+    def _load(self, drawn: Any, parts: list[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images and labels of each of `parts`, which are slices of the epoch's order."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator at the beginning of the current epoch, and the batches given since."""
+        return {"generator": self.epoch_start, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.generator.set_state(state["generator"])
+        self.epoch_start = self.generator.get_state()
+        self.position = state["position"]

@@ -1,0 +1,27 @@
+"""From pixels to what a network sees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Normalize:
+    """(B, H, W, C) in 0..255 to float32 (B, C, H, W) of mean 0 and std 1."""
+
+    def __init__(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: torch.device | str = "cpu",
+        channels_last: bool = True,
+    ) -> None:
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        deviation = torch.tensor(std, device=device)
+        self.scale = 1 / (255 * deviation)
+        self.offset = -torch.tensor(mean, device=device) / deviation
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Map a batch."""
+        images = torch.addcmul(self.offset, pixels.float(), self.scale).permute(0, 3, 1, 2)
+        return images.contiguous(memory_format=self.layout)
