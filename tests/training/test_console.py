@@ -5,7 +5,9 @@ import torch
 from rich.console import Console
 
 import torch_feather as feather
-from torch_feather.training.console import layer_table, percent
+from torch_feather.training.checkpoint import RunDirectory
+from torch_feather.training.config import Config
+from torch_feather.training.console import ConsoleWatch, Pace, layer_table, percent
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,181 @@ def test_empty_layers_stand_out_in_a_terminal():
     assert len(red) == 1
     assert red[0].startswith("1.weight")
     assert red[0].endswith("<-- EMPTY")
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+    def pass_by(self, seconds):
+        self.now += seconds
+
+
+class Run:
+    """A run of ten epochs of 100 steps that is watched, on a clock of its own."""
+
+    def __init__(self, **options):
+        self.clock, self.stream = Clock(), io.StringIO()
+        console = Console(file=self.stream, width=120, _environ={"TERM": "xterm"}, **options)
+        self.watch = ConsoleWatch(console, self.clock)
+
+    def begin(self, done=0, method="feather", epochs=10):
+        config = Config(method=method, epochs=epochs)
+        self.watch.begin(config, 100 * epochs, done, RunDirectory("run"))
+
+    def steps(self, number, seconds):
+        for _ in range(number):
+            self.clock.pass_by(seconds)
+            self.watch.step(8)
+
+    def epoch(self, number, images_per_s, **metrics):
+        line = {"epoch": number, "train_loss": 1.25, "val_acc": 0.5, "sparsity": 0.75}
+        self.watch.epoch(line | {"images_per_s": images_per_s} | metrics)
+
+    def lines(self):
+        return self.stream.getvalue().splitlines()
+
+    def bar(self, number):
+        return self.watch.progress.tasks[number]
+
+
+def test_images_per_second_are_those_of_late():
+    pace = Pace(clock := Clock())
+    for seconds in [0.1] * 1000 + [0.01] * 4000:
+        clock.pass_by(seconds)
+        pace.step(8)
+    assert pace.rates() == pytest.approx((100, 800), rel=0.01)
+
+
+def test_slow_steps_have_a_rate_too():
+    pace = Pace(clock := Clock())
+    for _ in range(3):
+        clock.pass_by(2 * Pace.WINDOW)
+        pace.step(8)
+    assert pace.rates() == pytest.approx((1 / 60, 8 / 60))
+
+
+def test_evaluation_takes_time_but_no_images_per_second():
+    pace = Pace(clock := Clock())
+    for _ in range(3):
+        for _ in range(100):
+            clock.pass_by(0.05)
+            pace.step(8)
+        clock.pass_by(20)
+        pace.end_epoch(images_per_s=160)
+    assert pace.rates() == pytest.approx((20, 160))
+    assert pace.seconds_left(steps=100) == pytest.approx(5)
+    assert pace.seconds_left(steps=100, epoch_ends=1) == pytest.approx(25)
+
+
+def test_steps_that_only_wait_in_the_queue_of_the_device_do_not_count_as_done():
+    pace = Pace(clock := Clock())
+    for _ in range(5):
+        for _ in range(100):  # queued within a tenth of the time that they take
+            clock.pass_by(0.01)
+            pace.step(8)
+        clock.pass_by(9)
+        pace.end_epoch(images_per_s=80)
+        assert pace.rates() == pytest.approx((10, 80))
+        assert pace.seconds_left(100, epoch_ends=1) == pytest.approx(10)
+
+
+def test_nothing_is_said_before_anything_is_known():
+    pace = Pace(Clock())
+    pace.end_epoch(images_per_s=0.0)  # a run resumed between an epoch's last step and its end
+    assert pace.rates() is None
+    assert pace.seconds_left(10) is None
+
+
+def test_a_resumed_run_is_estimated_from_its_own_steps():
+    run = Run(force_terminal=True)
+    run.begin(done=930)
+    run.steps(10, 2)
+    assert run.bar(0).fields["left"] == "0:02:00 left"  # 60 steps of 2 seconds
+    assert run.bar(1).fields["left"] == "0:02:00 left"
+    assert (run.bar(1).description, run.bar(1).completed) == ("epoch 10", 40)
+    assert run.bar(0).completed == pytest.approx(9.4)
+    run.watch.end()
+
+
+def test_the_second_run_starts_afresh():
+    run = Run()
+    for method, seconds in (("feather", 1), ("dense", 0.5)):
+        run.begin(method=method)
+        run.steps(100, seconds)
+        run.epoch(1, 8 / seconds)
+        run.watch.end({"test_accuracy": 0.5})
+    assert [line.split("  ")[-2:] for line in run.lines()] == [
+        ["8 images/s", "0:15:00 left"],
+        ["16 images/s", "0:07:30 left"],
+    ]
+
+
+def test_where_there_is_no_terminal_each_epoch_is_a_line():
+    run = Run()
+    run.watch.message("a [bold] word")
+    run.begin(epochs=3)
+    for number in (1, 2, 3):
+        run.steps(100, 0.004)
+        run.epoch(number, 2000, val_acc=None if number == 1 else 0.5)
+    run.watch.end()
+    assert run.lines() == [
+        "a [bold] word",
+        "feather  epoch 1/3  loss 1.250  sparsity 75.00 %  2,000 images/s  0:00:01 left",
+        "feather  epoch 2/3  loss 1.250  val 50.00 %  sparsity 75.00 %"
+        "  2,000 images/s  0:00:00 left",
+        "feather  epoch 3/3  loss 1.250  val 50.00 %  sparsity 75.00 %"
+        "  2,000 images/s  0:00:00 left",
+    ]
+
+
+def test_test_accuracy_is_shown_where_nothing_is_held_out():
+    run = Run()
+    run.begin()
+    run.steps(100, 0.01)
+    run.epoch(1, 800, val_acc=None, test_acc=0.625)
+    assert "  test 62.50 %  " in run.lines()[0]
+
+
+def test_a_terminal_shows_the_run_and_the_epoch():
+    run = Run(force_terminal=True)
+    run.begin()
+    run.steps(100, 0.02)
+    run.epoch(1, 400)
+    run.steps(50, 0.02)
+    run.watch.end()
+    shown = "".join(run.lines()[-3:])
+    for part in ("feather ", " 1/10", "0:00:17 left", "400 images/s", "epoch 2 ", " 50/100"):
+        assert part in shown
+    assert "0:00:01 left" in shown
+    assert "loss 1.250  val 50.00 %  sparsity 75.00 %" in shown
+
+
+def test_the_last_accuracy_stays_in_sight_where_not_every_epoch_is_evaluated():
+    run = Run(force_terminal=True)
+    run.begin()
+    run.epoch(1, 400, val_acc=0.5)
+    run.epoch(2, 400, val_acc=None)
+    assert "val 50.00 %" in run.bar(1).fields["note"]
+    run.watch.end()
+
+
+def test_most_steps_are_counted_and_not_shown(monkeypatch):
+    run = Run(force_terminal=True)
+    run.begin()
+    shown = []
+    monkeypatch.setattr(run.watch, "_show", lambda: shown.append(run.watch.done))
+    run.steps(1000, 0.001)
+    assert len(shown) <= 10
+    assert run.watch.done == 1000
+    monkeypatch.undo()
+    run.watch.end()
+
+
+def test_an_observer_that_was_never_told_of_a_beginning_can_be_told_of_the_end():
+    Run().watch.end()

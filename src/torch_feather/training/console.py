@@ -3,68 +3,182 @@
 from __future__ import annotations
 
 import re
+import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import fields
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from ..report import EMPTY_MARK, LayerReport, Report
 from ..report import percent as percent_of
+from .checkpoint import RunDirectory
 from .config import Config
-from .loop import Watch
+from .watch import Watch
+
+
+class Pace:
+    """How fast this process trains: of late, on a clock that stands still between epochs."""
+
+    WINDOW = 30.0  # seconds of training that the rates look back on
+    EVERY = 0.1  # seconds between two looks at the clock's history
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.trained = 0.0  # seconds of training in the epochs that ended
+        self.between = 0.0  # seconds between their last steps and the next one's first: evaluation
+        self.epochs = self.steps = self.images = 0
+        self.epoch_images = 0  # of the running epoch
+        self.samples = deque([(0.0, 0, 0)])  # seconds, steps, images
+        self.epoch_began = clock()
+
+    def step(self, images: int) -> bool:
+        """Count a step; whether it is time to show it."""
+        self.steps += 1
+        self.images += images
+        self.epoch_images += images
+        seconds = self.trained + self.clock() - self.epoch_began
+        if seconds - self.samples[-1][0] < self.EVERY:
+            return False
+        self._sample(seconds)
+        return True
+
+    def end_epoch(self, images_per_s: float) -> None:
+        """Set the clock right by the epoch's measured rate.
+
+        That rate knows when the device was done. The steps here are seen when they are put into
+        its queue, which can be long before.
+        """
+        seconds = self.epoch_images / images_per_s if self.epoch_images else 0.0
+        now = self.clock()
+        self.trained += seconds
+        self.between += now - self.epoch_began - seconds
+        self.epochs += 1
+        self.epoch_images = 0
+        self.epoch_began = now
+        self._sample(self.trained)
+
+    def _sample(self, seconds: float) -> None:
+        self.samples.append((seconds, self.steps, self.images))
+        while len(self.samples) > 2 and self.samples[1][0] <= seconds - self.WINDOW:
+            self.samples.popleft()
+
+    def rates(self) -> tuple[float, float] | None:
+        """Steps and images a second of training, or None as long as nothing is known."""
+        (t0, steps0, images0), (t1, steps1, images1) = self.samples[0], self.samples[-1]
+        if t1 <= t0 or steps1 == steps0:
+            return None
+        return (steps1 - steps0) / (t1 - t0), (images1 - images0) / (t1 - t0)
+
+    def seconds_left(self, steps: int, epoch_ends: int = 0) -> float | None:
+        """For that many steps, and what followed the steps of this process's epochs each time."""
+        if (rates := self.rates()) is None:
+            return None
+        return steps / rates[0] + epoch_ends * self.between / max(self.epochs, 1)
 
 
 class ConsoleWatch(Watch):
-    """A progress bar for the steps, and the last epoch's numbers beside it."""
+    """A bar for the run and one for the epoch, with the last epoch's numbers beside them.
 
-    def __init__(self, console: Console) -> None:
+    Where the output is no terminal, each epoch is a line.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.perf_counter) -> None:
         self.console = console
+        self.clock = clock
         self.progress: Progress | None = None
 
     def message(self, text: str) -> None:
-        """Print it above the bar."""
+        """Print it above the bars."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def begin(self, config: Config, steps: int, done: int) -> None:
-        """Show the bar."""
+    def begin(self, config: Config, steps: int, done: int, run: RunDirectory) -> None:
+        """Show the bars."""
+        self.name, self.epochs = config.method, config.epochs
+        self.steps, self.epoch_steps = steps, steps // config.epochs
+        self.done, self.ended = done, done // self.epoch_steps
+        self.accuracy = self.note = ""
+        self.pace = Pace(self.clock)
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}", style="progress.remaining"),
             TextColumn("{task.fields[note]}"),
             console=self.console,
+            expand=True,
+            disable=not self.console.is_interactive,
         )
-        name = f"{config.method:<8}"
-        self.task = self.progress.add_task(name, total=steps, completed=done, note="")
-        self.epochs = config.epochs
+        self.run_bar = self.progress.add_task(self.name, total=self.epochs, left="", note="")
+        self.epoch_bar = self.progress.add_task("", total=self.epoch_steps, left="", note="")
+        self._show()
         self.progress.start()
 
-    def step(self) -> None:
-        """Advance the bar."""
-        assert self.progress is not None
-        self.progress.advance(self.task)
+    def step(self, images: int) -> None:
+        """Count it, and advance the bars every now and then."""
+        self.done += 1
+        if self.pace.step(images):
+            self._show()
 
     def epoch(self, metrics: dict[str, Any]) -> None:
-        """Show the epoch's numbers; one line each where the output is no terminal."""
-        note = f"epoch {metrics['epoch']}/{self.epochs}  loss {metrics['train_loss']:.3f}"
-        if metrics["val_acc"] is not None:
-            note += f"  val {percent(metrics['val_acc'])}"
-        note += f"  sparsity {percent(metrics['sparsity'])}"
-        assert self.progress is not None
-        self.progress.update(self.task, note=note)
-        if not self.console.is_terminal:
-            note += f"  {metrics['images_per_s']:.0f} images/s"
-            self.message(f"{self.progress.tasks[0].description} {note}")
+        """Show the epoch's numbers."""
+        self.ended = metrics["epoch"]
+        self.pace.end_epoch(metrics["images_per_s"])
+        accuracy = ""
+        for key, name in (("test_acc", "test"), ("val_acc", "val")):
+            if metrics.get(key) is not None:
+                accuracy = f"  {name} {percent(metrics[key])}"
+        self.accuracy = accuracy or self.accuracy  # not every epoch is evaluated
+        loss = f"loss {metrics['train_loss']:.3f}"
+        sparsity = f"  sparsity {percent(metrics['sparsity'])}"
+        self.note = loss + self.accuracy + sparsity
+        self._show()
+        if not self.console.is_interactive:
+            self.message(
+                f"{self.name:<8} epoch {self.ended}/{self.epochs}  {loss}{accuracy}{sparsity}"
+                f"  {metrics['images_per_s']:,.0f} images/s  {self._run_left()} left"
+            )
 
-    def end(self) -> None:
-        """Leave the bar as it is."""
+    def end(self, results: dict[str, Any] | None = None) -> None:
+        """Leave the bars as they are."""
         if self.progress is not None:
+            self._show()
             self.progress.stop()
             self.progress = None
+
+    def _show(self) -> None:
+        assert self.progress is not None
+        rates = self.pace.rates()
+        speed = f"{rates[1]:,.0f} images/s" if rates else ""
+        number = min(self.ended + 1, self.epochs)
+        done = self.done - (number - 1) * self.epoch_steps
+        left = _duration(self.pace.seconds_left(self.epoch_steps - done))
+        self.progress.update(
+            self.run_bar,
+            completed=self.done / self.epoch_steps,
+            left=f"{self._run_left()} left",
+            note=speed,
+        )
+        self.progress.update(
+            self.epoch_bar,
+            description=f"epoch {number}",
+            completed=done,
+            left=f"{left} left",
+            note=self.note,
+        )
+
+    def _run_left(self) -> str:
+        steps, epoch_ends = self.steps - self.done, self.epochs - self.ended
+        return _duration(self.pace.seconds_left(steps, epoch_ends))
+
+
+def _duration(seconds: float | None) -> str:
+    return "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def percent(share: float) -> str:
