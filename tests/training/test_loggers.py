@@ -58,6 +58,17 @@ def test_every_event_reaches_every_observer():
     assert first.told == second.told == told
 
 
+def test_who_began_last_ends_first():
+    order = []
+    watches = Watches([outer := Watch(), inner := Watch()])
+    for watch, name in ((outer, "outer"), (inner, "inner")):
+        watch.begin = lambda *details, name=name: order.append(name)
+        watch.end = lambda results, name=name: order.append(name)
+    watches.begin(*EVENTS["begin"])
+    watches.end()
+    assert order == ["outer", "inner", "inner", "outer"]
+
+
 @pytest.mark.parametrize("event", EVENTS)
 def test_a_dispensable_observer_that_fails_is_left_out_with_one_warning(event):
     failing, other = Recorder(event, dispensable=True), Recorder()

@@ -5,8 +5,8 @@ Neither is imported before it is needed, and a run goes on without one that fail
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -52,7 +52,9 @@ class TensorBoardWatch(Watch):
 
     def begin(self, config: Config, steps: int, done: int, run: RunDirectory) -> None:
         """Remember where to write."""
-        self.folder: Path = run.path / "tensorboard"
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.open = partial(SummaryWriter, run.path / "tensorboard")
         self.writer: Any = None
 
     def epoch(self, metrics: dict[str, Any]) -> None:
@@ -62,9 +64,7 @@ class TensorBoardWatch(Watch):
         TensorBoard then drops what it has from that step on.
         """
         if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(self.folder, purge_step=metrics["step"])
+            self.writer = self.open(purge_step=metrics["step"])
         for name, value in _numbers(metrics).items():
             self.writer.add_scalar(name, value, metrics["step"])
         self.writer.flush()  # a run that is killed in the next epoch does not write this one again
@@ -78,8 +78,8 @@ class TensorBoardWatch(Watch):
 class WandbWatch(Watch):
     """Settings, the numbers of every epoch and the results, in a project of Weights & Biases.
 
-    RUN/wandb-id keeps the identity under which a resumed run goes on. wandb itself drops the
-    metrics of a step that it already has.
+    RUN/wandb-id keeps the identity under which a resumed run goes on. wandb itself ignores a step
+    that is not beyond those it has.
     """
 
     dispensable = True

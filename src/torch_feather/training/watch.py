@@ -32,7 +32,10 @@ class Watch:
 
 
 class Watches(Watch):
-    """Tells several observers. A dispensable one that fails is left out, with one warning."""
+    """Tells several observers, of the end in reverse order.
+
+    A dispensable one that fails is left out, with one warning.
+    """
 
     def __init__(self, watches: Iterable[Watch]) -> None:
         self.watches = list(watches)
@@ -54,11 +57,11 @@ class Watches(Watch):
         self._tell("epoch", metrics)
 
     def end(self, results: dict[str, Any] | None = None) -> None:
-        """To all."""
+        """To all, those first that began last."""
         self._tell("end", results)
 
     def _tell(self, event: str, *details: Any) -> None:
-        for watch in self.watches:
+        for watch in self.watches if event != "end" else reversed(self.watches):
             try:
                 getattr(watch, event)(*details)
             except Exception as error:
