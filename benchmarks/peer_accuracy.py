@@ -32,16 +32,18 @@ import official
 import torch
 from scipy import stats
 
-from torch_feather.training import Config, loop, resolve_config, train
+from torch_feather.training import Config, resolve_config, train
 from torch_feather.training.checkpoint import RunDirectory, write_json
 from torch_feather.training.config import parse_assignments, to_dict
-from torch_feather.training.data import Dataset, load_dataset
+from torch_feather.training.data import Batch, Dataset, load_dataset
+from torch_feather.training.distributed import Ranks
+from torch_feather.training.task import Task
 
 Row = dict[str, Any]
 OURS, OFFICIAL = "ours", "official"
 
 
-class OfficialTask(loop.Task):
+class OfficialTask(Task):
     """The trainer's task with the official implementation in place of a sparsifier.
 
     It is called as its README says: `update_thresh()` before each step and, with
@@ -51,9 +53,14 @@ class OfficialTask(loop.Task):
     model: torch.nn.Module
 
     def __init__(
-        self, implementation: ModuleType, config: Config, data: Dataset, device: torch.device
+        self,
+        implementation: ModuleType,
+        config: Config,
+        data: Dataset,
+        device: torch.device,
+        ranks: Ranks,
     ) -> None:
-        super().__init__(config.dense(), data, device)
+        super().__init__(config.dense(), data, device, ranks)
         self.config = config
         self.pruner = official.wrap(
             implementation,
@@ -63,11 +70,13 @@ class OfficialTask(loop.Task):
             steps_per_epoch=len(self.loader),
             epochs=config.epochs,
         )
+        run = self.train_step.run
 
-    def train_step(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """One step."""
-        self.pruner.update_thresh()
-        super().train_step(x, y)
+        def with_threshold(batch: Batch) -> None:
+            self.pruner.update_thresh()
+            run(batch)
+
+        self.train_step.run = with_threshold  # type: ignore[method-assign]
 
     def end_epoch(self, images: int, began: float) -> None:
         """Measures a copy made sparse: the wrapped model holds dense weights."""

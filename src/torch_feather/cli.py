@@ -39,6 +39,10 @@ TRAIN_EXAMPLES = """
 
 - `feather train --data cifar10 --data-path DATA/cifar10 --set optimizer.lr=0.05 --set options.p=2`
 
+- `feather train --recipe imagenet --data-path DATA/imagenet --set system.compile=true`
+
+- `torchrun --nproc-per-node 8 --no-python feather train --recipe imagenet --data-path ...`
+
 - `feather train --resume --out runs/a` continues a run that was stopped or killed
 """
 
@@ -49,7 +53,7 @@ def train(
         str | None,
         typer.Option(
             help="Settings to start from, see `feather recipes`. "
-            "[default: the one named like --data, else digits]"
+            "[default: that of --data, else digits]"
         ),
     ] = None,
     config: Annotated[
@@ -58,11 +62,12 @@ def train(
     network: Annotated[
         str | None, typer.Option(help="resnet8, resnet20, mobilenet_v1, ..., or timm/NAME.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="digits, cifar10 or cifar100.")] = None,
+    data: Annotated[str | None, typer.Option(help="digits, cifar10, cifar100 or imagefolder.")] = None,
     data_path: Annotated[
         str | None,
         typer.Option(
-            help="Folder with train*.parquet and test*.parquet, or with the unpacked archive."
+            help="CIFAR: folder with train*.parquet and test*.parquet, or the unpacked archive. "
+            "imagefolder: folder with train/ and val/, or tar file(s)."
         ),
     ] = None,
     method: Annotated[
@@ -98,12 +103,15 @@ def train(
 ) -> None:
     """Train a sparse network into a run directory.
 
-    Settings come from the recipe, then from --config, then from the options here.
+    Settings come from the recipe, then from --config, then from the options here. Started by
+    `torchrun`, its processes train one network together.
     """
     from .training.checkpoint import RunDirectory
     from .training.config import apply, load_config, parse_assignments, resolve_config
     from .training.console import ConsoleWatch, print_results
+    from .training.distributed import joined
     from .training.errors import RunError
+    from .training.loggers import Watches, observers
     from .training.loop import train as run_training
 
     given: dict[str, Any] = {
@@ -128,11 +136,17 @@ def train(
             raise RunError(f"{out}: no run to resume (a --recipe would let it start there)")
         start = apply(load_config(old), overrides, "command line")
     else:
-        start = resolve_config(recipe or data or "digits", config, overrides)
-    out = out or _free_directory(f"{start.data.name}-{start.network}-{start.method}", start)
+        usual = {"imagefolder": "imagenet", None: "digits"}.get(data, data)
+        start = resolve_config(recipe or usual, config, overrides)
+    name = f"{start.data.name}-{start.network}-{start.method}"
     console = _console()
-    results = run_training(start, out, resume=resume, watch=ConsoleWatch(console))
-    print_results(console, results, out)
+    with joined() as ranks:
+        folder = ranks.on_first(lambda: out or _free_directory(name, start))
+        # The console comes last, so that its bars are there for the training alone.
+        watch = Watches([*observers(start), ConsoleWatch(console)])
+        results = run_training(start, folder, resume=resume, watch=watch)
+        if ranks.first:
+            print_results(console, results, folder)
 
 
 def _free_directory(name: str, config: Any) -> Path:
@@ -171,8 +185,8 @@ def evaluate(
     from . import models
     from .training.checkpoint import RunDirectory
     from .training.console import percent
-    from .training.data import EvalLoader, load_dataset
-    from .training.loop import evaluate as measure
+    from .training.data import eval_loader, load_dataset
+    from .training.evaluation import evaluate as measure
     from .training.loop import resolve_device
 
     directory = RunDirectory(run)
@@ -182,7 +196,8 @@ def evaluate(
     directory.load_model(model)
     target = resolve_device(device)
     model.to(target)
-    loss, accuracy = measure(model, EvalLoader(data, data.test, target), config.system.amp)
+    test = eval_loader(data, data.test, config, target)
+    loss, accuracy = measure(model, test, config.system.amp)
     macs = feather.count_flops(model, data.example().to(target))
     _console().print(
         f"{len(data.test):,} test images of {data.name}: accuracy {percent(accuracy)}, "
@@ -279,7 +294,9 @@ def _show_warning(message: Warning | str, *details: object, **more: object) -> N
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"feather: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    who = "feather" if rank == "0" else f"feather, rank {rank}"
+    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -10,12 +10,16 @@ import pytest
 import torch
 
 import torch_feather as feather
+from torch_feather.errors import ConfigurationError
 from torch_feather.training import loop
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import Config, apply, load_config, resolve_config, to_yaml
-from torch_feather.training.data import Images, load_dataset
+from torch_feather.training.data import EvalLoader, Images, load_dataset
 from torch_feather.training.errors import Interrupted, RunError, TrainingDiverged
-from torch_feather.training.loop import Task, Watch, evaluate, make_optimizer, train
+from torch_feather.training.evaluation import evaluate
+from torch_feather.training.loop import train
+from torch_feather.training.task import Task, make_optimizer
+from torch_feather.training.watch import Watch
 
 CPU = torch.device("cpu")
 BLOBS = {"epochs": 4, "batch_size": 32, "system.threads": 1, "optimizer.lr": 0.05}
@@ -91,6 +95,8 @@ def test_a_run_leaves_what_its_directory_promises(finished):
         "train_loss",
         "val_loss",
         "val_acc",
+        "test_loss",
+        "test_acc",
         "sparsity",
         "macs",
         "images_per_s",
@@ -108,7 +114,7 @@ def test_the_stored_network_has_exactly_the_zeros_and_accuracy_reported(finished
     assert results["report"]["weights"] == weights
     zeros = sum(int((p == 0).sum()) for p in (model.conv.weight, model.fc.weight))
     assert zeros == results["report"]["zeros"] == round(0.95 * weights)
-    _, accuracy = evaluate(model, loop.EvalLoader(data, data.test, CPU))
+    _, accuracy = evaluate(model, EvalLoader(data, data.test, CPU))
     assert accuracy == results["test_accuracy"]
 
 
@@ -123,7 +129,7 @@ class StopAt(Watch):
     def __init__(self, step):
         self.left = step
 
-    def step(self):
+    def step(self, images):
         self.left -= 1
         if self.left == 0:
             signal.raise_signal(signal.SIGINT)
@@ -155,7 +161,7 @@ def test_a_failing_step_keeps_the_checkpoint_from_before(finished, tmp_path, mon
         def __init__(self):
             self.left = 60
 
-        def step(self):
+        def step(self, images):
             self.left -= 1
             if self.left == 0:
                 raise OSError("the disk went away")
@@ -170,7 +176,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from torch_feather.training import checkpoint, load_config, train
-from torch_feather.training.loop import Watch
+from torch_feather.training.watch import Watch
 
 folder, where = Path(sys.argv[1]), sys.argv[2]
 
@@ -179,7 +185,7 @@ def kill():
 
 class Kill(Watch):
     steps = 0
-    def step(self):
+    def step(self, images):
         self.steps += 1
         if where == "step" and self.steps == 30:
             kill()
@@ -257,10 +263,9 @@ class Scripted(Task):
 
 
 @pytest.mark.parametrize(("method", "expected"), [("feather", 4), ("dense", 1)])
-def test_best_is_chosen_only_at_the_final_sparsity(tmp_path, monkeypatch, method, expected):
-    monkeypatch.setattr(loop, "Task", Scripted)
+def test_best_is_chosen_only_at_the_final_sparsity(tmp_path, method, expected):
     config = tiny(epochs=6, select="best", method=method, data={"validation": 0.2})
-    results = train(config, tmp_path / "run")
+    results = train(config, tmp_path / "run", make_task=Scripted)
     assert results["chosen_epoch"] == expected
     assert results["report"]["sparsity"] == pytest.approx(config.sparsity, abs=1e-3)
     history = RunDirectory(tmp_path / "run").read_metrics()
@@ -286,10 +291,18 @@ def test_the_test_images_choose_nothing(tmp_path, monkeypatch):
     assert a[2]["test_accuracy"] != b[2]["test_accuracy"]
 
 
-def test_without_validation_images_nothing_is_measured_until_the_end(tmp_path):
-    results = train(tiny(epochs=1, data={"validation": 0.0}), tmp_path / "run")
+def test_without_validation_images_the_test_images_are_recorded_and_choose_nothing(tmp_path):
+    results = train(tiny(epochs=2, data={"validation": 0.0}), tmp_path / "run")
     assert results["validation_accuracy"] is None
-    assert RunDirectory(tmp_path / "run").read_metrics()[0]["val_acc"] is None
+    assert results["chosen_epoch"] == 2
+    history = RunDirectory(tmp_path / "run").read_metrics()
+    assert [line["val_acc"] for line in history] == [None, None]
+    assert history[-1]["test_acc"] == results["test_accuracy"]
+
+
+def test_with_validation_images_the_test_images_are_looked_at_once(finished):
+    history = RunDirectory(finished[0]).read_metrics()
+    assert all(line["test_acc"] is None and line["val_acc"] > 0 for line in history)
 
 
 def test_the_dense_comparison_has_the_same_budget_and_survives_a_stop(tmp_path):
@@ -379,7 +392,7 @@ def test_a_faster_way_trains_the_same_network(tmp_path, switch, finished):
     if switch == "compile":
         # the plain interpreter of the compiler: what is tested is the wiring, not code generation
         real = torch.compile
-        torch.compile = lambda model: real(model, backend="eager")
+        torch.compile = lambda model, **how: real(model, backend="eager", **how)
     try:
         results = train(tiny(epochs=2, **{f"system.{switch}": True}), tmp_path / "run")
     finally:
@@ -392,9 +405,33 @@ def test_a_faster_way_trains_the_same_network(tmp_path, switch, finished):
 def test_evaluation_is_the_mean_over_images_not_batches():
     data = load_dataset(tiny().data, 0)
     model = TinyNetwork(10, 1).train()
-    whole = evaluate(model, loop.EvalLoader(data, data.test, CPU, batch_size=10**6))
-    parts = evaluate(model, loop.EvalLoader(data, data.test, CPU, batch_size=100))
+    whole = evaluate(model, EvalLoader(data, data.test, CPU, batch_size=10**6))
+    parts = evaluate(model, EvalLoader(data, data.test, CPU, batch_size=100))
     assert model.training
     assert whole[0] == pytest.approx(parts[0])
     assert whole[1] == parts[1]
     assert math.isclose(whole[1] * len(data.test) % 1, 0, abs_tol=1e-6)
+
+
+def test_a_captured_step_needs_a_gpu(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"system\.graph needs a CUDA device"):
+        train(tiny(**{"system.graph": True, "system.device": "cpu"}), tmp_path / "run")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("also", [{}, {"system.compile": True}], ids=["alone", "compiled"])
+def test_captured_steps_train_the_same_network(tmp_path, also):
+    """Through the schedule's end, with a smaller last batch in every epoch, and a resume."""
+    usual = {"system.device": "cuda", "system.deterministic": True, "epochs": 6} | also
+    eager = train(tiny(**usual), tmp_path / "eager")
+    config = tiny(**usual | {"system.graph": True})
+    captured = train(config, tmp_path / "captured")
+    assert captured["report"]["zeros"] == eager["report"]["zeros"]
+    ours, theirs = (RunDirectory(tmp_path / n).read_metrics() for n in ("captured", "eager"))
+    assert ours[0]["train_loss"] == pytest.approx(theirs[0]["train_loss"], rel=0.05)
+    assert [line["sparsity"] for line in ours] == [line["sparsity"] for line in theirs]
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "again", watch=StopAt(60))
+    again = train(config, tmp_path / "again", resume=True)
+    assert again["report"]["zeros"] == captured["report"]["zeros"]
+    assert again["test_accuracy"] == pytest.approx(captured["test_accuracy"], abs=0.03)

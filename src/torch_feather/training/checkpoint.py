@@ -20,7 +20,7 @@ import torch
 from .config import Config, flatten, load_config, to_dict, to_yaml
 from .errors import CheckpointError, RunError
 
-FORMAT = 1
+FORMAT = 2
 TWIN = "dense"  # the folder, in a run's own, of the dense run that it is compared with
 
 

@@ -1,0 +1,278 @@
+"""Training speed, from stored images to updated weights, beside a plain PyTorch loop.
+
+`plain` is the loop of PyTorch's tutorials on the same images: a DataLoader with worker processes,
+torchvision's transforms, the network as it is. `official` is the same loop around the official
+implementation of Feather. All others are this package's trainer, dense and sparse, with the
+switches asked for. In every round each of them trains for some steps, in an order drawn for that
+round; numbers are medians over rounds, ratios are taken within a round.
+
+    python benchmarks/train_speed.py --data-path FOLDER --switches none compile amp compile+amp
+    python benchmarks/train_speed.py --data-path FOLDER --device cuda --switches none \
+        compile+graph amp+compile+graph --steps 100 --peer ../feather --json results/speed.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import official
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torch_feather import models
+from torch_feather.training import resolve_config
+from torch_feather.training.config import Config, parse_assignments
+from torch_feather.training.data import Batch, Dataset, load_dataset
+from torch_feather.training.distributed import Ranks
+from torch_feather.training.provenance import provenance
+from torch_feather.training.task import Task, make_optimizer
+
+SWITCHES = ("compile", "amp", "graph")
+WARM_UP = 1  # rounds that do not count: compilers and allocators settle
+
+
+class Trainer:
+    """This package's trainer."""
+
+    def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
+        self.task = Task(config, data, device, Ranks())
+        self.task.model.train()
+        self.batches = self._endless()
+
+    def _endless(self) -> Iterator[Batch]:
+        while True:
+            yield from self.task.loader
+
+    def train(self, steps: int) -> int:
+        """Take steps; the images they saw."""
+        images = 0
+        for batch in itertools.islice(self.batches, steps):
+            self.task.train_step(batch, self.task.learning_rate(self.task.step))
+            self.task.step += 1
+            images += batch.total
+        return images
+
+    def feed(self, steps: int) -> int:
+        """The batches of as many steps, without training on them."""
+        return sum(batch.total for batch in itertools.islice(self.batches, steps))
+
+    def evaluate(self) -> None:
+        """On the test images."""
+        self.task.evaluate(self.task.watched_images)
+
+
+class PlainLoop:
+    """A DataLoader, and the steps as PyTorch's documentation writes them."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: Dataset,
+        device: torch.device,
+        workers: int,
+        peer: ModuleType | None = None,
+    ) -> None:
+        from PIL import Image
+        from torchvision import transforms
+
+        size = data.train.pixels.shape[1]
+        transform = transforms.Compose(
+            [
+                transforms.RandomCrop(size, padding=config.data.shift),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(data.mean, data.std),
+            ]
+        )
+
+        class Pictures(torch.utils.data.Dataset):
+            def __len__(self) -> int:
+                return len(data.train)
+
+            def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+                picture = Image.fromarray(data.train.pixels[i].numpy())
+                return transform(picture), int(data.train.labels[i])
+
+        self.loader = torch.utils.data.DataLoader(
+            Pictures(),
+            config.batch_size,
+            shuffle=True,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+        torch.manual_seed(config.seed)
+        self.model = models.create(config.network, data.classes, data.channels).to(device)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.before_step: Callable[[], object] = lambda: None
+        if peer is not None:
+            pruner = official.wrap(
+                peer,
+                self.model,
+                device,
+                sparsity=config.sparsity,
+                steps_per_epoch=len(self.loader),
+                epochs=config.epochs,
+            )
+            self.before_step = pruner.update_thresh
+        self.device, self.clip = device, config.optimizer.clip
+        self.batches = self._endless()
+
+    def _endless(self) -> Iterator[Any]:
+        while True:
+            yield from self.loader
+
+    def train(self, steps: int) -> int:
+        """Take steps; the images they saw."""
+        images = 0
+        for x, y in itertools.islice(self.batches, steps):
+            x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
+            self.before_step()
+            loss = F.cross_entropy(self.model(x), y)
+            self.optimizer.zero_grad()
+            loss.backward()
+            if self.clip is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            self.optimizer.step()
+            images += len(y)
+        return images
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Of a call until the device has done its work, and what it gave."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began, result
+
+
+def contestants(arguments: argparse.Namespace, config: Config, data: Dataset) -> dict[str, Any]:
+    """All by name, the plain loop first."""
+    device = torch.device(arguments.device)
+    found: dict[str, Any] = {"plain": PlainLoop(config, data, device, arguments.workers)}
+    if arguments.peer:
+        peer = official.load_official(Path(arguments.peer))
+        found["official"] = PlainLoop(config, data, device, arguments.workers, peer)
+    for switches in arguments.switches:
+        on = [] if switches == "none" else switches.split("+")
+        if unknown := set(on) - set(SWITCHES):
+            raise SystemExit(f"--switches {switches}: {unknown} not among {', '.join(SWITCHES)}")
+        system = replace(config.system, **dict.fromkeys(on, True))
+        for method in arguments.methods:
+            one = replace(config.dense() if method == "dense" else config, system=system)
+            if method != "dense":
+                one = replace(one, method=method)
+            found[" +".join([method, *on])] = Trainer(one, data, device)
+    return found
+
+
+def measure(arguments: argparse.Namespace, config: Config, data: Dataset) -> list[dict[str, Any]]:
+    """A row per contestant."""
+    device = torch.device(arguments.device)
+    found = contestants(arguments, config, data)
+    speeds: dict[str, list[float]] = {name: [] for name in found}
+    feeding: dict[str, list[float]] = {name: [] for name in found}
+    order = random.Random(0)
+    for number in range(WARM_UP + arguments.rounds):
+        for name in order.sample(list(found), len(found)):
+            one = found[name]
+            time.sleep(arguments.pause)  # worker processes fill their queues, and are quiet then
+            taken, images = seconds(lambda one=one: one.train(arguments.steps), device)
+            if number < WARM_UP:
+                continue
+            speeds[name].append(images / taken)
+            if isinstance(one, Trainer):
+                alone, fed = seconds(lambda one=one: one.feed(arguments.steps), device)
+                feeding[name].append((alone / fed) / (taken / images))
+        if number >= WARM_UP:
+            print(f"round {number - WARM_UP + 1} of {arguments.rounds}", flush=True)
+    rows = []
+    for name, one in found.items():
+        ratios = [a / b for a, b in zip(speeds[name], speeds["plain"], strict=True)]
+        dense = name.replace(name.split(" ")[0], "dense", 1)
+        row = {
+            "name": name,
+            "images_per_s": statistics.median(speeds[name]),
+            "seconds_per_epoch": len(data.train) / statistics.median(speeds[name]),
+            "times_plain": statistics.median(ratios),
+            "times_plain_range": [min(ratios), max(ratios)],
+        }
+        if isinstance(one, Trainer):
+            row["feeding"] = statistics.median(feeding[name])
+            row["evaluation_seconds"] = seconds(one.evaluate, device)[0]
+            pairs = zip(speeds[dense], speeds[name], strict=True) if dense in speeds else ()
+            slower = [a / b for a, b in pairs]
+            row["step_over_dense"] = statistics.median(slower) if slower else None
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """What is printed."""
+    lines = [
+        f"{'':28} {'images/s':>9} {'s/epoch':>8} {'x plain':>8} {'(range)':>13} "
+        f"{'step/dense':>10} {'feeding':>8} {'evaluation':>10}"
+    ]
+    for row in rows:
+        low, high = row["times_plain_range"]
+        line = (
+            f"{row['name']:28} {row['images_per_s']:9.0f} {row['seconds_per_epoch']:8.2f} "
+            f"{row['times_plain']:8.3f} {f'{low:.2f} - {high:.2f}':>13}"
+        )
+        if "feeding" in row:
+            ratio = row["step_over_dense"]
+            line += f" {f'{ratio:.3f}' if ratio else '':>10} {row['feeding']:8.2%}"
+            line += f" {row['evaluation_seconds']:8.2f} s"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--recipe", default="cifar100")
+    parser.add_argument("--data-path")
+    parser.add_argument("--set", nargs="+", default=[], help="settings, such as network=resnet8")
+    parser.add_argument("--methods", nargs="+", default=["dense", "feather"])
+    parser.add_argument("--switches", nargs="+", default=["none"], help="such as compile+amp")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=2, help="of the plain loop's DataLoader")
+    parser.add_argument("--steps", type=int, default=8, help="per round and contestant")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds between contestants")
+    parser.add_argument("--peer", help="a checkout of the official implementation")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    overrides = {"data.path": arguments.data_path} | parse_assignments(arguments.set)
+    config = resolve_config(arguments.recipe, None, overrides)
+    config = replace(config, compare_dense=False)
+    data = load_dataset(config.data, config.seed)
+    torch.set_num_threads(config.system.threads or torch.get_num_threads())
+    rows = measure(arguments, config, data)
+    print(table(rows))
+    facts = provenance(torch.device(arguments.device))
+    print(f"\n{facts['hardware']}, PyTorch {facts['versions']['torch']}")
+    if arguments.json:
+        names = {str(arguments.data_path): "FOLDER", str(arguments.peer): "OFFICIAL"}
+        command = official.recorded_command(None, names)
+        record = {"command": command, "network": config.network, "rows": rows, **facts}
+        record |= {"steps": arguments.steps, "rounds": arguments.rounds}
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

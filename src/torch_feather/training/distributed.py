@@ -1,0 +1,116 @@
+"""Several processes that train one network, as `torchrun` starts them.
+
+All ranks hold the same network and draw the same random order; each takes its part of every batch.
+The first one alone writes files and speaks to the user.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together; alone, nothing is exchanged."""
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0  # rank within this machine
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files."""
+        return self.rank == 0
+
+    def share(self, images: int) -> int:
+        """Images of a batch of `images` that come to this rank."""
+        return (self.rank + 1) * images // self.count - self.rank * images // self.count
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is set on any rank. The device is not waited for."""
+        if self.count == 1:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return tuple(bool(vote) for vote in votes)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """What `action` gives on the first rank, given to all; raises there what it raises."""
+        if self.count == 1:
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def one_after_another(self, action: Callable[[], T]) -> T:
+        """What `action` gives here; one rank per machine goes before the others, who find what it
+        left on disk.
+        """
+        if self.count == 1 or self.local == 0:
+            result = action()
+        if self.count > 1:
+            dist.barrier()
+            if self.local > 0:
+                result = action()
+        return result
+
+    def same_buffers(self, model: nn.Module) -> None:
+        """All ranks take the first one's buffers, such as the statistics of batch norms."""
+        if self.count > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks that `torchrun` started, or this process alone; may be nested."""
+    if dist.is_available() and dist.is_initialized():
+        yield _ranks()
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cpu:gloo,cuda:nccl")
+        else:
+            dist.init_process_group("gloo")
+        try:
+            yield _ranks()
+        finally:
+            dist.destroy_process_group()
+    else:
+        yield Ranks()
+
+
+def _ranks() -> Ranks:
+    rank = dist.get_rank()
+    return Ranks(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))

@@ -1,0 +1,37 @@
+"""Loss and accuracy of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .distributed import Ranks
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    amp: bool = False,
+    ranks: Ranks | None = None,
+) -> tuple[float, float]:
+    """Mean cross-entropy and share of right answers, with the model in evaluation mode.
+
+    With `ranks`, each has batches of its own, and the means are over the images of all.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images
+    for x, y in batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = model(x).float()
+        totals[0] += F.cross_entropy(logits, y, reduction="sum")
+        totals[1] += (logits.argmax(1) == y).sum()
+        totals[2] += len(y)
+    model.train(training)
+    loss, right, images = (ranks or Ranks()).sum(totals).tolist()
+    return loss / images, right / images
