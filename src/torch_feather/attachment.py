@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import host
 from .errors import ConfigurationError, StateError, warn
 from .header import Header
 from .prunable import Prunable, find_prunable
@@ -250,8 +251,12 @@ class Attachment:
 
     def _is_phantom(self) -> bool:
         """torch.distributed.checkpoint makes a state by a step with lr 0 on zero gradients."""
+        if self.optimizer.state:
+            return False
         groups = self.optimizer.param_groups
-        if self.optimizer.state or any(group.get("lr", 1) != 0 for group in groups):
+        rates = [group.get("lr", 1) for group in groups]
+        # Its own 0 is never on a device, where looking would make the host wait.
+        if any((isinstance(lr, Tensor) and host.waits_for(lr.device)) or lr != 0 for lr in rates):
             return False
         gradients = (p.grad for group in groups for p in group["params"])
         return not any(g is not None and bool(g.any()) for g in gradients)

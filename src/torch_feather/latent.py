@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import host
 from .operators import Operator
 from .selection import Cut
 
@@ -130,7 +131,8 @@ class LatentWeights:
                 a, b = max(segment.start, part.start), min(segment.stop, part.stop)
                 if a < b:
                     inside = slice(a - part.start, b - part.start)
-                    write = self._image_cpu if self.device.type == "cpu" else self._image_device
+                    on_device = host.waits_for(self.device)
+                    write = self._image_device if on_device else self._image_cpu
                     total += write(part.flat[inside], segment.cut, operator, a, out[inside])
             for i, (start, stop) in enumerate(self.spans):
                 if part.start <= start and stop <= part.stop:
@@ -191,6 +193,17 @@ class LatentWeights:
             other.views[i] = part.flat.as_strided(view.shape, view.stride(), start - part.start)
             part.views.append(other.views[i])
         return other
+
+
+def renew(old: Sequence[Segment], new: list[Segment]) -> list[Segment]:
+    """The segments `new` in the memory of `old` where they are as many; else `new` itself.
+
+    What the next step reads then lies where it did: a captured step may be replayed.
+    """
+    if [segment[:2] for segment in old] != [segment[:2] for segment in new]:
+        return new
+    copy_all([t for s in old for t in s.cut], [t for s in new for t in s.cut])
+    return list(old)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

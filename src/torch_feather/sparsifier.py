@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import host
 from .attachment import Attachment, bind, check_storage, some
 from .errors import ConfigurationError, NonFiniteWeightError, StateError, warn
 from .header import FORMAT, Header, digest
-from .latent import LatentWeights, Segment, checksum, copy_all
+from .latent import LatentWeights, Segment, checksum, copy_all, renew
 from .masks import ZeroKeeper
 from .methods import Method, build_method
 from .prunable import Filters, find_prunable, unwrap
@@ -407,7 +408,7 @@ class Sparsifier:
     @torch.no_grad()
     def _materialize(self) -> None:
         """Parameters become u = R(w) at the present step."""
-        self._segments = self._cuts(self.weights)
+        self._segments = renew(self._segments, self._cuts(self.weights))
         images, self._sum = self.weights.images(self._segments, self.method.operator)
         self._show(images)
 
@@ -423,7 +424,7 @@ class Sparsifier:
     @torch.no_grad()
     def _show(self, images: Sequence[Tensor]) -> None:
         copy_all([slot.parameter for slot in self.slots], images)
-        if self.weights.device.type == "cpu":
+        if not host.waits_for(self.weights.device):
             self._images = self._marks()
 
     def _marks(self) -> list[tuple[int, int]]:
@@ -449,7 +450,7 @@ class Sparsifier:
                 self.weights.cut_of(i, self._segments).value,
                 self.slots[i].parameter.detach(),
             )
-            if value.device.type != "cpu":
+            if host.waits_for(value.device):
                 return torch.where(value > 0, self.method.gradient(gradient, image), gradient)
             return self.method.gradient(gradient, image) if value > 0 else gradient
 
@@ -471,7 +472,7 @@ class Sparsifier:
         `.data`. Elsewhere reading it would make the host wait: there the comparison always runs.
         """
         self._rebind()
-        on_cpu = self.weights.device.type == "cpu"
+        on_cpu = not host.waits_for(self.weights.device)
         written = list(range(len(self.slots)))
         if on_cpu or self._loaded_images:
             marks = self._marks()
@@ -517,6 +518,7 @@ class Sparsifier:
             current, images, before.views, self.weights.views, strict=True
         ):
             new.copy_(torch.where(p == image.to(p), old.to(p), p))
+        self._segments = []
         self._schedule = self._schedule.to(self.weights.device)
         self._step = self._step.to(self.weights.device)
         self._pull_back()
@@ -526,7 +528,7 @@ class Sparsifier:
 
     def _look(self) -> None:
         """Raises for NaN and warns of empty layers, without making the host wait for a device."""
-        if self.weights.device.type == "cpu":
+        if not host.waits_for(self.weights.device):
             if not self._sum.isfinite():
                 self._raise_if_nan()
             if self._ticks % POLL == 0 or self.step_count in (self._arrival, self.total_steps):

@@ -6,26 +6,13 @@ Whatever would make the host wait for the device cannot be computed on them, and
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_feather as feather
-from torch_feather import sparsifier
-from torch_feather.allocation import Global
+from torch_feather import host
 from torch_feather.latent import LatentWeights, Segment
 from torch_feather.operators import Hard, Power
-from torch_feather.schedules import make_table
-from torch_feather.selection import device, select
-from torch_feather.sparsifier import Sparsifier
-
-
-@pytest.fixture
-def without_gpu(monkeypatch):
-    monkeypatch.setattr(device, "_default_passes", lambda scores: device.TorchPasses)
-    # What is read once, when the sparsifier is attached.
-    monkeypatch.setattr(Sparsifier, "_raise_if_nan", lambda self: None)
-    monkeypatch.setattr(Global, "check", lambda *_: None)
-    monkeypatch.setattr(sparsifier, "make_table", _outside_of_fake_tensors(make_table))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+from torch_feather.selection import select
 
 
 @pytest.mark.parametrize("options", [{}, {"min_density": 0.01}, {"theta": 0.5}], ids=str)
@@ -55,23 +42,9 @@ def test_the_device_form_of_the_image_is_that_of_the_cpu(operator, fill, monkeyp
     for k in (0, 1, 700, 3400):
         segments = [Segment(0, 3500, select(weights.magnitudes, torch.tensor(k)))]
         (on_cpu,), total = weights.images(segments, operator)
-        monkeypatch.setattr(weights, "device", torch.device("cuda"))
-        monkeypatch.setattr("torch.zeros", _on_cpu(torch.zeros))
-        (on_device,), other = weights.images(segments, operator)
-        monkeypatch.undo()
-        monkeypatch.setattr("torch_feather.latent.DEVICE_BLOCK", 1000)
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "waits_for", lambda _: True)
+            (on_device,), other = weights.images(segments, operator)
         assert torch.equal(on_cpu == 0, on_device == 0)
         torch.testing.assert_close(on_cpu, on_device)
         torch.testing.assert_close(total, other, rtol=1e-4, atol=1e-3)
-
-
-def _outside_of_fake_tensors(function):
-    def call(*args):
-        with unset_fake_temporarily():
-            return function(*args)
-
-    return call
-
-
-def _on_cpu(make):
-    return lambda *args, **kwargs: make(*args, **{**kwargs, "device": "cpu"})

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .. import host
 from ..errors import ConfigurationError
 from ..latent import LatentWeights, Segment
 from ..selection import select
@@ -44,7 +45,7 @@ class Global:
         k = (sparsity * weights.size).round().long()
         if self.min_density == 0.0 and self.max_density == 1.0:
             return [Segment(0, weights.size, select(weights.magnitudes, k))]
-        if k.device.type == "cpu":
+        if not host.waits_for(k.device):
             # Bounds that do not bind cost one look; elsewhere looking would make the host wait.
             cut = select(weights.magnitudes, k)
             counts = weights.counts_pruned([Segment(0, weights.size, cut)])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .. import host
 from .cpu import select_cpu
 from .cut import Cut
 from .device import select_device
@@ -26,6 +27,6 @@ def select(fill: Callable[[], Tensor], k: Tensor) -> Cut:
         k: number of scores to prune, 0-dimensional int64, 0 <= k <= number of scores, on the
             device of the scores. On accelerators it is never read by the host.
     """
-    if k.device.type == "cpu":
-        return select_cpu(fill, int(k))
-    return select_device(fill(), k)
+    if host.waits_for(k.device):
+        return select_device(fill(), k)
+    return select_cpu(fill, int(k))

@@ -1,0 +1,193 @@
+"""A whole training step can be replayed as one captured graph, the sparsifier included."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import torch_feather as feather
+from torch_feather import host, sparsifier
+from torch_feather.selection import device
+
+from .capture import Tape, reads_across
+from .harness import TOTAL, assert_same, start
+from .methods import METHODS
+from .models import MODELS
+
+REPLAYS = 50  # steps, far beyond the end of the schedule
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """CPU tensors, whose values cost the host nothing to read, go the way of an accelerator's."""
+    monkeypatch.setattr(host, "waits_for", lambda _: True)
+    monkeypatch.setattr(device, "_default_passes", lambda scores: device.TorchPasses)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+class CapturedLoop:
+    """Steps on static inputs: forward, backward, clip, optimizer, gradients dropped."""
+
+    def __init__(self, name: str, model: str = "convnet", where: str = "cpu"):
+        method, self.case = METHODS[name], MODELS[model]
+        self.model = self.case.make().to(where)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), torch.tensor(0.1, device=where), 0.9, weight_decay=1e-3,
+            fused=True,
+        )  # fmt: skip
+        self.sparsifier = feather.sparsify(
+            self.model, self.optimizer, method.method, sparsity=method.sparsity,
+            total_steps=TOTAL, **method.options,
+        )  # fmt: skip
+        self.method, self.where = method, where
+        self.x, self.y = (t.to(where) for t in self.case.batch(0))
+
+    def feed(self, number: int) -> None:
+        for static, fresh in zip((self.x, self.y), self.case.batch(number), strict=True):
+            static.copy_(fresh)
+
+    def step(self) -> None:
+        F.cross_entropy(self.model(self.x), self.y).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def train(self, start: int, stop: int, step=None) -> "CapturedLoop":
+        for number in range(start, stop):
+            self.feed(number)
+            (step or self.step)()
+        return self
+
+    def end(self) -> dict[str, object]:
+        state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        return {
+            "model": state,
+            "latent": self.sparsifier.latent_weights(),
+            "thresholds": self.sparsifier.thresholds(),
+            "steps": self.sparsifier.step_count,
+            "zeros": self.case.zeros(self.model),
+        }
+
+
+# --- which memory is read -------------------------------------------------------------------
+
+
+def steps_on_fake_tensors(method: str):
+    """A step of a model without data on a CUDA device without hardware."""
+    case = METHODS[method]
+    like = {"device": "cuda"}
+    model = nn.Sequential(nn.Linear(30, 40, **like), nn.ReLU(), nn.Linear(40, 20, **like))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=True)
+    feather.sparsify(
+        model, optimizer, case.method, sparsity=case.sparsity, total_steps=10, **case.options
+    )
+
+    def step() -> None:
+        for p in model.parameters():  # autograd itself wants a device
+            p.grad = torch.randn_like(p)
+            for pull_back in (p._backward_hooks or {}).values():
+                p.grad = pull_back(p.grad)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_step_reads_what_the_step_before_it_allocated(method, without_gpu):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        step = steps_on_fake_tensors(method)
+        for _ in range(2):  # the optimizer allocates its state
+            step()
+        assert reads_across(step) == []
+
+
+def test_an_engine_that_keeps_what_it_allocated_would_be_noticed(without_gpu, monkeypatch):
+    monkeypatch.setattr(sparsifier, "renew", lambda old, new: new)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        step = steps_on_fake_tensors("feather-theta")
+        step()
+        assert reads_across(step)
+
+
+# --- what a replay computes -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_replayed_steps_are_the_hooked_ones(method, as_on_a_device):
+    hooked = CapturedLoop(method).train(0, 3 + REPLAYS).end()
+    loop = CapturedLoop(method).train(0, 2)
+    loop.feed(2)
+    with Tape() as tape:  # unlike a capture this is a step itself
+        loop.step()
+    loop.train(3, 3 + REPLAYS, tape.replay)
+    assert_same(loop.end(), hooked)
+    assert loop.sparsifier.step_count == 3 + REPLAYS
+    assert loop.case.zeros(loop.model) == round(loop.method.sparsity * loop.case.size)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_replayed_and_eager_steps_can_alternate(method, as_on_a_device):
+    """The last, smaller batch of an epoch runs eagerly."""
+    hooked = CapturedLoop(method).train(0, 20).end()
+    loop = CapturedLoop(method).train(0, 2)
+    loop.feed(2)
+    with Tape() as tape:
+        loop.step()
+    for number in range(3, 20):
+        loop.train(number, number + 1, None if number % 4 == 0 else tape.replay)
+    assert_same(loop.end(), hooked)
+
+
+def test_a_replay_goes_on_from_a_state_that_was_loaded(as_on_a_device):
+    loop = CapturedLoop("feather-theta").train(0, 3)
+    with Tape() as tape:
+        loop.step()
+    state = loop.sparsifier.state_dict()
+    tensors = [*loop.model.state_dict().values()]
+    tensors += [entries["momentum_buffer"] for entries in loop.optimizer.state.values()]
+    copies = [tensor.clone() for tensor in tensors]
+    expected = loop.train(4, 8, tape.replay).end()
+    for tensor, copy in zip(tensors, copies, strict=True):
+        tensor.copy_(copy)
+    loop.sparsifier.load_state_dict(state)
+    assert loop.sparsifier.step_count == 4
+    assert_same(loop.train(4, 8, tape.replay).end(), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_way_of_a_device_is_that_of_the_cpu(method, monkeypatch, request):
+    on_cpu = start("convnet", method=METHODS[method].method, sparsity=METHODS[method].sparsity,
+                   dtype=torch.float64, **METHODS[method].options).train(0, TOTAL)  # fmt: skip
+    request.getfixturevalue("as_on_a_device")
+    on_device = start("convnet", method=METHODS[method].method, sparsity=METHODS[method].sparsity,
+                      dtype=torch.float64, **METHODS[method].options).train(0, TOTAL)  # fmt: skip
+    for p, q in zip(on_cpu.model.parameters(), on_device.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)
+    assert on_cpu.zeros() == on_device.zeros()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_captured_cuda_graph_takes_the_hooked_steps(method):
+    hooked = CapturedLoop(method, "mlp", "cuda").train(0, 3 + REPLAYS).end()
+    loop = CapturedLoop(method, "mlp", "cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        loop.train(0, 3)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loop.step()
+    for number in range(3, 3 + REPLAYS):
+        eagerly = number % 10 == 9  # as the last, smaller batch of an epoch
+        loop.train(number, number + 1, None if eagerly else graph.replay)
+    replayed = loop.end()
+    for key in ("model", "latent", "thresholds"):
+        for name, value in hooked[key].items():
+            torch.testing.assert_close(replayed[key][name], value, rtol=1e-3, atol=1e-4)
+    assert replayed["steps"] == hooked["steps"] == 3 + REPLAYS
+    assert replayed["zeros"] == hooked["zeros"] == round(loop.method.sparsity * loop.case.size)
