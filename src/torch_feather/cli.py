@@ -111,8 +111,9 @@ def train(
     from .training.console import ConsoleWatch, print_results
     from .training.distributed import joined
     from .training.errors import RunError
-    from .training.loggers import Watches, observers
+    from .training.loggers import observers
     from .training.loop import train as run_training
+    from .training.watch import Watches
 
     given: dict[str, Any] = {
         "network": network,
