@@ -5,8 +5,9 @@ decoded and augmented by worker processes while the network trains.
 """
 
 from .cache import cache_folder
-from .dataset import Dataset, Images, load_dataset
+from .dataset import Dataset, EncodedImages, Images
 from .epochs import Batch
+from .load import load_dataset
 from .loaders import eval_loader, train_loader
 from .memory import EvalLoader, TrainLoader
 from .normalize import Normalize
@@ -14,6 +15,7 @@ from .normalize import Normalize
 __all__ = [
     "Batch",
     "Dataset",
+    "EncodedImages",
     "EvalLoader",
     "Images",
     "Normalize",

@@ -1,4 +1,4 @@
-"""Decoded images, and whatever else is slow to read, kept between runs."""
+"""What is slow to read, such as decoded images, kept between runs."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def cached(
     except OSError as error:  # only slower next time
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        message = f"decoded images not kept in {target.parent}: {error}"
+        message = f"{name} not kept in {target.parent}: {error}"
         warnings.warn(message, FeatherWarning, stacklevel=2)
     return arrays

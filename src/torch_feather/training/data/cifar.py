@@ -12,8 +12,7 @@ import numpy as np
 
 from ..errors import DataError
 from .cache import cached, version
-
-Arrays = tuple[np.ndarray, np.ndarray]  # pixels, labels
+from .dataset import Arrays
 
 
 def cifar(name: str, label: str, classes: int) -> Callable[[str | None], tuple[Arrays, Arrays]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import DataError
-
-Arrays = tuple[np.ndarray, np.ndarray]  # pixels, labels
+from .dataset import Arrays
 
 
 def read_digits(path: str | None) -> tuple[Arrays, Arrays]:

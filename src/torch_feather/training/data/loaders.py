@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import Config
-from .dataset import Dataset, Images
+from ..config import Config, SystemConfig
+from .dataset import Dataset, EncodedImages, Images
 from .epochs import Epochs
 from .memory import EvalLoader, TrainLoader
+from .stream import StreamEvalLoader, StreamTrainLoader
 
 if TYPE_CHECKING:
     from ..distributed import Ranks
@@ -19,28 +21,36 @@ def train_loader(
     data: Dataset, config: Config, device: torch.device, ranks: Ranks | None = None
 ) -> Epochs:
     """Augmented batches of the training images; of each, this rank's part."""
-    rank, count = (ranks.rank, ranks.count) if ranks else (0, 1)
-    return TrainLoader(
-        data,
-        config.data,
-        config.batch_size,
-        config.seed,
-        device,
-        config.system.channels_last,
-        rank,
-        count,
-    )
+    arguments = (data, config.data, config.batch_size, config.seed, device)
+    options = _options(config.system, ranks)
+    if isinstance(data.train, Images):
+        return TrainLoader(*arguments, **options)
+    return StreamTrainLoader(*arguments, **options, workers=workers(config.system))
 
 
 def eval_loader(
     data: Dataset,
-    images: Images,
+    images: Images | EncodedImages,
     config: Config,
     device: torch.device,
     ranks: Ranks | None = None,
-) -> EvalLoader:
-    """This rank's part of `images`, as evaluation sees them."""
+) -> EvalLoader | StreamEvalLoader:
+    """This rank's part of `images`, as evaluation sees them: batches (x, y)."""
+    options = _options(config.system, ranks)
+    if isinstance(images, Images):
+        return EvalLoader(data, images, device, **options)
+    return StreamEvalLoader(data, images, device, **options, workers=workers(config.system))
+
+
+def _options(system: SystemConfig, ranks: Ranks | None) -> dict[str, Any]:
     rank, count = (ranks.rank, ranks.count) if ranks else (0, 1)
-    return EvalLoader(
-        data, images, device, channels_last=config.system.channels_last, rank=rank, ranks=count
-    )
+    return {"channels_last": system.channels_last, "rank": rank, "ranks": count}
+
+
+def workers(system: SystemConfig) -> int:
+    """Processes that decode for this one: by default its share of the cores, at most 8."""
+    if system.workers is not None:
+        return system.workers
+    here = getattr(os, "sched_getaffinity", None)  # where cores are assigned to processes
+    cores = len(here(0)) if here else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

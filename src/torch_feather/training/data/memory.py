@@ -1,7 +1,7 @@
 """Batches of images that lie decoded in memory, on the device that trains.
 
-An epoch needs no worker processes: a batch is one gather that picks the images and crops and
-mirrors each of them by its own random numbers.
+An epoch needs no worker processes: a batch is one gather that picks, shifts and mirrors its images,
+each by its own random numbers, or a gather and two matrix products that crop and scale them.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import DataConfig
 from ..errors import DataError
+from .crops import DRAWS, random_boxes, resize_boxes
 from .dataset import Dataset, Images
 from .epochs import Epochs, share
 from .normalize import Normalize
 
 
 class TrainLoader(Epochs):
-    """Shuffled, shifted and mirrored batches."""
+    """Shuffled batches, cropped and mirrored."""
 
     def __init__(
         self,
@@ -32,43 +34,58 @@ class TrainLoader(Epochs):
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
+        assert isinstance(data.train, Images)
         super().__init__(len(data.train), batch_size, config.drop_last, seed, rank, ranks)
+        self.config = config
         self.size = data.train.pixels.shape[1]
-        if config.shift >= self.size:
-            raise DataError(f"data.shift {config.shift} moves all of {self.size} pixels away")
-        pad = (0, 0, config.shift, config.shift, config.shift, config.shift)
-        self.pixels = torch.nn.functional.pad(data.train.pixels, pad).to(device)
+        self.resolution = data.test.first().shape[1]
+        pixels = data.train.pixels
+        if config.crop == "shift":
+            if config.shift >= self.size:
+                raise DataError(f"data.shift {config.shift} moves all of {self.size} pixels away")
+            pixels = F.pad(pixels, (0, 0, *[config.shift] * 4))
+        self.pixels = pixels.to(device)
         self.labels = data.train.labels.to(device)
         self.normalize = Normalize(data.mean, data.std, device, channels_last)
-        self.shift, self.flip = config.shift, config.flip
 
-    def _draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Order, places of the crops, and which images are mirrored."""
+
         def integers(high: int) -> Tensor:
             return torch.randint(high, (self.count,), generator=self.generator)
 
         order = torch.randperm(self.count, generator=self.generator)
-        shifts = 2 * self.shift + 1
-        down, right = integers(shifts), integers(shifts)
-        mirrored = integers(2 if self.flip else 1).bool()
+        if self.config.crop == "shift":
+            shifts = 2 * self.config.shift + 1
+            places = torch.stack([integers(shifts), integers(shifts)], 1)
+        else:
+            uniform = torch.rand(self.count, DRAWS, dtype=torch.float64, generator=self.generator)
+            height, width = self.pixels.shape[1:3]
+            places = random_boxes(uniform, height, width, self.config.smallest_crop)
+        mirrored = integers(2 if self.config.flip else 1).bool()
         device = self.labels.device
         return (
             order.to(device, non_blocking=True),
-            down.to(device, non_blocking=True),
-            right.to(device, non_blocking=True),
+            places.to(device, non_blocking=True),
             mirrored.to(device, non_blocking=True),
         )
 
     def _load(
-        self, drawn: tuple[Tensor, Tensor, Tensor, Tensor], parts: list[slice]
+        self, drawn: tuple[Tensor, Tensor, Tensor], parts: list[slice]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        order, down, right, mirrored = drawn
+        order, places, mirrored = drawn
         grid = torch.arange(self.size, device=order.device)
         for part in parts:
             index = order[part]
-            rows = down[part, None] + grid
-            columns = torch.where(mirrored[part, None], self.size - 1 - grid, grid)
-            columns = columns + right[part, None]
-            pixels = self.pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+            if self.config.crop == "shift":
+                rows = places[part, :1] + grid
+                columns = torch.where(mirrored[part, None], self.size - 1 - grid, grid)
+                columns = columns + places[part, 1:]
+                pixels = self.pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+            else:
+                pixels = resize_boxes(
+                    self.pixels[index], places[part], mirrored[part], self.resolution
+                )
             yield self.normalize(pixels), self.labels[index]
 
 

@@ -1,0 +1,78 @@
+"""From a configuration to a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import DataConfig
+from ..errors import DataError
+from .cifar import cifar
+from .dataset import Arrays, Dataset, Images, split
+from .digits import read_digits
+from .imagefolder import load_image_folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """How to get one data set: its two parts, and its constants."""
+
+    read: Callable[[str | None], tuple[Arrays, Arrays]]
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+SOURCES = {
+    "digits": Source(read_digits, 10, (0.288,), (0.354,)),
+    "cifar10": Source(cifar("cifar10", "label", 10), 10, CIFAR_MEAN, (0.2470, 0.2435, 0.2616)),
+    "cifar100": Source(
+        cifar("cifar100", "fine_label", 100), 100, CIFAR_MEAN, (0.2023, 0.1994, 0.2010)
+    ),
+}
+
+
+def load_dataset(config: DataConfig, seed: int) -> Dataset:
+    """Read, bring to the resolution and split.
+
+    The split into training and validation images depends on `seed` alone.
+
+    Raises:
+        DataError: files that are missing, corrupt, truncated, or not this data set.
+    """
+    if config.name == "imagefolder":
+        return load_image_folder(config, seed)
+    source = SOURCES[config.name]
+    train, test = (Images(*_to_tensors(part, config)) for part in source.read(config.path))
+    kept, held_out = split(len(train), config.validation, seed)
+    return Dataset(
+        config.name,
+        train.take(kept) if len(held_out) else train,
+        train.take(held_out),
+        test,
+        source.classes,
+        source.mean,
+        source.std,
+    )
+
+
+def _to_tensors(part: Arrays, config: DataConfig) -> tuple[Tensor, Tensor]:
+    """Averaged down by a whole factor where `config` asks for it."""
+    pixels, labels = part
+    size = pixels.shape[1]
+    if config.resolution is not None and config.resolution != size:
+        factor, rest = divmod(size, config.resolution)
+        if rest or factor < 1:
+            raise DataError(
+                f"data.resolution {config.resolution}: {config.name} has {size} pixels a side; "
+                f"choose a divisor of it"
+            )
+        corners = [(i, j) for i in range(factor) for j in range(factor)]
+        total = sum(pixels[:, i::factor, j::factor].astype(np.uint16) for i, j in corners)
+        pixels = ((total + factor**2 // 2) // factor**2).astype(np.uint8)
+    return torch.from_numpy(pixels), torch.from_numpy(labels)

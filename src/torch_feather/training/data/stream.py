@@ -1,0 +1,152 @@
+"""Batches of images that worker processes decode and augment while the network trains.
+
+What is random about an image follows from a seed that the main process draws for it, so neither
+the number of workers nor the place where a run was resumed changes a bit. Pixels travel as uint8.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from ..config import DataConfig
+from ..errors import DataError
+from .dataset import Dataset, EncodedImages
+from .epochs import Epochs, share
+from .normalize import Normalize
+
+Order = tuple[np.ndarray, np.ndarray]  # indices and seeds of the images of a batch
+
+
+class StreamTrainLoader(Epochs):
+    """Shuffled batches, cropped and mirrored."""
+
+    def __init__(
+        self,
+        data: Dataset,
+        config: DataConfig,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        channels_last: bool = True,
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 0,
+    ) -> None:
+        assert isinstance(data.train, EncodedImages)
+        super().__init__(len(data.train), batch_size, config.drop_last, seed, rank, ranks)
+        size = data.train.resolution
+        if config.crop == "shift" and config.shift >= size:
+            raise DataError(f"data.shift {config.shift} moves all of {size} pixels away")
+        self.decoder = Decoder(data.train, workers, device, keep_workers=True)
+        self.labels = data.train.labels.to(device)
+        self.normalize = Normalize(data.mean, data.std, device, channels_last)
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        order = torch.randperm(self.count, generator=self.generator)
+        return order, torch.randint(2**63 - 1, (self.count,), generator=self.generator)
+
+    def _load(
+        self, drawn: tuple[Tensor, Tensor], parts: list[slice]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        order, seeds = drawn
+        orders = [(order[part].numpy(), seeds[part].numpy()) for part in parts]
+        order = order.to(self.labels.device, non_blocking=True)
+        for part, pixels in zip(parts, self.decoder(orders), strict=True):
+            yield self.normalize(pixels), self.labels[order[part]]
+
+
+class StreamEvalLoader:
+    """The images of one set in order; each rank has a part of its own."""
+
+    def __init__(
+        self,
+        data: Dataset,
+        images: EncodedImages,
+        device: torch.device,
+        batch_size: int = 128,
+        channels_last: bool = True,
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 0,
+    ) -> None:
+        own = share(0, len(images), rank, ranks)
+        index = np.arange(own.start, own.stop)
+        self.orders = [
+            (part, np.zeros_like(part))
+            for start in range(0, len(index), batch_size)
+            for part in [index[start : start + batch_size]]
+        ]
+        self.labels = images.labels.to(device)
+        self.decoder = Decoder(images, workers, device, keep_workers=False)
+        self.normalize = Normalize(data.mean, data.std, device, channels_last)
+
+    def __len__(self) -> int:
+        return len(self.orders)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for (index, _), pixels in zip(self.orders, self.decoder(self.orders), strict=True):
+            yield self.normalize(pixels), self.labels[index[0] : index[-1] + 1]
+
+
+class Decoder:
+    """Batches of pixels on the device, decoded ahead in the order in which they are asked for."""
+
+    def __init__(
+        self, images: EncodedImages, workers: int, device: torch.device, keep_workers: bool
+    ) -> None:
+        self.device = device
+        self.orders: list[Order] = []
+        self.loader = DataLoader(
+            _Batches(images),
+            batch_size=None,  # a batch is decoded by one worker, in one piece
+            sampler=self.orders,
+            num_workers=workers,
+            persistent_workers=keep_workers and workers > 0,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else it would draw from the network's
+            worker_init_fn=_leave_interrupts,
+        )
+
+    def __call__(self, orders: list[Order]) -> Iterator[Tensor]:
+        """uint8 (B, H, W, C) for each of `orders`. Raises `DataError`."""
+        self.orders[:] = orders
+        if not orders:
+            return
+        try:
+            for pixels in self.loader:
+                if isinstance(pixels, DataError):
+                    raise pixels
+                yield pixels.to(self.device, non_blocking=True)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            first = str(error).splitlines()[0]
+            raise DataError(
+                f"a process that decodes images has ended ({first}); if memory is short, take "
+                "fewer system.workers"
+            ) from None
+
+
+class _Batches(TorchDataset[Tensor | DataError]):
+    """What workers do. An error is handed over rather than raised, to arrive without its stack."""
+
+    def __init__(self, images: EncodedImages) -> None:
+        self.images = images
+
+    def __getitem__(self, order: Order) -> Tensor | DataError:
+        try:
+            return self.images.load(*order)
+        except DataError as error:
+            return error
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C reaches all processes; what to do about it is up to the main one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
