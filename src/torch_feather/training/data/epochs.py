@@ -34,7 +34,8 @@ def share(start: int, stop: int, rank: int, ranks: int) -> slice:
 class Epochs(ABC):
     """Shuffled batches, one epoch per iteration.
 
-    Iterating after `load_state_dict` goes on in the middle of the epoch where the state was taken.
+    Iterating goes on in the middle of an epoch where the last iteration, or the one whose state was
+    loaded, was left.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Epochs(ABC):
         return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
-        self.epoch_start = self.generator.get_state()
+        self.generator.set_state(self.epoch_start)
         drawn = self._draw()
         starts = range(self.position * self.batch_size, self.count, self.batch_size)
         ends = [min(start + self.batch_size, self.count) for start in starts]
