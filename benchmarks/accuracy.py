@@ -4,7 +4,8 @@
         --results results/cifar100-small
 
 Runs are independent processes, `--jobs` at a time; one that is killed goes on where it was, and
-one that is done is not trained again. The accuracy is that of the last epoch on the test images:
+one that is done is not trained again. With `--minutes` none starts after that time; the next
+call goes on. The accuracy is that of the last epoch on the test images:
 nothing is chosen. `--results` receives runs.json (a row per run, curves included), table.md and
 curves.png, written anew after every run.
 """
@@ -14,8 +15,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing as mp
 import statistics
+import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -34,8 +37,8 @@ def jobs_of(args: argparse.Namespace) -> list[tuple[str, float | None, int]]:
     return found
 
 
-def run(job: tuple[str, float | None, int], args: argparse.Namespace) -> Row:
-    """Train one network, or read what it gave."""
+def run(job: tuple[str, float | None, int], args: argparse.Namespace) -> Row | None:
+    """Train one network, or read what it gave; None where there is no time to start."""
     from torch_feather.training import resolve_config, train
     from torch_feather.training.config import parse_assignments
 
@@ -47,6 +50,8 @@ def run(job: tuple[str, float | None, int], args: argparse.Namespace) -> Row:
     config = resolve_config(args.recipe, None, overrides)
     name = f"{method}-{sparsity}-{seed}" if sparsity is not None else f"{method}-{seed}"
     folder = Path(args.out) / name
+    if time.time() > args.deadline and not (folder / "report.json").exists():
+        return None
     results = train(config, folder, resume=folder.exists())
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
@@ -162,6 +167,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], help="settings, such as system.amp=true")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start none after that")
     parser.add_argument("--out", default="runs/accuracy", help="run directories")
     parser.add_argument("--results", type=Path, required=True, help="table, plot and rows")
     args = parser.parse_args()
@@ -173,9 +179,12 @@ def main() -> None:
     )
     args.results.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
+    args.deadline = time.time() + 60 * args.minutes
     with ProcessPoolExecutor(args.jobs, mp.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(run, job, args) for job in jobs_of(args)]):
-            rows.append(future.result())
+            if (row := future.result()) is None:
+                continue
+            rows.append(row)
             rows.sort(key=lambda r: (r["sparsity"] or 0, r["method"], r["seed"]))
             text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
             (args.results / "runs.json").write_text(text)

@@ -1,55 +1,116 @@
-"""Everything that wants a GPU, in one go: tests, selection, step overhead; and a short table.
+"""Everything that wants a GPU, in one go: tests, speed, and the full recipe; and a short table.
 
-    python benchmarks/gpu_round.py [--peer OFFICIAL] [--out results/gpu]
+    python benchmarks/gpu_round.py --data-path FOLDER [--peer OFFICIAL] [--out results/gpu]
+    python benchmarks/gpu_round.py --data-path FOLDER --parts accuracy --minutes 8
 
-Each part runs in its own process under its own time limit and leaves its output in `--out` as it
-ends, so that a round that is cut off keeps what it has.
+The round is made for 25 minutes on one large GPU. Each part runs in its own process under its own
+time limit and leaves its output in `--out` as it goes, so that a round that is cut off keeps what
+it has; `accuracy`, the 160-epoch recipe of CIFAR-100, goes on where it was when called again.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parent
+FASTEST = ["system.amp=true", "system.compile=true", "system.graph=true"]
+
+
+def parts(args: argparse.Namespace) -> dict[str, tuple[float, list[str]]]:
+    """Minutes and command line of each."""
+    peer = ["--peer", args.peer] if args.peer else []
+    data = ["--data-path", args.data_path] if args.data_path else []
+    cuda = ["--device", "cuda"]
+
+    def script(name: str) -> str:
+        return str(BENCHMARKS / f"{name}.py")
+
+    def record(name: str) -> list[str]:
+        return ["--json", str(args.out / f"{name}.json")]
+
+    return {
+        "tests": (
+            3,
+            ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", str(BENCHMARKS.parent)],
+        ),
+        "selection": (1, [script("selection"), *cuda, *record("selection")]),
+        "step_overhead": (
+            2,
+            [script("step_overhead"), *cuda, *peer, "--suite", *record("step_overhead")],
+        ),
+        "resnet50": (
+            2,
+            [script("step_overhead"), *cuda, "--network", "timm/resnet50", "--batch", "256",
+             "--size", "224", "--amp", "--channels-last", *record("resnet50")],
+        ),
+        "train_speed": (
+            4,
+            [script("train_speed"), *data, *cuda, *peer, "--workers", "8", "--steps", "100",
+             "--rounds", "5", "--switches", "none", "graph", "compile+graph",
+             "amp+compile+graph", "--jobs", "1", "2", "4", "8", *record("train_speed")],
+        ),
+        "accuracy": (
+            args.minutes,
+            [script("accuracy"), "--recipe", "cifar100", *data, "--sparsity", "0.9", "0.95",
+             "0.98", "0.99", "0.995", "--set", *FASTEST, "--jobs", str(args.jobs),
+             "--minutes", str(0.7 * args.minutes), "--out", str(args.runs),
+             "--results", str(args.out / "cifar100")],
+        ),
+    }  # fmt: skip
+
+
+def run(command: list[str], output: Path, minutes: float) -> int | str:
+    """Its exit status; it and all that it started are ended after `minutes`."""
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            return process.wait(60 * minutes)
+        except subprocess.TimeoutExpired:
+            for ending in (signal.SIGTERM, signal.SIGKILL):  # trainings save on the first
+                os.killpg(process.pid, ending)
+                try:
+                    process.wait(20)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+            return "over its time"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data-path", help="folder of CIFAR-100")
     parser.add_argument("--peer", help="a checkout of the official implementation")
     parser.add_argument("--out", type=Path, default=Path("results/gpu"))
-    parser.add_argument("--limit", type=float, default=240, help="seconds per part")
+    parser.add_argument("--runs", type=Path, default=Path("runs/gpu"), help="run directories")
+    parser.add_argument("--parts", nargs="+", help="[all that the arguments allow]")
+    parser.add_argument("--minutes", type=float, default=13, help="for accuracy")
+    parser.add_argument("--jobs", type=int, default=6, help="trainings at a time, for accuracy")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    peer = ["--peer", args.peer] if args.peer else []
-    overhead = [str(BENCHMARKS / "step_overhead.py"), "--device", "cuda", *peer]
-    parts = {
-        "tests": ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", str(BENCHMARKS.parent)],
-        "selection": [
-            str(BENCHMARKS / "selection.py"), "--device", "cuda",
-            "--json", str(args.out / "selection.json"),
-        ],
-        "step_overhead": [*overhead, "--suite", "--json", str(args.out / "step_overhead.json")],
-    }  # fmt: skip
     rows = []
-    for name, command in parts.items():
+    for name, (minutes, command) in parts(args).items():
+        needs_data = name in ("train_speed", "accuracy")
+        if name not in (args.parts or [name]) or (needs_data and not args.data_path):
+            continue
         began = time.monotonic()
-        with (args.out / f"{name}.txt").open("w") as file:
-            try:
-                code: int | str = subprocess.run(
-                    [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT,
-                    timeout=args.limit, check=False,
-                ).returncode  # fmt: skip
-            except subprocess.TimeoutExpired:
-                code = "over its time"
+        output = args.out / f"{name}.txt"
+        code = run(command, output, minutes)
         rows.append((name, code, time.monotonic() - began))
-        print((args.out / f"{name}.txt").read_text()[-3000:], flush=True)
+        print(output.read_text()[-3000:], flush=True)
     print(f"\n{'part':15} {'exit':>13} {'seconds':>8}")
-    for name, code, seconds in rows:
-        print(f"{name:15} {code!s:>13} {seconds:8.0f}")
+    for name, code, taken in rows:
+        print(f"{name:15} {code!s:>13} {taken:8.0f}")
     return any(code != 0 for _, code, _ in rows)
 
 

@@ -56,8 +56,8 @@ LIMITS = {
 class Contestant:
     """A copy of the network, its optimizer, and whatever makes it sparse."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = copy.deepcopy(model)
+    def __init__(self, model: nn.Module, amp: bool = False) -> None:
+        self.model, self.amp = copy.deepcopy(model), amp
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4
         )
@@ -67,7 +67,8 @@ class Contestant:
 
     def step(self, x: Tensor, y: Tensor) -> None:
         self.before_forward()
-        loss = F.cross_entropy(self.model(x), y)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            loss = F.cross_entropy(self.model(x), y)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 3.0)
@@ -82,13 +83,13 @@ def build(
     torch.manual_seed(arguments.seed)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     model = feather.models.create(network, CLASSES).to(device).to(memory_format=layout)
-    found = {"dense": Contestant(model), "control": Contestant(model)}
+    found = {"dense": Contestant(model, arguments.amp), "control": Contestant(model, arguments.amp)}
     total = WARMUP + arguments.steps
     schedule = {"schedule": "constant"} if arguments.at == "end" else {}
 
     for method in arguments.method:
         for theta in arguments.theta:
-            one = Contestant(model)
+            one = Contestant(model, arguments.amp)
             one.sparsifier = feather.sparsify(
                 one.model,
                 one.optimizer,
@@ -104,7 +105,7 @@ def build(
             found[f"{method}, θ {effective:g}"] = one
 
     if peer is not None:
-        one = found["official"] = Contestant(model)
+        one = found["official"] = Contestant(model, arguments.amp)
         # At the end: the second half of a schedule, which is at its final sparsity from there on.
         at_end = arguments.at == "end"
         pruner = official.wrap(
@@ -403,6 +404,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--channels-last", action="store_true", help="memory layout of the copies")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     arguments = parser.parse_args(argv)

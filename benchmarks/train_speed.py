@@ -4,7 +4,8 @@
 torchvision's transforms, the network as it is. `official` is the same loop around the official
 implementation of Feather. All others are this package's trainer, dense and sparse, with the
 switches asked for. In every round each of them trains for some steps, in an order drawn for that
-round; numbers are medians over rounds, ratios are taken within a round.
+round; numbers are medians over rounds, ratios are taken within a round. `--jobs` asks how many
+independent runs should share the device: it trains as many at a time, each in its own process.
 
     python benchmarks/train_speed.py --data-path FOLDER --switches none compile amp compile+amp
     python benchmarks/train_speed.py --data-path FOLDER --device cuda --switches none \
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import random
 import statistics
 import time
@@ -101,7 +103,7 @@ class PlainLoop:
                 return len(data.train)
 
             def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-                picture = Image.fromarray(data.train.pixels[i].numpy())
+                picture = Image.fromarray(data.train.pixels[i].squeeze(-1).numpy())
                 return transform(picture), int(data.train.labels[i])
 
         self.loader = torch.utils.data.DataLoader(
@@ -221,6 +223,42 @@ def measure(arguments: argparse.Namespace, config: Config, data: Dataset) -> lis
     return rows
 
 
+def _one_of(
+    start: Any, ends: Any, arguments: argparse.Namespace, config: Config, seed: int
+) -> None:
+    """A process of `together`: train between the common start and its own end."""
+    torch.set_num_threads(1)
+    config = replace(config, seed=seed)
+    one = Trainer(config, load_dataset(config.data, config.seed), torch.device(arguments.device))
+    one.train(arguments.steps)
+    start.wait()
+    taken, images = seconds(lambda: one.train(arguments.rounds * arguments.steps), one.task.device)
+    ends.put((taken, images))
+
+
+def together(arguments: argparse.Namespace, config: Config, jobs: int) -> dict[str, Any]:
+    """Images per second of all of `jobs` sparse runs that share the device."""
+    context = multiprocessing.get_context("spawn")
+    start, ends = context.Barrier(jobs), context.Queue()
+    on = dict.fromkeys((arguments.switches[-1].replace("none", "")).split("+"), True)
+    on.pop("", None)
+    config = replace(config, system=replace(config.system, **on))
+    processes = [
+        context.Process(target=_one_of, args=(start, ends, arguments, config, seed))
+        for seed in range(jobs)
+    ]
+    for process in processes:
+        process.start()
+    results = [ends.get(timeout=600) for _ in processes]
+    for process in processes:
+        process.join()
+    return {
+        "jobs": jobs,
+        "switches": arguments.switches[-1],
+        "images_per_s": sum(images for _, images in results) / max(t for t, _ in results),
+    }
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """What is printed."""
     lines = [
@@ -253,6 +291,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="per round and contestant")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--pause", type=float, default=0.5, help="seconds between contestants")
+    parser.add_argument("--jobs", nargs="*", type=int, default=[], help="such as 1 2 4")
     parser.add_argument("--peer", help="a checkout of the official implementation")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -263,13 +302,17 @@ def main() -> None:
     data = load_dataset(config.data, config.seed)
     torch.set_num_threads(config.system.threads or torch.get_num_threads())
     rows = measure(arguments, config, data)
-    print(table(rows))
+    print(table(rows), flush=True)
+    shared = [together(arguments, config, jobs) for jobs in arguments.jobs]
+    for row in shared:
+        print(f"{row['jobs']:3} at once ({row['switches']}): {row['images_per_s']:9.0f} images/s")
     facts = provenance(torch.device(arguments.device))
     print(f"\n{facts['hardware']}, PyTorch {facts['versions']['torch']}")
     if arguments.json:
         names = {str(arguments.data_path): "FOLDER", str(arguments.peer): "OFFICIAL"}
         command = official.recorded_command(None, names)
         record = {"command": command, "network": config.network, "rows": rows, **facts}
+        record["together"] = shared
         record |= {"steps": arguments.steps, "rounds": arguments.rounds}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
