@@ -21,7 +21,7 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -124,7 +124,7 @@ def settings(config: Config) -> dict[str, Any]:
 def run(implementation: str, config: Config, peer: Path) -> Row:
     """Train one network; what its JSON file holds."""
     with tempfile.TemporaryDirectory() as folder:
-        task = None
+        task: Callable[..., Task] = Task
         if implementation == OFFICIAL:
             task = partial(OfficialTask, official.load_official(peer))
         results = train(config, folder, make_task=task)
