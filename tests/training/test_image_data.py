@@ -292,10 +292,12 @@ def test_a_loader_continues_inside_an_epoch_bit_for_bit(position):
         assert batch.total == other.total
 
 
-def test_the_random_numbers_of_an_epoch_do_not_depend_on_the_device():
-    config = DataConfig(shift=1)
+@pytest.mark.parametrize("crop", ["shift", "resized"])
+def test_the_random_numbers_of_an_epoch_do_not_depend_on_the_device(crop):
+    config = DataConfig(shift=1, crop=crop)
     data = load_dataset(config, 0)
     here = TrainLoader(data, config, 100, 3, CPU)
+    # nothing can be read from this device, so making batches never waits for one
     there = TrainLoader(data, config, 100, 3, torch.device("meta"))
     for _ in range(2):
         assert [b.x.shape for b in there] == [b.x.shape for b in here]
@@ -316,6 +318,16 @@ def test_a_loader_continues_on_another_device(devices):
     for batch, other in zip(second, expected, strict=True):
         assert torch.equal(batch.y.cpu(), other.y)
         torch.testing.assert_close(batch.x.cpu(), other.x)
+
+
+def test_small_images_may_be_cropped_and_scaled_too(folder):
+    config = cifar(folder, crop="resized", smallest_crop=0.3)
+    data = load_dataset(config, 0)
+    for batch in loader(config, batch_size=10, data=data):
+        assert batch.x.shape == (10, 3, 32, 32)
+        plain = loader(config, data=data).normalize(data.train.pixels[batch.y])  # labels count
+        assert ((batch.x - plain).abs().amax((1, 2, 3)) > 0).sum() > 5  # not all boxes are whole
+        assert (batch.x.mean((2, 3)) - plain.mean((2, 3))).abs().max() < 0.5
 
 
 def test_drop_last_leaves_out_the_smaller_batch():

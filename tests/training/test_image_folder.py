@@ -97,7 +97,11 @@ def _named(part):
 
 
 def _with_other_files(tmp_path):
-    others = {"README": b"", "train/notes.txt": b"", "train/ape/._000.png": b"", "more/x.png": b""}
+    others = dict.fromkeys(
+        # the test images of ImageNet have no classes
+        ("README", "train/notes.txt", "train/ape/._000.png", "more/x.png", "test/x.png"),
+        b"",
+    )
     return write_folder(tmp_path / "others", collection() | others)
 
 
@@ -147,6 +151,9 @@ LAYOUTS = {
     "other files beside": _with_other_files,
     "one tar": _one_tar(""),
     "one tar with a prefix": _one_tar("./some/images/"),
+    "one tar with other files": lambda tmp_path: write_tar(
+        tmp_path / "more.tar", collection() | {"README": b"", "test/x.png": b"", "x.png": b""}
+    ),
     "shards": _shards("{part}-{k}.tar"),
     "shards with the part inside": _shards("{part}{k}.tar", lambda part, name: f"x/{name}"),
     "numbered pairs": _numbered_pairs,
@@ -335,7 +342,7 @@ def adding(**more):
             adding(**{f"train__k{i}__1": png(0) for i in range(9)}),
             "only in train: k0, k1, k2, k3, k4 and 4 more",
         ),
-        (adding(val__flat=png(0)), "flat.png: "),
+        (adding(val__flat=png(0)), "flat.png: neither in a class's folder"),
         (adding(train__bee__0005=png(5)[:200]), "bee/0005.png: cannot be decoded as an image"),
         (adding(val__bee__0005=b"text"), "bee/0005.png: cannot be decoded as an image"),
         (adding(train__bee__0005=b""), "bee/0005.png: cannot be decoded as an image"),
@@ -383,7 +390,7 @@ def test_a_tar_file_that_cannot_be_read_is_named(tmp_path, damage):
             {"x.png": png(0), "x.cls": b"cat"},
             "x.cls: must hold the number of a class, holds b'cat'",
         ),
-        ({"x.png": png(0)}, "x.png: neither in a class's folder nor with a .cls beside it"),
+        ({"x.png": png(0)}, "x.png: neither in a class's folder nor in a tar file with its .cls"),
         ({"ape/x.png": png(0)}, "different classes|some images are in a class's folder"),
     ],
 )

@@ -30,7 +30,7 @@ LAYOUT = (
 class Entry(NamedTuple):
     """One image, ordered by class and path so that folders and tar files give the same order."""
 
-    kind: str | int  # its class, by name or number
+    kind: str | int  # its class, by name (the first step of `below`) or number
     below: tuple[str, ...]  # path within the part
     container: int
     name: str
@@ -66,6 +66,10 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
     held_back = next((part for part in HELD_BACK if part in parts), None)
     if held_back is None:
         raise DataError(f"{root}: no images in {', '.join(HELD_BACK[:-1])} or {HELD_BACK[-1]}")
+    for entry in parts["train"] + parts[held_back]:
+        if len(entry.below) == 1 and entry.kind == entry.below[0]:
+            stray = containers[entry.container] / entry.name
+            raise DataError(f"{stray}: neither in a class's folder nor in a tar file with its .cls")
     classes = _common_classes(root, held_back, parts["train"], parts[held_back])
     train, test = (_to_files(containers, parts[part], classes) for part in ("train", held_back))
     return train, test, len(classes)
@@ -110,9 +114,8 @@ def _in_folder(root: Path, part: str) -> Iterator[tuple[str, Entry]]:
     for folder, _, names in os.walk(root / part, followlinks=True):
         inside = Path(folder).relative_to(root / part).parts
         for name in filter(_is_image, names):
-            if not inside:
-                raise DataError(f"{Path(folder, name)}: lies in no class's folder")
-            yield part, Entry(inside[0], (*inside, name), 0, str(Path(part, *inside, name)))
+            below = (*inside, name)
+            yield part, Entry(below[0], below, 0, str(Path(part, *below)))
 
 
 def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tuple[str, Entry]]:
@@ -126,8 +129,6 @@ def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tup
         if found is None:
             continue
         below = path[path.index(found) + 1 :] if found in path[:-1] else path
-        if number < 0 and len(below) == 1:
-            raise DataError(f"{file / name}: neither in a class's folder nor with a .cls beside it")
         kind = below[0] if number < 0 else number
         yield found, Entry(kind, below, container, name, offset, size)
 
