@@ -128,8 +128,9 @@ def pair(tmp_path_factory):
     return folder
 
 
-def test_two_processes_train_what_one_trains(tmp_path):
-    config = digits(network="plain", data={"validation": 0.11})  # 1280 images, batches of 100
+@pytest.mark.parametrize("batch_size", [100, 431])  # of 1294: the last has 94, and 1
+def test_two_processes_train_what_one_trains(tmp_path, batch_size):
+    config = digits(network="plain", batch_size=batch_size)
     codes, errors = together(config, tmp_path / "two")
     assert codes == [0, 0], errors
     train(config, tmp_path / "one")

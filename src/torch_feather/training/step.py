@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -67,7 +67,10 @@ class Step:
         Parts of at most `size` images go through the network one after another. The gradient is
         the mean over all images of all ranks.
         """
+        if len(batch.y) == 0:
+            self._exchange_only(batch.x)
         parts = list(zip(batch.x.split(self.size), batch.y.split(self.size), strict=True))
+        parts = [(x, y) for x, y in parts if len(y)]
         for i, (x, y) in enumerate(parts):
             # Compiled for one shape: a smaller part would be compiled anew.
             network = self.network if len(y) == self.size else self.plain
@@ -84,6 +87,12 @@ class Step:
             nn.utils.clip_grad_norm_([*self.model.parameters(), *extra], self.options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _exchange_only(self, nothing: Tensor) -> None:
+        """For a rank that no image of the batch came to; batch norms must not count it."""
+        self.model.eval()
+        self.plain(nothing).sum().backward()
+        self.model.train()
 
     def _alone(self, more: bool) -> AbstractContextManager[None]:
         """Gradients are exchanged once per step, with the last part."""
