@@ -62,7 +62,9 @@ def train(
     network: Annotated[
         str | None, typer.Option(help="resnet8, resnet20, mobilenet_v1, ..., or timm/NAME.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="digits, cifar10, cifar100 or imagefolder.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="digits, cifar10, cifar100 or imagefolder.")
+    ] = None,
     data_path: Annotated[
         str | None,
         typer.Option(
@@ -256,6 +258,77 @@ def recipes() -> None:
     for name, about in available_recipes().items():
         table.add_row(name, about)
     _console().print(table)
+
+
+study = typer.Typer(no_args_is_help=True, help="Many trainings that answer one question.")
+app.add_typer(study, name="study")
+
+
+@study.command()
+def compare(
+    methods: Annotated[
+        str, typer.Option(help="Names with commas between them, or `all`; `dense` is one.")
+    ] = "dense,feather,hard-ste,soft-ste",
+    sparsity: Annotated[str, typer.Option(help="Shares of zeros.")] = "0.95,0.98,0.99",
+    seeds: Annotated[str, typer.Option(help="One run of each for every seed.")] = "0,1,2",
+    recipe: Annotated[str, typer.Option(help="The budget, see `feather recipes`.")] = "digits",
+    data_path: Annotated[str | None, typer.Option(help="Folder of the data.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key of config.yaml."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Trainings at a time.")] = 1,
+    minutes: Annotated[float | None, typer.Option(help="Start no training after that.")] = None,
+    out: Annotated[Path, typer.Option(help="Table, plot and rows.")] = Path("runs/compare"),
+    runs: Annotated[
+        Path | None, typer.Option(help="Run directories. [default: runs in --out]")
+    ] = None,
+) -> None:
+    """Train methods x sparsities x seeds on one budget; table and plot of test accuracy.
+
+    What is done is not trained again, what was stopped goes on: start it as often as you like.
+    """
+    from .methods import available_methods
+    from .studies import compare as comparison
+    from .studies.grid import Outcome, train_all
+    from .training.config import DENSE, parse_assignments, resolve_config
+
+    names = [DENSE, *available_methods()] if methods == "all" else _listed("methods", methods, str)
+    overrides = parse_assignments(settings or [])
+    if data_path is not None:
+        overrides["data.path"] = str(Path(data_path).expanduser().absolute())
+    base = resolve_config(recipe, None, overrides)
+    grid = comparison.plan(
+        base, names, _listed("sparsity", sparsity, float), _listed("seeds", seeds, int)
+    )
+    told = [f"--methods {methods} --sparsity {sparsity} --seeds {seeds} --recipe {recipe}"]
+    told += [f"--set {setting}" for setting in settings or []]
+    command = " ".join(["feather study compare", *told])
+    console = _console()
+
+    def done(name: str, outcome: Outcome) -> None:
+        if name in outcome.failed:
+            console.print(f"{name}: {outcome.failed[name]}", highlight=False, markup=False)
+        else:
+            accuracy = 100 * outcome.rows[name]["test_accuracy"]
+            console.print(f"{len(outcome.rows)}/{len(grid)} {name}: {accuracy:.2f} %")
+            comparison.write(list(outcome.rows.values()), out, command)
+
+    outcome = train_all(grid, runs or out / "runs", jobs=jobs, minutes=minutes, done=done)
+    if outcome.rows:
+        comparison.write(list(outcome.rows.values()), out, command)
+        typer.echo(comparison.table(list(outcome.rows.values()), command))
+    if outcome.waiting:
+        console.print(f"{len(outcome.waiting)} runs were not started; the same command goes on")
+    if outcome.failed:
+        raise SystemExit(1)
+
+
+def _listed(option: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part.strip()) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--{option} {text!r}: write values with commas between") from None
 
 
 def _console() -> Any:

@@ -27,14 +27,14 @@ def draw_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any
 
 
 def curves(history: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
-    """Accuracy (or the training loss, where nothing is held out) and sparsity over epochs."""
+    """Accuracy and sparsity over epochs; of the test images where nothing is held out."""
     figure, axes = _figure(6.4, 4.0)
     epochs = [line["epoch"] for line in history]
-    measured = [
-        (line["epoch"], 100 * line["val_acc"]) for line in history if line["val_acc"] is not None
-    ]
+    held_out = any(line["val_acc"] is not None for line in history)
+    key, name = ("val_acc", "validation") if held_out else ("test_acc", "test")
+    measured = [(line["epoch"], 100 * line[key]) for line in history if line.get(key) is not None]
     if measured:
-        axes.plot(*zip(*measured, strict=True), color=BLUE, label="validation accuracy, %")
+        axes.plot(*zip(*measured, strict=True), color=BLUE, label=f"{name} accuracy, %")
         axes.axhline(
             100 * results["test_accuracy"],
             color=BLUE,

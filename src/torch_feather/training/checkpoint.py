@@ -121,7 +121,10 @@ class RunDirectory:
     def begin(
         self, config: Config, resume: bool, warn: Callable[[str], object] = lambda message: None
     ) -> dict[str, Any] | None:
-        """Check that `config` may train here; the checkpoint to go on from, if there is one."""
+        """Check that `config` may train here; the checkpoint to go on from, if there is one.
+
+        A run that has finished needs none.
+        """
         if not self.holds_a_run():
             return None
         if not resume:
@@ -131,7 +134,7 @@ class RunDirectory:
             )
         if differences := changed_keys(load_config(self.config_file), config):
             raise RunError(f"{self.path}: a resumed run keeps its settings; {differences}")
-        return self.load(warn)
+        return None if self.report_file.exists() else self.load(warn)
 
     def holds_a_run(self) -> bool:
         """Whether there is anything here that a new run would overwrite."""

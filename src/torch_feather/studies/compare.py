@@ -1,0 +1,131 @@
+"""Methods x sparsities x seeds on one budget: test accuracy with its spread."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ..analysis.plots import BLUE, GREY
+from ..training.checkpoint import write_atomically, write_json
+from ..training.config import DENSE, Config
+from .grid import Row, Run
+
+Groups = dict[tuple[str, float], list[Row]]
+
+
+def plan(
+    config: Config,
+    methods: Iterable[str],
+    sparsities: Iterable[float],
+    seeds: Iterable[int],
+) -> list[Run]:
+    """The runs, seeds outermost, so that every method has its first seed early.
+
+    The dense network is trained once per seed, whatever the sparsities.
+    """
+    runs: dict[str, Run] = {}
+    for seed, sparsity, method in itertools.product(seeds, sparsities, methods):
+        one = replace(
+            config, seed=seed, compare_dense=False, method=method, sparsity=sparsity, options={}
+        )
+        name = f"{method}-{seed}" if method == DENSE else f"{method}-{sparsity:g}-{seed}"
+        runs[name] = Run(name, one)
+    return list(runs.values())
+
+
+def group(rows: Iterable[Row]) -> Groups:
+    """Rows by method and sparsity, by falling accuracy at each sparsity, the dense ones first."""
+    groups: Groups = defaultdict(list)
+    for row in rows:
+        groups[row["method"], row["sparsity"]].append(row)
+    return dict(sorted(groups.items(), key=lambda item: (item[0][1], -mean(item[1]))))
+
+
+def mean(rows: Sequence[Row]) -> float:
+    """Test accuracy in %, over seeds."""
+    return statistics.mean(100 * row["test_accuracy"] for row in rows)
+
+
+def table(rows: Sequence[Row], command: str) -> str:
+    """Mean and standard deviation of test accuracy, as Markdown."""
+    lines = [
+        "| method | sparsity | test accuracy, % | n | zeros / weights | by itself | "
+        "multiply-adds, M |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (method, sparsity), found in group(rows).items():
+        accuracies = [100 * row["test_accuracy"] for row in found]
+        spread = f" ± {statistics.stdev(accuracies):.2f}" if len(found) > 1 else ""
+        zeros = " or ".join(f"{z:,}" for z in sorted({row["zeros"] for row in found}))
+        own = [row["own_sparsity"] for row in found]
+        itself = "" if None in own else f"{100 * statistics.mean(own):.2f} %"
+        macs = statistics.mean(row["macs"] for row in found) / 1e6
+        lines.append(
+            f"| {method} | {'' if method == DENSE else f'{100 * sparsity:g} %'} "
+            f"| {mean(found):.2f}{spread} | {len(found)} "
+            f"| {zeros} / {found[0]['weights']:,} | {itself} | {macs:.2f} |"
+        )
+    return "\n".join([*lines, "", sources(rows), "", f"    {command}", ""])
+
+
+def sources(rows: Sequence[Row]) -> str:
+    """What the numbers are of, in one sentence each."""
+    machines = {
+        f"{h.get('gpu') or h['cpu']}, {h['threads']} thread(s)"
+        for h in (row["hardware"] for row in rows)
+    }
+    versions = {f"PyTorch {row['versions']['torch']}" for row in rows}
+    commits = {str(row["commit"])[:10] for row in rows}
+    seeds = sorted({row["seed"] for row in rows})
+    return (
+        f"Mean ± standard deviation over seeds {seeds}; last of {rows[0]['epochs']} epochs, "
+        f"nothing chosen by test images. {rows[0]['network']} on {rows[0]['data']}. "
+        f"{'; '.join(sorted(machines))}; {', '.join(sorted(versions))}; "
+        f"commit {', '.join(sorted(commits))}."
+    )
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """A panel for each sparsity: every seed a dot, the mean a bar, methods by their mean."""
+    groups = group(rows)
+    sparsities = sorted({s for method, s in groups if method != DENSE})
+    dense = [row for row in rows if row["method"] == DENSE]
+    most = max([sum(s == x for _, s in groups) for x in sparsities], default=1)
+    figure = Figure(figsize=(0.6 + 3.4 * len(sparsities), 1.3 + 0.32 * most), layout="constrained")
+    for i, sparsity in enumerate(sparsities):
+        axes = figure.add_subplot(1, len(sparsities), i + 1)
+        found = [(m, r) for (m, s), r in groups.items() if s == sparsity and m != DENSE]
+        for y, (_, mine) in enumerate(reversed(found)):
+            accuracies = [100 * row["test_accuracy"] for row in mine]
+            axes.plot(accuracies, [y] * len(mine), "o", color=BLUE, alpha=0.6, mew=0, ms=6)
+            axes.plot(mean(mine), y, "|", color="black", ms=15, mew=1.8)
+        if dense:
+            axes.axvline(mean(dense), color=GREY, linestyle="--", linewidth=1, label="dense")
+            axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.set_yticks(range(len(found)), [method for method, _ in reversed(found)])
+        axes.set_ylim(-0.6, len(found) - 0.4)
+        axes.set_xlabel("test accuracy, %")
+        axes.set_title(f"{100 * sparsity:g} % sparse")
+        axes.grid(axis="x", color="#e5e5e5", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(left=False)
+    return figure
+
+
+def write(rows: Sequence[Row], out: Path, command: str) -> None:
+    """runs.json, table.md, compare.png and compare.svg."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "runs.json", list(rows))
+    text = table(rows, command)
+    write_atomically(out / "table.md", lambda file: file.write(text.encode()))
+    if any(row["method"] != DENSE for row in rows):
+        figure = plot(rows)
+        for kind in ("png", "svg"):
+            figure.savefig(out / f"compare.{kind}", dpi=150)
