@@ -25,8 +25,8 @@ from .prunable import Prunable, find_prunable
 if TYPE_CHECKING:
     from .sparsifier import Sparsifier
 
-# Keys of a parameter's entries in the optimizer's state dict.
-LATENT, HEADER = "feather_latent", "feather_header"
+# Of the keys of our entries in the optimizer's state dict, beside its own of each parameter.
+PREFIX = "feather_"
 
 # Optimizers that write parameters outside of step(), where latent and sparse weights would mix.
 WRITE_OUTSIDE_STEP = ("ScheduleFree", "Lookahead")
@@ -173,13 +173,21 @@ class Attachment:
             return None
         self._warn_of_new_groups()
         self._phantom = self._is_phantom()
+        positional = len(args) > 1 and callable(args[1])
+        keyword = callable(kwargs.get("closure"))
+        if not (positional or keyword):
+            self._complete()
         self.sparsifier.before_step(self.indices)
         self._latent = True
-        if len(args) > 1 and callable(args[1]):
+        if positional:
             return (args[0], self._sparse(args[1]), *args[2:]), kwargs
-        if callable(kwargs.get("closure")):
+        if keyword:
             return args, {**kwargs, "closure": self._sparse(kwargs["closure"])}
         return None
+
+    def _complete(self) -> None:
+        # A fused optimizer under GradScaler divides by the scale itself.
+        self.sparsifier.complete_at_step(getattr(self.optimizer, "grad_scale", None))
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._depth -= 1
@@ -201,7 +209,9 @@ class Attachment:
             self._latent = False
             self.sparsifier.show_image()
             try:
-                return closure(*args, **kwargs)
+                result = closure(*args, **kwargs)
+                self._complete()
+                return result
             finally:
                 self.sparsifier.show_latent(self.indices)
                 self._latent = True
@@ -296,9 +306,9 @@ class Attachment:
             index = slot_at.get((g, i))
             if index is None and not parameter.requires_grad:
                 continue
-            latent, header = self.sparsifier.export(index)
             key = state_dict["param_groups"][g]["params"][i]
-            state.setdefault(key, {}).update({LATENT: latent, HEADER: header})
+            ours = self.sparsifier.export(index)
+            state.setdefault(key, {}).update({PREFIX + name: ours[name] for name in ours})
         return {**state_dict, "state": state}
 
     def _load(self, load_state_dict: Callable[..., Any], state_dict: dict[str, Any]) -> Any:
@@ -312,8 +322,8 @@ class Attachment:
         places = {place: state.get(key, {}) for place, key in keys.items()}
         fitting = self.sparsifier.check_loaded(*self._ours(places))
         for entries in state.values():
-            entries.pop(LATENT, None)
-            entries.pop(HEADER, None)
+            for name in _ours_in(entries):
+                del entries[PREFIX + name]
         plain = {**state_dict, "state": {key: e for key, e in state.items() if e}}
         result = load_state_dict(plain)
         self.sparsifier.load(fitting, self.indices)
@@ -321,23 +331,22 @@ class Attachment:
 
     def _ours(
         self, places: dict[tuple[int, int], dict[str, Any]]
-    ) -> tuple[dict[int, tuple[Tensor, Tensor]], list[int], list[str]]:
+    ) -> tuple[dict[int, dict[str, Tensor]], list[int], list[str]]:
         """Arguments of `check_loaded`, from a state's entries by (group, position)."""
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        found: dict[int, dict[str, Tensor]] = {}
         foreign = []
         slot_at = self._slot_at()
         for place, entries in places.items():
-            if LATENT not in entries or HEADER not in entries:
-                continue
+            ours = _ours_in(entries)
             if place in slot_at:
-                found[slot_at[place]] = entries[LATENT], entries[HEADER]
-            elif (header := Header.read(entries[HEADER])) is not None and header.shape != 0:
+                found[slot_at[place]] = ours
+            elif "header" in ours and getattr(Header.read(ours["header"]), "shape", 0) != 0:
                 foreign.append("parameter {1} of group {0}".format(*place))
         return found, self.indices, foreign
 
     def adopt_loaded_state(self) -> None:
         """Takes over latent weights that were loaded into the optimizer before attaching."""
-        loaded = [place for place in self._places() if LATENT in self._live_state(place[2])]
+        loaded = [place for place in self._places() if _ours_in(self._live_state(place[2]))]
         if not loaded:
             return
         places = {(g, i): self._live_state(parameter) for g, i, parameter in loaded}
@@ -350,12 +359,22 @@ class Attachment:
         # Optimizers make a parameter's state when they find none: nothing of ours may be left.
         for _, _, parameter in loaded:
             entries = self._live_state(parameter)
-            del entries[LATENT], entries[HEADER]
+            for name in _ours_in(entries):
+                del entries[PREFIX + name]
             if not entries:
                 del self.optimizer.state[parameter]
 
     def _live_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         return self.optimizer.state.get(parameter, {})
+
+
+def _ours_in(entries: dict[str, Any]) -> dict[str, Tensor]:
+    """Our entries of a parameter's state, by name without the prefix."""
+    return {
+        key.removeprefix(PREFIX): value
+        for key, value in entries.items()
+        if isinstance(key, str) and key.startswith(PREFIX)
+    }
 
 
 def _checked(optimizer: Any) -> Optimizer:

@@ -62,6 +62,18 @@ class Header(NamedTuple):
         return found
 
 
+def to_bytes(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as uint8, flat; a copy. Exact whatever they are cast to, see above."""
+    return tensor.detach().clone().reshape(-1).view(torch.uint8)
+
+
+def from_bytes(data: Tensor | None, like: Tensor) -> Tensor | None:
+    """What `to_bytes` made of a tensor like `like`, or None where it is nothing of the kind."""
+    if data is None or data.numel() != like.numel() * like.element_size():
+        return None
+    return data.to(torch.uint8).clone().view(like.dtype).reshape(like.shape)
+
+
 def digest(text: str) -> int:
     """A 63-bit hash that is the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +21,27 @@ DEVICE_BLOCK = 1 << 24
 
 
 class Segment(NamedTuple):
-    """The weights [start, stop) in flat order, which share one cut."""
+    """The weights [start, stop) in flat order, which share one cut through their scores."""
 
     start: int
     stop: int
     cut: Cut
+    scale: Tensor | None = None
+    """Scores are |w| times this (0-dimensional; infinite: never pruned); None for |w| itself."""
+
+    def pruned(self, magnitudes: Tensor, offset: int) -> Tensor:
+        """Mask of pruned weights, given |w| of some of them, the first at flat index `offset`."""
+        scores = magnitudes if self.scale is None else magnitudes * self.scale
+        return self.cut.pruned(scores, offset)
+
+    @property
+    def threshold(self) -> Tensor:
+        """tau as a magnitude: kept weights are larger, in spite of rounding."""
+        if self.scale is None:
+            return self.cut.threshold
+        tau = self.cut.threshold / self.scale
+        above = tau * self.scale > self.cut.threshold
+        return torch.where(above, torch.nextafter(tau, torch.zeros_like(tau)), tau)
 
 
 @dataclass
@@ -61,6 +77,7 @@ class LatentWeights:
         self.views: list[Tensor] = [torch.empty(0)] * len(parameters)
         self.spans: list[tuple[int, int]] = [(0, 0)] * len(parameters)
         self._parts: list[_Part] = []
+        self._constants: dict[Hashable, Any] = {}
         start = 0
         for dtype in dict.fromkeys(p.dtype for p in parameters):
             members = [i for i, p in enumerate(parameters) if p.dtype == dtype]
@@ -82,6 +99,12 @@ class LatentWeights:
         """The flat latent weights, one tensor per type."""
         return [part.flat for part in self._parts]
 
+    def constant(self, key: Hashable, make: Callable[[LatentWeights], Any]) -> Any:
+        """What `make` makes of the layout (shapes, sizes, device), made once per `key`."""
+        if key not in self._constants:
+            self._constants[key] = make(self)
+        return self._constants[key]
+
     def magnitudes(self, start: int = 0, stop: int | None = None) -> Tensor:
         """|w| of [start, stop) in flat order as a new float32 (or float64) tensor."""
         stop = self.size if stop is None else stop
@@ -99,15 +122,22 @@ class LatentWeights:
                     target.copy_(source).abs_()
         return out
 
-    def cut_of(self, i: int, segments: Sequence[Segment]) -> Cut:
-        """The cut that weight tensor i meets."""
+    def scores(self, scales: Sequence[Tensor]) -> Tensor:
+        """|w| times the scale of its tensor (0-dimensional each), flat."""
+        out = self.magnitudes()
+        for (start, stop), scale in zip(self.spans, scales, strict=True):
+            out[start:stop].mul_(scale)
+        return out
+
+    def segment_of(self, i: int, segments: Sequence[Segment]) -> Segment:
+        """The segment that weight tensor i is in."""
         start = self.spans[i][0]
-        return next(s.cut for s in segments if s.start <= start < s.stop)
+        return next(s for s in segments if s.start <= start < s.stop)
 
     def pruned(self, i: int, segments: Sequence[Segment]) -> Tensor:
         """Which weights of tensor i lie below their cut, shaped and laid out like it."""
         start, stop = self.spans[i]
-        flat = self.cut_of(i, segments).pruned(self.magnitudes(start, stop), start)
+        flat = self.segment_of(i, segments).pruned(self.magnitudes(start, stop), start)
         return flat.as_strided(self.views[i].shape, self.views[i].stride())
 
     def counts_pruned(self, segments: Sequence[Segment]) -> Tensor:
@@ -133,7 +163,7 @@ class LatentWeights:
                     inside = slice(a - part.start, b - part.start)
                     on_device = host.waits_for(self.device)
                     write = self._image_device if on_device else self._image_cpu
-                    total += write(part.flat[inside], segment.cut, operator, a, out[inside])
+                    total += write(part.flat[inside], segment, operator, a, out[inside])
             for i, (start, stop) in enumerate(self.spans):
                 if part.start <= start and stop <= part.stop:
                     view = self.views[i]
@@ -141,19 +171,21 @@ class LatentWeights:
         return images, total
 
     def _image_device(
-        self, w: Tensor, cut: Cut, operator: Operator, offset: int, out: Tensor
+        self, w: Tensor, segment: Segment, operator: Operator, offset: int, out: Tensor
     ) -> Tensor:
+        threshold = segment.threshold
         for a in range(0, w.numel(), DEVICE_BLOCK):
             wide = w[a : a + DEVICE_BLOCK].to(self.wide)
-            image = kept_image(wide, cut, operator, w.dtype)
-            pruned = cut.pruned(wide.abs(), offset + a)
+            image = kept_image(wide, threshold, operator, w.dtype)
+            pruned = segment.pruned(wide.abs(), offset + a)
             out[a : a + DEVICE_BLOCK] = image.masked_fill(pruned, 0.0)
         return out.sum(dtype=self.wide)
 
     def _image_cpu(
-        self, w: Tensor, cut: Cut, operator: Operator, offset: int, out: Tensor
+        self, w: Tensor, segment: Segment, operator: Operator, offset: int, out: Tensor
     ) -> Tensor:
         """Compares block by block in the cache, and thresholds the kept weights alone."""
+        cut, threshold, scale = segment.cut, segment.threshold, segment.scale
         if cut.value < 0:
             out.copy_(w)
             return out.sum(dtype=self.wide)
@@ -164,18 +196,20 @@ class LatentWeights:
         kept: list[np.ndarray] = []
         pending = 0
         for a in range(0, w.numel(), BLOCK):
-            magnitude = w[a : a + BLOCK].to(self.wide).abs().numpy()
+            scores = w[a : a + BLOCK].to(self.wide).abs()
+            if scale is not None:
+                scores *= scale
             if all_ties_pruned:
-                pruned = magnitude <= value  # not so for NaN, which is kept
+                pruned = scores.numpy() <= value  # not so for NaN, which is kept
             else:
-                pruned = cut.pruned(torch.from_numpy(magnitude), offset + a).numpy()
+                pruned = cut.pruned(scores, offset + a).numpy()
             where = np.logical_not(pruned, out=pruned).nonzero()[0]
             where += a
             kept.append(where)
             pending += where.size
             if pending >= BLOCK or a + BLOCK >= w.numel():
                 index = torch.from_numpy(np.concatenate(kept))
-                image = kept_image(w[index].to(self.wide), cut, operator, w.dtype)
+                image = kept_image(w[index].to(self.wide), threshold, operator, w.dtype)
                 out.scatter_(0, index, image)
                 total += image.sum(dtype=self.wide)
                 kept, pending = [], 0
@@ -202,8 +236,12 @@ def renew(old: Sequence[Segment], new: list[Segment]) -> list[Segment]:
     """
     if [segment[:2] for segment in old] != [segment[:2] for segment in new]:
         return new
-    copy_all([t for s in old for t in s.cut], [t for s in new for t in s.cut])
+    copy_all([t for s in old for t in _tensors(s)], [t for s in new for t in _tensors(s)])
     return list(old)
+
+
+def _tensors(segment: Segment) -> list[Tensor]:
+    return [*segment.cut, *([] if segment.scale is None else [segment.scale])]
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -212,11 +250,11 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         torch._foreach_copy_(list(targets), list(sources))
 
 
-def kept_image(w: Tensor, cut: Cut, operator: Operator, dtype: torch.dtype) -> Tensor:
+def kept_image(w: Tensor, tau: Tensor, operator: Operator, dtype: torch.dtype) -> Tensor:
     """Effective values of kept weights `w`, of type `dtype`, none of them 0 unless w itself is."""
     if operator.is_identity:
         return w.to(dtype)
-    image = operator(w, cut.threshold).to(dtype)
+    image = operator(w, tau).to(dtype)
     info = torch.finfo(dtype)
     least = w.new_full((), info.smallest_normal * info.eps, dtype=dtype)
     vanished = (image == 0) & (w != 0)

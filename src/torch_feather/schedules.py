@@ -89,6 +89,25 @@ class Linear(_Ramp):
 
 
 @dataclass(frozen=True)
+class Stairs:
+    """Another schedule, followed in stairs of `every` steps; it arrives no later.
+
+    Source: Zhu and Gupta (2017), whose sparsity rises every 100 to 1000 steps.
+    """
+
+    schedule: Schedule
+    every: int
+
+    def table(self, total_steps: int) -> Tensor:
+        """See `Schedule`."""
+        if self.every < 1:
+            raise ConfigurationError(f"every is a number of steps >= 1, got {self.every!r}.")
+        smooth = torch.as_tensor(self.schedule.table(total_steps))
+        start = torch.arange(total_steps + 1) // self.every * self.every
+        return torch.where(smooth == 1, 1.0, smooth[start])
+
+
+@dataclass(frozen=True)
 class Constant:
     """The final sparsity from the first forward pass on."""
 

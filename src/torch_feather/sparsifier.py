@@ -4,12 +4,13 @@ The optimizer trains dense latent weights w; the network only ever sees their sp
 u = R(w). Between optimizer steps the parameters hold u, during a step they hold w:
 
     forward, backward         parameters hold u; gradients dL/du are pulled back as they arrive
-    optimizer.step, before    parameters become w
+    optimizer.step, before    what needs all gradients at once is added; parameters become w
     optimizer.step            any optimizer updates w
     optimizer.step, after     the schedule advances, thresholds move, parameters become u = R(w)
 
-Nothing in the model changes: the exchange happens in the optimizer's public step hooks, in place,
-and the latent weights travel in the optimizer's own state dict.
+What R is, the method says (`reparametrization.py`). Nothing in the model changes: the exchange
+happens in the optimizer's public step hooks, in place, and the latent weights travel in the
+optimizer's own state dict.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from torch.optim import Optimizer
 from . import host
 from .attachment import Attachment, bind, check_storage, some
 from .errors import ConfigurationError, NonFiniteWeightError, StateError, warn
-from .header import FORMAT, Header, digest
-from .latent import LatentWeights, Segment, checksum, copy_all, renew
+from .header import FORMAT, Header, digest, from_bytes, to_bytes
+from .latent import LatentWeights, checksum, copy_all
 from .masks import ZeroKeeper
-from .methods import Method, build_method
+from .methods import AnyMethod, build_method
 from .prunable import Filters, find_prunable, unwrap
+from .reparametrization import Rate, Setting
 from .report import Report, report
-from .schedules import make_table
 
 # Steps between two looks at what costs a pass over the weights, or a transfer, to look at.
 POLL = 100
@@ -41,7 +42,7 @@ POLL = 100
 def sparsify(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
-    method: str | Method = "feather",
+    method: str | AnyMethod = "feather",
     *,
     sparsity: float,
     total_steps: int,
@@ -55,7 +56,7 @@ def sparsify(
         model: the network; none of its modules or keys change.
         optimizer: the optimizer that trains it, or several of which each holds a part (the
             schedule advances when the last of them has stepped).
-        method: a name from `available_methods()`, or a `Method`.
+        method: a name from `available_methods()`, or a `Method` or `LearnedMethod`.
         sparsity: final share of zeros among the prunable weights, in [0, 1).
         total_steps: optimizer steps of the whole training. The schedule stays at its end beyond.
         include, exclude: which weights take part, see `prunable.find_prunable`.
@@ -93,7 +94,8 @@ class Sparsifier:
 
     Attributes:
         model: the model, as it was given.
-        method: operator, gradient rule, allocation and schedule.
+        method: what was asked for, such as operator, gradient rule, allocation and schedule.
+        reparametrization: the method at work.
         target: final share of zeros.
         total_steps: optimizer steps of the whole training.
     """
@@ -102,7 +104,7 @@ class Sparsifier:
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
-        method: Method,
+        method: AnyMethod,
         sparsity: float,
         total_steps: int,
         include: Filters = None,
@@ -115,22 +117,20 @@ class Sparsifier:
         self.include, self.exclude = include, exclude
         prunable = [p for p in find_prunable(model, include, exclude) if p.parameter.requires_grad]
         self.slots, optimizers = bind(model, prunable, optimizer)
-        method.allocation.check([slot.parameter.numel() for slot in self.slots], self.target)
-
         self._raise_if_nan()
 
         self.weights = LatentWeights([slot.parameter for slot in self.slots])
+        names = [slot.name for slot in self.slots]
+        self.reparametrization = method.attach(
+            Setting(model, names, self.weights, sparsity, total_steps)
+        )
         self._layout = [_layout(slot.parameter) for slot in self.slots]
         # All that changes with time is on the device: only there a skipped step is known, and
         # nothing here makes the host wait for it.
-        device = self.weights.device
-        table = make_table(method.schedule, total_steps)
-        self._schedule = torch.from_numpy(table * self.target).to(device)
-        self._identity = digest(
-            f"{method.operator!r} {method.gradient!r} {method.allocation!r} {table.tobytes().hex()}"
-        )
-        self._step = torch.zeros((), dtype=torch.int64, device=device)
-        self._segments: list[Segment] = []
+        self._step = torch.zeros((), dtype=torch.int64, device=self.weights.device)
+        self._identity = digest(self.reparametrization.identity)
+        self._completed = False
+        self._own_sparsity = 0.0  # when it ended
         self._sum = torch.zeros(())  # of all effective weights: not finite if one is NaN
         self._images: list[tuple[int, int]] = []  # marks of what the parameters hold (CPU)
         self._loaded_images: dict[int, int] = {}  # and of what a checkpoint says they were given
@@ -138,7 +138,6 @@ class Sparsifier:
         self._attached = True
         self._keeper: ZeroKeeper | None = None
         self._ticks = 0
-        self._arrival = int((table == 1).argmax())
         self._warned: set[str] = set()
         self._poll: tuple[Tensor, torch.cuda.Event] | None = None
 
@@ -161,7 +160,7 @@ class Sparsifier:
         except StateError:
             self.detach()
             raise
-        if self._arrival == 0:
+        if self.reparametrization.arrival == 0:
             self._inspect()
 
     # Where it stands
@@ -176,10 +175,22 @@ class Sparsifier:
         """Share of the prunable weights that is pruned now."""
         return 1.0 - sum(int(mask.sum()) for mask in self.masks().values()) / self.weights.size
 
+    @property
+    def own_sparsity(self) -> float:
+        """Share of the prunable weights that the method prunes by itself.
+
+        Methods that learn their thresholds reach no target exactly: their last step does, and this
+        is what there would be without it. For all others it is `sparsity`.
+        """
+        if not self._attached:
+            return self._own_sparsity
+        self.sync()
+        return int(self.reparametrization.own_counts_pruned(self.weights).sum()) / self.weights.size
+
     def thresholds(self) -> dict[str, Tensor]:
         """The threshold tau that each weight tensor meets now, by name; 0-dimensional."""
         return {
-            slot.name: self.weights.cut_of(i, self._segments).threshold.clone()
+            slot.name: self.reparametrization.threshold(self.weights, i).clone()
             for i, slot in enumerate(self.slots)
         }
 
@@ -188,18 +199,39 @@ class Sparsifier:
         if not self._attached:
             return {slot.name: slot.parameter.detach() != 0 for slot in self.slots}
         self.sync()
-        pruned = (self.weights.pruned(i, self._segments) for i in range(len(self.slots)))
-        return {slot.name: ~mask for slot, mask in zip(self.slots, pruned, strict=True)}
+        return {
+            slot.name: ~self.reparametrization.pruned(self.weights, i)
+            for i, slot in enumerate(self.slots)
+        }
 
     def latent_weights(self) -> dict[str, Tensor]:
         """Copies of the dense weights that the optimizer trains, by name."""
         self.require_attached()
         self.sync()
-        return {slot.name: self.export(i)[0] for i, slot in enumerate(self.slots)}
+        return {s.name: w.clone() for s, w in zip(self.slots, self.weights.views, strict=True)}
+
+    # Parameters of the method itself
 
     def parameters(self) -> list[Tensor]:
-        """Parameters of the method itself, such as learned thresholds; those listed have none."""
-        return []
+        """Parameters of the method itself, such as learned thresholds; most methods have none.
+
+        They are stepped after the optimizer, and need no place in it. To clip gradients over them
+        too, call `complete_gradients()` first.
+        """
+        return self.reparametrization.parameters() if self._attached else []
+
+    @torch.no_grad()
+    def complete_gradients(self) -> None:
+        """Adds to the gradients what needs all of them at once; `optimizer.step` does it else.
+
+        Then `parameters()` have their `.grad`, penalties included, and the gradients of the model
+        hold what a method shares among its weights. To be called after the last backward pass of
+        a step, before clipping; with a `GradScaler` after `scaler.unscale_(optimizer)` (of several
+        optimizers, each: also where only `step` completes). A second call before the step does
+        nothing, and neither does one after `finalize`. Most methods have nothing to complete.
+        """
+        if self._attached:
+            self.complete_at_step(None)
 
     def report(self, example_input: Any = None) -> Report:
         """Zeros, sparsity and threshold per layer; multiply-adds too where an input is given."""
@@ -229,13 +261,13 @@ class Sparsifier:
         self.require_attached()
         self.sync()
         at = self.step_count
-        now = float(self._schedule[min(at, self.total_steps)])
-        if now != self.target and not force:
+        if not self.reparametrization.reached(at) and not force:
             raise StateError(
-                f"After {at} of {self.total_steps} steps the sparsity is {now:.4f}, not yet "
-                f"{self.target}. Train on, or take the model as it is: finalize(force=True)."
+                f"After {at} of {self.total_steps} steps the sparsity is {self.sparsity:.4f}, not "
+                f"yet {self.target}. Train on, or take the model as it is: finalize(force=True)."
             )
         self._inspect()
+        self._own_sparsity = self.own_sparsity
         self._release()
         if keep_masks:
             self._keeper = ZeroKeeper([slot.parameter for slot in self.slots], self._optimizers)
@@ -300,24 +332,25 @@ class Sparsifier:
             FORMAT, self.step_count, self.total_steps, target, self._identity, shape, image
         )
 
-    def export(self, i: int | None) -> tuple[Tensor, Tensor]:
-        """Latent weights (a copy) and header of weight i, as they travel in checkpoints."""
+    def export(self, i: int | None) -> dict[str, Tensor]:
+        """What travels of weight i in checkpoints, in copies: latent weights, header, state."""
         if i is None:
-            return torch.zeros(()), self.header(None).tensor()
+            return {"latent": torch.zeros(()), "header": self.header(None).tensor()}
         header = self.header(i, checksum(self.slots[i].parameter))
-        return self.weights.views[i].clone(), header.tensor()
+        state = {name: to_bytes(e[i]) for name, e in self.reparametrization.state.items()}
+        return {"latent": self.weights.views[i].clone(), "header": header.tensor(), **state}
 
     def check_loaded(
         self,
-        found: dict[int, tuple[Tensor, Tensor]],
+        found: dict[int, dict[str, Tensor]],
         wanted: Iterable[int],
         foreign: Sequence[str] = (),
         how: str = "",
-    ) -> dict[int, tuple[Tensor, Header]]:
+    ) -> dict[int, tuple[Header, dict[str, Tensor]]]:
         """What of a loaded state can be taken over; raises StateError unless loading is relaxed.
 
         Args:
-            found: latent weights and headers in the state, by weight.
+            found: what `export` gave, by weight.
             wanted: the weights that it should have.
             foreign: what took part when it was saved and does not now.
             how: the way around a refusal, for the message.
@@ -331,7 +364,7 @@ class Sparsifier:
         fitting = {}
         for i in wanted:
             name, shape = self.slots[i].name, self.slots[i].parameter.shape
-            if i not in found:
+            if not found.get(i, {}).keys() >= {"latent", "header"}:
                 if self._strict:
                     raise StateError(
                         f"The state has no latent weights for {name}: it was saved without this "
@@ -339,7 +372,8 @@ class Sparsifier:
                         "the optimizer's own entries (such as a flattened distributed state)." + how
                     )
                 continue
-            latent, saved = found[i][0], Header.read(found[i][1])
+            entries = {"latent": found[i]["latent"]}
+            latent, saved = entries["latent"], Header.read(found[i]["header"])
             if saved is None:
                 raise StateError(f"The state's header for {name} is not readable: it is damaged.")
             differences = saved.differences(self.header(i))
@@ -348,27 +382,40 @@ class Sparsifier:
                     f"its latent weights have shape {tuple(latent.shape)}, the parameter "
                     f"{tuple(shape)}"
                 )
+            for key, state in self.reparametrization.state.items():
+                value = from_bytes(found[i].get(key), state[i])
+                if value is not None:
+                    entries[key] = value
+                else:
+                    differences.append(f"it has no {key}, or one of another size")
             if differences and self._strict:
                 raise StateError(
                     f"The state does not belong to this sparsifier ({name}): "
                     f"{'; '.join(differences)}." + how
                 )
             if latent.shape == shape:
-                fitting[i] = (latent, saved)
+                fitting[i] = (saved, entries)
         return fitting
 
     @torch.no_grad()
-    def load(self, entries: dict[int, tuple[Tensor, Header]], wanted: Iterable[int]) -> None:
-        """Takes over checked latent weights and the step; the rest of `wanted` restarts."""
+    def load(
+        self, checked: dict[int, tuple[Header, dict[str, Tensor]]], wanted: Iterable[int]
+    ) -> None:
+        """Takes over checked latent weights, states and the step; the rest of `wanted` restarts."""
         loaded = dict(self._loaded_images)
         self._absorb_writes()
         for i in wanted:
-            latent = entries[i][0] if i in entries else self.slots[i].parameter
-            self.weights.views[i].copy_(latent)
-        for _, header in entries.values():
+            if i not in checked:
+                self.weights.views[i].copy_(self.slots[i].parameter)
+        for i, (header, entries) in checked.items():
             self._step.fill_(header.step)
+            loaded[i] = header.image
+            self.weights.views[i].copy_(entries.pop("latent"))
+            for key, value in entries.items():
+                self.reparametrization.state[key][i].copy_(value)
+        self._void_completion()
         self._materialize()
-        self._loaded_images = loaded | {i: header.image for i, (_, header) in entries.items()}
+        self._loaded_images = loaded
 
     # What attachments call during a step
 
@@ -377,9 +424,23 @@ class Sparsifier:
         self._absorb_writes()
         self.show_latent(indices)
 
+    @torch.no_grad()
+    def complete_at_step(self, scale: Tensor | None) -> None:
+        """Completes gradients, unless the user did; `scale` as in `Reparametrization.complete`."""
+        if self.reparametrization.completes and not self._completed:
+            self._absorb_writes()
+            self._complete(scale)
+
+    @torch.no_grad()
     def after_step(self, taken: bool | Tensor) -> None:
-        """The schedule advances if the step was taken, and parameters become sparse."""
+        """The schedule advances if the step was taken, and parameters become sparse.
+
+        `taken` is True, or a tensor where only the device knows, of the last optimizer alone.
+        """
         self._step += taken
+        if taken is not False:
+            self.reparametrization.advance(self.weights, self._step, self._rate(), taken)
+            self._void_completion()
         self._loaded_images = {}
         self._materialize()
         self._ticks += 1
@@ -408,18 +469,28 @@ class Sparsifier:
     @torch.no_grad()
     def _materialize(self) -> None:
         """Parameters become u = R(w) at the present step."""
-        self._segments = renew(self._segments, self._cuts(self.weights))
-        images, self._sum = self.weights.images(self._segments, self.method.operator)
+        self.reparametrization.refresh(self.weights, self._step)
+        images, self._sum = self.reparametrization.images(self.weights)
         self._show(images)
-
-    def _cuts(self, weights: LatentWeights) -> list[Segment]:
-        # take, not an index: that would read the step on the host.
-        sparsity = self._schedule.take(self._step.clamp(max=self.total_steps))
-        return self.method.allocation.cuts(weights, sparsity)
 
     def image_of(self, weights: LatentWeights) -> list[Tensor]:
         """The image R of other latent weights, laid out like `self.weights`, at this step."""
-        return weights.images(self._cuts(weights), self.method.operator)[0]
+        return self.reparametrization.images_of(weights, self._step)
+
+    def _complete(self, scale: Tensor | None) -> None:
+        parameters = [slot.parameter for slot in self.slots]
+        self.reparametrization.complete(self.weights, parameters, scale)
+        self._completed = True
+
+    def _void_completion(self) -> None:
+        """What was completed was of other gradients than those that come now."""
+        self._completed = False
+        self.reparametrization.forget_gradients()
+
+    def _rate(self) -> Rate:
+        """The learning rate of the first prunable weight, now."""
+        slot = self.slots[0]
+        return self._optimizers[slot.optimizer].param_groups[slot.group].get("lr")
 
     @torch.no_grad()
     def _show(self, images: Sequence[Tensor]) -> None:
@@ -432,27 +503,22 @@ class Sparsifier:
         return [(slot.parameter._version, checksum(slot.parameter)) for slot in self.slots]
 
     def _pull_back(self) -> None:
-        """Gradients dL/du are pulled back to dL/dw by hooks, none where that is the identity."""
+        """Gradients dL/du are pulled back to dL/dw by hooks, none where nothing is to do."""
         for handle in self._pull_backs:
             handle.remove()
-        rule = self.method.gradient
+        method = self.reparametrization
         self._pull_backs = (
-            []
-            if rule.is_identity
-            else [s.parameter.register_hook(self._hook(i)) for i, s in enumerate(self.slots)]
+            [s.parameter.register_hook(self._hook(i)) for i, s in enumerate(self.slots)]
+            if method.pulls_back or method.completes
+            else []
         )
 
     def _hook(self, i: int) -> Callable[[Tensor], Tensor]:
-        """A weight whose image is 0 is pruned, unless the cut is at 0: zero layers are to learn."""
-
         def pull_back(gradient: Tensor) -> Tensor:
-            value, image = (
-                self.weights.cut_of(i, self._segments).value,
-                self.slots[i].parameter.detach(),
-            )
-            if host.waits_for(value.device):
-                return torch.where(value > 0, self.method.gradient(gradient, image), gradient)
-            return self.method.gradient(gradient, image) if value > 0 else gradient
+            if self._completed:
+                self._void_completion()
+            image = self.slots[i].parameter.detach()
+            return self.reparametrization.pull_back(self.weights, i, gradient, image)
 
         return pull_back
 
@@ -482,7 +548,7 @@ class Sparsifier:
             written = [i for i in written if marks[i][1] != self._loaded_images.get(i)]
         if not written:
             return False
-        images, _ = self.weights.images(self._segments, self.method.operator)
+        images, _ = self.reparametrization.images(self.weights)
         for i in written:
             view, parameter = self.weights.views[i], self.slots[i].parameter
             view.copy_(torch.where(parameter == images[i], view, parameter))
@@ -506,11 +572,11 @@ class Sparsifier:
         if same and layout == self._layout:
             return
         before = self.weights
-        images, _ = before.images(self._segments, self.method.operator)
+        images, _ = self.reparametrization.images(before)
         check_storage([s.name for s in self.slots], current)
         for i, (slot, parameter) in enumerate(zip(self.slots, current, strict=True)):
             replaced, slot.parameter = slot.parameter is not parameter, parameter
-            if replaced and parameter.grad is not None and not self.method.gradient.is_identity:
+            if replaced and parameter.grad is not None and self._pull_backs:
                 # It came without our hook.
                 parameter.grad = self._hook(i)(parameter.grad)
         self.weights, self._layout = LatentWeights(current), layout
@@ -518,8 +584,7 @@ class Sparsifier:
             current, images, before.views, self.weights.views, strict=True
         ):
             new.copy_(torch.where(p == image.to(p), old.to(p), p))
-        self._segments = []
-        self._schedule = self._schedule.to(self.weights.device)
+        self.reparametrization.move(self.weights)
         self._step = self._step.to(self.weights.device)
         self._pull_back()
         self._materialize()
@@ -531,7 +596,10 @@ class Sparsifier:
         if not host.waits_for(self.weights.device):
             if not self._sum.isfinite():
                 self._raise_if_nan()
-            if self._ticks % POLL == 0 or self.step_count in (self._arrival, self.total_steps):
+            if self._ticks % POLL == 0 or self.step_count in (
+                self.reparametrization.arrival,
+                self.total_steps,
+            ):
                 self._inspect()
         elif not torch.cuda.is_current_stream_capturing():
             if self._poll is None and self._ticks % POLL == 0:
@@ -554,7 +622,7 @@ class Sparsifier:
         """Weights that are NaN, kept weights that are 0, and kept weights of each layer."""
         nan = torch.stack([s.parameter.isnan().sum() for s in self.slots]).sum()
         zero = torch.stack([(s.parameter == 0).sum() for s in self.slots]).sum()
-        pruned = self.weights.counts_pruned(self._segments)
+        pruned = self.reparametrization.counts_pruned(self.weights)
         return torch.cat([torch.stack([nan, zero - pruned.sum()]), self.weights.sizes - pruned])
 
     def _tell(self, counts: Tensor) -> None:

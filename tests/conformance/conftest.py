@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from torch_feather import sparsifier
-from torch_feather.allocation import Global
+from torch_feather import thresholded
 from torch_feather.schedules import make_table
 from torch_feather.selection import device
 from torch_feather.sparsifier import Sparsifier
@@ -29,8 +28,7 @@ def without_gpu(monkeypatch):
     # What is read once, when the sparsifier is attached.
     monkeypatch.setattr(Sparsifier, "_raise_if_nan", lambda self: None)
     monkeypatch.setattr(Sparsifier, "_inspect", lambda self: None)
-    monkeypatch.setattr(Global, "check", lambda *_: None)
-    monkeypatch.setattr(sparsifier, "make_table", outside_of_fake_tensors(make_table))
+    monkeypatch.setattr(thresholded, "make_table", outside_of_fake_tensors(make_table))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 import torch_feather as feather
 
+from .methods import Reference, resolved
 from .models import MODELS, ModelCase
 from .optimizers import OPTIMIZERS, as_list
 
@@ -61,8 +62,9 @@ class Loop:
         case: ModelCase,
         recipe: Recipe = RECIPES["plain"],
         dtype: torch.dtype = torch.float32,
+        method: "feather.Sparsifier | Reference | None" = None,
     ):
-        self.forward, self.model, self.case = forward, model, case
+        self.forward, self.model, self.case, self.method = forward, model, case, method
         self.optimizers = as_list(optimizers)
         self.recipe, self.dtype = recipe, dtype
         self.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=recipe.scaler)
@@ -75,16 +77,26 @@ class Loop:
         for part in range(self.recipe.accumulate):
             x, y = self.case.batch(step * self.recipe.accumulate + part, self.dtype)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.autocast):
-                loss = F.cross_entropy(self.forward(x).float(), y) / self.recipe.accumulate
+                logits = self.forward(x)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                loss = F.cross_entropy(logits, y) / self.recipe.accumulate
             if step in self.recipe.overflows:
                 loss = loss * torch.inf
             self.scaler.scale(loss).backward()
             total += loss.detach()
+        penalty = self.method.penalty() if isinstance(self.method, Reference) else None
+        if penalty is not None and self.recipe.clip is None:
+            self.scaler.scale(penalty).backward()
         if self.recipe.clip is not None:
             for optimizer in self.optimizers:
                 if self.recipe.scaler:
                     self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+            if penalty is not None:
+                penalty.backward()
+            if isinstance(self.method, feather.Sparsifier):
+                self.method.complete_gradients()
+            extra = [] if self.method is None else self.method.parameters()
+            nn.utils.clip_grad_norm_([*self.model.parameters(), *extra], self.recipe.clip)
         return total
 
     def step(self, step: int) -> bool:
@@ -180,9 +192,9 @@ def start(
     if OPTIMIZERS[optimizer].needs_closure and recipe.closure is None:
         recipe = Recipe(recipe.name, recipe.clip, recipe.accumulate, closure="positional")
     sparsifier = feather.sparsify(
-        net, made, method, sparsity=sparsity, total_steps=total_steps, **options
+        net, made, method, sparsity=sparsity, total_steps=total_steps, **resolved(options, case)
     )
-    return Run(net, made, sparsifier, Loop(net, net, made, case, recipe, dtype), case)
+    return Run(net, made, sparsifier, Loop(net, net, made, case, recipe, dtype, sparsifier), case)
 
 
 def snapshot(run: Run) -> dict[str, object]:

@@ -8,10 +8,20 @@ the latent weights themselves. They are slow and short on purpose.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
+
+from torch_feather.allocation import ERK
+from torch_feather.gradients import StraightThrough as StraightThroughRule
+from torch_feather.methods import Method
+from torch_feather.operators import Power
+from torch_feather.schedules import Cubic
+
+from .models import ModelCase
 
 
 def smallest_number(dtype: torch.dtype) -> float:
@@ -67,7 +77,11 @@ class Thresholded(torch.autograd.Function):
 
 
 class Reference:
-    """The autograd form of a method on one model; subclasses say what the network sees."""
+    """The autograd form of a method on one model; subclasses say what the network sees.
+
+    A method with parameters of its own lists them in `learned`, says in `penalty` what it adds to
+    the loss, and in `inner_optimizer` how they are stepped.
+    """
 
     def __init__(
         self, model: nn.Module, names: Iterable[str], *, sparsity: float, total_steps: int
@@ -77,6 +91,7 @@ class Reference:
         self.latent = {name: parameters[name] for name in names}
         self.size = sum(w.numel() for w in self.latent.values())
         self.target, self.total_steps, self.step_count = sparsity, total_steps, 0
+        self.learned: list[nn.Parameter] = []
 
     @property
     def sparsity(self) -> float:
@@ -85,6 +100,18 @@ class Reference:
 
     def effective(self) -> dict[str, Tensor]:
         """What the network sees of each latent weight, differentiable with the method's rule."""
+        raise NotImplementedError
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The method's own parameters."""
+        return self.learned
+
+    def penalty(self) -> Tensor | None:
+        """What the method adds to the loss, once in a step."""
+        return None
+
+    def inner_optimizer(self, rate: float) -> Optimizer:
+        """The optimizer of the method's own parameters, given the learning rate of the weights."""
         raise NotImplementedError
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -118,12 +145,188 @@ class GlobalThreshold(Reference):
         t = min(self.step_count, self.total_steps)
         return self.target * SHARES[self.schedule](t, self.begin, self.end)
 
+    def scale(self, name: str) -> float:
+        """Factor on the magnitudes of a tensor in the ranking."""
+        return 1.0
+
     def effective(self) -> dict[str, Tensor]:
-        kept, tau = smallest(self.latent.values(), round(self.sparsity * self.size))
+        scores = [w * self.scale(name) for name, w in self.latent.items()]
+        kept, tau = smallest(scores, round(self.sparsity * self.size))
         return {
-            name: Thresholded.apply(w, mask, tau, self.p, self.theta)
+            name: Thresholded.apply(w, mask, tau / self.scale(name), self.p, self.theta)
             for (name, w), mask in zip(self.latent.items(), kept, strict=True)
         }
+
+
+class BiasedThreshold(GlobalThreshold):
+    """Magnitudes are divided by a power of what their weights cost."""
+
+    def __init__(self, *args, costs: Mapping[str, float], gamma: float, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.costs, self.gamma = costs, gamma
+
+    def scale(self, name: str) -> float:
+        logs = [math.log(self.costs[n]) for n in self.latent]
+        return math.exp(-self.gamma * (math.log(self.costs[name]) - sum(logs) / len(logs)))
+
+
+class LayerThreshold(GlobalThreshold):
+    """A threshold for each layer; `amounts` says how many weights each loses, before rounding."""
+
+    def amounts(self) -> list[float]:
+        raise NotImplementedError
+
+    def counts(self) -> list[int]:
+        """Whole numbers whose running sums are those of the amounts, rounded."""
+        amounts = self.amounts()
+        running = [sum(amounts[: i + 1]) for i in range(len(amounts))]
+        reached = [0, *map(round, running[:-1]), round(self.sparsity * self.size)]
+        return [b - a for a, b in pairwise(reached)]
+
+    def effective(self) -> dict[str, Tensor]:
+        found = {}
+        for (name, w), count in zip(self.latent.items(), self.counts(), strict=True):
+            (kept,), tau = smallest([w], count)
+            found[name] = Thresholded.apply(w, kept, tau, self.p, self.theta)
+        return found
+
+
+class UniformThreshold(LayerThreshold):
+    """All layers equally sparse; the first convolution may stay dense."""
+
+    def __init__(self, *args, dense_first: bool = True, every: int = 1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.every = every
+        self.sizes = [w.numel() for w in self.latent.values()]
+        first = next((i for i, w in enumerate(self.latent.values()) if w.dim() > 2), None)
+        if dense_first and first is not None:
+            self.sizes[first] = 0
+
+    @property
+    def sparsity(self) -> float:
+        t = min(self.step_count, self.total_steps)
+        share = SHARES[self.schedule](t, self.begin, self.end)
+        if share < 1:  # arrives on time
+            share = SHARES[self.schedule](t - t % self.every, self.begin, self.end)
+        return self.target * share
+
+    def amounts(self) -> list[float]:
+        return [n * (self.sparsity * self.size / sum(self.sizes)) for n in self.sizes]
+
+
+class ERKThreshold(LayerThreshold):
+    """Densities in proportion to (sum of dimensions) / (product), none above 1."""
+
+    def amounts(self) -> list[float]:
+        shapes = [w.shape for w in self.latent.values()]
+        dense: set[int] = set()
+        while True:  # as published: layers whose share exceeds 1 become dense, one after another
+            kept = (1 - self.sparsity) * self.size - sum(shapes[i].numel() for i in dense)
+            rest = [i for i in range(len(shapes)) if i not in dense]
+            factor = kept / sum(sum(shapes[i]) for i in rest) if rest else 0.0
+            shares = {i: factor * sum(shapes[i]) / shapes[i].numel() for i in rest}
+            over = [i for i in rest if shares[i] > 1 + 1e-12]
+            if not over:
+                break
+            dense |= {max(over, key=shares.get)}
+        return [(1 - shares.get(i, 1.0)) * s.numel() for i, s in enumerate(shapes)]
+
+
+class RescaledThreshold(GlobalThreshold):
+    """ST-3: soft threshold, kept weights scaled up per output channel, straight-through."""
+
+    def __init__(self, *args, sigma: bool = False, **kwargs):
+        super().__init__(*args, p=1, theta=1.0, **kwargs)
+        self.sigma = sigma
+
+    def scale(self, name: str) -> float:
+        return math.sqrt(sum(self.latent[name].shape)) if self.sigma else 1.0
+
+    def effective(self) -> dict[str, Tensor]:
+        found = {}
+        for name, u in super().effective().items():
+            w = self.latent[name].detach()
+            others = list(range(1, w.dim()))
+            kept = torch.where(u != 0, w.abs(), 0.0).mean(others, keepdim=True)
+            r = (kept + 1e-6) / (w.abs().mean(others, keepdim=True) + 1e-6)
+            found[name] = u + (u * (1.01 / (r + 0.01)) - u).detach()
+        return found
+
+
+class LearnedThreshold(Reference):
+    """Thresholds from parameters; from the last step on the count is made exact by |w| / tau.
+
+    Plain autograd: x = w / tau goes through the operator straight-through, u = tau T(x).
+    """
+
+    def __init__(
+        self, *args, start: float, rate: float, momentum: float, decay: float = 0.0,
+        dense_below: int = 1000, **kwargs,
+    ):  # fmt: skip
+        super().__init__(*args, **kwargs)
+        weights = self.latent.values()
+        self.dense = {name for name, w in self.latent.items() if w.numel() < dense_below}
+        wide = torch.promote_types(torch.float32, next(iter(weights)).dtype)
+        self.learned = [nn.Parameter(torch.full((len(self.latent),), start, dtype=wide))]
+        self.rate, self.momentum, self.decay = rate, momentum, decay
+
+    def inner_optimizer(self, rate: float) -> Optimizer:
+        return torch.optim.SGD(
+            self.learned, self.rate * rate, self.momentum, weight_decay=self.decay
+        )
+
+    def tau(self, r: Tensor, w: Tensor) -> Tensor:
+        """The threshold of one layer, differentiable in r."""
+        raise NotImplementedError
+
+    def image(self, x: Tensor, kept: Tensor) -> Tensor:
+        """T(x) at threshold 1, with the gradient of the method's rule."""
+        raise NotImplementedError
+
+    def effective(self) -> dict[str, Tensor]:
+        [r] = self.learned
+        tau = {name: self.tau(r[i], w) for i, (name, w) in enumerate(self.latent.items())}
+        pruned = [name for name in self.latent if name not in self.dense]
+        kept = {name: self.latent[name].abs() / tau[name] > 1 for name in pruned}
+        if self.step_count >= self.total_steps:
+            scores = [self.latent[name] / tau[name] for name in pruned]
+            masks, _ = smallest(scores, round(self.target * self.size))
+            kept = dict(zip(pruned, masks, strict=True))
+        return {
+            name: tau[name] * self.image(w / tau[name], kept[name]) if name in kept else w
+            for name, w in self.latent.items()
+        }
+
+    @property
+    def sparsity(self) -> float:
+        return sum(int((u == 0).sum()) for u in self.effective().values()) / self.size
+
+
+class ASL(LearnedThreshold):
+    """Hard threshold at r standard deviations; a penalty on the density of normal weights."""
+
+    def __init__(
+        self, *args, sparsity: float, rate=0.01, momentum=0.9, budget_weight=10.0, **kwargs
+    ):
+        start = math.sqrt(2) * torch.tensor(0.6 * sparsity, dtype=torch.float64).erfinv().item()
+        super().__init__(
+            *args, sparsity=sparsity, start=start, rate=rate, momentum=momentum, **kwargs
+        )
+        self.budget_weight = budget_weight
+
+    def tau(self, r: Tensor, w: Tensor) -> Tensor:
+        return r.clamp(0, 5) * w.detach().std() + 1e-6
+
+    def image(self, x: Tensor, kept: Tensor) -> Tensor:
+        return x + (torch.where(kept, x, 0.0) - x).detach()
+
+    def penalty(self) -> Tensor:
+        [r] = self.learned
+        density = 0.0
+        for i, (name, w) in enumerate(self.latent.items()):
+            share = 1.0 if name in self.dense else 1 - torch.erf(r[i] / math.sqrt(2))
+            density = density + share * w.numel() / self.size
+        return self.budget_weight * (density - (1 - self.target)) ** 2
 
 
 @dataclass(frozen=True)
@@ -131,20 +334,31 @@ class MethodCase:
     """A method under some options, and its reference under the same meaning."""
 
     name: str
-    method: str
+    method: str | Method
     reference: type[Reference]
     sparsity: float = 0.8
+    # A function is called with the model's case.
     options: Mapping[str, object] = field(default_factory=dict)
     reference_options: Mapping[str, object] | None = None  # None: those of `options`
     # Whether exactly round(s N) weights are pruned at every step (learned thresholds are not).
     exact: bool = True
 
-    def refer(self, model: nn.Module, names: Iterable[str], total_steps: int) -> Reference:
+    def refer(self, model: nn.Module, case: ModelCase, total_steps: int) -> Reference:
         """The reference for `model`, whose parameters become the latent weights."""
         options = self.options if self.reference_options is None else self.reference_options
         return self.reference(
-            model, names, sparsity=self.sparsity, total_steps=total_steps, **options
-        )
+            model, case.prunable, sparsity=self.sparsity, total_steps=total_steps,
+            **resolved(options, case),
+        )  # fmt: skip
+
+
+def resolved(options: Mapping[str, object], case: ModelCase) -> dict[str, object]:
+    """Options for one model: functions among them are called."""
+    return {name: v(case) if callable(v) else v for name, v in options.items()}
+
+
+def some_costs(case: ModelCase) -> dict[str, float]:
+    return {name: 1.5 ** (i + 1) for i, name in enumerate(case.prunable)}
 
 
 METHODS = {
@@ -163,5 +377,23 @@ METHODS = {
                    options={"schedule": "constant"}),
         MethodCase("hard-ste", "hard-ste", GlobalThreshold, reference_options={"p": math.inf}),
         MethodCase("soft-ste", "soft-ste", GlobalThreshold, reference_options={"p": 1}),
+        MethodCase("gmp", "gmp", UniformThreshold, sparsity=0.35,
+                   reference_options={"p": math.inf, "theta": 0.0}),
+        MethodCase("gmp-stem", "gmp", UniformThreshold,
+                   options={"dense_first": False, "every": 3, "end": 7},
+                   reference_options={"dense_first": False, "every": 3, "end": 7, "p": math.inf,
+                                      "theta": 0.0}),
+        MethodCase("feather-gmp", "feather-gmp", UniformThreshold, sparsity=0.35,
+                   options={"theta": 0.3}),
+        MethodCase("feather-erk", Method(Power(3.0), StraightThroughRule(1.0), ERK(), Cubic()),
+                   ERKThreshold, sparsity=0.7),
+        MethodCase("feather-flops", "feather-flops", BiasedThreshold,
+                   options={"costs": some_costs, "gamma": 0.7}),
+        MethodCase("st3", "st3", RescaledThreshold),
+        MethodCase("st3-sigma", "st3-sigma", RescaledThreshold, reference_options={"sigma": True}),
+        MethodCase("asl", "asl", ASL, exact=False, options={"dense_below": 0}),
+        MethodCase("asl-fast", "asl", ASL, exact=False, sparsity=0.5,
+                   options={"dense_below": 25, "rate": 0.5, "momentum": 0.5,
+                            "budget_weight": 2.0}),
     ]
 }  # fmt: skip

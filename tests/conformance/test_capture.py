@@ -7,12 +7,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_feather as feather
-from torch_feather import host, sparsifier
+from torch_feather import host, thresholded
 from torch_feather.selection import device
 
 from .capture import Tape, reads_across
 from .harness import TOTAL, assert_same, start
-from .methods import METHODS
+from .methods import METHODS, resolved
 from .models import MODELS
 
 REPLAYS = 50  # steps, far beyond the end of the schedule
@@ -38,7 +38,7 @@ class CapturedLoop:
         )  # fmt: skip
         self.sparsifier = feather.sparsify(
             self.model, self.optimizer, method.method, sparsity=method.sparsity,
-            total_steps=TOTAL, **method.options,
+            total_steps=TOTAL, **resolved(method.options, self.case),
         )  # fmt: skip
         self.method, self.where = method, where
         self.x, self.y = (t.to(where) for t in self.case.batch(0))
@@ -49,7 +49,9 @@ class CapturedLoop:
 
     def step(self) -> None:
         F.cross_entropy(self.model(self.x), self.y).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.sparsifier.complete_gradients()
+        clipped = [*self.model.parameters(), *self.sparsifier.parameters()]
+        nn.utils.clip_grad_norm_(clipped, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -65,6 +67,7 @@ class CapturedLoop:
             "model": state,
             "latent": self.sparsifier.latent_weights(),
             "thresholds": self.sparsifier.thresholds(),
+            "learned": [p.clone() for p in self.sparsifier.parameters()],
             "steps": self.sparsifier.step_count,
             "zeros": self.case.zeros(self.model),
         }
@@ -79,16 +82,18 @@ def steps_on_fake_tensors(method: str):
     like = {"device": "cuda"}
     model = nn.Sequential(nn.Linear(30, 40, **like), nn.ReLU(), nn.Linear(40, 20, **like))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=True)
-    feather.sparsify(
-        model, optimizer, case.method, sparsity=case.sparsity, total_steps=10, **case.options
-    )
+    sparsifier = feather.sparsify(
+        model, optimizer, case.method, sparsity=case.sparsity, total_steps=10,
+        **resolved(case.options, MODELS["mlp"]),
+    )  # fmt: skip
 
     def step() -> None:
         for p in model.parameters():  # autograd itself wants a device
             p.grad = torch.randn_like(p)
             for pull_back in (p._backward_hooks or {}).values():
                 p.grad = pull_back(p.grad)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        sparsifier.complete_gradients()
+        nn.utils.clip_grad_norm_([*model.parameters(), *sparsifier.parameters()], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -105,7 +110,7 @@ def test_no_step_reads_what_the_step_before_it_allocated(method, without_gpu):
 
 
 def test_an_engine_that_keeps_what_it_allocated_would_be_noticed(without_gpu, monkeypatch):
-    monkeypatch.setattr(sparsifier, "renew", lambda old, new: new)
+    monkeypatch.setattr(thresholded, "renew", lambda old, new: new)
     with FakeTensorMode(allow_non_fake_inputs=True):
         step = steps_on_fake_tensors("feather-theta")
         step()

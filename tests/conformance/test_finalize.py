@@ -64,7 +64,7 @@ def test_finalize_leaves_plain_modules_plain_keys_and_no_hooks(optimizer, model)
 def test_what_was_evaluated_before_is_what_remains(method):
     case = METHODS[method]
     run = start("convnet", method=case.method, sparsity=case.sparsity, **case.options)
-    run.train(0, STEPS).model.eval()
+    run.train(0, TOTAL).model.eval()
     x, _ = run.case.batch(60)
     with torch.no_grad():
         before, state = run.model(x), copy.deepcopy(run.model.state_dict())
@@ -235,7 +235,7 @@ def test_nothing_keeps_the_sparsifier_or_its_latents_alive(leave):
     run = start(theta=0.5).train(0, STEPS)
     getattr(run.sparsifier, leave)()
     dying = weakref.ref(run.sparsifier)
-    run.sparsifier = None
+    run.sparsifier = run.loop.method = None
     gc.collect()
     assert dying() is None
 
@@ -243,7 +243,7 @@ def test_nothing_keeps_the_sparsifier_or_its_latents_alive(leave):
 def test_a_sparsifier_that_nobody_holds_works_on():
     """The two lines need no variable: the optimizer keeps it."""
     run = start()
-    run.sparsifier = None
+    run.sparsifier = run.loop.method = None
     gc.collect()
     run.train(0, STEPS)
     assert run.zeros() == 96

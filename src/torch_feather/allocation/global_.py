@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,11 +11,13 @@ from torch import Tensor
 from .. import host
 from ..errors import ConfigurationError
 from ..latent import LatentWeights, Segment
+from ..reparametrization import Setting
 from ..selection import select
+from .base import Allocation, cut_layers
 
 
 @dataclass(frozen=True)
-class Global:
+class Global(Allocation):
     """The weights of smallest magnitude, wherever they are, are pruned.
 
     Nothing is exempt. The share kept in each layer can be bounded, for networks of which a
@@ -52,23 +54,21 @@ class Global:
             low, high = self._bounds_on_the_way(weights.sizes, k)
             if bool(((low <= counts) & (counts <= high)).all()):
                 return [Segment(0, weights.size, cut)]
-        counts = self._bounded_counts(weights, k)
-        segments = []
-        for (start, stop), count in zip(weights.spans, counts, strict=True):
-            cut = select(partial(weights.magnitudes, start, stop), count)
-            segments.append(Segment(start, stop, cut._replace(last=cut.last + start)))
-        return segments
+        return cut_layers(weights, self._bounded_counts(weights, k))
 
-    def check(self, sizes: list[int], sparsity: float) -> None:
+    def fit(self, setting: Setting) -> Global:
         """See `Allocation`."""
-        low, high = self._bounds(torch.tensor(sizes))
-        k = round(sparsity * sum(sizes))
-        if not int(low.sum()) <= k <= int(high.sum()):
+        sizes = [view.numel() for view in setting.weights.views]
+        low = sum(n - math.ceil(n * self.max_density) for n in sizes)
+        high = sum(n - math.ceil(n * self.min_density) for n in sizes)
+        k = round(setting.sparsity * sum(sizes))
+        if not low <= k <= high:
             raise ConfigurationError(
                 f"With min_density={self.min_density} and max_density={self.max_density} between "
-                f"{int(low.sum())} and {int(high.sum())} of {sum(sizes)} weights can be pruned, "
-                f"but sparsity={sparsity} asks for {k}. Widen the bounds or change the target."
+                f"{low} and {high} of {sum(sizes)} weights can be pruned, but sparsity="
+                f"{setting.sparsity} asks for {k}. Widen the bounds or change the target."
             )
+        return self
 
     def _bounds(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Least and most weights that may be pruned in each layer."""

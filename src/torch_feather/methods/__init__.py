@@ -1,8 +1,9 @@
 """The methods that can be asked for by name.
 
-A method is a composition of four parts: what becomes of a weight (operator), how its gradient
-comes back (gradient rule), which threshold it meets (allocation), and when (schedule). A new one
-is one small file with a function that makes a `Method`, and one line in the table.
+Most are a composition of four parts: what becomes of a weight (operator), how its gradient comes
+back (gradient rule), which threshold it meets (allocation), and when (schedule). Others learn
+their thresholds. A new one is one small file with a function that makes a `Method`, a
+`LearnedMethod` or another object with `attach`, and one line in the table.
 """
 
 from __future__ import annotations
@@ -12,16 +13,26 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import ConfigurationError, nearest
+from .asl import asl
 from .feather import feather
-from .method import Method
+from .feather_flops import feather_flops
+from .gmp import feather_gmp, gmp
+from .method import AnyMethod, Method
+from .st3 import st3, st3_sigma
 from .ste import hard_ste, soft_ste
 
-__all__ = ["Method", "available_methods", "build_method", "method_options"]
+__all__ = ["AnyMethod", "Method", "available_methods", "build_method", "method_options"]
 
-METHODS: dict[str, Callable[..., Method]] = {
+METHODS: dict[str, Callable[..., AnyMethod]] = {
     "feather": feather,
+    "feather-gmp": feather_gmp,
+    "feather-flops": feather_flops,
     "hard-ste": hard_ste,
     "soft-ste": soft_ste,
+    "gmp": gmp,
+    "st3": st3,
+    "st3-sigma": st3_sigma,
+    "asl": asl,
 }
 
 
@@ -36,7 +47,7 @@ def method_options(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.name != "sparsity"}
 
 
-def build_method(name: str, *, sparsity: float, **options: Any) -> Method:
+def build_method(name: str, *, sparsity: float, **options: Any) -> AnyMethod:
     """The method called `name` for a final `sparsity`.
 
     Raises:
@@ -53,7 +64,7 @@ def build_method(name: str, *, sparsity: float, **options: Any) -> Method:
     return _lookup(name)(sparsity=sparsity, **options)
 
 
-def _lookup(name: str) -> Callable[..., Method]:
+def _lookup(name: str) -> Callable[..., AnyMethod]:
     if name not in METHODS:
         raise ConfigurationError(
             f"There is no method {name!r}{nearest(name, METHODS)} There are: {', '.join(METHODS)}."

@@ -7,7 +7,7 @@ import math
 from ..allocation import Global
 from ..errors import ConfigurationError
 from ..gradients import StraightThrough
-from ..operators import Hard, Power
+from ..operators import Hard, Operator, Power
 from ..schedules import Schedule
 from .method import Method, make_schedule
 
@@ -37,13 +37,23 @@ def feather(
         begin, end: steps between which the sparsity rises; `end` defaults to half of training.
         min_density, max_density: bounds on the share kept in each layer; the paper has none.
     """
+    return Method(
+        operator=power(p),
+        gradient=scaled_gradient(theta, sparsity),
+        allocation=Global(min_density, max_density),
+        schedule=make_schedule(schedule, begin, end),
+    )
+
+
+def power(p: float) -> Operator:
+    """Feather's threshold with exponent p, hard for `math.inf`."""
+    return Hard() if p == math.inf else Power(p)
+
+
+def scaled_gradient(theta: float | str, sparsity: float) -> StraightThrough:
+    """Feather's gradient rule; 'auto' is 0.5 where the final sparsity exceeds 0.95, else 1."""
     if theta == "auto":
         theta = 0.5 if sparsity > 0.95 else 1.0
     if isinstance(theta, str):
         raise ConfigurationError(f"theta must be 'auto' or a number in [0, 1], got {theta!r}.")
-    return Method(
-        operator=Hard() if p == math.inf else Power(p),
-        gradient=StraightThrough(float(theta)),
-        allocation=Global(min_density, max_density),
-        schedule=make_schedule(schedule, begin, end),
-    )
+    return StraightThrough(float(theta))

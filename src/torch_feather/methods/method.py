@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..allocation import Allocation
 from ..errors import ConfigurationError, nearest
 from ..gradients import GradientRule
 from ..operators import Operator
+from ..reparametrization import Reparametrization, Setting
 from ..schedules import Constant, Cubic, Linear, OneShot, Schedule
+from ..thresholded import Scheduled
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,21 @@ class Method:
     gradient: GradientRule
     allocation: Allocation
     schedule: Schedule
+
+    def attach(self, setting: Setting) -> Reparametrization:
+        """Puts the method to work on a model."""
+        return Scheduled(setting, self)
+
+
+class AnyMethod(Protocol):
+    """All that the engine needs of a method; `Method` and `LearnedMethod` are two."""
+
+    def attach(self, setting: Setting) -> Reparametrization:
+        """Puts the method to work on a model.
+
+        Raises:
+            ConfigurationError: it cannot be; the message says why and what to do.
+        """
 
 
 SCHEDULES = ("cubic", "linear", "constant", "one-shot")

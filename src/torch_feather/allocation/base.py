@@ -1,0 +1,61 @@
+"""What an allocation is, and what those that decide layer by layer share."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..latent import LatentWeights, Segment
+from ..reparametrization import Setting
+from ..selection import select
+
+
+class Allocation:
+    """Finds the cuts that make the latent weights as sparse as asked; `repr` is its identity."""
+
+    def fit(self, setting: Setting) -> Allocation:
+        """This allocation for one model: checked, and with all that it needs of the model.
+
+        Raises:
+            ConfigurationError: the layers cannot meet the target.
+        """
+        return self
+
+    def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
+        """Segments that cover all weights once.
+
+        Args:
+            weights: the latent weights; their `spans` are the layers.
+            sparsity: share of zeros wanted, 0-dimensional float64 in [0, 1). Never read by the
+                host on accelerators. A count is round(sparsity * n), half to even.
+        """
+        raise NotImplementedError
+
+    @property
+    def state(self) -> dict[str, Tensor | list[Tensor]]:
+        """What cannot be computed anew after a restart, see `Reparametrization.state`."""
+        return {}
+
+
+def counts_of(amounts: Tensor, total: Tensor) -> Tensor:
+    """Whole numbers near `amounts`, each less than one off, whose sum is round(total).
+
+    Args:
+        amounts: how many weights of each layer to prune, float64, not rounded; they sum to total.
+        total: 0-dimensional float64.
+    """
+    reached = torch.minimum(amounts.cumsum(0), total)
+    reached[-1] = total
+    reached = reached.round().long()
+    return reached.diff(prepend=torch.zeros_like(reached[:1]))
+
+
+def cut_layers(weights: LatentWeights, counts: Tensor) -> list[Segment]:
+    """In each layer the `counts` smallest magnitudes lie below its cut."""
+    segments = []
+    for (start, stop), count in zip(weights.spans, counts, strict=True):
+        cut = select(partial(weights.magnitudes, start, stop), count)
+        segments.append(Segment(start, stop, cut._replace(last=cut.last + start)))
+    return segments

@@ -1,0 +1,56 @@
+"""The same sparsity in every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from ..latent import LatentWeights, Segment
+from ..reparametrization import Setting
+from .base import Allocation, counts_of, cut_layers
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """Every layer is equally sparse, to less than one weight; the total is exact.
+
+    Source: Zhu and Gupta (2017). What the first convolution keeps, the other layers make up for.
+
+    Attributes:
+        dense_first: the first convolution stays dense, as in Feather's experiments with this
+            backbone (supplement, section 4). A network without convolutions has none.
+    """
+
+    dense_first: bool = False
+
+    def fit(self, setting: Setting) -> Uniform:
+        """See `Allocation`."""
+        most = sum(self._prunable(setting.weights))
+        wanted = round(setting.sparsity * setting.weights.size)
+        if wanted > most:
+            raise ConfigurationError(
+                f"sparsity={setting.sparsity} asks for {wanted} zeros, but only {most} of "
+                f"{setting.weights.size} weights are outside of the first convolution, which is to "
+                "stay dense. Prune it too (dense_first=False), or change the target."
+            )
+        return self
+
+    def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
+        """See `Allocation`."""
+        prunable = weights.constant(self, self._prunable_tensor)
+        total = sparsity * weights.size
+        return cut_layers(weights, counts_of(prunable * (total / prunable.sum()), total))
+
+    def _prunable(self, weights: LatentWeights) -> list[int]:
+        """Weights of each layer that may be pruned."""
+        sizes = [view.numel() for view in weights.views]
+        convolutions = [i for i, view in enumerate(weights.views) if view.dim() > 2]
+        if self.dense_first and convolutions:
+            sizes[convolutions[0]] = 0
+        return sizes
+
+    def _prunable_tensor(self, weights: LatentWeights) -> Tensor:
+        return torch.tensor(self._prunable(weights), dtype=torch.float64, device=weights.device)

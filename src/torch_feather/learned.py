@@ -1,0 +1,214 @@
+"""Methods that learn their thresholds: one parameter per weight tensor, stepped with the weights.
+
+Such a method hits no target by itself. From the last step of training on (`total_steps`), the
+count is made exact: weights are ranked by |w| / tau over the whole network, and the round(s N)
+lowest are pruned. So what is evaluated after that step, saved, and finalized is one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import host
+from .errors import ConfigurationError
+from .gradients import GradientRule
+from .inner import Momentum
+from .latent import LatentWeights, Segment, copy_all
+from .operators import Operator
+from .reparametrization import Rate, Setting
+from .selection import Cut, select
+from .thresholded import Thresholded
+
+
+class Law(Protocol):
+    """How the thresholds tau follow from the learned parameters r, one of each per tensor."""
+
+    def start(self, weights: LatentWeights, sparsity: float) -> float | Tensor:
+        """r before training: one number, or one for each tensor."""
+
+    def thresholds(self, r: Tensor, weights: LatentWeights) -> tuple[Tensor, Tensor]:
+        """tau >= 0 and d tau / d r, each of the shape of r, (number of tensors,)."""
+
+    def penalty(self, r: Tensor, weights: LatentWeights, dense: Tensor, sparsity: float) -> Tensor:
+        """The gradient in r of what the method adds to the loss, of the shape of r.
+
+        Args:
+            r: the parameters.
+            weights: the latent weights; `sizes` has their counts.
+            dense: mask of the tensors that stay dense, where r means nothing.
+            sparsity: the target.
+        """
+
+
+@dataclass(frozen=True)
+class LearnedMethod:
+    """Operator and gradient rule at thresholds that are learned; `repr` is its identity.
+
+    Attributes:
+        operator, gradient: as for `Method`.
+        law: what the learned parameters mean, and their penalty.
+        optimizer: how they step.
+        dense_below: tensors of fewer weights than this stay dense.
+    """
+
+    operator: Operator
+    gradient: GradientRule
+    law: Law
+    optimizer: Momentum
+    dense_below: int = 0
+
+    def attach(self, setting: Setting) -> LearnedThresholds:
+        """Puts the method to work."""
+        return LearnedThresholds(setting, self)
+
+
+class _Solved(NamedTuple):
+    """What a `refresh` finds: thresholds, their derivative, and the cut through |w| / tau."""
+
+    tau: Tensor
+    slope: Tensor
+    scale: Tensor
+    cut: Cut
+
+    def tensors(self) -> list[Tensor]:
+        return [self.tau, self.slope, self.scale, *self.cut]
+
+    def segments(self, weights: LatentWeights) -> list[Segment]:
+        pairs = zip(weights.spans, self.scale, strict=True)
+        return [Segment(start, stop, self.cut, scale) for (start, stop), scale in pairs]
+
+
+class LearnedThresholds(Thresholded):
+    """A `LearnedMethod` at work: the cut is at |w| / tau = 1, until the count is made exact."""
+
+    completes = True
+
+    def __init__(self, setting: Setting, method: LearnedMethod):
+        super().__init__(setting, method.operator, method.gradient)
+        self.method = method
+        self.arrival = setting.total_steps
+        weights, sizes = setting.weights, [v.numel() for v in setting.weights.views]
+        most = sum(n for n in sizes if n >= method.dense_below)
+        if round(setting.sparsity * weights.size) > most:
+            raise ConfigurationError(
+                f"sparsity={setting.sparsity} asks for {round(setting.sparsity * weights.size)} "
+                f"zeros, but only {most} of {weights.size} weights are in tensors of at least "
+                f"dense_below={method.dense_below}. Lower dense_below or the target."
+            )
+        r = torch.zeros(len(sizes), dtype=weights.wide, device=weights.device)
+        r += method.law.start(weights, setting.sparsity)
+        self.state = {"threshold": r, "threshold_velocity": torch.zeros_like(r)}
+        self.learned = ("threshold",)
+        self._solved: _Solved | None = None
+
+    @property
+    def identity(self) -> str:
+        """See `Reparametrization`."""
+        return repr(self.method)
+
+    @property
+    def _r(self) -> Tensor:
+        r = self.state["threshold"]
+        assert isinstance(r, Tensor)
+        return r
+
+    # Thresholds
+
+    def refresh(self, weights: LatentWeights, step: Tensor) -> None:
+        """See `Reparametrization`."""
+        solved = self._solve(weights, step)
+        if self._solved is None:
+            self._solved = solved
+            self.segments = solved.segments(weights)
+        else:
+            copy_all(self._solved.tensors(), solved.tensors())
+
+    def cuts(self, weights: LatentWeights, step: Tensor) -> list[Segment]:
+        """See `Thresholded`."""
+        return self._solve(weights, step).segments(weights)
+
+    def _solve(self, weights: LatentWeights, step: Tensor) -> _Solved:
+        tau, slope = self.method.law.thresholds(self._r, weights)
+        scale = 1 / tau.clamp_min(torch.finfo(weights.wide).tiny)
+        scale = scale.masked_fill(self._is_dense(weights), torch.inf).to(weights.wide)
+        k = round(self.sparsity * weights.size)
+        own = _own_cut(weights)
+        if host.waits_for(weights.device):
+            exact = self._exact(weights, scale, torch.full_like(step, k))
+            done = step >= self.total_steps
+            cut = Cut(*(torch.where(done, a, b) for a, b in zip(exact, own, strict=True)))
+        elif step >= self.total_steps:
+            cut = self._exact(weights, scale, torch.tensor(k))
+        else:
+            cut = own
+        return _Solved(tau, slope, scale, cut)
+
+    def _exact(self, weights: LatentWeights, scale: Tensor, k: Tensor) -> Cut:
+        return select(partial(weights.scores, list(scale)), k)
+
+    def _is_dense(self, weights: LatentWeights) -> Tensor:
+        """Mask of the tensors that stay dense."""
+        return weights.sizes < self.method.dense_below
+
+    def own_counts_pruned(self, weights: LatentWeights) -> Tensor:
+        """See `Reparametrization`."""
+        assert self._solved is not None
+        own = self._solved._replace(cut=_own_cut(weights))
+        return weights.counts_pruned(own.segments(weights))
+
+    def threshold(self, weights: LatentWeights, i: int) -> Tensor:
+        """See `Reparametrization`."""
+        return self.segments[i].threshold
+
+    # Gradients
+
+    def complete(
+        self, weights: LatentWeights, parameters: Sequence[nn.Parameter], scale: Tensor | None
+    ) -> None:
+        """dL/dtau = sum of dL/dw (u - w) / tau over a tensor, with dL/dw after the gradient rule.
+
+        An operator scales with its threshold, u = tau f(w / tau), so du/dtau = f - f' w / tau.
+        Straight through, f' counts as 1, which leaves (u - w) / tau; for the soft threshold that
+        is the true derivative. Source: ASL's gradient is the case u = w on kept weights.
+        """
+        assert self._solved is not None
+        tau, slope = self._solved.tau, self._solved.slope
+        sums = []
+        for parameter, w in zip(parameters, weights.views, strict=True):
+            if parameter.grad is None:
+                sums.append(tau.new_zeros(()))
+            else:
+                change = parameter.detach().to(weights.wide) - w
+                sums.append((change * parameter.grad).sum(dtype=weights.wide))
+        gradient = torch.stack(sums) * torch.where(tau > 0, slope / tau, 0.0)
+        if scale is not None:
+            gradient /= scale
+        dense = self._is_dense(weights)
+        gradient += self.method.law.penalty(self._r, weights, dense, self.sparsity)
+        self._r.grad = gradient.masked_fill(dense, 0.0).to(self._r.dtype)
+
+    def advance(
+        self, weights: LatentWeights, step: Tensor, rate: Rate, taken: bool | Tensor
+    ) -> None:
+        """See `Reparametrization`."""
+        velocity = self.state["threshold_velocity"]
+        assert isinstance(velocity, Tensor)
+        self.method.optimizer.step(self._r, velocity, rate, taken)
+
+    def move(self, weights: LatentWeights) -> None:
+        """See `Reparametrization`."""
+        super().move(weights)
+        self._solved = None
+
+
+def _own_cut(weights: LatentWeights) -> Cut:
+    """Prunes scores up to 1."""
+    one = torch.ones((), dtype=weights.wide, device=weights.device)
+    last = torch.full((), weights.size - 1, device=weights.device)
+    return Cut(one, last, one)

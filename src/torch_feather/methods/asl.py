@@ -1,0 +1,80 @@
+"""ASL: thresholds in units of each layer's spread, learned against a budget of weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from ..gradients import StraightThrough
+from ..inner import Momentum
+from ..latent import LatentWeights
+from ..learned import LearnedMethod
+from ..operators import Hard
+
+
+def asl(
+    *,
+    sparsity: float,
+    budget_weight: float = 10.0,
+    rate: float = 0.01,
+    momentum: float = 0.9,
+    dense_below: int = 1000,
+) -> LearnedMethod:
+    """Hard threshold at r std(w), straight-through, with r learned for each layer.
+
+    Source: Retsinas et al., Online Weight Pruning via Adaptive Sparsity Loss (ICIP 2021), and its
+    public code for the start, the rates and the layers left dense. The public code also takes the
+    mean off each layer at every forward pass; this does not.
+
+    Args:
+        sparsity: final share of zeros. The loss pulls towards it, under the assumption that the
+            weights of a layer are normal; the last step makes it exact (see `learned`).
+        budget_weight: lambda, the weight of (density - target density)^2 in the loss.
+        rate: the learning rate of r as a multiple of the optimizer's.
+        momentum: of r; it does not decay.
+        dense_below: layers of fewer weights stay dense.
+    """
+    return LearnedMethod(
+        operator=Hard(),
+        gradient=StraightThrough(1.0),
+        law=StandardDeviations(budget_weight),
+        optimizer=Momentum(rate, momentum),
+        dense_below=dense_below,
+    )
+
+
+@dataclass(frozen=True)
+class StandardDeviations:
+    """tau = clamp(r, 0, 5) std(w) + 1e-6, and a penalty on the density of normal weights.
+
+    The penalty is budget_weight (D - (1 - s))^2, with D = sum n (1 - erf(r / sqrt 2)) / N the
+    share of weights that normal layers would keep; dense layers count as 1.
+    """
+
+    budget_weight: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.budget_weight < math.inf:
+            raise ConfigurationError(f"budget_weight must be >= 0, got {self.budget_weight!r}.")
+
+    def start(self, weights: LatentWeights, sparsity: float) -> float:
+        """See `Law`."""
+        return NormalDist().inv_cdf((1 + 0.6 * sparsity) / 2)  # sqrt(2) erfinv(.6 s)
+
+    def thresholds(self, r: Tensor, weights: LatentWeights) -> tuple[Tensor, Tensor]:
+        """See `Law`."""
+        spread = torch.stack([w.to(weights.wide).std() for w in weights.views])
+        inside = (r >= 0) & (r <= 5)
+        return r.clamp(0, 5) * spread + 1e-6, spread * inside
+
+    def penalty(self, r: Tensor, weights: LatentWeights, dense: Tensor, sparsity: float) -> Tensor:
+        """See `Law`."""
+        share = weights.sizes.to(r.dtype) / weights.size
+        density = (share * torch.erfc(r / math.sqrt(2)).masked_fill(dense, 1.0)).sum()
+        slope = -math.sqrt(2 / math.pi) * torch.exp(-(r**2) / 2)
+        return 2 * self.budget_weight * (density - (1 - sparsity)) * share * slope

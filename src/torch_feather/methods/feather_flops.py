@@ -1,0 +1,47 @@
+"""Feather with the global backbone biased towards fewer multiply-adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..allocation import FlopsBiased
+from ..schedules import Schedule
+from .feather import power, scaled_gradient
+from .method import Method, make_schedule
+
+
+def feather_flops(
+    *,
+    sparsity: float,
+    gamma: float | None = None,
+    macs: float | None = None,
+    costs: Mapping[str, float] | None = None,
+    example_input: Any = None,
+    p: float = 3.0,
+    theta: float | str = "auto",
+    schedule: str | Schedule = "cubic",
+    begin: int = 0,
+    end: int | None = None,
+) -> Method:
+    """Feather that ranks |w| / c^gamma, with c the multiply-adds that each weight makes.
+
+    Source: the Feather supplement, section 6, names the idea; the formula is ours.
+
+    Args:
+        sparsity: final share of zeros.
+        gamma: the bias, >= 0; 0 is `feather`.
+        macs: or a budget in multiply-adds per sample for the prunable weights: gamma is then the
+            least that meets it on the weights with which training begins. What training makes of
+            it, `Sparsifier.report(example_input)` says.
+        costs: multiply-adds per weight, by weight name.
+        example_input: or an input of the network to count them with.
+        p, theta: as for `feather`.
+        schedule, begin, end: as for `feather`.
+    """
+    return Method(
+        operator=power(p),
+        gradient=scaled_gradient(theta, sparsity),
+        allocation=FlopsBiased(gamma, macs, costs, example_input),
+        schedule=make_schedule(schedule, begin, end),
+    )

@@ -1,0 +1,82 @@
+"""ST-3: soft thresholds whose shrinkage is made good channel by channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..allocation import Global, Sigma
+from ..gradients import StraightThrough
+from ..latent import LatentWeights, Segment
+from ..operators import Soft
+from ..reparametrization import Setting
+from ..schedules import Schedule
+from ..thresholded import Scheduled
+from .method import Method, make_schedule
+
+
+def st3(
+    *, sparsity: float, schedule: str | Schedule = "cubic", begin: int = 0, end: int | None = None
+) -> Method:
+    """Soft threshold, rescaled per output channel, straight-through; one global threshold.
+
+    Source: Vanderschueren and De Vleeschouwer (WACV 2023). Their sparsity rises from epoch 5 on:
+    set `begin` to its steps.
+
+    Args:
+        sparsity: final share of zeros.
+        schedule, begin, end: as for `feather`.
+    """
+    return RescaledMethod(
+        Soft(), StraightThrough(1.0), Global(), make_schedule(schedule, begin, end)
+    )
+
+
+def st3_sigma(
+    *, sparsity: float, schedule: str | Schedule = "cubic", begin: int = 0, end: int | None = None
+) -> Method:
+    """ST-3 that ranks |w| sqrt(sum of the dimensions of its tensor).
+
+    Options and source as for `st3`.
+    """
+    return RescaledMethod(
+        Soft(), StraightThrough(1.0), Sigma(), make_schedule(schedule, begin, end)
+    )
+
+
+@dataclass(frozen=True)
+class RescaledMethod(Method):
+    """A `Method` whose kept weights are scaled up channel by channel."""
+
+    def attach(self, setting: Setting) -> Rescaled:
+        """See `AnyMethod`."""
+        return Rescaled(setting, self)
+
+
+class Rescaled(Scheduled):
+    """Per output channel, kept weights times 1.01 / (r + .01), with r their share of the sum |w|.
+
+    With r = (mean of |w| over kept weights, pruned ones as 0, + 1e-6) / (mean of |w| + 1e-6). The
+    factor is not differentiated.
+    """
+
+    @property
+    def identity(self) -> str:
+        """See `Reparametrization`."""
+        return f"rescaled {super().identity}"
+
+    def apply(
+        self, weights: LatentWeights, segments: Sequence[Segment]
+    ) -> tuple[list[Tensor], Tensor]:
+        """See `Thresholded`."""
+        images, total = super().apply(weights, segments)
+        for w, image in zip(weights.views, images, strict=True):
+            magnitude = w.abs().to(weights.wide).reshape(len(w), -1)
+            kept = (magnitude * (image != 0).reshape(len(w), -1)).mean(1)
+            share = (kept + 1e-6) / (magnitude.mean(1) + 1e-6)
+            # NaN or infinite weights leave their channel as it is.
+            factor = (1.01 / (share + 0.01)).nan_to_num_(nan=1.0)
+            image.mul_(factor.view(-1, *[1] * (image.dim() - 1)))
+        return images, total

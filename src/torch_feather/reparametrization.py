@@ -1,0 +1,157 @@
+"""What the engine asks of a method at work: u = R(w), and how gradients come back through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .latent import LatentWeights
+
+Rate = float | Tensor | None
+"""The optimizer's learning rate now; None where it has none."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a method is put to work: the model, its prunable weights by position, the target."""
+
+    model: nn.Module
+    names: Sequence[str]
+    weights: LatentWeights
+    sparsity: float
+    total_steps: int
+
+
+class Reparametrization:
+    """A method at work on one model. Subclasses say what the network sees of latent weights.
+
+    In one step the engine calls, in this order: `pull_back` for each gradient that arrives,
+    `complete` once all are there, then (the optimizer has stepped) `advance`, `refresh`, `images`.
+
+    All that outlives a step lies in fixed tensors on the device of the weights, which are written
+    in place, and nothing in a step is read by the host where `host.waits_for` the device: then a
+    step may be replayed as a captured graph. `refresh` and `images` depend on nothing but their
+    arguments and the state, so random numbers are drawn in `advance` and kept in the state.
+
+    Attributes:
+        state: what cannot be computed anew, by name: checkpoints hold it bit by bit, and it moves
+            with the weights. Entry i, along the first dimension or in the list, belongs to weight
+            tensor i.
+        learned: the names of those entries of `state` that are parameters of the method.
+        completes: whether `complete` has anything to do.
+        pulls_back: whether dL/dw, as far as a hook can say, differs from dL/du.
+        arrival: optimizer steps from which on exactly round(s N) weights are zero.
+    """
+
+    completes = False
+    pulls_back = False
+    arrival: int
+
+    def __init__(self, setting: Setting):
+        self.sparsity = setting.sparsity
+        self.total_steps = setting.total_steps
+        self.state: dict[str, Tensor | list[Tensor]] = {}
+        self.learned: tuple[str, ...] = ()
+
+    # What the network sees
+
+    @property
+    def identity(self) -> str:
+        """Tells this method and its options from others, in checkpoints."""
+        raise NotImplementedError
+
+    def reached(self, step: int) -> bool:
+        """Whether exactly round(s N) weights are zero after `step` steps, to stay so."""
+        return step >= self.arrival
+
+    def refresh(self, weights: LatentWeights, step: Tensor) -> None:
+        """Thresholds or masks become those of these latent weights after `step` steps."""
+        raise NotImplementedError
+
+    def images(self, weights: LatentWeights) -> tuple[list[Tensor], Tensor]:
+        """u of each weight tensor, new tensors laid out like them, and their sum.
+
+        At the thresholds or masks of the last `refresh`. The sum (0-dimensional) is not finite if
+        a weight is NaN.
+        """
+        raise NotImplementedError
+
+    def images_of(self, weights: LatentWeights, step: Tensor) -> list[Tensor]:
+        """u of other latent weights, laid out like the model's, without touching any state."""
+        raise NotImplementedError
+
+    def pruned(self, weights: LatentWeights, i: int) -> Tensor:
+        """Mask of the pruned weights of tensor i, shaped like it."""
+        raise NotImplementedError
+
+    def counts_pruned(self, weights: LatentWeights) -> Tensor:
+        """Pruned weights of each tensor, int64."""
+        return torch.stack([self.pruned(weights, i).sum() for i in range(len(weights.views))])
+
+    def own_counts_pruned(self, weights: LatentWeights) -> Tensor:
+        """What the method prunes by itself, without the last step that makes the count exact."""
+        return self.counts_pruned(weights)
+
+    def threshold(self, weights: LatentWeights, i: int) -> Tensor:
+        """The magnitude up to which weights of tensor i are pruned, 0-dimensional."""
+        raise NotImplementedError
+
+    # How gradients come back
+
+    def pull_back(self, weights: LatentWeights, i: int, gradient: Tensor, image: Tensor) -> Tensor:
+        """What is elementwise of dL/dw, given dL/du and u of tensor i; linear in the gradient."""
+        return gradient
+
+    def complete(
+        self, weights: LatentWeights, parameters: Sequence[nn.Parameter], scale: Tensor | None
+    ) -> None:
+        """Adds what needs all gradients of a step, once they are there.
+
+        Cross terms are added to `parameter.grad`, in place; the method's own parameters get their
+        `.grad`, penalties included.
+
+        Args:
+            weights: the latent weights w.
+            parameters: hold u, and in `.grad` (None: no gradient) what `pull_back` made.
+            scale: factor on these gradients that a fused optimizer is yet to divide by, 0-dim.
+                The gradients of the method's own parameters come without it.
+        """
+
+    def advance(
+        self, weights: LatentWeights, step: Tensor, rate: Rate, taken: bool | Tensor
+    ) -> None:
+        """The method's own parameters take their step, after the optimizer has.
+
+        Args:
+            weights: the latent weights, stepped.
+            step: optimizer steps taken, this one included.
+            rate: the optimizer's learning rate.
+            taken: whether the step was taken; a tensor where only the device knows (gradients
+                may then be infinite or NaN, and must leave no trace).
+        """
+
+    # The method's own parameters
+
+    def parameters(self) -> list[Tensor]:
+        """Those entries of the state that are learned."""
+        found: list[Tensor] = []
+        for name in self.learned:
+            entry = self.state[name]
+            found += [entry] if isinstance(entry, Tensor) else entry
+        return found
+
+    def forget_gradients(self) -> None:
+        """The gradients of the method's own parameters are void."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def move(self, weights: LatentWeights) -> None:
+        """The weights are now these, on another device or of another type."""
+        for name, entry in self.state.items():
+            if isinstance(entry, Tensor):
+                self.state[name] = entry.to(weights.device)
+            else:
+                self.state[name] = [tensor.to(weights.device) for tensor in entry]

@@ -1,0 +1,110 @@
+"""Methods with thresholds: an operator, a gradient rule, and cuts through the magnitudes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import host
+from .gradients import GradientRule
+from .latent import LatentWeights, Segment, renew
+from .operators import Operator
+from .reparametrization import Reparametrization, Setting
+from .schedules import make_table
+
+if TYPE_CHECKING:
+    from .methods.method import Method
+
+
+class Thresholded(Reparametrization):
+    """Weights below their cut are 0, the others what the operator makes of them."""
+
+    def __init__(self, setting: Setting, operator: Operator, gradient: GradientRule):
+        super().__init__(setting)
+        self.operator, self.gradient = operator, gradient
+        self.segments: list[Segment] = []
+
+    def cuts(self, weights: LatentWeights, step: Tensor) -> list[Segment]:
+        """The cuts through these latent weights after `step` steps; they cover all once."""
+        raise NotImplementedError
+
+    def apply(
+        self, weights: LatentWeights, segments: Sequence[Segment]
+    ) -> tuple[list[Tensor], Tensor]:
+        """The images of latent weights with these cuts, and their sum."""
+        return weights.images(segments, self.operator)
+
+    def refresh(self, weights: LatentWeights, step: Tensor) -> None:
+        """See `Reparametrization`."""
+        self.segments = renew(self.segments, self.cuts(weights, step))
+
+    def images(self, weights: LatentWeights) -> tuple[list[Tensor], Tensor]:
+        """See `Reparametrization`."""
+        return self.apply(weights, self.segments)
+
+    def images_of(self, weights: LatentWeights, step: Tensor) -> list[Tensor]:
+        """See `Reparametrization`."""
+        return self.apply(weights, self.cuts(weights, step))[0]
+
+    def pruned(self, weights: LatentWeights, i: int) -> Tensor:
+        """See `Reparametrization`."""
+        return weights.pruned(i, self.segments)
+
+    def threshold(self, weights: LatentWeights, i: int) -> Tensor:
+        """See `Reparametrization`."""
+        return weights.segment_of(i, self.segments).threshold
+
+    @property
+    def pulls_back(self) -> bool:  # type: ignore[override]
+        """See `Reparametrization`."""
+        return not self.gradient.is_identity
+
+    def pull_back(self, weights: LatentWeights, i: int, gradient: Tensor, image: Tensor) -> Tensor:
+        """A weight whose image is 0 is pruned, unless the cut is at 0: zero layers are to learn."""
+        value = weights.segment_of(i, self.segments).cut.value
+        if host.waits_for(value.device):
+            return torch.where(value > 0, self.gradient(gradient, image), gradient)
+        return self.gradient(gradient, image) if value > 0 else gradient
+
+    def move(self, weights: LatentWeights) -> None:
+        """See `Reparametrization`."""
+        super().move(weights)
+        self.segments = []
+
+
+class Scheduled(Thresholded):
+    """The four parts of a `Method` at work: the allocation finds cuts of the scheduled count."""
+
+    def __init__(self, setting: Setting, method: Method):
+        super().__init__(setting, method.operator, method.gradient)
+        self.method = method
+        self.allocation = method.allocation.fit(setting)
+        self.state = self.allocation.state
+        table = make_table(method.schedule, setting.total_steps)
+        self._table = table
+        self._schedule = torch.from_numpy(table * setting.sparsity).to(setting.weights.device)
+        self.arrival = int((table == 1).argmax())
+
+    @property
+    def identity(self) -> str:
+        """See `Reparametrization`."""
+        m = self.method
+        return f"{m.operator!r} {m.gradient!r} {m.allocation!r} {self._table.tobytes().hex()}"
+
+    def reached(self, step: int) -> bool:
+        """See `Reparametrization`."""
+        return bool(self._table[min(step, self.total_steps)] == 1)
+
+    def cuts(self, weights: LatentWeights, step: Tensor) -> list[Segment]:
+        """See `Thresholded`."""
+        # take, not an index: that would read the step on the host.
+        sparsity = self._schedule.take(step.clamp(max=self.total_steps))
+        return self.allocation.cuts(weights, sparsity)
+
+    def move(self, weights: LatentWeights) -> None:
+        """See `Reparametrization`."""
+        super().move(weights)
+        self._schedule = self._schedule.to(weights.device)
