@@ -114,13 +114,14 @@ def test_a_damaged_image_ends_in_one_line_that_names_it(folder, workers):
         list(batches)
 
 
-def test_workers_leave_interrupts_to_the_main_process(folder):
+@pytest.mark.parametrize("request_to_stop", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_requests_to_stop_to_the_main_process(folder, request_to_stop):
     expected = list(training(folder))
     ahead = training(folder, workers=2)
     batches = iter(ahead)
     given = [next(batches)]
     for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, request_to_stop)
     assert all(map(equal, [*given, *batches], expected))
 
 

@@ -111,7 +111,7 @@ class Decoder:
             persistent_workers=keep_workers and workers > 0,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the network's
-            worker_init_fn=_leave_interrupts,
+            worker_init_fn=_leave_requests,
         )
 
     def __call__(self, orders: list[Order]) -> Iterator[Tensor]:
@@ -147,6 +147,10 @@ class _Batches(TorchDataset[Tensor | DataError]):
             return error
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C reaches all processes; what to do about it is up to the main one."""
+def _leave_requests(worker: int) -> None:
+    """Ctrl-C and SIGTERM may reach all processes; what to do about it is up to the main one.
+
+    A second SIGTERM is obeyed: it may be the main process that ends a worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
