@@ -326,6 +326,20 @@ def adding(**more):
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_what_is_hidden_is_no_image_and_no_class(tmp_path, kind):
+    hidden = dict.fromkeys(
+        ("train/.checkpoints/1.png", "train/ape/.trash/1.png", "val/bee/._001.png"), png(0)
+    )
+    images = collection() | hidden
+    if kind == "folder":
+        path = write_folder(tmp_path / "images", images)
+    else:
+        path = write_tar(tmp_path / "images.tar", {f"./{n}": c for n, c in images.items()})
+    data = load_dataset(config(path), 0)
+    assert (data.classes, len(data.train), len(data.test)) == (3, 18, 9)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -106,12 +106,14 @@ def _to_files(
     )
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+def _is_image(*path: str) -> bool:
+    """By its name; what is hidden, or in a hidden folder, does not count."""
+    return path[-1].lower().endswith(SUFFIXES) and not any(s.startswith(".") for s in path)
 
 
 def _in_folder(root: Path, part: str) -> Iterator[tuple[str, Entry]]:
-    for folder, _, names in os.walk(root / part, followlinks=True):
+    for folder, folders, names in os.walk(root / part, followlinks=True):
+        folders[:] = [step for step in folders if not step.startswith(".")]
         inside = Path(folder).relative_to(root / part).parts
         for name in filter(_is_image, names):
             below = (*inside, name)
@@ -124,7 +126,7 @@ def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tup
     members = zip(index["names"], index["spans"].tolist(), index["classes"].tolist(), strict=True)
     for raw, (offset, size), number in members:
         name = os.fsdecode(raw)
-        path = tuple(step for step in name.split("/") if step != ".")
+        path = _steps(name)
         found = part or next((step for step in path[:-1] if step in PARTS), None)
         if found is None:
             continue
@@ -145,7 +147,7 @@ def _index(file: Path) -> dict[str, Any]:
                 stem, suffix = os.path.splitext(member.name)
                 if not member.isfile():
                     continue
-                if _is_image(os.path.basename(member.name)):
+                if _is_image(*_steps(member.name)):
                     names.append(member.name)
                     spans.append((member.offset_data, member.size))
                 elif suffix == ".cls" and (content := tar.extractfile(member)):
@@ -157,6 +159,10 @@ def _index(file: Path) -> dict[str, Any]:
         "spans": np.array(spans, dtype=np.int64).reshape(-1, 2),
         "classes": np.array([numbers.get(os.path.splitext(n)[0], -1) for n in names], np.int64),
     }
+
+
+def _steps(name: str) -> tuple[str, ...]:
+    return tuple(step for step in name.split("/") if step != ".")
 
 
 def _number(path: Path, content: bytes) -> int:
