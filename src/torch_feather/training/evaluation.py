@@ -17,18 +17,22 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     amp: bool = False,
     ranks: Ranks | None = None,
+    compiled: nn.Module | None = None,
 ) -> tuple[float, float]:
     """Mean cross-entropy and share of right answers, with the model in evaluation mode.
 
     With `ranks`, each has batches of its own, and the means are over the images of all.
+    `compiled`, the model compiled for one shape, is called on all batches but a smaller last one.
     """
-    training = model.training
+    training, size = model.training, 0
     model.eval()
     device = next(model.parameters()).device
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images
     for x, y in batches:
+        size = size or len(y)
+        network = compiled if compiled is not None and len(y) == size else model
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = model(x).float()
+            logits = network(x).float()
         totals[0] += F.cross_entropy(logits, y, reduction="sum")
         totals[1] += (logits.argmax(1) == y).sum()
         totals[2] += len(y)

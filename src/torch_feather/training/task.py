@@ -60,6 +60,8 @@ class Task:
         self.train_step = Step(
             self.model, self.optimizer, self.sparsifier, config, device, self.ranks
         )
+        # For evaluation: what wraps the model for several ranks would exchange at every batch.
+        self.compiled = torch.compile(self.model, dynamic=False) if config.system.compile else None
         # Without validation images the test images are looked at for the record: they choose
         # nothing, the last epoch counts.
         self.watched = "val" if len(data.validation) else "test"
@@ -164,7 +166,7 @@ class Task:
 
     def evaluate(self, images: Any) -> tuple[float, float]:
         """Loss and accuracy on images of an `eval_loader`."""
-        return evaluate(self.model, images, self.config.system.amp, self.ranks)
+        return evaluate(self.model, images, self.config.system.amp, self.ranks, self.compiled)
 
     def _consider(self, val_acc: float | None) -> None:
         """Keep this epoch if it is the best so far; denser ones before the target do not count."""
