@@ -60,17 +60,54 @@ class StopAt(Watch):
             signal.raise_signal(signal.SIGINT)
 
 
+class FailAt(Watch):
+    """What an observer raises ends the first process."""
+
+    def __init__(self, step):
+        self.left = step
+
+    def step(self, images):
+        self.left -= 1
+        if self.left == 0:
+            raise OSError("the disk went away")
+
+
+def fail(where):
+    """Make this process fail at a place, in its 5th step where that is one."""
+    from torch_feather.training import loop
+    from torch_feather.training.data import TrainLoader
+    from torch_feather.training.errors import DataError
+
+    def load_dataset(config, seed):
+        raise DataError("data went away")
+
+    def load(self, drawn, parts):
+        for i, part in enumerate(real(self, drawn, parts)):
+            if i == 4:
+                raise DataError("data went away")
+            yield part
+
+    if where == "data":
+        loop.load_dataset = load_dataset
+    else:
+        real, TrainLoader._load = TrainLoader._load, load
+
+
 PROCESS = """
+import os
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch_feather as feather
-from test_distributed import NETWORKS, StopAt
+from test_distributed import NETWORKS, FailAt, StopAt, fail
 from torch_feather.training import load_config, train
 
 feather.models._MODELS |= NETWORKS
-config, folder, stop = sys.argv[2:]
-train(load_config(Path(config)), folder, resume=True, watch=StopAt(int(stop)))
+config, folder, stop, failing, where = sys.argv[2:]
+watch = StopAt(int(stop))
+if failing == os.environ["RANK"]:
+    watch = FailAt(5) if where == "watch" else fail(where)
+train(load_config(Path(config)), folder, resume=True, watch=watch)
 """
 
 
@@ -85,15 +122,15 @@ def digits(**changes):
     return apply(resolve_config("digits"), usual | changes, "test")
 
 
-def together(config, folder, ranks=2, stop=0):
-    """Train with `ranks` processes; their exit codes and errors."""
+def together(config, folder, ranks=2, stop=0, failing=("", "")):
+    """Train with `ranks` processes, of which one may fail; their exit codes and errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     file = Path(folder).with_suffix(".yaml")
     file.write_text(to_yaml(config))
     here = str(Path(__file__).parent)
-    command = [sys.executable, "-c", PROCESS, here, str(file), str(folder), str(stop)]
+    command = [sys.executable, "-c", PROCESS, here, str(file), str(folder), str(stop), *failing]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -186,6 +223,15 @@ def test_an_error_of_the_first_process_ends_all(tmp_path):
     codes, errors = together(config, tmp_path / "run")
     assert all(codes)
     assert all("a resumed run keeps its settings; epochs was 1, not 3" in e for e in errors)
+
+
+@pytest.mark.parametrize(("rank", "where"), [(1, "data"), (1, "step"), (0, "watch")])
+def test_an_error_of_one_process_ends_all(tmp_path, rank, where):
+    codes, errors = together(digits(), tmp_path / "run", failing=(str(rank), where))
+    assert all(codes)
+    assert "went away" in errors[rank].splitlines()[-1]
+    others = "went away" if where == "data" else "RunError: another process of this run has ended"
+    assert others in errors[1 - rank].splitlines()[-1]
 
 
 def test_shares_cover_a_batch():

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .errors import RunError
+
 T = TypeVar("T")
 
 
@@ -74,15 +76,20 @@ class Ranks:
         return outcome[0]
 
     def one_after_another(self, action: Callable[[], T]) -> T:
-        """What `action` gives here; one rank per machine goes before the others, who find what it
-        left on disk.
+        """What `action` gives here; all raise what it raises on any rank.
+
+        One rank per machine goes before the others, who find what it left on disk.
         """
-        if self.count == 1 or self.local == 0:
-            result = action()
-        if self.count > 1:
-            dist.barrier()
-            if self.local > 0:
-                result = action()
+        result: Any = None
+        for turn in (True, False):
+            error = None
+            if (self.local == 0) is turn:
+                try:
+                    result = action()
+                except Exception as raised:
+                    error = raised
+            for first in filter(None, self.gather(error)):
+                raise first
         return result
 
     def same_buffers(self, model: nn.Module) -> None:
@@ -94,19 +101,25 @@ class Ranks:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks that `torchrun` started, or this process alone; may be nested."""
+    """The ranks that `torchrun` started, or this process alone; may be nested.
+
+    Raises:
+        RunError: another rank has ended, which makes every exchange with it fail.
+    """
     if dist.is_available() and dist.is_initialized():
         yield _ranks()
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("cpu:gloo,cuda:nccl")
-        else:
-            dist.init_process_group("gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         try:
             yield _ranks()
-        finally:
-            dist.destroy_process_group()
+        except RuntimeError as error:
+            if "by peer" not in str(error):  # Connection closed, or reset
+                raise
+            raise RunError(
+                "another process of this run has ended; its own message says why"
+            ) from None
+        # Not after an error: it would wait for ranks that are waiting for this one.
+        dist.destroy_process_group()
     else:
         yield Ranks()
 
