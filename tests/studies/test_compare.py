@@ -108,7 +108,10 @@ def test_the_plot_shows_every_run_in_the_panel_of_its_sparsity():
         for axes in panels
     ]
     assert dots == [[20.0, 30.0, 40.0], [30.0]]
-    assert [tick.get_text() for tick in panels[0].get_yticklabels()] == ["weak", "strong"]
+    assert [tick.get_text() for tick in panels[0].get_yticklabels()] == [
+        "weak  (n=2)",
+        "strong  (n=1)",
+    ]
 
 
 STUDY = [
