@@ -83,7 +83,10 @@ class Step:
                 (loss if share == 1 else loss * share).backward()
             self.loss_sum += loss.detach() * len(y)
         if self.options.clip is not None:
-            extra = self.sparsifier.parameters() if self.sparsifier else []
+            extra: list[Tensor] = []
+            if self.sparsifier is not None:
+                self.sparsifier.complete_gradients()
+                extra = self.sparsifier.parameters()
             nn.utils.clip_grad_norm_([*self.model.parameters(), *extra], self.options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -110,9 +113,14 @@ class Captured:
 
     def __init__(self, step: Step, device: torch.device, ranks: Ranks) -> None:
         if device.type != "cuda":
-            raise ConfigurationError(f"system.graph needs a CUDA device, this is {device}")
+            raise ConfigurationError(
+                f"system.graph needs a CUDA device, this is {device}; set it to false"
+            )
         if ranks.count > 1:
-            raise ConfigurationError("system.graph captures the steps of one process alone")
+            raise ConfigurationError(
+                "system.graph captures the steps of one process alone; set it to false, or start "
+                "one process"
+            )
         self.step = step
         self.lr = torch.zeros((), device=device)
         self.left = self.WARM_UP

@@ -1,0 +1,64 @@
+"""One training step."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import torch_feather as feather
+from torch_feather import models
+from torch_feather.training.config import Config, apply
+from torch_feather.training.data import Batch
+from torch_feather.training.distributed import Ranks
+from torch_feather.training.step import Step
+from torch_feather.training.task import make_optimizer
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+METHODS = ["dense", "feather", "gmp", "st3", "asl"]
+
+
+def make_step(method, device, **settings):
+    config = apply(Config(), {"method": method, "batch_size": 8} | settings, "test")
+    with device:
+        model = models.resnet8(10)
+    optimizer = make_optimizer(model, config.optimizer)
+    sparsifier = None
+    if method != "dense":
+        sparsifier = feather.sparsify(model, optimizer, method, sparsity=0.9, total_steps=10)
+    return Step(model, optimizer, sparsifier, config, device, Ranks())
+
+
+def make_batch(device):
+    return Batch(torch.randn(8, 3, 8, 8, device=device), torch.randint(10, (8,), device=device), 8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_never_makes_the_host_wait(without_gpu, monkeypatch, method):
+    """Tensors without data stand in for those of a GPU: what would read one raises."""
+
+    def backward(loss):  # autograd itself wants a device
+        assert loss.device.type == "cuda"
+        for p in step.model.parameters():
+            gradient = torch.randn_like(p)
+            for pull_back in (p._backward_hooks or {}).values():
+                gradient = pull_back(gradient)
+            p.grad = gradient if p.grad is None else p.grad + gradient
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        step = make_step(method, CUDA, **{"system.micro_batch": 3, "optimizer.clip": 3.0})
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        for _ in range(3):
+            step(make_batch(CUDA), 0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_clipping_sees_all_gradients_of_the_step(monkeypatch, method):
+    step, seen = make_step(method, CPU), []
+
+    def clip(parameters, largest):
+        seen.append([p.grad for p in parameters])
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    step(make_batch(CPU), 0.1)
+    own = len(step.sparsifier.parameters()) if step.sparsifier else 0
+    assert len(seen[0]) == len(list(step.model.parameters())) + own
+    assert all(gradient is not None for gradient in seen[0])
