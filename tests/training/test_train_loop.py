@@ -381,6 +381,13 @@ def test_global_switches_are_put_back(tmp_path):
         torch.set_num_threads(1)
 
 
+def test_a_method_that_counts_multiply_adds_gets_an_image_to_count_with(tmp_path):
+    biased = tiny(epochs=2, method="feather-flops", **{"options.gamma": 0.3})
+    results = [train(biased, tmp_path / "biased"), train(tiny(epochs=2), tmp_path / "plain")]
+    assert results[0]["report"]["zeros"] == results[1]["report"]["zeros"]
+    assert results[0]["macs"]["sparse"] < results[1]["macs"]["sparse"]
+
+
 def test_a_device_that_is_not_there_is_one_line():
     with pytest.raises(RunError, match="device 'tpu' cannot be used") as caught:
         loop.resolve_device("tpu")

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -95,7 +95,7 @@ def _train_one(
 @contextmanager
 def settings(system: SystemConfig, ranks: Ranks) -> Iterator[torch.device]:
     """PyTorch's global switches as a run wants them, put back afterwards; and its device."""
-    cudnn, memory = torch.backends.cudnn, torch.utils.deterministic
+    cudnn, memory = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
     before = (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),

@@ -14,6 +14,7 @@ import torch_feather as feather
 
 from .. import models
 from ..errors import ConfigurationError
+from ..methods import method_options
 from ..prunable import find_prunable
 from .checkpoint import RunDirectory, write_json
 from .config import DENSE, Config, OptimizerConfig
@@ -49,19 +50,24 @@ class Task:
         )
         self.sparsifier = None
         if config.method != DENSE:
+            options = dict(config.options)
+            if "example_input" in method_options(config.method):  # to count multiply-adds with
+                options.setdefault("example_input", self.example)
             self.sparsifier = feather.sparsify(
                 self.model,
                 self.optimizer,
                 config.method,
                 sparsity=config.sparsity,
                 total_steps=self.total_steps,
-                **config.options,
+                **options,
             )
         self.train_step = Step(
             self.model, self.optimizer, self.sparsifier, config, device, self.ranks
         )
         # For evaluation: what wraps the model for several ranks would exchange at every batch.
-        self.compiled = torch.compile(self.model, dynamic=False) if config.system.compile else None
+        self.compiled: nn.Module | None = None
+        if config.system.compile:
+            self.compiled = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
         # Without validation images the test images are looked at for the record: they choose
         # nothing, the last epoch counts.
         self.watched = "val" if len(data.validation) else "test"
