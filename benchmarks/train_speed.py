@@ -37,6 +37,7 @@ from torch_feather.training import resolve_config
 from torch_feather.training.config import Config, parse_assignments
 from torch_feather.training.data import Batch, Dataset, load_dataset
 from torch_feather.training.distributed import Ranks
+from torch_feather.training.loop import settings
 from torch_feather.training.provenance import provenance
 from torch_feather.training.task import Task, make_optimizer
 
@@ -57,12 +58,13 @@ class Trainer:
             yield from self.task.loader
 
     def train(self, steps: int) -> int:
-        """Take steps; the images they saw."""
+        """Take steps, under the settings of a run; the images they saw."""
         images = 0
-        for batch in itertools.islice(self.batches, steps):
-            self.task.train_step(batch, self.task.learning_rate(self.task.step))
-            self.task.step += 1
-            images += batch.total
+        with settings(self.task.config.system, self.task.ranks):
+            for batch in itertools.islice(self.batches, steps):
+                self.task.train_step(batch, self.task.learning_rate(self.task.step))
+                self.task.step += 1
+                images += batch.total
         return images
 
     def feed(self, steps: int) -> int:

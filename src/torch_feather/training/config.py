@@ -45,7 +45,9 @@ class DataConfig:
     shift: int = 4  # shift: crop of the image padded with this many pixels
     smallest_crop: float = 0.08  # resized: the least share of the image's area
     flip: bool = True  # mirror half of the images
-    center: float = 0.875  # imagefolder, evaluation: the share of the shorter side that is seen
+    # imagefolder, evaluation: the share of the shorter side that is seen; null: where training sees
+    # whole images (shift) all, else 0.875
+    center: float | None = None
     storage: str = "auto"  # imagefolder: memory (decoded once), stream (by workers), or auto
     drop_last: bool = False  # leave out an epoch's last, smaller batch
 
@@ -64,7 +66,9 @@ class DataConfig:
         _require(self.shift >= 0, f"data.shift must not be negative, got {self.shift}")
         for key in ("smallest_crop", "center"):
             share = getattr(self, key)
-            _require(0 < share <= 1, f"data.{key} is a share in (0, 1], got {share}")
+            _require(
+                share is None or 0 < share <= 1, f"data.{key} is a share in (0, 1], got {share}"
+            )
 
 
 @dataclass(frozen=True)

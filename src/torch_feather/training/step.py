@@ -99,8 +99,9 @@ class Step:
 
     def _alone(self, more: bool) -> AbstractContextManager[None]:
         """Gradients are exchanged once per step, with the last part."""
-        wrapped = isinstance(self.plain, DistributedDataParallel)
-        return self.plain.no_sync() if wrapped and more else nullcontext()
+        if more and isinstance(self.plain, DistributedDataParallel):
+            return self.plain.no_sync()
+        return nullcontext()
 
 
 class Captured:
@@ -141,16 +142,16 @@ class Captured:
                 self.step.run(batch)
             torch.cuda.current_stream().wait_stream(self.stream)
         else:
-            if self.graph is None:
-                self._capture(batch)
+            self.graph = self.graph or self._capture(batch)
             self.batch.x.copy_(batch.x)
             self.batch.y.copy_(batch.y)
             self.graph.replay()
 
-    def _capture(self, batch: Batch) -> None:
+    def _capture(self, batch: Batch) -> torch.cuda.CUDAGraph:
         """Record a step; nothing is computed, so no step is taken."""
         self.batch = Batch(batch.x.clone(), batch.y.clone(), batch.total)
-        self.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # Other threads, such as one that pins memory, may go on using the device.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.step.run(self.batch)
+        return graph

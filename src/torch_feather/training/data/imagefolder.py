@@ -47,7 +47,8 @@ def load_image_folder(config: DataConfig, seed: int) -> Dataset:
 
 def _center(config: DataConfig, resolution: int) -> Center:
     """What evaluation sees."""
-    return Center(round(resolution / config.center), resolution)
+    share = config.center or (0.875 if config.crop == "resized" else 1.0)
+    return Center(round(resolution / share), resolution)
 
 
 def _streamed(
