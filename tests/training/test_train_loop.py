@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import re
@@ -6,10 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import torch_feather as feather
+from torch_feather import cli
 from torch_feather.errors import ConfigurationError
 from torch_feather.training import loop
 from torch_feather.training.checkpoint import RunDirectory
@@ -251,6 +255,37 @@ def test_a_finished_run_is_only_read(finished):
 def test_resume_without_a_run_starts_one(finished, tmp_path):
     train(tiny(), tmp_path / "new", resume=True)
     assert results_of(tmp_path / "new") == results_of(finished[0])
+
+
+@pytest.mark.parametrize("storage", ["memory", "stream"])
+def test_a_run_on_an_image_folder_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys, storage):
+    monkeypatch.setenv("TORCH_FEATHER_CACHE", str(tmp_path / "cache"))
+    random = np.random.RandomState(0)
+    for part, i in itertools.product(("train", "val"), range(20)):
+        path = tmp_path / "images" / part / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.randint(0, 256, (12, 12, 3), dtype=np.uint8)).save(path)
+    config = tiny(
+        epochs=3,
+        batch_size=6,
+        sparsity=0.5,
+        data={
+            "name": "imagefolder",
+            "path": str(tmp_path / "images"),
+            "storage": storage,
+            "crop": "resized",
+            "resolution": 8,
+        },
+        system={"workers": 2, "micro_batch": 4},
+    )
+    results = train(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run", watch=StopAt(5))  # of 3 steps an epoch
+    train(config, tmp_path / "run", resume=True)
+    assert results_of(tmp_path / "run") == results_of(tmp_path / "whole")
+    cli.evaluate(tmp_path / "run", device="cpu")
+    accuracy = f"20 test images of imagefolder: accuracy {100 * results['test_accuracy']:.2f} %"
+    assert accuracy in capsys.readouterr().out
 
 
 class Scripted(Task):
