@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-from torch_feather.allocation import ERK
-from torch_feather.gradients import StraightThrough as StraightThroughRule
 from torch_feather.methods import Method
-from torch_feather.operators import Power
-from torch_feather.schedules import Cubic
 
 from .models import ModelCase
 
@@ -380,13 +376,15 @@ METHODS = {
         MethodCase("gmp", "gmp", UniformThreshold, sparsity=0.35,
                    reference_options={"p": math.inf, "theta": 0.0}),
         MethodCase("gmp-stem", "gmp", UniformThreshold,
-                   options={"dense_first": False, "every": 3, "end": 7},
+                   options={"allocation": "uniform", "every": 3, "end": 7},
                    reference_options={"dense_first": False, "every": 3, "end": 7, "p": math.inf,
                                       "theta": 0.0}),
         MethodCase("feather-gmp", "feather-gmp", UniformThreshold, sparsity=0.35,
                    options={"theta": 0.3}),
-        MethodCase("feather-erk", Method(Power(3.0), StraightThroughRule(1.0), ERK(), Cubic()),
-                   ERKThreshold, sparsity=0.7),
+        MethodCase("feather-uniform", "feather", UniformThreshold,
+                   options={"allocation": "uniform"}, reference_options={"dense_first": False}),
+        MethodCase("feather-erk", "feather", ERKThreshold, sparsity=0.7,
+                   options={"allocation": "erk"}, reference_options={}),
         MethodCase("feather-flops", "feather-flops", BiasedThreshold,
                    options={"costs": some_costs, "gamma": 0.7}),
         MethodCase("st3", "st3", RescaledThreshold),

@@ -9,11 +9,12 @@ from torch import nn
 
 import torch_feather as feather
 from torch_feather import ConfigurationError, StateError
-from torch_feather.allocation import ERK, FlopsBiased, Uniform
+from torch_feather.allocation import ERK, FlopsBiased, Global, Uniform
 from torch_feather.allocation.base import counts_of
 from torch_feather.gradients import StraightThrough
 from torch_feather.latent import LatentWeights
-from torch_feather.methods import Method, build_method
+from torch_feather.methods import METHODS, Method, build_method, method_options
+from torch_feather.methods.method import ALLOCATIONS
 from torch_feather.operators import Hard, Soft
 from torch_feather.schedules import Constant, Cubic, Stairs
 
@@ -33,11 +34,46 @@ def kept(model: nn.Module, names) -> list[int]:
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.123, 0.5, 0.8, 0.95])
 def test_uniform_layers_are_equally_sparse_and_the_total_is_exact(sparsity):
-    run = start("convnet", method="gmp", sparsity=sparsity, dense_first=False, schedule="constant")
+    run = start(
+        "convnet", method="gmp", sparsity=sparsity, allocation="uniform", schedule="constant"
+    )
     sizes = list(run.case.prunable.values())
     for left, size in zip(kept(run.model, run.case.prunable), sizes, strict=True):
         assert abs(left - (1 - sparsity) * size) < 1
     assert run.zeros() == round(sparsity * sum(sizes))
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("method", [m for m in METHODS if "allocation" in method_options(m)])
+def test_every_allocation_is_there_for_every_method_by_name_or_as_an_object(method, allocation):
+    options = {"method": method, "sparsity": 0.35, "schedule": "constant"}
+    named = start("convnet", allocation=allocation, **options)
+    given = start("convnet", allocation=ALLOCATIONS[allocation], **options)
+    assert named.zeros() == round(0.35 * 360)
+    assert_same(snapshot(named.train(0, 2))["masks"], snapshot(given.train(0, 2))["masks"])
+
+
+def test_a_bias_towards_few_multiply_adds_is_there_for_every_method():
+    costs = {name: 3.0 + i for i, name in enumerate(MODELS["convnet"].prunable)}
+    run = start("convnet", method="gmp", allocation=FlopsBiased(1.0, costs=costs))
+    assert run.train(0, TOTAL).zeros() == round(0.8 * 360)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"allocation": "erc"}, "'erc'.*'erk'"),
+        ({"allocation": "flops"}, r"FlopsBiased\("),
+        ({"allocation": 3}, "global, uniform"),
+        ({"allocation": ERK}, "global, uniform"),
+        ({"allocation": "erk", "min_density": 0.1}, "'erk'.*leave them out"),
+        ({"allocation": Global(0.1), "max_density": 0.9}, "Global object"),
+    ],
+    ids=str,
+)
+def test_an_allocation_that_cannot_be_is_an_error(options, words):
+    with pytest.raises(ConfigurationError, match=words):
+        build_method("feather", sparsity=0.8, **options)
 
 
 def test_a_dense_first_convolution_is_made_up_for():

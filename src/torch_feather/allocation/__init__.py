@@ -1,4 +1,8 @@
-"""Which threshold for which tensor: how a target is shared among the layers."""
+"""Which threshold for which tensor: how a target is shared among the layers.
+
+Methods with a schedule take them as `allocation=`, by name or as an object. Methods that learn
+their thresholds have a `Law` instead (`torch_feather.learned`).
+"""
 
 from .base import Allocation
 from .erk import ERK

@@ -34,7 +34,8 @@ class Uniform(Allocation):
             raise ConfigurationError(
                 f"sparsity={setting.sparsity} asks for {wanted} zeros, but only {most} of "
                 f"{setting.weights.size} weights are outside of the first convolution, which is to "
-                "stay dense. Prune it too (dense_first=False), or change the target."
+                "stay dense. Prune it too (allocation='uniform', which is "
+                "Uniform(dense_first=False)), or change the target."
             )
         return self
 

@@ -1,15 +1,15 @@
-"""Feather with the global pruning backbone."""
+"""Feather, by default with the global pruning backbone."""
 
 from __future__ import annotations
 
 import math
 
-from ..allocation import Global
+from ..allocation import Allocation
 from ..errors import ConfigurationError
 from ..gradients import StraightThrough
 from ..operators import Hard, Operator, Power
 from ..schedules import Schedule
-from .method import Method, make_schedule
+from .method import Method, make_allocation, make_schedule
 
 
 def feather(
@@ -17,6 +17,7 @@ def feather(
     sparsity: float,
     p: float = 3.0,
     theta: float | str = "auto",
+    allocation: str | Allocation = "global",
     schedule: str | Schedule = "cubic",
     begin: int = 0,
     end: int | None = None,
@@ -32,15 +33,18 @@ def feather(
         p: exponent of the threshold, >= 1; `math.inf` for the hard threshold.
         theta: factor on the gradient of pruned weights, in [0, 1]. 'auto': 0.5 where the final
             sparsity exceeds 0.95, else 1.
+        allocation: how the sparsity is shared among the layers: 'global' (the paper's), 'uniform',
+            'uniform-dense-first', 'erk', 'sigma', or an object of `torch_feather.allocation`.
         schedule: 'cubic' (the paper's), 'linear', 'constant', 'one-shot' (at step `begin`), or an
             object of `torch_feather.schedules`.
         begin, end: steps between which the sparsity rises; `end` defaults to half of training.
-        min_density, max_density: bounds on the share kept in each layer; the paper has none.
+        min_density, max_density: bounds on the share kept in each layer by 'global'; the paper
+            has none.
     """
     return Method(
         operator=power(p),
         gradient=scaled_gradient(theta, sparsity),
-        allocation=Global(min_density, max_density),
+        allocation=make_allocation(allocation, min_density, max_density),
         schedule=make_schedule(schedule, begin, end),
     )
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from ..allocation import Uniform
+from functools import partial
+
+from ..allocation import Allocation
 from ..gradients import Masked
 from ..operators import Hard
 from ..schedules import Schedule, Stairs
-from .feather import power, scaled_gradient
-from .method import Method, make_schedule
+from .feather import feather
+from .method import Method, make_allocation, make_schedule
 
 
 def gmp(
     *,
     sparsity: float,
     every: int = 1,
-    dense_first: bool = True,
+    allocation: str | Allocation = "uniform-dense-first",
     schedule: str | Schedule = "cubic",
     begin: int = 0,
     end: int | None = None,
@@ -27,42 +29,21 @@ def gmp(
         sparsity: final share of zeros in the whole network.
         every: steps between two changes of the sparsity. The mask follows the magnitudes at
             every step.
-        dense_first: the first convolution stays dense and the other layers make up for it, as in
-            Feather's experiments; False: it is pruned like the others.
+        allocation: as for `feather`. By default the first convolution stays dense and the other
+            layers make up for it, as in Feather's experiments; 'uniform' prunes it like them.
         schedule, begin, end: as for `feather`.
     """
     smooth = make_schedule(schedule, begin, end)
     return Method(
         operator=Hard(),
         gradient=Masked(),
-        allocation=Uniform(dense_first),
+        allocation=make_allocation(allocation),
         schedule=smooth if every == 1 else Stairs(smooth, every),
     )
 
 
-def feather_gmp(
-    *,
-    sparsity: float,
-    p: float = 3.0,
-    theta: float | str = "auto",
-    dense_first: bool = True,
-    schedule: str | Schedule = "cubic",
-    begin: int = 0,
-    end: int | None = None,
-) -> Method:
-    """Feather with the layer-wise uniform backbone.
+feather_gmp = partial(feather, allocation="uniform-dense-first")
+feather_gmp.__doc__ = """Feather layer by layer, the first convolution dense: other defaults.
 
-    Source: the Feather supplement, section 4.
-
-    Args:
-        sparsity: final share of zeros in the whole network.
-        p, theta: as for `feather`.
-        dense_first: as for `gmp`.
-        schedule, begin, end: as for `feather`.
-    """
-    return Method(
-        operator=power(p),
-        gradient=scaled_gradient(theta, sparsity),
-        allocation=Uniform(dense_first),
-        schedule=make_schedule(schedule, begin, end),
-    )
+Source: the Feather supplement, section 4.
+"""

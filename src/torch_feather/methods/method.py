@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..allocation import Allocation
+from ..allocation import ERK, Allocation, Global, Sigma, Uniform
 from ..errors import ConfigurationError, nearest
 from ..gradients import GradientRule
 from ..operators import Operator
@@ -37,6 +37,37 @@ class AnyMethod(Protocol):
         Raises:
             ConfigurationError: it cannot be; the message says why and what to do.
         """
+
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "global": Global(),
+    "uniform": Uniform(),
+    "uniform-dense-first": Uniform(dense_first=True),
+    "erk": ERK(),
+    "sigma": Sigma(),
+}
+
+
+def make_allocation(
+    allocation: str | Allocation, min_density: float = 0.0, max_density: float = 1.0
+) -> Allocation:
+    """An allocation by name, or the object itself; the bounds are those of `Global`."""
+    if allocation == "global":
+        return Global(min_density, max_density)
+    if (min_density, max_density) != (0.0, 1.0):
+        raise ConfigurationError(
+            f"min_density and max_density belong to allocation='global', not to {allocation!r}; "
+            "leave them out, or set them on a Global object."
+        )
+    if isinstance(allocation, Allocation):
+        return allocation
+    if allocation not in ALLOCATIONS:
+        raise ConfigurationError(
+            f"There is no allocation {allocation!r}{nearest(str(allocation), ALLOCATIONS)} There "
+            f"are: {', '.join(ALLOCATIONS)}, or any object of torch_feather.allocation, such as "
+            "FlopsBiased(gamma=0.5, example_input=x)."
+        )
+    return ALLOCATIONS[allocation]
 
 
 SCHEDULES = ("cubic", "linear", "constant", "one-shot")

@@ -4,46 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
-from ..allocation import Global, Sigma
+from ..allocation import Allocation
 from ..gradients import StraightThrough
 from ..latent import LatentWeights, Segment
 from ..operators import Soft
 from ..reparametrization import Setting
 from ..schedules import Schedule
 from ..thresholded import Scheduled
-from .method import Method, make_schedule
+from .method import Method, make_allocation, make_schedule
 
 
 def st3(
-    *, sparsity: float, schedule: str | Schedule = "cubic", begin: int = 0, end: int | None = None
+    *,
+    sparsity: float,
+    allocation: str | Allocation = "global",
+    schedule: str | Schedule = "cubic",
+    begin: int = 0,
+    end: int | None = None,
 ) -> Method:
-    """Soft threshold, rescaled per output channel, straight-through; one global threshold.
+    """Soft threshold, rescaled per output channel, straight-through.
 
     Source: Vanderschueren and De Vleeschouwer (WACV 2023). Their sparsity rises from epoch 5 on:
     set `begin` to its steps.
 
     Args:
         sparsity: final share of zeros.
-        schedule, begin, end: as for `feather`.
+        allocation, schedule, begin, end: as for `feather`.
     """
     return RescaledMethod(
-        Soft(), StraightThrough(1.0), Global(), make_schedule(schedule, begin, end)
+        operator=Soft(),
+        gradient=StraightThrough(1.0),
+        allocation=make_allocation(allocation),
+        schedule=make_schedule(schedule, begin, end),
     )
 
 
-def st3_sigma(
-    *, sparsity: float, schedule: str | Schedule = "cubic", begin: int = 0, end: int | None = None
-) -> Method:
-    """ST-3 that ranks |w| sqrt(sum of the dimensions of its tensor).
-
-    Options and source as for `st3`.
-    """
-    return RescaledMethod(
-        Soft(), StraightThrough(1.0), Sigma(), make_schedule(schedule, begin, end)
-    )
+st3_sigma = partial(st3, allocation="sigma")
+st3_sigma.__doc__ = """ST-3 that ranks |w| sqrt(sum of the dimensions of its tensor)."""
 
 
 @dataclass(frozen=True)
