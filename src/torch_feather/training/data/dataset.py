@@ -26,6 +26,11 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def resolution(self) -> int:
+        """Rows of an image: of a square one, pixels a side."""
+        return self.pixels.shape[1]
+
     def take(self, index: np.ndarray) -> Images:
         """The images at `index`, in that order."""
         chosen = torch.from_numpy(index)

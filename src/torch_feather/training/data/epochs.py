@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import DataConfig
 from ..errors import DataError
+from .dataset import Dataset
+from .normalize import Normalize
 
 
 class Batch(NamedTuple):
@@ -39,13 +42,32 @@ class Epochs(ABC):
     """
 
     def __init__(
-        self, count: int, batch_size: int, drop_last: bool, seed: int, rank: int, ranks: int
+        self,
+        data: Dataset,
+        config: DataConfig,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        channels_last: bool = True,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
-        self.count, self.batch_size = count, batch_size
+        self.config = config
+        self.count, self.batch_size = len(data.train), batch_size
         self.rank, self.ranks = rank, ranks
-        self.batches = count // batch_size if drop_last else -(-count // batch_size)
+        self.batches = self.count // batch_size
+        if not config.drop_last and self.count % batch_size:
+            self.batches += 1
         if self.batches == 0:
-            raise DataError(f"{count} training images fill no batch of {batch_size}")
+            raise DataError(
+                f"{self.count} training images fill no batch of {batch_size}; choose a smaller "
+                "batch_size, or set data.drop_last to false"
+            )
+        size = data.train.resolution
+        if config.crop == "shift" and config.shift >= size:
+            raise DataError(f"data.shift {config.shift} moves all of {size} pixels away")
+        self.labels = data.train.labels.to(device)
+        self.normalize = Normalize(data.mean, data.std, device, channels_last)
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch_start = self.generator.get_state()
         self.position = 0

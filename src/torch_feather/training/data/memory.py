@@ -7,13 +7,13 @@ each by its own random numbers, or a gather and two matrix products that crop an
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import DataConfig
-from ..errors import DataError
 from .crops import DRAWS, random_boxes, resize_boxes
 from .dataset import Dataset, Images
 from .epochs import Epochs, share
@@ -30,23 +30,15 @@ class TrainLoader(Epochs):
         batch_size: int,
         seed: int,
         device: torch.device,
-        channels_last: bool = True,
-        rank: int = 0,
-        ranks: int = 1,
+        **options: Any,
     ) -> None:
         assert isinstance(data.train, Images)
-        super().__init__(len(data.train), batch_size, config.drop_last, seed, rank, ranks)
-        self.config = config
-        self.size = data.train.pixels.shape[1]
-        self.resolution = data.test.first().shape[1]
+        super().__init__(data, config, batch_size, seed, device, **options)
+        self.size, self.resolution = data.train.resolution, data.test.resolution
         pixels = data.train.pixels
         if config.crop == "shift":
-            if config.shift >= self.size:
-                raise DataError(f"data.shift {config.shift} moves all of {self.size} pixels away")
             pixels = F.pad(pixels, (0, 0, *[config.shift] * 4))
         self.pixels = pixels.to(device)
-        self.labels = data.train.labels.to(device)
-        self.normalize = Normalize(data.mean, data.std, device, channels_last)
 
     def _draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """Order, places of the crops, and which images are mirrored."""

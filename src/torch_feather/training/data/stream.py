@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,19 +35,12 @@ class StreamTrainLoader(Epochs):
         batch_size: int,
         seed: int,
         device: torch.device,
-        channels_last: bool = True,
-        rank: int = 0,
-        ranks: int = 1,
         workers: int = 0,
+        **options: Any,
     ) -> None:
         assert isinstance(data.train, EncodedImages)
-        super().__init__(len(data.train), batch_size, config.drop_last, seed, rank, ranks)
-        size = data.train.resolution
-        if config.crop == "shift" and config.shift >= size:
-            raise DataError(f"data.shift {config.shift} moves all of {size} pixels away")
+        super().__init__(data, config, batch_size, seed, device, **options)
         self.decoder = Decoder(data.train, workers, device, keep_workers=True)
-        self.labels = data.train.labels.to(device)
-        self.normalize = Normalize(data.mean, data.std, device, channels_last)
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         order = torch.randperm(self.count, generator=self.generator)
