@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from torch_feather import available_methods
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 # The interface of the official implementation, with the crudest pruning behind it.
@@ -73,12 +75,37 @@ def test_a_run_records_every_contestant(step_overhead, tmp_path, monkeypatch, ca
     assert all(len(samples) == 3 for samples in run["samples_ms"].values())
     assert run["contestants"]["dense"]["ratio"] == 1.0
     for engine in run["engine"].values():
-        assert set(engine["ms"]) == {"before_step", "capture", "after_step", "pull_back"}
-        assert set(engine["parts_ms"]) == {"select", "image", "copy", "checks"}
+        assert set(engine["ms"]) == {
+            "complete", "before_step", "capture", "after_step", "pull_back"
+        }  # fmt: skip
+        assert set(engine["parts_ms"]) == {"refresh", "image", "copy", "checks"}
         assert engine["memory"]["latent"] == engine["memory"]["weights"] == 4 * run["prunable"]
     printed = capsys.readouterr().out
     assert "a trial, not a measurement" in printed
     assert "feather, θ 0.5" in printed
+
+
+def test_every_method_is_measured_once(step_overhead, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step_overhead, "CACHES", 1 << 16)
+    monkeypatch.setattr(step_overhead, "ENGINE_REPEATS", 1)
+    monkeypatch.setattr(step_overhead, "METHOD_LIMITS", {("resnet8", 2): 1.1})
+    file = tmp_path / "overhead.json"
+    command = "--method all --network resnet8 --batch 2 --size 8 --steps 2 --threads 1 --json"
+    step_overhead.main([*command.split(), str(file)])
+    (run,) = json.loads(file.read_text())["runs"]
+    names = [name.split(",")[0] for name in run["contestants"]]
+    assert names == ["dense", "control", *available_methods()]
+    assert set(run["engine"]) == set(run["contestants"]) - {"dense", "control"}
+    table = capsys.readouterr().out.split("engine ms\n")[-1].splitlines()
+    assert len(table) == len(available_methods()) - 1  # feather's limits are on other networks
+
+
+def test_what_is_promised(step_overhead):
+    assert step_overhead.limit("feather", "resnet20", 128, 1.0) == 1.03
+    assert step_overhead.limit("feather", "resnet8", 128, 1.0) is None
+    assert step_overhead.limit("gmp", "resnet20", 128, None) == 1.1
+    assert step_overhead.limit("spartan", "resnet20", 128, None) == 1.3
+    assert step_overhead.limit("gmp", "resnet20", 16, None) is None
 
 
 @pytest.mark.parametrize("at", ["end", "ramp"])
