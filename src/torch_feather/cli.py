@@ -312,9 +312,12 @@ def compare(
         else:
             accuracy = 100 * outcome.rows[name]["test_accuracy"]
             console.print(f"{len(outcome.rows)}/{len(grid)} {name}: {accuracy:.2f} %")
-            comparison.write(list(outcome.rows.values()), out, command)
+            if name not in old:
+                comparison.write(list(outcome.rows.values()), out, command)
 
-    outcome = train_all(grid, runs or out / "runs", jobs=jobs, minutes=minutes, done=done)
+    folder = runs or out / "runs"
+    old = {run.name for run in grid if (folder / run.name / "report.json").exists()}
+    outcome = train_all(grid, folder, jobs=jobs, minutes=minutes, done=done)
     if outcome.rows:
         comparison.write(list(outcome.rows.values()), out, command)
         typer.echo(comparison.table(list(outcome.rows.values()), command))

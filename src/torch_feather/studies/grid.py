@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import FeatherError
 from ..training import Config, train
 from ..training.checkpoint import RunDirectory
+from ..training.config import DENSE
 from ..training.errors import Interrupted
 
 Row = dict[str, Any]
@@ -92,11 +93,12 @@ def train_all(
 
 def _train(run: Run, folder: Path, deadline: float | None) -> Row | None:
     directory = RunDirectory(folder / run.name)
-    finished = directory.report_file.exists()
-    if not finished and deadline is not None and time.time() > deadline:
+    if directory.report_file.exists():
+        directory.begin(run.config, resume=True)  # is it this run?
+        return row_of(directory.read_report(), directory.read_metrics())
+    if deadline is not None and time.time() > deadline:
         return None
-    results = train(run.config, directory.path, resume=True)
-    return row_of(results, directory.read_metrics())
+    return row_of(train(run.config, directory.path, resume=True), directory.read_metrics())
 
 
 def row_of(results: Row, metrics: Sequence[Row]) -> Row:
@@ -105,7 +107,7 @@ def row_of(results: Row, metrics: Sequence[Row]) -> Row:
     curve = ("epoch", "train_loss", "val_acc", "test_acc", "sparsity")
     return {
         **{key: results[key] for key in ("network", "data", "method", "seed", "epochs")},
-        "sparsity": results["target_sparsity"],
+        "sparsity": 0.0 if results["method"] == DENSE else results["target_sparsity"],
         "own_sparsity": results.get("own_sparsity"),
         **{key: results[key] for key in ("test_accuracy", "test_loss", "train_loss")},
         "weights": report["weights"],
