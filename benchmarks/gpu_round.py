@@ -57,10 +57,12 @@ def parts(args: argparse.Namespace) -> dict[str, tuple[float, list[str]]]:
         ),
         "accuracy": (
             args.minutes,
-            [script("accuracy"), "--recipe", "cifar100", *data, "--sparsity", "0.9", "0.95",
-             "0.98", "0.99", "0.995", "--set", *FASTEST, "--jobs", str(args.jobs),
-             "--minutes", str(0.7 * args.minutes), "--out", str(args.runs),
-             "--results", str(args.out / "cifar100")],
+            ["-m", "torch_feather.cli", "study", "compare", "--recipe", "cifar100", *data,
+             "--methods", "dense,feather,hard-ste,soft-ste",
+             "--sparsity", "0.9,0.95,0.98,0.99,0.995", "--seeds", "0,1,2",
+             *(word for setting in FASTEST for word in ("--set", setting)),
+             "--jobs", str(args.jobs), "--minutes", str(0.7 * args.minutes),
+             "--runs", str(args.runs), "--out", str(args.out / "cifar100")],
         ),
     }  # fmt: skip
 

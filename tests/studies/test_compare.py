@@ -76,6 +76,7 @@ def row(method, sparsity, seed, accuracy):
         "epochs": 3,
         "network": "net",
         "data": "images",
+        "curve": {"train_loss": [2.0, 1.0 - accuracy]},
         "commit": "0123456789abc",
         "versions": {"torch": "2"},
         "hardware": {"cpu": "a cpu", "threads": 1},
@@ -112,6 +113,14 @@ def test_the_plot_shows_every_run_in_the_panel_of_its_sparsity():
         "weak  (n=2)",
         "strong  (n=1)",
     ]
+
+
+def test_the_curves_are_means_over_seeds():
+    accuracy, loss = compare.curves(ROWS).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in loss.lines}
+    assert lines == {"strong": [2.0, 0.7]}  # at the highest sparsity
+    heights = {tuple(bar.lines[0].get_ydata()) for bar in accuracy.containers}
+    assert heights == {(40.0, 30.0), (25.0,)}
 
 
 STUDY = [

@@ -118,13 +118,51 @@ def plot(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+# Of Okabe and Ito, for all kinds of colour vision; line styles tell the second round apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":")
+
+
+def curves(rows: Sequence[Row]) -> Figure:
+    """Accuracy over sparsity, with the deviation over seeds; training loss at the highest one."""
+    groups = group(row for row in rows if row["method"] != DENSE)
+    methods = list(dict.fromkeys(method for method, _ in reversed(groups)))[::-1]
+    sparsities = sorted({sparsity for _, sparsity in groups})
+    dense = [row for row in rows if row["method"] == DENSE]
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, method in enumerate(methods):
+        look = {"color": COLOURS[i % 7], "linestyle": STYLES[i // 7 % 3]}
+        places = [x for x, s in enumerate(sparsities) if (method, s) in groups]
+        found = [groups[method, sparsities[x]] for x in places]
+        spreads = [
+            statistics.stdev([100 * r["test_accuracy"] for r in mine]) if len(mine) > 1 else 0.0
+            for mine in found
+        ]
+        left.errorbar(places, [mean(f) for f in found], spreads, capsize=3, label=method, **look)
+        if highest := groups.get((method, sparsities[-1])):
+            losses = [row["curve"]["train_loss"] for row in highest]
+            means = [statistics.mean(values) for values in zip(*losses, strict=True)]
+            right.plot(range(1, len(means) + 1), means, label=method, **look)
+    if dense:
+        left.axhline(mean(dense), color=GREY, linestyle="--", linewidth=1)
+        left.annotate("dense", (0, mean(dense)), va="bottom", color=GREY, fontsize=9)
+    left.set_xticks(range(len(sparsities)), [f"{100 * s:g} %" for s in sparsities])
+    left.set(xlabel="sparsity", ylabel="test accuracy, % (bars: deviation over seeds)")
+    right.set(xlabel="epoch", ylabel=f"training loss at {100 * sparsities[-1]:g} % (mean)")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def write(rows: Sequence[Row], out: Path, command: str) -> None:
-    """runs.json, table.md, compare.png and compare.svg."""
+    """runs.json, table.md; compare and curves, as PNG and SVG."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "runs.json", list(rows))
     text = table(rows, command)
     write_atomically(out / "table.md", lambda file: file.write(text.encode()))
     if any(row["method"] != DENSE for row in rows):
-        figure = plot(rows)
-        for kind in ("png", "svg"):
-            figure.savefig(out / f"compare.{kind}", dpi=150)
+        for name, figure in (("compare", plot(rows)), ("curves", curves(rows))):
+            for kind in ("png", "svg"):
+                figure.savefig(out / f"{name}.{kind}", dpi=150)
