@@ -46,7 +46,7 @@ class Scaled(Allocation):
 
 @dataclass(frozen=True)
 class Sigma(Allocation):
-    """Ranks |w| sqrt(sum of the dimensions of its tensor), so that small layers keep more.
+    """Ranks |w| sqrt(sum of the dimensions of its tensor), so that large layers keep more.
 
     Source: ST-3 (Vanderschueren and De Vleeschouwer, WACV 2023), variant sigma.
     """
