@@ -22,8 +22,9 @@ from .inner import Momentum
 from .latent import LatentWeights, Segment, copy_all
 from .operators import Operator
 from .reparametrization import Rate, Setting
+from .schedules import Schedule
 from .selection import Cut, select
-from .thresholded import Thresholded
+from .thresholded import Thresholded, Timetable
 
 
 class Law(Protocol):
@@ -35,14 +36,22 @@ class Law(Protocol):
     def thresholds(self, r: Tensor, weights: LatentWeights) -> tuple[Tensor, Tensor]:
         """tau >= 0 and d tau / d r, each of the shape of r, (number of tensors,)."""
 
-    def penalty(self, r: Tensor, weights: LatentWeights, dense: Tensor, sparsity: float) -> Tensor:
+    def penalty(
+        self,
+        r: Tensor,
+        weights: LatentWeights,
+        images: Sequence[Tensor],
+        dense: Tensor,
+        sparsity: Tensor,
+    ) -> Tensor:
         """The gradient in r of what the method adds to the loss, of the shape of r.
 
         Args:
             r: the parameters.
             weights: the latent weights; `sizes` has their counts.
+            images: u of each tensor, 0 where a weight is pruned.
             dense: mask of the tensors that stay dense, where r means nothing.
-            sparsity: the target.
+            sparsity: wanted now, 0-dimensional float64.
         """
 
 
@@ -54,6 +63,7 @@ class LearnedMethod:
         operator, gradient: as for `Method`.
         law: what the learned parameters mean, and their penalty.
         optimizer: how they step.
+        schedule: the sparsity that is wanted over time.
         dense_below: tensors of fewer weights than this stay dense.
     """
 
@@ -61,6 +71,7 @@ class LearnedMethod:
     gradient: GradientRule
     law: Law
     optimizer: Momentum
+    schedule: Schedule
     dense_below: int = 0
 
     def attach(self, setting: Setting) -> LearnedThresholds:
@@ -69,15 +80,17 @@ class LearnedMethod:
 
 
 class _Solved(NamedTuple):
-    """What a `refresh` finds: thresholds, their derivative, and the cut through |w| / tau."""
+    """What a `refresh` finds: the sparsity wanted now, thresholds, their derivative in r, and the
+    cut through |w| / tau."""
 
+    wanted: Tensor
     tau: Tensor
     slope: Tensor
     scale: Tensor
     cut: Cut
 
     def tensors(self) -> list[Tensor]:
-        return [self.tau, self.slope, self.scale, *self.cut]
+        return [*self[:-1], *self.cut]
 
     def segments(self, weights: LatentWeights) -> list[Segment]:
         pairs = zip(weights.spans, self.scale, strict=True)
@@ -105,15 +118,17 @@ class LearnedThresholds(Thresholded):
         r += method.law.start(weights, setting.sparsity)
         self.state = {"threshold": r, "threshold_velocity": torch.zeros_like(r)}
         self.learned = ("threshold",)
+        self.timetable = Timetable(method.schedule, setting)
         self._solved: _Solved | None = None
 
     @property
     def identity(self) -> str:
         """See `Reparametrization`."""
-        return repr(self.method)
+        return f"{self.method!r} {self.timetable.identity}"
 
     @property
-    def _r(self) -> Tensor:
+    def r(self) -> Tensor:
+        """The learned parameters, one for each weight tensor."""
         r = self.state["threshold"]
         assert isinstance(r, Tensor)
         return r
@@ -134,22 +149,27 @@ class LearnedThresholds(Thresholded):
         return self._solve(weights, step).segments(weights)
 
     def _solve(self, weights: LatentWeights, step: Tensor) -> _Solved:
-        tau, slope = self.method.law.thresholds(self._r, weights)
-        scale = 1 / tau.clamp_min(torch.finfo(weights.wide).tiny)
-        scale = scale.masked_fill(self._is_dense(weights), torch.inf).to(weights.wide)
-        k = round(self.sparsity * weights.size)
+        tau, slope = self.method.law.thresholds(self.r, weights)
+        wanted, scale = self.timetable.at(step), self.scale(tau, weights)
         own = _own_cut(weights)
         if host.waits_for(weights.device):
-            exact = self._exact(weights, scale, torch.full_like(step, k))
+            exact = self.cut_at(wanted, scale, weights)
             done = step >= self.total_steps
             cut = Cut(*(torch.where(done, a, b) for a, b in zip(exact, own, strict=True)))
         elif step >= self.total_steps:
-            cut = self._exact(weights, scale, torch.tensor(k))
+            cut = self.cut_at(wanted, scale, weights)
         else:
             cut = own
-        return _Solved(tau, slope, scale, cut)
+        return _Solved(wanted, tau, slope, scale, cut)
 
-    def _exact(self, weights: LatentWeights, scale: Tensor, k: Tensor) -> Cut:
+    def scale(self, tau: Tensor, weights: LatentWeights) -> Tensor:
+        """1 / tau, by which magnitudes are ranked; infinite where a tensor stays dense."""
+        scale = 1 / tau.clamp_min(torch.finfo(weights.wide).tiny)
+        return scale.masked_fill(self._is_dense(weights), torch.inf).to(weights.wide)
+
+    def cut_at(self, sparsity: Tensor, scale: Tensor, weights: LatentWeights) -> Cut:
+        """The cut that prunes exactly the lowest round(s N) of |w| times scale."""
+        k = (sparsity * weights.size).round().long()
         return select(partial(weights.scores, list(scale)), k)
 
     def _is_dense(self, weights: LatentWeights) -> Tensor:
@@ -178,20 +198,21 @@ class LearnedThresholds(Thresholded):
         is the true derivative. Source: ASL's gradient is the case u = w on kept weights.
         """
         assert self._solved is not None
-        tau, slope = self._solved.tau, self._solved.slope
+        wanted, tau, slope, *_ = self._solved
+        images = [parameter.detach() for parameter in parameters]
         sums = []
-        for parameter, w in zip(parameters, weights.views, strict=True):
+        for parameter, image, w in zip(parameters, images, weights.views, strict=True):
             if parameter.grad is None:
                 sums.append(tau.new_zeros(()))
             else:
-                change = parameter.detach().to(weights.wide) - w
+                change = image.to(weights.wide) - w
                 sums.append((change * parameter.grad).sum(dtype=weights.wide))
         gradient = torch.stack(sums) * torch.where(tau > 0, slope / tau, 0.0)
         if scale is not None:
             gradient /= scale
         dense = self._is_dense(weights)
-        gradient += self.method.law.penalty(self._r, weights, dense, self.sparsity)
-        self._r.grad = gradient.masked_fill(dense, 0.0).to(self._r.dtype)
+        gradient += self.method.law.penalty(self.r, weights, images, dense, wanted)
+        self.r.grad = gradient.masked_fill(dense, 0.0).to(self.r.dtype)
 
     def advance(
         self, weights: LatentWeights, step: Tensor, rate: Rate, taken: bool | Tensor
@@ -199,11 +220,12 @@ class LearnedThresholds(Thresholded):
         """See `Reparametrization`."""
         velocity = self.state["threshold_velocity"]
         assert isinstance(velocity, Tensor)
-        self.method.optimizer.step(self._r, velocity, rate, taken)
+        self.method.optimizer.step(self.r, velocity, rate, taken)
 
     def move(self, weights: LatentWeights) -> None:
         """See `Reparametrization`."""
         super().move(weights)
+        self.timetable.move(weights.device)
         self._solved = None
 
 

@@ -13,7 +13,7 @@ from .gradients import GradientRule
 from .latent import LatentWeights, Segment, renew
 from .operators import Operator
 from .reparametrization import Reparametrization, Setting
-from .schedules import make_table
+from .schedules import Schedule, make_table
 
 if TYPE_CHECKING:
     from .methods.method import Method
@@ -75,6 +75,33 @@ class Thresholded(Reparametrization):
         self.segments = []
 
 
+class Timetable:
+    """The sparsity that is wanted after each step, where the weights are.
+
+    Attributes:
+        shares: of the target, as the schedule's table has them (on the host).
+    """
+
+    def __init__(self, schedule: Schedule, setting: Setting):
+        self.shares = make_table(schedule, setting.total_steps)
+        self._sparsities = torch.from_numpy(self.shares * setting.sparsity)
+        self.move(setting.weights.device)
+
+    @property
+    def identity(self) -> str:
+        """Tells it from others, in checkpoints."""
+        return self.shares.tobytes().hex()
+
+    def at(self, step: Tensor) -> Tensor:
+        """The sparsity after `step` steps, 0-dimensional float64; it stays at its last value."""
+        # take, not an index: that would read the step on the host.
+        return self._sparsities.take(step.clamp(max=len(self.shares) - 1))
+
+    def move(self, device: torch.device) -> None:
+        """The weights are now there."""
+        self._sparsities = self._sparsities.to(device)
+
+
 class Scheduled(Thresholded):
     """The four parts of a `Method` at work: the allocation finds cuts of the scheduled count."""
 
@@ -83,28 +110,24 @@ class Scheduled(Thresholded):
         self.method = method
         self.allocation = method.allocation.fit(setting)
         self.state = self.allocation.state
-        table = make_table(method.schedule, setting.total_steps)
-        self._table = table
-        self._schedule = torch.from_numpy(table * setting.sparsity).to(setting.weights.device)
-        self.arrival = int((table == 1).argmax())
+        self.timetable = Timetable(method.schedule, setting)
+        self.arrival = int((self.timetable.shares == 1).argmax())
 
     @property
     def identity(self) -> str:
         """See `Reparametrization`."""
         m = self.method
-        return f"{m.operator!r} {m.gradient!r} {m.allocation!r} {self._table.tobytes().hex()}"
+        return f"{m.operator!r} {m.gradient!r} {m.allocation!r} {self.timetable.identity}"
 
     def reached(self, step: int) -> bool:
         """See `Reparametrization`."""
-        return bool(self._table[min(step, self.total_steps)] == 1)
+        return bool(self.timetable.shares[min(step, self.total_steps)] == 1)
 
     def cuts(self, weights: LatentWeights, step: Tensor) -> list[Segment]:
         """See `Thresholded`."""
-        # take, not an index: that would read the step on the host.
-        sparsity = self._schedule.take(step.clamp(max=self.total_steps))
-        return self.allocation.cuts(weights, sparsity)
+        return self.allocation.cuts(weights, self.timetable.at(step))
 
     def move(self, weights: LatentWeights) -> None:
         """See `Reparametrization`."""
         super().move(weights)
-        self._schedule = self._schedule.to(weights.device)
+        self.timetable.move(weights.device)

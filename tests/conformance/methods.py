@@ -110,6 +110,10 @@ class Reference:
         """The optimizer of the method's own parameters, given the learning rate of the weights."""
         raise NotImplementedError
 
+    def advance(self) -> None:
+        """The weights, and the method's own parameters, have been stepped."""
+        self.step_count += 1
+
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The forward pass of the paper: every prunable weight goes through the operator."""
         return functional_call(self.model, self.effective(), inputs)
@@ -252,7 +256,7 @@ class RescaledThreshold(GlobalThreshold):
 class LearnedThreshold(Reference):
     """Thresholds from parameters; from the last step on the count is made exact by |w| / tau.
 
-    Plain autograd: x = w / tau goes through the operator straight-through, u = tau T(x).
+    As plain autograd: straight-through operators work on x = w / tau, with u = tau T(x).
     """
 
     def __init__(
@@ -275,8 +279,8 @@ class LearnedThreshold(Reference):
         """The threshold of one layer, differentiable in r."""
         raise NotImplementedError
 
-    def image(self, x: Tensor, kept: Tensor) -> Tensor:
-        """T(x) at threshold 1, with the gradient of the method's rule."""
+    def image(self, w: Tensor, tau: Tensor, at: Tensor, kept: Tensor) -> Tensor:
+        """u at the threshold `at` times tau, with the gradients of the method's rule."""
         raise NotImplementedError
 
     def effective(self) -> dict[str, Tensor]:
@@ -284,12 +288,13 @@ class LearnedThreshold(Reference):
         tau = {name: self.tau(r[i], w) for i, (name, w) in enumerate(self.latent.items())}
         pruned = [name for name in self.latent if name not in self.dense]
         kept = {name: self.latent[name].abs() / tau[name] > 1 for name in pruned}
+        at = torch.ones((), dtype=r.dtype)
         if self.step_count >= self.total_steps:
             scores = [self.latent[name] / tau[name] for name in pruned]
-            masks, _ = smallest(scores, round(self.target * self.size))
+            masks, at = smallest(scores, round(self.target * self.size))
             kept = dict(zip(pruned, masks, strict=True))
         return {
-            name: tau[name] * self.image(w / tau[name], kept[name]) if name in kept else w
+            name: self.image(w, tau[name], at, kept[name]) if name in kept else w
             for name, w in self.latent.items()
         }
 
@@ -313,8 +318,9 @@ class ASL(LearnedThreshold):
     def tau(self, r: Tensor, w: Tensor) -> Tensor:
         return r.clamp(0, 5) * w.detach().std() + 1e-6
 
-    def image(self, x: Tensor, kept: Tensor) -> Tensor:
-        return x + (torch.where(kept, x, 0.0) - x).detach()
+    def image(self, w: Tensor, tau: Tensor, at: Tensor, kept: Tensor) -> Tensor:
+        x = w / tau
+        return tau * (x + (torch.where(kept, x, 0.0) - x).detach())
 
     def penalty(self) -> Tensor:
         [r] = self.learned
@@ -323,6 +329,38 @@ class ASL(LearnedThreshold):
             share = 1.0 if name in self.dense else 1 - torch.erf(r[i] / math.sqrt(2))
             density = density + share * w.numel() / self.size
         return self.budget_weight * (density - (1 - self.target)) ** 2
+
+
+class STR(LearnedThreshold):
+    """u = sign(w) relu(|w| - sigmoid(s)), differentiated as it stands."""
+
+    def __init__(self, *args, s_init=-100.0, rate=1.0, momentum=0.9, decay=0.0, **kwargs):
+        super().__init__(
+            *args, start=s_init, rate=rate, momentum=momentum, decay=decay, dense_below=0, **kwargs
+        )
+
+    def tau(self, s: Tensor, w: Tensor) -> Tensor:
+        return s.sigmoid()
+
+    def image(self, w: Tensor, tau: Tensor, at: Tensor, kept: Tensor) -> Tensor:
+        return torch.where(kept, w.sign() * (w.abs() - at * tau).relu(), 0.0)
+
+
+class ControlledSTR(STR):
+    """After every step a common factor on all sigmoid(s) puts the wanted number below them."""
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        super().advance()
+        [s] = self.learned
+        share = SHARES["cubic"](min(self.step_count, self.total_steps), 0, self.total_steps // 2)
+        k = round(share * self.target * self.size)
+        if k > 0:
+            tau = s.sigmoid()
+            scores = [w.abs() / tau[i] for i, w in enumerate(self.latent.values())]
+            ordered = torch.cat([score.flatten() for score in scores]).sort().values
+            most = 1 - torch.finfo(s.dtype).eps  # a sigmoid comes no nearer to 1
+            s.copy_((ordered[k - 1] * tau).clamp(max=most).logit() + 1e-12)
 
 
 @dataclass(frozen=True)
@@ -393,5 +431,8 @@ METHODS = {
         MethodCase("asl-fast", "asl", ASL, exact=False, sparsity=0.5,
                    options={"dense_below": 25, "rate": 0.5, "momentum": 0.5,
                             "budget_weight": 2.0}),
+        MethodCase("str", "str", ControlledSTR, exact=False),
+        MethodCase("str-published", "str", STR, exact=False, sparsity=0.5,
+                   options={"decay": 0.3, "s_init": -5.0, "momentum": 0.875}),
     ]
 }  # fmt: skip

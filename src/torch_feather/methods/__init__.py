@@ -20,6 +20,7 @@ from .gmp import feather_gmp, gmp
 from .method import AnyMethod, Method
 from .st3 import st3, st3_sigma
 from .ste import hard_ste, soft_ste
+from .str_ import str_
 
 __all__ = ["AnyMethod", "Method", "available_methods", "build_method", "method_options"]
 
@@ -33,6 +34,7 @@ METHODS: dict[str, Callable[..., AnyMethod]] = {
     "st3": st3,
     "st3-sigma": st3_sigma,
     "asl": asl,
+    "str": str_,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -15,6 +16,7 @@ from ..inner import Momentum
 from ..latent import LatentWeights
 from ..learned import LearnedMethod
 from ..operators import Hard
+from ..schedules import Constant
 
 
 def asl(
@@ -44,6 +46,7 @@ def asl(
         gradient=StraightThrough(1.0),
         law=StandardDeviations(budget_weight),
         optimizer=Momentum(rate, momentum),
+        schedule=Constant(),
         dense_below=dense_below,
     )
 
@@ -72,7 +75,14 @@ class StandardDeviations:
         inside = (r >= 0) & (r <= 5)
         return r.clamp(0, 5) * spread + 1e-6, spread * inside
 
-    def penalty(self, r: Tensor, weights: LatentWeights, dense: Tensor, sparsity: float) -> Tensor:
+    def penalty(
+        self,
+        r: Tensor,
+        weights: LatentWeights,
+        images: Sequence[Tensor],
+        dense: Tensor,
+        sparsity: Tensor,
+    ) -> Tensor:
         """See `Law`."""
         share = weights.sizes.to(r.dtype) / weights.size
         density = (share * torch.erfc(r / math.sqrt(2)).masked_fill(dense, 1.0)).sum()

@@ -1,0 +1,121 @@
+"""STR: soft thresholds that are learned layer by layer, and raised until the network is sparse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from ..gradients import Masked
+from ..inner import Momentum, write_if
+from ..latent import LatentWeights
+from ..learned import LearnedMethod, LearnedThresholds
+from ..operators import Soft
+from ..reparametrization import Rate, Setting
+from ..schedules import Constant, Schedule
+from .method import make_schedule
+
+
+def str_(
+    *,
+    sparsity: float,
+    decay: float | None = None,
+    s_init: float = -100.0,
+    rate: float = 1.0,
+    momentum: float = 0.9,
+    schedule: str | Schedule = "cubic",
+    begin: int = 0,
+    end: int | None = None,
+) -> LearnedMethod:
+    """Soft threshold at sigmoid(s) with the true derivative, s learned for each layer.
+
+    Source: Kusupati et al., Soft Threshold Weight Reparameterization for Learnable Sparsity (ICML
+    2020), where the weight decay of s alone decides how sparse the network becomes. The control
+    that meets a target instead is ours (see `ControlledThresholds`).
+
+    Args:
+        sparsity: final share of zeros; the last step makes it exact (see `learned`).
+        decay: None: the thresholds are controlled so that the sparsity follows its schedule. A
+            number: as published, with this weight decay on s and no control.
+        s_init: s before training; -100 is what the authors advise for CIFAR. The control soon
+            finds its own.
+        rate: the learning rate of s as a multiple of the optimizer's; published: 1.
+        momentum: of s; published: that of the weights.
+        schedule, begin, end: as for `feather`, of the control.
+    """
+    law = Sigmoid(s_init)
+    if decay is None:
+        when = make_schedule(schedule, begin, end)
+        return ControlledMethod(Soft(), Masked(), law, Momentum(rate, momentum), when)
+    if (schedule, begin, end) != ("cubic", 0, None):
+        raise ConfigurationError(
+            "With decay the sparsity follows no schedule: leave out schedule, begin and end, or "
+            "leave out decay."
+        )
+    return LearnedMethod(Soft(), Masked(), law, Momentum(rate, momentum, decay), Constant())
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """tau = sigmoid(s), without a penalty."""
+
+    s_init: float
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.s_init < math.inf:
+            raise ConfigurationError(f"s_init must be a finite number, got {self.s_init!r}.")
+
+    def start(self, weights: LatentWeights, sparsity: float) -> float:
+        """See `Law`."""
+        return self.s_init
+
+    def thresholds(self, s: Tensor, weights: LatentWeights) -> tuple[Tensor, Tensor]:
+        """See `Law`."""
+        tau = s.sigmoid()
+        return tau, tau * (1 - tau)
+
+    def penalty(
+        self,
+        s: Tensor,
+        weights: LatentWeights,
+        images: Sequence[Tensor],
+        dense: Tensor,
+        sparsity: Tensor,
+    ) -> Tensor:
+        """See `Law`."""
+        return torch.zeros_like(s)
+
+
+class ControlledMethod(LearnedMethod):
+    """Learned thresholds whose common level follows a schedule of the sparsity."""
+
+    def attach(self, setting: Setting) -> ControlledThresholds:
+        """See `AnyMethod`."""
+        return ControlledThresholds(setting, self)
+
+
+class ControlledThresholds(LearnedThresholds):
+    """After every step all thresholds sigmoid(s) are multiplied by one factor.
+
+    It is the one with which as many weights lie below them as the schedule wants. So what the loss
+    moves is how the layers' thresholds relate. Where tau is small, a factor on it is a summand on
+    s: the same push for all layers, where decay pushes by lambda |s|.
+    """
+
+    def advance(
+        self, weights: LatentWeights, step: Tensor, rate: Rate, taken: bool | Tensor
+    ) -> None:
+        """See `Reparametrization`."""
+        super().advance(weights, step, rate, taken)
+        wanted = self.timetable.at(step)
+        scale = self.scale(self.method.law.thresholds(self.r, weights)[0], weights)
+        cut = self.cut_at(wanted, scale, weights)
+        limits = torch.finfo(weights.wide)
+        # A little more, so that rounding does not bring the last pruned weight back.
+        tau = cut.value / scale * (1 + 32 * limits.eps)
+        s = tau.clamp(limits.tiny, 1 - limits.eps).logit()
+        write_if(taken, [self.r], [torch.where(cut.value > 0, s, self.r)])
