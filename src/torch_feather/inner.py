@@ -56,6 +56,50 @@ class Momentum:
         write_if(taken, [x, velocity], [x - v * (rate * self.rate), v])
 
 
+@dataclass(frozen=True)
+class Adam:
+    """Adam without decay, as in torch (Kingma & Ba, ICLR 2015).
+
+    Attributes:
+        rate: the learning rate, not a multiple of the user's.
+        mean_decay, square_decay: beta_1 and beta_2.
+        epsilon: added to the root of the mean square.
+    """
+
+    rate: float = 0.001
+    mean_decay: float = 0.9
+    square_decay: float = 0.999
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        decays = self.mean_decay, self.square_decay
+        if not self.rate >= 0 or not self.epsilon >= 0 or not all(0 <= d < 1 for d in decays):
+            raise ConfigurationError(
+                "Of Adam for a method's own parameters the rate and epsilon are >= 0 and both "
+                f"decays in [0, 1), got {self}."
+            )
+
+    def step(
+        self, gradient: Tensor, x: Tensor, mean: Tensor, square: Tensor, step: Tensor,
+        factor: Tensor,
+    ) -> None:  # fmt: skip
+        """Steps `x` along `gradient`, in place.
+
+        Args:
+            gradient, x, mean, square: of one shape and type; the last two start at 0.
+            step: steps taken, this one included.
+            factor: on the rate.
+        """
+        mean.lerp_(gradient, 1 - self.mean_decay)
+        square.mul_(self.square_decay).addcmul_(gradient, gradient, value=1 - self.square_decay)
+        # 1 - beta^t, the share of the sum of weights that an average from 0 has by now.
+        of_mean, of_square = (
+            1 - torch.pow(decay, step.double()) for decay in (self.mean_decay, self.square_decay)
+        )
+        root = (square / of_square).sqrt_().add_(self.epsilon)
+        x.sub_((mean / root).mul_(factor * self.rate / of_mean))
+
+
 def write_if(taken: bool | Tensor, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copies values into targets if `taken`, which may be known to the device alone."""
     for target, value in zip(targets, values, strict=True):

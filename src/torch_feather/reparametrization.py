@@ -43,11 +43,13 @@ class Reparametrization:
         learned: the names of those entries of `state` that are parameters of the method.
         completes: whether `complete` has anything to do.
         pulls_back: whether dL/dw, as far as a hook can say, differs from dL/du.
+        passes: how many passes with random numbers of their own a step wants, see `enter_pass`.
         arrival: optimizer steps from which on exactly round(s N) weights are zero.
     """
 
     completes = False
     pulls_back = False
+    passes = 1
     arrival: int
 
     def __init__(self, setting: Setting):
@@ -119,6 +121,17 @@ class Reparametrization:
             scale: factor on these gradients that a fused optimizer is yet to divide by, 0-dim.
                 The gradients of the method's own parameters come without it.
         """
+
+    def leave_pass(self, weights: LatentWeights, parameters: Sequence[nn.Parameter]) -> None:
+        """A forward and backward pass, one of several in this step, is over; as `complete`.
+
+        Until the last one is left, nothing rescales the gradients; before `complete` it may.
+        """
+
+    def enter_pass(
+        self, weights: LatentWeights, parameters: Sequence[nn.Parameter], step: Tensor
+    ) -> None:
+        """Another pass of the same step begins: what is random is drawn anew, and refreshed."""
 
     def advance(
         self, weights: LatentWeights, step: Tensor, rate: Rate, taken: bool | Tensor

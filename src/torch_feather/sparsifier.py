@@ -233,6 +233,32 @@ class Sparsifier:
         if self._attached:
             self.complete_at_step(None)
 
+    def passes(self, count: int | None = None) -> Iterator[float]:
+        """Forward and backward passes that share one step; gradients add up over them.
+
+            for share in sparsifier.passes():
+                (share * loss(model(x), y)).backward()
+            optimizer.step()
+
+        A method that trains by random masks draws one for each pass. The loop goes around all
+        backward passes of a step, those of several parts of a batch within it.
+
+        Args:
+            count: how many; None is what the method wants: its option `passes`, or 1.
+
+        Yields:
+            1 / count, the share of a pass in the loss.
+        """
+        count = self.reparametrization.passes if count is None else count
+        if self._attached:
+            self._void_completion()
+        for number in range(count):
+            if number > 0 and self._attached:
+                self._enter_pass()
+            yield 1 / count
+            if count > 1 and self._attached:
+                self._leave_pass()
+
     def report(self, example_input: Any = None) -> Report:
         """Zeros, sparsity and threshold per layer; multiply-adds too where an input is given."""
         self.sync()
@@ -481,6 +507,19 @@ class Sparsifier:
         parameters = [slot.parameter for slot in self.slots]
         self.reparametrization.complete(self.weights, parameters, scale)
         self._completed = True
+
+    @torch.no_grad()
+    def _enter_pass(self) -> None:
+        self._absorb_writes()
+        parameters = [slot.parameter for slot in self.slots]
+        self.reparametrization.enter_pass(self.weights, parameters, self._step)
+        images, self._sum = self.reparametrization.images(self.weights)
+        self._show(images)
+
+    @torch.no_grad()
+    def _leave_pass(self) -> None:
+        parameters = [slot.parameter for slot in self.slots]
+        self.reparametrization.leave_pass(self.weights, parameters)
 
     def _void_completion(self) -> None:
         """What was completed was of other gradients than those that come now."""

@@ -363,6 +363,109 @@ class ControlledSTR(STR):
             s.copy_((ordered[k - 1] * tau).clamp(max=most).logit() + 1e-12)
 
 
+class ProbMask(Reference):
+    """Soft masks drawn from learned probabilities; the most probable ones in the last phase."""
+
+    def __init__(
+        self, *args, rate=0.006, epochs=300, finetune=1 / 16, passes=1, seed=0, **kwargs
+    ):  # fmt: skip
+        super().__init__(*args, **kwargs)
+        self.rate, self.epochs, self.seed, self.draw = rate, epochs, seed, 0
+        self.arrival = self.total_steps - round(finetune * self.total_steps)
+        self.learned = [
+            nn.Parameter(torch.ones(w.shape, dtype=torch.promote_types(w.dtype, torch.float32)))
+            for w in self.latent.values()
+        ]
+
+    @property
+    def epoch(self) -> int:
+        return min(self.step_count, self.arrival) * self.epochs // self.arrival
+
+    @property
+    def budget(self) -> float:
+        """Weights that may be kept."""
+        begin, end = math.floor(0.16 * self.epochs), math.floor(0.6 * self.epochs)
+        final = self.size - round(self.target * self.size)
+        share = min(max((self.epoch - begin) / (end - begin), 0), 1)
+        return final + (self.size - final) * (1 - share) ** 3
+
+    def noise(self) -> list[Tensor]:
+        """Uniform numbers: those of SplitMix64 from place draws * N on, in Python's integers."""
+        draws = self.step_count + self.draw
+        bits = [splitmix64(self.seed, draws * self.size + i) >> 41 for i in range(self.size)]
+        flat = (torch.tensor(bits, dtype=torch.float64) + 0.5) / 2**23
+        pieces = flat.split([p.numel() for p in self.learned])
+        return [u.view_as(p) for u, p in zip(pieces, self.learned, strict=True)]
+
+    def masks(self) -> list[Tensor]:
+        if self.step_count >= self.arrival:
+            return smallest(self.learned, round(self.target * self.size))[0]
+        masks, e = [], self.epoch
+        sharpness = 1 / (0.97 * (1 - e / self.epochs) + 0.03)
+        for probability, u in zip(self.learned, self.noise(), strict=True):
+            inside = probability.detach().clamp(2**-21, 1 - 2**-21)
+            p = probability + (inside - probability).detach()  # the clamp is passed straight
+            logit = p.log() - (1 - p).log() + (u.log() - (1 - u).log()).to(p.dtype)
+            masks.append(torch.sigmoid(sharpness * logit))
+        return masks
+
+    def effective(self) -> dict[str, Tensor]:
+        pairs = zip(self.latent.items(), self.masks(), strict=True)
+        return {name: (w * mask).to(w.dtype) for (name, w), mask in pairs}
+
+    @property
+    def sparsity(self) -> float:
+        return sum(int((u == 0).sum()) for u in self.effective().values()) / self.size
+
+    def inner_optimizer(self, rate: float) -> Optimizer:
+        return ProjectedAdam(self)
+
+
+class ProjectedAdam(torch.optim.Adam):
+    """Adam on probabilities, then the nearest point within the budget."""
+
+    def __init__(self, reference: ProbMask):
+        super().__init__(reference.learned, lr=reference.rate)
+        self.reference = reference
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        reference = self.reference
+        if reference.step_count >= reference.arrival:
+            return
+        cosine = math.cos(math.pi * reference.epoch / reference.epochs)
+        self.param_groups[0]["lr"] = reference.rate * (1 + cosine) / 2
+        super().step(closure)
+        flat = torch.cat([p.flatten() for p in reference.learned])
+        projected = project(flat, reference.budget).split([p.numel() for p in reference.learned])
+        for p, value in zip(reference.learned, projected, strict=True):
+            p.copy_(value.view_as(p))
+
+
+def project(x: Tensor, budget: float) -> Tensor:
+    """clamp(x - v, 0, 1) with the least v >= 0 that leaves a sum within the budget.
+
+    The sum is linear between the values at which an entry begins or ends to change.
+    """
+    x, dtype = x.double(), x.dtype
+    bends = torch.cat([x, x - 1, torch.zeros(1)]).clamp(min=0).unique()
+    sums = torch.stack([(x - v).clamp(0, 1).sum() for v in bends])
+    i = int((sums > budget).sum())
+    v = bends[0]
+    if i > 0:
+        share = (sums[i - 1] - budget) / (sums[i - 1] - sums[i])
+        v = bends[i - 1] + share * (bends[i] - bends[i - 1])
+    return (x - v).clamp(0, 1).to(dtype)
+
+
+def splitmix64(seed: int, place: int) -> int:
+    """Number `place` of a seed's sequence, as its authors write it."""
+    z = (seed + (place + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
 @dataclass(frozen=True)
 class MethodCase:
     """A method under some options, and its reference under the same meaning."""
@@ -427,6 +530,9 @@ METHODS = {
                    options={"costs": some_costs, "gamma": 0.7}),
         MethodCase("st3", "st3", RescaledThreshold),
         MethodCase("st3-sigma", "st3-sigma", RescaledThreshold, reference_options={"sigma": True}),
+        MethodCase("probmask", "probmask", ProbMask, exact=False),
+        MethodCase("probmask-fast", "probmask", ProbMask, exact=False, sparsity=0.55,
+                   options={"rate": 0.1, "epochs": 12, "finetune": 0.3}),
         MethodCase("asl", "asl", ASL, exact=False, options={"dense_below": 0}),
         MethodCase("asl-fast", "asl", ASL, exact=False, sparsity=0.5,
                    options={"dense_below": 25, "rate": 0.5, "momentum": 0.5,

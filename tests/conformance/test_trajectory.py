@@ -106,6 +106,8 @@ def test_every_method_is_listed():
         # SOAP turns into eigenvectors of matrices of low rank, which the last bit decides: where a
         # method's own gradient enters the clipping, no other form of it has all bits the same.
         if METHODS[method].exact or "soap" not in optimizer
+        # L-BFGS takes differences of gradients under different masks for curvature, and diverges.
+        if "probmask" not in method or optimizer != "lbfgs"
     ],
 )
 def test_every_method_under_every_optimizer(method, optimizer):

@@ -18,6 +18,7 @@ from .feather import feather
 from .feather_flops import feather_flops
 from .gmp import feather_gmp, gmp
 from .method import AnyMethod, Method
+from .probmask import probmask
 from .st3 import st3, st3_sigma
 from .ste import hard_ste, soft_ste
 from .str_ import str_
@@ -33,6 +34,7 @@ METHODS: dict[str, Callable[..., AnyMethod]] = {
     "gmp": gmp,
     "st3": st3,
     "st3-sigma": st3_sigma,
+    "probmask": probmask,
     "asl": asl,
     "str": str_,
 }
