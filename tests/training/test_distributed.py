@@ -148,10 +148,11 @@ def together(config, folder, ranks=2, stop=0, failing=("", "")):
 
 
 def outcome(folder):
-    """Everything that a run leaves, times aside."""
+    """Everything that a run computes and leaves."""
     run = RunDirectory(folder)
     report = run.read_report()
-    report.pop("seconds")
+    for key in ("seconds", "commit"):  # someone may commit meanwhile
+        report.pop(key)
     metrics = [{k: v for k, v in m.items() if k != "images_per_s"} for m in run.read_metrics()]
     return run.model_file.read_bytes(), metrics, report
 

@@ -61,7 +61,8 @@ def without_times(history):
 def results_of(folder):
     run = RunDirectory(folder)
     report = run.read_report()
-    report.pop("seconds")
+    for key in ("seconds", "commit"):  # someone may commit meanwhile
+        report.pop(key)
     return run.model_file.read_bytes(), without_times(run.read_metrics()), report
 
 
