@@ -64,7 +64,9 @@ def table(rows: Sequence[Row], command: str) -> str:
         spread = f" ± {statistics.stdev(accuracies):.2f}" if len(found) > 1 else ""
         zeros = " or ".join(f"{z:,}" for z in sorted({row["zeros"] for row in found}))
         own = [row["own_sparsity"] for row in found]
-        itself = "" if None in own else f"{100 * statistics.mean(own):.2f} %"
+        exact = [round(100 * row["zeros"] / row["weights"], 2) for row in found]
+        differs = None not in own and [round(100 * share, 2) for share in own] != exact
+        itself = f"{100 * statistics.mean(own):.2f} %" if differs else ""
         macs = statistics.mean(row["macs"] for row in found) / 1e6
         lines.append(
             f"| {method} | {'' if method == DENSE else f'{100 * sparsity:g} %'} "

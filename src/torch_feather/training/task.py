@@ -205,9 +205,10 @@ class Task:
 
     def finish(self, run: RunDirectory) -> dict[str, Any]:
         """Finalize, measure on the test images, write model.safetensors and report.json."""
-        thresholds = self._thresholds()
+        thresholds, own_sparsity = self._thresholds(), None
         if self.sparsifier is not None:
             self.sparsifier.finalize()
+            own_sparsity = self.sparsifier.own_sparsity
         chosen = self.epoch
         if self.config.select == "best":
             assert self.best is not None  # the last epoch is at the target
@@ -226,6 +227,7 @@ class Task:
             "data": self.config.data.name,
             "method": self.config.method,
             "target_sparsity": self.config.sparsity,
+            "own_sparsity": own_sparsity,  # what the method reached by itself
             "seed": self.config.seed,
             "epochs": self.epoch,
             "chosen_epoch": chosen,
