@@ -254,11 +254,15 @@ def kept_image(w: Tensor, tau: Tensor, operator: Operator, dtype: torch.dtype) -
     """Effective values of kept weights `w`, of type `dtype`, none of them 0 unless w itself is."""
     if operator.is_identity:
         return w.to(dtype)
-    image = operator(w, tau).to(dtype)
-    info = torch.finfo(dtype)
-    least = w.new_full((), info.smallest_normal * info.eps, dtype=dtype)
+    return visible(operator(w, tau).to(dtype), w)
+
+
+def visible(image: Tensor, w: Tensor) -> Tensor:
+    """The image, with the smallest number of its type where it is 0 and w is not."""
+    info = torch.finfo(image.dtype)
+    least = image.new_full((), info.smallest_normal * info.eps)
     vanished = (image == 0) & (w != 0)
-    return torch.where(vanished, least.copysign(w.to(dtype)), image)
+    return torch.where(vanished, least.copysign(w.to(image.dtype)), image)
 
 
 # A prime, so that hardly any exchange of whole rows or channels keeps words in their columns.

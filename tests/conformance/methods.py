@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
+from torch_feather.allocation import FlopsBiased
 from torch_feather.methods import Method
 
 from .models import ModelCase
@@ -250,6 +251,82 @@ class RescaledThreshold(GlobalThreshold):
             kept = torch.where(u != 0, w.abs(), 0.0).mean(others, keepdim=True)
             r = (kept + 1e-6) / (w.abs().mean(others, keepdim=True) + 1e-6)
             found[name] = u + (u * (1.01 / (r + 0.01)) - u).detach()
+        return found
+
+
+class SoftMask(Reference):
+    """Spartan: weights times a soft top-k mask, differentiated as it stands, under a hard cut.
+
+    `hard` says which weights are kept, and by which scores. Layers have budgets of their own where
+    it has thresholds of their own.
+    """
+
+    def __init__(
+        self, *args, hard: type[GlobalThreshold] = GlobalThreshold, beta=20.0, end=None,
+        freeze=None, hard_options=None, **kwargs,
+    ):  # fmt: skip
+        super().__init__(*args, **kwargs)
+        self.beta, total = beta, self.total_steps
+        self.end = total // 5 if end is None else end
+        self.freeze = total - total // 5 if freeze is None else freeze
+        self.hard = hard(
+            *args, p=math.inf, schedule="linear", end=self.end, **(hard_options or {}), **kwargs
+        )
+        self.frozen: dict[str, Tensor] | None = None
+
+    @property
+    def sparsity(self) -> float:
+        return self.hard.sparsity
+
+    def advance(self) -> None:
+        super().advance()
+        self.hard.step_count = self.step_count
+        if self.step_count == self.freeze:
+            kept = self.hard.effective()
+            self.frozen = {
+                name: torch.where(kept[name] != 0, m, 0.0).detach()
+                for name, m in self.masks().items()
+            }
+
+    def masks(self) -> dict[str, Tensor]:
+        """The soft masks before the cut, differentiable."""
+        kept = {name: u.detach() != 0 for name, u in self.hard.effective().items()}
+        layered = isinstance(self.hard, LayerThreshold)
+        groups = [[name] for name in kept] if layered else [list(kept)]
+        return {n: m for group in groups for n, m in self.soft(group, kept).items()}
+
+    def soft(self, names: list[str], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """sigmoid(beta v / c + mu), with mu by bisection and one step of Newton for autograd."""
+        beta = 1 + (self.beta - 1) * min(self.step_count / self.freeze, 1)
+        parts = [self.latent[n].flatten().double() for n in names]
+        pairs = zip(names, parts, strict=True)
+        scale = torch.cat([torch.full_like(w, self.hard.scale(n)) for n, w in pairs])
+        x = beta * torch.cat(parts).abs() * scale
+        keep = torch.cat([kept[n].flatten() for n in names])
+        budget = (keep / scale).sum()
+        if keep.all() or not keep.any():
+            m = keep.double()
+        else:
+            low, high = -x.detach().max() - 60, -x.detach().min() + 60
+            for _ in range(200):
+                mu = (low + high) / 2
+                below = (torch.sigmoid(x.detach() + mu) / scale).sum() < budget
+                low, high = (mu, high) if below else (low, mu)
+            m = torch.sigmoid(x.detach() + mu)
+            slope = (m * (1 - m) / scale).sum()
+            mu = mu - ((torch.sigmoid(x + mu) / scale).sum() - budget) / slope
+            m = torch.sigmoid(x + mu)
+        pieces = m.split([w.numel() for w in parts])
+        return {n: piece.view_as(self.latent[n]) for n, piece in zip(names, pieces, strict=True)}
+
+    def effective(self) -> dict[str, Tensor]:
+        if self.frozen is not None:
+            return {n: (w * self.frozen[n]).to(w.dtype) for n, w in self.latent.items()}
+        kept, found = self.hard.effective(), {}
+        for name, m in self.masks().items():
+            u = (self.latent[name] * m).to(m.dtype)
+            u = u + (torch.where(kept[name] != 0, u, 0.0) - u).detach()
+            found[name] = u.to(self.latent[name].dtype)
         return found
 
 
@@ -533,6 +610,19 @@ METHODS = {
         MethodCase("probmask", "probmask", ProbMask, exact=False),
         MethodCase("probmask-fast", "probmask", ProbMask, exact=False, sparsity=0.55,
                    options={"rate": 0.1, "epochs": 12, "finetune": 0.3}),
+        MethodCase("spartan", "spartan", SoftMask),
+        MethodCase("spartan-frozen", "spartan", SoftMask, sparsity=0.6,
+                   options={"beta": 50.0, "end": 3, "freeze": 5}),
+        MethodCase("spartan-uniform", "spartan", SoftMask, options={"allocation": "uniform"},
+                   reference_options={"hard": lambda _: UniformThreshold,
+                                      "hard_options": {"dense_first": False}}),
+        MethodCase("spartan-erk", "spartan", SoftMask, options={"allocation": "erk"},
+                   reference_options={"hard": lambda _: ERKThreshold}),
+        MethodCase("spartan-flops", "spartan", SoftMask,
+                   options={"allocation": lambda c: FlopsBiased(1.0, costs=some_costs(c))},
+                   reference_options={
+                       "hard": lambda _: BiasedThreshold,
+                       "hard_options": lambda c: {"gamma": 1.0, "costs": some_costs(c)}}),
         MethodCase("asl", "asl", ASL, exact=False, options={"dense_below": 0}),
         MethodCase("asl-fast", "asl", ASL, exact=False, sparsity=0.5,
                    options={"dense_below": 25, "rate": 0.5, "momentum": 0.5,

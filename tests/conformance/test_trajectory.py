@@ -107,7 +107,7 @@ def test_every_method_is_listed():
         # method's own gradient enters the clipping, no other form of it has all bits the same.
         if METHODS[method].exact or "soap" not in optimizer
         # L-BFGS takes differences of gradients under different masks for curvature, and diverges.
-        if "probmask" not in method or optimizer != "lbfgs"
+        if not method.startswith(("probmask", "spartan")) or optimizer != "lbfgs"
     ],
 )
 def test_every_method_under_every_optimizer(method, optimizer):
@@ -118,11 +118,11 @@ def test_every_method_under_every_optimizer(method, optimizer):
     ("method", "optimizer", "recipe"),
     [
         (method, optimizer, recipe)
-        for method in ("feather-theta", "asl-fast")
+        for method in ("feather-theta", "asl-fast", "spartan-frozen")
         for optimizer in SELECTED
         for recipe in RECIPES
         # Where gradients are completed, several optimizers must be unscaled before the first steps.
-        if (method, optimizer) != ("asl-fast", "muon+adamw") or not RECIPES[recipe].scaler
+        if method == "feather-theta" or optimizer != "muon+adamw" or not RECIPES[recipe].scaler
     ],
 )
 def test_every_way_to_use_an_optimizer(method, optimizer, recipe):
@@ -130,7 +130,7 @@ def test_every_way_to_use_an_optimizer(method, optimizer, recipe):
     compare(method, optimizer, recipe=recipe, **precision(recipe, optimizer))
 
 
-@pytest.mark.parametrize("method", ["feather-theta", "asl-fast"])
+@pytest.mark.parametrize("method", ["feather-theta", "asl-fast", "spartan-frozen"])
 @pytest.mark.parametrize(
     ("optimizer", "recipe"),
     [

@@ -19,6 +19,7 @@ from .feather_flops import feather_flops
 from .gmp import feather_gmp, gmp
 from .method import AnyMethod, Method
 from .probmask import probmask
+from .spartan import spartan
 from .st3 import st3, st3_sigma
 from .ste import hard_ste, soft_ste
 from .str_ import str_
@@ -35,6 +36,7 @@ METHODS: dict[str, Callable[..., AnyMethod]] = {
     "st3": st3,
     "st3-sigma": st3_sigma,
     "probmask": probmask,
+    "spartan": spartan,
     "asl": asl,
     "str": str_,
 }
