@@ -408,6 +408,43 @@ class ASL(LearnedThreshold):
         return self.budget_weight * (density - (1 - self.target)) ** 2
 
 
+class ASLPlus(ASL):
+    """ASL with a budget that is measured and that rises; each layer has a model for its slope."""
+
+    def __init__(self, *args, rate=0.01, momentum=0.9, budget_weight=30.0, **kwargs):
+        super().__init__(*args, rate=rate, momentum=momentum, budget_weight=budget_weight, **kwargs)
+        with torch.no_grad():
+            self.learned[0].zero_()
+
+    def penalty(self) -> Tensor:
+        [r] = self.learned
+        model = 0.0
+        for i, (name, w) in enumerate(self.latent.items()):
+            if name not in self.dense:
+                multiple = r[i] + (r[i].clamp(min=0) - r[i]).detach()
+                concentrated = w.abs().mean() / w.std() < math.sqrt(math.pi / (2 * math.e))
+                laplacian, normal = (
+                    (-math.sqrt(2) * multiple).exp(),
+                    1 - torch.erf(multiple / math.sqrt(2)),
+                )
+                share = laplacian if concentrated else normal
+                model = model + share * w.numel() / self.size
+        density = 1 - self.sparsity + (model - model.detach())
+        wanted = SHARES["cubic"](min(self.step_count, self.total_steps), 0, self.total_steps // 2)
+        return self.budget_weight * torch.log(density / (1 - wanted * self.target)) ** 2
+
+
+class FeatherASLPlus(ASLPlus):
+    """Feather's operator and gradient rule, straight through on w / tau."""
+
+    def __init__(self, *args, p=3, theta: float, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.p, self.theta = p, theta
+
+    def image(self, w: Tensor, tau: Tensor, at: Tensor, kept: Tensor) -> Tensor:
+        return tau * Thresholded.apply(w / tau, kept, at, self.p, self.theta)
+
+
 class STR(LearnedThreshold):
     """u = sign(w) relu(|w| - sigmoid(s)), differentiated as it stands."""
 
@@ -476,7 +513,8 @@ class ProbMask(Reference):
 
     def masks(self) -> list[Tensor]:
         if self.step_count >= self.arrival:
-            return smallest(self.learned, round(self.target * self.size))[0]
+            frozen, _ = smallest(self.learned, round(self.target * self.size))
+            return [mask + 0 * p for mask, p in zip(frozen, self.learned, strict=True)]
         masks, e = [], self.epoch
         sharpness = 1 / (0.97 * (1 - e / self.epochs) + 0.03)
         for probability, u in zip(self.learned, self.noise(), strict=True):
@@ -626,6 +664,14 @@ METHODS = {
         MethodCase("asl", "asl", ASL, exact=False, options={"dense_below": 0}),
         MethodCase("asl-fast", "asl", ASL, exact=False, sparsity=0.5,
                    options={"dense_below": 25, "rate": 0.5, "momentum": 0.5,
+                            "budget_weight": 2.0}),
+        MethodCase("asl+", "asl+", ASLPlus, exact=False,
+                   options={"dense_below": 0, "budget_weight": 2.0}),
+        MethodCase("asl+-fast", "asl+", ASLPlus, exact=False, sparsity=0.5,
+                   options={"dense_below": 25, "rate": 0.1, "momentum": 0.5,
+                            "budget_weight": 1.0}),
+        MethodCase("feather-asl+", "feather-asl+", FeatherASLPlus, exact=False,
+                   options={"dense_below": 0, "theta": 0.3, "rate": 0.05,
                             "budget_weight": 2.0}),
         MethodCase("str", "str", ControlledSTR, exact=False),
         MethodCase("str-published", "str", STR, exact=False, sparsity=0.5,

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import ConfigurationError, nearest
 from .asl import asl
+from .asl_plus import asl_plus, feather_asl_plus
 from .feather import feather
 from .feather_flops import feather_flops
 from .gmp import feather_gmp, gmp
@@ -30,6 +31,7 @@ METHODS: dict[str, Callable[..., AnyMethod]] = {
     "feather": feather,
     "feather-gmp": feather_gmp,
     "feather-flops": feather_flops,
+    "feather-asl+": feather_asl_plus,
     "hard-ste": hard_ste,
     "soft-ste": soft_ste,
     "gmp": gmp,
@@ -38,6 +40,7 @@ METHODS: dict[str, Callable[..., AnyMethod]] = {
     "probmask": probmask,
     "spartan": spartan,
     "asl": asl,
+    "asl+": asl_plus,
     "str": str_,
 }
 
