@@ -19,7 +19,7 @@ def project_(x: Tensor, budget: Tensor) -> Tensor:
     CVPR 2021, section 3.3).
 
     Args:
-        x: float32 or float64.
+        x: float32 or float64, of the order of 1, as after a step from within.
         budget: 0-dimensional.
     """
     return x.sub_(_shift(x, budget)).clamp_(0.0, 1.0)
