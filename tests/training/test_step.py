@@ -13,7 +13,7 @@ from torch_feather.training.step import Step
 from torch_feather.training.task import make_optimizer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-METHODS = ["dense", "feather", "gmp", "st3", "asl"]
+METHODS = ["dense", "feather", "gmp", "st3", "asl", "probmask"]
 
 
 def make_step(method, device, **settings):
@@ -46,6 +46,8 @@ def test_a_step_never_makes_the_host_wait(without_gpu, monkeypatch, method):
     with FakeTensorMode(allow_non_fake_inputs=True):
         step = make_step(method, CUDA, **{"system.micro_batch": 3, "optimizer.clip": 3.0})
         monkeypatch.setattr(torch.Tensor, "backward", backward)
+        if step.sparsifier is not None:
+            step.sparsifier.reparametrization.passes = 2
         for _ in range(3):
             step(make_batch(CUDA), 0.1)
 
@@ -62,3 +64,18 @@ def test_clipping_sees_all_gradients_of_the_step(monkeypatch, method):
     own = len(step.sparsifier.parameters()) if step.sparsifier else 0
     assert len(seen[0]) == len(list(step.model.parameters())) + own
     assert all(gradient is not None for gradient in seen[0])
+
+
+@pytest.mark.parametrize("micro_batch", [8, 3])
+def test_a_step_may_take_several_passes(micro_batch):
+    """Without randomness of their own they are one pass, and the loss counts every image once."""
+    one, three = (make_step("feather", CPU, **{"system.micro_batch": micro_batch}) for _ in "ab")
+    three.model.load_state_dict(one.model.state_dict())
+    three.sparsifier.reparametrization.passes = 3
+    batch = make_batch(CPU)
+    for step in (one, three):
+        # Batch norm's statistics take every pass, its gradients do not depend on them.
+        step(batch, 0.1)
+    torch.testing.assert_close(three.loss_sum, one.loss_sum)
+    for p, q in zip(one.model.parameters(), three.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q)

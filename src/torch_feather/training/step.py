@@ -64,6 +64,23 @@ class Step:
     def run(self, batch: Batch) -> None:
         """The step itself, at the learning rate that the optimizer holds.
 
+        Methods that train by random masks may take several passes, see `Sparsifier.passes`.
+        """
+        shares = [1.0] if self.sparsifier is None else self.sparsifier.passes()
+        for share in shares:
+            self._backward(batch, share)
+        if self.options.clip is not None:
+            extra: list[Tensor] = []
+            if self.sparsifier is not None:
+                self.sparsifier.complete_gradients()
+                extra = self.sparsifier.parameters()
+            nn.utils.clip_grad_norm_([*self.model.parameters(), *extra], self.options.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, batch: Batch, weight: float) -> None:
+        """Adds up the gradients of a batch, times `weight`.
+
         Parts of at most `size` images go through the network one after another. The gradient is
         the mean over all images of all ranks.
         """
@@ -79,17 +96,9 @@ class Step:
                     smoothing = self.options.label_smoothing
                     loss = F.cross_entropy(network(x), y, label_smoothing=smoothing)
                 # Ranks are averaged by what wraps the network.
-                share = len(y) * self.ranks.count / batch.total
+                share = weight * len(y) * self.ranks.count / batch.total
                 (loss if share == 1 else loss * share).backward()
-            self.loss_sum += loss.detach() * len(y)
-        if self.options.clip is not None:
-            extra: list[Tensor] = []
-            if self.sparsifier is not None:
-                self.sparsifier.complete_gradients()
-                extra = self.sparsifier.parameters()
-            nn.utils.clip_grad_norm_([*self.model.parameters(), *extra], self.options.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.loss_sum += loss.detach() * (weight * len(y))
 
     def _exchange_only(self, nothing: Tensor) -> None:
         """For a rank that no image of the batch came to; batch norms must not count it."""
