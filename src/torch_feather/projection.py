@@ -16,7 +16,7 @@ def project_(x: Tensor, budget: Tensor) -> Tensor:
 
     Source: the projection is clamp(x - v, 0, 1) with the least v >= 0 for which the sum fits
     (Zhou et al., Effective Sparsification of Neural Networks with Global Sparsity Constraint,
-    CVPR 2021, section 3.3).
+    CVPR 2021); they find v by bisection.
 
     Args:
         x: float32 or float64, of the order of 1, as after a step from within.
