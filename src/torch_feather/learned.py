@@ -30,6 +30,10 @@ from .thresholded import Thresholded, Timetable
 class Law(Protocol):
     """How the thresholds tau follow from the learned parameters r, one of each per tensor."""
 
+    @property
+    def unit(self) -> str:
+        """What r is, for checkpoints: laws that mean the same by it may take over each other's."""
+
     def start(self, weights: LatentWeights, sparsity: float) -> float | Tensor:
         """r before training: one number, or one for each tensor."""
 
@@ -116,8 +120,9 @@ class LearnedThresholds(Thresholded):
             )
         r = torch.zeros(len(sizes), dtype=weights.wide, device=weights.device)
         r += method.law.start(weights, setting.sparsity)
-        self.state = {"threshold": r, "threshold_velocity": torch.zeros_like(r)}
-        self.learned = ("threshold",)
+        unit = method.law.unit
+        self.state = {unit: r, f"{unit}_velocity": torch.zeros_like(r)}
+        self.learned = (unit,)
         self.timetable = Timetable(method.schedule, setting)
         self._solved: _Solved | None = None
 
@@ -129,7 +134,7 @@ class LearnedThresholds(Thresholded):
     @property
     def r(self) -> Tensor:
         """The learned parameters, one for each weight tensor."""
-        r = self.state["threshold"]
+        r = self.state[self.method.law.unit]
         assert isinstance(r, Tensor)
         return r
 
@@ -218,7 +223,7 @@ class LearnedThresholds(Thresholded):
         self, weights: LatentWeights, step: Tensor, rate: Rate, taken: bool | Tensor
     ) -> None:
         """See `Reparametrization`."""
-        velocity = self.state["threshold_velocity"]
+        velocity = self.state[f"{self.method.law.unit}_velocity"]
         assert isinstance(velocity, Tensor)
         self.method.optimizer.step(self.r, velocity, rate, taken)
 
@@ -233,4 +238,4 @@ def _own_cut(weights: LatentWeights) -> Cut:
     """Prunes scores up to 1."""
     one = torch.ones((), dtype=weights.wide, device=weights.device)
     last = torch.full((), weights.size - 1, device=weights.device)
-    return Cut(one, last, one)
+    return Cut(one, last, one.clone())  # they part when the count is made exact

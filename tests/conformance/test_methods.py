@@ -350,10 +350,10 @@ def test_learned_thresholds_are_restored_bit_for_bit_also_when_loaded_before(opt
 
 def test_a_state_without_the_methods_own_parameters_is_refused():
     state = start(**ASL).train(0, 2).sparsifier.state_dict()
-    del state["2.weight"]["threshold"]
+    del state["2.weight"]["deviations"]
     run = start(**ASL).train(0, 3)
     before = snapshot(run)
-    with pytest.raises(StateError, match=r"2\.weight.*no threshold"):
+    with pytest.raises(StateError, match=r"2\.weight.*no deviations"):
         run.sparsifier.load_state_dict(state)
     assert_same(before, snapshot(run))
 
@@ -456,3 +456,57 @@ def test_layouts_are_shared_by_averages():
     share = torch.tensor(0.5, dtype=torch.float64)
     for one in (weights, weights.like([weights.flats[0].clone()])):
         assert one.counts_pruned(uniform.cuts(one, share)).tolist() == [6, 2]
+
+
+# --- states of other methods ----------------------------------------------------------------
+
+COSTS = {name: 3.0 ** (i + 1) for i, name in enumerate(MODELS["convnet"].prunable)}
+BIASED = {"method": "feather-flops", "costs": COSTS}
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (ASL, {"method": "str"}),
+        ({"method": "str"}, ASL),
+        ({"method": "spartan"}, ASL),
+        ({"method": "st3-sigma"}, {"gamma": 2.0, **BIASED}),
+        ({"gamma": 2.0, **BIASED}, {"method": "st3-sigma"}),
+        ({"gamma": 2.0, **BIASED}, {"gamma": 0.5, **BIASED}),
+    ],
+    ids=lambda options: options["method"],
+)
+def test_what_another_method_learned_is_not_mistaken_for_ones_own(before, now):
+    run, fresh = start("convnet", **now), start("convnet", **now)
+    with run.sparsifier.relaxed_loading():
+        run.load(start("convnet", **before).train(0, 5).save())
+    for mine, own in zip(run.sparsifier.parameters(), fresh.sparsifier.parameters(), strict=True):
+        assert torch.equal(mine, own)
+    # The same latent weights, after the same steps, meet the same thresholds.
+    fresh.sparsifier.weights.flats[0].copy_(run.sparsifier.weights.flats[0])
+    fresh.sparsifier._step.copy_(run.sparsifier._step)
+    fresh.sparsifier.show_image()
+    assert_same(run.sparsifier.thresholds(), fresh.sparsifier.thresholds())
+
+
+def test_what_a_method_learned_is_taken_over_into_a_longer_training():
+    short = start("convnet", **ASL).train(0, 5)
+    run = start("convnet", total_steps=2 * TOTAL, **ASL)
+    with run.sparsifier.relaxed_loading():
+        run.load(short.save())
+    assert_same(run.sparsifier.parameters(), short.sparsifier.parameters())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", ["asl", "asl+", "feather-asl+"])
+def test_a_layer_of_one_weight_is_no_trouble_for_learned_thresholds(method):
+    model = nn.Sequential(nn.Linear(9, 1, bias=False), nn.Linear(1, 1), nn.Linear(1, 9))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(
+        model, optimizer, method, sparsity=0.5, total_steps=3, dense_below=0
+    )
+    for _ in range(3):
+        model(torch.randn(4, 9)).square().mean().backward()
+        optimizer.step()
+    sparsifier.finalize()
+    assert sum(int((layer.weight == 0).sum()) for layer in model) == round(0.5 * 19)

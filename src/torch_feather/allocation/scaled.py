@@ -20,28 +20,18 @@ from ..selection import select
 from .base import Allocation
 
 
-class Scaled(Allocation):
+def cut_scaled(weights: LatentWeights, scale: Tensor, sparsity: Tensor) -> list[Segment]:
     """The weights of smallest |w| times the scale of their layer are pruned; the total is exact.
 
     Args:
+        weights, sparsity: as for `Allocation.cuts`.
         scale: positive, one for each weight tensor.
     """
-
-    def __init__(self, scale: Tensor):
-        self._state: dict[str, Tensor | list[Tensor]] = {"scale": scale}
-
-    @property
-    def state(self) -> dict[str, Tensor | list[Tensor]]:
-        """See `Allocation`."""
-        return self._state
-
-    def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
-        """See `Allocation`."""
-        scales = [scale.to(weights.wide) for scale in self._state["scale"]]
-        k = (sparsity * weights.size).round().long()
-        cut = select(partial(weights.scores, scales), k)
-        pairs = zip(weights.spans, scales, strict=True)
-        return [Segment(start, stop, cut, scale) for (start, stop), scale in pairs]
+    scales = list(scale.to(weights.wide))
+    k = (sparsity * weights.size).round().long()
+    cut = select(partial(weights.scores, scales), k)
+    pairs = zip(weights.spans, scales, strict=True)
+    return [Segment(start, stop, cut, scale) for (start, stop), scale in pairs]
 
 
 @dataclass(frozen=True)
@@ -51,11 +41,13 @@ class Sigma(Allocation):
     Source: ST-3 (Vanderschueren and De Vleeschouwer, WACV 2023), variant sigma.
     """
 
-    def fit(self, setting: Setting) -> Scaled:
+    def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
         """See `Allocation`."""
-        weights = setting.weights
-        scale = [math.sqrt(sum(view.shape)) for view in weights.views]
-        return Scaled(torch.tensor(scale, dtype=weights.wide, device=weights.device))
+        return cut_scaled(weights, weights.constant(self, self._scale), sparsity)
+
+    def _scale(self, weights: LatentWeights) -> Tensor:
+        sums = [sum(view.shape) for view in weights.views]
+        return torch.tensor(sums, dtype=torch.float64, device=weights.device).sqrt()
 
 
 @dataclass(frozen=True)
@@ -93,14 +85,16 @@ class FlopsBiased(Allocation):
         if self.gamma is not None and not 0 <= self.gamma < math.inf:
             raise ConfigurationError(f"gamma must be a number >= 0, got {self.gamma!r}.")
 
-    def fit(self, setting: Setting) -> Scaled:
+    def fit(self, setting: Setting) -> Biased:
         """See `Allocation`."""
-        costs = self._costs(setting)
-        gamma = self.gamma
-        if gamma is None:
-            assert self.macs is not None
-            gamma = solve_gamma(setting.weights, costs, setting.sparsity, self.macs)
-        return Scaled(_scale(setting.weights, costs, gamma))
+        costs, weights = self._costs(setting), setting.weights
+        if self.gamma is not None:
+            return Biased(costs, self.gamma)
+        assert self.macs is not None
+        gamma = solve_gamma(weights, costs, setting.sparsity, self.macs)
+        # Other weights would have another one: it goes into checkpoints.
+        solved = torch.full((len(costs),), gamma, dtype=torch.float64, device=weights.device)
+        return Biased(costs, solved)
 
     def _costs(self, setting: Setting) -> list[float]:
         if self.costs is not None:
@@ -125,6 +119,40 @@ class FlopsBiased(Allocation):
         return [float(costs[name]) for name in setting.names]
 
 
+class Biased(Allocation):
+    """A `FlopsBiased` whose costs and bias are known.
+
+    Args:
+        costs: multiply-adds per weight of each tensor.
+        gamma: the bias; a tensor with an entry for each weight tensor is kept in the state.
+    """
+
+    def __init__(self, costs: Sequence[float], gamma: float | Tensor):
+        self._costs, self._gamma = costs, gamma
+        self._state: dict[str, Tensor | list[Tensor]] = {}
+        if isinstance(gamma, Tensor):
+            self._state["gamma"] = gamma
+
+    @property
+    def state(self) -> dict[str, Tensor | list[Tensor]]:
+        """See `Allocation`."""
+        return self._state
+
+    def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
+        """See `Allocation`.
+
+        A weight's scale is c^-gamma, with c relative to its geometric mean so that none overflows.
+        """
+        gamma = self._state.get("gamma", self._gamma)
+        assert not isinstance(gamma, list)
+        scale = (-gamma * weights.constant(("costs", *self._costs), self._logs)).exp()
+        return cut_scaled(weights, scale, sparsity)
+
+    def _logs(self, weights: LatentWeights) -> Tensor:
+        logs = torch.tensor(self._costs, dtype=torch.float64, device=weights.device).log()
+        return logs - logs.mean()
+
+
 def solve_gamma(
     weights: LatentWeights, costs: Sequence[float], sparsity: float, budget: float
 ) -> float:
@@ -137,7 +165,7 @@ def solve_gamma(
     share = torch.tensor(sparsity, dtype=torch.float64, device=weights.device)
 
     def macs(gamma: float) -> float:
-        segments = Scaled(_scale(weights, costs, gamma)).cuts(weights, share)
+        segments = Biased(costs, gamma).cuts(weights, share)
         kept = (weights.sizes - weights.counts_pruned(segments)).cpu()
         return float((kept * cost).sum())
 
@@ -156,10 +184,3 @@ def solve_gamma(
         middle = (low + high) / 2
         low, high = (middle, high) if macs(middle) > budget else (low, middle)
     return high
-
-
-def _scale(weights: LatentWeights, costs: Sequence[float], gamma: float) -> Tensor:
-    """c^-gamma, with c relative to its geometric mean so that no score overflows."""
-    logs = torch.tensor(costs, dtype=torch.float64).log()
-    scale = (-gamma * (logs - logs.mean())).exp()
-    return scale.to(weights.device, weights.wide)

@@ -60,6 +60,7 @@ class StandardDeviations:
     """
 
     budget_weight: float = 10.0
+    unit = "deviations"
 
     def __post_init__(self) -> None:
         if not 0 <= self.budget_weight < math.inf:
@@ -71,9 +72,9 @@ class StandardDeviations:
 
     def thresholds(self, r: Tensor, weights: LatentWeights) -> tuple[Tensor, Tensor]:
         """See `Law`."""
-        spread = torch.stack([w.to(weights.wide).std() for w in weights.views])
+        deviation = torch.stack([spread(w.to(weights.wide)) for w in weights.views])
         inside = (r >= 0) & (r <= 5)
-        return r.clamp(0, 5) * spread + 1e-6, spread * inside
+        return r.clamp(0, 5) * deviation + 1e-6, deviation * inside
 
     def penalty(
         self,
@@ -88,3 +89,8 @@ class StandardDeviations:
         density = (share * torch.erfc(r / math.sqrt(2)).masked_fill(dense, 1.0)).sum()
         slope = -math.sqrt(2 / math.pi) * torch.exp(-(r**2) / 2)
         return 2 * self.budget_weight * (density - (1 - sparsity)) * share * slope
+
+
+def spread(w: Tensor) -> Tensor:
+    """The standard deviation; that of a single weight is 0."""
+    return w.std() if w.numel() > 1 else w.new_zeros(())

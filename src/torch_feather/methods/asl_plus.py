@@ -15,7 +15,7 @@ from ..latent import LatentWeights
 from ..learned import LearnedMethod
 from ..operators import Hard
 from ..schedules import Schedule
-from .asl import StandardDeviations
+from .asl import StandardDeviations, spread
 from .feather import power, scaled_gradient
 from .method import make_schedule
 
@@ -128,5 +128,5 @@ def density_slope(r: Tensor, weights: LatentWeights) -> Tensor:
     normal = -math.sqrt(2 / math.pi) * torch.exp(-(r**2) / 2)
     laplacian = -math.sqrt(2) * torch.exp(-math.sqrt(2) * r)
     wide = [w.to(weights.wide) for w in weights.views]
-    concentration = torch.stack([w.abs().mean() / w.std() for w in wide])
+    concentration = torch.stack([w.abs().mean() / spread(w) for w in wide])
     return torch.where(concentration < LAPLACE_BELOW, laplacian, normal)

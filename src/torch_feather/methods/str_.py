@@ -64,6 +64,7 @@ class Sigmoid:
     """tau = sigmoid(s), without a penalty."""
 
     s_init: float
+    unit = "logit"
 
     def __post_init__(self) -> None:
         if not -math.inf < self.s_init < math.inf:
