@@ -38,8 +38,8 @@ class Reparametrization:
 
     Attributes:
         state: what cannot be computed anew, by name: checkpoints hold it bit by bit, and it moves
-            with the weights. Entry i, along the first dimension or in the list, belongs to weight
-            tensor i.
+            with the weights, numbers with a point as their `wide` type. Entry i, along the first
+            dimension or in the list, belongs to weight tensor i.
         learned: the names of those entries of `state` that are parameters of the method.
         completes: whether `complete` has anything to do.
         pulls_back: whether dL/dw, as far as a hook can say, differs from dL/du.
@@ -163,8 +163,12 @@ class Reparametrization:
 
     def move(self, weights: LatentWeights) -> None:
         """The weights are now these, on another device or of another type."""
+
+        def moved(entry: Tensor) -> Tensor:
+            return entry.to(weights.device, weights.wide if entry.is_floating_point() else None)
+
         for name, entry in self.state.items():
             if isinstance(entry, Tensor):
-                self.state[name] = entry.to(weights.device)
+                self.state[name] = moved(entry)
             else:
-                self.state[name] = [tensor.to(weights.device) for tensor in entry]
+                self.state[name] = [moved(tensor) for tensor in entry]

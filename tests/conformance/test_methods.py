@@ -364,7 +364,7 @@ def test_casting_keeps_learned_thresholds():
     run.model.double()
     run.loop.dtype = torch.float64
     run.sparsifier.sync()
-    assert torch.equal(run.sparsifier.parameters()[0], before)
+    assert torch.equal(run.sparsifier.parameters()[0], before.double())
     run.train(3, TOTAL)
     assert_exact(run)
     assert run.zeros() == 96
@@ -461,6 +461,7 @@ def test_layouts_are_shared_by_averages():
 # --- states of other methods ----------------------------------------------------------------
 
 COSTS = {name: 3.0 ** (i + 1) for i, name in enumerate(MODELS["convnet"].prunable)}
+MLP_COSTS = {"0.weight": 3.0, "2.weight": 1.0}
 BIASED = {"method": "feather-flops", "costs": COSTS}
 
 
@@ -510,3 +511,14 @@ def test_a_layer_of_one_weight_is_no_trouble_for_learned_thresholds(method):
         optimizer.step()
     sparsifier.finalize()
     assert sum(int((layer.weight == 0).sum()) for layer in model) == round(0.5 * 19)
+
+
+@pytest.mark.parametrize("method", ["asl", "feather-flops", "probmask", "spartan", "str"])
+def test_a_model_that_was_cast_goes_on_where_it_was_saved(method):
+    options = {"asl": ASL, "feather-flops": {"macs": 40.0, "costs": MLP_COSTS}}.get(method, {})
+    options = {"method": method, **options}
+    run = start("mlp", "sgd", **options).train(0, 9)
+    run.model.double()
+    run.loop.dtype = torch.float64
+    other = start("mlp", "sgd", dtype=torch.float64, seed=3, **options).load(run.save())
+    assert_same(snapshot(other.train(9, TOTAL)), snapshot(run.train(9, TOTAL)))

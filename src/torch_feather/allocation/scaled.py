@@ -93,7 +93,7 @@ class FlopsBiased(Allocation):
         assert self.macs is not None
         gamma = solve_gamma(weights, costs, setting.sparsity, self.macs)
         # Other weights would have another one: it goes into checkpoints.
-        solved = torch.full((len(costs),), gamma, dtype=torch.float64, device=weights.device)
+        solved = torch.full((len(costs),), gamma, dtype=weights.wide, device=weights.device)
         return Biased(costs, solved)
 
     def _costs(self, setting: Setting) -> list[float]:
@@ -157,6 +157,8 @@ def solve_gamma(
     weights: LatentWeights, costs: Sequence[float], sparsity: float, budget: float
 ) -> float:
     """The least bias at which the kept weights make at most `budget` multiply-adds.
+
+    To 20 bits, so that float32 holds it.
 
     Raises:
         ConfigurationError: no bias meets the budget.
