@@ -6,6 +6,7 @@ whether the step is taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,11 +24,14 @@ class Momentum:
     Attributes:
         rate: lr as a multiple of the user's present one.
         momentum, decay: as in torch.
+        low, high: x is brought back between them.
     """
 
     rate: float = 1.0
     momentum: float = 0.9
     decay: float = 0.0
+    low: float = -math.inf
+    high: float = math.inf
 
     def __post_init__(self) -> None:
         if not self.rate >= 0 or not 0 <= self.momentum < 1 or not self.decay >= 0:
@@ -53,7 +57,8 @@ class Momentum:
         v = velocity * self.momentum + x.grad
         if self.decay:
             v += self.decay * x
-        write_if(taken, [x, velocity], [x - v * (rate * self.rate), v])
+        stepped = (x - v * (rate * self.rate)).clamp(self.low, self.high)
+        write_if(taken, [x, velocity], [stepped, v])
 
 
 @dataclass(frozen=True)

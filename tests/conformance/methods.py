@@ -333,7 +333,8 @@ class SoftMask(Reference):
 class LearnedThreshold(Reference):
     """Thresholds from parameters; from the last step on the count is made exact by |w| / tau.
 
-    As plain autograd: straight-through operators work on x = w / tau, with u = tau T(x).
+    As plain autograd of u = tau T(w / tau). Straight-through, the gradient of T(x) is 1 or theta;
+    tau x is w, so that u = f w + tau (T(x) - f x) with a constant x.
     """
 
     def __init__(
@@ -396,8 +397,9 @@ class ASL(LearnedThreshold):
         return r.clamp(0, 5) * w.detach().std() + 1e-6
 
     def image(self, w: Tensor, tau: Tensor, at: Tensor, kept: Tensor) -> Tensor:
-        x = w / tau
-        return tau * (x + (torch.where(kept, x, 0.0) - x).detach())
+        x = (w / tau).detach()
+        u = w + tau * (torch.where(kept, x, 0.0) - x)
+        return torch.where(kept, u, u - u.detach())  # without a rest from rounding
 
     def penalty(self) -> Tensor:
         [r] = self.learned
@@ -418,20 +420,24 @@ class ASLPlus(ASL):
 
     def penalty(self) -> Tensor:
         [r] = self.learned
-        model = 0.0
-        for i, (name, w) in enumerate(self.latent.items()):
+        density = 0.0
+        for i, (name, u) in enumerate(self.effective().items()):
+            kept = (u != 0).sum().to(r.dtype) / self.size
             if name not in self.dense:
-                multiple = r[i] + (r[i].clamp(min=0) - r[i]).detach()
-                concentrated = w.abs().mean() / w.std() < math.sqrt(math.pi / (2 * math.e))
-                laplacian, normal = (
-                    (-math.sqrt(2) * multiple).exp(),
-                    1 - torch.erf(multiple / math.sqrt(2)),
-                )
-                share = laplacian if concentrated else normal
-                model = model + share * w.numel() / self.size
-        density = 1 - self.sparsity + (model - model.detach())
+                w = self.latent[name].detach()
+                if w.abs().mean() / w.std() < math.sqrt(math.pi / (2 * math.e)):
+                    share = torch.exp(-math.sqrt(2) * r[i])
+                else:
+                    share = torch.erfc(r[i] / math.sqrt(2))
+                kept = kept * share / share.detach()
+            density = density + kept
         wanted = SHARES["cubic"](min(self.step_count, self.total_steps), 0, self.total_steps // 2)
         return self.budget_weight * torch.log(density / (1 - wanted * self.target)) ** 2
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        super().advance()
+        self.learned[0].clamp_(0, 5)
 
 
 class FeatherASLPlus(ASLPlus):
@@ -442,7 +448,9 @@ class FeatherASLPlus(ASLPlus):
         self.p, self.theta = p, theta
 
     def image(self, w: Tensor, tau: Tensor, at: Tensor, kept: Tensor) -> Tensor:
-        return tau * Thresholded.apply(w / tau, kept, at, self.p, self.theta)
+        x, f = (w / tau).detach(), kept + self.theta * ~kept
+        u = f * w + tau * (Thresholded.apply(x, kept, at, self.p, self.theta) - f * x)
+        return torch.where(kept, u, u - u.detach())
 
 
 class STR(LearnedThreshold):
@@ -671,7 +679,7 @@ METHODS = {
                    options={"dense_below": 25, "rate": 0.1, "momentum": 0.5,
                             "budget_weight": 1.0}),
         MethodCase("feather-asl+", "feather-asl+", FeatherASLPlus, exact=False,
-                   options={"dense_below": 0, "theta": 0.3, "rate": 0.05,
+                   options={"dense_below": 0, "theta": 0.3, "rate": 0.03,
                             "budget_weight": 2.0}),
         MethodCase("str", "str", ControlledSTR, exact=False),
         MethodCase("str-published", "str", STR, exact=False, sparsity=0.5,

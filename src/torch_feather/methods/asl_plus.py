@@ -47,7 +47,7 @@ def asl_plus(
         operator=Hard(),
         gradient=StraightThrough(1.0),
         law=FittedDeviations(budget_weight),
-        optimizer=Momentum(rate, momentum),
+        optimizer=Momentum(rate, momentum, low=0.0, high=5.0),
         schedule=make_schedule(schedule, begin, end),
         dense_below=dense_below,
     )
@@ -79,7 +79,7 @@ def feather_asl_plus(
         operator=power(p),
         gradient=scaled_gradient(theta, sparsity),
         law=FittedDeviations(budget_weight),
-        optimizer=Momentum(rate, momentum),
+        optimizer=Momentum(rate, momentum, low=0.0, high=5.0),
         schedule=make_schedule(schedule, begin, end),
         dense_below=dense_below,
     )
@@ -94,9 +94,10 @@ class FittedDeviations(StandardDeviations):
     """The thresholds of ASL, and a penalty on the density that is measured.
 
     The penalty is budget_weight log^2(D / (1 - s)), with D the share of weights that is kept now
-    and s the sparsity wanted now. A count has no derivative, so a model gives dD/dr: each layer is
-    normal or, where its weights concentrate around 0, Laplacian. The logarithm keeps the penalty
-    strong where few weights are left; ASL's (D - (1 - s))^2 has next to no force there.
+    and s the sparsity wanted now. A count has no derivative, so a model of the layer's weights
+    gives it: d D_l / d r_l = D_l d log q_l / d r_l, with q_l the share that the model keeps. The
+    logarithm keeps the penalty strong where few weights are left; ASL's (D - (1 - s))^2 has next
+    to no force there. Both also spare a layer in proportion to what it has lost.
     """
 
     def start(self, weights: LatentWeights, sparsity: float) -> float:
@@ -112,21 +113,19 @@ class FittedDeviations(StandardDeviations):
         sparsity: Tensor,
     ) -> Tensor:
         """See `Law`."""
-        kept = torch.stack([(image != 0).sum() for image in images]).sum().clamp_min(1)
-        density = kept.to(sparsity.dtype) / weights.size
-        excess = (density / (1 - sparsity)).log() / density
-        share = weights.sizes.to(r.dtype) / weights.size
-        return 2 * self.budget_weight * excess * share * density_slope(r, weights)
+        kept = torch.stack([(image != 0).sum() for image in images]).to(r.dtype)
+        total = kept.sum().clamp_min(1)
+        excess = (total / weights.size / (1 - sparsity)).log()
+        return 2 * self.budget_weight * excess * (kept / total) * log_density_slope(r, weights)
 
 
-def density_slope(r: Tensor, weights: LatentWeights) -> Tensor:
-    """d/dr of the share of weights beyond r standard deviations, as each layer's model has it.
+def log_density_slope(r: Tensor, weights: LatentWeights) -> Tensor:
+    """d log q / dr, with q(r) the share of weights beyond r standard deviations of their layer.
 
-    That share is erfc(r / sqrt 2) of normal weights, exp(-r sqrt 2) of Laplacian ones.
+    A layer is normal, with q = erfc(r / sqrt 2), or, where its weights concentrate around 0,
+    Laplacian, with q = exp(-r sqrt 2): whichever is likelier.
     """
-    r = r.clamp_min(0)
-    normal = -math.sqrt(2 / math.pi) * torch.exp(-(r**2) / 2)
-    laplacian = -math.sqrt(2) * torch.exp(-math.sqrt(2) * r)
+    normal = -math.sqrt(2 / math.pi) / torch.special.erfcx(r / math.sqrt(2))
     wide = [w.to(weights.wide) for w in weights.views]
     concentration = torch.stack([w.abs().mean() / spread(w) for w in wide])
-    return torch.where(concentration < LAPLACE_BELOW, laplacian, normal)
+    return normal.masked_fill(concentration < LAPLACE_BELOW, -math.sqrt(2))

@@ -1,0 +1,298 @@
+"""Learned thresholds: their gradients alone, what they reach by themselves, and how they step."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import torch_feather as feather
+from torch_feather import ConfigurationError
+from torch_feather.latent import LatentWeights
+from torch_feather.methods import build_method
+from torch_feather.methods.asl_plus import log_density_slope
+from torch_feather.schedules import Cubic
+
+pytestmark = pytest.mark.filterwarnings("ignore:Every weight of")
+
+STEPS = 200
+
+
+class Task:
+    """A network of 12,400 prunable weights that learns to imitate another."""
+
+    def __init__(self, method: str, sparsity: float, optimizer: str = "sgd", **settings):
+        torch.manual_seed(0)
+        self.steps = settings.pop("total_steps", STEPS)
+        dtype, lr = settings.pop("dtype", torch.float32), settings.pop("lr", 0.1)
+        self.teacher = nn.Linear(20, 4).to(dtype)
+        self.model = nn.Sequential(
+            nn.Linear(20, 100), nn.BatchNorm1d(100), nn.ReLU(),
+            nn.Linear(100, 100), nn.BatchNorm1d(100), nn.ReLU(),
+            nn.Linear(100, 4),
+        ).to(dtype)  # fmt: skip
+        parameters = self.model.parameters()
+        if optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(parameters, lr, 0.9, weight_decay=5e-4)
+        else:
+            self.optimizer = torch.optim.AdamW(parameters, lr)
+        self.sparsifier = feather.sparsify(
+            self.model,
+            self.optimizer,
+            method,
+            sparsity=sparsity,
+            total_steps=self.steps,
+            **settings,
+        )
+        self.cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        x = torch.randn(64, 20, dtype=self.model[0].weight.dtype)
+        return x, self.teacher(x).argmax(1)
+
+    def gradients(self, x: Tensor, y: Tensor) -> None:
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(x), y).backward()
+
+    def train(self, steps: int) -> "Task":
+        for _ in range(steps):
+            self.gradients(*self.batch())
+            self.sparsifier.complete_gradients()
+            learned = [*self.model.parameters(), *self.sparsifier.parameters()]
+            nn.utils.clip_grad_norm_(learned, 3.0)
+            self.optimizer.step()
+            self.cosine.step()
+        return self
+
+    def threshold_gradients(self) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """d loss / d r on a fresh batch, and by name the latent weights w and dL/du."""
+        x, y = self.batch()
+        self.gradients(x, y)
+        self.sparsifier.complete_gradients()
+        [r] = self.sparsifier.parameters()
+        latent = self.sparsifier.latent_weights()
+        effective = {n: self.model.get_parameter(n).detach().requires_grad_() for n in latent}
+        loss = F.cross_entropy(functional_call(self.model, effective, (x,)), y)
+        gradients = torch.autograd.grad(loss, list(effective.values()))
+        self.last = x, y
+        return r.grad, latent, dict(zip(latent, gradients, strict=True))
+
+
+# --- gradients of thresholds ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"decay": 1e-3, "s_init": -3.5}], ids=["control", "decay"])
+def test_the_gradient_of_str_is_the_slope_of_the_loss(options):
+    task = Task("str", 0.7, dtype=torch.float64, **options).train(60)
+    [s] = task.sparsifier.parameters()
+    s += 1e-7  # the control leaves one weight right at its threshold, where there is no slope
+    task.sparsifier.load_state_dict(task.sparsifier.state_dict())
+    found, latent, _ = task.threshold_gradients()
+    x, y = task.last
+
+    def loss(s: Tensor) -> Tensor:
+        u = {n: w.sign() * (w.abs() - tau).relu()
+             for (n, w), tau in zip(latent.items(), s.sigmoid(), strict=True)}  # fmt: skip
+        return F.cross_entropy(functional_call(task.model, u, (x,)), y)
+
+    # As small a step that no weight crosses its threshold.
+    for i, e in enumerate(1e-9 * torch.eye(3, dtype=torch.float64)):
+        slope = (loss(s + e) - loss(s - e)) / 2e-9
+        assert float(found[i]) == pytest.approx(slope.item(), rel=1e-4, abs=1e-7)
+    assert (found != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "theta"), [("asl", 1.0), ("asl+", 1.0), ("feather-asl+", 0.3), ("feather-asl+", 0.0)]
+)
+def test_the_gradient_of_multiples_of_the_spread(method, theta):
+    """dL/dr = std (sum over kept of g (u - w) / tau, less theta times that of g w / tau)."""
+    options = {"theta": theta} if "feather" in method else {}
+    task = Task(
+        method, 0.7, dtype=torch.float64, dense_below=500, rate=0.1, budget_weight=1.0, **options
+    ).train(60)
+    # Without its weight the penalty is gone, and nothing else is.
+    law = task.sparsifier.reparametrization.method.law
+    object.__setattr__(law, "budget_weight", 0.0)
+    found, latent, gradients = task.threshold_gradients()
+    [r] = task.sparsifier.parameters()
+    for i, (name, w) in enumerate(latent.items()):
+        u, g = task.model.get_parameter(name).detach(), gradients[name]
+        tau = r[i] * w.std() + 1e-6
+        terms = torch.where(w.abs() > tau, g * (u - w) / tau, -theta * g * w / tau)
+        expected = w.std() * terms.sum() if w.numel() >= 500 else torch.zeros(())
+        assert float(found[i]) == pytest.approx(float(expected), rel=1e-9, abs=1e-15)
+    assert (found[:2] != 0).all() == (method != "asl" or theta > 0)
+
+
+@pytest.mark.parametrize("method", ["asl", "asl+"])
+def test_a_multiple_outside_of_its_range_gets_no_gradient_from_the_task(method):
+    task = Task(method, 0.7, dense_below=0, budget_weight=0.0)
+    [r] = task.sparsifier.parameters()
+    r.copy_(torch.tensor([-0.1, 5.5, 1.0]))
+    task.sparsifier.load_state_dict(task.sparsifier.state_dict())
+    found, _, _ = task.threshold_gradients()
+    assert (found != 0).tolist() == [False, False, True]
+
+
+# --- the model behind the budget of ASL+ ----------------------------------------------------
+
+
+def drawn(kind: str, n: int = 1_000_000) -> LatentWeights:
+    generator = torch.Generator().manual_seed(0)
+    if kind == "normal":
+        w = torch.randn(n, generator=generator)
+    else:
+        sign = torch.randint(0, 2, (n,), generator=generator) * 2 - 1
+        w = sign * torch.empty(n).exponential_(generator=generator)
+    return LatentWeights([0.03 * w])
+
+
+@pytest.mark.parametrize("r", [0.2, 1.0, 2.0, 2.5])
+@pytest.mark.parametrize("kind", ["normal", "laplacian"])
+def test_the_slope_of_the_density_is_that_of_the_weights(kind, r):
+    """Each kind of weights is recognised, and measured a little to the left and right."""
+    weights = drawn(kind)
+    multiples = (weights.flats[0] / weights.flats[0].std()).abs()
+    width = 0.05
+    left, right = ((multiples > r + d).double().mean() for d in (-width, width))
+    [slope] = log_density_slope(torch.tensor([r]), weights)
+    assert float(slope) == pytest.approx(float((right / left).log()) / (2 * width), rel=0.05)
+
+
+# --- what methods reach by themselves -------------------------------------------------------
+
+TARGETS = [0.5, 0.8, 0.9, 0.95, 0.98, 0.99]
+
+
+@pytest.mark.parametrize("sparsity", TARGETS)
+@pytest.mark.parametrize(
+    ("optimizer", "lr"), [("sgd", 0.1), ("sgd", 0.003), ("sgd", 0.0), ("adamw", 1e-3)]
+)
+def test_str_reaches_any_target_by_itself_with_any_optimizer(optimizer, lr, sparsity):
+    """Within one weight in 10,000, of which rounding and its margin have their share."""
+    task = Task("str", sparsity, optimizer, lr=lr).train(STEPS - 1)
+    assert abs(task.sparsifier.own_sparsity - sparsity) <= 1e-4
+    task.train(1)
+    assert abs(task.sparsifier.own_sparsity - sparsity) <= 1e-4
+    assert task.sparsifier.sparsity == round(sparsity * 12_400) / 12_400
+
+
+def test_str_follows_its_schedule_at_every_step():
+    task = Task("str", 0.98, begin=10, end=150)
+    wanted = 0.98 * Cubic(10, 150).table(STEPS)
+    own = [task.train(1).sparsifier.own_sparsity for _ in range(STEPS)]
+    assert (torch.tensor(own) - wanted[1:]).abs().max() <= 1.5e-4
+    assert all(b >= a - 1.5e-4 for a, b in pairwise(own))
+
+
+def test_the_control_of_str_leaves_the_layers_thresholds_to_the_loss():
+    task = Task("str", 0.9).train(STEPS)
+    taus = [float(tau) for tau in task.sparsifier.thresholds().values()]
+    assert max(taus) > 1.05 * min(taus)
+    [s] = task.sparsifier.parameters()
+    torch.testing.assert_close(s.sigmoid(), torch.tensor(taus), rtol=1e-4, atol=0)
+
+
+def test_str_controls_half_precision_within_its_ties():
+    task = Task("str", 0.9, dtype=torch.bfloat16).train(STEPS - 1)
+    assert abs(task.sparsifier.own_sparsity - 0.9) <= 0.01
+
+
+@pytest.mark.parametrize("sparsity", [0.8, 0.95, 0.98])
+@pytest.mark.parametrize("method", ["asl+", "feather-asl+"])
+def test_asl_plus_comes_near_its_budget_by_itself(method, sparsity):
+    task = Task(method, sparsity, dense_below=0, total_steps=600).train(599)
+    density = 1 - task.sparsifier.own_sparsity
+    assert density == pytest.approx(1 - sparsity, rel=0.2)
+    assert task.train(1).sparsifier.sparsity == round(sparsity * 12_400) / 12_400
+
+
+def test_asl_plus_keeps_its_multiples_within_their_range():
+    """A spike of the loss would lead them so far away that no training brings them back."""
+    task = Task("feather-asl+", 0.9, dense_below=0).train(20)
+    [r] = task.sparsifier.parameters()
+    for kick, bound in ((1e6, 0.0), (-1e6, 5.0)):
+        task.gradients(*task.batch())
+        task.sparsifier.complete_gradients()
+        r.grad.fill_(kick)
+        task.optimizer.step()
+        assert (r == bound).all()
+
+
+@pytest.mark.parametrize("method", ["asl", "asl+", "str"])
+def test_tied_weights_are_counted_exactly(method):
+    """Half precision ties often."""
+    options = {} if method == "str" else {"dense_below": 0}
+    task = Task(method, 0.9, dtype=torch.bfloat16, **options).train(STEPS)
+    assert task.sparsifier.sparsity == 0.9
+    task.train(1)
+    assert task.sparsifier.sparsity == 0.9
+
+
+# --- STR as published -----------------------------------------------------------------------
+
+
+def test_decay_acts_on_s_once_and_as_in_sgd():
+    """Where sigmoid(s) is 0 the loss has no gradient in s: there is decay alone."""
+    task = Task("str", 0.5, decay=0.02, s_init=-3200.0, momentum=0.875, total_steps=40)
+    s = nn.Parameter(torch.full((3,), -3200.0))
+    sgd = torch.optim.SGD([s], 0.1, 0.875, weight_decay=0.02)
+    for _ in range(30):
+        sgd.param_groups[0]["lr"] = task.optimizer.param_groups[0]["lr"]
+        s.grad = torch.zeros_like(s)
+        sgd.step()
+        task.train(1)
+    [own] = task.sparsifier.parameters()
+    torch.testing.assert_close(own, s.detach())
+    assert task.sparsifier.own_sparsity == 0
+
+
+def test_more_decay_is_more_sparsity_and_nothing_follows_the_target():
+    own = [
+        Task("str", 0.5, decay=decay, s_init=-8.0).train(STEPS - 1).sparsifier.own_sparsity
+        for decay in (0.0, 0.01, 0.03, 0.1)
+    ]
+    assert own == sorted(own)
+    assert own[0] < 0.1 < 0.6 < own[-1]
+
+
+def test_published_str_is_taken_as_it_is_by_stopping_before_the_exact_step():
+    task = Task("str", 0.5, decay=0.03, s_init=-8.0).train(STEPS - 1)
+    own = task.sparsifier.own_sparsity
+    task.sparsifier.finalize(force=True)
+    assert feather.sparsity(task.model) == own != 0.5
+
+
+# --- options --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("str", {"decay": 1e-4, "end": 5}, "leave out decay"),
+        ("str", {"decay": 1e-4, "schedule": "linear"}, "leave out decay"),
+        ("str", {"decay": -1e-4}, "decay"),
+        ("str", {"s_init": math.nan}, "s_init"),
+        ("str", {"momentum": 1.0}, "momentum"),
+        ("str", {"schedule": "cubed"}, "'cubic'"),
+        ("asl+", {"budget_weight": -1.0}, "budget_weight"),
+        ("asl+", {"begin": 3, "schedule": Cubic()}, "begin"),
+        ("feather-asl+", {"p": 0.5}, "p must be"),
+        ("feather-asl+", {"theta": 2.0}, "theta"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be(method, options, words):
+    with pytest.raises(ConfigurationError, match=words):
+        build_method(method, sparsity=0.9, **options)
+
+
+def test_feathers_rule_for_theta_holds_for_its_learned_backbone():
+    thetas = [
+        build_method("feather-asl+", sparsity=s).gradient.theta for s in (0.9, 0.95, 0.951, 0.99)
+    ]
+    assert thetas == [1.0, 1.0, 0.5, 0.5]
