@@ -20,7 +20,7 @@ from . import host
 from .latent import BLOCK, DEVICE_BLOCK, LatentWeights, Segment
 
 PASSES = 16
-"""Most evaluations of sum c m in one solution; three to five are usual, see `_root`."""
+"""Most passes over the weights in one solution; three to five are usual, see `_root`."""
 SATURATED = 100.0
 """A logit at which m is 1 for every mu in question, for values that are NaN."""
 
@@ -62,20 +62,16 @@ def soft_top_k(weights: LatentWeights, segments: Sequence[Segment], beta: Tensor
     scale = torch.stack([one if s.scale is None else s.scale.double() for s in segments])
     threshold = torch.stack([s.cut.value.double() for s in segments])
     soft = SoftTopK(beta, scale, threshold, torch.zeros_like(scale))
-    logits, kept, pruned = [], [], []
+    signs, logits = [], []
     for j, segment in enumerate(segments):
         magnitudes = weights.magnitudes(segment.start, segment.stop)
-        below = one.new_zeros(())
-        for a in range(0, magnitudes.numel(), block(weights)):
-            part = magnitudes[a : a + block(weights)]
-            below = below + segment.pruned(part, segment.start + a).sum()
+        sign = torch.empty_like(magnitudes)
+        for a in range(0, sign.numel(), _block(sign)):
+            part = slice(a, a + _block(sign))
+            sign[part] = segment.pruned(magnitudes[part], segment.start + a)
+        signs.append(sign.mul_(2).sub_(1))
         logits.append(soft.logits(magnitudes, j))
-        kept.append(magnitudes.numel() - below)
-        pruned.append(below)
-    cost = 1 / scale
-    same = sharing(weights, segments)
-    shift = _root(logits, cost, same, torch.stack(kept), torch.stack(pruned), block(weights))
-    return soft._replace(shift=shift)
+    return soft._replace(shift=_root(logits, signs, 1 / scale, sharing(weights, segments)))
 
 
 def sharing(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
@@ -90,62 +86,58 @@ def sharing(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
     return weights.constant(("sharing", groups), make)
 
 
-def block(weights: LatentWeights) -> int:
-    """Weights to look at together."""
-    return DEVICE_BLOCK if host.waits_for(weights.device) else BLOCK
+def _root(logits: Sequence[Tensor], signs: Sequence[Tensor], cost: Tensor, same: Tensor) -> Tensor:
+    """mu of each segment: what is missing among its kept weights is what pruned ones have.
 
-
-def _root(
-    logits: Sequence[Tensor],
-    cost: Tensor,
-    same: Tensor,
-    kept: Tensor,
-    pruned: Tensor,
-    block: int,
-) -> Tensor:
-    """mu of each segment, such that the sum over its group of c sigmoid(x + mu) is that of c kept.
-
-    Newton's method on the logit of the share, which is nearly linear in mu, where it stays in the
-    bracket, and bisection elsewhere. As x = 0 at the largest pruned value, the root lies below
-    log(2 sum c / min c), and where it lies 40 below minus that, the sum there is the same to
-    rounding. Each evaluation is a pass over the weights.
+    That is, the sum of c m over pruned weights equals the sum of c (1 - m) over kept ones, both in
+    the segments that share its budget. Newton's method on the difference of their logarithms, which
+    is linear in mu where all logits are alike and where a gap parts the kept from the pruned, and
+    bisection where that leaves the bracket. As logits are 0 at the largest pruned value, the root lies below log(2 sum c / min c);
+    where it lies more than 40 below minus that, the sums there are 0 to rounding. Each evaluation
+    is a pass over the weights.
 
     Args:
-        logits: x, one flat tensor for each segment.
-        cost: c of each segment.
+        logits: beta (v / c - h), one flat tensor for each segment.
+        signs: 1 for pruned weights, -1 for kept ones.
+        cost: c of each segment, float64.
         same: see `sharing`.
-        kept, pruned: numbers of weights of each segment, float64.
-        block: weights to look at together.
     """
-    budget, rest = same @ (cost * kept), same @ (cost * pruned)
-    total = budget + rest
-    target = (budget / total).logit()
-    trivial = (budget == 0) | (rest == 0)
-    bound = (2 * total / torch.where(same > 0, cost, torch.inf).amin(1)).log()
-    low, high = -bound - 40, bound
-    close = torch.finfo(logits[0].dtype).eps ** 0.5  # the next step would be its square
-    mu = torch.zeros_like(total)
+    kept = cost * torch.stack([(1 - s).sum(dtype=torch.float64) / 2 for s in signs])
+    pruned = cost * torch.stack([(1 + s).sum(dtype=torch.float64) / 2 for s in signs])
+    kept, pruned = same @ kept, same @ pruned
+    trivial = (kept == 0) | (pruned == 0)
+    bound = (2 * (kept + pruned) / torch.where(same > 0, cost, torch.inf).amin(1)).log()
+    low, high, mu = -bound - 40, bound, torch.zeros_like(bound)
+    eps = torch.finfo(logits[0].dtype).eps
     for _ in range(PASSES):
-        sums = torch.stack([_sums(x, mu[j], block) for j, x in enumerate(logits)])
-        reached, slope = same @ (cost * sums[:, 0]), same @ (cost * sums[:, 1])
-        share = reached / total
-        step = (share.logit() - target) * share * (1 - share) * total / slope
-        step = torch.where(trivial | (reached == budget), 0.0, step)
-        low = torch.where(reached < budget, mu, low)
-        high = torch.where(reached > budget, mu, high)
-        newton, near = mu - step, step.abs() <= close
+        rows = [_sums(x, s, mu[j]) for j, (x, s) in enumerate(zip(logits, signs, strict=True))]
+        excess, rise, lack, fall = (same @ (cost[:, None] * torch.stack(rows))).unbind(1)
+        step = (excess / lack).log() / (rise / excess + fall / lack)
+        exact = trivial | (torch.maximum(excess, lack) <= eps * kept)
+        step = step.masked_fill(exact, 0.0)
+        low, high = torch.where(excess < lack, mu, low), torch.where(excess > lack, mu, high)
+        newton, near = mu - step, step.abs() <= eps**0.5  # the next one would be its square
         inside = (newton > low) & (newton < high)
         mu = torch.where(near | inside, newton, (low + high) / 2)
         if not host.waits_for(mu.device) and bool(near.all()):
             break
-    return torch.where(trivial, target, mu)
+    return torch.where(trivial, (kept / (kept + pruned)).logit(), mu)
 
 
-def _sums(x: Tensor, mu: Tensor, block: int) -> Tensor:
-    """The sums of m and of m (1 - m), float64 of shape (2,)."""
-    total = x.new_zeros(2, dtype=torch.float64)
-    for part in x.split(block):
-        m = (part + mu).sigmoid_()
-        pair = m.sum(dtype=torch.float64), (m * (1 - m)).sum(dtype=torch.float64)
-        total = total + torch.stack(pair)
+def _sums(x: Tensor, sign: Tensor, mu: Tensor) -> Tensor:
+    """Sums of e and of e (1 - e), over pruned and over kept weights; float64 of shape (4,).
+
+    With e = m for pruned weights and 1 - m for kept ones, which keeps the digits of small ones.
+    """
+    total = x.new_zeros(4, dtype=torch.float64)
+    for part, s in zip(x.split(_block(x)), sign.split(_block(x)), strict=True):
+        e = (part + mu).mul_(s).sigmoid_()
+        change = e * (1 - e)
+        rows = torch.stack([t.sum(dtype=torch.float64) for t in (e, change, e * s, change * s)])
+        total = total + torch.cat([rows[:2] + rows[2:], rows[:2] - rows[2:]]) / 2
     return total
+
+
+def _block(flat: Tensor) -> int:
+    """Weights to look at together."""
+    return DEVICE_BLOCK if host.waits_for(flat.device) else BLOCK

@@ -129,9 +129,9 @@ class Spartan(Scheduled):
     def refresh(self, weights: LatentWeights, step: Tensor) -> None:
         """See `Reparametrization`."""
         done = step >= self.freeze
-        stays = done & self._frozen
-        on_device = host.waits_for(weights.device)
-        if not on_device and stays:
+        stays = self._entry("frozen") & done
+        look = not host.waits_for(weights.device)
+        if look and stays.all():
             return
         masks, soft, segments = self._solve(weights, step)
         self.segments = renew(self.segments, segments)
@@ -142,8 +142,9 @@ class Spartan(Scheduled):
         self._segment_of = _places(weights, self.segments)
         new = [*masks, torch.stack([segments[j].threshold for j in self._segment_of])]
         old = [*self._masks, self._entry("threshold")]
-        if on_device:
-            new = [torch.where(stays, a, b) for a, b in zip(old, new, strict=True)]
+        if not look or stays.any():  # what several optimizers hold is loaded part by part
+            conditions = [*stays, stays]
+            new = list(map(torch.where, conditions, old, new))
         copy_all([*old, self._entry("frozen")], [*new, done.expand(len(masks))])
 
     def _solve(
