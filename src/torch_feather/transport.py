@@ -62,16 +62,20 @@ def soft_top_k(weights: LatentWeights, segments: Sequence[Segment], beta: Tensor
     scale = torch.stack([one if s.scale is None else s.scale.double() for s in segments])
     threshold = torch.stack([s.cut.value.double() for s in segments])
     soft = SoftTopK(beta, scale, threshold, torch.zeros_like(scale))
-    signs, logits = [], []
+    logits, signs, counts = [], [], scale.new_zeros(len(segments), 2)
     for j, segment in enumerate(segments):
         magnitudes = weights.magnitudes(segment.start, segment.stop)
         sign = torch.empty_like(magnitudes)
         for a in range(0, sign.numel(), _block(sign)):
             part = slice(a, a + _block(sign))
-            sign[part] = segment.pruned(magnitudes[part], segment.start + a)
-        signs.append(sign.mul_(2).sub_(1))
+            pruned = segment.pruned(magnitudes[part], segment.start + a)
+            counts[j, 0] += pruned.sum()
+            sign[part] = pruned
+        counts[j, 1] = sign.numel() - counts[j, 0]
         logits.append(soft.logits(magnitudes, j))
-    return soft._replace(shift=_root(logits, signs, 1 / scale, sharing(weights, segments)))
+        signs.append(sign.mul_(2).sub_(1))
+    shift = _root(logits, signs, counts, 1 / scale, sharing(weights, segments))
+    return soft._replace(shift=shift)
 
 
 def sharing(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
@@ -86,25 +90,26 @@ def sharing(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
     return weights.constant(("sharing", groups), make)
 
 
-def _root(logits: Sequence[Tensor], signs: Sequence[Tensor], cost: Tensor, same: Tensor) -> Tensor:
+def _root(
+    logits: Sequence[Tensor], signs: Sequence[Tensor], counts: Tensor, cost: Tensor, same: Tensor
+) -> Tensor:
     """mu of each segment: what is missing among its kept weights is what pruned ones have.
 
     That is, the sum of c m over pruned weights equals the sum of c (1 - m) over kept ones, both in
     the segments that share its budget. Newton's method on the difference of their logarithms, which
     is linear in mu where all logits are alike and where a gap parts the kept from the pruned, and
-    bisection where that leaves the bracket. As logits are 0 at the largest pruned value, the root lies below log(2 sum c / min c);
-    where it lies more than 40 below minus that, the sums there are 0 to rounding. Each evaluation
-    is a pass over the weights.
+    bisection where that leaves the bracket. As logits are 0 at the largest pruned value, the root
+    lies below log(2 sum c / min c); where it lies more than 40 below minus that, the sums there are
+    0 to rounding. Each evaluation is a pass over the weights.
 
     Args:
         logits: beta (v / c - h), one flat tensor for each segment.
         signs: 1 for pruned weights, -1 for kept ones.
+        counts: pruned and kept weights of each segment, of shape (segments, 2), float64.
         cost: c of each segment, float64.
         same: see `sharing`.
     """
-    kept = cost * torch.stack([(1 - s).sum(dtype=torch.float64) / 2 for s in signs])
-    pruned = cost * torch.stack([(1 + s).sum(dtype=torch.float64) / 2 for s in signs])
-    kept, pruned = same @ kept, same @ pruned
+    pruned, kept = (same @ (cost[:, None] * counts)).unbind(1)
     trivial = (kept == 0) | (pruned == 0)
     bound = (2 * (kept + pruned) / torch.where(same > 0, cost, torch.inf).amin(1)).log()
     low, high, mu = -bound - 40, bound, torch.zeros_like(bound)
@@ -132,9 +137,11 @@ def _sums(x: Tensor, sign: Tensor, mu: Tensor) -> Tensor:
     total = x.new_zeros(4, dtype=torch.float64)
     for part, s in zip(x.split(_block(x)), sign.split(_block(x)), strict=True):
         e = (part + mu).mul_(s).sigmoid_()
-        change = e * (1 - e)
-        rows = torch.stack([t.sum(dtype=torch.float64) for t in (e, change, e * s, change * s)])
-        total = total + torch.cat([rows[:2] + rows[2:], rows[:2] - rows[2:]]) / 2
+        signed = e * s
+        both, difference = e.sum(), signed.sum()
+        change, signed_change = both - torch.dot(e, e), difference - torch.dot(e, signed)
+        rows = torch.stack([both, change, difference, signed_change]).double()
+        total += torch.cat([rows[:2] + rows[2:], rows[:2] - rows[2:]]) / 2
     return total
 
 

@@ -216,21 +216,21 @@ class Spartan(Scheduled):
             return
         assert self._soft is not None
         sums = torch.zeros(len(self.segments), 2, dtype=torch.float64, device=weights.device)
+        slopes = []
         for i, (p, w) in enumerate(zip(parameters, weights.views, strict=True)):
             m, gain = self._mask_and_gain(weights, i)
-            j = self._segment_of[i]
-            sums[j, 1] += (m * (1 - m)).sum(dtype=torch.float64) / self._soft.scale[j]
-            if p.grad is not None:  # it is g m gain, with g w (1 - m) to be summed
-                share = (1 - m).mul_(w).div_(gain)
-                sums[j, 0] += (p.grad * share).sum(dtype=torch.float64)
+            rest, j = 1 - m, self._segment_of[i]
+            slopes.append(m.mul_(rest))
+            sums[j, 1] += slopes[i].sum() / self._soft.scale[j]
+            if p.grad is not None:  # it is g m gain, of which g w m (1 - m) is to be summed
+                sums[j, 0] += rest.mul_(w).div_(gain).mul_(p.grad).sum()
         top, bottom = (sharing(weights, self.segments) @ sums).unbind(1)
         # Where all m are 0 or 1, nothing is shared.
         cross = torch.where(bottom > 0, top / bottom, 0.0) * self._soft.beta
         cross = cross.masked_fill(self._frozen, 0.0)
-        for i, (p, w) in enumerate(zip(parameters, weights.views, strict=True)):
+        for j, slope, p, w in zip(self._segment_of, slopes, parameters, weights.views, strict=True):
             if p.grad is not None:
-                m, _ = self._mask_and_gain(weights, i)
-                p.grad -= (m * (1 - m)).mul_(w.sign()).mul_(cross[self._segment_of[i]])
+                p.grad -= slope.mul_(w.sign()).mul_(cross[j])
 
     def move(self, weights: LatentWeights) -> None:
         """See `Reparametrization`."""
