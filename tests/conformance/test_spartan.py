@@ -394,6 +394,7 @@ def test_nan_is_kept_and_told():
     [
         ({"beta": 0.0}, "beta"),
         ({"beta": float("inf")}, "beta"),
+        ({"beta": "sharp"}, "beta"),
         ({"end": 6, "freeze": 5}, "end=6, freeze=5"),
         ({"freeze": 11}, "freeze=11"),
         ({"end": 0}, "begin before it ends"),
@@ -403,6 +404,13 @@ def test_nan_is_kept_and_told():
 def test_options_that_cannot_be(options, words):
     with pytest.raises(ConfigurationError, match=words):
         start(method="spartan", **options)
+
+
+def test_a_sharpness_is_the_same_as_an_integer():
+    state = start(beta=20, **LATE).train(0, 2).sparsifier.state_dict()
+    start(beta=20.0, **LATE).sparsifier.load_state_dict(state)
+    with pytest.raises(StateError, match="options"):
+        start(beta=21, **LATE).sparsifier.load_state_dict(state)
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7])

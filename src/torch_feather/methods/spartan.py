@@ -58,8 +58,9 @@ class SpartanMethod:
     freeze: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta < math.inf:
+        if not isinstance(self.beta, int | float) or not 0 < self.beta < math.inf:
             raise ConfigurationError(f"beta must be a number > 0, got {self.beta!r}.")
+        object.__setattr__(self, "beta", float(self.beta))  # 20 and 20.0 are one method
 
     def attach(self, setting: Setting) -> Spartan:
         """See `AnyMethod`."""
@@ -97,7 +98,7 @@ class Spartan(Scheduled):
         super().__init__(setting, method)
         self.beta, self.freeze = beta, freeze
         weights, n = setting.weights, len(setting.weights.views)
-        self.state |= {
+        self.state |= {  # beside the allocation's
             "mask": _dense(weights),
             "threshold": torch.zeros(n, dtype=weights.wide, device=weights.device),
             "frozen": torch.zeros(n, dtype=torch.bool, device=weights.device),
