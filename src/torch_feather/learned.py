@@ -1,12 +1,13 @@
 """Methods that learn their thresholds: one parameter per weight tensor, stepped with the weights.
 
-Such a method hits no target by itself. From the last step of training on (`total_steps`), the
-count is made exact: weights are ranked by |w| / tau over the whole network, and the round(s N)
+Such a method hits no target by itself. At the end of training, from the last step on or earlier,
+the count is made exact: weights are ranked by |w| / tau over the whole network, and the round(s N)
 lowest are pruned. So what is evaluated after that step, saved, and finalized is one model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,20 +41,12 @@ class Law(Protocol):
     def thresholds(self, r: Tensor, weights: LatentWeights) -> tuple[Tensor, Tensor]:
         """tau >= 0 and d tau / d r, each of the shape of r, (number of tensors,)."""
 
-    def penalty(
-        self,
-        r: Tensor,
-        weights: LatentWeights,
-        images: Sequence[Tensor],
-        dense: Tensor,
-        sparsity: Tensor,
-    ) -> Tensor:
+    def penalty(self, r: Tensor, weights: LatentWeights, dense: Tensor, sparsity: Tensor) -> Tensor:
         """The gradient in r of what the method adds to the loss, of the shape of r.
 
         Args:
             r: the parameters.
             weights: the latent weights; `sizes` has their counts.
-            images: u of each tensor, 0 where a weight is pruned.
             dense: mask of the tensors that stay dense, where r means nothing.
             sparsity: wanted now, 0-dimensional float64.
         """
@@ -69,6 +62,7 @@ class LearnedMethod:
         optimizer: how they step.
         schedule: the sparsity that is wanted over time.
         dense_below: tensors of fewer weights than this stay dense.
+        exact_from: share of training after which the count is made exact.
     """
 
     operator: Operator
@@ -77,6 +71,7 @@ class LearnedMethod:
     optimizer: Momentum
     schedule: Schedule
     dense_below: int = 0
+    exact_from: float = 1.0
 
     def attach(self, setting: Setting) -> LearnedThresholds:
         """Puts the method to work."""
@@ -109,7 +104,7 @@ class LearnedThresholds(Thresholded):
     def __init__(self, setting: Setting, method: LearnedMethod):
         super().__init__(setting, method.operator, method.gradient)
         self.method = method
-        self.arrival = setting.total_steps
+        self.arrival = math.ceil(method.exact_from * setting.total_steps)
         weights, sizes = setting.weights, [v.numel() for v in setting.weights.views]
         most = sum(n for n in sizes if n >= method.dense_below)
         if round(setting.sparsity * weights.size) > most:
@@ -159,9 +154,9 @@ class LearnedThresholds(Thresholded):
         own = _own_cut(weights)
         if host.waits_for(weights.device):
             exact = self.cut_at(wanted, scale, weights)
-            done = step >= self.total_steps
+            done = step >= self.arrival
             cut = Cut(*(torch.where(done, a, b) for a, b in zip(exact, own, strict=True)))
-        elif step >= self.total_steps:
+        elif step >= self.arrival:
             cut = self.cut_at(wanted, scale, weights)
         else:
             cut = own
@@ -204,19 +199,18 @@ class LearnedThresholds(Thresholded):
         """
         assert self._solved is not None
         wanted, tau, slope, *_ = self._solved
-        images = [parameter.detach() for parameter in parameters]
         sums = []
-        for parameter, image, w in zip(parameters, images, weights.views, strict=True):
+        for parameter, w in zip(parameters, weights.views, strict=True):
             if parameter.grad is None:
                 sums.append(tau.new_zeros(()))
             else:
-                change = image.to(weights.wide) - w
+                change = parameter.detach().to(weights.wide) - w
                 sums.append((change * parameter.grad).sum(dtype=weights.wide))
         gradient = torch.stack(sums) * torch.where(tau > 0, slope / tau, 0.0)
         if scale is not None:
             gradient /= scale
         dense = self._is_dense(weights)
-        gradient += self.method.law.penalty(self.r, weights, images, dense, wanted)
+        gradient += self.method.law.penalty(self.r, weights, dense, wanted)
         self.r.grad = gradient.masked_fill(dense, 0.0).to(self.r.dtype)
 
     def advance(

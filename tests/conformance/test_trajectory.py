@@ -44,7 +44,7 @@ def compare(
         optimizers.append(reference.inner_optimizer(float(rate)))
     loop = Loop(reference, net, optimizers, case, run.loop.recipe, dtype, reference)
     if tolerance is None:
-        tolerance = made.tolerance
+        tolerance = max(made.tolerance, method.tolerance)
     close = {"rtol": tolerance, "atol": tolerance / 10}
     # The operator's slope grows without bound towards the threshold, and rounding with it.
     near = {"rtol": 10 * tolerance, "atol": tolerance}

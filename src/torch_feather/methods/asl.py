@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -76,14 +75,7 @@ class StandardDeviations:
         inside = (r >= 0) & (r <= 5)
         return r.clamp(0, 5) * deviation + 1e-6, deviation * inside
 
-    def penalty(
-        self,
-        r: Tensor,
-        weights: LatentWeights,
-        images: Sequence[Tensor],
-        dense: Tensor,
-        sparsity: Tensor,
-    ) -> Tensor:
+    def penalty(self, r: Tensor, weights: LatentWeights, dense: Tensor, sparsity: Tensor) -> Tensor:
         """See `Law`."""
         share = weights.sizes.to(r.dtype) / weights.size
         density = (share * torch.erfc(r / math.sqrt(2)).masked_fill(dense, 1.0)).sum()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +32,11 @@ def asl_plus(
 ) -> LearnedMethod:
     """ASL whose budget is measured, approached gradually, and pursued through a model per layer.
 
-    Feather's supplement names an ASL+ and cites ASL; no source that we know says what the plus is.
+    Feather's supplement names an ASL+ and cites ASL; no text that we could reach defines the plus.
     This is our reading: see `FittedDeviations`.
 
     Args:
-        sparsity: final share of zeros; the last step makes it exact (see `learned`).
+        sparsity: final share of zeros; exact in the last tenth of training (see `learned`).
         budget_weight: lambda, the weight of the penalty.
         rate: the learning rate of r as a multiple of the optimizer's.
         momentum, dense_below: as for `asl`.
@@ -50,6 +49,7 @@ def asl_plus(
         optimizer=Momentum(rate, momentum, low=0.0, high=5.0),
         schedule=make_schedule(schedule, begin, end),
         dense_below=dense_below,
+        exact_from=EXACT_FROM,
     )
 
 
@@ -71,7 +71,7 @@ def feather_asl_plus(
     Source: the Feather supplement, section 4, names the combination; see `asl_plus`.
 
     Args:
-        sparsity: final share of zeros; the last step makes it exact (see `learned`).
+        sparsity: final share of zeros; exact in the last tenth of training (see `learned`).
         p, theta: as for `feather`.
         budget_weight, rate, momentum, dense_below, schedule, begin, end: as for `asl+`.
     """
@@ -82,8 +82,12 @@ def feather_asl_plus(
         optimizer=Momentum(rate, momentum, low=0.0, high=5.0),
         schedule=make_schedule(schedule, begin, end),
         dense_below=dense_below,
+        exact_from=EXACT_FROM,
     )
 
+
+# Share of training after which the count is exact: what is left lets the network adapt.
+EXACT_FROM = 0.9
 
 # mean|w| / std(w) below which a Laplace density is likelier than a normal one: sqrt(pi / 2e).
 LAPLACE_BELOW = math.sqrt(math.pi / (2 * math.e))
@@ -104,28 +108,30 @@ class FittedDeviations(StandardDeviations):
         """See `Law`."""
         return 0.0
 
-    def penalty(
-        self,
-        r: Tensor,
-        weights: LatentWeights,
-        images: Sequence[Tensor],
-        dense: Tensor,
-        sparsity: Tensor,
-    ) -> Tensor:
+    def penalty(self, r: Tensor, weights: LatentWeights, dense: Tensor, sparsity: Tensor) -> Tensor:
         """See `Law`."""
-        kept = torch.stack([(image != 0).sum() for image in images]).to(r.dtype)
+        wide = [w.to(weights.wide) for w in weights.views]
+        magnitudes = [w.abs() for w in wide]
+        tau, _ = self.thresholds(r, weights)
+        pairs = zip(magnitudes, tau, strict=True)
+        kept = torch.stack([(m > t).sum() for m, t in pairs]).to(r.dtype)
+        kept = torch.where(dense, weights.sizes, kept)
         total = kept.sum().clamp_min(1)
         excess = (total / weights.size / (1 - sparsity)).log()
-        return 2 * self.budget_weight * excess * (kept / total) * log_density_slope(r, weights)
+        ratios = [m.mean() / spread(w) for m, w in zip(magnitudes, wide, strict=True)]
+        slope = log_density_slope(r, torch.stack(ratios))
+        return 2 * self.budget_weight * excess * (kept / total) * slope
 
 
-def log_density_slope(r: Tensor, weights: LatentWeights) -> Tensor:
+def log_density_slope(r: Tensor, concentration: Tensor) -> Tensor:
     """d log q / dr, with q(r) the share of weights beyond r standard deviations of their layer.
 
     A layer is normal, with q = erfc(r / sqrt 2), or, where its weights concentrate around 0,
     Laplacian, with q = exp(-r sqrt 2): whichever is likelier.
+
+    Args:
+        r: multiples of the standard deviation, >= 0, one for each layer.
+        concentration: mean|w| / std(w) of each layer.
     """
     normal = -math.sqrt(2 / math.pi) / torch.special.erfcx(r / math.sqrt(2))
-    wide = [w.to(weights.wide) for w in weights.views]
-    concentration = torch.stack([w.abs().mean() / spread(w) for w in wide])
     return normal.masked_fill(concentration < LAPLACE_BELOW, -math.sqrt(2))

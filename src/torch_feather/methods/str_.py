@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,14 +78,7 @@ class Sigmoid:
         tau = s.sigmoid()
         return tau, tau * (1 - tau)
 
-    def penalty(
-        self,
-        s: Tensor,
-        weights: LatentWeights,
-        images: Sequence[Tensor],
-        dense: Tensor,
-        sparsity: Tensor,
-    ) -> Tensor:
+    def penalty(self, s: Tensor, weights: LatentWeights, dense: Tensor, sparsity: Tensor) -> Tensor:
         """See `Law`."""
         return torch.zeros_like(s)
 
