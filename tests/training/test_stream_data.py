@@ -119,7 +119,7 @@ def test_workers_leave_requests_to_stop_to_the_main_process(folder, request_to_s
     expected = list(training(folder))
     ahead = training(folder, workers=2)
     batches = iter(ahead)
-    given = [next(batches)]
+    given = [next(batches), next(batches)]  # so both have begun
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, request_to_stop)
     assert all(map(equal, [*given, *batches], expected))
