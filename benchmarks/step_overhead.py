@@ -61,9 +61,6 @@ LIMITS = {
 METHOD_LIMITS = {("resnet20", 128): 1.10}
 OWN_LIMITS = {"spartan": 1.30}
 
-# Options without which a method cannot be; what they are does not change what a step costs.
-NEEDED: dict[str, dict[str, Any]] = {"feather-flops": {"gamma": 0.5}}
-
 
 class Contestant:
     """A copy of the network, its optimizer, and whatever makes it sparse."""
@@ -101,7 +98,7 @@ def build(
 
     for method, theta in itertools.product(arguments.method, arguments.theta):
         known = method_options(method)
-        options = dict(NEEDED.get(method, {}))
+        options: dict[str, Any] = {}
         if "schedule" in known and arguments.at == "end":
             options["schedule"] = "constant"
         if "example_input" in known:

@@ -44,6 +44,13 @@ class Segment(NamedTuple):
         return torch.where(above, torch.nextafter(tau, torch.zeros_like(tau)), tau)
 
 
+class Numbers(NamedTuple):
+    """A number for each weight: in the flat order, and views shaped like the weight tensors."""
+
+    flat: Tensor
+    views: list[Tensor]
+
+
 @dataclass
 class _Part:
     """Weights of one type: their flat latent values, and where they stand in the flat order."""
@@ -214,6 +221,12 @@ class LatentWeights:
                 total += image.sum(dtype=self.wide)
                 kept, pending = [], 0
         return total
+
+    def numbers(self, value: float) -> Numbers:
+        """A number for each weight, of type `wide`, laid out like them."""
+        flat = torch.full((self.size,), value, dtype=self.wide, device=self.device)
+        places = zip(self.views, self.spans, strict=True)
+        return Numbers(flat, [flat.as_strided(w.shape, w.stride(), a) for w, (a, _) in places])
 
     def like(self, values: Sequence[Tensor]) -> LatentWeights:
         """Latent weights laid out like these, with the flat `values` in place of `flats`."""

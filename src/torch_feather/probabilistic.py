@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from . import host
 from .errors import ConfigurationError
 from .inner import Adam, write_if
-from .latent import DEVICE_BLOCK, LatentWeights, copy_all
+from .latent import DEVICE_BLOCK, LatentWeights, Numbers, copy_all
 from .noise import uniform
 from .projection import project_
 from .reparametrization import Rate, Reparametrization, Setting
@@ -64,19 +63,6 @@ class ProbabilisticMethod:
         return ProbabilisticMasks(setting, self)
 
 
-class _PerWeight(NamedTuple):
-    """A number for each weight: flat in the order of the weights, and views shaped like them."""
-
-    flat: Tensor
-    views: list[Tensor]
-
-    @classmethod
-    def zeros(cls, weights: LatentWeights) -> _PerWeight:
-        flat = torch.zeros(weights.size, dtype=weights.wide, device=weights.device)
-        places = zip(weights.views, weights.spans, strict=True)
-        return cls(flat, [flat.as_strided(w.shape, w.stride(), start) for w, (start, _) in places])
-
-
 class ProbabilisticMasks(Reparametrization):
     """A `ProbabilisticMethod` at work."""
 
@@ -90,14 +76,14 @@ class ProbabilisticMasks(Reparametrization):
         weights = setting.weights
         self._pruned = round(setting.sparsity * weights.size)
         self._probability, self._mean, self._square, self._mask = (
-            _PerWeight.zeros(weights) for _ in range(4)
+            weights.numbers(0.0) for _ in range(4)
         )
         self._probability.flat.fill_(1.0)
         self._draws = torch.zeros(len(weights.views), dtype=torch.int64, device=weights.device)
         self._sharpness = torch.ones((), dtype=torch.float64, device=weights.device)
         self._name_state()
         self.learned = ("probability",)
-        self._gradient: _PerWeight | None = None
+        self._gradient: Numbers | None = None
         self._size_left: Tensor | None = None
 
     def _name_state(self) -> None:
@@ -229,7 +215,7 @@ class ProbabilisticMasks(Reparametrization):
 
         As du/dpi = w T m (1 - m) / (pi~ (1 - pi~)), by the derivatives of sigmoid and logit.
         """
-        found = _PerWeight.zeros(weights)
+        found = weights.numbers(0.0)
         pairs = zip(found.views, parameters, strict=True)
         given = [(view, p.grad) for view, p in pairs if p.grad is not None]
         copy_all([view for view, _ in given], [gradient for _, gradient in given])
@@ -278,7 +264,7 @@ class ProbabilisticMasks(Reparametrization):
         self.forget_gradients()
         before = self._probability, self._mean, self._square
         self._probability, self._mean, self._square, self._mask = (
-            _PerWeight.zeros(weights) for _ in range(4)
+            weights.numbers(0.0) for _ in range(4)
         )
         for old, new in zip(before, (self._probability, self._mean, self._square), strict=True):
             for source, target in zip(old.views, new.views, strict=True):

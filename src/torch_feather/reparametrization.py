@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Setting:
     total_steps: int
 
 
-class Reparametrization:
+class Reparametrization(ABC):
     """A method at work on one model. Subclasses say what the network sees of latent weights.
 
     In one step the engine calls, in this order: `pull_back` for each gradient that arrives,
@@ -61,33 +62,33 @@ class Reparametrization:
     # What the network sees
 
     @property
+    @abstractmethod
     def identity(self) -> str:
         """Tells this method and its options from others, in checkpoints."""
-        raise NotImplementedError
 
     def reached(self, step: int) -> bool:
         """Whether exactly round(s N) weights are zero after `step` steps, to stay so."""
         return step >= self.arrival
 
+    @abstractmethod
     def refresh(self, weights: LatentWeights, step: Tensor) -> None:
         """Thresholds or masks become those of these latent weights after `step` steps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def images(self, weights: LatentWeights) -> tuple[list[Tensor], Tensor]:
         """u of each weight tensor, new tensors laid out like them, and their sum.
 
         At the thresholds or masks of the last `refresh`. The sum (0-dimensional) is not finite if
         a weight is NaN.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def images_of(self, weights: LatentWeights, step: Tensor) -> list[Tensor]:
         """u of other latent weights, laid out like the model's, without touching any state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pruned(self, weights: LatentWeights, i: int) -> Tensor:
         """Mask of the pruned weights of tensor i, shaped like it."""
-        raise NotImplementedError
 
     def counts_pruned(self, weights: LatentWeights) -> Tensor:
         """Pruned weights of each tensor, int64."""
@@ -97,9 +98,9 @@ class Reparametrization:
         """What the method prunes by itself, without the last step that makes the count exact."""
         return self.counts_pruned(weights)
 
+    @abstractmethod
     def threshold(self, weights: LatentWeights, i: int) -> Tensor:
         """The magnitude up to which weights of tensor i are pruned, 0-dimensional."""
-        raise NotImplementedError
 
     # How gradients come back
 

@@ -173,14 +173,15 @@ class Sparsifier:
     @property
     def sparsity(self) -> float:
         """Share of the prunable weights that is pruned now."""
-        return 1.0 - sum(int(mask.sum()) for mask in self.masks().values()) / self.weights.size
+        kept = sum(int(mask.sum()) for mask in self.masks().values())
+        return (self.weights.size - kept) / self.weights.size
 
     @property
     def own_sparsity(self) -> float:
         """Share of the prunable weights that the method prunes by itself.
 
-        Methods that learn their thresholds reach no target exactly: their last step does, and this
-        is what there would be without it. For all others it is `sparsity`.
+        Methods that learn their thresholds reach no target exactly: in the end their count is made
+        exact, and this is what there would be without it. For all others it is `sparsity`.
         """
         if not self._attached:
             return self._own_sparsity

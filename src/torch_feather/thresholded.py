@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,9 @@ class Thresholded(Reparametrization):
         self.operator, self.gradient = operator, gradient
         self.segments: list[Segment] = []
 
+    @abstractmethod
     def cuts(self, weights: LatentWeights, step: Tensor) -> list[Segment]:
         """The cuts through these latent weights after `step` steps; they cover all once."""
-        raise NotImplementedError
 
     def apply(
         self, weights: LatentWeights, segments: Sequence[Segment]

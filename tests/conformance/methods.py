@@ -392,6 +392,7 @@ class ASL(LearnedThreshold):
             *args, sparsity=sparsity, start=start, rate=rate, momentum=momentum, **kwargs
         )
         self.budget_weight = budget_weight
+        self.arrival = math.ceil(0.9 * self.total_steps)
 
     def tau(self, r: Tensor, w: Tensor) -> Tensor:
         return r.clamp(0, 5) * w.detach().std() + 1e-6
@@ -415,7 +416,6 @@ class ASLPlus(ASL):
 
     def __init__(self, *args, rate=0.01, momentum=0.9, budget_weight=30.0, **kwargs):
         super().__init__(*args, rate=rate, momentum=momentum, budget_weight=budget_weight, **kwargs)
-        self.arrival = math.ceil(0.9 * self.total_steps)
         with torch.no_grad():
             self.learned[0].zero_()
 

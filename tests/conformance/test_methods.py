@@ -199,7 +199,7 @@ def test_a_bias_is_found_for_a_budget_and_survives_a_restart():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "gamma"),
+        ({}, "example_input"),
         ({"gamma": 1.0, "macs": 5.0}, "either"),
         ({"gamma": 1.0}, "example_input"),
         ({"gamma": -1.0, "costs": {}}, "gamma"),
@@ -238,12 +238,15 @@ def test_stairs_without_steps_are_an_error():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_learned_thresholds_end_on_the_exact_count(model):
-    run = start(model, **ASL).train(0, TOTAL - 1)
+    run = start(model, **ASL)
+    arrival = run.sparsifier.reparametrization.arrival
+    assert arrival == math.ceil(0.9 * TOTAL)
+    run.train(0, arrival - 1)
     assert run.zeros() != round(0.8 * run.case.size)
     assert_exact(run)
     assert run.sparsifier.own_sparsity == run.sparsifier.sparsity
-    run.train(TOTAL - 1, TOTAL)
-    for step in range(TOTAL, TOTAL + 3):
+    run.train(arrival - 1, arrival)
+    for step in range(arrival, TOTAL + 3):
         assert_exact(run)
         assert run.zeros() == round(0.8 * run.case.size)
         run.train(step, step + 1)
@@ -267,7 +270,8 @@ def test_the_exact_count_is_that_of_the_largest_multiples_of_the_thresholds():
 
 
 def test_finalize_before_the_exact_count_is_refused_or_forced():
-    run = start(**ASL).train(0, TOTAL - 1)
+    run = start(**ASL)
+    run.train(0, run.sparsifier.reparametrization.arrival - 1)
     zeros = run.zeros()
     with pytest.raises(StateError, match=r"0\.8.*force=True"):
         run.sparsifier.finalize()

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from torch_feather.errors import ConfigurationError
 from torch_feather.studies import compare
 from torch_feather.studies.grid import Run, train_all
 from torch_feather.training.config import apply, resolve_config
@@ -34,6 +35,14 @@ def test_the_dense_network_is_trained_once_per_seed_whatever_the_sparsities():
         "dense-0", "feather-0.5-0", "feather-0.9-0", "dense-1", "feather-0.5-1", "feather-0.9-1"
     ]  # fmt: skip
     assert [run.config.sparsity for run in runs[:3]] == [0.0, 0.5, 0.9]
+
+
+def test_an_option_goes_to_the_methods_that_have_it():
+    with_p = small(options={"p": 2.0})
+    runs = compare.plan(with_p, ["dense", "feather", "gmp"], [0.5], [0])
+    assert [run.config.options for run in runs] == [{}, {"p": 2.0}, {}]
+    with pytest.raises(ConfigurationError, match="None of dense, gmp has an option 'p'"):
+        compare.plan(with_p, ["dense", "gmp"], [0.5], [0])
 
 
 def test_a_grid_trains_what_is_missing_and_nothing_twice(tmp_path):

@@ -1,5 +1,6 @@
 """Several processes that train one network."""
 
+import itertools
 import os
 import re
 import signal
@@ -235,12 +236,14 @@ def test_an_error_of_one_process_ends_all(tmp_path, rank, where):
     assert others in errors[1 - rank].splitlines()[-1]
 
 
-def test_shares_cover_a_batch():
-    for images in range(12):
+def test_the_parts_of_all_ranks_are_a_range_and_nearly_alike():
+    for start, images in itertools.product((0, 5), range(12)):
         for count in (1, 2, 3, 5):
-            shares = [Ranks(rank, count).share(images) for rank in range(count)]
-            assert sum(shares) == images
-            assert max(shares) - min(shares) <= 1
+            places = list(range(start + images))
+            parts = [Ranks(r, count).part(start, start + images) for r in range(count)]
+            assert [i for part in parts for i in places[part]] == places[start:]
+            sizes = [part.stop - part.start for part in parts]
+            assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize("micro_batch", [100, 40, 7])

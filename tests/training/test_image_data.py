@@ -12,6 +12,7 @@ from PIL import Image
 from torch_feather.errors import FeatherWarning
 from torch_feather.training.config import DataConfig
 from torch_feather.training.data import EvalLoader, TrainLoader, cache_folder, load_dataset
+from torch_feather.training.distributed import Ranks
 from torch_feather.training.errors import DataError
 
 CPU = torch.device("cpu")
@@ -248,7 +249,7 @@ def test_the_ranks_together_train_on_the_batches_of_one_process(ranks):
     config = DataConfig(shift=1)
     data = load_dataset(config, 0)
     alone = TrainLoader(data, config, 100, 3, CPU)
-    together = [TrainLoader(data, config, 100, 3, CPU, rank=r, ranks=ranks) for r in range(ranks)]
+    together = [TrainLoader(data, config, 100, 3, CPU, ranks=Ranks(r, ranks)) for r in range(ranks)]
     for _ in range(2):
         for whole, *parts in zip(alone, *together, strict=True):
             assert torch.equal(torch.cat([part.x for part in parts]), whole.x)
@@ -266,7 +267,7 @@ def test_the_ranks_together_evaluate_every_image_once(ranks):
     batches = [
         batch
         for rank in range(ranks)
-        for batch in EvalLoader(data, data.test, CPU, batch_size=100, rank=rank, ranks=ranks)
+        for batch in EvalLoader(data, data.test, CPU, batch_size=100, ranks=Ranks(rank, ranks))
     ]
     whole = next(iter(EvalLoader(data, data.test, CPU)))
     assert torch.equal(torch.cat([x for x, _ in batches]), whole[0])

@@ -19,6 +19,7 @@ from torch_feather.training.data import (
 )
 from torch_feather.training.data.prepare import Center
 from torch_feather.training.data.stream import StreamEvalLoader, StreamTrainLoader
+from torch_feather.training.distributed import Ranks
 from torch_feather.training.errors import DataError
 
 CPU = torch.device("cpu")
@@ -477,7 +478,7 @@ def test_an_epoch_gives_every_image_once_and_epochs_differ(settings, storage):
 def test_ranks_together_give_the_batches_of_one_process(settings, storage, ranks):
     data = load_dataset(settings, 0)
     alone = loader(data, settings, storage)
-    together = [loader(data, settings, storage, rank=r, ranks=ranks) for r in range(ranks)]
+    together = [loader(data, settings, storage, ranks=Ranks(r, ranks)) for r in range(ranks)]
     for _ in range(2):
         for whole, *parts in zip(alone, *together, strict=True):
             assert torch.equal(torch.cat([part.x for part in parts]), whole.x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import partial
 
 import torch
@@ -12,26 +13,34 @@ from ..reparametrization import Setting
 from ..selection import select
 
 
-class Allocation:
-    """Finds the cuts that make the latent weights as sparse as asked; `repr` is its identity."""
+class Allocation(ABC):
+    """How a target is shared among the layers; `repr` is its identity."""
 
-    def fit(self, setting: Setting) -> Allocation:
+    @abstractmethod
+    def fit(self, setting: Setting) -> Fitted:
         """This allocation for one model: checked, and with all that it needs of the model.
 
         Raises:
             ConfigurationError: the layers cannot meet the target.
         """
+
+
+class Fitted(Allocation):
+    """An allocation that finds cuts; most need nothing of the model, and fit any."""
+
+    def fit(self, setting: Setting) -> Fitted:
+        """See `Allocation`."""
         return self
 
+    @abstractmethod
     def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
-        """Segments that cover all weights once.
+        """Segments that cover all weights once, and make them as sparse as asked.
 
         Args:
             weights: the latent weights; their `spans` are the layers.
             sparsity: share of zeros wanted, 0-dimensional float64 in [0, 1). Never read by the
                 host on accelerators. A count is round(sparsity * n), half to even.
         """
-        raise NotImplementedError
 
     @property
     def state(self) -> dict[str, Tensor | list[Tensor]]:

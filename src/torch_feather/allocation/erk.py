@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..latent import LatentWeights, Segment
-from .base import Allocation, counts_of, cut_layers
+from .base import Fitted, counts_of, cut_layers
 
 
 @dataclass(frozen=True)
-class ERK(Allocation):
+class ERK(Fitted):
     """Each layer keeps a share in proportion to (sum of its dimensions) / (their product).
 
     Layers whose share would exceed 1 are dense, the others make up for it. The shares follow the
@@ -21,7 +21,7 @@ class ERK(Allocation):
     """
 
     def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
-        """See `Allocation`."""
+        """See `Fitted`."""
         sizes, shares, order = weights.constant(self, self._shares)
         total = sparsity * weights.size
         n, share = sizes[order], shares[order]

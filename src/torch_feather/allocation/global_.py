@@ -13,11 +13,11 @@ from ..errors import ConfigurationError
 from ..latent import LatentWeights, Segment
 from ..reparametrization import Setting
 from ..selection import select
-from .base import Allocation, cut_layers
+from .base import Fitted, cut_layers
 
 
 @dataclass(frozen=True)
-class Global(Allocation):
+class Global(Fitted):
     """The weights of smallest magnitude, wherever they are, are pruned.
 
     Nothing is exempt. The share kept in each layer can be bounded, for networks of which a
@@ -43,7 +43,7 @@ class Global(Allocation):
         object.__setattr__(self, "max_density", float(self.max_density))
 
     def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
-        """See `Allocation`."""
+        """See `Fitted`."""
         k = (sparsity * weights.size).round().long()
         if self.min_density == 0.0 and self.max_density == 1.0:
             return [Segment(0, weights.size, select(weights.magnitudes, k))]
@@ -57,7 +57,7 @@ class Global(Allocation):
         return cut_layers(weights, self._bounded_counts(weights, k))
 
     def fit(self, setting: Setting) -> Global:
-        """See `Allocation`."""
+        """See `Fitted`."""
         sizes = [view.numel() for view in setting.weights.views]
         low = sum(n - math.ceil(n * self.max_density) for n in sizes)
         high = sum(n - math.ceil(n * self.min_density) for n in sizes)

@@ -17,7 +17,7 @@ from ..latent import LatentWeights, Segment
 from ..prunable import unwrap
 from ..reparametrization import Setting
 from ..selection import select
-from .base import Allocation
+from .base import Allocation, Fitted
 
 
 def cut_scaled(weights: LatentWeights, scale: Tensor, sparsity: Tensor) -> list[Segment]:
@@ -35,7 +35,7 @@ def cut_scaled(weights: LatentWeights, scale: Tensor, sparsity: Tensor) -> list[
 
 
 @dataclass(frozen=True)
-class Sigma(Allocation):
+class Sigma(Fitted):
     """Ranks |w| sqrt(sum of the dimensions of its tensor), so that large layers keep more.
 
     Source: ST-3 (Vanderschueren and De Vleeschouwer, WACV 2023), variant sigma.
@@ -119,7 +119,7 @@ class FlopsBiased(Allocation):
         return [float(costs[name]) for name in setting.names]
 
 
-class Biased(Allocation):
+class Biased(Fitted):
     """A `FlopsBiased` whose costs and bias are known.
 
     Args:

@@ -10,11 +10,11 @@ from torch import Tensor
 from ..errors import ConfigurationError
 from ..latent import LatentWeights, Segment
 from ..reparametrization import Setting
-from .base import Allocation, counts_of, cut_layers
+from .base import Fitted, counts_of, cut_layers
 
 
 @dataclass(frozen=True)
-class Uniform(Allocation):
+class Uniform(Fitted):
     """Every layer is equally sparse, to less than one weight; the total is exact.
 
     Source: Zhu and Gupta (2017). What the first convolution keeps, the other layers make up for.
@@ -27,7 +27,7 @@ class Uniform(Allocation):
     dense_first: bool = False
 
     def fit(self, setting: Setting) -> Uniform:
-        """See `Allocation`."""
+        """See `Fitted`."""
         most = sum(self._prunable(setting.weights))
         wanted = round(setting.sparsity * setting.weights.size)
         if wanted > most:
@@ -40,7 +40,7 @@ class Uniform(Allocation):
         return self
 
     def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
-        """See `Allocation`."""
+        """See `Fitted`."""
         prunable = weights.constant(self, self._prunable_tensor)
         total = sparsity * weights.size
         return cut_layers(weights, counts_of(prunable * (total / prunable.sum()), total))

@@ -34,7 +34,7 @@ def asl(
 
     Args:
         sparsity: final share of zeros. The loss pulls towards it, under the assumption that the
-            weights of a layer are normal; the last step makes it exact (see `learned`).
+            weights of a layer are normal; exact in the last tenth of training (see `learned`).
         budget_weight: lambda, the weight of (density - target density)^2 in the loss.
         rate: the learning rate of r as a multiple of the optimizer's.
         momentum: of r; it does not decay.
@@ -47,7 +47,12 @@ def asl(
         optimizer=Momentum(rate, momentum),
         schedule=Constant(),
         dense_below=dense_below,
+        exact_from=EXACT_FROM,
     )
+
+
+# Share of training after which the count is exact: what is left lets the network adapt.
+EXACT_FROM = 0.9
 
 
 @dataclass(frozen=True)

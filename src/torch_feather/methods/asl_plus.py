@@ -4,53 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..gradients import StraightThrough
 from ..inner import Momentum
 from ..latent import LatentWeights
 from ..learned import LearnedMethod
-from ..operators import Hard
 from ..schedules import Schedule
-from .asl import StandardDeviations, spread
+from .asl import EXACT_FROM, StandardDeviations, spread
 from .feather import power, scaled_gradient
 from .method import make_schedule
-
-
-def asl_plus(
-    *,
-    sparsity: float,
-    budget_weight: float = 30.0,
-    rate: float = 0.01,
-    momentum: float = 0.9,
-    dense_below: int = 1000,
-    schedule: str | Schedule = "cubic",
-    begin: int = 0,
-    end: int | None = None,
-) -> LearnedMethod:
-    """ASL whose budget is measured, approached gradually, and pursued through a model per layer.
-
-    Feather's supplement names an ASL+ and cites ASL; no text that we could reach defines the plus.
-    This is our reading: see `FittedDeviations`.
-
-    Args:
-        sparsity: final share of zeros; exact in the last tenth of training (see `learned`).
-        budget_weight: lambda, the weight of the penalty.
-        rate: the learning rate of r as a multiple of the optimizer's.
-        momentum, dense_below: as for `asl`.
-        schedule, begin, end: as for `feather`, of the budget.
-    """
-    return LearnedMethod(
-        operator=Hard(),
-        gradient=StraightThrough(1.0),
-        law=FittedDeviations(budget_weight),
-        optimizer=Momentum(rate, momentum, low=0.0, high=5.0),
-        schedule=make_schedule(schedule, begin, end),
-        dense_below=dense_below,
-        exact_from=EXACT_FROM,
-    )
 
 
 def feather_asl_plus(
@@ -68,12 +33,16 @@ def feather_asl_plus(
 ) -> LearnedMethod:
     """Feather's operator and gradient rule at the thresholds of `asl+`.
 
-    Source: the Feather supplement, section 4, names the combination; see `asl_plus`.
+    Source: the Feather supplement, section 4, names the combination, and ASL+ without a definition;
+    see `FittedDeviations` for what is ours.
 
     Args:
         sparsity: final share of zeros; exact in the last tenth of training (see `learned`).
         p, theta: as for `feather`.
-        budget_weight, rate, momentum, dense_below, schedule, begin, end: as for `asl+`.
+        budget_weight: lambda, the weight of the penalty.
+        rate: the learning rate of r as a multiple of the optimizer's.
+        momentum, dense_below: as for `asl`.
+        schedule, begin, end: as for `feather`, of the budget.
     """
     return LearnedMethod(
         operator=power(p),
@@ -86,8 +55,12 @@ def feather_asl_plus(
     )
 
 
-# Share of training after which the count is exact: what is left lets the network adapt.
-EXACT_FROM = 0.9
+asl_plus = partial(feather_asl_plus, p=math.inf, theta=1.0)
+asl_plus.__doc__ = """ASL with a budget that is measured, and a model of each layer's weights.
+
+Feather's supplement names an ASL+ and cites ASL; no text that we could reach defines the plus.
+This is our reading: see `FittedDeviations`.
+"""
 
 # mean|w| / std(w) below which a Laplace density is likelier than a normal one: sqrt(pi / 2e).
 LAPLACE_BELOW = math.sqrt(math.pi / (2 * math.e))

@@ -30,7 +30,7 @@ def feather_flops(
 
     Args:
         sparsity: final share of zeros.
-        gamma: the bias, >= 0; 0 is `feather`.
+        gamma: the bias, >= 0; 0 is `feather`. Without it and without `macs`, 0.5 (our choice).
         macs: or a budget in multiply-adds per sample for the prunable weights: gamma is then the
             least that meets it on the weights with which training begins. What training makes of
             it, `Sparsifier.report(example_input)` says.
@@ -39,6 +39,8 @@ def feather_flops(
         p, theta: as for `feather`.
         schedule, begin, end: as for `feather`.
     """
+    if gamma is None and macs is None:
+        gamma = 0.5
     return Method(
         operator=power(p),
         gradient=scaled_gradient(theta, sparsity),

@@ -99,7 +99,7 @@ class Spartan(Scheduled):
         self.beta, self.freeze = beta, freeze
         weights, n = setting.weights, len(setting.weights.views)
         self.state |= {  # beside the allocation's
-            "mask": _dense(weights),
+            "mask": weights.numbers(1.0).views,
             "threshold": torch.zeros(n, dtype=weights.wide, device=weights.device),
             "frozen": torch.zeros(n, dtype=torch.bool, device=weights.device),
         }
@@ -235,16 +235,11 @@ class Spartan(Scheduled):
 
     def move(self, weights: LatentWeights) -> None:
         """See `Reparametrization`."""
-        masks = _dense(weights)  # laid out like the weights
+        masks = weights.numbers(1.0).views
         copy_all(masks, self._masks)
         super().move(weights)
         self.state["mask"] = masks
         self._soft = None
-
-
-def _dense(weights: LatentWeights) -> list[Tensor]:
-    """Masks of ones, laid out like the weights."""
-    return weights.like([torch.ones_like(f, dtype=weights.wide) for f in weights.flats]).views
 
 
 def _places(weights: LatentWeights, segments: Sequence[Segment]) -> list[int]:

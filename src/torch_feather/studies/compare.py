@@ -12,6 +12,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ..analysis.plots import BLUE, GREY
+from ..errors import ConfigurationError
+from ..methods import method_options
 from ..training.checkpoint import write_atomically, write_json
 from ..training.config import DENSE, Config
 from .grid import Row, Run
@@ -27,12 +29,27 @@ def plan(
 ) -> list[Run]:
     """The runs, seeds outermost, so that every method has its first seed early.
 
-    The dense network is trained once per seed, whatever the sparsities.
+    The dense network is trained once per seed, whatever the sparsities. Options in `config` go to
+    the methods that have them.
+
+    Raises:
+        ConfigurationError: an option that none of the methods has.
     """
+    methods = list(methods)
+    known = {method: [] if method == DENSE else list(method_options(method)) for method in methods}
+    for option in config.options:
+        if not any(option in names for names in known.values()):
+            raise ConfigurationError(f"None of {', '.join(methods)} has an option {option!r}.")
     runs: dict[str, Run] = {}
     for seed, sparsity, method in itertools.product(seeds, sparsities, methods):
+        options = {key: v for key, v in config.options.items() if key in known[method]}
         one = replace(
-            config, seed=seed, compare_dense=False, method=method, sparsity=sparsity, options={}
+            config,
+            seed=seed,
+            compare_dense=False,
+            method=method,
+            sparsity=sparsity,
+            options=options,
         )
         name = f"{method}-{seed}" if method == DENSE else f"{method}-{sparsity:g}-{seed}"
         runs[name] = Run(name, one)

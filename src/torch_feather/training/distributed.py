@@ -34,9 +34,10 @@ class Ranks:
         """Whether this process writes files."""
         return self.rank == 0
 
-    def share(self, images: int) -> int:
-        """Images of a batch of `images` that come to this rank."""
-        return (self.rank + 1) * images // self.count - self.rank * images // self.count
+    def part(self, start: int, stop: int) -> slice:
+        """This rank's part of a range; parts follow each other and differ by at most 1."""
+        bounds = (start + r * (stop - start) // self.count for r in (self.rank, self.rank + 1))
+        return slice(*bounds)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place."""

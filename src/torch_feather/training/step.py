@@ -41,7 +41,8 @@ class Step:
         self.options, self.amp = config.optimizer, config.system.amp
         self.device, self.ranks = device, ranks
         self.batch_size = config.batch_size
-        share = ranks.share(config.batch_size)
+        part = ranks.part(0, config.batch_size)
+        share = part.stop - part.start
         self.size = min(config.system.micro_batch or share, share)
         self.plain: nn.Module = model
         if ranks.count > 1:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..config import DataConfig
+from ..distributed import Ranks
 from ..errors import DataError
-from .dataset import Dataset
+from .dataset import Dataset, EncodedImages, Images
 from .normalize import Normalize
 
 
@@ -26,12 +27,6 @@ class Batch(NamedTuple):
     x: Tensor  # float32 (B, C, H, W)
     y: Tensor  # int64 (B,)
     total: int  # images of the whole batch, over all ranks
-
-
-def share(start: int, stop: int, rank: int, ranks: int) -> slice:
-    """The part of a range that is `rank`'s; parts follow each other and differ by at most 1."""
-    count = stop - start
-    return slice(start + rank * count // ranks, start + (rank + 1) * count // ranks)
 
 
 class Epochs(ABC):
@@ -49,12 +44,11 @@ class Epochs(ABC):
         seed: int,
         device: torch.device,
         channels_last: bool = True,
-        rank: int = 0,
-        ranks: int = 1,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
         self.count, self.batch_size = len(data.train), batch_size
-        self.rank, self.ranks = rank, ranks
+        self.ranks = ranks or Ranks()
         self.batches = self.count // batch_size
         if not config.drop_last and self.count % batch_size:
             self.batches += 1
@@ -81,7 +75,7 @@ class Epochs(ABC):
         starts = range(self.position * self.batch_size, self.count, self.batch_size)
         ends = [min(start + self.batch_size, self.count) for start in starts]
         whole = list(zip(starts, ends, strict=True))[: self.batches - self.position]
-        parts = [share(start, end, self.rank, self.ranks) for start, end in whole]
+        parts = [self.ranks.part(start, end) for start, end in whole]
         loaded = self._load(drawn, parts)
         for (x, y), (start, end) in zip(loaded, whole, strict=True):
             self.position += 1
@@ -106,3 +100,33 @@ class Epochs(ABC):
         self.generator.set_state(state["generator"])
         self.epoch_start = self.generator.get_state()
         self.position = state["position"]
+
+
+class InOrder(ABC):
+    """The images of one set in order, unchanged, as batches (x, y); each rank has its own part."""
+
+    def __init__(
+        self,
+        data: Dataset,
+        images: Images | EncodedImages,
+        device: torch.device,
+        batch_size: int,
+        channels_last: bool = True,
+        ranks: Ranks | None = None,
+    ) -> None:
+        own = (ranks or Ranks()).part(0, len(images))
+        starts = range(own.start, own.stop, batch_size)
+        self.parts = [slice(start, min(start + batch_size, own.stop)) for start in starts]
+        self.labels = images.labels.to(device)
+        self.normalize = Normalize(data.mean, data.std, device, channels_last)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for part, pixels in zip(self.parts, self._load(), strict=True):
+            yield self.normalize(pixels), self.labels[part]
+
+    @abstractmethod
+    def _load(self) -> Iterator[Tensor]:
+        """The pixels of each of `parts`, on the device."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..config import Config, SystemConfig
+from ..distributed import Ranks
 from .dataset import Dataset, EncodedImages, Images
 from .epochs import Epochs
 from .memory import EvalLoader, TrainLoader
 from .stream import StreamEvalLoader, StreamTrainLoader
-
-if TYPE_CHECKING:
-    from ..distributed import Ranks
 
 
 def train_loader(
@@ -22,7 +20,7 @@ def train_loader(
 ) -> Epochs:
     """Augmented batches of the training images; of each, this rank's part."""
     arguments = (data, config.data, config.batch_size, config.seed, device)
-    options = _options(config.system, ranks)
+    options: dict[str, Any] = {"channels_last": config.system.channels_last, "ranks": ranks}
     if isinstance(data.train, Images):
         return TrainLoader(*arguments, **options)
     return StreamTrainLoader(*arguments, **options, workers=workers(config.system))
@@ -36,15 +34,10 @@ def eval_loader(
     ranks: Ranks | None = None,
 ) -> EvalLoader | StreamEvalLoader:
     """This rank's part of `images`, as evaluation sees them: batches (x, y)."""
-    options = _options(config.system, ranks)
+    options: dict[str, Any] = {"channels_last": config.system.channels_last, "ranks": ranks}
     if isinstance(images, Images):
         return EvalLoader(data, images, device, **options)
     return StreamEvalLoader(data, images, device, **options, workers=workers(config.system))
-
-
-def _options(system: SystemConfig, ranks: Ranks | None) -> dict[str, Any]:
-    rank, count = (ranks.rank, ranks.count) if ranks else (0, 1)
-    return {"channels_last": system.channels_last, "rank": rank, "ranks": count}
 
 
 def workers(system: SystemConfig) -> int:

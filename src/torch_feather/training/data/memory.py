@@ -16,8 +16,7 @@ from torch import Tensor
 from ..config import DataConfig
 from .crops import DRAWS, random_boxes, resize_boxes
 from .dataset import Dataset, Images
-from .epochs import Epochs, share
-from .normalize import Normalize
+from .epochs import Epochs, InOrder
 
 
 class TrainLoader(Epochs):
@@ -32,8 +31,8 @@ class TrainLoader(Epochs):
         device: torch.device,
         **options: Any,
     ) -> None:
-        assert isinstance(data.train, Images)
         super().__init__(data, config, batch_size, seed, device, **options)
+        assert isinstance(data.train, Images)
         self.size, self.resolution = data.train.resolution, data.test.resolution
         pixels = data.train.pixels
         if config.crop == "shift":
@@ -81,8 +80,8 @@ class TrainLoader(Epochs):
             yield self.normalize(pixels), self.labels[index]
 
 
-class EvalLoader:
-    """The images of one set in order, unchanged; each rank has a part of its own."""
+class EvalLoader(InOrder):
+    """The images of one set in order."""
 
     def __init__(
         self,
@@ -90,19 +89,10 @@ class EvalLoader:
         images: Images,
         device: torch.device,
         batch_size: int = 512,
-        channels_last: bool = True,
-        rank: int = 0,
-        ranks: int = 1,
+        **options: Any,
     ) -> None:
-        own = share(0, len(images), rank, ranks)
-        self.pixels, self.labels = images.pixels[own].to(device), images.labels[own].to(device)
-        self.normalize = Normalize(data.mean, data.std, device, channels_last)
-        self.batch_size = batch_size
+        super().__init__(data, images, device, batch_size, **options)
+        self.pixels = [images.pixels[part].to(device) for part in self.parts]
 
-    def __len__(self) -> int:
-        return -(-len(self.labels) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self.labels), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            yield self.normalize(self.pixels[part]), self.labels[part]
+    def _load(self) -> Iterator[Tensor]:
+        yield from self.pixels

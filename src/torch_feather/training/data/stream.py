@@ -19,8 +19,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ..config import DataConfig
 from ..errors import DataError
 from .dataset import Dataset, EncodedImages
-from .epochs import Epochs, share
-from .normalize import Normalize
+from .epochs import Epochs, InOrder
 
 Order = tuple[np.ndarray, np.ndarray]  # indices and seeds of the images of a batch
 
@@ -56,8 +55,8 @@ class StreamTrainLoader(Epochs):
             yield self.normalize(pixels), self.labels[order[part]]
 
 
-class StreamEvalLoader:
-    """The images of one set in order; each rank has a part of its own."""
+class StreamEvalLoader(InOrder):
+    """The images of one set in order."""
 
     def __init__(
         self,
@@ -65,28 +64,15 @@ class StreamEvalLoader:
         images: EncodedImages,
         device: torch.device,
         batch_size: int = 128,
-        channels_last: bool = True,
-        rank: int = 0,
-        ranks: int = 1,
         workers: int = 0,
+        **options: Any,
     ) -> None:
-        own = share(0, len(images), rank, ranks)
-        index = np.arange(own.start, own.stop)
-        self.orders = [
-            (part, np.zeros_like(part))
-            for start in range(0, len(index), batch_size)
-            for part in [index[start : start + batch_size]]
-        ]
-        self.labels = images.labels.to(device)
+        super().__init__(data, images, device, batch_size, **options)
         self.decoder = Decoder(images, workers, device, keep_workers=False)
-        self.normalize = Normalize(data.mean, data.std, device, channels_last)
 
-    def __len__(self) -> int:
-        return len(self.orders)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for (index, _), pixels in zip(self.orders, self.decoder(self.orders), strict=True):
-            yield self.normalize(pixels), self.labels[index[0] : index[-1] + 1]
+    def _load(self) -> Iterator[Tensor]:
+        places = [np.arange(part.start, part.stop) for part in self.parts]
+        return self.decoder([(index, np.zeros_like(index)) for index in places])
 
 
 class Decoder:
