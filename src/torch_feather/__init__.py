@@ -14,9 +14,11 @@ from .errors import (
     ConfigurationError,
     FeatherError,
     FeatherWarning,
+    FileFormatError,
     NonFiniteWeightError,
     StateError,
 )
+from .export import load_sparse, save_sparse
 from .flops import count_flops
 from .masks import ZeroKeeper, keep_zeros
 from .methods import available_methods
@@ -28,6 +30,7 @@ __all__ = [
     "ConfigurationError",
     "FeatherError",
     "FeatherWarning",
+    "FileFormatError",
     "LatentAverage",
     "NonFiniteWeightError",
     "Sparsifier",
@@ -36,10 +39,12 @@ __all__ = [
     "available_methods",
     "count_flops",
     "keep_zeros",
+    "load_sparse",
     "models",
     "power_threshold",
     "recalibrate_batchnorm",
     "report",
+    "save_sparse",
     "sparsify",
     "sparsity",
 ]

@@ -17,7 +17,11 @@ class ConfigurationError(FeatherError, ValueError):
 
 
 class StateError(FeatherError, RuntimeError):
-    """A state that was loaded, or the order of calls, does not fit this sparsifier."""
+    """A state that was loaded, or the order of calls, does not fit this model or sparsifier."""
+
+
+class FileFormatError(FeatherError, ValueError):
+    """A file that is truncated, damaged, of a newer version, or no sparse file at all."""
 
 
 class NonFiniteWeightError(FeatherError, FloatingPointError):

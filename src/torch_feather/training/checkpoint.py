@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..atomic import replace_file
 from .config import Config, flatten, load_config, to_dict, to_yaml
 from .errors import CheckpointError, RunError
 
@@ -30,16 +31,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     A full disk leaves the old content, a kill also the temporary file (`sweep` removes it).
     `RunError` where it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(path, write)
     except (OSError, RuntimeError) as error:  # torch.save wraps OSError in RuntimeError
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise RunError(f"{path}: cannot be written ({_reason(error)}); what it held is kept") from (
             error
         )

@@ -225,6 +225,8 @@ class Task:
         results = {
             "network": self.config.network,
             "data": self.config.data.name,
+            "classes": self.data.classes,
+            "input_shape": list(self.example.shape[1:]),  # of one image, (C, H, W)
             "method": self.config.method,
             "target_sparsity": self.config.sparsity,
             "own_sparsity": own_sparsity,  # what the method reached by itself

@@ -1,0 +1,239 @@
+"""What a sparse file says about itself, written and read with suspicion.
+
+The header is JSON, the one entry `torch-feather` of the file's safetensors metadata:
+
+    version   1
+    sparsity  share of zeros among the floating-point tensors with two or more dimensions
+    tensors   by name, those that are stored in less than all their values, see LAYOUTS:
+              {"layout": "gaps", "shape": [...], "width": bits}
+              {"layout": "dense", "zeros": count}    (all others are dense too, and have no zeros)
+    tied      name: the name that its values are stored under
+    metadata  whatever the writer wanted to be known: method, config, ...
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from ..errors import ConfigurationError, FileFormatError
+from .gaps import WIDTHS
+
+KEY = "torch-feather"
+VERSION = 1
+VALUES, GAPS = ":values", ":gaps"  # what follows a tensor's name in the names of its two parts
+
+# Of safetensors; a name that is not in here is no tensor of ours.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a sparse file, as the header tells it."""
+
+    name: str
+    """Under which its values are stored: another one where it is tied."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nonzeros: int
+    """Values other than zero; in the layout `gaps` those stored, -0.0 among them."""
+    width: int | None = None
+    """Bits of a code in the layout `gaps`, None where all values are stored."""
+    bytes: int = 0
+    """That its values and positions take in the file."""
+
+    @property
+    def layout(self) -> str:
+        """`gaps` or `dense`."""
+        return "dense" if self.width is None else "gaps"
+
+    @property
+    def size(self) -> int:
+        """Number of weights, zeros included."""
+        return prod(self.shape)
+
+    @property
+    def dense_bytes(self) -> int:
+        """That it takes in memory."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros (0 for a tensor without elements)."""
+        return (self.size - self.nonzeros) / self.size if self.size else 0.0
+
+
+@dataclass(frozen=True)
+class Header:
+    """All that is known before any data is read."""
+
+    entries: dict[str, Entry]
+    sparsity: float
+    metadata: dict[str, Any]
+
+
+Part = tuple[str, tuple[int, ...]]  # a tensor as safetensors has it: name of its type, shape
+
+
+def write(
+    tensors: Mapping[str, Mapping[str, Any]],
+    tied: Mapping[str, str],
+    sparsity: float,
+    metadata: Mapping[str, Any],
+) -> dict[str, str]:
+    """The safetensors metadata of a file."""
+    document = {"version": VERSION, "sparsity": sparsity, "tensors": tensors, "tied": tied}
+    try:
+        text = json.dumps(
+            document | {"metadata": dict(metadata)}, separators=(",", ":"), allow_nan=False
+        )
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigurationError(
+            f"metadata must be what JSON can hold: finite numbers, strings, lists, dicts ({error})"
+        ) from None
+    return {KEY: text}
+
+
+def read(metadata: Mapping[str, str] | None, parts: Mapping[str, Part]) -> Header:
+    """Everything that can be checked without the data is checked here.
+
+    Args:
+        metadata: of the safetensors file.
+        parts: all its tensors.
+
+    Raises:
+        FileFormatError: the header is not what this version writes, or contradicts the tensors.
+    """
+    if KEY not in (metadata or {}):
+        raise FileFormatError(
+            "a safetensors file, but none that save_sparse wrote; plain ones are read with "
+            "safetensors.torch.load_file"
+        )
+    document = _parse((metadata or {})[KEY])
+    version = document.get("version")
+    if type(version) is int and version > VERSION:
+        raise FileFormatError(
+            f"its format version is {version}, this library reads version {VERSION}: update it "
+            "with pip install --upgrade torch-feather"
+        )
+    _require(type(version) is int and version == VERSION, f"format version {version!r:.40}")
+    described, tied = _dict(document, "tensors"), _dict(document, "tied")
+    entries: dict[str, Entry] = {}
+    left = dict(parts)
+    for name, description in described.items():
+        _require(isinstance(description, dict), f"{name:.80}: its description is no object")
+        layout = description.get("layout")
+        reader = LAYOUTS.get(layout) if isinstance(layout, str) else None
+        if reader is None:
+            raise FileFormatError(
+                f"{name:.80}: layout {layout!r:.40}, known are {', '.join(LAYOUTS)}"
+            )
+        entries[name] = reader(name, description, left)
+    for name, part in left.items():
+        _require(name not in entries, f"{name:.80}: stored twice")
+        entries[name] = _dense(name, part, 0)
+    stored = dict(entries)
+    for alias, name in tied.items():
+        right = alias not in stored and isinstance(name, str) and name in stored
+        _require(right, f"{alias:.80}: tied to {name!r:.80}")
+        entries[alias] = stored[name]
+    sparsity = document.get("sparsity")
+    if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
+        raise FileFormatError(f"sparsity {sparsity!r:.40}")
+    return Header(entries, float(sparsity), _dict(document, "metadata"))
+
+
+def _gaps(name: str, description: dict[str, Any], left: dict[str, Part]) -> Entry:
+    values, codes = left.pop(name + VALUES, None), left.pop(name + GAPS, None)
+    if values is None or codes is None:
+        raise FileFormatError(f"{name:.80}: its values or positions are missing")
+    shape, width = description.get("shape"), description.get("width")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise FileFormatError(f"{name:.80}: shape {shape!r:.80}")
+    size = prod(shape) if len(shape) <= 64 else 2**63
+    _require(size < 2**63, f"{name:.80}: shape {shape!r:.80} is more than a tensor can have")
+    _require(type(width) is int and width in WIDTHS, f"{name:.80}: width {width!r:.40}")
+    dtype = _dtype(name, values)
+    _require(len(values[1]) == 1 and values[1][0] <= size, f"{name:.80}: more values than weights")
+    _require(codes[0] == "U8" and len(codes[1]) == 1, f"{name:.80}: positions of another type")
+    stored = values[1][0] * dtype.itemsize + codes[1][0]
+    return Entry(name, tuple(shape), dtype, values[1][0], width, stored)
+
+
+def _listed_dense(name: str, description: dict[str, Any], left: dict[str, Part]) -> Entry:
+    part, zeros = left.pop(name, None), description.get("zeros")
+    if part is None:
+        raise FileFormatError(f"{name:.80}: its values are missing")
+    if type(zeros) is not int or not 0 <= zeros <= prod(part[1]):
+        raise FileFormatError(f"{name:.80}: zeros {zeros!r:.40}")
+    return _dense(name, part, zeros)
+
+
+def _dense(name: str, part: Part, zeros: int) -> Entry:
+    dtype, size = _dtype(name, part), prod(part[1])
+    return Entry(name, part[1], dtype, size - zeros, bytes=size * dtype.itemsize)
+
+
+# The name of a layout is looked up in here, and nowhere else.
+LAYOUTS = {"gaps": _gaps, "dense": _listed_dense}
+
+
+def _dtype(name: str, part: Part) -> torch.dtype:
+    _require(part[0] in DTYPES, f"{name:.80}: values of type {part[0]!r}")
+    return DTYPES[part[0]]
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"its header cannot be read ({error!s:.80})") from None
+    _require(isinstance(document, dict), "its header is no object")
+    return document
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key:.40} twice")
+        found[key] = value
+    return found
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def _dict(document: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = document.get(key)
+    if not isinstance(value, dict):
+        raise FileFormatError(f"its header has no object {key!r}")
+    return value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise FileFormatError(message)

@@ -1,0 +1,345 @@
+"""Sparse files: one safetensors file that holds the nonzero weights and where they are.
+
+Each tensor is stored in the smaller of two layouts, bit for bit: all its values, under its own
+name as in any safetensors file; or the values other than zero (`NAME:values`) and the gaps between
+them (`NAME:gaps`, see gaps.py). Tied tensors are stored once. See header.py for what else is in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..atomic import replace_file
+from ..errors import ConfigurationError, FileFormatError, StateError, warn
+from ..prunable import unwrap
+from . import gaps, header, hub
+from .header import GAPS, VALUES, Entry
+
+# What a sparse tensor adds to the file beside its data: a second name, two lines of JSON.
+OVERHEAD = 200
+LIMIT = 2**32
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def save_sparse(
+    model: nn.Module | Mapping[str, Tensor],
+    path: str | PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Store a sparse model in little space, bit for bit, keys as in `model.state_dict()`.
+
+    A model that a Sparsifier is still attached to is stored as the network sees it, sparse.
+
+    Args:
+        model: a module, also one wrapped by torch.compile or DistributedDataParallel; or a state
+            dict.
+        path: the file; what it held is replaced in one stroke or, on any failure, kept.
+        dtype: what floating-point tensors with two or more dimensions are converted to, such as
+            `torch.float16`. Biases, norms and their statistics keep their own.
+        metadata: anything that JSON can hold, to be read as `SparseFile.metadata`.
+
+    Raises:
+        ConfigurationError: something that no file can hold, or a weight beyond the range of
+            `dtype`.
+        ImportError: safetensors is not installed.
+        OSError: the file cannot be written.
+    """
+    save = _safetensors().torch.save
+    stored, tied = _without_ties(_tensors(model))
+    parts: dict[str, Tensor] = {}
+    described: dict[str, dict[str, Any]] = {}
+    weights = zeros = 0
+    for name, original in stored.items():
+        tensor = _storable(name, original, dtype)
+        size, nonzeros = tensor.numel(), int(tensor.count_nonzero())
+        if _is_weight(tensor):
+            weights, zeros = weights + size, zeros + size - nonzeros
+        taken = {name + VALUES, name + GAPS} & stored.keys()
+        sparse = None if taken else _sparse_parts(tensor)
+        if sparse is not None:
+            parts[name + VALUES], parts[name + GAPS], width = sparse
+            described[name] = {"layout": "gaps", "shape": list(tensor.shape), "width": width}
+            _warn_of_negative_zeros(name, len(parts[name + VALUES]) - nonzeros, size)
+        else:
+            parts[name] = tensor
+            if nonzeros < size:
+                described[name] = {"layout": "dense", "zeros": size - nonzeros}
+    if not any(_is_weight(stored[name]) for name in described if name not in parts):
+        warn(
+            "This model is not sparse: the file will be as large as a dense one. Are these the "
+            "latent weights, or those of a model that was never pruned? The sparse weights are "
+            "those of the model itself, before Sparsifier.detach() or after finalize()."
+        )
+    sparsity = zeros / weights if weights else 0.0
+    about = header.write(described, tied, sparsity, metadata or {})
+    data = save(parts, metadata=about)
+    replace_file(Path(path), lambda file: file.write(data))
+
+
+def load_sparse(path: str | PathLike[str], model: nn.Module) -> nn.Module:
+    """Fill `model` with what `save_sparse` stored: plain dense tensors, on whatever device.
+
+    Everything is read and checked first; the model is changed only when all of it fits.
+
+    Args:
+        path: the file, or "hf://USER/NAME" or "hf://USER/NAME@REVISION" on the Hugging Face hub.
+        model: of the same network; its dtypes stay what they are.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileFormatError: the file is truncated, damaged, of a newer version, or no sparse file.
+        StateError: the file is of another model.
+        ImportError: safetensors is not installed (huggingface_hub for "hf://").
+        OSError: the file cannot be read.
+    """
+    model_ = unwrap(model)
+    state = model_.state_dict()
+    with SparseFile(path) as file:
+        if problems := _differences({_plain(name): value for name, value in state.items()}, file):
+            raise StateError(f"{path} does not fit {type(model_).__name__}: {'; '.join(problems)}.")
+        read = {}
+        for entry in file.entries.values():
+            if entry.name not in read:
+                read[entry.name] = file.tensor(entry.name, limit=None)
+        values = {name: read[file.entries[_plain(name)].name] for name in state}
+    model_.load_state_dict(values)
+    return model
+
+
+class SparseFile:
+    """A sparse file, opened: what is in it is known, tensors are read one by one when asked for.
+
+        with SparseFile(path) as file:
+            for name, entry in file.entries.items():
+                print(name, entry.shape, entry.sparsity)
+            weight = file.tensor("conv1.weight")
+
+    Nothing in a file is executed, and what it says is checked before it is believed.
+    """
+
+    entries: dict[str, Entry]
+    """By name, tied tensors under each of their names."""
+    sparsity: float
+    """Share of zeros among the floating-point tensors with two or more dimensions."""
+    metadata: dict[str, Any]
+    """What the writer wanted to be known."""
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        """Opens it; raises what `load_sparse` raises."""
+        self.path = hub.download(fspath(path)) if hub.is_address(path) else Path(path)
+        with _reading(self.path):
+            self._file = _safetensors().safe_open(self.path, framework="pt")
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+            parts = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+            read = header.read(self._file.metadata(), parts)
+        self.entries, self.sparsity, self.metadata = read.entries, read.sparsity, read.metadata
+
+    def __enter__(self) -> SparseFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing can be read from it any more."""
+        self._file.__exit__(None, None, None)
+
+    def tensor(self, name: str, limit: int | None = LIMIT) -> Tensor:
+        """All values of one tensor, zeros included, on the CPU.
+
+        Args:
+            name: one of `entries`; KeyError for any other.
+            limit: bytes. A file of a few bytes may rightly describe a large tensor of zeros, so
+                that this is what protects the memory where the file is a stranger's.
+
+        Raises:
+            FileFormatError: its data is damaged, or the tensor would take more than `limit`.
+        """
+        entry = self.entries[name]
+        if entry.width is None:
+            return self._read(entry.name, entry.dtype).clone()
+        if limit is not None and entry.dense_bytes > limit:
+            raise FileFormatError(
+                f"{self.path}: {name} would take {entry.dense_bytes:,} bytes of memory, the limit "
+                f"is {limit:,}; a larger one can be given: tensor({name!r}, limit=...)"
+            )
+        positions, values = self.nonzeros(name)
+        dense = torch.zeros(entry.size, dtype=entry.dtype)
+        _as_integers(dense)[positions] = _as_integers(values)
+        return dense.reshape(entry.shape)
+
+    def nonzeros(self, name: str) -> tuple[Tensor, Tensor]:
+        """Where one tensor is not zero, without its zeros: for runtimes and statistics.
+
+        Memory is bounded by the size of the file, whatever it says.
+
+        Returns:
+            Positions in the flattened (row-major) tensor, rising, int64 of shape (n,), and the
+            values there, (n,).
+
+        Raises:
+            FileFormatError: its data is damaged.
+        """
+        entry = self.entries[name]
+        if entry.width is None:
+            flat = self._read(entry.name, entry.dtype).reshape(-1)
+            positions = _as_integers(flat).ne(0).nonzero().reshape(-1)
+            return positions, flat[positions]
+        values = self._read(entry.name + VALUES, entry.dtype)
+        codes = self._read(entry.name + GAPS, torch.uint8)
+        with _reading(self.path, entry.name):
+            found = gaps.decode(codes.numpy(), entry.width, len(values), entry.size)
+        return torch.from_numpy(found), values.clone()
+
+    def _read(self, part: str, dtype: torch.dtype) -> Tensor:
+        with _reading(self.path, part):
+            tensor = self._file.get_tensor(part)
+            if dtype == torch.bool and tensor.view(torch.uint8).gt(1).any():
+                raise ValueError("a truth value that is neither 0 nor 1")
+        return tensor
+
+
+@contextmanager
+def _reading(path: Path, part: str = "") -> Iterator[None]:
+    """Whatever bytes do to a reader, the answer is the same."""
+    where = f"{path}: {part[:80]}: " if part else f"{path}: "
+    try:
+        yield
+    except FileFormatError as error:
+        raise FileFormatError(where + str(error)) from None
+    except (ValueError, TypeError, KeyError, RuntimeError, _safetensors().SafetensorError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileFormatError(f"{where}truncated, damaged, or no such file ({first})") from None
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "sparse files need safetensors: pip install 'torch-feather[files]'"
+        ) from error
+    return safetensors
+
+
+def _tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By plain name, not yet checked."""
+    if isinstance(model, nn.Module):
+        model = unwrap(model).state_dict()
+    if not isinstance(model, Mapping):
+        raise ConfigurationError(
+            f"save_sparse takes a module or a state dict, got {type(model).__name__}."
+        )
+    for name, value in model.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ConfigurationError(
+                f"{name!r} is of type {type(value).__name__}: a sparse file holds named tensors. "
+                "Give the model itself, or its state_dict() without what is no tensor."
+            )
+    return {_plain(name): value.detach() for name, value in model.items()}
+
+
+def _plain(name: str) -> str:
+    """Without what torch.compile adds for a module inside."""
+    return name.replace("_orig_mod.", "")
+
+
+def _without_ties(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Those to store, and the others: by name, the name of the stored one that has their memory."""
+    first: dict[Any, str] = {}
+    tied = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() and tensor.layout == torch.strided and not tensor.is_meta:
+            memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if (owner := first.setdefault(memory, name)) != name:
+                tied[name] = owner
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}, tied
+
+
+def _storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """On the CPU, contiguous, of a type that files have."""
+    if hasattr(tensor, "full_tensor"):
+        raise ConfigurationError(
+            f"{name} is sharded. Gather the state first: torch.distributed.checkpoint.state_dict."
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
+        )
+    if tensor.is_meta or tensor.layout != torch.strided:
+        place = "the meta device" if tensor.is_meta else f"layout {tensor.layout}"
+        raise ConfigurationError(f"{name} is of {place}: it has no dense values to store.")
+    tensor = tensor.cpu()
+    if dtype is not None and _is_weight(tensor):
+        converted = tensor.to(dtype)
+        if converted.is_floating_point() and converted.isinf().sum() > tensor.isinf().sum():
+            raise ConfigurationError(f"{name} has weights beyond the range of {dtype}.")
+        tensor = converted
+    if tensor.dtype not in header.DTYPES.values():
+        raise ConfigurationError(f"{name} is of {tensor.dtype}, which sparse files do not have.")
+    return tensor.contiguous()
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dim() >= 2
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    """The bits of a tensor's values; its own memory."""
+    return tensor.view(INTEGERS[tensor.dtype.itemsize])
+
+
+def _sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor, int] | None:
+    """Values other than +0, gaps and width; None where all values take less."""
+    bits = _as_integers(tensor.reshape(-1)).numpy()
+    positions = np.flatnonzero(bits)
+    values = torch.from_numpy(bits[positions]).view(tensor.dtype)
+    if values.nbytes + OVERHEAD >= tensor.nbytes:
+        return None
+    codes, width = gaps.encode(positions)
+    if values.nbytes + codes.nbytes + OVERHEAD >= tensor.nbytes:
+        return None
+    return values, torch.from_numpy(codes), width
+
+
+def _warn_of_negative_zeros(name: str, count: int, size: int) -> None:
+    if count > 0.01 * size:
+        warn(
+            f"{name} has {count:,} zeros that are -0.0, as a mask multiplied with negative weights "
+            "leaves them. They are stored bit for bit like any other value, which makes the file "
+            "larger; adding 0.0 to the weights in place turns them into plain zeros."
+        )
+
+
+def _differences(state: Mapping[str, Any], file: SparseFile) -> list[str]:
+    """What keeps the file from being loaded, in the words of load_state_dict."""
+
+    def names(what: str, found: set[str]) -> list[str]:
+        shown = sorted(found)[:5] + (["..."] if len(found) > 5 else [])
+        return [f"{what} {', '.join(shown)}"] if found else []
+
+    problems = names("missing key(s) in the file:", state.keys() - file.entries.keys())
+    problems += names("unexpected key(s) in the file:", file.entries.keys() - state.keys())
+    for name in state.keys() & file.entries.keys():
+        mine, entry = state[name], file.entries[name]
+        if not isinstance(mine, Tensor) or mine.is_meta:
+            problems.append(f"{name} is no tensor with memory in the model")
+        elif mine.shape != entry.shape:
+            problems.append(
+                f"{name} has shape {list(entry.shape)} in the file, {list(mine.shape)} in the model"
+            )
+        elif mine.dtype != entry.dtype and not (
+            mine.is_floating_point() and entry.dtype.is_floating_point
+        ):
+            problems.append(f"{name} is {entry.dtype} in the file, {mine.dtype} in the model")
+    return problems if len(problems) <= 6 else [*problems[:6], "..."]
