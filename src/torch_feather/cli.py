@@ -12,7 +12,9 @@ try:
     import rich  # noqa: F401
     import typer
     import yaml  # noqa: F401
-except ImportError as error:
+
+    from .studies.command import app as studies
+except ModuleNotFoundError as error:
     raise SystemExit(
         f"feather: the command line needs {error.name}; install it with: "
         "pip install 'torch-feather[train]'"
@@ -96,6 +98,12 @@ def train(
             help="Also train the dense twin.",
         ),
     ] = None,
+    track_masks: Annotated[
+        bool | None,
+        typer.Option(
+            "--track-masks/--no-track-masks", help="Keep the mask of every epoch, in RUN/masks."
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -109,7 +117,13 @@ def train(
     `torchrun`, its processes train one network together.
     """
     from .training.checkpoint import RunDirectory
-    from .training.config import apply, load_config, parse_assignments, resolve_config
+    from .training.config import (
+        apply,
+        default_recipe,
+        load_config,
+        parse_assignments,
+        resolve_config,
+    )
     from .training.console import ConsoleWatch, print_results
     from .training.distributed import joined
     from .training.errors import RunError
@@ -127,6 +141,7 @@ def train(
         "batch_size": batch_size,
         "seed": seed,
         "compare_dense": compare_dense,
+        "track_masks": track_masks,
     }
     overrides = {key: value for key, value in given.items() if value is not None}
     overrides |= parse_assignments(settings or [])
@@ -139,8 +154,7 @@ def train(
             raise RunError(f"{out}: no run to resume (a --recipe would let it start there)")
         start = apply(load_config(old), overrides, "command line")
     else:
-        usual = {"imagefolder": "imagenet", None: "digits"}.get(data, data)
-        start = resolve_config(recipe or usual, config, overrides)
+        start = resolve_config(recipe or default_recipe(data), config, overrides)
     name = f"{start.data.name}-{start.network}-{start.method}"
     console = _console()
     with joined() as ranks:
@@ -165,6 +179,8 @@ def _free_directory(name: str, config: Any) -> Path:
         candidate = base.with_name(f"{base.name}-{number}")
     return candidate
 
+
+app.add_typer(studies, name="study")
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
@@ -258,80 +274,6 @@ def recipes() -> None:
     for name, about in available_recipes().items():
         table.add_row(name, about)
     _console().print(table)
-
-
-study = typer.Typer(no_args_is_help=True, help="Many trainings that answer one question.")
-app.add_typer(study, name="study")
-
-
-@study.command()
-def compare(
-    methods: Annotated[
-        str, typer.Option(help="Names with commas between them, or `all`; `dense` is one.")
-    ] = "dense,feather,hard-ste,soft-ste",
-    sparsity: Annotated[str, typer.Option(help="Shares of zeros.")] = "0.95,0.98,0.99",
-    seeds: Annotated[str, typer.Option(help="One run of each for every seed.")] = "0,1,2",
-    recipe: Annotated[str, typer.Option(help="The budget, see `feather recipes`.")] = "digits",
-    data_path: Annotated[str | None, typer.Option(help="Folder of the data.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any key of config.yaml."),
-    ] = None,
-    jobs: Annotated[int, typer.Option(help="Trainings at a time.")] = 1,
-    minutes: Annotated[float | None, typer.Option(help="Start no training after that.")] = None,
-    out: Annotated[Path, typer.Option(help="Table, plot and rows.")] = Path("runs/compare"),
-    runs: Annotated[
-        Path | None, typer.Option(help="Run directories. [default: runs in --out]")
-    ] = None,
-) -> None:
-    """Train methods x sparsities x seeds on one budget; table and plot of test accuracy.
-
-    What is done is not trained again, what was stopped goes on: start it as often as you like.
-    """
-    from .methods import available_methods
-    from .studies import compare as comparison
-    from .studies.grid import Outcome, train_all
-    from .training.config import DENSE, parse_assignments, resolve_config
-
-    names = [DENSE, *available_methods()] if methods == "all" else _listed("methods", methods, str)
-    overrides = parse_assignments(settings or [])
-    if data_path is not None:
-        overrides["data.path"] = str(Path(data_path).expanduser().absolute())
-    base = resolve_config(recipe, None, overrides)
-    grid = comparison.plan(
-        base, names, _listed("sparsity", sparsity, float), _listed("seeds", seeds, int)
-    )
-    told = [f"--methods {methods} --sparsity {sparsity} --seeds {seeds} --recipe {recipe}"]
-    told += [f"--set {setting}" for setting in settings or []]
-    command = " ".join(["feather study compare", *told])
-    console = _console()
-
-    def done(name: str, outcome: Outcome) -> None:
-        if name in outcome.failed:
-            console.print(f"{name}: {outcome.failed[name]}", highlight=False, markup=False)
-        else:
-            accuracy = 100 * outcome.rows[name]["test_accuracy"]
-            console.print(f"{len(outcome.rows)}/{len(grid)} {name}: {accuracy:.2f} %")
-            if name not in old:
-                comparison.write(list(outcome.rows.values()), out, command)
-
-    folder = runs or out / "runs"
-    old = {run.name for run in grid if (folder / run.name / "report.json").exists()}
-    outcome = train_all(grid, folder, jobs=jobs, minutes=minutes, done=done)
-    if outcome.rows:
-        comparison.write(list(outcome.rows.values()), out, command)
-        typer.echo(comparison.table(list(outcome.rows.values()), command))
-    if outcome.waiting:
-        console.print(f"{len(outcome.waiting)} runs were not started; the same command goes on")
-    if outcome.failed:
-        raise SystemExit(1)
-
-
-def _listed(option: str, text: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part.strip()) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"--{option} {text!r}: write values with commas between") from None
 
 
 def _console() -> Any:

@@ -1,1 +1,6 @@
-"""Studies: many trainings that answer one question, and the table and plot of the answer."""
+"""Studies: many trainings that answer one question; each a table or a figure of the paper."""
+
+from .compare import COMPARE
+from .study import Study
+
+STUDIES: dict[str, Study] = {study.name: study for study in (COMPARE,)}

@@ -1,4 +1,4 @@
-"""Independent training runs, several at a time, each in a process of its own.
+"""Independent training runs, several at a time: processes of this machine, or tasks of Ray.
 
 A run that is done is not trained again, one that was stopped or killed goes on where it was, so a
 grid can be started as often as one likes.
@@ -6,29 +6,35 @@ grid can be started as often as one likes.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
+import os
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import FeatherError
+from ..analysis.stability import correlations, read_masks
+from ..errors import ConfigurationError, FeatherError
 from ..training import Config, train
 from ..training.checkpoint import RunDirectory
 from ..training.config import DENSE
-from ..training.errors import Interrupted
+from ..training.errors import Interrupted, RunError
 
 Row = dict[str, Any]
+Submit = Callable[..., "Future[Any]"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training, and the name of its folder among the grid's."""
+    """A training, the name of its folder among the grid's, and what it is called in the answer."""
 
     name: str
     config: Config
+    label: str
 
 
 @dataclass
@@ -46,74 +52,142 @@ def train_all(
     *,
     jobs: int = 1,
     minutes: float | None = None,
+    ray: str | None = None,
     done: Callable[[str, Outcome], None] = lambda name, outcome: None,
 ) -> Outcome:
     """Train what is missing of `runs` into `folder`.
 
     Args:
         runs: in the order in which they start.
-        folder: of the run directories.
-        jobs: trainings at a time.
+        folder: of the run directories; with Ray, one that all machines see.
+        jobs: trainings at a time; with Ray, those that share a GPU.
         minutes: after which none is started any more; those that run are completed.
+        ray: address of a Ray cluster, `local` for one that is started here; None: this machine.
         done: told of each run that ended, and of all so far.
 
     Raises:
-        Interrupted: Ctrl-C; the trainings have written checkpoints.
+        ConfigurationError: Ray is not installed, or cannot be reached.
+        Interrupted: Ctrl-C; what was trained so far is kept as checkpoints.
     """
     outcome = Outcome({}, {}, [])
     deadline = None if minutes is None else time.time() + 60 * minutes
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
     try:
-        futures = {pool.submit(_train, run, folder, deadline): run.name for run in runs}
-        for future in as_completed(futures):
-            name = futures[future]
-            try:
-                row = future.result()
-            except Interrupted:
-                raise KeyboardInterrupt from None
-            except FeatherError as error:
-                outcome.failed[name] = str(error)
-            else:
-                if row is None:
+        with processes(jobs) if ray is None else ray_tasks(ray, jobs) as submit:
+            futures = {submit(_attempt, run, folder.absolute(), deadline): run for run in runs}
+            for future in as_completed(futures):
+                name = futures[future].name
+                try:
+                    row, reason = future.result()
+                except Interrupted:
+                    raise KeyboardInterrupt from None
+                if row is not None:
+                    outcome.rows[name] = row
+                elif reason is not None:
+                    outcome.failed[name] = reason
+                else:
                     outcome.waiting.append(name)
                     continue
-                outcome.rows[name] = row
-            done(name, outcome)
+                done(name, outcome)
     except KeyboardInterrupt:
-        pool.shutdown(wait=True, cancel_futures=True)
         raise Interrupted(
             f"stopped with {len(outcome.rows)} of {len(runs)} runs done; the same command goes on"
         ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-    order = {run.name: i for i, run in enumerate(runs)}
-    outcome.rows = dict(sorted(outcome.rows.items(), key=lambda item: order[item[0]]))
+    outcome.rows = {run.name: outcome.rows[run.name] for run in runs if run.name in outcome.rows}
     return outcome
 
 
-def _train(run: Run, folder: Path, deadline: float | None) -> Row | None:
-    directory = RunDirectory(folder / run.name)
+@contextmanager
+def processes(jobs: int) -> Iterator[Submit]:
+    """That many processes of this machine."""
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    try:
+        yield pool.submit
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def ray_tasks(address: str, jobs: int) -> Iterator[Submit]:
+    """Ray's cluster at `address`: where and when a training runs is Ray's business.
+
+    A training asks for as many CPUs as it has threads, and, where the cluster has GPUs, for its
+    share of one. One whose machine is lost is started again, and goes on from its checkpoint.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ConfigurationError("--ray needs Ray: pip install 'torch-feather[ray]'") from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address, include_dashboard=False if address == "local" else None)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ConfigurationError(f"--ray {address}: no cluster answers there ({first})") from None
+    share = 1 / jobs if ray.cluster_resources().get("GPU") else 0
+
+    def submit(function: Callable[..., Any], run: Run, *arguments: Any) -> Future[Any]:
+        threads = run.config.system.threads or 1
+        task = ray.remote(num_cpus=threads, num_gpus=share)(function)
+        return task.remote(run, *arguments).future()
+
+    try:
+        yield submit
+    finally:
+        ray.shutdown()
+
+
+def _attempt(run: Run, folder: Path, deadline: float | None) -> tuple[Row | None, str | None]:
+    """The run's row, or why it failed; neither if it was too late to start it."""
+    try:
+        return _train(run, RunDirectory(folder / run.name), deadline), None
+    except Interrupted:
+        raise
+    except FeatherError as error:
+        return None, str(error)
+
+
+def _train(run: Run, directory: RunDirectory, deadline: float | None) -> Row | None:
     if directory.report_file.exists():
         directory.begin(run.config, resume=True)  # is it this run?
-        return row_of(directory.read_report(), directory.read_metrics())
-    if deadline is not None and time.time() > deadline:
+    elif deadline is not None and time.time() > deadline:
         return None
-    return row_of(train(run.config, directory.path, resume=True), directory.read_metrics())
+    else:
+        train(run.config, directory.path, resume=True)
+    return row_of(run, directory)
 
 
-def row_of(results: Row, metrics: Sequence[Row]) -> Row:
-    """What a study keeps of a run: small, and enough to believe it later."""
+def row_of(run: Run, directory: RunDirectory) -> Row:
+    """What a study keeps of a finished run: small, and enough to believe it later.
+
+    Raises:
+        RunError: it should have recorded its masks, and some are missing.
+    """
+    results, metrics = directory.read_report(), directory.read_metrics()
     report = results["report"]
-    curve = ("epoch", "train_loss", "val_acc", "test_acc", "sparsity")
+    keys = ("epoch", "train_loss", "val_acc", "test_acc", "sparsity")
+    curve = {key: [line.get(key) for line in metrics] for key in keys}
+    masks = read_masks(directory.path, results["epochs"])
+    if masks is not None:
+        found = correlations(masks, report["weights"])
+        curve["mask_correlation"] = [None if math.isnan(r) else r for r in found]
+    elif run.config.track_masks and run.config.method != DENSE:
+        raise RunError(
+            f"{directory.path}: was trained without --track-masks, at least in part; remove it to "
+            "have it trained again, or choose another --runs"
+        )
     return {
+        "name": run.name,
+        "label": run.label,
         **{key: results[key] for key in ("network", "data", "method", "seed", "epochs")},
+        "options": run.config.options,
         "sparsity": 0.0 if results["method"] == DENSE else results["target_sparsity"],
         "own_sparsity": results.get("own_sparsity"),
         **{key: results[key] for key in ("test_accuracy", "test_loss", "train_loss")},
         "weights": report["weights"],
         "zeros": report["zeros"],
         "macs": results["macs"]["sparse"],
+        "dense_macs": results["macs"]["dense"],
         "seconds": round(results["seconds"], 1),
-        "curve": {key: [line.get(key) for line in metrics] for key in curve},
+        "curve": curve,
         **{key: results[key] for key in ("commit", "versions", "hardware")},
     }

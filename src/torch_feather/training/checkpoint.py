@@ -1,7 +1,7 @@
 """A run directory that survives: atomic files, the previous checkpoint kept, one writer at a time.
 
 config.yaml  metrics.jsonl  checkpoints/last.pt  checkpoints/previous.pt
-model.safetensors  report.json  *.png
+model.safetensors  report.json  *.png  masks/*.npy
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ class RunDirectory:
                 ) from None
             sweep(self.path)
             sweep(self.last.parent)
+            sweep(self.path / "masks")
             yield
 
     def dense_twin(self) -> RunDirectory:
@@ -245,5 +246,5 @@ def changed_keys(old: Config, new: Config) -> str:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and not key.startswith("system.")
-        and key not in ("data.path", "recipe", "compare_dense")
+        and key not in ("data.path", "recipe", "compare_dense", "track_masks")
     )

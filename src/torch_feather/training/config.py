@@ -156,6 +156,7 @@ class Config:
     seed: int = 0
     evaluate_every: int = 1  # epochs between two evaluations on the validation images
     select: str = "last"  # last epoch, or best: by validation, among epochs at final sparsity
+    track_masks: bool = False  # keep the mask at the end of every epoch, in RUN/masks
     compare_dense: bool = False  # afterwards train the dense network with the same budget
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -331,6 +332,11 @@ def resolve_config(
     if overrides:
         config = apply(config, overrides, "command line")
     return config
+
+
+def default_recipe(data: str | None) -> str:
+    """The recipe for a data set where none is named; the digits where neither is."""
+    return {"imagefolder": "imagenet", None: "digits"}.get(data, data or "digits")
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from .data import Dataset, eval_loader, train_loader
 from .distributed import Ranks
 from .errors import Interrupted, TrainingDiverged
 from .evaluation import evaluate
+from .masks import record_masks
 from .provenance import provenance
 from .step import Step
 from .watch import Watch
@@ -124,6 +125,8 @@ class Task:
             self.end_epoch(self.images - before, began)
             if self.ranks.first:
                 run.write_metrics(self.history)
+                if self.config.track_masks and self.sparsifier is not None:
+                    record_masks(self.sparsifier.masks().values(), run.path, self.epoch)
             watch.epoch(self.history[-1])
         self.save(run)
 

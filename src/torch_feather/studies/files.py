@@ -1,0 +1,135 @@
+"""What a study leaves: runs.json, table.md, its figures as PNG and SVG, and a page to open."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import matplotlib
+from markupsafe import Markup
+
+from ..training.checkpoint import write_atomically, write_json
+from .grid import Row
+from .spread import ENOUGH
+from .study import Answer, Picture, Study, Table
+
+
+@dataclass(frozen=True)
+class Made:
+    """How the numbers came about."""
+
+    command: str  # that makes them again
+    planned: int  # trainings of the whole study
+
+    def facts(self, rows: Sequence[Row]) -> dict[str, str]:
+        """What the numbers are of, by what it says; empty without runs."""
+        if not rows:
+            return {}
+
+        def seen(key: str) -> str:
+            return ", ".join(dict.fromkeys(str(row[key]) for row in rows))
+
+        machines = {
+            f"{h.get('gpu') or h['cpu']}, {h['threads']} thread(s)"
+            for h in (row["hardware"] for row in rows)
+        }
+        versions = {f"{name} {v}" for row in rows for name, v in row["versions"].items()}
+        seconds = sum(row["seconds"] for row in rows)
+        facts = {
+            "Trained": f"{seen('network')} on {seen('data')}, {seen('epochs')} epochs, "
+            f"seeds {seen('seed')}; {len(rows)} trainings, {seconds / 60:.0f} minutes in all",
+            "Measured": "test accuracy after the last epoch; nothing was chosen by test images; "
+            "± is the standard deviation over seeds",
+            "Hardware": "; ".join(sorted(machines)),
+            "Versions": ", ".join(sorted(versions)),
+            "Commit": ", ".join(dict.fromkeys(_short(row["commit"]) for row in rows)),
+        }
+        if len(rows) < self.planned:
+            facts["Not complete"] = f"{len(rows)} of {self.planned} trainings; the command goes on"
+        return facts
+
+
+def write(study: Study, answer: Answer, rows: Sequence[Row], out: Path, made: Made) -> str:
+    """Write all of it into `out`; returns what table.md holds."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "runs.json", list(rows))
+    drawn = {}
+    for picture in [*answer.ours.pictures, *answer.published.pictures]:
+        png, svg = io.BytesIO(), io.BytesIO()
+        picture.figure.savefig(png, format="png", dpi=150)
+        # Dates and random names left out: the same numbers give the same file.
+        with matplotlib.rc_context({"svg.hashsalt": picture.name}):
+            picture.figure.savefig(svg, format="svg", metadata={"Date": None})
+        _write(out / f"{picture.name}.png", png.getvalue())
+        _write(out / f"{picture.name}.svg", svg.getvalue())
+        drawn[picture.name] = svg.getvalue().decode()
+    text = markdown(study, answer, rows, made)
+    _write(out / "table.md", text.encode())
+    _write(out / "index.html", page(study, answer, rows, made, drawn).encode())
+    return text
+
+
+def markdown(study: Study, answer: Answer, rows: Sequence[Row], made: Made) -> str:
+    """Question, sentences and tables, those of others under a heading of their own."""
+    blocks = [f"{study.question} ({study.source})"]
+    blocks += ["\n".join(f"- {sentence}" for sentence in conclusions(answer, rows))]
+    blocks += [_markdown_table(table) for table in answer.ours.tables]
+    blocks += [f"{fact}: {text}" for fact, text in made.facts(rows).items()]
+    blocks += [f"    {made.command}"]
+    if answer.published.tables:
+        blocks += ["Published, not measured here:"]
+        blocks += [_markdown_table(table) for table in answer.published.tables]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    lines = [table.caption, ""] if table.caption else []
+    lines += ["| " + " | ".join(row) + " |" for row in (table.head, ["---"] * len(table.head))]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table.rows)])
+
+
+def conclusions(answer: Answer, rows: Sequence[Row]) -> Sequence[str]:
+    """The answer's sentences, or that there are too few seeds for any."""
+    if answer.sentences or not rows:
+        return answer.sentences
+    return [f"No conclusion: fewer than {ENOUGH} seeds of each."]
+
+
+def _short(commit: str | None) -> str:
+    """A `+` at its end says that the files were edited."""
+    return "not known" if commit is None else commit[:10] + "+" * commit.endswith("+")
+
+
+def page(
+    study: Study, answer: Answer, rows: Sequence[Row], made: Made, drawn: dict[str, str]
+) -> str:
+    """A page that needs no other file and no network."""
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("page.html.jinja")
+
+    def inline(picture: Picture) -> Markup:
+        """The bare element, with names of its own beside the other pictures of the page."""
+        svg = drawn[picture.name]
+        svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{picture.name}-", svg)
+        return Markup(svg[svg.index("<svg") :])
+
+    return template.render(
+        study=study,
+        answer=answer,
+        conclusions=conclusions(answer, rows),
+        facts=made.facts(rows),
+        command=made.command,
+        inline=inline,
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda file: file.write(content))

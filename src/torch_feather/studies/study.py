@@ -1,0 +1,136 @@
+"""What a study is: a question, the trainings that answer it, and how the answer is told."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..errors import ConfigurationError
+from ..methods import method_options
+from ..training.config import DENSE, Config, flatten, resolve_config, to_dict
+from .grid import Row, Run
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one chooses for a study on the command line, beside the settings of its trainings."""
+
+    sparsities: Sequence[float]
+    seeds: Sequence[int]
+    methods: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, the name of its files, and what is to be seen."""
+
+    name: str
+    figure: Figure
+    caption: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text, and what it holds."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pictures and tables that belong together."""
+
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the trainings say, and, apart from it, what is published."""
+
+    sentences: Sequence[str]  # only where there are at least `spread.ENOUGH` seeds
+    ours: Part
+    published: Part = Part()
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table or figure of the paper as trainings that anyone can repeat."""
+
+    name: str
+    question: str
+    source: str  # the figure or table of the paper
+    plan: Callable[[Config, Choices], list[Run]]
+    answer: Callable[[Sequence[Row], Config], Answer]  # rows may be of a part of the plan
+    sparsities: str = "0.9,0.95,0.98,0.99,0.995"
+    methods: str | None = None  # by default; None: the study's question decides
+    small: Mapping[str, Any] = field(default_factory=dict)  # settings on the digits, see `budget`
+    small_sparsities: str = "0.95,0.98,0.99"
+
+
+def grid(config: Config, variants: Mapping[str, Mapping[str, Any]], choices: Choices) -> list[Run]:
+    """Every variant at every sparsity for every seed.
+
+    Seeds are outermost, so that every variant has its first seed early. The dense network is
+    trained once per seed, whatever the sparsities.
+
+    Args:
+        config: what the runs have in common. Its options go to the methods that have them.
+        variants: label to the fields of `Config` that make it.
+        choices: sparsities and seeds.
+
+    Raises:
+        ConfigurationError: an option that none of the methods has.
+    """
+    methods = [variant["method"] for variant in variants.values()]
+    known = {method: [] if method == DENSE else list(method_options(method)) for method in methods}
+    for option in config.options:
+        if not any(option in names for names in known.values()):
+            raise ConfigurationError(f"None of {', '.join(known)} has an option {option!r}.")
+    runs: dict[str, Run] = {}
+    for seed, sparsity, label in itertools.product(choices.seeds, choices.sparsities, variants):
+        variant = dict(variants[label])
+        own = known[variant["method"]]
+        options = {key: value for key, value in config.options.items() if key in own}
+        variant["options"] = options | variant.get("options", {})
+        one = replace(config, seed=seed, sparsity=sparsity, compare_dense=False, **variant)
+        name = name_of(one)
+        runs.setdefault(name, Run(name, one, label))
+    return list(runs.values())
+
+
+_ASIDE = ("recipe", "method", "sparsity", "seed", "compare_dense", "track_masks", "data.path")
+
+
+def name_of(config: Config) -> str:
+    """Folder of a run: method, sparsity and seed, and all in which it differs from its recipe.
+
+    What `system` holds does not change what is computed, and is not in it. Two studies that need
+    the same run so find it under the same name.
+    """
+    usual = flatten(to_dict(resolve_config(config.recipe)))
+    differs = {
+        key: value
+        for key, value in flatten(to_dict(config)).items()
+        if value != usual.get(key, ...) and key not in _ASIDE and not key.startswith("system.")
+    }
+    parts = [differs.pop(key) for key in ("data.name", "network") if key in differs]
+    parts.append(config.method)
+    parts += [key.rpartition(".")[2] + _brief(value) for key, value in differs.items()]
+    if config.method != DENSE:
+        parts.append(f"{config.sparsity:g}")
+    parts.append(str(config.seed))
+    return re.sub(r"[^\w.+-]", "_", "-".join(parts))
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return str(value).lower()

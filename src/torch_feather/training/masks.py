@@ -1,0 +1,29 @@
+"""The mask at the end of every epoch, for `analysis.stability`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..analysis.stability import mask_file
+from .checkpoint import write_atomically
+
+
+def record_masks(masks: Iterable[Tensor], run: Path, epoch: int) -> None:
+    """Write which weights are kept, a bit for each, into the run directory `run`.
+
+    A run that is killed and resumed passes through the same masks again, and writes the same file.
+
+    Args:
+        masks: of the prunable weights, bool, in the order of `Sparsifier.masks()`.
+        run: the run directory.
+        epoch: that ended, counted from 1.
+    """
+    kept = torch.cat([mask.flatten() for mask in masks]).cpu().numpy()
+    path = mask_file(run, epoch)
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, lambda file: np.save(file, np.packbits(kept)))
