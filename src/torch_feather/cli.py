@@ -245,6 +245,42 @@ def report(
 
 
 @app.command()
+def export(
+    run: RunArgument,
+    format: Annotated[
+        str, typer.Option(help="sparse (small), safetensors (plain keys, dense) or onnx.")
+    ] = "sparse",
+    out: Annotated[Path | None, typer.Option(help="The file. [default: one in RUN]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Sparse: store weights as float16, bfloat16 or float32.")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="USER/NAME", help="Put it on the Hugging Face hub, with a card."),
+    ] = None,
+    data_path: Annotated[
+        str | None, typer.Option(help="Where the data is now, for ONNX of old runs.")
+    ] = None,
+) -> None:
+    """Write the network of RUN as a file for those who use it."""
+    import torch
+
+    from .export import run as exports
+    from .training.checkpoint import RunDirectory
+
+    if dtype is not None and dtype not in ("float16", "bfloat16", "float32"):
+        raise typer.BadParameter(f"--dtype {dtype}: float16, bfloat16 or float32")
+    if push is not None and format != "sparse":
+        raise typer.BadParameter("--push puts the format sparse on the hub")
+    directory = RunDirectory(run)
+    converted = getattr(torch, dtype) if dtype else None
+    file = exports.export_run(directory, format, out, converted, data_path)
+    typer.echo(f"{file}: {exports.describe(directory, file, format)}")
+    if push is not None:
+        typer.echo(f"on the hub: {exports.push(directory, file, push)}")
+
+
+@app.command()
 def methods() -> None:
     """List what --method accepts, with each method's options and their defaults."""
     from rich.table import Table

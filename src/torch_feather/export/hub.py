@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,64 @@ def upload(folder: Path, repository: str) -> str:
     hub.create_repo(repository, exist_ok=True)
     hub.upload_folder(repo_id=repository, folder_path=folder)
     return SCHEME + repository
+
+
+def model_card(repository: str, run: Mapping[str, Any], file: str) -> str:
+    """README.md of a repository.
+
+    Args:
+        repository: `USER/NAME`.
+        run: what `export.run.about` tells of it.
+        file: a line about the file and its size.
+    """
+    hub = _client()
+    name = repository.split("/")[-1]
+    accuracy, sparsity = run["test_accuracy"], run["zeros"] / run["weights"]
+    data = hub.ModelCardData(
+        library_name="torch-feather",
+        tags=["sparse", "pruning", run["method"]],
+        model_name=name,
+        eval_results=[
+            hub.EvalResult(
+                task_type="image-classification",
+                dataset_type=run["data"],
+                dataset_name=run["data"],
+                metric_type="accuracy",
+                metric_value=accuracy,
+            )
+        ],
+    )
+    # What report.json of an older version does not tell is left to the reader.
+    classes, channels = run.get("classes", "CLASSES"), run.get("input_shape", ["CHANNELS"])[0]
+    return f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+`{run["network"]}`, trained sparse on {run["data"]} with the method `{run["method"]}` of
+torch-feather.
+
+| | |
+|---|---|
+| test accuracy | {100 * accuracy:.2f} % |
+| weights that are zero | {100 * sparsity:.2f} % of {run["weights"]:,} |
+| multiply-adds | {run["macs"]["sparse"]:,} of {run["macs"]["dense"]:,} |
+| file | {file} |
+
+Use it, with `pip install 'torch-feather[files,hub]'`:
+
+```python
+import torch_feather as feather
+
+model = feather.models.create("{run["network"]}", {classes}, {channels})
+feather.load_sparse("{SCHEME}{repository}", model)
+```
+
+Train it again, with this repository's config.yaml:
+
+    feather train --config config.yaml --data-path DATA
+"""
 
 
 def _client() -> Any:
