@@ -1,6 +1,25 @@
 """Studies: many trainings that answer one question; each a table or a figure of the paper."""
 
+from .backbones import BACKBONES
 from .compare import COMPARE
+from .flops import FLOPS
+from .mobilenet import MOBILENET_STUDY
+from .networks import NETWORKS_STUDY
+from .recipe import RECIPE
+from .stability import STABILITY
 from .study import Study
+from .threshold import THRESHOLD
 
-STUDIES: dict[str, Study] = {study.name: study for study in (COMPARE,)}
+STUDIES: dict[str, Study] = {
+    study.name: study
+    for study in (
+        RECIPE,
+        THRESHOLD,
+        STABILITY,
+        BACKBONES,
+        MOBILENET_STUDY,
+        FLOPS,
+        NETWORKS_STUDY,
+        COMPARE,
+    )
+}

@@ -111,8 +111,10 @@ def command(study: Study) -> Callable[..., None]:
         if outcome.failed:
             raise SystemExit(1)
 
-    run.__doc__ = f"{study.question}\n\n{study.source}. What is done is not trained again, what "
-    run.__doc__ += "was stopped goes on: start it as often as you like."
+    run.__doc__ = (
+        f"{study.question}\n\n{study.reading}\n\n{study.source}. What is done is not trained "
+        "again, what was stopped goes on: start it as often as you like."
+    )
     signature = inspect.signature(run)
     kept = [p for p in signature.parameters.values() if study.methods or p.name != "methods"]
     run.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]

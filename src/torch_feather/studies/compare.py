@@ -69,6 +69,8 @@ def seeds_pictures(rows: Sequence[Row]) -> list[Picture]:
 COMPARE = Study(
     name="compare",
     question="Which method trains the most accurate sparse network on one budget?",
+    reading="Every method prunes the same network on the same budget: the same images, epochs and "
+    "learning rates.",
     source="The paper's main comparison",
     plan=plan,
     answer=answer,

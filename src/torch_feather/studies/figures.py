@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..analysis.plots import GREY, look, panel
 from ..training.config import DENSE
@@ -67,6 +68,7 @@ def over_epochs(
             alpha=0.18,
             linewidth=0,
         )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="epoch", ylabel=ylabel)
     below(axes)
     return figure
@@ -84,7 +86,7 @@ def every_seed(rows: Sequence[Row], sparsity: float) -> Figure:
     _dense_line(axes, rows, vertical=True)
     axes.set_yticks(range(len(found)), [f"{m}  (n={len(r)})" for m, r in found])
     axes.set_ylim(-0.6, len(found) - 0.4)
-    axes.set_xlabel(f"test accuracy at {percent(sparsity)}, %")
+    axes.set_xlabel(f"test accuracy with {percent(sparsity)} of the weights zero, %")
     axes.spines["left"].set_visible(False)
     axes.tick_params(left=False)
     return figure

@@ -12,7 +12,9 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
+from ..methods import METHODS
 from ..training.checkpoint import write_atomically, write_json
+from ..training.config import DENSE
 from .grid import Row
 from .spread import ENOUGH
 from .study import Answer, Picture, Study, Table
@@ -124,11 +126,20 @@ def page(
     return template.render(
         study=study,
         answer=answer,
+        names=names(rows),
         conclusions=conclusions(answer, rows),
         facts=made.facts(rows),
         command=made.command,
         inline=inline,
     )
+
+
+def names(rows: Sequence[Row]) -> dict[str, str]:
+    """What the methods of these runs are, in a line each."""
+    used = dict.fromkeys(row["method"] for row in rows)
+    about = {name: (build.__doc__ or "").strip() for name, build in METHODS.items()}
+    about[DENSE] = "The network as it is, trained on the same budget."
+    return {name: about[name].splitlines()[0] for name in used}
 
 
 def _write(path: Path, content: bytes) -> None:

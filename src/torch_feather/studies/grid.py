@@ -179,7 +179,6 @@ def row_of(run: Run, directory: RunDirectory) -> Row:
         "name": run.name,
         "label": run.label,
         **{key: results[key] for key in ("network", "data", "method", "seed", "epochs")},
-        "options": run.config.options,
         "sparsity": 0.0 if results["method"] == DENSE else results["target_sparsity"],
         "own_sparsity": results.get("own_sparsity"),
         **{key: results[key] for key in ("test_accuracy", "test_loss", "train_loss")},

@@ -66,6 +66,7 @@ class Study:
 
     name: str
     question: str
+    reading: str  # what a newcomer has to know to read the answer
     source: str  # the figure or table of the paper
     plan: Callable[[Config, Choices], list[Run]]
     answer: Callable[[Sequence[Row], Config], Answer]  # rows may be of a part of the plan
@@ -90,7 +91,7 @@ def grid(config: Config, variants: Mapping[str, Mapping[str, Any]], choices: Cho
         ConfigurationError: an option that none of the methods has.
     """
     methods = [variant["method"] for variant in variants.values()]
-    known = {method: [] if method == DENSE else list(method_options(method)) for method in methods}
+    known = {method: {} if method == DENSE else method_options(method) for method in methods}
     for option in config.options:
         if not any(option in names for names in known.values()):
             raise ConfigurationError(f"None of {', '.join(known)} has an option {option!r}.")
@@ -99,7 +100,9 @@ def grid(config: Config, variants: Mapping[str, Mapping[str, Any]], choices: Cho
         variant = dict(variants[label])
         own = known[variant["method"]]
         options = {key: value for key, value in config.options.items() if key in own}
-        variant["options"] = options | variant.get("options", {})
+        options |= variant.get("options", {})
+        # Without what is the default anyway, equal runs have equal names.
+        variant["options"] = {k: v for k, v in options.items() if v != own.get(k, ...)}
         one = replace(config, seed=seed, sparsity=sparsity, compare_dense=False, **variant)
         name = name_of(one)
         runs.setdefault(name, Run(name, one, label))

@@ -1,0 +1,181 @@
+"""Figure 4 of the supplement: accuracy against multiply-adds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..analysis.plots import GREY, look, panel
+from ..training.config import DENSE, Config
+from . import compare
+from .figures import below
+from .grid import Row, Run
+from .published import RESNET50
+from .spread import (
+    ENOUGH,
+    accuracies,
+    accuracy_table,
+    deviation,
+    group,
+    labels,
+    mean,
+    percent,
+    sparsities,
+)
+from .study import Answer, Choices, Part, Picture, Study, Table, grid
+
+BIASED = "feather-flops"
+GAMMAS = (0.25, 0.5, 1.0)
+
+
+def plan(config: Config, choices: Choices) -> list[Run]:
+    """Each method; the FLOPs-biased one with each bias gamma."""
+    variants: dict[str, dict] = {}
+    for method in choices.methods:
+        if method == BIASED:
+            variants |= {f"{BIASED}, γ = {gamma:g}": biased(gamma) for gamma in GAMMAS}
+        else:
+            variants[method] = {"method": method}
+    return grid(config, variants, choices)
+
+
+def biased(gamma: float) -> dict:
+    """The variant with this bias; 0.5 is what the method takes by itself."""
+    return {"method": BIASED, "options": {} if gamma == 0.5 else {"gamma": gamma}}
+
+
+def answer(rows: Sequence[Row], config: Config) -> Answer:
+    """Figure 4, with the frontier; the published ResNet-50 apart."""
+    share = (
+        "of dense",
+        lambda found: f"{100 * cost(found) / (found[0]['dense_macs'] / 1e6):.2f} %",
+    )
+    pictures = [
+        Picture(
+            "frontier",
+            draw(rows),
+            "Test accuracy against multiply-adds, means over seeds; bars: ± one standard deviation "
+            "of both. Grey: the frontier, which nothing beats at the same cost or below.",
+        )
+    ]
+    return Answer(
+        on_the_frontier(rows),
+        Part(
+            [*pictures * bool(labels(rows)), *compare.accuracy_pictures(rows)[:1]],
+            [accuracy_table(rows, more=[share])],
+        ),
+        published(),
+    )
+
+
+def cost(rows: Sequence[Row]) -> float:
+    """Millions of multiply-adds an image, over seeds."""
+    return statistics.mean(row["macs"] for row in rows) / 1e6
+
+
+def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of (cost, accuracy) that no other point matches at the same cost or below, by cost."""
+    best: list[tuple[float, float]] = []
+    for macs, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or accuracy > best[-1][1]:
+            best.append((macs, accuracy))
+    return best
+
+
+def on_the_frontier(rows: Sequence[Row]) -> list[str]:
+    """Which methods make up the frontier at each sparsity, and what the cheapest one costs."""
+    told = []
+    for sparsity in sparsities(rows):
+        groups = {label: mine for (label, s), mine in group(rows).items() if s == sparsity}
+        if len(groups) < 2 or min(map(len, groups.values())) < ENOUGH:
+            continue
+        where = {(cost(mine), mean(mine)): label for label, mine in groups.items()}
+        names = [
+            f"{where[point]} ({point[0]:.2f} M, {point[1]:.1f} %)" for point in frontier(where)
+        ]
+        told.append(
+            f"At {percent(sparsity)}, from cheap to accurate (means of n ≥ "
+            f"{min(map(len, groups.values()))}): {', '.join(names)}; the others are beaten on both."
+        )
+    return told
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """A curve for each method, from its sparsest network to its densest."""
+    figure, axes = panel(5.2, 4.6)
+    groups = group(rows)
+    _stairs(axes, [(cost(mine), mean(mine)) for (m, _), mine in groups.items() if m != DENSE])
+    for i, name in enumerate(labels(rows)):
+        found = [groups[name, s] for s in sparsities(rows) if (name, s) in groups]
+        axes.errorbar(
+            [cost(mine) for mine in found],
+            [mean(mine) for mine in found],
+            [deviation(accuracies(mine)) for mine in found],
+            [deviation([row["macs"] / 1e6 for row in mine]) for mine in found],
+            label=f"{name} (n={min(map(len, found))})",
+            **look(i),
+        )
+    _macs_axis(axes)
+    axes.set_ylabel("test accuracy, %")
+    below(axes)
+    return figure
+
+
+def _stairs(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    best = frontier(points)
+    axes.step(*zip(*best, strict=True), where="post", color=GREY, alpha=0.35, linewidth=6, zorder=0)
+
+
+def _macs_axis(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("multiply-adds an image, millions (logarithmic)")
+
+
+def published() -> Part:
+    """ResNet-50 on ImageNet."""
+    figure, axes = panel(5.2, 4.6)
+    priced = [
+        (series, [(p.macs, p.accuracy) for p in series.points if p.macs is not None])
+        for series in RESNET50
+    ]
+    priced = [(series, points) for series, points in priced if points]
+    _stairs(axes, [point for _, points in priced for point in points])
+    for i, (series, points) in enumerate(priced):
+        axes.plot(*zip(*points, strict=True), label=series.method, **look(i))
+    _macs_axis(axes)
+    axes.set_ylabel("top-1 accuracy on ImageNet, %")
+    below(axes)
+    rows = [
+        [
+            series.method,
+            percent(point.sparsity),
+            f"{point.accuracy:.2f}",
+            "–" if point.macs is None else f"{point.macs:g}",
+            series.source,
+        ]
+        for series in RESNET50
+        for point in series.points
+    ]
+    head = ["", "sparsity", "top-1 accuracy, %", "multiply-adds, M", "source"]
+    return Part(
+        [Picture("published", figure, "Published: ResNet-50 on ImageNet; dense: 4089 M.")],
+        [Table("ResNet-50 on ImageNet", head, rows)],
+    )
+
+
+FLOPS = Study(
+    name="flops",
+    question="Which method gives the most accurate network for its multiply-adds?",
+    reading="Two networks with equally many zeros can cost differently: a weight of an early layer "
+    "is used at more pixels. feather-flops ranks weights by |w| / cost^γ, so it prunes costly "
+    "layers harder, the more the larger γ is; γ = 0 would be feather.",
+    source="Figure 4 of the supplement",
+    plan=plan,
+    answer=answer,
+    methods="dense,feather,feather-flops,gmp,str,st3",
+    small={"epochs": 15},
+)
