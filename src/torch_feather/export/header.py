@@ -1,12 +1,13 @@
 """What a sparse file says about itself, written and read with suspicion.
 
-The header is JSON, the one entry `torch-feather` of the file's safetensors metadata:
+The header is the one entry `torch-feather` of the file's safetensors metadata: the CRC-32 of what
+follows as 8 hexadecimal digits, and JSON:
 
     version   1
     sparsity  share of zeros among the floating-point tensors with two or more dimensions
-    tensors   by name, those that are stored in less than all their values, see LAYOUTS:
-              {"layout": "gaps", "shape": [...], "width": bits}
-              {"layout": "dense", "zeros": count}    (all others are dense too, and have no zeros)
+    tensors   by name, see LAYOUTS:
+              {"layout": "dense", "crc": ..., "zeros": count, if any}
+              {"layout": "gaps", "crc": ..., "shape": [...], "width": bits}
     tied      name: the name that its values are stored under
     metadata  whatever the writer wanted to be known: method, config, ...
 """
@@ -14,12 +15,14 @@ The header is JSON, the one entry `torch-feather` of the file's safetensors meta
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigurationError, FileFormatError
 from .gaps import WIDTHS
@@ -48,6 +51,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -59,10 +64,12 @@ class Entry:
     dtype: torch.dtype
     nonzeros: int
     """Values other than zero; in the layout `gaps` those stored, -0.0 among them."""
-    width: int | None = None
+    width: int | None
     """Bits of a code in the layout `gaps`, None where all values are stored."""
-    bytes: int = 0
+    bytes: int
     """That its values and positions take in the file."""
+    crc: int
+    """See `checksum`."""
 
     @property
     def layout(self) -> str:
@@ -113,7 +120,23 @@ def write(
         raise ConfigurationError(
             f"metadata must be what JSON can hold: finite numbers, strings, lists, dicts ({error})"
         ) from None
-    return {KEY: text}
+    return {KEY: f"{zlib.crc32(text.encode()):08x}{text}"}
+
+
+def checksum(dtype: torch.dtype, shape: Iterable[int], parts: Iterable[Tensor]) -> int:
+    """CRC-32 of a tensor as it is stored: its type and shape in words, then the bytes of its parts.
+
+    For example of "float32 [10, 64]", then of the values, then of the gaps.
+    """
+    crc = zlib.crc32(f"{str(dtype).removeprefix('torch.')} {list(shape)}".encode())
+    for part in parts:
+        crc = zlib.crc32(as_integers(part.reshape(-1)).numpy().data, crc)
+    return crc
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """The bits of a tensor's values; its own memory."""
+    return tensor.view(INTEGERS[tensor.dtype.itemsize])
 
 
 def read(metadata: Mapping[str, str] | None, parts: Mapping[str, Part]) -> Header:
@@ -151,9 +174,7 @@ def read(metadata: Mapping[str, str] | None, parts: Mapping[str, Part]) -> Heade
                 f"{name:.80}: layout {layout!r:.40}, known are {', '.join(LAYOUTS)}"
             )
         entries[name] = reader(name, description, left)
-    for name, part in left.items():
-        _require(name not in entries, f"{name:.80}: stored twice")
-        entries[name] = _dense(name, part, 0)
+    _require(not left, f"tensors that its header does not know: {', '.join(left):.80}")
     stored = dict(entries)
     for alias, name in tied.items():
         right = alias not in stored and isinstance(name, str) and name in stored
@@ -175,29 +196,32 @@ def _gaps(name: str, description: dict[str, Any], left: dict[str, Part]) -> Entr
     size = prod(shape) if len(shape) <= 64 else 2**63
     _require(size < 2**63, f"{name:.80}: shape {shape!r:.80} is more than a tensor can have")
     _require(type(width) is int and width in WIDTHS, f"{name:.80}: width {width!r:.40}")
-    dtype = _dtype(name, values)
     _require(len(values[1]) == 1 and values[1][0] <= size, f"{name:.80}: more values than weights")
     _require(codes[0] == "U8" and len(codes[1]) == 1, f"{name:.80}: positions of another type")
-    stored = values[1][0] * dtype.itemsize + codes[1][0]
-    return Entry(name, tuple(shape), dtype, values[1][0], width, stored)
+    dtype, count = _dtype(name, values), values[1][0]
+    stored = count * dtype.itemsize + codes[1][0]
+    return Entry(name, tuple(shape), dtype, count, width, stored, _crc(name, description))
 
 
-def _listed_dense(name: str, description: dict[str, Any], left: dict[str, Part]) -> Entry:
-    part, zeros = left.pop(name, None), description.get("zeros")
+def _dense(name: str, description: dict[str, Any], left: dict[str, Part]) -> Entry:
+    part, zeros = left.pop(name, None), description.get("zeros", 0)
     if part is None:
         raise FileFormatError(f"{name:.80}: its values are missing")
-    if type(zeros) is not int or not 0 <= zeros <= prod(part[1]):
-        raise FileFormatError(f"{name:.80}: zeros {zeros!r:.40}")
-    return _dense(name, part, zeros)
-
-
-def _dense(name: str, part: Part, zeros: int) -> Entry:
     dtype, size = _dtype(name, part), prod(part[1])
-    return Entry(name, part[1], dtype, size - zeros, bytes=size * dtype.itemsize)
+    _require(type(zeros) is int and 0 <= zeros <= size, f"{name:.80}: zeros {zeros!r:.40}")
+    stored = size * dtype.itemsize
+    return Entry(name, part[1], dtype, size - zeros, None, stored, _crc(name, description))
+
+
+def _crc(name: str, description: dict[str, Any]) -> int:
+    crc = description.get("crc")
+    if type(crc) is not int:
+        raise FileFormatError(f"{name:.80}: checksum {crc!r:.40}")
+    return crc
 
 
 # The name of a layout is looked up in here, and nowhere else.
-LAYOUTS = {"gaps": _gaps, "dense": _listed_dense}
+LAYOUTS = {"gaps": _gaps, "dense": _dense}
 
 
 def _dtype(name: str, part: Part) -> torch.dtype:
@@ -206,6 +230,8 @@ def _dtype(name: str, part: Part) -> torch.dtype:
 
 
 def _parse(text: str) -> dict[str, Any]:
+    crc, text = text[:8], text[8:]
+    _require(crc == f"{zlib.crc32(text.encode()):08x}", "its header does not have its checksum")
     try:
         document = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:

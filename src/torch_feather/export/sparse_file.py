@@ -7,7 +7,7 @@ them (`NAME:gaps`, see gaps.py). Tied tensors are stored once. See header.py for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
@@ -21,13 +21,11 @@ from ..atomic import replace_file
 from ..errors import ConfigurationError, FileFormatError, StateError, warn
 from ..prunable import unwrap
 from . import gaps, header, hub
-from .header import GAPS, VALUES, Entry
+from .header import GAPS, VALUES, Entry, as_integers
 
 # What a sparse tensor adds to the file beside its data: a second name, two lines of JSON.
 OVERHEAD = 200
 LIMIT = 2**32
-
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def save_sparse(
@@ -59,23 +57,16 @@ def save_sparse(
     stored, tied = _without_ties(_tensors(model))
     parts: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
-    weights = zeros = 0
+    weights = zeros = smaller = 0
     for name, original in stored.items():
         tensor = _storable(name, original, dtype)
-        size, nonzeros = tensor.numel(), int(tensor.count_nonzero())
+        described[name], own, nonzeros = _smallest(name, tensor, stored.keys())
+        described[name]["crc"] = header.checksum(tensor.dtype, tensor.shape, own.values())
+        parts |= own
         if _is_weight(tensor):
-            weights, zeros = weights + size, zeros + size - nonzeros
-        taken = {name + VALUES, name + GAPS} & stored.keys()
-        sparse = None if taken else _sparse_parts(tensor)
-        if sparse is not None:
-            parts[name + VALUES], parts[name + GAPS], width = sparse
-            described[name] = {"layout": "gaps", "shape": list(tensor.shape), "width": width}
-            _warn_of_negative_zeros(name, len(parts[name + VALUES]) - nonzeros, size)
-        else:
-            parts[name] = tensor
-            if nonzeros < size:
-                described[name] = {"layout": "dense", "zeros": size - nonzeros}
-    if not any(_is_weight(stored[name]) for name in described if name not in parts):
+            weights, zeros = weights + tensor.numel(), zeros + tensor.numel() - nonzeros
+            smaller += len(own) > 1
+    if not smaller:
         warn(
             "This model is not sparse: the file will be as large as a dense one. Are these the "
             "latent weights, or those of a model that was never pruned? The sparse weights are "
@@ -170,7 +161,7 @@ class SparseFile:
         """
         entry = self.entries[name]
         if entry.width is None:
-            return self._read(entry.name, entry.dtype).clone()
+            return self._read(entry)[0].clone()
         if limit is not None and entry.dense_bytes > limit:
             raise FileFormatError(
                 f"{self.path}: {name} would take {entry.dense_bytes:,} bytes of memory, the limit "
@@ -178,7 +169,7 @@ class SparseFile:
             )
         positions, values = self.nonzeros(name)
         dense = torch.zeros(entry.size, dtype=entry.dtype)
-        _as_integers(dense)[positions] = _as_integers(values)
+        as_integers(dense)[positions] = as_integers(values)
         return dense.reshape(entry.shape)
 
     def nonzeros(self, name: str) -> tuple[Tensor, Tensor]:
@@ -194,32 +185,35 @@ class SparseFile:
             FileFormatError: its data is damaged.
         """
         entry = self.entries[name]
+        values, *codes = self._read(entry)
         if entry.width is None:
-            flat = self._read(entry.name, entry.dtype).reshape(-1)
-            positions = _as_integers(flat).ne(0).nonzero().reshape(-1)
-            return positions, flat[positions]
-        values = self._read(entry.name + VALUES, entry.dtype)
-        codes = self._read(entry.name + GAPS, torch.uint8)
+            flat = values.reshape(-1)
+            found = as_integers(flat).ne(0).nonzero().reshape(-1)
+            return found, flat[found]
         with _reading(self.path, entry.name):
-            found = gaps.decode(codes.numpy(), entry.width, len(values), entry.size)
-        return torch.from_numpy(found), values.clone()
+            positions = gaps.decode(codes[0].numpy(), entry.width, len(values), entry.size)
+        return torch.from_numpy(positions), values.clone()
 
-    def _read(self, part: str, dtype: torch.dtype) -> Tensor:
-        with _reading(self.path, part):
-            tensor = self._file.get_tensor(part)
-            if dtype == torch.bool and tensor.view(torch.uint8).gt(1).any():
-                raise ValueError("a truth value that is neither 0 nor 1")
-        return tensor
+    def _read(self, entry: Entry) -> list[Tensor]:
+        """Its values and, in the layout `gaps`, its codes; they may be the file's own memory."""
+        names = [entry.name] if entry.width is None else [entry.name + VALUES, entry.name + GAPS]
+        with _reading(self.path, entry.name):
+            parts = [self._file.get_tensor(name) for name in names]
+            if header.checksum(entry.dtype, entry.shape, parts) != entry.crc:
+                raise FileFormatError(f"{entry.name:.80}: its data does not have its checksum")
+            if entry.dtype == torch.bool and parts[0].view(torch.uint8).gt(1).any():
+                raise FileFormatError(f"{entry.name:.80}: a truth value that is neither 0 nor 1")
+        return parts
 
 
 @contextmanager
-def _reading(path: Path, part: str = "") -> Iterator[None]:
+def _reading(path: Path, name: str = "") -> Iterator[None]:
     """Whatever bytes do to a reader, the answer is the same."""
-    where = f"{path}: {part[:80]}: " if part else f"{path}: "
+    where = f"{path}: {name[:80]}: " if name else f"{path}: "
     try:
         yield
     except FileFormatError as error:
-        raise FileFormatError(where + str(error)) from None
+        raise FileFormatError(f"{path}: {error}") from None
     except (ValueError, TypeError, KeyError, RuntimeError, _safetensors().SafetensorError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileFormatError(f"{where}truncated, damaged, or no such file ({first})") from None
@@ -294,22 +288,28 @@ def _is_weight(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dim() >= 2
 
 
-def _as_integers(tensor: Tensor) -> Tensor:
-    """The bits of a tensor's values; its own memory."""
-    return tensor.view(INTEGERS[tensor.dtype.itemsize])
-
-
-def _sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor, int] | None:
-    """Values other than +0, gaps and width; None where all values take less."""
-    bits = _as_integers(tensor.reshape(-1)).numpy()
+def _smallest(
+    name: str, tensor: Tensor, names: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Tensor], int]:
+    """Description, parts by name, and the number of values other than zero."""
+    bits = as_integers(tensor.reshape(-1)).numpy()
     positions = np.flatnonzero(bits)
-    values = torch.from_numpy(bits[positions]).view(tensor.dtype)
-    if values.nbytes + OVERHEAD >= tensor.nbytes:
-        return None
-    codes, width = gaps.encode(positions)
-    if values.nbytes + codes.nbytes + OVERHEAD >= tensor.nbytes:
-        return None
-    return values, torch.from_numpy(codes), width
+    values = bits[positions]
+    negative = 0
+    if tensor.is_floating_point():
+        sign = 128 if values.itemsize == 1 else np.iinfo(values.dtype).min
+        negative = int(np.count_nonzero(values == sign))
+    nonzeros = len(values) - negative
+    taken = name + VALUES in names or name + GAPS in names
+    if not taken and values.nbytes + OVERHEAD < bits.nbytes:
+        codes, width = gaps.encode(positions)
+        if values.nbytes + codes.nbytes + OVERHEAD < bits.nbytes:
+            _warn_of_negative_zeros(name, negative, len(bits))
+            description = {"layout": "gaps", "shape": list(tensor.shape), "width": width}
+            own = torch.from_numpy(values).view(tensor.dtype), torch.from_numpy(codes)
+            return description, dict(zip((name + VALUES, name + GAPS), own, strict=True)), nonzeros
+    zeros = {"zeros": len(bits) - nonzeros} if nonzeros < len(bits) else {}
+    return {"layout": "dense"} | zeros, {name: tensor}, nonzeros
 
 
 def _warn_of_negative_zeros(name: str, count: int, size: int) -> None:
