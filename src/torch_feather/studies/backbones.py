@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..training.config import DENSE, Config
 from .figures import over_sparsity
 from .grid import Row, Run
-from .spread import accuracy_table, labels, verdict
+from .spread import accuracy_table, against, labels
 from .study import Answer, Choices, Part, Picture, Study, grid
 
 PAIRS = {"gmp": "feather-gmp", "asl+": "feather-asl+"}
@@ -21,12 +21,11 @@ def plan(config: Config, choices: Choices) -> list[Run]:
 
 def answer(rows: Sequence[Row], config: Config) -> Answer:
     """Figure 3 a and b."""
-    pictures, sentences = [], []
+    pictures = []
     for alone, joined in PAIRS.items():
         both = [row for row in rows if row["label"] in (alone, joined, DENSE)]
         if not labels(both):
             continue
-        sentences += verdict(rows, joined, alone)
         pictures.append(
             Picture(
                 alone.replace("+", "-plus"),
@@ -34,7 +33,8 @@ def answer(rows: Sequence[Row], config: Config) -> Answer:
                 f"{alone} alone and with Feather: mean over seeds; bars: ± one standard deviation.",
             )
         )
-    return Answer(sentences, Part(pictures, [accuracy_table(rows)]))
+    sentences, differences = against(rows, [(joined, alone) for alone, joined in PAIRS.items()])
+    return Answer(sentences, Part(pictures, [accuracy_table(rows), *differences]))
 
 
 BACKBONES = Study(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..training.config import DENSE, Config
 from .figures import every_seed, over_epochs, over_sparsity
 from .grid import Row, Run
-from .spread import accuracy_table, labels, percent, sparsities, verdict
+from .spread import accuracy_table, against, labels, percent, sparsities
 from .study import Answer, Choices, Part, Picture, Study, grid
 
 
@@ -18,16 +18,15 @@ def plan(config: Config, choices: Choices) -> list[Run]:
 
 def answer(rows: Sequence[Row], config: Config) -> Answer:
     """Accuracy over sparsity, training loss at the highest one, every seed."""
-    return Answer(
-        against_the_first(rows),
-        Part([*accuracy_pictures(rows), *seeds_pictures(rows)], [accuracy_table(rows)]),
-    )
+    sentences, differences = against(rows, first_and_others(rows))
+    pictures = [*accuracy_pictures(rows), *seeds_pictures(rows)]
+    return Answer(sentences, Part(pictures, [accuracy_table(rows), *differences]))
 
 
-def against_the_first(rows: Sequence[Row]) -> list[str]:
-    """The first sparse method of the plan against each of the others."""
-    first, *others = labels(rows) or [DENSE]
-    return [sentence for other in others for sentence in verdict(rows, first, other)]
+def first_and_others(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The first sparse method of the plan beside each of the others."""
+    names = labels(rows)
+    return [(names[0], other) for other in names[1:]]
 
 
 def accuracy_pictures(rows: Sequence[Row]) -> list[Picture]:

@@ -98,7 +98,7 @@ def conclusions(answer: Answer, rows: Sequence[Row]) -> Sequence[str]:
     """The answer's sentences, or that there are too few seeds for any."""
     if answer.sentences or not rows:
         return answer.sentences
-    return [f"No conclusion: fewer than {ENOUGH} seeds of each."]
+    return [f"No conclusion yet: it takes {ENOUGH} seeds of each of what is compared."]
 
 
 def _short(commit: str | None) -> str:
@@ -137,7 +137,9 @@ def page(
 def names(rows: Sequence[Row]) -> dict[str, str]:
     """What the methods of these runs are, in a line each."""
     used = dict.fromkeys(row["method"] for row in rows)
-    about = {name: (build.__doc__ or "").strip() for name, build in METHODS.items()}
+    about = {
+        name: (build.__doc__ or "").replace("`", "").strip() for name, build in METHODS.items()
+    }
     about[DENSE] = "The network as it is, trained on the same budget."
     return {name: about[name].splitlines()[0] for name in used}
 

@@ -11,7 +11,7 @@ from . import compare
 from .figures import below
 from .grid import Row, Run
 from .published import MOBILENET, MOBILENET_DENSE, SUPPLEMENT
-from .spread import accuracy_table, percent
+from .spread import accuracy_table, against, percent
 from .study import Answer, Choices, Part, Picture, Study, Table
 
 
@@ -24,11 +24,9 @@ def plan(config: Config, choices: Choices) -> list[Run]:
 
 def answer(rows: Sequence[Row], config: Config) -> Answer:
     """Ours; apart from it, the published table."""
-    return Answer(
-        compare.against_the_first(rows),
-        Part(compare.accuracy_pictures(rows), [accuracy_table(rows)]),
-        published(),
-    )
+    sentences, differences = against(rows, compare.first_and_others(rows))
+    pictures = compare.accuracy_pictures(rows)
+    return Answer(sentences, Part(pictures, [accuracy_table(rows), *differences]), published())
 
 
 def published() -> Part:

@@ -9,7 +9,7 @@ from ..training.config import Config
 from . import compare
 from .figures import over_sparsity
 from .grid import Row, Run
-from .spread import accuracy_table, labels
+from .spread import accuracy_table, against, labels
 from .study import Answer, Choices, Part, Picture, Study
 
 NETWORKS = {
@@ -32,8 +32,9 @@ def answer(rows: Sequence[Row], config: Config) -> Answer:
         mine = [row for row in rows if row["network"] == network]
         if not mine:
             continue
-        sentences += [f"{name}, {told}" for told in compare.against_the_first(mine)]
-        tables.append(accuracy_table(mine, name))
+        told, differences = against(mine, compare.first_and_others(mine))
+        sentences += [f"{name}: {sentence}" for sentence in told]
+        tables += [accuracy_table(mine, name), *differences]
         if labels(mine):
             caption = f"{name}: mean over seeds; bars: ± one standard deviation."
             pictures.append(Picture(network, over_sparsity(mine), caption))

@@ -114,21 +114,34 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values) - half, statistics.mean(values) + half
 
 
-def verdict(rows: Sequence[Row], ours: str, other: str) -> list[str]:
-    """A sentence that says where `ours` is ahead of `other`, if there are seeds enough for one."""
-    groups = group(rows)
-    told = []
-    for sparsity in sparsities(rows):
-        ahead = paired(groups.get((ours, sparsity), []), groups.get((other, sparsity), []))
-        if len(ahead) < ENOUGH:
-            continue
-        low, high = interval(ahead)
-        by = statistics.mean(ahead)
-        word = "ahead" if low > 0 else "behind" if high < 0 else "not told apart"
-        told.append(
-            f"{word} at {percent(sparsity)} ({by:+.1f} points, {low:+.1f} to {high:+.1f}, "
-            f"n = {len(ahead)})"
-        )
-    if not told:
-        return []
-    return [f"{ours} against {other}: {'; '.join(told)}."]
+def against(rows: Sequence[Row], pairs: Iterable[tuple[str, str]]) -> tuple[list[str], list[Table]]:
+    """How far the first of each pair is ahead of the second: a sentence each, and the numbers.
+
+    Ahead means that the 95 % interval of the paired difference is above 0. Without enough seeds
+    nothing is said.
+    """
+    groups, sentences, lines = group(rows), [], []
+    for ours, other in pairs:
+        where: dict[str, list[str]] = {}
+        fewest = []
+        for sparsity in sparsities(rows):
+            ahead = paired(groups.get((ours, sparsity), []), groups.get((other, sparsity), []))
+            if len(ahead) < ENOUGH:
+                continue
+            low, high = interval(ahead)
+            verdict = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
+            where.setdefault(verdict, []).append(f"{100 * sparsity:g}")
+            fewest.append(len(ahead))
+            by = f"{statistics.mean(ahead):+.2f}"
+            span = f"{low:+.2f} to {high:+.2f}"
+            lines.append([f"{ours} − {other}", percent(sparsity), by, span, str(len(ahead))])
+        if where:
+            told = "; ".join(f"{verdict} {other} at {_and(at)} %" for verdict, at in where.items())
+            sentences.append(f"{ours} is {told} sparsity (n = {min(fewest)}).")
+    head = ["difference", "sparsity", "points of accuracy", "95 % interval", "n"]
+    caption = "Differences, seed by seed, with Student's interval of their mean"
+    return sentences, [Table(caption, head, lines)] if lines else []
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

@@ -13,11 +13,11 @@ from .grid import Row, Run
 from .spread import (
     ENOUGH,
     accuracy_table,
+    against,
     group,
     labels,
     percent,
     sparsities,
-    verdict,
     with_spread,
 )
 from .study import Answer, Choices, Part, Picture, Study, grid
@@ -67,13 +67,11 @@ def answer(rows: Sequence[Row], config: Config) -> Answer:
         "mean correlation over epochs",
         lambda found: with_spread([mean_correlation(row) for row in found], 3),
     )
+    pairs = [(name(theta), name(1)) for theta in THETAS[:-1]]
+    sentences, differences = against(rows, [*pairs, (name(0.5), name(0))])
     return Answer(
-        [
-            *order_of_settling(rows),
-            *verdict(rows, name(0.5), name(1)),
-            *verdict(rows, name(0.5), name(0)),
-        ],
-        Part(curves + accuracy * bool(rows), [accuracy_table(rows, more=[settled])]),
+        [*order_of_settling(rows), *sentences],
+        Part(curves + accuracy * bool(rows), [accuracy_table(rows, more=[settled]), *differences]),
     )
 
 

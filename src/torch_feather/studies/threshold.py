@@ -9,7 +9,7 @@ from ..analysis.plots import operators, power_name
 from ..training.config import DENSE, Config
 from .compare import accuracy_pictures
 from .grid import Row, Run
-from .spread import accuracy_table, verdict
+from .spread import accuracy_table, against
 from .study import Answer, Choices, Part, Picture, Study, grid
 
 POWERS = (1.0, 2.0, 3.0, 4.0, math.inf)
@@ -32,10 +32,9 @@ def answer(rows: Sequence[Row], config: Config) -> Answer:
         "What becomes of a weight: pruned below the threshold; above it, the less it shrinks the "
         "larger p is.",
     )
-    return Answer(
-        [sentence for pair in pairs for sentence in verdict(rows, *pair)],
-        Part([*accuracy_pictures(rows), curves], [accuracy_table(rows)]),
-    )
+    sentences, differences = against(rows, pairs)
+    pictures = [*accuracy_pictures(rows), curves]
+    return Answer(sentences, Part(pictures, [accuracy_table(rows), *differences]))
 
 
 THRESHOLD = Study(
@@ -47,5 +46,4 @@ THRESHOLD = Study(
     source="Figure 1 of the supplement",
     plan=plan,
     answer=answer,
-    small_sparsities="0.95,0.98,0.99",
 )

@@ -1,0 +1,31 @@
+import pytest
+
+
+@pytest.fixture
+def row():
+    """A finished run as a study sees it."""
+
+    def make(method="feather", sparsity=0.9, seed=0, accuracy=0.5, **more):
+        return {
+            "name": f"{method}-{sparsity}-{seed}",
+            "label": method,
+            "method": method,
+            "sparsity": 0.0 if method == "dense" else sparsity,
+            "own_sparsity": None,
+            "seed": seed,
+            "test_accuracy": accuracy,
+            "zeros": round(1000 * sparsity),
+            "weights": 1000,
+            "macs": 5e6,
+            "dense_macs": 5e7,
+            "epochs": 3,
+            "seconds": 60.0,
+            "network": "resnet20",
+            "data": "images",
+            "curve": {"train_loss": [2.0, 1.0 - accuracy], "mask_correlation": [None, 0.5, 1.0]},
+            "commit": "0123456789abc+",
+            "versions": {"torch": "2"},
+            "hardware": {"cpu": "a cpu", "threads": 1},
+        } | more
+
+    return make

@@ -1,0 +1,130 @@
+"""What each study trains, under which names, and within which budget."""
+
+import math
+
+import pytest
+
+from torch_feather.errors import ConfigurationError
+from torch_feather.studies import STUDIES
+from torch_feather.studies.command import base
+from torch_feather.studies.study import Choices, grid, name_of
+from torch_feather.training.config import apply, resolve_config
+
+
+def plan(name, *, recipe=None, settings=(), sparsities=None, seeds=(0, 1, 2), methods=None):
+    study = STUDIES[name]
+    config = base(study, recipe, None, None, list(settings))
+    small = config.data.name == "digits"
+    text = study.small_sparsities if small else study.sparsities
+    chosen = [float(s) for s in text.split(",")] if sparsities is None else sparsities
+    methods = methods or (study.methods or "").split(",")
+    return study.plan(config, Choices(chosen, seeds, methods))
+
+
+def test_a_run_of_its_recipe_is_named_by_method_sparsity_and_seed():
+    assert [run.name for run in plan("compare", recipe="cifar100-small", seeds=[0])] == [
+        "dense-0",
+        *(
+            f"{method}-{sparsity}-0"
+            for sparsity in (0.9, 0.95, 0.98, 0.99, 0.995)
+            for method in ("feather", "hard-ste", "soft-ste")
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "feather-0.98-3"),
+        ({"network": "mobilenet_v1"}, "mobilenet_v1-feather-0.98-3"),
+        ({"network": "timm/resnet18"}, "timm_resnet18-feather-0.98-3"),
+        ({"data.name": "cifar10", "data.path": "x"}, "cifar10-feather-0.98-3"),
+        ({"options.p": 2, "options.theta": 0.5}, "feather-p2-theta0.5-0.98-3"),
+        ({"options.p": math.inf}, "feather-pinf-0.98-3"),
+        ({"optimizer.lr": 0.123456789}, "feather-lr0.123456789-0.98-3"),
+        ({"optimizer.clip": None}, "feather-clipnone-0.98-3"),
+        ({"epochs": 7, "data.flip": False}, "feather-epochs7-flipfalse-0.98-3"),
+        ({"method": "dense"}, "dense-3"),
+        ({"sparsity": 0.9}, "feather-0.9-3"),
+        ({"system.amp": True, "track_masks": True, "compare_dense": True}, "feather-0.98-3"),
+    ],
+)
+def test_a_name_says_in_what_a_run_differs_from_its_recipe(changes, name):
+    config = apply(resolve_config("cifar100-small"), {"seed": 3} | changes, "test")
+    assert name_of(config) == name
+
+
+def test_a_default_that_is_written_out_makes_no_other_run():
+    (run,) = grid(
+        resolve_config("cifar100-small"),
+        {"p = 3": {"method": "feather", "options": {"p": 3.0}}},
+        Choices([0.98], [0]),
+    )
+    assert (run.name, run.label, run.config.options) == ("feather-0.98-0", "p = 3", {})
+
+
+def test_an_option_goes_to_the_methods_that_have_it():
+    runs = plan("compare", settings=["options.p=2"], sparsities=[0.5], seeds=[0],
+                methods=["dense", "feather", "gmp"])  # fmt: skip
+    assert [run.config.options for run in runs] == [{}, {"p": 2.0}, {}]
+    with pytest.raises(ConfigurationError, match="None of dense, gmp has an option 'p'"):
+        plan("compare", settings=["options.p=2"], methods=["dense", "gmp"])
+
+
+def test_no_study_trains_the_dense_network_at_several_sparsities():
+    for name in STUDIES:
+        names = [run.name for run in plan(name, seeds=[0])]
+        assert len(set(names)) == len(names)
+        assert sum("dense-" in n for n in names) <= (3 if name == "networks" else 1)
+
+
+def test_studies_share_the_runs_that_they_have_in_common():
+    names = {
+        name: {run.name for run in plan(name, recipe="cifar100-small")}
+        for name in ("compare", "threshold", "backbones", "flops")
+    }
+    feather = {f"feather-{s}-{seed}" for s in (0.9, 0.95, 0.98, 0.99, 0.995) for seed in range(3)}
+    assert feather <= names["compare"] & names["threshold"] & names["flops"]
+    assert {"dense-0", "dense-1", "dense-2"} <= set.intersection(*names.values())
+    assert {n for n in names["flops"] if n.startswith("gmp")} <= names["backbones"]
+    assert "feather-flops-0.98-0" in names["flops"]  # with the method's own gamma
+
+
+def test_masks_are_recorded_where_they_are_asked_about_and_only_there():
+    for name in STUDIES:
+        assert {run.config.track_masks for run in plan(name)} <= {name == "stability"}
+
+
+def test_the_settings_for_the_digits_give_way_to_those_of_the_command_line():
+    assert {run.config.epochs for run in plan("mobilenet")} == {8}
+    assert {run.config.epochs for run in plan("mobilenet", settings=["epochs=2"])} == {2}
+    assert {run.config.epochs for run in plan("mobilenet", recipe="cifar100-small")} == {10}
+
+
+def test_mobilenet_is_that_of_imagenet_on_folders_of_images():
+    networks = [
+        {run.config.network for run in plan("mobilenet", recipe=recipe)}
+        for recipe in ("cifar100", "imagenet")
+    ]
+    assert networks == [{"mobilenet_v1"}, {"timm/mobilenetv1_100"}]
+
+
+def test_a_networks_seeds_are_outermost_so_that_all_networks_have_their_first_early():
+    runs = plan("networks", seeds=[1, 0])
+    assert [run.config.seed for run in runs] == sorted((r.config.seed for r in runs), reverse=True)
+    assert len({run.config.network for run in runs[: len(runs) // 2]}) == 3
+
+
+# Seconds of one core for an epoch on the digits, dense and sparse, measured; and for the rest.
+EPOCH = {"resnet8": 0.5, "resnet20": 1.4, "mobilenet_v1": 2.5, "densenet40_24": 3.2}
+REST = 3.0
+SLOWER = {"probmask": 2.0}  # two passes for each batch
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_on_the_digits_a_study_takes_at_most_ten_minutes_of_two_cores(name):
+    seconds = sum(
+        REST + EPOCH[run.config.network] * run.config.epochs * SLOWER.get(run.config.method, 1.0)
+        for run in plan(name)
+    )
+    assert seconds / 2 <= 600
