@@ -93,9 +93,14 @@ def load_sparse(path: str | PathLike[str], model: nn.Module) -> nn.Module:
     Raises:
         FileFormatError: the file is truncated, damaged, of a newer version, or no sparse file.
         StateError: the file is of another model.
+        ConfigurationError: `model` is no module.
         ImportError: safetensors is not installed (huggingface_hub for "hf://").
         OSError: the file cannot be read.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(
+            f"load_sparse(path, model) fills a module, got {type(model).__name__}."
+        )
     model_ = unwrap(model)
     state = model_.state_dict()
     with SparseFile(path) as file:

@@ -1,0 +1,146 @@
+"""How large is a sparse network as a file, and how long does it take to write and to read it?
+
+Networks as they are initialised, pruned by global magnitude. Beside ours: the dense safetensors
+file, that file compressed by zlib (as in .zip and .npz), and what the best of dense, bitmask and
+CSR (16- or 32-bit columns) would take for each tensor, without any header.
+
+    python benchmarks/file_size.py --json results/file_size.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import torch_feather as feather
+from torch_feather.prunable import find_prunable
+from torch_feather.training.provenance import provenance
+
+NETWORKS = ["resnet20", "mobilenet_v1", "timm/resnet50"]
+SPARSITIES = [0.8, 0.9, 0.95, 0.98, 0.99]
+
+
+def prune(model: nn.Module, sparsity: float) -> None:
+    weights = [item.parameter for item in find_prunable(model)]
+    magnitudes = torch.cat([w.detach().abs().reshape(-1) for w in weights])
+    tau = magnitudes.kthvalue(round(sparsity * len(magnitudes))).values
+    with torch.no_grad():
+        for w in weights:
+            w.masked_fill_(w.abs() <= tau, 0.0)
+
+
+def classic(tensor: Tensor) -> int:
+    """Bytes of the best of dense, bitmask and CSR, its rows those of the tensor's first axis."""
+    dense = tensor.nbytes
+    if tensor.dim() < 2:
+        return dense
+    rows, count = tensor.shape[0], int(tensor.count_nonzero())
+    columns = 2 if tensor[0].numel() <= 2**16 else 4
+    bitmask = count * tensor.itemsize + -(-tensor.numel() // 8)
+    csr = count * (tensor.itemsize + columns) + 4 * (rows + 1)
+    return min(dense, bitmask, csr)
+
+
+def seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Median of `repeats` calls."""
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def measure(network: str, sparsity: float, folder: Path, repeats: int) -> dict[str, Any]:
+    model = feather.models.create(network, 1000 if network.startswith("timm/") else 100)
+    prune(model, sparsity)
+    state = model.state_dict()
+    dense, ours, half = (folder / name for name in ("dense", "ours", "half"))
+    row: dict[str, Any] = {"network": network, "sparsity": feather.sparsity(model)}
+    row["prunable_bytes"] = sum(item.parameter.nbytes for item in find_prunable(model))
+    row["dense_write"] = seconds(lambda: safetensors.torch.save_file(state, dense), repeats)
+    row["dense_read"] = seconds(
+        lambda: model.load_state_dict(safetensors.torch.load_file(dense)), repeats
+    )
+    row["ours_write"] = seconds(lambda: feather.save_sparse(model, ours), repeats)
+    row["ours_read"] = seconds(lambda: feather.load_sparse(ours, model), repeats)
+    feather.save_sparse(model, half, dtype=torch.float16)
+    row |= {f"{path.name}_bytes": path.stat().st_size for path in (dense, ours, half)}
+    row["classic_bytes"] = sum(map(classic, state.values()))
+    data = dense.read_bytes()
+    start = time.perf_counter()
+    packed = zlib.compress(data)
+    row["zlib_write"] = time.perf_counter() - start
+    start = time.perf_counter()
+    zlib.decompress(packed)
+    row["zlib_read"] = time.perf_counter() - start
+    row["zlib_bytes"] = len(packed)
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    kinds = {"zlib": "zlib", "classic": "mask/CSR", "ours": "ours", "half": "ours fp16"}
+    lines = [
+        f"{'network':<14}{'zeros':>7}{'dense':>13}"
+        + "".join(f"{label:>20}" for label in kinds.values())
+        + f"{'write / read: dense':>22}{'zlib':>15}{'ours':>15}"
+    ]
+    for row in rows:
+        sizes = "".join(
+            f"{row[f'{kind}_bytes']:>13,} 1/{row['dense_bytes'] / row[f'{kind}_bytes']:4.1f}"
+            for kind in kinds
+        )
+        times = [
+            f"{1e3 * row[f'{kind}_write']:.0f} / {1e3 * row[f'{kind}_read']:.0f} ms"
+            for kind in ("dense", "zlib", "ours")
+        ]
+        lines.append(
+            f"{row['network']:<14}{row['sparsity']:>7.2%}{row['dense_bytes']:>13,}{sizes}"
+            f"{times[0]:>22}{times[1]:>15}{times[2]:>15}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", default=NETWORKS)
+    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
+    parser.add_argument("--repeats", type=int, default=5, help="writes and reads, but zlib's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+    facts = provenance(torch.device("cpu"))
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    print(f"{facts['hardware']['cpu']}, 1 thread\n{versions}\ncommit {facts['commit']}")
+    print(f"bytes of a file and share of the dense one; medians of {arguments.repeats}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [
+            measure(network, sparsity, Path(folder), arguments.repeats)
+            for network in arguments.networks
+            for sparsity in arguments.sparsities
+        ]
+    print(table(rows))
+    if arguments.json:
+        record = {"command": " ".join(sys.argv), **facts, "results": rows}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

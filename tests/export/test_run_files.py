@@ -1,0 +1,234 @@
+"""What `feather export` writes from a run is the network that the run stored."""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+
+import torch_feather as feather
+from torch_feather.cli import main
+from torch_feather.export import SparseFile, hub
+from torch_feather.training.checkpoint import RunDirectory
+from torch_feather.training.config import resolve_config
+from torch_feather.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("export") / "run"
+    settings = {"epochs": 1, "batch_size": 512, "compare_dense": False, "options.min_density": 0.01}
+    train(resolve_config("digits", None, settings), folder)
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def export(monkeypatch, tmp_path, capsys):
+    """Run `feather export`; exit code, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["feather", "export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def network(run):
+    model = feather.models.create("resnet8", 10, 1).eval()
+    RunDirectory(run).load_model(model)
+    return model
+
+
+def test_the_sparse_file_loads_into_the_network_and_computes_its_logits(run, export):
+    code, output, _ = export(run)
+    file = run / "model.sparse.safetensors"
+    assert code == 0
+    size, dense = file.stat().st_size, (run / "model.safetensors").stat().st_size
+    assert f"{file}: {size:,} bytes, 1/{dense / size:.1f} of the dense file's {dense:,}" in output
+    assert "10 as gaps" in output
+    assert "95.00 % of the weights are zero" in output
+    model = feather.load_sparse(file, feather.models.create("resnet8", 10, 1)).eval()
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(model(x), network(run)(x))
+
+    report = json.loads((run / "report.json").read_text())
+    with SparseFile(file) as opened:
+        assert opened.sparsity == report["report"]["sparsity"]
+        told = opened.metadata
+    assert (told["network"], told["classes"], told["input_shape"]) == ("resnet8", 10, [1, 8, 8])
+    assert told["test_accuracy"] == report["test_accuracy"]
+    assert told["config"]["method"] == "feather"
+    assert told["config"]["data"]["path"] is None
+
+
+def test_half_precision_is_smaller(run, export):
+    export(run)
+    code, output, _ = export(run, "--dtype", "float16", "--out", "half")
+    assert code == 0
+    assert output.startswith("half: ")
+    with SparseFile("half") as half, SparseFile(run / "model.sparse.safetensors") as whole:
+        assert half.path.stat().st_size < 0.7 * whole.path.stat().st_size
+        assert half.entries["fc.weight"].dtype == torch.float16
+
+
+def test_the_plain_file_is_the_stored_one(run, export):
+    code, output, _ = export(run, "--format", "safetensors", "--out", "plain")
+    assert (code, "every zero stored" in output) == (0, True)
+    assert (run.parent / "plain").read_bytes() == (run / "model.safetensors").read_bytes()
+    before = (run / "model.safetensors").read_bytes()
+    assert export(run, "--format", "safetensors")[0] == 0
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_the_onnx_file_computes_the_logits_of_batches_of_any_size(run, export):
+    import onnxruntime
+
+    # An older report, that does not tell what an image is: the data does.
+    report = json.loads((run / "report.json").read_text())
+    del report["input_shape"], report["classes"]
+    (run / "report.json").write_text(json.dumps(report))
+    assert export(run, "--format", "onnx")[0] == 0
+    session = onnxruntime.InferenceSession(run / "model.onnx")
+    for batch in (1, 5):
+        x = torch.randn(batch, 1, 8, 8)
+        found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), network(run)(x))
+
+
+def test_an_onnx_file_that_computes_something_else_is_not_written(run, export, monkeypatch):
+    import onnxruntime
+
+    class Wrong:
+        def __init__(self, *_, **__): ...
+
+        def get_inputs(self):
+            return [type("Input", (), {"name": "x"})]
+
+        def run(self, _, inputs):
+            return [torch.full((len(inputs["x"]), 10), 3.0).numpy()]
+
+    class Program:
+        class model_proto:  # noqa: N801
+            SerializeToString = staticmethod(lambda: b"")
+
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: Program)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
+    code, _, errors = export(run, "--format", "onnx")
+    assert code == 1
+    assert re.search(r"outputs differ from PyTorch's by .*model\.onnx was not written", errors)
+    assert not (run / "model.onnx").exists()
+
+
+# The hub
+
+
+class Client:
+    """The Hugging Face client, with a folder for the hub."""
+
+    def __init__(self, folder):
+        import huggingface_hub
+
+        self.folder = folder
+        self.ModelCardData = huggingface_hub.ModelCardData
+        self.EvalResult = huggingface_hub.EvalResult
+
+    def create_repo(self, repo_id, *, exist_ok):
+        (self.folder / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+
+    def upload_folder(self, *, repo_id, folder_path):
+        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
+
+    def hf_hub_download(self, repo_id, filename, *, revision):
+        assert revision in (None, "v1")
+        return str(self.folder / repo_id / filename)
+
+
+def test_a_pushed_network_is_read_from_the_hub(run, export, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "_client", lambda: Client(tmp_path / "hub"))
+    for _ in range(2):  # the second time there is a repository
+        code, output, _ = export(run, "--push", "me/small")
+    assert (code, output.endswith("on the hub: hf://me/small\n")) == (0, True)
+    folder = tmp_path / "hub" / "me" / "small"
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "config.yaml",
+        "model.sparse.safetensors",
+    }
+    for address in ("hf://me/small", "hf://me/small@v1"):
+        model = feather.load_sparse(address, feather.models.create("resnet8", 10, 1))
+        assert feather.sparsity(model) == feather.sparsity(network(run))
+
+    card = (folder / "README.md").read_text()
+    accuracy = json.loads((run / "report.json").read_text())["test_accuracy"]
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "torch-feather"
+    assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == accuracy
+    assert f"test accuracy | {100 * accuracy:.2f} %" in card
+    assert "95.00 % of 306,720" in card
+    assert "`feather`" in card
+    assert str(tmp_path) not in card
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})  # how to use it
+    resolve_config("digits", folder / "config.yaml", {})  # how to repeat it
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "message"),
+    [
+        (
+            ["--format", "onnx"],
+            "onnxscript",
+            "ONNX needs onnxscript: pip install 'torch-feather[onnx]'",
+        ),
+        (
+            ["--push", "me/x"],
+            "huggingface_hub",
+            "needs its client: pip install 'torch-feather[hub]'",
+        ),
+    ],
+    ids=["onnx", "hub"],
+)
+def test_what_is_not_installed_is_named(run, export, monkeypatch, arguments, missing, message):
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, _, errors = export(run, *arguments)
+    assert (code, message in errors) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "onx"], "format 'onx' is not one of sparse, safetensors, onnx"),
+        (["--format", "onnx", "--dtype", "float16"], "converted in the format sparse only"),
+        (["--format", "onnx", "--push", "me/x"], "--push puts the format sparse on the hub"),
+        (["--dtype", "int8"], "--dtype int8: float16, bfloat16 or float32"),
+        (["--out", "nowhere/x"], "No such file or directory"),
+    ],
+    ids=["format", "dtype of onnx", "push of onnx", "dtype", "folder"],
+)
+def test_what_cannot_be_is_told(run, export, arguments, message):
+    code, _, errors = export(run, *arguments)
+    assert code != 0
+    assert message in errors
+
+
+def test_an_unfinished_run_and_a_damaged_file_are_told(run, export):
+    (run / "model.safetensors").write_bytes(b"x")
+    assert "model.safetensors: cannot be read" in export(run)[2]
+    (run / "report.json").unlink()
+    assert "this run has not finished" in export(run)[2]
