@@ -1,8 +1,9 @@
 """How large is a sparse network as a file, and how long does it take to write and to read it?
 
 Networks as they are initialised, but for norms and biases that differ as trained ones do, pruned by
-global magnitude. Beside ours: the dense safetensors file, that file compressed by zlib (as in .zip and .npz), and what the best of dense, bitmask and
-CSR (16- or 32-bit columns) would take for each tensor, without any header.
+global magnitude. Beside ours: the dense safetensors file; that file compressed by zlib, as in .zip
+and .npz; and what the best of dense, bitmask and CSR (16- or 32-bit columns) would take for each
+tensor, without any header. `weights`: of ours, all but the values of other than prunable tensors.
 
     python benchmarks/file_size.py --json results/file_size.json
 """
@@ -86,6 +87,8 @@ def measure(network: str, sparsity: float, folder: Path, repeats: int) -> dict[s
     row["ours_read"] = seconds(lambda: feather.load_sparse(ours, model), repeats)
     feather.save_sparse(model, half, dtype=torch.float16)
     row |= {f"{path.name}_bytes": path.stat().st_size for path in (dense, ours, half)}
+    others = sum(tensor.nbytes for tensor in state.values()) - row["prunable_bytes"]
+    row["weights_bytes"] = row["ours_bytes"] - others
     row["classic_bytes"] = sum(map(classic, state.values()))
     data = dense.read_bytes()
     start = time.perf_counter()
@@ -103,20 +106,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"{'network':<14}{'zeros':>7}{'dense':>13}"
         + "".join(f"{label:>20}" for label in kinds.values())
-        + f"{'write / read: dense':>22}{'zlib':>15}{'ours':>15}"
+        + f"{'weights':>9}{'write / read: dense':>22}{'zlib':>15}{'ours':>15}"
     ]
     for row in rows:
         sizes = "".join(
             f"{row[f'{kind}_bytes']:>13,} 1/{row['dense_bytes'] / row[f'{kind}_bytes']:4.1f}"
             for kind in kinds
         )
+        weights = f"1/{row['prunable_bytes'] / row['weights_bytes']:.1f}"
         times = [
             f"{1e3 * row[f'{kind}_write']:.0f} / {1e3 * row[f'{kind}_read']:.0f} ms"
             for kind in ("dense", "zlib", "ours")
         ]
         lines.append(
             f"{row['network']:<14}{row['sparsity']:>7.2%}{row['dense_bytes']:>13,}{sizes}"
-            f"{times[0]:>22}{times[1]:>15}{times[2]:>15}"
+            f"{weights:>9}{times[0]:>22}{times[1]:>15}{times[2]:>15}"
         )
     return "\n".join(lines)
 
