@@ -24,6 +24,7 @@ from .masks import ZeroKeeper, keep_zeros
 from .methods import available_methods
 from .operators import power_threshold
 from .report import report, sparsity
+from .runtime import compile_sparse
 from .sparsifier import Sparsifier, sparsify
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "StateError",
     "ZeroKeeper",
     "available_methods",
+    "compile_sparse",
     "count_flops",
     "keep_zeros",
     "load_sparse",

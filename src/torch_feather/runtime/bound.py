@@ -1,0 +1,280 @@
+"""A plan for one batch size: tables and memory, and the steps as they run."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from .kernels import BLOCK, COPY, OPERATION, RECORD, TAP, aligned, library, tiles
+from .plan import Copy, Plan, Sparse, Torch
+from .planes import Planes, round_up
+
+Tile = tuple[int, int]  # vectors, floats per vector
+
+
+class Bound:
+    """What all calls with a batch of this size share; it keeps workspaces for those to come."""
+
+    def __init__(
+        self, plan: Plan, constants: Mapping[str, Any], batch: int, tile: Mapping[str, Tile],
+        threads: int,
+    ) -> None:  # fmt: skip
+        self.plan, self.constants, self.batch, self.threads = plan, constants, batch, threads
+        self.tile = tile
+        self.tables = {s: self._tables(s) for s in plan.steps if isinstance(s, Sparse)}
+        self.places, self.pixels = self._allocate()
+        self._free: list[Workspace] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run the plan; calls from several threads have a workspace each."""
+        with self._lock:
+            workspace = self._free.pop() if self._free else None
+        if workspace is None:
+            workspace = Workspace(self)
+        try:
+            return workspace(*inputs)
+        finally:
+            with self._lock:
+                self._free.append(workspace)
+
+    def _tables(self, step: Sparse) -> dict[str, np.ndarray]:
+        taps, grid = step.taps, step.out.grid.root()
+        offsets = taps.offsets(grid, self.batch)
+        if len(offsets) and offsets.max() > np.iinfo(np.int32).max - 2 * grid.edge:
+            raise ValueError(
+                f"{step.layer.name}: a batch of {self.batch} makes planes of more than 2^31 "
+                "numbers; split the batch"
+            )
+        table = aligned(len(offsets), TAP)
+        table["offset"], table["value"] = offsets, taps.values
+        tables = {
+            "taps": table,
+            "rows": taps.rows,
+            "bias": np.ascontiguousarray(step.layer.bias.numpy()),
+            "blocks": taps.blocks(self.threads),
+        }
+        mask = step.out.mask(self.batch)
+        if mask is not None:
+            tables["mask"] = mask
+        return tables
+
+    def _allocate(self) -> tuple[dict[Planes, int], int]:
+        """Where each activation begins; what is not used at the same time may share a place."""
+        places: dict[Planes, int] = {}
+        live: list[Planes] = []
+        total = 0
+        for i, step in enumerate(self.plan.steps):
+            live = [planes for planes in live if self.plan.last[planes] >= i]
+            if isinstance(step, Torch):
+                continue
+            size, start = round_up(step.out.pixels(self.batch)), 0
+            for taken in sorted(live, key=places.__getitem__):
+                if places[taken] - start >= size:
+                    break
+                start = max(start, places[taken] + round_up(taken.pixels(self.batch)))
+            places[step.out] = start
+            live.append(step.out)
+            total = max(total, start + size)
+        return places, total
+
+    def kernel(self, step: Sparse) -> tuple[Tile, int]:
+        """The tile of a layer, at most its plane, and the address of its kernel."""
+        plane = step.out.grid.root().plane(self.batch)
+        count, width = self.tile[step.layer.name]
+        fitting = [n for n, w in tiles() if w == width and n <= count and n * w <= plane]
+        tile = (max(fitting), width)
+        key = (*tile, step.layer.combine, step.residual is not None, "mask" in self.tables[step])
+        return tile, library().convolutions[key]
+
+
+class Workspace:
+    """Memory of one call at a time, and the steps that use it."""
+
+    def __init__(self, bound: Bound) -> None:
+        self.bound = bound
+        self.memory = torch.from_numpy(aligned(bound.pixels))
+        self.barrier = np.zeros(16, np.int64)
+        self.views = {node: self._view(planes) for node, planes in bound.plan.planes.items()}
+        self.kept: list[Any] = []  # what addresses in records point to
+        self.workers = (
+            ThreadPoolExecutor(bound.threads - 1, "torch-feather") if bound.threads > 1 else None
+        )
+        nodes = [n for n in bound.plan.graph.nodes]
+        self.slots: list[Any] = []
+        self.slot: dict[Node, int] = {}
+        for node in nodes:
+            if node.op == "output":
+                continue
+            self.slot[node] = len(self.slots)
+            constant = bound.constants.get(node.name) if node.op == "get_attr" else None
+            self.slots.append(self.views.get(node, constant))
+        self.inputs = [self.slot[n] for n in nodes if n.op == "placeholder"]
+        self.output = next(n for n in nodes if n.op == "output").args[0]
+        self.calls = list(self._calls())
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The output; nothing of it lies in this workspace."""
+        values = list(self.slots)
+        for slot, x in zip(self.inputs, inputs, strict=True):
+            values[slot] = x
+        for call in self.calls:
+            call(values)
+        return map_arg(self.output, lambda node: self._own(values[self.slot[node]]))
+
+    def _own(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and (
+            value.untyped_storage().data_ptr() == self.memory.untyped_storage().data_ptr()
+        ):
+            return value.clone(memory_format=torch.contiguous_format)
+        return value
+
+    def _part(self, planes: Planes) -> Tensor:
+        start = self.bound.places[planes]
+        return self.memory[start : start + round_up(planes.pixels(self.bound.batch))]
+
+    def _view(self, planes: Planes) -> Tensor:
+        return planes.view(self._part(planes), self.bound.batch)
+
+    def _calls(self) -> Any:
+        steps = self.bound.plan.steps
+        last: dict[Node, int] = {}
+        for i, step in enumerate(steps):
+            if isinstance(step, Torch):
+                last |= dict.fromkeys(step.node.all_input_nodes, i)
+            elif isinstance(step, Copy):
+                last[step.source] = i
+        map_arg(self.output, lambda node: last.update({node: len(steps)}))
+        for outside, group in itertools.groupby(
+            enumerate(steps), lambda item: isinstance(item[1], Torch)
+        ):
+            if not outside:
+                yield self.native([step for _, step in group if not isinstance(step, Torch)])
+                continue
+            for i, step in group:
+                if isinstance(step, Torch):
+                    unused = [n for n in step.node.all_input_nodes if last[n] == i]
+                    yield self._torch(step.node, unused)
+
+    def native(self, steps: Sequence[Sparse | Copy]) -> Callable[[list[Any]], None]:
+        """One call into machine code that computes all of `steps`."""
+        program = np.zeros(len(steps), OPERATION)
+        sources = []
+        for operation, step in zip(program, steps, strict=True):
+            record = np.zeros((), RECORD if isinstance(step, Sparse) else COPY)
+            self.kept.append(record)
+            operation["record"] = record.ctypes.data
+            if isinstance(step, Sparse):
+                self._sparse(step, record, operation)
+                continue
+            read = self._copy(step, record, operation)
+            if step.source in self.views:
+                read(self.views[step.source])
+            else:
+                sources.append((self.slot[step.source], read))
+        self.kept.append(program)
+        run, threads, barrier = library().run, self.bound.threads, self.barrier.ctypes.data
+        at, n = program.ctypes.data, len(program)
+
+        def call(values: list[Any]) -> None:
+            kept = [read(values[slot]) for slot, read in sources]
+            if self.workers is None:
+                run(at, n, 0, 1, barrier)
+            else:
+                self.barrier[0] = 0
+                others: list[Future[None]] = [
+                    self.workers.submit(run, at, n, thread, threads, barrier)
+                    for thread in range(1, threads)
+                ]
+                run(at, n, 0, threads, barrier)
+                for other in others:
+                    other.result()
+            del kept
+
+        return call
+
+    def _sparse(self, step: Sparse, record: np.ndarray, operation: np.void) -> None:
+        (count, width), operation["kernel"] = self.bound.kernel(step)
+        tables, grid = self.bound.tables[step], step.out.grid.root()
+        plane = grid.plane(self.bound.batch)
+        for name, table in tables.items():
+            record[name] = table.ctypes.data
+        record["x"], record["out"] = self._first(step.x), self._first(step.out)
+        if step.residual is not None:
+            record["residual"] = self._first(step.residual)
+        part, used = self._part(step.out), grid.edge + step.out.channels * plane
+        record["lead"], record["lead_bytes"] = part.data_ptr(), 4 * grid.edge
+        record["trail"], record["trail_bytes"] = part.data_ptr() + 4 * used, 4 * grid.edge
+        record["plane"], record["last"] = plane, plane - count * width
+        record["n_blocks"] = len(tables["blocks"]) - 1
+        record["low"], record["high"] = step.layer.low, step.layer.high
+        operation["items"] = -(-plane // (count * width)) * (len(tables["blocks"]) - 1)
+
+    def _first(self, planes: Planes) -> int:
+        return self._part(planes).data_ptr() + 4 * planes.grid.root().edge
+
+    def _copy(
+        self, step: Copy, record: np.ndarray, operation: np.void
+    ) -> Callable[[Tensor], Tensor]:
+        """The function that is told the source; what it returns must live as long as the copy."""
+        batch, grid, (height, width) = self.bound.batch, step.out.grid.root(), step.size
+        (sy, sx), copies = step.stride, library().copies
+        channels = step.out.channels // len(step.phases)
+        phases = np.array(
+            [(0, -(-(height - a) // sy), -(-(width - b) // sx)) for a, b in step.phases], np.int64
+        )
+        self.kept.append(phases)
+        record["phases"], record["out"] = phases.ctypes.data, self._first(step.out)
+        record["images"], record["channels"] = batch, channels
+        record["all_channels"], record["fill"] = step.out.channels, step.outside
+        record["plane"], record["image"] = grid.plane(batch), grid.image
+        record["pitch"], record["rows"] = grid.pitch, grid.image // grid.pitch
+        record["edge"] = grid.edge
+
+        def read(x: Tensor) -> Tensor:
+            if step.out.linear:
+                x = x.reshape(batch, width, channels).permute(0, 2, 1).unsqueeze(2)
+            image, channel, row, column = x.stride()
+            record["source"] = x.data_ptr()
+            record["source_image"], record["source_channel"] = image, channel
+            record["source_row"], record["source_column"] = row * sy, column * sx
+            phases[:, 0] = [a * row + b * column for a, b in step.phases]
+            known = column * sx if column * sx in copies else None
+            operation["kernel"] = copies[known]
+            blocks = channels if known else -(-channels // BLOCK)
+            operation["items"] = len(step.phases) * blocks * batch
+            return x
+
+        return read
+
+    def _torch(self, node: Node, unused: list[Node]) -> Callable[[list[Any]], None]:
+        slot, slots = self.slot[node], self.slot
+        args, kwargs, function = node.args, node.kwargs, node.target
+        drop = [slots[n] for n in unused if n not in self.views and n.op == "call_function"]
+        assert callable(function)
+        if not kwargs and all(isinstance(a, Node) for a in args):
+            places = [slots[a] for a in args if isinstance(a, Node)]
+
+            def call(values: list[Any]) -> None:
+                values[slot] = function(*[values[i] for i in places])
+                for i in drop:
+                    values[i] = None
+
+            return call
+
+        def call_mixed(values: list[Any]) -> None:
+            given, named = map_arg((args, kwargs), lambda n: values[slots[n]])
+            values[slot] = function(*given, **named)
+            for i in drop:
+                values[i] = None
+
+        return call_mixed

@@ -1,0 +1,245 @@
+"""A model as a graph of functions, with what follows a layer fused into it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_unflatten
+
+from ..errors import FeatherError
+from .layer import Layer, MaxPool
+
+aten = torch.ops.aten
+BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+
+
+class CaptureError(FeatherError):
+    """The model cannot be captured as a graph."""
+
+
+class Captured(NamedTuple):
+    """A graph that computes what the model does.
+
+    Attributes:
+        any_batch: whether it takes any batch size.
+        unflatten: makes what the model returns of the list of tensors that the graph does.
+    """
+
+    module: GraphModule
+    any_batch: bool
+    unflatten: Callable[[Any], Any]
+
+
+def capture(model: nn.Module, example: Tensor) -> Captured:
+    """The graph of a model in eval mode; its layers are `Layer`s, batch norms are folded.
+
+    Args:
+        model: takes one tensor.
+        example: an input.
+
+    Raises:
+        CaptureError: torch.export cannot follow the model.
+    """
+    batch = {0: torch.export.Dim.AUTO}
+    # A batch of 1 would be taken for a constant.
+    several = example if len(example) > 1 else torch.cat([example, example])
+    try:
+        program = torch.export.export(model, (several,), dynamic_shapes=(batch,))
+        (name,) = program.graph_signature.user_inputs
+        given = next(n for n in program.graph.nodes if n.name == name)
+        any_batch = not isinstance(given.meta["val"].shape[0], int)
+        if not any_batch and len(several) != len(example):
+            program = torch.export.export(model, (example,))
+    except Exception as error:  # of many types, none documented
+        raise CaptureError(f"torch.export cannot follow {type(model).__name__}: {error}") from error
+    module = program.run_decompositions({}).module()
+    assert isinstance(module, GraphModule)
+    spec = program.call_spec.out_spec
+    return Captured(fuse(module), any_batch, lambda flat: tree_unflatten(list(flat), spec))
+
+
+def fuse(module: GraphModule) -> GraphModule:
+    """Replace layers with constant weights, and what follows them, by `Layer`s."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.name.startswith("_guards"):
+            graph.erase_node(node)  # of the example's shape; ours are checked
+        elif node.op == "call_function" and node.target is aten.dropout.default:
+            _replace(node, node.args[0])
+        elif node.op == "call_function" and node.target is aten.view.default:
+            node.target = aten.reshape.default  # planes cannot always be viewed otherwise
+    constants = _constants(module)
+    alive = set(graph.nodes)
+    for node in list(graph.nodes):
+        if node in alive and (layer := _layer(node, constants)):
+            _fuse_layer(graph, node, layer, constants)
+            alive = set(graph.nodes)
+    graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module
+
+
+def _constants(module: GraphModule) -> dict[Node, Tensor]:
+    """Tensors that do not depend on the input, computed."""
+    known: dict[Node, Tensor] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value: Any = module
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            known[node] = value.detach()
+        elif (
+            node.op == "call_function"
+            and node.all_input_nodes
+            and all(n in known for n in node.all_input_nodes)
+            and isinstance(node.meta.get("val"), Tensor)
+        ):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+            known[node] = node.target(*args, **kwargs)
+    return known
+
+
+def _layer(node: Node, constants: dict[Node, Tensor]) -> Layer | None:
+    """The layer that a node is, unless its weights depend on the input."""
+    if node.op != "call_function":
+        return None
+    args: list[Any] = list(node.args) + [None] * 7
+    if node.target is aten.max_pool2d.default:
+        kernel, stride = _pair(args[1], 1), _pair(args[2] or args[1], 1)
+        ceil = len(node.args) > 5 and bool(args[5])
+        channels = args[0].meta["val"].shape[-3]
+        if ceil or args[0].meta["val"].dim() != 4 or args[0].meta["val"].dtype != torch.float32:
+            return None
+        return MaxPool.of(node.name, channels, kernel, stride, _pair(args[3], 0), _pair(args[4], 1))
+    if node.target is BATCH_NORM and args[0].meta["val"].dim() == 4:
+        channels = args[0].meta["val"].shape[1]
+        identity = Layer(
+            node.name, torch.ones(channels, 1, 1, 1), torch.zeros(channels), groups=channels
+        )
+        return _fold(node, identity, constants)
+    if node.target not in (aten.conv2d.default, aten.linear.default):
+        return None
+    weight, bias = constants.get(args[1]), constants.get(args[2])
+    if weight is None or (bias is None and args[2] is not None) or weight.dtype != torch.float32:
+        return None
+    bias = torch.zeros(len(weight)) if bias is None else bias
+    name = str(args[1].target) if args[1].op == "get_attr" else args[1].name
+    if node.target is aten.linear.default:
+        return Layer(name, weight, bias)
+    stride, padding, dilation = (_pair(a, d) for a, d in zip(args[3:6], (1, 0, 1), strict=True))
+    return Layer(name, weight, bias, stride, padding, dilation, args[6] or 1)
+
+
+def _pair(value: Any, default: int) -> tuple[int, int]:
+    if value is None:
+        return default, default
+    values = list(value) * (2 // len(value))
+    return values[0], values[1]
+
+
+def _fuse_layer(graph: Graph, node: Node, layer: Layer, constants: dict[Node, Tensor]) -> None:
+    """Put `layer` in place of `node` and of all that can be computed with it."""
+    residual: Node | None = None
+    chain = [node, *node.users] if node.target is BATCH_NORM else [node]
+    while (user := _only_user(chain[-1])) is not None:
+        if residual is None and (factor := _factor(user, chain[-1], layer, constants)) is not None:
+            layer = layer.scaled(factor)
+        elif residual is None and (folded := _fold(user, layer, constants)) is not None:
+            layer = folded
+            chain.append(user)
+            (user,) = user.users
+        elif residual is None and (other := _added(user, chain[-1])) is not None:
+            residual = other
+        else:
+            if (bounds := _bounds(user)) is not None:
+                layer = replace(layer, low=bounds[0], high=bounds[1])
+                chain.append(user)
+            break
+        chain.append(user)
+    with graph.inserting_before(chain[-1]):
+        inputs = (node.args[0],) if residual is None else (node.args[0], residual)
+        fused = graph.call_function(layer, inputs)
+    fused.meta["val"] = chain[-1].meta["val"]
+    chain[-1].replace_all_uses_with(fused)
+    for absorbed in reversed(chain):
+        graph.erase_node(absorbed)
+
+
+def _only_user(node: Node) -> Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].op == "call_function" else None
+
+
+def _fold(user: Node, layer: Layer, constants: dict[Node, Tensor]) -> Layer | None:
+    """Batch normalization by its running statistics."""
+    if user.target is not BATCH_NORM or layer.linear:
+        return None
+    if any(u.target is not operator.getitem or u.args[1] != 0 for u in user.users):
+        return None  # uses the statistics
+    weight, bias, mean, var = (constants.get(a) for a in user.args[1:5])  # type: ignore[arg-type]
+    if mean is None or var is None or len(user.users) != 1:
+        return None
+    factor = (var.double() + user.args[6]).rsqrt()  # type: ignore[operator]
+    if weight is not None:
+        factor = factor * weight.double()
+    shift = -mean.double() * factor
+    return layer.scaled(factor, shift if bias is None else shift + bias.double())
+
+
+def _factor(user: Node, last: Node, layer: Layer, constants: dict[Node, Tensor]) -> Tensor | None:
+    """A constant for each channel by which the result is multiplied."""
+    if user.target is not aten.mul.Tensor or last not in user.args:
+        return None
+    other = user.args[1] if user.args[0] is last else user.args[0]
+    factor = constants.get(other) if isinstance(other, Node) else None
+    if factor is None:
+        return None
+    out = layer.channels[1]
+    shape = (out,) if layer.linear else (out, 1, 1)
+    matches = factor.numel() == out and tuple(factor.shape[-len(shape) :]) == shape
+    return factor.reshape(-1) if matches else None
+
+
+def _added(user: Node, last: Node) -> Node | None:
+    """What is added to the result, of the same shape."""
+    if user.target is not aten.add.Tensor or user.kwargs or len(user.args) != 2:
+        return None
+    a, b = user.args
+    if not (isinstance(a, Node) and isinstance(b, Node)) or a is b:
+        return None
+    other = b if a is last else a
+    same = _shape(other) == _shape(last) and other.meta["val"].dtype == last.meta["val"].dtype
+    return other if same else None
+
+
+def _shape(node: Node) -> tuple[Any, ...] | None:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _bounds(user: Node) -> tuple[float, float] | None:
+    """What the result is clamped to."""
+    if user.target is aten.relu.default:
+        return 0.0, math.inf
+    if user.target in (aten.hardtanh.default, aten.clamp.default):
+        bounds = [-1.0, 1.0] if user.target is aten.hardtanh.default else [-math.inf, math.inf]
+        for i, given in enumerate(user.args[1:3]):
+            if isinstance(given, Node):
+                return None
+            if given is not None:
+                bounds[i] = float(given)  # type: ignore[arg-type]
+        return None if user.kwargs else (bounds[0], bounds[1])
+    return None
+
+
+def _replace(node: Node, other: Any) -> None:
+    node.replace_all_uses_with(other)
+    node.graph.erase_node(node)

@@ -1,0 +1,92 @@
+"""Which layers run sparse, and in what tiles: whatever takes the least time here."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from .bound import Bound, Tile, Workspace
+from .kernels import tiles
+from .layer import Layer
+from .plan import Plan, Sparse
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a layer runs, and why.
+
+    Attributes:
+        sparse: as such, or densely in PyTorch.
+        tile: vectors and floats per vector that are held in registers.
+        sparsity: share of the layer's weights that is zero.
+        dense_ms, sparse_ms: measured; None where it was not tried.
+    """
+
+    sparse: bool
+    tile: Tile
+    sparsity: float
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+
+
+TRY_FROM = 0.3  # sparsity; below, a sparse layer does nearly all the work without the dense tricks
+
+
+def choose(node: Node, layer: Layer, batch: int, threads: int) -> Choice:
+    """Time a layer both ways on random input of the size that it has in the graph."""
+    sparsity = layer.sparsity
+    x = _random(node.all_input_nodes[0], batch)
+    residual = [_random(n, batch) for n in node.all_input_nodes[1:]]
+    dense = milliseconds(lambda: layer(x, *residual))
+    by_channel = layer.groups == layer.channels[1] > 1  # few taps, sparse or not
+    if sparsity < TRY_FROM and not by_channel:
+        return Choice(False, tiles()[0], sparsity, dense)
+    times = {}
+    plan = alone(node, layer)
+    for tile in tiles():
+        bound = Bound(plan, {}, batch, {layer.name: tile}, threads)
+        (step,) = (s for s in plan.steps if isinstance(s, Sparse))
+        if bound.kernel(step)[0] != tile:
+            continue  # larger than the layer
+        workspace = Workspace(bound)
+        workspace(x, *residual)
+        run = partial(workspace.native([step]), workspace.slots)
+        times[tile] = milliseconds(run, enough=0.002)
+    best = min(times, key=times.__getitem__)
+    return Choice(times[best] < dense, best, sparsity, dense, times[best])
+
+
+def alone(node: Node, layer: Layer) -> Plan:
+    """The plan of a network of one layer."""
+    graph = Graph()
+    inputs = []
+    for i, given in enumerate(node.args):
+        assert isinstance(given, Node)
+        inputs.append(graph.placeholder(f"x{i}"))
+        inputs[-1].meta["val"] = given.meta["val"]
+    only = graph.call_function(layer, tuple(inputs))
+    only.meta["val"] = node.meta["val"]
+    graph.output(only)
+    return Plan.of(graph, [layer])
+
+
+def milliseconds(call: Callable[[], object], enough: float = 0.01, most: int = 30) -> float:
+    """Median time of a call: of as many as take `enough` seconds, of at least 3."""
+    call()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < enough and len(times) < most):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def _random(node: Node, batch: int) -> Tensor:
+    return torch.rand(batch, *(int(n) for n in node.meta["val"].shape[1:]))

@@ -1,0 +1,157 @@
+"""The compiled network as a module."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ..errors import FeatherError
+from .bound import Bound
+from .capture import capture
+from .choose import Choice, choose
+from .layer import Layer
+from .plan import Plan, suits
+
+BATCH_SIZES = 4  # for which tables are kept
+
+
+class InputError(FeatherError, ValueError):
+    """The input is not what the network was compiled for."""
+
+
+def compile_sparse(
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    threads: int | None = None,
+    choices: Mapping[str, Choice] | str | Path | None = None,
+) -> SparseModule:
+    """A network that computes what `model` does in eval mode, its sparse layers really sparse.
+
+    Args:
+        model: on the CPU, in float32; takes one tensor. It is not changed, and the result does
+            not change with it.
+        example_input: (batch, ...); other batch sizes will do too. Layers are timed with it.
+        threads: for the sparse layers; all others run with PyTorch's own number.
+            [default: torch.get_num_threads()]
+        choices: those of another module or `save_choices`; otherwise every layer is timed.
+
+    Raises:
+        CaptureError: torch.export cannot follow the model.
+        RuntimeMissingError: llvmlite is not installed.
+    """
+    return SparseModule(model, example_input, threads or torch.get_num_threads(), choices)
+
+
+class SparseModule(nn.Module):
+    """See `compile_sparse`. Calls may come from several threads at a time.
+
+    Attributes:
+        choices: how each layer runs, by the name of its weight.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        threads: int,
+        choices: Mapping[str, Choice] | str | Path | None,
+    ) -> None:
+        super().__init__()
+        self.threads, self.shape = threads, tuple(example.shape[1:])
+        model = copy.deepcopy(model).eval()
+        for tensor in (*model.parameters(), *model.buffers(), example):
+            if tensor.device.type != "cpu":
+                raise InputError(
+                    f"compile_sparse is for the CPU, but something is on {tensor.device}; move "
+                    "the model and the example there first"
+                )
+        with torch.no_grad():
+            self._captured = capture(model, example)
+            graph = self._captured.module.graph
+            self._batch = len(example)
+            given = next(n for n in graph.nodes if n.op == "placeholder").meta["val"]
+            found = {
+                n: n.target
+                for n in graph.nodes
+                if isinstance(n.target, Layer) and suits(n, given.shape[0])
+            }
+            if isinstance(choices, str | Path):
+                choices = load_choices(choices)
+            self.choices: dict[str, Choice] = {}
+            for node, layer in found.items():
+                known = None if choices is None else choices.get(layer.name)
+                self.choices[layer.name] = known or choose(node, layer, self._batch, threads)
+            sparse = [layer for layer in found.values() if self.choices[layer.name].sparse]
+            self.plan = Plan.of(graph, sparse)
+        self._bound: OrderedDict[int, Bound] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Any:
+        """What the model computes."""
+        if tuple(x.shape[1:]) != self.shape or x.dtype != torch.float32 or x.device.type != "cpu":
+            wanted = ("batch", *self.shape)
+            raise InputError(
+                f"the network was compiled for float32 inputs ({', '.join(map(str, wanted))}) on "
+                f"the CPU, this is {x.dtype} {tuple(x.shape)} on {x.device}"
+            )
+        return self._captured.unflatten(self._for_batch(len(x))(x))
+
+    def _for_batch(self, batch: int) -> Bound:
+        if not self._captured.any_batch and batch != self._batch:
+            raise InputError(
+                f"this model's graph is for batches of {self._batch} only, this is one of {batch}; "
+                "compile it with an example of that size too"
+            )
+        with self._lock:
+            if batch not in self._bound:
+                tile = {name: choice.tile for name, choice in self.choices.items()}
+                constants = _constants(self._captured.module)
+                self._bound[batch] = Bound(self.plan, constants, batch, tile, self.threads)
+                while len(self._bound) > BATCH_SIZES:
+                    self._bound.popitem(last=False)
+            self._bound.move_to_end(batch)
+            return self._bound[batch]
+
+    def save_choices(self, path: str | Path) -> None:
+        """Write how each layer runs, as JSON, for `compile_sparse(..., choices=path)`."""
+        text = json.dumps({name: asdict(choice) for name, choice in self.choices.items()}, indent=1)
+        Path(path).write_text(text + "\n")
+
+    def extra_repr(self) -> str:
+        """The table of choices."""
+        lines = [f"{'layer':40} sparsity   dense ms  sparse ms  runs"]
+        for name, c in self.choices.items():
+            times = (c.dense_ms, c.sparse_ms)
+            dense, sparse = (" " * 10 if t is None else f"{t:10.3f}" for t in times)
+            how = f"sparse, {c.tile[0]} x {c.tile[1]}" if c.sparse else "dense"
+            lines.append(f"{name:40} {100 * c.sparsity:6.2f} % {dense} {sparse}  {how}")
+        return "\n".join(lines)
+
+
+def load_choices(path: str | Path) -> dict[str, Choice]:
+    """What `save_choices` wrote."""
+    found = json.loads(Path(path).read_text())
+    return {name: Choice(**(c | {"tile": tuple(c["tile"])})) for name, c in found.items()}
+
+
+def _constants(module: GraphModule) -> dict[str, Any]:
+    known = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value: Any = module
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            known[node.name] = value.detach() if isinstance(value, Tensor) else value
+    return known
