@@ -134,12 +134,15 @@ def against(rows: Sequence[Row], pairs: Iterable[tuple[str, str]]) -> tuple[list
             fewest.append(len(ahead))
             by = f"{statistics.mean(ahead):+.2f}"
             span = f"{low:+.2f} to {high:+.2f}"
-            lines.append([f"{ours} − {other}", percent(sparsity), by, span, str(len(ahead))])
+            lines.append([f"{ours} against {other}", percent(sparsity), by, span, str(len(ahead))])
         if where:
             told = "; ".join(f"{verdict} {other} at {_and(at)} %" for verdict, at in where.items())
             sentences.append(f"{ours} is {told} sparsity (n = {min(fewest)}).")
-    head = ["difference", "sparsity", "points of accuracy", "95 % interval", "n"]
-    caption = "Differences, seed by seed, with Student's interval of their mean"
+    head = ["", "sparsity", "points of accuracy", "95 % interval", "n"]
+    caption = (
+        "Differences, seed by seed, with Student's interval of their mean. "
+        "Not told apart: 0 is in the interval"
+    )
     return sentences, [Table(caption, head, lines)] if lines else []
 
 

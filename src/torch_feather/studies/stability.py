@@ -88,10 +88,11 @@ def order_of_settling(rows: Sequence[Row]) -> list[str]:
         if min(map(len, found)) < ENOUGH:
             continue
         means = [statistics.mean(map(mean_correlation, mine)) for mine in found]
+        order = "settles the earlier the smaller θ is", "does not settle in the order of θ"
         falls = all(a > b for a, b in itertools.pairwise(means))
         told.append(
-            f"At {percent(sparsity)} the mask settles "
-            f"{'the earlier the smaller θ is' if falls else 'not in the order of θ'}: mean "
+            f"At {percent(sparsity)} the mask "
+            f"{order[not falls]}: mean "
             f"correlation over epochs {', '.join(f'{m:.3f}' for m in means)} for "
             f"θ = {', '.join(f'{t:g}' for t in THETAS)} (n ≥ {min(map(len, found))})."
         )
