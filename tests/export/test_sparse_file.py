@@ -299,7 +299,12 @@ def integer_bias(model):
     model.fc.register_buffer("bias", torch.ones(10, dtype=torch.int64))
 
 
+def shard(model):
+    model.fc.weight = nn.Parameter(model.fc.weight.detach().as_subclass(Sharded))
+
+
 MISFITS = {
+    "sharded": (shard, r"fc\.weight is sharded in the model: load it before"),
     "missing": (lambda m: m.register_buffer("extra", torch.ones(1)), r"missing key.*: extra"),
     "unexpected": (lambda m: m.__delattr__("bn1"), r"unexpected key.*: bn1\.bias, .*"),
     "shape": (
@@ -340,11 +345,18 @@ def test_a_model_is_left_alone_when_one_tensor_of_the_file_is_damaged(model, pat
     assert all(same_bits(value, before[n]) for n, value in other.state_dict().items())
 
 
+class Sharded(torch.Tensor):
+    """As DTensor is to those who look at it from outside."""
+
+    full_tensor = None
+
+
 BAD_INPUT = {
     "no model": ([1, 2], "takes a module or a state dict, got list"),
     "no tensor": ({"a": 3}, "'a' is of type int"),
     "no name": ({1: torch.ones(1)}, "1 is of type"),
     "meta": ({"a": torch.ones(2, device="meta")}, "a is of the meta device"),
+    "sharded": ({"a": torch.ones(2).as_subclass(Sharded)}, "a is sharded. Gather the state first"),
     "layout": ({"a": torch.ones(2, 2).to_sparse()}, r"a is of layout torch\.sparse_coo"),
     "dtype": ({"a": torch.ones(2, dtype=torch.complex128)}, r"a is of torch\.complex128"),
 }

@@ -339,6 +339,8 @@ def _differences(state: Mapping[str, Any], file: SparseFile) -> list[str]:
         mine, entry = state[name], file.entries[name]
         if not isinstance(mine, Tensor) or mine.is_meta:
             problems.append(f"{name} is no tensor with memory in the model")
+        elif hasattr(mine, "full_tensor"):
+            problems.append(f"{name} is sharded in the model: load it before it is sharded")
         elif mine.shape != entry.shape:
             problems.append(
                 f"{name} has shape {list(entry.shape)} in the file, {list(mine.shape)} in the model"
