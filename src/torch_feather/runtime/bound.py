@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .kernels import BLOCK, COPY, OPERATION, RECORD, TAP, aligned, library, tiles
-from .plan import Copy, Plan, Sparse, Torch
+from .plan import Copy, Plan, Pointwise, Sparse, Torch
 from .planes import Planes, round_up
 
 Tile = tuple[int, int]  # vectors, floats per vector
@@ -145,7 +145,7 @@ class Workspace:
     def _view(self, planes: Planes) -> Tensor:
         return planes.view(self._part(planes), self.bound.batch)
 
-    def _calls(self) -> Any:
+    def _calls(self) -> Iterator[Callable[[list[Any]], None]]:
         steps = self.bound.plan.steps
         last: dict[Node, int] = {}
         for i, step in enumerate(steps):
@@ -153,15 +153,20 @@ class Workspace:
                 last |= dict.fromkeys(step.node.all_input_nodes, i)
             elif isinstance(step, Copy):
                 last[step.source] = i
+        machine = (Sparse, Copy)
         map_arg(self.output, lambda node: last.update({node: len(steps)}))
-        for outside, group in itertools.groupby(
-            enumerate(steps), lambda item: isinstance(item[1], Torch)
+        for native, group in itertools.groupby(
+            enumerate(steps), lambda item: isinstance(item[1], machine)
         ):
-            if not outside:
-                yield self.native([step for _, step in group if not isinstance(step, Torch)])
+            if native:
+                run = [step for _, step in group if isinstance(step, machine)]
+                yield self.native(run)
+                yield from self._exports({step.out for step in run})
                 continue
             for i, step in group:
-                if isinstance(step, Torch):
+                if isinstance(step, Pointwise):
+                    yield self._pointwise(step)
+                elif isinstance(step, Torch):
                     unused = [n for n in step.node.all_input_nodes if last[n] == i]
                     yield self._torch(step.node, unused)
 
@@ -255,6 +260,31 @@ class Workspace:
             return x
 
         return read
+
+    def _exports(self, written: Set[Planes]) -> Iterator[Callable[[list[Any]], None]]:
+        """Results of linear layers, channels together: what PyTorch does with tokens wants that."""
+        for node, planes in self.bound.plan.planes.items():
+            if planes in written and planes.linear and planes.shape[:-1] != ():
+                if all(user in self.bound.plan.planes for user in node.users):
+                    continue
+                view, slot = self.views[node], self.slot[node]
+
+                def call(values: list[Any], view: Tensor = view, slot: int = slot) -> None:
+                    values[slot] = view.contiguous()
+
+                yield call
+
+    def _pointwise(self, step: Pointwise) -> Callable[[list[Any]], None]:
+        """On all of the memory, zeros between images included: it is contiguous."""
+        memory = {n: self._part(x) for n, x in zip(step.node.all_input_nodes, step.x, strict=True)}
+        args, kwargs = map_arg((step.node.args, step.node.kwargs), memory.__getitem__)
+        function = step.node.target.overloadpacket.out  # type: ignore[union-attr]
+        out = self._part(step.out)
+
+        def call(values: list[Any]) -> None:
+            function(*args, **kwargs, out=out)
+
+        return call
 
     def _torch(self, node: Node, unused: list[Node]) -> Callable[[list[Any]], None]:
         slot, slots = self.slot[node], self.slot

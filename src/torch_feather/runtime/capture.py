@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -76,9 +77,12 @@ def fuse(module: GraphModule) -> GraphModule:
         elif node.op == "call_function" and node.target is aten.view.default:
             node.target = aten.reshape.default  # planes cannot always be viewed otherwise
     constants = _constants(module)
-    alive = set(graph.nodes)
+    alive, uses = set(graph.nodes), Counter[str]()
     for node in list(graph.nodes):
         if node in alive and (layer := _layer(node, constants)):
+            uses[layer.name] += 1
+            if uses[layer.name] > 1:  # weights that are used again, maybe at another size
+                layer = replace(layer, name=f"{layer.name}@{uses[layer.name]}")
             _fuse_layer(graph, node, layer, constants)
             alive = set(graph.nodes)
     graph.eliminate_dead_code()

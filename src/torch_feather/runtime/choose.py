@@ -48,17 +48,16 @@ def choose(node: Node, layer: Layer, batch: int, threads: int) -> Choice:
     by_channel = layer.groups == layer.channels[1] > 1  # few taps, sparse or not
     if sparsity < TRY_FROM and not by_channel:
         return Choice(False, tiles()[0], sparsity, dense)
-    times = {}
-    plan = alone(node, layer)
-    for tile in tiles():
-        bound = Bound(plan, {}, batch, {layer.name: tile}, threads)
-        (step,) = (s for s in plan.steps if isinstance(s, Sparse))
-        if bound.kernel(step)[0] != tile:
-            continue  # larger than the layer
-        workspace = Workspace(bound)
-        workspace(x, *residual)
-        run = partial(workspace.native([step]), workspace.slots)
-        times[tile] = milliseconds(run, enough=0.002)
+    plan, times = alone(node, layer), {}
+    (step,) = (s for s in plan.steps if isinstance(s, Sparse))
+    tile = {layer.name: tiles()[0]}
+    bound = Bound(plan, {}, batch, tile, threads)
+    workspace = Workspace(bound)
+    workspace(x, *residual)
+    for tile[layer.name] in tiles():
+        if bound.kernel(step)[0] == tile[layer.name]:  # fits
+            run = partial(workspace.native([step]), workspace.slots)
+            times[tile[layer.name]] = milliseconds(run, enough=0.002)
     best = min(times, key=times.__getitem__)
     return Choice(times[best] < dense, best, sparsity, dense, times[best])
 

@@ -6,8 +6,9 @@ import copy
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..errors import FeatherError
-from .bound import Bound
+from .bound import Bound, Tile
 from .capture import capture
-from .choose import Choice, choose
+from .choose import Choice, choose, milliseconds
 from .layer import Layer
 from .plan import Plan, suits
 
@@ -78,6 +79,7 @@ class SparseModule(nn.Module):
                 )
         with torch.no_grad():
             self._captured = capture(model, example)
+            self._constants = _constants(self._captured.module)
             graph = self._captured.module.graph
             self._batch = len(example)
             given = next(n for n in graph.nodes if n.op == "placeholder").meta["val"]
@@ -88,12 +90,14 @@ class SparseModule(nn.Module):
             }
             if isinstance(choices, str | Path):
                 choices = load_choices(choices)
-            self.choices: dict[str, Choice] = {}
+            self.choices = dict(choices or {})
             for node, layer in found.items():
-                known = None if choices is None else choices.get(layer.name)
-                self.choices[layer.name] = known or choose(node, layer, self._batch, threads)
-            sparse = [layer for layer in found.values() if self.choices[layer.name].sparse]
-            self.plan = Plan.of(graph, sparse)
+                if layer.name not in self.choices:
+                    self.choices[layer.name] = choose(node, layer, self._batch, threads)
+            layers = list(found.values())
+            if choices is None:
+                self.choices = self._fastest(layers, example)
+            self.plan = self._plan(layers, self.choices)
         self._bound: OrderedDict[int, Bound] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -108,6 +112,22 @@ class SparseModule(nn.Module):
             )
         return self._captured.unflatten(self._for_batch(len(x))(x))
 
+    def _plan(self, layers: Sequence[Layer], choices: Mapping[str, Choice]) -> Plan:
+        sparse = [layer for layer in layers if choices[layer.name].sparse]
+        return Plan.of(self._captured.module.graph, sparse)
+
+    def _fastest(self, layers: Sequence[Layer], example: Tensor) -> dict[str, Choice]:
+        """The choices, or all that can be sparse, or nothing: what it costs to go to and fro
+        between sparse and dense layers shows in the whole network only."""
+        tried = {n: replace(c, sparse=c.sparse_ms is not None) for n, c in self.choices.items()}
+        none = {n: replace(c, sparse=False) for n, c in self.choices.items()}
+        times = []
+        for choices in (self.choices, tried, none):
+            plan = self._plan(layers, choices)
+            bound = Bound(plan, self._constants, self._batch, _tiles(choices), self.threads)
+            times.append((milliseconds(partial(bound, example), enough=0.1), choices))
+        return min(times, key=lambda item: item[0])[1]
+
     def _for_batch(self, batch: int) -> Bound:
         if not self._captured.any_batch and batch != self._batch:
             raise InputError(
@@ -116,9 +136,9 @@ class SparseModule(nn.Module):
             )
         with self._lock:
             if batch not in self._bound:
-                tile = {name: choice.tile for name, choice in self.choices.items()}
-                constants = _constants(self._captured.module)
-                self._bound[batch] = Bound(self.plan, constants, batch, tile, self.threads)
+                self._bound[batch] = Bound(
+                    self.plan, self._constants, batch, _tiles(self.choices), self.threads
+                )
                 while len(self._bound) > BATCH_SIZES:
                     self._bound.popitem(last=False)
             self._bound.move_to_end(batch)
@@ -144,6 +164,10 @@ def load_choices(path: str | Path) -> dict[str, Choice]:
     """What `save_choices` wrote."""
     found = json.loads(Path(path).read_text())
     return {name: Choice(**(c | {"tile": tuple(c["tile"])})) for name, c in found.items()}
+
+
+def _tiles(choices: Mapping[str, Choice]) -> dict[str, Tile]:
+    return {name: choice.tile for name, choice in choices.items()}
 
 
 def _constants(module: GraphModule) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
@@ -48,7 +49,23 @@ class Sparse:
     residual: Planes | None = None
 
 
-Step = Torch | Copy | Sparse
+@dataclass(eq=False)
+class Pointwise:
+    """A function of PyTorch of each pixel by itself, which leaves 0 as it is."""
+
+    node: Node
+    x: tuple[Planes, ...]
+    out: Planes
+
+
+Step = Torch | Copy | Sparse | Pointwise
+
+aten = torch.ops.aten
+POINTWISE = {
+    *(aten.relu.default, aten.gelu.default, aten.silu.default, aten.hardswish.default),
+    *(aten.leaky_relu.default, aten.elu.default, aten.mish.default, aten.tanh.default),
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor),
+}
 
 
 @dataclass
@@ -99,6 +116,10 @@ class Plan:
 
         for node in graph.nodes:
             layer = node.target
+            if node.target in POINTWISE and (pointwise := plan._pointwise(node)):
+                plan.planes[node] = pointwise.out
+                plan.steps.append(pointwise)
+                continue
             if not (isinstance(layer, Layer) and layer in sparse):
                 if node.op == "call_function":
                     plan.steps.append(Torch(node))
@@ -120,11 +141,27 @@ class Plan:
         plan._live()
         return plan
 
+    def _pointwise(self, node: Node) -> Pointwise | None:
+        """The step of such a function, if all that it takes are planes of one shape."""
+        inputs = [self.planes.get(n) for n in node.all_input_nodes]
+        shape = node.meta["val"].shape[1:]
+        x = tuple(p for p in inputs if p is not None and p.shape == tuple(shape))
+        scalars = node.target in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
+        if len(x) < len(inputs) or (scalars and not all(isinstance(a, Node) for a in node.args)):
+            return None
+        if len({planes.linear for planes in x}) != 1:
+            return None
+        out = _planes(node, x[0].linear)
+        for planes in x:
+            out.grid.join(planes.grid)
+        return Pointwise(node, x, out)
+
     def _live(self) -> None:
         end = len(self.steps)
         for i, step in enumerate(self.steps):
-            if isinstance(step, Sparse):
-                for planes in (step.x, step.out, step.residual):
+            if isinstance(step, Sparse | Pointwise):
+                used = (step.x, step.residual) if isinstance(step, Sparse) else step.x
+                for planes in (*used, step.out):
                     if planes is not None:
                         self.last[planes] = max(i, self.last.get(planes, 0))
             elif isinstance(step, Copy):
@@ -134,7 +171,7 @@ class Plan:
                     self.last[source] = max(i, self.last[source])
         for node, planes in self.planes.items():
             for user in node.users:
-                if not isinstance(user.target, Layer) or user not in self.planes:
+                if user not in self.planes:
                     self.last[planes] = end
 
 
