@@ -19,6 +19,11 @@ from .layer import Layer, MaxPool
 
 aten = torch.ops.aten
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+CONTIGUOUS = (  # functions that take memory as it lies, and planes lie otherwise
+    aten.as_strided.default,
+    aten.view_as_complex.default,
+    aten.view.dtype,
+)
 
 
 class CaptureError(FeatherError):
@@ -72,10 +77,12 @@ def fuse(module: GraphModule) -> GraphModule:
     for node in list(graph.nodes):
         if node.op == "call_module" and node.name.startswith("_guards"):
             graph.erase_node(node)  # of the example's shape; ours are checked
-        elif node.op == "call_function" and node.target is aten.dropout.default:
+        elif node.target is aten.dropout.default and not node.args[2]:
             _replace(node, node.args[0])
         elif node.op == "call_function" and node.target is aten.view.default:
             node.target = aten.reshape.default  # planes cannot always be viewed otherwise
+        elif node.target in CONTIGUOUS:
+            _make_contiguous(graph, node)
     constants = _constants(module)
     alive, uses = set(graph.nodes), Counter[str]()
     for node in list(graph.nodes):
@@ -99,11 +106,13 @@ def _constants(module: GraphModule) -> dict[Node, Tensor]:
             value: Any = module
             for part in str(node.target).split("."):
                 value = getattr(value, part)
-            known[node] = value.detach()
+            if isinstance(value, Tensor):  # not a branch of torch.cond
+                known[node] = value.detach()
         elif (
             node.op == "call_function"
             and node.all_input_nodes
             and all(n in known for n in node.all_input_nodes)
+            and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
             and isinstance(node.meta.get("val"), Tensor)
         ):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
@@ -115,30 +124,44 @@ def _layer(node: Node, constants: dict[Node, Tensor]) -> Layer | None:
     """The layer that a node is, unless its weights depend on the input."""
     if node.op != "call_function":
         return None
+    if node.target not in (
+        *(aten.max_pool2d.default, BATCH_NORM),
+        *(aten.conv2d.default, aten.conv2d.padding, aten.linear.default),
+    ):
+        return None
     args: list[Any] = list(node.args) + [None] * 7
+    x = args[0].meta["val"]
+    images = x.dim() == 4
+    if x.dtype != torch.float32 or not (images or node.target is aten.linear.default):
+        return None
     if node.target is aten.max_pool2d.default:
         kernel, stride = _pair(args[1], 1), _pair(args[2] or args[1], 1)
-        ceil = len(node.args) > 5 and bool(args[5])
-        channels = args[0].meta["val"].shape[-3]
-        if ceil or args[0].meta["val"].dim() != 4 or args[0].meta["val"].dtype != torch.float32:
+        padding, dilation = _pair(args[3], 0), _pair(args[4], 1)
+        if args[5]:  # sizes are rounded up
             return None
-        return MaxPool.of(node.name, channels, kernel, stride, _pair(args[3], 0), _pair(args[4], 1))
-    if node.target is BATCH_NORM and args[0].meta["val"].dim() == 4:
-        channels = args[0].meta["val"].shape[1]
-        identity = Layer(
-            node.name, torch.ones(channels, 1, 1, 1), torch.zeros(channels), groups=channels
-        )
+        return MaxPool.of(node.name, x.shape[1], kernel, stride, padding, dilation)
+    if node.target is BATCH_NORM:
+        channels = x.shape[1]
+        ones = torch.ones(channels, 1, 1, 1, dtype=x.dtype, device="cpu")
+        identity = Layer(node.name, ones, ones.new_zeros(channels), groups=channels)
         return _fold(node, identity, constants)
-    if node.target not in (aten.conv2d.default, aten.linear.default):
-        return None
     weight, bias = constants.get(args[1]), constants.get(args[2])
-    if weight is None or (bias is None and args[2] is not None) or weight.dtype != torch.float32:
+    if weight is None or (bias is None and args[2] is not None) or weight.dim() < 2:
         return None
-    bias = torch.zeros(len(weight)) if bias is None else bias
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    if bias.shape != weight.shape[:1]:
+        return None
     name = str(args[1].target) if args[1].op == "get_attr" else args[1].name
     if node.target is aten.linear.default:
         return Layer(name, weight, bias)
-    stride, padding, dilation = (_pair(a, d) for a, d in zip(args[3:6], (1, 0, 1), strict=True))
+    stride, dilation = _pair(args[3], 1), _pair(args[5], 1)
+    if isinstance(args[4], str):
+        reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if args[4] == "same" and any(r % 2 for r in reach):
+            return None  # more of it at one side
+        padding = (reach[0] // 2, reach[1] // 2) if args[4] == "same" else (0, 0)
+    else:
+        padding = _pair(args[4], 0)
     return Layer(name, weight, bias, stride, padding, dilation, args[6] or 1)
 
 
@@ -154,13 +177,14 @@ def _fuse_layer(graph: Graph, node: Node, layer: Layer, constants: dict[Node, Te
     residual: Node | None = None
     chain = [node, *node.users] if node.target is BATCH_NORM else [node]
     while (user := _only_user(chain[-1])) is not None:
-        if residual is None and (factor := _factor(user, chain[-1], layer, constants)) is not None:
+        sums = layer.combine == "fma" and residual is None
+        if sums and (factor := _factor(user, chain[-1], layer, constants)) is not None:
             layer = layer.scaled(factor)
-        elif residual is None and (folded := _fold(user, layer, constants)) is not None:
+        elif sums and (folded := _fold(user, layer, constants)) is not None:
             layer = folded
             chain.append(user)
             (user,) = user.users
-        elif residual is None and (other := _added(user, chain[-1])) is not None:
+        elif sums and (other := _added(user, chain[-1])) is not None:
             residual = other
         else:
             if (bounds := _bounds(user)) is not None:
@@ -209,7 +233,8 @@ def _factor(user: Node, last: Node, layer: Layer, constants: dict[Node, Tensor])
     out = layer.channels[1]
     shape = (out,) if layer.linear else (out, 1, 1)
     matches = factor.numel() == out and tuple(factor.shape[-len(shape) :]) == shape
-    return factor.reshape(-1) if matches else None
+    same = _shape(user) == _shape(last) and user.meta["val"].dtype == last.meta["val"].dtype
+    return factor.reshape(-1) if matches and same else None
 
 
 def _added(user: Node, last: Node) -> Node | None:
@@ -242,6 +267,17 @@ def _bounds(user: Node) -> tuple[float, float] | None:
                 bounds[i] = float(given)  # type: ignore[arg-type]
         return None if user.kwargs else (bounds[0], bounds[1])
     return None
+
+
+def _make_contiguous(graph: Graph, node: Node) -> None:
+    x = node.args[0]
+    assert isinstance(x, Node)
+    with graph.inserting_before(node):
+        whole = graph.call_function(
+            aten.clone.default, (x,), {"memory_format": torch.contiguous_format}
+        )
+    whole.meta["val"] = x.meta["val"]
+    node.replace_input_with(x, whole)
 
 
 def _replace(node: Node, other: Any) -> None:

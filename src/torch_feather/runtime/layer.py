@@ -109,7 +109,8 @@ class MaxPool(Layer):
         dilation: tuple[int, int],
     ) -> MaxPool:
         """Of each channel by itself."""
-        weight, lowest = torch.ones(channels, 1, *kernel), torch.full((channels,), -math.inf)
+        weight = torch.ones(channels, 1, *kernel, dtype=torch.float32, device="cpu")
+        lowest = weight.new_full((channels,), -math.inf)
         return cls(name, weight, lowest, stride, padding, dilation, channels)
 
     def _combined(self, x: Tensor) -> Tensor:

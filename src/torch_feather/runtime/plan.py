@@ -120,7 +120,7 @@ class Plan:
                 plan.planes[node] = pointwise.out
                 plan.steps.append(pointwise)
                 continue
-            if not (isinstance(layer, Layer) and layer in sparse):
+            if not (isinstance(layer, Layer) and layer in sparse) or plan._mixes(node):
                 if node.op == "call_function":
                     plan.steps.append(Torch(node))
                 continue
@@ -156,6 +156,12 @@ class Plan:
             out.grid.join(planes.grid)
         return Pointwise(node, x, out)
 
+    def _mixes(self, node: Node) -> bool:
+        """Whether a linear layer is to take planes as columns: their rows are not its pixels."""
+        return node.target.linear and any(  # type: ignore[union-attr]
+            n in self.planes and not self.planes[n].linear for n in node.all_input_nodes
+        )
+
     def _live(self) -> None:
         end = len(self.steps)
         for i, step in enumerate(self.steps):
@@ -187,7 +193,7 @@ def suits(node: Node, batch: Any) -> bool:
         isinstance(v, Tensor)
         and v.dim() >= 2
         and str(v.shape[0]) == str(batch)
-        and all(isinstance(n, int) for n in v.shape[1:])
+        and all(isinstance(n, int) and n > 0 for n in v.shape[1:])
         for v in values
     )
 
