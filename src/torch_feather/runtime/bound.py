@@ -107,7 +107,9 @@ class Workspace:
         self.views = {node: self._view(planes) for node, planes in bound.plan.planes.items()}
         self.kept: list[Any] = []  # what addresses in records point to
         self.workers = (
-            ThreadPoolExecutor(bound.threads - 1, "torch-feather") if bound.threads > 1 else None
+            ThreadPoolExecutor(bound.threads - 1, "torch-feather")
+            if bound.threads > 1 and library().team is None
+            else None
         )
         nodes = [n for n in bound.plan.graph.nodes]
         self.slots: list[Any] = []
@@ -187,15 +189,19 @@ class Workspace:
             else:
                 sources.append((self.slot[step.source], read))
         self.kept.append(program)
-        run, threads, barrier = library().run, self.bound.threads, self.barrier.ctypes.data
+        run, team = library().run, library().team
+        threads, barrier = self.bound.threads, self.barrier.ctypes.data
         at, n = program.ctypes.data, len(program)
 
         def call(values: list[Any]) -> None:
             kept = [read(values[slot]) for slot, read in sources]
-            if self.workers is None:
+            self.barrier[0] = 0
+            if threads == 1:
                 run(at, n, 0, 1, barrier)
+            elif team is not None:
+                team(at, n, threads, barrier)
             else:
-                self.barrier[0] = 0
+                assert self.workers is not None
                 others: list[Future[None]] = [
                     self.workers.submit(run, at, n, thread, threads, barrier)
                     for thread in range(1, threads)

@@ -10,8 +10,10 @@ import ctypes
 import functools
 import itertools
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -117,6 +119,9 @@ class Library:
             it masks).
         copies: addresses by distance of the columns in the source, or None for any.
         run: (operations, their number, thread, threads, barrier) -> None; releases the GIL.
+        team: (operations, their number, threads, barrier) -> None, the same by PyTorch's own
+            threads; None where those are not OpenMP's. Others would have to share the cores with
+            PyTorch's, which go on looking for work for a while after each function.
     """
 
     def __init__(self) -> None:
@@ -135,8 +140,11 @@ class Library:
                 *("\n".join(convolution(*v)) for v in variants),
                 *("\n".join(copy(columns)) for columns in COLUMNS),
                 "\n".join(interpreter()),
+                *(("\n".join(team()),) if openmp() else ()),
             ]
         )
+        for name, place in openmp().items():
+            binding.add_symbol(name, place)
         module = binding.parse_assembly(text)
         module.verify()
         features = binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
@@ -153,8 +161,11 @@ class Library:
         address = self._engine.get_function_address
         self.convolutions = {v: address(_name(*v)) for v in variants}
         self.copies = {columns: address(f"copy_{columns}") for columns in COLUMNS}
-        signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p)
-        self.run = signature(address("run"))
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        run = ctypes.CFUNCTYPE(None, pointer, number, number, number, pointer)
+        self.run = run(address("run"))
+        run_team = ctypes.CFUNCTYPE(None, pointer, number, number, pointer)
+        self.team = run_team(address("run_team")) if openmp() else None
 
 
 @functools.cache
@@ -507,6 +518,55 @@ def interpreter() -> Iterator[str]:
     yield "exit:"
     yield "  ret void"
     yield "}"
+
+
+def team() -> Iterator[str]:
+    """`run` by all threads of OpenMP's team."""
+    yield "declare void @GOMP_parallel(ptr, ptr, i32, i32)"
+    yield "declare i32 @omp_get_thread_num()"
+    yield "declare i32 @omp_get_num_threads()"
+    yield "define void @member(ptr %call) {"
+    yield "  %operations = load ptr, ptr %call"
+    yield "  %n.at = getelementptr i64, ptr %call, i64 1"
+    yield "  %n = load i64, ptr %n.at"
+    yield "  %barrier.at = getelementptr i64, ptr %call, i64 2"
+    yield "  %barrier = load ptr, ptr %barrier.at"
+    for name in ("thread_num", "num_threads"):
+        yield f"  %{name}.short = call i32 @omp_get_{name}()"
+        yield f"  %{name} = zext i32 %{name}.short to i64"
+    yield (
+        "  call void @run(ptr %operations, i64 %n, i64 %thread_num, i64 %num_threads, ptr %barrier)"
+    )
+    yield "  ret void"
+    yield "}"
+    yield "define void @run_team(ptr %operations, i64 %n, i64 %threads, ptr %barrier) {"
+    yield "  %call = alloca [3 x i64], align 8"
+    yield "  store ptr %operations, ptr %call"
+    yield "  %n.at = getelementptr i64, ptr %call, i64 1"
+    yield "  store i64 %n, ptr %n.at"
+    yield "  %barrier.at = getelementptr i64, ptr %call, i64 2"
+    yield "  store ptr %barrier, ptr %barrier.at"
+    yield "  %threads.short = trunc i64 %threads to i32"
+    yield "  call void @GOMP_parallel(ptr @member, ptr %call, i32 %threads.short, i32 0)"
+    yield "  ret void"
+    yield "}"
+
+
+@functools.cache
+def openmp() -> dict[str, int]:
+    """Addresses of what `team` calls, in the OpenMP library that PyTorch has loaded, if any."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return {}
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    for path in sorted(set(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)\b\S*", maps))):
+        try:
+            loaded = ctypes.CDLL(path)
+            return {name: ctypes.cast(loaded[name], ctypes.c_void_p).value or 0 for name in names}
+        except (OSError, AttributeError):
+            continue
+    return {}
 
 
 def aligned(count: int, dtype: Any = np.float32) -> np.ndarray:
