@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..errors import FeatherError
+from ..errors import FeatherError, FileFormatError, StateError
 from .bound import Bound, Tile
-from .capture import capture
+from .capture import CaptureError, capture
 from .choose import Choice, choose, milliseconds
 from .layer import Layer
 from .plan import Plan, suits
@@ -45,9 +45,12 @@ def compile_sparse(
         example_input: (batch, ...); other batch sizes will do too. Layers are timed with it.
         threads: for the sparse layers; all others run with PyTorch's own number.
             [default: torch.get_num_threads()]
-        choices: those of another module or `save_choices`; otherwise every layer is timed.
+        choices: those of another module or `save_choices`, of any machine; layers that they do
+            not name are timed. [default: every layer is timed]
 
     Raises:
+        InputError: the example is no batch of float32 tensors on the CPU.
+        FileFormatError: the file of choices is damaged.
         CaptureError: torch.export cannot follow the model.
         RuntimeMissingError: llvmlite is not installed.
     """
@@ -56,6 +59,8 @@ def compile_sparse(
 
 class SparseModule(nn.Module):
     """See `compile_sparse`. Calls may come from several threads at a time.
+
+    It is made for this machine and process, and has no parameters to train or save.
 
     Attributes:
         choices: how each layer runs, by the name of its weight.
@@ -69,15 +74,25 @@ class SparseModule(nn.Module):
         choices: Mapping[str, Choice] | str | Path | None,
     ) -> None:
         super().__init__()
+        if threads < 1:
+            raise InputError(f"threads must be at least 1, not {threads}")
+        if not isinstance(example, Tensor) or example.dtype != torch.float32 or not example.numel():
+            raise InputError("the example must be a batch (batch, ...) of float32, not empty")
         self.threads, self.shape = threads, tuple(example.shape[1:])
-        model = copy.deepcopy(model).eval()
+        try:
+            model = copy.deepcopy(model).eval()
+        except RuntimeError as error:
+            raise CaptureError(
+                f"{type(model).__name__} cannot be copied ({error}). Masks of torch.nn.utils.prune "
+                "must be made permanent first: prune.remove(module, name)"
+            ) from error
         for tensor in (*model.parameters(), *model.buffers(), example):
             if tensor.device.type != "cpu":
                 raise InputError(
                     f"compile_sparse is for the CPU, but something is on {tensor.device}; move "
                     "the model and the example there first"
                 )
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self._captured = capture(model, example)
             self._constants = _constants(self._captured.module)
             graph = self._captured.module.graph
@@ -90,10 +105,11 @@ class SparseModule(nn.Module):
             }
             if isinstance(choices, str | Path):
                 choices = load_choices(choices)
-            self.choices = dict(choices or {})
-            for node, layer in found.items():
-                if layer.name not in self.choices:
-                    self.choices[layer.name] = choose(node, layer, self._batch, threads)
+            known = choices or {}
+            self.choices = {
+                layer.name: known.get(layer.name) or choose(node, layer, self._batch, threads)
+                for node, layer in found.items()
+            }
             layers = list(found.values())
             if choices is None:
                 self.choices = self._fastest(layers, example)
@@ -103,12 +119,19 @@ class SparseModule(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
-        """What the model computes."""
-        if tuple(x.shape[1:]) != self.shape or x.dtype != torch.float32 or x.device.type != "cpu":
+        """What the model computes, in float32."""
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self.forward(x)
+        if (
+            (tuple(x.shape[1:]), x.dtype, x.layout) != (self.shape, torch.float32, torch.strided)
+            or x.device.type != "cpu"
+            or x.dim() == 0
+        ):
             wanted = ("batch", *self.shape)
             raise InputError(
                 f"the network was compiled for float32 inputs ({', '.join(map(str, wanted))}) on "
-                f"the CPU, this is {x.dtype} {tuple(x.shape)} on {x.device}"
+                f"the CPU, this is {x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
             )
         return self._captured.unflatten(self._for_batch(len(x))(x))
 
@@ -136,13 +159,25 @@ class SparseModule(nn.Module):
             )
         with self._lock:
             if batch not in self._bound:
+                plan = self.plan if batch else self._plan([], {})
                 self._bound[batch] = Bound(
-                    self.plan, self._constants, batch, _tiles(self.choices), self.threads
+                    plan, self._constants, batch, _tiles(self.choices), self.threads
                 )
                 while len(self._bound) > BATCH_SIZES:
                     self._bound.popitem(last=False)
             self._bound.move_to_end(batch)
             return self._bound[batch]
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise StateError(_NOT_SAVED)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """There is none.
+
+        Raises:
+            StateError: always.
+        """
+        raise StateError(_NOT_SAVED)
 
     def save_choices(self, path: str | Path) -> None:
         """Write how each layer runs, as JSON, for `compile_sparse(..., choices=path)`."""
@@ -161,9 +196,32 @@ class SparseModule(nn.Module):
 
 
 def load_choices(path: str | Path) -> dict[str, Choice]:
-    """What `save_choices` wrote."""
-    found = json.loads(Path(path).read_text())
-    return {name: Choice(**(c | {"tile": tuple(c["tile"])})) for name, c in found.items()}
+    """What `save_choices` wrote.
+
+    Raises:
+        FileFormatError: it did not write this.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        choices = {name: Choice(**(c | {"tile": tuple(c["tile"])})) for name, c in found.items()}
+        for choice in choices.values():
+            vectors, width = choice.tile
+            times = (t for t in (choice.dense_ms, choice.sparse_ms) if t is not None)
+            if min(vectors, width) < 1 or not isinstance(choice.sparse, bool):
+                raise ValueError(choice)
+            [float(n) for n in (choice.sparsity, *times)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FileFormatError(
+            f"{path} holds no choices of compile_sparse, or is damaged ({error!r}); compile "
+            "without it, and save them anew"
+        ) from error
+    return choices
+
+
+_NOT_SAVED = (
+    "a compiled network is made for this machine and process, and can be neither saved nor copied: "
+    "save the model (feather.save_sparse) and how its layers run (save_choices), and compile again"
+)
 
 
 def _tiles(choices: Mapping[str, Choice]) -> dict[str, Tile]:
