@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from .kernels import BLOCK, COPY, OPERATION, RECORD, TAP, aligned, library, tiles
+from .kernels import BLOCK, COPY, OPERATION, RECORD, TAP, aligned, library, tiles, vector_widths
 from .plan import Copy, Plan, Pointwise, Sparse, Torch
 from .planes import Planes, round_up
 
@@ -41,11 +42,10 @@ class Bound:
             workspace = self._free.pop() if self._free else None
         if workspace is None:
             workspace = Workspace(self)
-        try:
-            return workspace(*inputs)
-        finally:
-            with self._lock:
-                self._free.append(workspace)
+        result = workspace(*inputs)  # one that fails may still be in use by its threads
+        with self._lock:
+            self._free.append(workspace)
+        return result
 
     def _tables(self, step: Sparse) -> dict[str, np.ndarray]:
         taps, grid = step.taps, step.out.grid.root()
@@ -91,6 +91,8 @@ class Bound:
         """The tile of a layer, at most its plane, and the address of its kernel."""
         plane = step.out.grid.root().plane(self.batch)
         count, width = self.tile[step.layer.name]
+        if width not in vector_widths():  # chosen on another machine
+            width = vector_widths()[0]
         fitting = [n for n, w in tiles() if w == width and n <= count and n * w <= plane]
         tile = (max(fitting), width)
         key = (*tile, step.layer.combine, step.residual is not None, "mask" in self.tables[step])
@@ -101,7 +103,7 @@ class Workspace:
     """Memory of one call at a time, and the steps that use it."""
 
     def __init__(self, bound: Bound) -> None:
-        self.bound = bound
+        self.bound = weakref.proxy(bound)  # no cycle: when the one goes, the other's memory goes
         self.memory = torch.from_numpy(aligned(bound.pixels))
         self.barrier = np.zeros(16, np.int64)
         self.views = {node: self._view(planes) for node, planes in bound.plan.planes.items()}
@@ -190,25 +192,29 @@ class Workspace:
                 sources.append((self.slot[step.source], read))
         self.kept.append(program)
         run, team = library().run, library().team
-        threads, barrier = self.bound.threads, self.barrier.ctypes.data
+        threads, workers = self.bound.threads, self.workers
+        arrivals, barrier = self.barrier, self.barrier.ctypes.data
         at, n = program.ctypes.data, len(program)
 
         def call(values: list[Any]) -> None:
             kept = [read(values[slot]) for slot, read in sources]
-            self.barrier[0] = 0
+            arrivals[0] = 0
             if threads == 1:
                 run(at, n, 0, 1, barrier)
             elif team is not None:
                 team(at, n, threads, barrier)
             else:
-                assert self.workers is not None
-                others: list[Future[None]] = [
-                    self.workers.submit(run, at, n, thread, threads, barrier)
-                    for thread in range(1, threads)
-                ]
-                run(at, n, 0, threads, barrier)
-                for other in others:
-                    other.result()
+                assert workers is not None
+                others: list[Future[None]] = []
+                try:
+                    for thread in range(1, threads):
+                        others.append(workers.submit(run, at, n, thread, threads, barrier))
+                    run(at, n, 0, threads, barrier)
+                    for other in others:
+                        other.result()
+                except BaseException:
+                    arrivals[0] = 1 << 62  # nobody waits for a thread that does not come
+                    raise
             del kept
 
         return call
@@ -254,6 +260,7 @@ class Workspace:
         def read(x: Tensor) -> Tensor:
             if step.out.linear:
                 x = x.reshape(batch, width, channels).permute(0, 2, 1).unsqueeze(2)
+            x = x.resolve_neg()
             image, channel, row, column = x.stride()
             record["source"] = x.data_ptr()
             record["source_image"], record["source_channel"] = image, channel

@@ -42,8 +42,7 @@ TRY_FROM = 0.3  # sparsity; below, a sparse layer does nearly all the work witho
 def choose(node: Node, layer: Layer, batch: int, threads: int) -> Choice:
     """Time a layer both ways on random input of the size that it has in the graph."""
     sparsity = layer.sparsity
-    x = _random(node.all_input_nodes[0], batch)
-    residual = [_random(n, batch) for n in node.all_input_nodes[1:]]
+    x, *residual = (_random(n, batch) for n in node.args if isinstance(n, Node))
     dense = milliseconds(lambda: layer(x, *residual))
     by_channel = layer.groups == layer.channels[1] > 1  # few taps, sparse or not
     if sparsity < TRY_FROM and not by_channel:
@@ -88,4 +87,6 @@ def milliseconds(call: Callable[[], object], enough: float = 0.01, most: int = 3
 
 
 def _random(node: Node, batch: int) -> Tensor:
-    return torch.rand(batch, *(int(n) for n in node.meta["val"].shape[1:]))
+    shape = (batch, *(int(n) for n in node.meta["val"].shape[1:]))
+    generator = torch.Generator().manual_seed(0)  # the user's stays as it is
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")

@@ -11,6 +11,7 @@ import functools
 import itertools
 import platform
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,9 +170,17 @@ class Library:
 
 
 @functools.cache
+def _library() -> Library:
+    return Library()
+
+
+_compiling = threading.Lock()
+
+
 def library() -> Library:
     """Compiled once per process, in about a second."""
-    return Library()
+    with _compiling:  # addresses in a second one would not live as long
+        return _library()
 
 
 def _name(vectors: int, width: int, combine: str, residual: bool, mask: bool) -> str:

@@ -76,7 +76,8 @@ class SparseModule(nn.Module):
         super().__init__()
         if threads < 1:
             raise InputError(f"threads must be at least 1, not {threads}")
-        if not isinstance(example, Tensor) or example.dtype != torch.float32 or not example.numel():
+        batch = isinstance(example, Tensor) and example.dim() > 0 and example.numel() > 0
+        if not batch or example.dtype != torch.float32:
             raise InputError("the example must be a batch (batch, ...) of float32, not empty")
         self.threads, self.shape = threads, tuple(example.shape[1:])
         try:
