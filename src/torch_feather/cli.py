@@ -281,6 +281,50 @@ def export(
 
 
 @app.command()
+def bench(
+    run: RunArgument,
+    batch: Annotated[int, typer.Option(help="Images per call.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of this machine.")] = 1,
+    choices: Annotated[
+        Path | None,
+        typer.Option(help="How each layer runs: read where the file exists, else written."),
+    ] = None,
+    data_path: Annotated[
+        str | None, typer.Option(help="Where the data is now, for old runs.")
+    ] = None,
+) -> None:
+    """Time the network of RUN on this CPU: dense, as PyTorch runs it, and sparse.
+
+    Shows for each layer how long it takes both ways, and which way it runs.
+    """
+    import torch
+
+    from .export.run import load_network
+    from .runtime import compile_sparse
+    from .runtime.timing import alternate
+    from .training.checkpoint import RunDirectory
+
+    torch.set_num_threads(threads)
+    model, example = load_network(RunDirectory(run), data_path)
+    model.eval()
+    x = torch.randn(batch, *example.shape[1:])
+    known = choices if choices is not None and choices.exists() else None
+    sparse = compile_sparse(model, x, threads=threads, choices=known)
+    if choices is not None and known is None:
+        sparse.save_choices(choices)
+    with torch.inference_mode():
+        dense_ms, sparse_ms = alternate([lambda: model(x), lambda: sparse(x)])
+        wanted, found = model(x), sparse(x)
+    error = float((wanted - found).abs().max() / wanted.abs().max())
+    typer.echo(f"{sparse}\n")
+    typer.echo(
+        f"batch {batch}, {threads} thread(s): PyTorch {dense_ms:.3f} ms, sparse {sparse_ms:.3f} "
+        f"ms, {dense_ms / sparse_ms:.2f} times as fast; largest difference {error:.1e} of the "
+        "largest output"
+    )
+
+
+@app.command()
 def methods() -> None:
     """List what --method accepts, with each method's options and their defaults."""
     from rich.table import Table

@@ -54,15 +54,15 @@ def export_run(
     if format == "sparse":
         save_sparse(_tensors(run), path, dtype=dtype, metadata=about(run))
     elif format == "onnx":
-        export_onnx(*_network(run, data_path), path)
+        export_onnx(*load_network(run, data_path), path)
     elif path.resolve() != run.model_file.resolve():
         with open(run.model_file, "rb") as file:
             replace_file(path, lambda new: shutil.copyfileobj(file, new))
     return path
 
 
-def _network(run: RunDirectory, data_path: str | None) -> tuple[nn.Module, Tensor]:
-    """As it was trained, and one input."""
+def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Module, Tensor]:
+    """The network of a finished run as it was trained, and one input of zeros."""
     config, results = run.read_config(), run.read_report()
     if "input_shape" in results:
         shape, classes = results["input_shape"], results["classes"]

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -99,6 +99,17 @@ class Bound:
         return tile, library().convolutions[key]
 
 
+class Call(NamedTuple):
+    """A part of a run: given the values of the nodes so far, it adds some, or writes planes.
+
+    Attributes:
+        steps: what it computes in machine code.
+    """
+
+    run: Callable[[list[Any]], None]
+    steps: Sequence[Sparse | Copy] = ()
+
+
 class Workspace:
     """Memory of one call at a time, and the steps that use it."""
 
@@ -132,7 +143,7 @@ class Workspace:
         for slot, x in zip(self.inputs, inputs, strict=True):
             values[slot] = x
         for call in self.calls:
-            call(values)
+            call.run(values)
         return map_arg(self.output, lambda node: self._own(values[self.slot[node]]))
 
     def _own(self, value: Any) -> Any:
@@ -149,7 +160,7 @@ class Workspace:
     def _view(self, planes: Planes) -> Tensor:
         return planes.view(self._part(planes), self.bound.batch)
 
-    def _calls(self) -> Iterator[Callable[[list[Any]], None]]:
+    def _calls(self) -> Iterator[Call]:
         steps = self.bound.plan.steps
         last: dict[Node, int] = {}
         for i, step in enumerate(steps):
@@ -164,15 +175,16 @@ class Workspace:
         ):
             if native:
                 run = [step for _, step in group if isinstance(step, machine)]
-                yield self.native(run)
-                yield from self._exports({step.out for step in run})
+                yield Call(self.native(run), run)
+                for export in self._exports({step.out for step in run}):
+                    yield Call(export)
                 continue
             for i, step in group:
                 if isinstance(step, Pointwise):
-                    yield self._pointwise(step)
+                    yield Call(self._pointwise(step))
                 elif isinstance(step, Torch):
                     unused = [n for n in step.node.all_input_nodes if last[n] == i]
-                    yield self._torch(step.node, unused)
+                    yield Call(self._torch(step.node, unused))
 
     def native(self, steps: Sequence[Sparse | Copy]) -> Callable[[list[Any]], None]:
         """One call into machine code that computes all of `steps`."""

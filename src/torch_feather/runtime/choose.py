@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +13,7 @@ from .bound import Bound, Tile, Workspace
 from .kernels import tiles
 from .layer import Layer
 from .plan import Plan, Sparse
+from .timing import milliseconds
 
 
 @dataclass(frozen=True)
@@ -73,17 +71,6 @@ def alone(node: Node, layer: Layer) -> Plan:
     only.meta["val"] = node.meta["val"]
     graph.output(only)
     return Plan.of(graph, [layer])
-
-
-def milliseconds(call: Callable[[], object], enough: float = 0.01, most: int = 30) -> float:
-    """Median time of a call: of as many as take `enough` seconds, of at least 3."""
-    call()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < enough and len(times) < most):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
 
 
 def _random(node: Node, batch: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,9 +19,10 @@ from torch.fx import GraphModule
 from ..errors import FeatherError, FileFormatError, StateError
 from .bound import Bound, Tile
 from .capture import CaptureError, capture
-from .choose import Choice, choose, milliseconds
+from .choose import Choice, choose
 from .layer import Layer
-from .plan import Plan, suits
+from .plan import Plan, Torch, suits
+from .timing import milliseconds
 
 BATCH_SIZES = 4  # for which tables are kept
 
@@ -193,6 +194,14 @@ class SparseModule(nn.Module):
             dense, sparse = (" " * 10 if t is None else f"{t:10.3f}" for t in times)
             how = f"sparse, {c.tile[0]} x {c.tile[1]}" if c.sparse else "dense"
             lines.append(f"{name:40} {100 * c.sparsity:6.2f} % {dense} {sparse}  {how}")
+        others = Counter(
+            str(step.node.target).removeprefix("aten.")
+            for step in self.plan.steps
+            if isinstance(step, Torch) and not isinstance(step.node.target, Layer)
+        )
+        if others:
+            told = ", ".join(f"{n} x {name}" if n > 1 else name for name, n in others.items())
+            lines.append(f"in PyTorch: {told}")
         return "\n".join(lines)
 
 

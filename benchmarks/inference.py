@@ -1,0 +1,279 @@
+"""Milliseconds of a network on this CPU: dense systems, and ours at several sparsities.
+
+The weights are those of a training run (its latent ones, so that every sparsity can be had), pruned
+by global magnitude, or with the layers' densities by ERK (Mocanu et al., 2018; Evci et al., 2020).
+All contestants of a row take turns on the same input; a time is a median, a ratio one of medians.
+
+    python benchmarks/inference.py --run runs/resnet50 --run runs/mobilenet \\
+        --json results/inference.json
+
+The extra packages: pip install openvino onnxruntime onnx onnxscript; what is missing is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import torch_feather as feather
+from torch_feather import models
+from torch_feather.allocation import ERK, Global
+from torch_feather.prunable import find_prunable
+from torch_feather.runtime.bound import Workspace
+from torch_feather.runtime.kernels import llvm, vector_widths
+from torch_feather.runtime.layer import MaxPool
+from torch_feather.runtime.plan import Copy, Sparse
+from torch_feather.runtime.timing import alternate
+from torch_feather.training.checkpoint import RunDirectory
+from torch_feather.training.provenance import provenance
+
+Call = Callable[[], object]
+ALLOCATIONS = {"global": Global, "erk": ERK}
+
+
+def trained(run: RunDirectory, classes: int) -> nn.Module:
+    """The network of a run with its latent weights; a checkpoint of SGD."""
+    model = models.create(run.read_config().network, classes)
+    run.load_model(model)
+    state = torch.load(run.path / "checkpoints" / "last.pt", weights_only=True)["optimizer"]
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    with torch.no_grad():
+        for index, weight in zip(state["param_groups"][0]["params"], weights, strict=True):
+            weight.copy_(state["state"][index]["feather_latent"])
+    return model
+
+
+def prune(run: RunDirectory, classes: int, sparsity: float, allocation: str) -> nn.Module:
+    model = trained(run, classes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier = feather.sparsify(
+        model,
+        optimizer,
+        "hard-ste",
+        sparsity=sparsity,
+        total_steps=1,
+        schedule="constant",
+        allocation=ALLOCATIONS[allocation](),
+    )
+    pruned = sparsifier.finalize()
+    assert abs(feather.sparsity(pruned) - sparsity) < 1e-4
+    return pruned.eval()
+
+
+def dense_systems(model: nn.Module, x: Tensor, threads: int) -> dict[str, Call]:
+    """What else runs the network here."""
+    systems: dict[str, Call] = {"PyTorch": lambda: model(x)}
+    compiled = torch.compile(model)
+    systems["torch.compile"] = lambda: compiled(x)
+    try:
+        import onnxruntime
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            session = onnxruntime.InferenceSession(path, options)
+        name = session.get_inputs()[0].name
+        systems["onnxruntime"] = lambda: session.run(None, {name: x.numpy()})
+    except ImportError:
+        pass
+    try:
+        import openvino
+    except ImportError:
+        return systems
+    graph = openvino.convert_model(model, example_input=x, input=list(x.shape))
+    core = openvino.Core()
+    for label, precision in (("OpenVINO f32", "f32"), ("OpenVINO default", None)):
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        if precision:
+            settings["INFERENCE_PRECISION_HINT"] = precision
+        request = core.compile_model(graph, "CPU", settings).create_infer_request()
+        systems[label] = lambda request=request: request.infer([x.numpy()], share_inputs=True)
+    return systems
+
+
+def peak() -> float:
+    """Multiply-adds in 1e9 per second of one core, on registers alone."""
+    w = vector_widths()[0]
+    v, chains, rounds = f"<{w} x float>", 12, 20_000_000
+    phis = "\n".join(
+        f"  %a{i} = phi {v} [ zeroinitializer, %entry ], [ %b{i}, %loop ]" for i in range(chains)
+    )
+    fmas = "\n".join(
+        f"  %b{i} = call {v} @llvm.fma.v{w}f32({v} %a{i}, {v} %x, {v} %x)" for i in range(chains)
+    )
+    sums = "\n".join(
+        f"  %s{i} = fadd {v} {f'%s{i - 1}' if i else 'zeroinitializer'}, %b{i}"
+        for i in range(chains)
+    )
+    code = f"""
+declare {v} @llvm.fma.v{w}f32({v}, {v}, {v})
+define void @peak(ptr %p, i64 %n) {{
+entry:
+  %x = load {v}, ptr %p, align 4
+  br label %loop
+loop:
+  %i = phi i64 [ 0, %entry ], [ %j, %loop ]
+{phis}
+{fmas}
+  %j = add i64 %i, 1
+  %more = icmp ult i64 %j, %n
+  br i1 %more, label %loop, label %exit
+exit:
+{sums}
+  store {v} %s{chains - 1}, ptr %p, align 4
+  ret void
+}}"""
+    binding = llvm()
+    module = binding.parse_assembly(code)
+    machine = binding.Target.from_default_triple().create_target_machine(
+        cpu=binding.get_host_cpu_name(),
+        features=binding.get_host_cpu_features().flatten() + ",-prefer-256-bit",
+        opt=3,
+    )
+    engine = binding.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(
+        engine.get_function_address("peak")
+    )
+    memory = np.zeros(w, np.float32)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        function(memory.ctypes.data, rounds)
+        best = min(best, time.perf_counter() - start)
+    return rounds * chains * w / best / 1e9
+
+
+def breakdown(module: feather.runtime.SparseModule, x: Tensor) -> dict[str, float]:
+    """Milliseconds by kind of step, each step timed by itself in the order of the network."""
+    bound = module._for_batch(len(x))
+    workspace = Workspace(bound)
+    workspace(x)
+    calls: list[tuple[str, Callable[[list[Any]], None]]] = []
+    for call in workspace.calls:
+        if not call.steps:
+            calls.append(("PyTorch", call.run))
+        calls += [(kind(step), workspace.native([step])) for step in call.steps]
+    rounds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(15):
+        spent: Counter[str] = Counter()
+        values = list(workspace.slots)
+        values[workspace.inputs[0]] = x
+        for name, run in calls:
+            start = time.perf_counter()
+            run(values)
+            spent[name] += time.perf_counter() - start
+        for name, seconds in spent.items():
+            rounds[name].append(1e3 * seconds)
+    return {name: float(np.median(times)) for name, times in rounds.items()}
+
+
+def kind(step: Sparse | Copy) -> str:
+    if isinstance(step, Copy):
+        return "copies"
+    if isinstance(step.layer, MaxPool):
+        return "pooling"
+    if step.layer.linear:
+        return "linear"
+    size = "x".join(map(str, step.layer.weight.shape[2:]))
+    return f"{'depthwise ' * (step.layer.groups > 1)}{size}"
+
+
+def multiply_adds(module: feather.runtime.SparseModule) -> int:
+    """Those of nonzero weights in layers that run sparse, for one image."""
+    return sum(
+        len(step.taps.values) * step.out.height * step.out.width
+        for step in module.plan.steps
+        if isinstance(step, Sparse) and not isinstance(step.layer, MaxPool)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, action="append", required=True)
+    parser.add_argument("--classes", type=int, default=10, help="of the runs")
+    parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.98, 0.99])
+    parser.add_argument("--extra", type=float, nargs="*", default=[], help="more sparsities")
+    parser.add_argument("--allocation", nargs="+", default=list(ALLOCATIONS))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    machine = provenance(torch.device("cpu"))
+    rows: list[dict[str, Any]] = []
+    top = peak()
+    print(f"{machine['hardware']['cpu']}: {top:.1f} G multiply-adds per second and core at most")
+    print(f"{machine['versions']}, commit {machine['commit']}\n")
+    for path in options.run:
+        run = RunDirectory(path)
+        network = run.read_config().network
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            for batch in options.batch:
+                x = torch.randn(batch, 3, options.size, options.size)
+                head = {"network": network, "threads": threads, "batch": batch}
+                reference = prune(run, options.classes, 0.95, "global")
+                systems = dense_systems(reference, x, threads)
+                with torch.inference_mode():
+                    times = alternate(list(systems.values()), rounds=7 if batch == 1 else 3)
+                dense = dict(zip(systems, times, strict=True))
+                del systems
+                rows.append(head | {"system": "dense", "ms": dense})
+                print(f"{network}, {threads} thread(s), batch {batch}:")
+                print("  " + ", ".join(f"{name} {ms:.2f}" for name, ms in dense.items()) + " ms")
+                base = dense.get("OpenVINO f32", dense["PyTorch"])
+                for allocation in options.allocation:
+                    for sparsity in sorted({*options.sparsity, *options.extra}):
+                        model = prune(run, options.classes, sparsity, allocation)
+                        module = feather.compile_sparse(model, x, threads=threads)
+                        with torch.inference_mode():
+                            wanted, found = model(x), module(x)
+                            (ms,) = alternate([lambda m=module: m(x)], rounds=15, seconds=0.5)
+                        error = float((wanted - found).abs().max() / wanted.abs().max())
+                        used = multiply_adds(module) * batch / ms / 1e6
+                        row = head | {
+                            "system": "ours",
+                            "allocation": allocation,
+                            "sparsity": sparsity,
+                            "ms": ms,
+                            "of_openvino_f32": base / ms,
+                            "error": error,
+                            "sparse_layers": sum(c.sparse for c in module.choices.values()),
+                            "layers": len(module.choices),
+                            "gmacs_per_s": used,
+                            "of_peak": used / top / threads,
+                            "parts_ms": breakdown(module, x),
+                        }
+                        rows.append(row)
+                        parts = ", ".join(f"{k} {v:.2f}" for k, v in row["parts_ms"].items())
+                        print(
+                            f"  ours {allocation:6} {100 * sparsity:5.1f} %: {ms:8.2f} ms, "
+                            f"{base / ms:5.2f} x OpenVINO f32, error {error:.0e}, "
+                            f"{row['sparse_layers']} of {row['layers']} layers sparse, "
+                            f"{used:5.1f} G/s = {100 * row['of_peak']:.0f} % of peak; {parts}",
+                            flush=True,
+                        )
+                        if options.json:
+                            result = {**machine, "peak_gmacs_per_s": top, "rows": rows}
+                            options.json.write_text(json.dumps(result, indent=1) + "\n")
+                print()
+
+
+if __name__ == "__main__":
+    main()
