@@ -110,7 +110,9 @@ def test_the_frontier_is_what_nothing_beats_at_its_cost_or_below():
     assert flops.frontier(points) == [(1, 5), (2, 9), (4, 10)]
 
 
-@pytest.mark.parametrize(("step", "word"), [(-1, "the earlier the smaller θ is"), (1, "does not settle")])
+@pytest.mark.parametrize(
+    ("step", "word"), [(-1, "the earlier the smaller θ is"), (1, "does not settle")]
+)
 def test_stability_says_whether_masks_settle_in_the_order_of_theta(row, step, word):
     rows = [
         row(seed=seed, label=stability.name(theta))

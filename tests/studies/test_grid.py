@@ -150,7 +150,7 @@ def test_a_study_that_was_ended_goes_on(tmp_path, how):
     while not begun.exists() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.05)
     os.killpg(process.pid, how)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "Traceback" not in errors
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

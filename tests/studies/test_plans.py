@@ -1,12 +1,15 @@
 """What each study trains, under which names, and within which budget."""
 
 import math
+import shlex
+from pathlib import Path
 
 import pytest
+import typer
 
 from torch_feather.errors import ConfigurationError
 from torch_feather.studies import STUDIES
-from torch_feather.studies.command import base
+from torch_feather.studies.command import app, base
 from torch_feather.studies.study import Choices, grid, name_of
 from torch_feather.training.config import apply, resolve_config
 
@@ -128,3 +131,30 @@ def test_on_the_digits_a_study_takes_at_most_ten_minutes_of_two_cores(name):
         for run in plan(name)
     )
     assert seconds / 2 <= 600
+
+
+DOCS = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
+COMMANDS = [line.split("  #")[0] for line in DOCS.splitlines() if line[:18] == "    feather study "]
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=[line[18:] for line in COMMANDS])
+def test_the_commands_of_the_documentation_can_be_given(line):
+    words = shlex.split(line)[2:]
+    if words == ["NAME"]:
+        return
+    group = typer.main.get_command(app)
+    command = group.commands[words[0]]
+    given = command.make_context(words[0], words[1:]).params
+    study = STUDIES[words[0]]
+    config = base(study, given["recipe"], given["data"], given["data_path"], given["settings"])
+    assert study.plan(config, Choices([0.9], [0], (study.methods or "").split(","))) or (
+        words[0] == "recipe"
+    )
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_is_documented_at_three_scales(name):
+    _, _, rest = DOCS.partition(f"\n## `{name}`\n")
+    commands = [line for line in rest.partition("\n## ")[0].splitlines() if "feather study" in line]
+    assert all(f"feather study {name}" in line for line in commands)
+    assert len(commands) == (1 if name == "recipe" else 3)

@@ -136,11 +136,18 @@ def ray_tasks(address: str, jobs: int) -> Iterator[Submit]:
         ray.shutdown()
 
 
+_stopped = False  # in a process of the pool: one run is handed to it in advance
+
+
 def _attempt(run: Run, folder: Path, deadline: float | None) -> tuple[Row | None, str | None]:
     """The run's row, or why it failed; neither if it was too late to start it."""
+    global _stopped
+    if _stopped:
+        raise Interrupted(f"{run.name}: not started")
     try:
         return _train(run, RunDirectory(folder / run.name), deadline), None
     except Interrupted:
+        _stopped = True
         raise
     except FeatherError as error:
         return None, str(error)
