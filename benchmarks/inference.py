@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from torch import Tensor, nn
 import torch_feather as feather
 from torch_feather import models
 from torch_feather.allocation import ERK, Global
-from torch_feather.prunable import find_prunable
 from torch_feather.runtime.bound import Workspace
 from torch_feather.runtime.kernels import llvm, vector_widths
 from torch_feather.runtime.layer import MaxPool
@@ -244,7 +244,7 @@ def main() -> None:
                         module = feather.compile_sparse(model, x, threads=threads)
                         with torch.inference_mode():
                             wanted, found = model(x), module(x)
-                            (ms,) = alternate([lambda m=module: m(x)], rounds=15, seconds=0.5)
+                            (ms,) = alternate([partial(module, x)], rounds=15, seconds=0.5)
                         error = float((wanted - found).abs().max() / wanted.abs().max())
                         used = multiply_adds(module) * batch / ms / 1e6
                         row = head | {

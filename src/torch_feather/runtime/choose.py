@@ -34,7 +34,7 @@ class Choice:
     sparse_ms: float | None = None
 
 
-TRY_FROM = 0.3  # sparsity; below, a sparse layer does nearly all the work without the dense tricks
+HOPELESS = 2.5  # times the dense layer: no other tile makes up for that
 
 
 def choose(node: Node, layer: Layer, batch: int, threads: int) -> Choice:
@@ -42,9 +42,6 @@ def choose(node: Node, layer: Layer, batch: int, threads: int) -> Choice:
     sparsity = layer.sparsity
     x, *residual = (_random(n, batch) for n in node.args if isinstance(n, Node))
     dense = milliseconds(lambda: layer(x, *residual))
-    by_channel = layer.groups == layer.channels[1] > 1  # few taps, sparse or not
-    if sparsity < TRY_FROM and not by_channel:
-        return Choice(False, tiles()[0], sparsity, dense)
     plan, times = alone(node, layer), {}
     (step,) = (s for s in plan.steps if isinstance(s, Sparse))
     tile = {layer.name: tiles()[0]}
@@ -55,6 +52,8 @@ def choose(node: Node, layer: Layer, batch: int, threads: int) -> Choice:
         if bound.kernel(step)[0] == tile[layer.name]:  # fits
             run = partial(workspace.native([step]), workspace.slots)
             times[tile[layer.name]] = milliseconds(run, enough=0.002)
+        if len(times) > 2 and min(times.values()) > HOPELESS * dense:
+            break
     best = min(times, key=times.__getitem__)
     return Choice(times[best] < dense, best, sparsity, dense, times[best])
 
