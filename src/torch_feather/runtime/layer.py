@@ -125,6 +125,9 @@ def pack(layer: Layer) -> Tensor | bool:
     """
     if not torch.backends.mkldnn.is_available():
         return False
+    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.weight.shape[2:], strict=True)]
+    if any(p > r for p, r in zip(layer.padding, reach, strict=True)):
+        return False  # it may crash where a window sees nothing but padding
     try:
         return torch.ops.mkldnn._reorder_convolution_weight(
             layer.weight, layer.padding, layer.stride, layer.dilation, layer.groups, []
