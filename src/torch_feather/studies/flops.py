@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from ..analysis.plots import GREY, look, panel
 from ..training.config import DENSE, Config
@@ -131,7 +132,9 @@ def _stairs(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
 
 def _macs_axis(axes: Axes) -> None:
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.set_xlabel("multiply-adds an image, millions (logarithmic)")
 
 

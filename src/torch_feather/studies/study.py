@@ -42,6 +42,10 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
+    def is_text(self, column: int) -> bool:
+        """Whether the column holds words, not numbers alone."""
+        return column == 0 or any(row[column][:1].isalpha() for row in self.rows)
+
 
 @dataclass(frozen=True)
 class Part:
