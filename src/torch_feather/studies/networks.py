@@ -34,7 +34,8 @@ def answer(rows: Sequence[Row], config: Config) -> Answer:
             continue
         told, differences = against(mine, compare.first_and_others(mine))
         sentences += [f"{name}: {sentence}" for sentence in told]
-        tables += [accuracy_table(mine, name), *differences]
+        tables.append(accuracy_table(mine, name))
+        tables += [replace(table, caption=f"{name}: {table.caption}") for table in differences]
         if labels(mine):
             caption = f"{name}: mean over seeds; bars: ± one standard deviation."
             pictures.append(Picture(network, over_sparsity(mine), caption))
