@@ -15,11 +15,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from .kernels import BLOCK, COPY, OPERATION, RECORD, TAP, aligned, library, tiles, vector_widths
+from .kernels import BLOCK, COPY, OPERATION, RECORD, Tile, aligned, library, tiles, vector_widths
 from .plan import Copy, Plan, Pointwise, Sparse, Torch
 from .planes import Planes, round_up
-
-Tile = tuple[int, int]  # vectors, floats per vector
 
 
 class Bound:
@@ -31,7 +29,7 @@ class Bound:
     ) -> None:  # fmt: skip
         self.plan, self.constants, self.batch, self.threads = plan, constants, batch, threads
         self.tile = tile
-        self.tables = {s: self._tables(s) for s in plan.steps if isinstance(s, Sparse)}
+        self._tables: dict[tuple[Sparse, int], dict[str, np.ndarray]] = {}
         self.places, self.pixels = self._allocate()
         self._free: list[Workspace] = []
         self._lock = threading.Lock()
@@ -47,26 +45,30 @@ class Bound:
             self._free.append(workspace)
         return result
 
-    def _tables(self, step: Sparse) -> dict[str, np.ndarray]:
-        taps, grid = step.taps, step.out.grid.root()
-        offsets = taps.offsets(grid, self.batch)
-        if len(offsets) and offsets.max() > np.iinfo(np.int32).max - 2 * grid.edge:
-            raise ValueError(
-                f"{step.layer.name}: a batch of {self.batch} makes planes of more than 2^31 "
-                "numbers; split the batch"
-            )
-        table = aligned(len(offsets), TAP)
-        table["offset"], table["value"] = offsets, taps.values
-        tables = {
-            "taps": table,
-            "rows": taps.rows,
-            "bias": np.ascontiguousarray(step.layer.bias.numpy()),
-            "blocks": taps.blocks(self.threads),
-        }
-        mask = step.out.mask(self.batch)
-        if mask is not None:
-            tables["mask"] = mask
-        return tables
+    def tables(self, step: Sparse) -> dict[str, np.ndarray]:
+        """What the record of a layer points to, for the tile that it has."""
+        channels = self.shape_of(step).channels
+        if (step, channels) not in self._tables:
+            grouped, grid = step.taps.grouped(channels), step.out.grid.root()
+            try:
+                taps = grouped.table(grid, self.batch)
+            except OverflowError:
+                raise ValueError(
+                    f"{step.layer.name}: a batch of {self.batch} makes planes of more than 2^31 "
+                    "numbers; split the batch"
+                ) from None
+            tables = {
+                "taps": taps,
+                "rows": grouped.rows,
+                "channels": grouped.order,
+                "bias": np.ascontiguousarray(step.layer.bias.numpy()),
+                "blocks": grouped.blocks(self.threads),
+            }
+            mask = step.out.mask(self.batch)
+            if mask is not None:
+                tables["mask"] = mask
+            self._tables[step, channels] = tables
+        return self._tables[step, channels]
 
     def _allocate(self) -> tuple[dict[Planes, int], int]:
         """Where each activation begins; what is not used at the same time may share a place."""
@@ -87,15 +89,24 @@ class Bound:
             total = max(total, start + size)
         return places, total
 
-    def kernel(self, step: Sparse) -> tuple[Tile, int]:
-        """The tile of a layer, at most its plane, and the address of its kernel."""
-        plane = step.out.grid.root().plane(self.batch)
-        count, width = self.tile[step.layer.name]
+    def shape_of(self, step: Sparse) -> Tile:
+        """The tile that a layer has: the one chosen, or what comes next to it and fits."""
+        plane, channels = step.out.grid.root().plane(self.batch), step.layer.channels[1]
+        wanted = Tile(*self.tile[step.layer.name])
+        width = wanted.width
         if width not in vector_widths():  # chosen on another machine
             width = vector_widths()[0]
-        fitting = [n for n, w in tiles() if w == width and n <= count and n * w <= plane]
-        tile = (max(fitting), width)
-        key = (*tile, step.layer.combine, step.residual is not None, "mask" in self.tables[step])
+        alike = [t for t in tiles() if t.width == width and t.vectors * width <= plane]
+        most = wanted.channels if step.layer.combine == "fma" else 1
+        shared = max(t.channels for t in alike if t.channels <= most and not channels % t.channels)
+        fitting = [t for t in alike if t.channels == shared]
+        smaller = [t for t in fitting if t.vectors <= wanted.vectors]
+        return max(smaller) if smaller else min(fitting)
+
+    def kernel(self, step: Sparse) -> tuple[Tile, int]:
+        """The tile of a layer, and the address of its kernel."""
+        tile, masks = self.shape_of(step), "mask" in self.tables(step)
+        key = (tile, step.layer.combine, step.residual is not None, masks)
         return tile, library().convolutions[key]
 
 
@@ -232,8 +243,8 @@ class Workspace:
         return call
 
     def _sparse(self, step: Sparse, record: np.ndarray, operation: np.void) -> None:
-        (count, width), operation["kernel"] = self.bound.kernel(step)
-        tables, grid = self.bound.tables[step], step.out.grid.root()
+        tile, operation["kernel"] = self.bound.kernel(step)
+        tables, grid = self.bound.tables(step), step.out.grid.root()
         plane = grid.plane(self.bound.batch)
         for name, table in tables.items():
             record[name] = table.ctypes.data
@@ -243,10 +254,11 @@ class Workspace:
         part, used = self._part(step.out), grid.edge + step.out.channels * plane
         record["lead"], record["lead_bytes"] = part.data_ptr(), 4 * grid.edge
         record["trail"], record["trail_bytes"] = part.data_ptr() + 4 * used, 4 * grid.edge
-        record["plane"], record["last"] = plane, plane - count * width
+        pixels = tile.vectors * tile.width
+        record["plane"], record["last"] = plane, plane - pixels
         record["n_blocks"] = len(tables["blocks"]) - 1
         record["low"], record["high"] = step.layer.low, step.layer.high
-        operation["items"] = -(-plane // (count * width)) * (len(tables["blocks"]) - 1)
+        operation["items"] = -(-plane // pixels) * (len(tables["blocks"]) - 1)
 
     def _first(self, planes: Planes) -> int:
         return self._part(planes).data_ptr() + 4 * planes.grid.root().edge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .bound import Bound, Tile, Workspace
-from .kernels import tiles
+from .bound import Bound, Workspace
+from .kernels import Tile, tiles
 from .layer import Layer
 from .plan import Plan, Sparse
+from .planes import Grid
 from .timing import milliseconds
 
 
@@ -22,7 +24,7 @@ class Choice:
 
     Attributes:
         sparse: as such, or densely in PyTorch.
-        tile: vectors and floats per vector that are held in registers.
+        tile: what is held in registers.
         sparsity: share of the layer's weights that is zero.
         dense_ms, sparse_ms: measured; None where it was not tried.
     """
@@ -34,16 +36,18 @@ class Choice:
     sparse_ms: float | None = None
 
 
-HOPELESS = 2.5  # times the dense layer: no other tile makes up for that
+def choose(node: Node, layer: Layer, batch: int, threads: int, grid: Grid | None = None) -> Choice:
+    """Time a layer both ways on random input of the size that it has in the graph.
 
-
-def choose(node: Node, layer: Layer, batch: int, threads: int) -> Choice:
-    """Time a layer both ways on random input of the size that it has in the graph."""
+    `grid`: that it has among other sparse layers, which may need more zeros around the images.
+    """
     sparsity = layer.sparsity
     x, *residual = (_random(n, batch) for n in node.args if isinstance(n, Node))
     dense = milliseconds(lambda: layer(x, *residual))
-    plan, times = alone(node, layer), {}
+    plan, times = alone(node, layer), {tiles()[0]: math.inf}
     (step,) = (s for s in plan.steps if isinstance(s, Sparse))
+    if grid is not None:
+        step.out.grid.require(grid.height, grid.width, grid.pad_y, grid.pad_x)
     tile = {layer.name: tiles()[0]}
     bound = Bound(plan, {}, batch, tile, threads)
     workspace = Workspace(bound)
@@ -51,11 +55,10 @@ def choose(node: Node, layer: Layer, batch: int, threads: int) -> Choice:
     for tile[layer.name] in tiles():
         if bound.kernel(step)[0] == tile[layer.name]:  # fits
             run = partial(workspace.native([step]), workspace.slots)
-            times[tile[layer.name]] = milliseconds(run, enough=0.002)
-        if len(times) > 2 and min(times.values()) > HOPELESS * dense:
-            break
-    best = min(times, key=times.__getitem__)
-    return Choice(times[best] < dense, best, sparsity, dense, times[best])
+            best = min(times.values())
+            times[tile[layer.name]] = milliseconds(run, enough=2.0, hopeless=1.5 * best)
+    fastest = min(times, key=times.__getitem__)
+    return Choice(times[fastest] < dense, fastest, sparsity, dense, times[fastest])
 
 
 def alone(node: Node, layer: Layer) -> Plan:

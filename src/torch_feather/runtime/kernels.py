@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,13 +26,14 @@ from ..errors import FeatherError
 RECORD = np.dtype(
     [
         ("x", "i8"),  # address of the first pixel of the input
-        ("taps", "i8"),  # nonzero weights: pairs of (offset in pixels: int32, value: float32)
-        ("rows", "i8"),  # int32 (out + 1,): where the taps of each output channel begin
+        ("taps", "i8"),  # offset in pixels: int32, then a weight for each channel of a group
+        ("rows", "i8"),  # int32 (groups + 1,): where the taps of each group begin
+        ("channels", "i8"),  # int32 (out,): the output channels, group after group
         ("bias", "i8"),
         ("out", "i8"),
         ("residual", "i8"),
         ("mask", "i8"),  # int32, all bits set at pixels of the image, 0 between images
-        ("blocks", "i8"),  # int64 (n_blocks + 1,): where each block of output channels begins
+        ("blocks", "i8"),  # int64 (n_blocks + 1,): where each block of groups begins
         ("n_blocks", "i8"),
         ("plane", "i8"),  # pixels from a channel to the next, of out and residual
         ("last", "i8"),  # first pixel of the last tile, which may overlap the one before
@@ -70,7 +71,6 @@ COPY = np.dtype(
 )
 # An operation: a kernel, its record, and its number of work items.
 OPERATION = np.dtype([("kernel", "i8"), ("record", "i8"), ("items", "i8")])
-TAP = np.dtype([("offset", "i4"), ("value", "f4")])
 
 SPINS = 2000  # looks at a barrier before the rest of the time slice is given away
 
@@ -104,20 +104,37 @@ def vector_widths() -> tuple[int, ...]:
     return (8,) if features.get("avx2") else (4,)
 
 
+class Tile(NamedTuple):
+    """What is held in registers: pixels of one or several output channels.
+
+    Several share each load of a pixel, and take part in all taps that one of them has: best where
+    there are few zeros.
+    """
+
+    vectors: int
+    width: int  # floats per vector
+    channels: int = 1
+
+
 @functools.cache
-def tiles() -> tuple[tuple[int, int], ...]:
-    """Shapes of the tile that is held in registers: (vectors, floats per vector)."""
-    registers = {16: 30, 8: 14, 4: 14}
-    counts = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 14, 16, 20, 24)
-    return tuple((n, w) for w in vector_widths() for n in counts if n < registers[w])
+def tiles() -> tuple[Tile, ...]:
+    """Those there are kernels for."""
+    widest = vector_widths()[0]
+    single = {16: (*range(1, 11), 13, 15, 16), 8: (2, 4, 6, 8, 10, 13), 4: (1, 2, 4, 8, 13)}
+    found = [Tile(n, w) for w in vector_widths() for n in single[w]]
+    if widest == 16:  # 32 registers
+        shared = {2: (1, 2, 3, 4, 6, 8, 9), 4: (1, 2, 3, 4, 5, 6), 8: (1, 2, 3)}
+    else:
+        shared = {2: (1, 2, 3, 4), 4: (1, 2)}
+    found += [Tile(n, widest, channels) for channels, ns in shared.items() for n in ns]
+    return tuple(found)
 
 
 class Library:
     """The compiled functions; one for the process, see `library`.
 
     Attributes:
-        convolutions: addresses by (vectors, width, combine, whether it adds a residual, whether
-            it masks).
+        convolutions: addresses by (tile, combine, whether it adds a residual, whether it masks).
         copies: addresses by distance of the columns in the source, or None for any.
         run: (operations, their number, thread, threads, barrier) -> None; releases the GIL.
         team: (operations, their number, threads, barrier) -> None, the same by PyTorch's own
@@ -128,10 +145,11 @@ class Library:
     def __init__(self) -> None:
         binding = llvm()
         variants = [
-            (n, w, combine, residual, mask)
-            for n, w in tiles()
+            (tile, combine, residual, mask)
+            for tile in tiles()
             for combine, residual in (("fma", False), ("fma", True), ("max", False))
             for mask in (False, True)
+            if combine == "fma" or tile.channels == 1
         ]
         text = "\n".join(
             [
@@ -183,8 +201,9 @@ def library() -> Library:
         return _library()
 
 
-def _name(vectors: int, width: int, combine: str, residual: bool, mask: bool) -> str:
-    return f"{combine}_{vectors}x{width}" + "_residual" * residual + "_mask" * mask
+def _name(tile: Tile, combine: str, residual: bool, mask: bool) -> str:
+    size = "x".join(map(str, tile))
+    return f"{combine}_{size}" + "_residual" * residual + "_mask" * mask
 
 
 def _intrinsics(width: int) -> Iterator[str]:
@@ -193,26 +212,23 @@ def _intrinsics(width: int) -> Iterator[str]:
     yield f"declare {v} @llvm.maximum.v{width}f32({v}, {v})"
 
 
-def convolution(
-    vectors: int, width: int, combine: str, residual: bool, mask: bool
-) -> Iterator[str]:
-    """One tile of pixels of one output channel stays in registers while its taps run past.
+def convolution(tile: Tile, combine: str, residual: bool, mask: bool) -> Iterator[str]:
+    """A tile stays in registers while the taps of its channels run past.
 
-    `combine` is what happens to them: "fma" adds the pixel times the weight, "max" takes the
-    larger.
-
-    A tile is `vectors` x `width` pixels. Work item i is tile i // n_blocks of the channels of
-    block i % n_blocks. Comparisons let NaN through, as PyTorch's do.
+    Work item i is tile i // n_blocks of the pixels, and block i % n_blocks of the groups of
+    channels. `combine` is what happens to a tap: "fma" adds the pixel times the weight, "max" takes
+    the larger. Comparisons let NaN through, as PyTorch's do.
     """
+    vectors, width, channels = tile
     v, iv, bv = (f"<{width} x {t}>" for t in ("float", "i32", "i1"))
-    tile = range(vectors)
+    pixels = range(vectors)
+    cells = [(r, j) for r in range(channels) for j in pixels]
 
     def splat(name: str, scalar: str) -> Iterator[str]:
         yield f"  %{name}.one = insertelement {v} poison, float {scalar}, i32 0"
         yield f"  %{name} = shufflevector {v} %{name}.one, {v} poison, {iv} zeroinitializer"
 
-    name = _name(vectors, width, combine, residual, mask)
-    yield f"define void @{name}(ptr %record, i64 %i0, i64 %i1) {{"
+    yield f"define void @{_name(tile, combine, residual, mask)}(ptr %record, i64 %i0, i64 %i1) {{"
     yield "entry:"
     for name in RECORD.names or ():
         if name.endswith("_"):
@@ -245,85 +261,96 @@ def convolution(
     yield "  %t.first = mul i64 %t, %n_blocks.value"
     yield "  %block = sub i64 %i, %t.first"
     yield "  %block.at = getelementptr i64, ptr %blocks.value, i64 %block"
-    yield "  %o0 = load i64, ptr %block.at"
+    yield "  %g0 = load i64, ptr %block.at"
     yield "  %block.after = getelementptr i64, ptr %block.at, i64 1"
-    yield "  %o1 = load i64, ptr %block.after"
+    yield "  %g1 = load i64, ptr %block.after"
     yield f"  %p.unbound = mul i64 %t, {vectors * width}"
     yield "  %p.over = icmp ugt i64 %p.unbound, %last.value"
     yield "  %p = select i1 %p.over, i64 %last.value, i64 %p.unbound"
     yield "  %x = getelementptr float, ptr %x.value, i64 %p"
     if mask:
         yield "  %mask = getelementptr i32, ptr %mask.value, i64 %p"
-    yield "  %filled = icmp ult i64 %o0, %o1"
-    yield "  br i1 %filled, label %channel, label %item.end"
+    yield "  %filled = icmp ult i64 %g0, %g1"
+    yield "  br i1 %filled, label %group, label %item.end"
 
-    yield "channel:"
-    yield "  %o = phi i64 [ %o0, %item ], [ %o.next, %channel.end ]"
-    yield "  %row = getelementptr i32, ptr %rows.value, i64 %o"
+    yield "group:"
+    yield "  %g = phi i64 [ %g0, %item ], [ %g.next, %group.end ]"
+    yield "  %row = getelementptr i32, ptr %rows.value, i64 %g"
     yield "  %row.after = getelementptr i32, ptr %row, i64 1"
     for name, at in (("k0", "row"), ("k1", "row.after")):
         yield f"  %{name}.short = load i32, ptr %{at}"
         yield f"  %{name} = zext i32 %{name}.short to i64"
-    yield "  %bias.at = getelementptr float, ptr %bias.value, i64 %o"
-    yield "  %bias.here = load float, ptr %bias.at"
-    yield from splat("bias", "%bias.here")
+    yield f"  %g.first = mul i64 %g, {channels}"
+    for r in range(channels):
+        yield f"  %place.{r} = add i64 %g.first, {r}"
+        yield f"  %o.at.{r} = getelementptr i32, ptr %channels.value, i64 %place.{r}"
+        yield f"  %o.short.{r} = load i32, ptr %o.at.{r}"
+        yield f"  %o.{r} = zext i32 %o.short.{r} to i64"
+        yield f"  %bias.at.{r} = getelementptr float, ptr %bias.value, i64 %o.{r}"
+        yield f"  %bias.here.{r} = load float, ptr %bias.at.{r}"
+        yield from splat(f"bias.{r}", f"%bias.here.{r}")
     yield "  %tapped = icmp ult i64 %k0, %k1"
-    yield "  br i1 %tapped, label %tap, label %channel.end"
+    yield "  br i1 %tapped, label %tap, label %group.end"
 
     yield "tap:"
-    yield "  %k = phi i64 [ %k0, %channel ], [ %k.next, %tap ]"
-    for j in tile:
-        yield f"  %sum.{j} = phi {v} [ %bias, %channel ], [ %new.{j}, %tap ]"
-    yield "  %tap.at = getelementptr i64, ptr %taps.value, i64 %k"
+    yield "  %k = phi i64 [ %k0, %group ], [ %k.next, %tap ]"
+    for r, j in cells:
+        yield f"  %sum.{r}.{j} = phi {v} [ %bias.{r}, %group ], [ %new.{r}.{j}, %tap ]"
+    yield f"  %tap.place = mul i64 %k, {1 + channels}"
+    yield "  %tap.at = getelementptr i32, ptr %taps.value, i64 %tap.place"
     yield "  %offset.short = load i32, ptr %tap.at"
     yield "  %offset = sext i32 %offset.short to i64"
-    yield "  %weight.at = getelementptr float, ptr %tap.at, i64 1"
-    yield "  %weight.here = load float, ptr %weight.at"
-    yield from splat("weight", "%weight.here")
+    for r in range(channels):
+        yield f"  %weight.at.{r} = getelementptr float, ptr %tap.at, i64 {1 + r}"
+        yield f"  %weight.here.{r} = load float, ptr %weight.at.{r}"
+        yield from splat(f"weight.{r}", f"%weight.here.{r}")
     yield "  %x.here = getelementptr float, ptr %x, i64 %offset"
-    for j in tile:
+    for j in pixels:
         yield f"  %x.at.{j} = getelementptr float, ptr %x.here, i64 {j * width}"
         yield f"  %x.{j} = load {v}, ptr %x.at.{j}, align 4"
+    for r, j in cells:
         if combine == "fma":
-            intrinsic, operands = "fma", f"{v} %weight, {v} %x.{j}, {v} %sum.{j}"
+            intrinsic, operands = "fma", f"{v} %weight.{r}, {v} %x.{j}, {v} %sum.{r}.{j}"
         else:
-            intrinsic, operands = "maximum", f"{v} %x.{j}, {v} %sum.{j}"
-        yield f"  %new.{j} = call {v} @llvm.{intrinsic}.v{width}f32({operands})"
+            intrinsic, operands = "maximum", f"{v} %x.{j}, {v} %sum.{r}.{j}"
+        yield f"  %new.{r}.{j} = call {v} @llvm.{intrinsic}.v{width}f32({operands})"
     yield "  %k.next = add i64 %k, 1"
     yield "  %k.more = icmp ult i64 %k.next, %k1"
-    yield "  br i1 %k.more, label %tap, label %channel.end"
+    yield "  br i1 %k.more, label %tap, label %group.end"
 
-    yield "channel.end:"
-    for j in tile:
-        yield f"  %y.{j} = phi {v} [ %bias, %channel ], [ %new.{j}, %tap ]"
-    yield "  %plane.first = mul i64 %o, %plane.value"
-    yield "  %q = add i64 %plane.first, %p"
-    yield "  %out = getelementptr float, ptr %out.value, i64 %q"
-    if residual:
-        yield "  %residual = getelementptr float, ptr %residual.value, i64 %q"
-    for j in tile:
-        y = f"%y.{j}"
+    yield "group.end:"
+    for r, j in cells:
+        yield f"  %y.{r}.{j} = phi {v} [ %bias.{r}, %group ], [ %new.{r}.{j}, %tap ]"
+    for r in range(channels):
+        yield f"  %plane.first.{r} = mul i64 %o.{r}, %plane.value"
+        yield f"  %q.{r} = add i64 %plane.first.{r}, %p"
+        yield f"  %out.{r} = getelementptr float, ptr %out.value, i64 %q.{r}"
         if residual:
-            yield f"  %r.at.{j} = getelementptr float, ptr %residual, i64 {j * width}"
-            yield f"  %r.{j} = load {v}, ptr %r.at.{j}, align 4"
-            yield f"  %yr.{j} = fadd {v} {y}, %r.{j}"
-            y = f"%yr.{j}"
+            yield f"  %residual.{r} = getelementptr float, ptr %residual.value, i64 %q.{r}"
+    for r, j in cells:
+        c, skip = f"{r}.{j}", j * width
+        y = f"%y.{c}"
+        if residual:
+            yield f"  %r.at.{c} = getelementptr float, ptr %residual.{r}, i64 {skip}"
+            yield f"  %r.{c} = load {v}, ptr %r.at.{c}, align 4"
+            yield f"  %yr.{c} = fadd {v} {y}, %r.{c}"
+            y = f"%yr.{c}"
         for bound, test in (("low", "olt"), ("high", "ogt")):
-            yield f"  %{bound}.is.{j} = fcmp {test} {v} {y}, %{bound}"
-            yield f"  %{bound}.y.{j} = select {bv} %{bound}.is.{j}, {v} %{bound}, {v} {y}"
-            y = f"%{bound}.y.{j}"
+            yield f"  %{bound}.is.{c} = fcmp {test} {v} {y}, %{bound}"
+            yield f"  %{bound}.y.{c} = select {bv} %{bound}.is.{c}, {v} %{bound}, {v} {y}"
+            y = f"%{bound}.y.{c}"
         if mask:
-            yield f"  %m.at.{j} = getelementptr i32, ptr %mask, i64 {j * width}"
-            yield f"  %m.{j} = load {iv}, ptr %m.at.{j}, align 4"
-            yield f"  %bits.{j} = bitcast {v} {y} to {iv}"
-            yield f"  %masked.{j} = and {iv} %bits.{j}, %m.{j}"
-            yield f"  %ym.{j} = bitcast {iv} %masked.{j} to {v}"
-            y = f"%ym.{j}"
-        yield f"  %out.at.{j} = getelementptr float, ptr %out, i64 {j * width}"
-        yield f"  store {v} {y}, ptr %out.at.{j}, align 4"
-    yield "  %o.next = add i64 %o, 1"
-    yield "  %o.more = icmp ult i64 %o.next, %o1"
-    yield "  br i1 %o.more, label %channel, label %item.end"
+            yield f"  %m.at.{c} = getelementptr i32, ptr %mask, i64 {skip}"
+            yield f"  %m.{c} = load {iv}, ptr %m.at.{c}, align 4"
+            yield f"  %bits.{c} = bitcast {v} {y} to {iv}"
+            yield f"  %masked.{c} = and {iv} %bits.{c}, %m.{c}"
+            yield f"  %ym.{c} = bitcast {iv} %masked.{c} to {v}"
+            y = f"%ym.{c}"
+        yield f"  %out.at.{c} = getelementptr float, ptr %out.{r}, i64 {skip}"
+        yield f"  store {v} {y}, ptr %out.at.{c}, align 4"
+    yield "  %g.next = add i64 %g, 1"
+    yield "  %g.more = icmp ult i64 %g.next, %g1"
+    yield "  br i1 %g.more, label %group, label %item.end"
 
     yield "item.end:"
     yield "  %i.next = add i64 %i, 1"

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..errors import FeatherError, FileFormatError, StateError
-from .bound import Bound, Tile
+from .bound import Bound
 from .capture import CaptureError, capture
 from .choose import Choice, choose
+from .kernels import Tile
 from .layer import Layer
-from .plan import Plan, Torch, suits
+from .plan import Plan, Sparse, Torch, suits
 from .timing import milliseconds
 
 BATCH_SIZES = 4  # for which tables are kept
@@ -107,12 +108,14 @@ class SparseModule(nn.Module):
             }
             if isinstance(choices, str | Path):
                 choices = load_choices(choices)
-            known = choices or {}
+            known, layers = choices or {}, list(found.values())
+            steps = (s for s in Plan.of(graph, layers).steps if isinstance(s, Sparse))
+            grids = {step.layer: step.out.grid.root() for step in steps}
             self.choices = {
-                layer.name: known.get(layer.name) or choose(node, layer, self._batch, threads)
+                layer.name: known.get(layer.name)
+                or choose(node, layer, self._batch, threads, grids.get(layer))
                 for node, layer in found.items()
             }
-            layers = list(found.values())
             if choices is None:
                 self.choices = self._fastest(layers, example)
             self.plan = self._plan(layers, self.choices)
@@ -150,7 +153,7 @@ class SparseModule(nn.Module):
         for choices in (self.choices, tried, none):
             plan = self._plan(layers, choices)
             bound = Bound(plan, self._constants, self._batch, _tiles(choices), self.threads)
-            times.append((milliseconds(partial(bound, example), enough=0.1), choices))
+            times.append((milliseconds(partial(bound, example), enough=100.0), choices))
         return min(times, key=lambda item: item[0])[1]
 
     def _for_batch(self, batch: int) -> Bound:
@@ -192,7 +195,7 @@ class SparseModule(nn.Module):
         for name, c in self.choices.items():
             times = (c.dense_ms, c.sparse_ms)
             dense, sparse = (" " * 10 if t is None else f"{t:10.3f}" for t in times)
-            how = f"sparse, {c.tile[0]} x {c.tile[1]}" if c.sparse else "dense"
+            how = f"sparse, {' x '.join(map(str, c.tile))}" if c.sparse else "dense"
             lines.append(f"{name:40} {100 * c.sparsity:6.2f} % {dense} {sparse}  {how}")
         others = Counter(
             str(step.node.target).removeprefix("aten.")
@@ -213,11 +216,10 @@ def load_choices(path: str | Path) -> dict[str, Choice]:
     """
     try:
         found = json.loads(Path(path).read_text())
-        choices = {name: Choice(**(c | {"tile": tuple(c["tile"])})) for name, c in found.items()}
+        choices = {name: Choice(**(c | {"tile": Tile(*c["tile"])})) for name, c in found.items()}
         for choice in choices.values():
-            vectors, width = choice.tile
             times = (t for t in (choice.dense_ms, choice.sparse_ms) if t is not None)
-            if min(vectors, width) < 1 or not isinstance(choice.sparse, bool):
+            if min(choice.tile) < 1 or not isinstance(choice.sparse, bool):
                 raise ValueError(choice)
             [float(n) for n in (choice.sparsity, *times)]
     except (ValueError, TypeError, KeyError, AttributeError) as error:

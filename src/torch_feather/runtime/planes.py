@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from .kernels import aligned
 from .layer import Layer
 
 LINE = 16  # floats in a cache line, and in the widest vector
@@ -116,61 +117,115 @@ class Planes:
 
 @dataclass(frozen=True)
 class Taps:
-    """The nonzero weights of a layer, by output channel, and what each looks at.
+    """The nonzero weights of a layer, and what each looks at.
 
     The input of a layer with stride is split: phase (a, b) has the pixels of every stride-th row
     from a and column from b, and is a channel of its own.
 
     Attributes:
-        rows: (out + 1,) where each output channel begins.
-        values: the weights.
+        values: the weights, by output channel.
+        out: the output channel.
+        key: a number for (channel, dy, dx).
         channel: of the (split) input.
         dy, dx: rows and columns from the output's pixel.
         phases: of the input, each (row, column); ((0, 0),) without stride.
+        channels: of the output.
     """
 
-    rows: np.ndarray
     values: np.ndarray
+    out: np.ndarray
+    key: np.ndarray
     channel: np.ndarray
     dy: np.ndarray
     dx: np.ndarray
     phases: tuple[tuple[int, int], ...]
+    channels: int
 
     @classmethod
     def of(cls, layer: Layer) -> Taps:
         """Those of a layer."""
         weight = layer.weight.reshape(*layer.weight.shape[:2], *layer.weight.shape[2:] or (1, 1))
-        out, per_group = weight.shape[:2]
+        out, per_group, *kernel = weight.shape
         o, c, ky, kx = weight.numpy().nonzero()
-        values = weight.numpy()[o, c, ky, kx]
-        rows = np.zeros(out + 1, np.int32)
-        np.cumsum(np.bincount(o, minlength=out), out=rows[1:])
+        values = weight.numpy()[o, c, ky, kx].astype(np.float32)
         c = c + o // (out // layer.groups) * per_group
         y = ky * layer.dilation[0] - layer.padding[0]
         x = kx * layer.dilation[1] - layer.padding[1]
         (dy, a), (dx, b) = np.divmod(y, layer.stride[0]), np.divmod(x, layer.stride[1])
-        keys = a * layer.stride[1] + b
-        used, phase = np.unique(keys, return_inverse=True)
-        phases = tuple(divmod(int(key), layer.stride[1]) for key in used) or ((0, 0),)
+        used, phase = np.unique(a * layer.stride[1] + b, return_inverse=True)
+        phases = tuple(divmod(int(p), layer.stride[1]) for p in used) or ((0, 0),)
         channel = phase * layer.channels[0] + c
-        return cls(rows, values.astype(np.float32), channel, dy, dx, phases)
+        key = (c * kernel[0] + ky) * kernel[1] + kx
+        return cls(values, o, key, channel, dy, dx, phases, out)
 
     @property
     def reach(self) -> tuple[int, int]:
         """How far rows and columns look at most."""
         return int(np.abs(self.dy).max(initial=0)), int(np.abs(self.dx).max(initial=0))
 
-    def offsets(self, grid: Grid, batch: int) -> np.ndarray:
-        """Pixels from the output's first channel's pixel to that looked at."""
+    def grouped(self, size: int) -> Grouped:
+        """With `size` output channels, which divides them, to a group.
+
+        Channels with about as many taps are put together: what one of a group needs is done for
+        all of them.
+        """
+        counts = np.bincount(self.out, minlength=self.channels)
+        order = np.argsort(counts, kind="stable") if size > 1 else np.arange(self.channels)
+        place = np.empty(self.channels, np.int64)
+        place[order] = np.arange(self.channels)
+        group, member = np.divmod(place[self.out], size)
+        most = int(self.key.max(initial=0)) + 1
+        found, first, tap = np.unique(
+            group * most + self.key, return_index=True, return_inverse=True
+        )
+        values = np.zeros((len(found), size), np.float32)
+        values[tap, member] = self.values
+        rows = np.zeros(self.channels // size + 1, np.int32)
+        np.cumsum(np.bincount(group[first], minlength=len(rows) - 1), out=rows[1:])
+        where = self.channel[first], self.dy[first], self.dx[first]
+        return Grouped(order.astype(np.int32), rows, values, *where)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Taps of groups of output channels.
+
+    Attributes:
+        order: (out,) the output channels, group after group.
+        rows: (groups + 1,) where each group begins.
+        values: (taps, size of a group).
+        channel, dy, dx: as in `Taps`.
+    """
+
+    order: np.ndarray
+    rows: np.ndarray
+    values: np.ndarray
+    channel: np.ndarray
+    dy: np.ndarray
+    dx: np.ndarray
+
+    def table(self, grid: Grid, batch: int) -> np.ndarray:
+        """int32 (taps, 1 + size): the pixels from the output's to that looked at; the values.
+
+        Raises:
+            OverflowError: planes of more than 2^31 pixels.
+        """
         grid = grid.root()
-        return self.channel * grid.plane(batch) + self.dy * grid.pitch + self.dx
+        offsets = self.channel * grid.plane(batch) + self.dy * grid.pitch + self.dx
+        if offsets.max(initial=0) > np.iinfo(np.int32).max - 2 * grid.edge:
+            raise OverflowError
+        size = 1 + self.values.shape[1]
+        table = aligned(size * len(offsets), np.int32).reshape(len(offsets), size)
+        table[:, 0] = offsets
+        table[:, 1:] = self.values.view(np.int32)
+        return table
 
     def blocks(self, count: int) -> np.ndarray:
-        """(count + 1,): cuts the output channels into parts of about as many taps."""
-        out = len(self.rows) - 1
-        work = self.rows[1:] + np.arange(1, out + 1) * 4  # a channel costs about 4 taps by itself
+        """(count + 1,): cuts the groups into parts of about as much work."""
+        groups = len(self.rows) - 1
+        work = self.rows[1:] + np.arange(1, groups + 1) * 4  # a group costs some taps by itself
         wanted = work[-1] * np.arange(1, count) / count
-        return np.array([0, *np.searchsorted(work, wanted), out], np.int64)
+        return np.array([0, *np.searchsorted(work, wanted), groups], np.int64)
 
 
 def split_size(size: int, stride: int, phases: Iterable[int]) -> int:
