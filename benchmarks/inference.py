@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -209,7 +210,6 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=10, help="of the runs")
     parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.98, 0.99])
-    parser.add_argument("--extra", type=float, nargs="*", default=[], help="more sparsities")
     parser.add_argument("--allocation", nargs="+", default=list(ALLOCATIONS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -217,9 +217,12 @@ def main() -> None:
     options = parser.parse_args()
     machine = provenance(torch.device("cpu"))
     rows: list[dict[str, Any]] = []
+    choices: dict[Any, Any] = {}  # made with the first number of threads
     top = peak()
     print(f"{machine['hardware']['cpu']}: {top:.1f} G multiply-adds per second and core at most")
-    print(f"{machine['versions']}, commit {machine['commit']}\n")
+    print(f"{machine['versions']}, commit {machine['commit']}")
+    command = " ".join(["python benchmarks/inference.py", *sys.argv[1:]])
+    print(f"{command}\n")
     for path in options.run:
         run = RunDirectory(path)
         network = run.read_config().network
@@ -239,9 +242,13 @@ def main() -> None:
                 print("  " + ", ".join(f"{name} {ms:.2f}" for name, ms in dense.items()) + " ms")
                 base = dense.get("OpenVINO f32", dense["PyTorch"])
                 for allocation in options.allocation:
-                    for sparsity in sorted({*options.sparsity, *options.extra}):
+                    for sparsity in options.sparsity:
                         model = prune(run, options.classes, sparsity, allocation)
-                        module = feather.compile_sparse(model, x, threads=threads)
+                        key = (network, batch, allocation, sparsity)
+                        module = feather.compile_sparse(
+                            model, x, threads=threads, choices=choices.get(key)
+                        )
+                        choices.setdefault(key, module.choices)
                         with torch.inference_mode():
                             wanted, found = model(x), module(x)
                             (ms,) = alternate([partial(module, x)], rounds=15, seconds=0.5)
@@ -270,7 +277,12 @@ def main() -> None:
                             flush=True,
                         )
                         if options.json:
-                            result = {**machine, "peak_gmacs_per_s": top, "rows": rows}
+                            result = {
+                                "command": command,
+                                **machine,
+                                "peak_gmacs_per_s": top,
+                                "rows": rows,
+                            }
                             options.json.write_text(json.dumps(result, indent=1) + "\n")
                 print()
 
