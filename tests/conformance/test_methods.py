@@ -185,14 +185,23 @@ def test_a_bias_is_found_for_a_budget_and_survives_a_restart():
     settings = {"method": "feather-flops", "schedule": "constant", "example_input": lambda _: x}
     plain = macs(start("convnet", schedule="constant"))
     budget = 0.5 * plain
-    run = start("convnet", macs=budget, **settings)
+    run = start("convnet", budget=budget, **settings)
     assert 0.8 * budget <= macs(run) <= budget
     assert run.zeros() == round(0.8 * 360)
-    loose = start("convnet", macs=2.0 * plain, **settings)
+    loose = start("convnet", budget=2.0 * plain, **settings)
     assert macs(loose) == plain
     run.train(0, 3)
     # Another seed would find another bias.
-    resumed = start("convnet", seed=5, macs=budget, **settings).load(run.save())
+    resumed = start("convnet", seed=5, budget=budget, **settings).load(run.save())
+    assert_same(snapshot(resumed.train(3, 6)), snapshot(run.train(3, 6)))
+
+
+def test_costs_that_were_given_survive_a_restart():
+    costs = {name: 3.0 ** (i + 1) for i, name in enumerate(MODELS["convnet"].prunable)}
+    run = start("convnet", method="feather-flops", gamma=0.5, costs=costs).train(0, 3)
+    # Times that are measured again are others.
+    measured = {name: cost ** (1 + i % 2) for i, (name, cost) in enumerate(costs.items())}
+    resumed = start("convnet", method="feather-flops", gamma=0.5, costs=measured).load(run.save())
     assert_same(snapshot(resumed.train(3, 6)), snapshot(run.train(3, 6)))
 
 
@@ -200,12 +209,13 @@ def test_a_bias_is_found_for_a_budget_and_survives_a_restart():
     ("options", "words"),
     [
         ({}, "example_input"),
-        ({"gamma": 1.0, "macs": 5.0}, "either"),
+        ({"gamma": 1.0, "budget": 5.0}, "either"),
         ({"gamma": 1.0}, "example_input"),
         ({"gamma": -1.0, "costs": {}}, "gamma"),
+        ({"gamma": 1.0, "costs": "seconds"}, "by weight name"),
         ({"gamma": 1.0, "costs": {"0.weigth": 1.0, "head": 1.0}}, r"0\.weight.*0\.weigth"),
         ({"gamma": 1.0, "costs": {"0.weight": 0.0, "2.weight": 1.0}}, r"0\.weight"),
-        ({"macs": 1.0, "costs": {"0.weight": 5.0, "2.weight": 1.0}}, "Raise the budget"),
+        ({"budget": 1.0, "costs": {"0.weight": 5.0, "2.weight": 1.0}}, "Raise the budget"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -519,7 +529,7 @@ def test_a_layer_of_one_weight_is_no_trouble_for_learned_thresholds(method):
 
 @pytest.mark.parametrize("method", ["asl", "feather-flops", "probmask", "spartan", "str"])
 def test_a_model_that_was_cast_goes_on_where_it_was_saved(method):
-    options = {"asl": ASL, "feather-flops": {"macs": 40.0, "costs": MLP_COSTS}}.get(method, {})
+    options = {"asl": ASL, "feather-flops": {"budget": 40.0, "costs": MLP_COSTS}}.get(method, {})
     options = {"method": method, **options}
     run = start("mlp", "sgd", **options).train(0, 9)
     run.model.double()

@@ -424,6 +424,14 @@ def test_a_method_that_counts_multiply_adds_gets_an_image_to_count_with(tmp_path
     assert results[0]["macs"]["sparse"] < results[1]["macs"]["sparse"]
 
 
+def test_costs_of_a_method_can_be_milliseconds_of_this_machine(tmp_path):
+    options = {"options.costs": "milliseconds", "options.gamma": 0.3}
+    results = train(tiny(epochs=1, method="feather-flops", **options), tmp_path / "run")
+    assert results["report"]["zeros"] == round(0.95 * results["report"]["weights"])
+    with pytest.raises(ConfigurationError, match="costs must be a number by weight name"):
+        train(tiny(method="feather-flops", **{"options.costs": "hours"}), tmp_path / "other")
+
+
 def test_a_device_that_is_not_there_is_one_line():
     with pytest.raises(RunError, match="device 'tpu' cannot be used") as caught:
         loop.resolve_device("tpu")

@@ -52,49 +52,56 @@ class Sigma(Fitted):
 
 @dataclass(frozen=True)
 class FlopsBiased(Allocation):
-    """Ranks |w| / c^gamma, with c the multiply-adds that each weight of its layer makes.
+    """Ranks |w| / c^gamma, with c what each weight of its layer costs: multiply-adds, or time.
 
     Layers that work at high resolution, mostly early ones, lose more. gamma = 0 is `Global`.
     Source: the Feather supplement (section 6) says only that the global backbone was biased
     towards pruning earlier layers; this formula is ours.
 
     Attributes:
-        gamma: the bias, >= 0; None: found so that the multiply-adds are within `macs`.
-        macs: budget in multiply-adds per sample of the prunable weights, at the final sparsity.
-            gamma is the least that meets it with the weights as they are when training begins.
-        costs: multiply-adds per weight, by weight name.
-        example_input: or an input to count them with, as for `count_flops`.
+        gamma: the bias, >= 0; None: found so that the kept weights cost at most `budget`.
+        budget: what the prunable weights may cost at the final sparsity, in the unit of the costs:
+            multiply-adds per sample with `example_input`. gamma is the least that meets it with
+            the weights as they are when training begins.
+        costs: of a weight, by weight name: such as `runtime.layer_milliseconds`.
+        example_input: or an input to count multiply-adds with, as for `count_flops`.
     """
 
     gamma: float | None = None
-    macs: float | None = None
+    budget: float | None = None
     costs: Mapping[str, float] | None = field(default=None, repr=False)
     example_input: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if (self.gamma is None) == (self.macs is None):
+        if (self.gamma is None) == (self.budget is None):
             raise ConfigurationError(
-                "Give either the bias gamma or a budget of multiply-adds, macs; got "
-                f"gamma={self.gamma}, macs={self.macs}."
+                "Give either the bias gamma or a budget in the unit of the costs; got "
+                f"gamma={self.gamma}, budget={self.budget}."
             )
         if (self.costs is None) == (self.example_input is None):
             raise ConfigurationError(
                 "What a weight costs is needed once: example_input=, an input of the network to "
-                "count with, or costs={name: multiply-adds per weight}."
+                "count multiply-adds with, or costs={name: of each weight}."
             )
+        if self.costs is not None and not isinstance(self.costs, Mapping):
+            raise ConfigurationError(f"costs must be a number by weight name, got {self.costs!r}.")
         if self.gamma is not None and not 0 <= self.gamma < math.inf:
             raise ConfigurationError(f"gamma must be a number >= 0, got {self.gamma!r}.")
 
     def fit(self, setting: Setting) -> Biased:
         """See `Allocation`."""
         costs, weights = self._costs(setting), setting.weights
-        if self.gamma is not None:
-            return Biased(costs, self.gamma)
-        assert self.macs is not None
-        gamma = solve_gamma(weights, costs, setting.sparsity, self.macs)
-        # Other weights would have another one: it goes into checkpoints.
-        solved = torch.full((len(costs),), gamma, dtype=weights.wide, device=weights.device)
-        return Biased(costs, solved)
+        gamma = self.gamma
+        if gamma is None:
+            assert self.budget is not None
+            gamma = solve_gamma(weights, costs, setting.sparsity, self.budget)
+        fitted = Biased(costs, gamma)
+        # What was measured, or solved for these weights, would be another next time.
+        if self.costs is not None:
+            fitted.remember("log_costs", fitted.log_costs(weights).to(weights.wide))
+        if self.gamma is None:
+            fitted.remember("gamma", weights.sizes.to(weights.wide).fill_(gamma))
+        return fitted
 
     def _costs(self, setting: Setting) -> list[float]:
         if self.costs is not None:
@@ -110,7 +117,7 @@ class FlopsBiased(Allocation):
                 costs[name] = costs.get(name, 0.0) + per_weight
         for name in setting.names:
             if not costs.get(name, 0) > 0:
-                known = f"costs names no multiply-adds of {name}{nearest(name, costs)}"
+                known = f"costs names no cost above 0 of {name}{nearest(name, costs)}"
                 unused = f"{name} makes no multiply-add for this example_input."
                 raise ConfigurationError(
                     f"{known if self.costs is not None else unused} Every prunable weight needs "
@@ -123,15 +130,17 @@ class Biased(Fitted):
     """A `FlopsBiased` whose costs and bias are known.
 
     Args:
-        costs: multiply-adds per weight of each tensor.
-        gamma: the bias; a tensor with an entry for each weight tensor is kept in the state.
+        costs: of a weight, for each tensor.
+        gamma: the bias.
     """
 
-    def __init__(self, costs: Sequence[float], gamma: float | Tensor):
+    def __init__(self, costs: Sequence[float], gamma: float):
         self._costs, self._gamma = costs, gamma
         self._state: dict[str, Tensor | list[Tensor]] = {}
-        if isinstance(gamma, Tensor):
-            self._state["gamma"] = gamma
+
+    def remember(self, key: str, value: Tensor) -> None:
+        """Keep `gamma` or `log_costs` in the state, with an entry for each weight tensor."""
+        self._state[key] = value
 
     @property
     def state(self) -> dict[str, Tensor | list[Tensor]]:
@@ -139,24 +148,25 @@ class Biased(Fitted):
         return self._state
 
     def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
-        """See `Allocation`.
-
-        A weight's scale is c^-gamma, with c relative to its geometric mean so that none overflows.
-        """
+        """See `Allocation`."""
         gamma = self._state.get("gamma", self._gamma)
+        logs = self._state.get("log_costs")
+        if logs is None:
+            logs = weights.constant(("log_costs", *self._costs), self.log_costs)
+        assert isinstance(logs, Tensor)
         assert not isinstance(gamma, list)
-        scale = (-gamma * weights.constant(("costs", *self._costs), self._logs)).exp()
-        return cut_scaled(weights, scale, sparsity)
+        return cut_scaled(weights, (-gamma * logs).exp(), sparsity)
 
-    def _logs(self, weights: LatentWeights) -> Tensor:
-        logs = torch.tensor(self._costs, dtype=torch.float64, device=weights.device).log()
-        return logs - logs.mean()
+    def log_costs(self, weights: LatentWeights) -> Tensor:
+        """Relative to their geometric mean, so that no scale overflows."""
+        logs = torch.tensor(self._costs, dtype=torch.float64).log()
+        return (logs - logs.mean()).to(weights.device)
 
 
 def solve_gamma(
     weights: LatentWeights, costs: Sequence[float], sparsity: float, budget: float
 ) -> float:
-    """The least bias at which the kept weights make at most `budget` multiply-adds.
+    """The least bias at which the kept weights cost at most `budget`.
 
     To 20 bits, so that float32 holds it.
 
@@ -166,23 +176,23 @@ def solve_gamma(
     cost = torch.tensor(costs, dtype=torch.float64)
     share = torch.tensor(sparsity, dtype=torch.float64, device=weights.device)
 
-    def macs(gamma: float) -> float:
+    def spent(gamma: float) -> float:
         segments = Biased(costs, gamma).cuts(weights, share)
         kept = (weights.sizes - weights.counts_pruned(segments)).cpu()
         return float((kept * cost).sum())
 
     low, high = 0.0, 1.0
-    if macs(low) <= budget:
+    if spent(low) <= budget:
         return low
-    while macs(high) > budget:
+    while spent(high) > budget:
         low, high = high, 2 * high
         if high > 32:
             raise ConfigurationError(
-                f"No bias keeps the network within macs={budget:,.0f} multiply-adds at "
-                f"sparsity={sparsity}: with the strongest it makes {macs(low):,.0f}. Raise the "
-                "budget or the sparsity."
+                f"No bias keeps the network within budget={budget:,.6g} at sparsity={sparsity}: "
+                f"with the strongest its weights cost {spent(low):,.6g}. Raise the budget or the "
+                "sparsity."
             )
     for _ in range(20):
         middle = (low + high) / 2
-        low, high = (middle, high) if macs(middle) > budget else (low, middle)
+        low, high = (middle, high) if spent(middle) > budget else (low, middle)
     return high

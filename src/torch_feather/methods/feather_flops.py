@@ -1,4 +1,4 @@
-"""Feather with the global backbone biased towards fewer multiply-adds."""
+"""Feather with the global backbone biased towards fewer multiply-adds, or less time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def feather_flops(
     *,
     sparsity: float,
     gamma: float | None = None,
-    macs: float | None = None,
+    budget: float | None = None,
     costs: Mapping[str, float] | None = None,
     example_input: Any = None,
     p: float = 3.0,
@@ -30,20 +30,21 @@ def feather_flops(
 
     Args:
         sparsity: final share of zeros.
-        gamma: the bias, >= 0; 0 is `feather`. Without it and without `macs`, 0.5 (our choice).
-        macs: or a budget in multiply-adds per sample for the prunable weights: gamma is then the
-            least that meets it on the weights with which training begins. What training makes of
-            it, `Sparsifier.report(example_input)` says.
-        costs: multiply-adds per weight, by weight name.
-        example_input: or an input of the network to count them with.
+        gamma: the bias, >= 0; 0 is `feather`. Without it and without a budget, 0.5 (our choice).
+        budget: or what the prunable weights may cost: multiply-adds per sample, or the unit of
+            `costs`. gamma is then the least that meets it on the weights with which training
+            begins. What training makes of it, `Sparsifier.report(example_input)` says.
+        costs: of a weight, by weight name: multiply-adds, or what
+            `torch_feather.runtime.layer_milliseconds` measures.
+        example_input: or an input of the network to count multiply-adds with.
         p, theta: as for `feather`.
         schedule, begin, end: as for `feather`.
     """
-    if gamma is None and macs is None:
+    if gamma is None and budget is None:
         gamma = 0.5
     return Method(
         operator=power(p),
         gradient=scaled_gradient(theta, sparsity),
-        allocation=FlopsBiased(gamma, macs, costs, example_input),
+        allocation=FlopsBiased(gamma, budget, costs, example_input),
         schedule=make_schedule(schedule, begin, end),
     )

@@ -2,6 +2,7 @@
 
 from .capture import CaptureError
 from .choose import Choice
+from .costs import layer_milliseconds
 from .kernels import RuntimeMissingError
 from .module import InputError, SparseModule, compile_sparse
 
@@ -12,4 +13,5 @@ __all__ = [
     "RuntimeMissingError",
     "SparseModule",
     "compile_sparse",
+    "layer_milliseconds",
 ]

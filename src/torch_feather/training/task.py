@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .. import models
 from ..errors import ConfigurationError
 from ..methods import method_options
 from ..prunable import find_prunable
+from ..runtime import layer_milliseconds
 from .checkpoint import RunDirectory, write_json
 from .config import DENSE, Config, OptimizerConfig
 from .data import Dataset, eval_loader, train_loader
@@ -52,8 +54,8 @@ class Task:
         self.sparsifier = None
         if config.method != DENSE:
             options = dict(config.options)
-            if "example_input" in method_options(config.method):  # to count multiply-adds with
-                options.setdefault("example_input", self.example)
+            if "example_input" in method_options(config.method):
+                options |= self._costs(options.get("costs"))
             self.sparsifier = feather.sparsify(
                 self.model,
                 self.optimizer,
@@ -84,6 +86,14 @@ class Task:
         self.best: dict[str, Any] | None = None
         if self.ranks.count > 1:  # what networks draw, such as dropout, differs between ranks
             torch.manual_seed(config.seed + self.ranks.rank)
+
+    def _costs(self, costs: Any) -> dict[str, Any]:
+        """What a method that asks for costs is given: `milliseconds` of this CPU by that word."""
+        if costs == "milliseconds":
+            sparsity = self.config.sparsity
+            measure = partial(layer_milliseconds, self.model, self.example, sparsity)
+            return {"costs": self.ranks.on_first(measure)}
+        return {"example_input": self.example} if costs is None else {}
 
     def _try_example(self) -> None:
         """Fail now, in one line, rather than in the first step."""
