@@ -34,12 +34,12 @@ class Captured(NamedTuple):
     """A graph that computes what the model does.
 
     Attributes:
-        any_batch: whether it takes any batch size.
+        takes: whether it does so for a batch of this size; a model may look at it.
         unflatten: makes what the model returns of the list of tensors that the graph does.
     """
 
     module: GraphModule
-    any_batch: bool
+    takes: Callable[[Tensor], bool]
     unflatten: Callable[[Any], Any]
 
 
@@ -53,22 +53,33 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
     Raises:
         CaptureError: torch.export cannot follow the model.
     """
-    batch = {0: torch.export.Dim.AUTO}
     # A batch of 1 would be taken for a constant.
     several = example if len(example) > 1 else torch.cat([example, example])
     try:
-        program = torch.export.export(model, (several,), dynamic_shapes=(batch,))
-        (name,) = program.graph_signature.user_inputs
-        given = next(n for n in program.graph.nodes if n.name == name)
-        any_batch = not isinstance(given.meta["val"].shape[0], int)
-        if not any_batch and len(several) != len(example):
-            program = torch.export.export(model, (example,))
+        found = _export(model, several, {0: torch.export.Dim.AUTO})
+        return found if found.takes(example) else _export(model, example, None)
     except Exception as error:  # of many types, none documented
         raise CaptureError(f"torch.export cannot follow {type(model).__name__}: {error}") from error
+
+
+def _export(model: nn.Module, example: Tensor, sizes: dict[int, Any] | None) -> Captured:
+    program = torch.export.export(model, (example,), dynamic_shapes=sizes and (sizes,))
     module = program.run_decompositions({}).module()
     assert isinstance(module, GraphModule)
+    given = next(n for n in module.graph.nodes if n.op == "placeholder")
+    batch = str(given.meta["val"].shape[0])  # a name, where any is taken
+    guards: Any = getattr(module, "_guards_fn", None)
+
+    def takes(x: Tensor) -> bool:
+        try:
+            if guards is not None:
+                guards(x)
+        except AssertionError:
+            return False
+        return not batch.isdigit() or len(x) == int(batch)
+
     spec = program.call_spec.out_spec
-    return Captured(fuse(module), any_batch, lambda flat: tree_unflatten(list(flat), spec))
+    return Captured(fuse(module), takes, lambda flat: tree_unflatten(list(flat), spec))
 
 
 def fuse(module: GraphModule) -> GraphModule:
@@ -76,7 +87,7 @@ def fuse(module: GraphModule) -> GraphModule:
     graph = module.graph
     for node in list(graph.nodes):
         if node.op == "call_module" and node.name.startswith("_guards"):
-            graph.erase_node(node)  # of the example's shape; ours are checked
+            graph.erase_node(node)  # `Captured.takes`
         elif node.target is aten.dropout.default and not node.args[2]:
             _replace(node, node.args[0])
         elif node.op == "call_function" and node.target is aten.view.default:

@@ -138,7 +138,7 @@ class SparseModule(nn.Module):
                 f"the network was compiled for float32 inputs ({', '.join(map(str, wanted))}) on "
                 f"the CPU, this is {x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
             )
-        return self._captured.unflatten(self._for_batch(len(x))(x))
+        return self._captured.unflatten(self._for_batch(x)(x))
 
     def _plan(self, layers: Sequence[Layer], choices: Mapping[str, Choice]) -> Plan:
         sparse = [layer for layer in layers if choices[layer.name].sparse]
@@ -156,14 +156,15 @@ class SparseModule(nn.Module):
             times.append((milliseconds(partial(bound, example), enough=100.0), choices))
         return min(times, key=lambda item: item[0])[1]
 
-    def _for_batch(self, batch: int) -> Bound:
-        if not self._captured.any_batch and batch != self._batch:
-            raise InputError(
-                f"this model's graph is for batches of {self._batch} only, this is one of {batch}; "
-                "compile it with an example of that size too"
-            )
+    def _for_batch(self, x: Tensor) -> Bound:
+        batch = len(x)
         with self._lock:
             if batch not in self._bound:
+                if not self._captured.takes(x):
+                    raise InputError(
+                        f"what this model does depends on the batch size, and is known for one of "
+                        f"{self._batch}, not of {batch}; compile it with an example of that size too"
+                    )
                 plan = self.plan if batch else self._plan([], {})
                 self._bound[batch] = Bound(
                     plan, self._constants, batch, _tiles(self.choices), self.threads
