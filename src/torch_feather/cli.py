@@ -12,9 +12,7 @@ try:
     import rich  # noqa: F401
     import typer
     import yaml  # noqa: F401
-
-    from .studies.command import app as studies
-except ModuleNotFoundError as error:
+except ImportError as error:
     raise SystemExit(
         f"feather: the command line needs {error.name}; install it with: "
         "pip install 'torch-feather[train]'"
@@ -180,7 +178,32 @@ def _free_directory(name: str, config: Any) -> Path:
     return candidate
 
 
-app.add_typer(studies, name="study")
+class Studies(typer.core.TyperGroup):
+    """The commands of `feather study`, not imported before one asks for them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All studies."""
+        return list(self._load())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The study of that name, or None."""
+        return self._load().get(cmd_name)
+
+    def _load(self) -> dict[str, Any]:
+        from .studies.command import app as studies
+
+        group: Any = typer.main.get_command(studies)
+        return group.commands
+
+
+app.add_typer(
+    typer.Typer(
+        cls=Studies,
+        no_args_is_help=True,
+        help="Every table and figure of the paper's supplement, as trainings anyone can repeat.",
+    ),
+    name="study",
+)
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
+from torch_feather import cli
 from torch_feather.errors import ConfigurationError
 from torch_feather.studies import STUDIES
 from torch_feather.studies.command import app, base
@@ -158,3 +160,11 @@ def test_every_study_is_documented_at_three_scales(name):
     commands = [line for line in rest.partition("\n## ")[0].splitlines() if "feather study" in line]
     assert all(f"feather study {name}" in line for line in commands)
     assert len(commands) == (1 if name == "recipe" else 3)
+
+
+def test_help_lists_the_studies_and_their_options():
+    listed = CliRunner().invoke(cli.app, ["study", "--help"]).output
+    assert all(name in listed for name in STUDIES)
+    options = CliRunner().invoke(cli.app, ["study", "threshold", "--help"]).output
+    assert "--sparsity" in options
+    assert "--methods" not in options  # it is its question that decides

@@ -21,9 +21,7 @@ from .files import Made, write
 from .grid import Outcome, train_all
 from .study import Choices, Study
 
-app = typer.Typer(
-    no_args_is_help=True, help="Many trainings that answer one question of the paper."
-)
+app = typer.Typer()
 
 
 def command(study: Study) -> Callable[..., None]:
