@@ -67,7 +67,8 @@ class Bound:
             mask = step.out.mask(self.batch)
             if mask is not None:
                 tables["mask"] = mask
-            self._tables[step, channels] = tables
+            # Of two threads that made them at once, both get those that stay.
+            return self._tables.setdefault((step, channels), tables)
         return self._tables[step, channels]
 
     def _allocate(self) -> tuple[dict[Planes, int], int]:
