@@ -1,0 +1,321 @@
+"""`compile_sparse` as its users meet it: inputs, choices, threads, errors."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from runtime_cases import AIM, DENSE, SPARSE, compiled, conv, error, pruned, run_alone
+from torch import nn
+from torch.nn.utils import prune
+
+from torch_feather import FileFormatError, StateError
+from torch_feather.runtime import (
+    CaptureError,
+    InputError,
+    RuntimeMissingError,
+    compile_sparse,
+    kernels,
+    module,
+)
+
+SHAPE = (3, 8, 7)
+
+
+def small():
+    return pruned(
+        nn.Sequential(
+            *(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout()),
+            *(nn.MaxPool2d(2), nn.Conv2d(6, 6, 3, 2, 1), nn.Flatten(), nn.Linear(24, 5)),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(2)
+    return small()
+
+
+@pytest.fixture(scope="module")
+def network(model):
+    return compiled(model, torch.randn(2, *SHAPE))
+
+
+@pytest.fixture
+def untimed(monkeypatch):
+    """Fails where a layer would be timed."""
+
+    def choose(node, layer, *_):
+        raise AssertionError(f"{layer.name} was timed")
+
+    monkeypatch.setattr(module, "choose", choose)
+
+
+def test_any_batch_size_and_back(network, model):
+    for batch in (1, 2, 3, 16, 0, 5, 7, 2, 1, 0):
+        x = torch.randn(batch, *SHAPE)
+        assert error(network(x), model(x)) < AIM
+
+
+class Fixed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.reshape(2, 6))
+
+
+class Deciding(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if len(x) % 2 else -x
+
+
+class Squeezing(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).unsqueeze(2).squeeze()
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch"),
+    [(Fixed, 2), *((kind, batch) for kind in (Deciding, Squeezing) for batch in (1, 2, 3))],
+)
+def test_models_that_look_at_the_batch_size(kind, batch):
+    """Such a graph is right for the example's, and refuses others."""
+    model, x = kind(6, 6), torch.randn(batch, 6)
+    network = compiled(model, x)
+    assert error(network(x), model(x)) < AIM
+    with pytest.raises(InputError, match=f"for one of {batch}, not of 4"):
+        network(torch.randn(4, 6))
+
+
+INPUTS = {
+    "shape": lambda: torch.zeros(2, 3, 8, 8),
+    "no batch": lambda: torch.zeros(SHAPE),
+    "number": lambda: torch.tensor(1.0),
+    "float64": lambda: torch.zeros(2, *SHAPE).double(),
+    "integers": lambda: torch.zeros(2, *SHAPE, dtype=torch.int32),
+    "device": lambda: torch.zeros(2, *SHAPE, device="meta"),
+    "sparse": lambda: torch.zeros(2, *SHAPE).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_wrong_inputs(name, network):
+    with pytest.raises(InputError, match=r"compiled for float32 inputs \(batch, 3, 8, 7\)"):
+        network(INPUTS[name]())
+
+
+EXAMPLES = {
+    "no samples": lambda: torch.zeros(0, *SHAPE),
+    "number": lambda: torch.tensor(1.0),
+    "float64": lambda: torch.zeros(2, *SHAPE).double(),
+    "tokens": lambda: torch.zeros(2, 5, dtype=torch.long),
+    "no tensor": lambda: [1.0],
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_wrong_examples(name, model):
+    with pytest.raises(InputError, match="example must be a batch"):
+        compiled(model, EXAMPLES[name]())
+
+
+def test_models_elsewhere():
+    with pytest.raises(InputError, match="something is on meta"):
+        compiled(nn.Linear(4, 4, device="meta"), torch.randn(2, 4))
+    with pytest.raises(InputError, match="at least 1, not -1"):
+        compiled(nn.Linear(4, 4), torch.randn(2, 4), threads=-1)
+
+
+def test_models_that_cannot_be_captured():
+    class Undecided(nn.Module):
+        def forward(self, x):
+            return x if x.sum().item() > 0 else -x
+
+    with pytest.raises(CaptureError, match="cannot follow Undecided"):
+        compiled(Undecided(), torch.randn(2, 4))
+    masked = nn.Linear(4, 4)
+    prune.random_unstructured(masked, "weight", 0.5)
+    with pytest.raises(CaptureError, match=r"prune\.remove"):
+        compiled(masked, torch.randn(2, 4))
+
+
+def test_the_model_and_the_network_are_apart():
+    """The model stays as it is, in training; what becomes of it does not change the network."""
+    model, x = small().train(), torch.randn(2, *SHAPE)
+    before = copy.deepcopy(model.state_dict())
+    wanted = copy.deepcopy(model).eval()(x)
+    random = torch.get_rng_state()
+    network = compiled(model, x)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(part.training for part in model.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    assert error(network(x), wanted) < AIM
+    network.train()
+    assert error(network(x), wanted) < AIM
+
+
+def test_modes_of_pytorch(network, model):
+    x = torch.randn(2, *SHAPE, requires_grad=True)
+    wanted = model(x).detach()
+    assert not network(x).requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert error(network(x), wanted) < AIM
+    for batch in (9, 2):  # the first gets its memory here
+        with torch.inference_mode():
+            network(torch.randn(batch, *SHAPE))
+        network(torch.randn(batch, *SHAPE))
+    assert error(network(x), wanted) < AIM
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert error(compiled(model, x.detach())(x), wanted) < AIM
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_calls_from_several_threads(network, model):
+    """With more batch sizes than tables are kept for."""
+    inputs = [torch.randn(1 + i % 6, *SHAPE) for i in range(12)]
+    with torch.no_grad():
+        wanted = [model(x) for x in inputs]
+    start = threading.Barrier(4)
+
+    def call(offset):
+        start.wait()
+        rounds = range(offset, offset + 40)
+        return max(error(network(inputs[i % 12]), wanted[i % 12]) for i in rounds)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(call, range(4))) < AIM
+
+
+@pytest.mark.parametrize("openmp", [True, False], ids=["team", "own threads"])
+def test_calls_from_several_threads_with_threads_each(openmp, model, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(kernels.library(), "team", None)
+    network = compiled(model, torch.randn(2, *SHAPE), threads=2)
+    inputs = [torch.randn(2, *SHAPE) for _ in range(3)]
+    with torch.no_grad():
+        wanted = [model(x) for x in inputs]
+
+    def call(i):
+        return max(error(network(inputs[i]), wanted[i]) for _ in range(10))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert max(pool.map(call, range(3))) < AIM
+
+
+def test_compiled_once_by_all_threads(monkeypatch):
+    made = []
+    kernels._library.cache_clear()
+    monkeypatch.setattr(kernels, "Library", lambda: made.append(object()) or made[-1])
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(lambda _: kernels.library(), range(8)))
+        assert len(made) == 1
+        assert all(library is made[0] for library in got)
+    finally:
+        kernels._library.cache_clear()
+
+
+def test_it_can_be_neither_copied_nor_saved(network):
+    for attempt in (copy.deepcopy, pickle.dumps, nn.Module.state_dict, type(network).state_dict):
+        if attempt is nn.Module.state_dict:
+            network_or_parent = nn.Sequential(network)
+        else:
+            network_or_parent = network
+        with pytest.raises(StateError, match="save_choices"):
+            attempt(network_or_parent)
+
+
+# Choices
+
+
+def test_choices_are_used_again(network, model, tmp_path, untimed):
+    x = torch.randn(2, *SHAPE)
+    network.save_choices(tmp_path / "choices.json")
+    for choices in (network.choices, tmp_path / "choices.json", str(tmp_path / "choices.json")):
+        again = compile_sparse(model, x, threads=1, choices=choices)
+        assert again.choices == network.choices
+        assert torch.equal(again(x), network(x))
+
+
+def test_choices_of_some_layers_and_others(model, monkeypatch):
+    """Layers without a choice are timed; choices of layers that there are not, forgotten."""
+    timed = []
+    monkeypatch.setattr(module, "choose", lambda node, layer, *_: timed.append(layer.name) or DENSE)
+    x = torch.randn(2, *SHAPE)
+    network = compile_sparse(model, x, choices={"0.weight": SPARSE, "other": SPARSE})
+    assert timed == [name for name in network.choices if name != "0.weight"]
+    assert "other" not in network.choices
+    assert error(network(x), model(x)) < AIM
+
+
+@pytest.mark.parametrize("tile", [(64, 4), (1, 4), (24, 16), (3, 64), (1, 1)], ids=str)
+def test_tiles_of_other_machines(tile):
+    layer = conv(3, 4, 3, padding=1)
+    x = torch.randn(2, 3, 9, 7)
+    assert error(run_alone(layer, x, tile=tile), layer(x)) < AIM
+
+
+def test_layers_are_timed():
+    """Once, for real: both ways are tried, and the table shows it."""
+    model = pruned(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)), 0.9)
+    x = torch.randn(1, 4, 4, 4)
+    network = compile_sparse(model, x, threads=1)
+    assert set(network.choices) == {"0.weight", "2.weight"}
+    for name, choice in network.choices.items():
+        assert choice.dense_ms > 0
+        assert choice.sparse_ms > 0
+        (row,) = (line for line in str(network).splitlines() if name in line)
+        assert ("dense" in row) != choice.sparse
+        assert f"{100 * choice.sparsity:.2f} %" in row
+    assert error(network(x), model(x)) < AIM
+
+
+TEXTS = {
+    "empty": "",
+    "cut": '{"0.weight": {"sparse": tr',
+    "list": "[1, 2]",
+    "number": "3",
+    "no choice": '{"0.weight": 1}',
+    "unknown field": {"speed": 3},
+    "tile of one": {"tile": [3]},
+    "tile of text": {"tile": ["a", "b"]},
+    "tile of nothing": {"tile": [0, 8]},
+    "time of text": {"dense_ms": "fast"},
+    "sparse of text": {"sparse": "yes"},
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_damaged_choices(name, model, tmp_path, untimed):
+    text, path = TEXTS[name], tmp_path / "choices.json"
+    if isinstance(text, dict):
+        good = {"sparse": True, "tile": [3, 8], "sparsity": 0.9, "dense_ms": 1.0}
+        text = json.dumps({"0.weight": good | text})
+    path.write_text(text)
+    with pytest.raises(FileFormatError, match="holds no choices"):
+        compile_sparse(model, torch.randn(2, *SHAPE), choices=path)
+
+
+# Without llvmlite
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
+    kernels.llvm.cache_clear()
+    with pytest.raises(RuntimeMissingError, match=r"pip install 'torch-feather\[runtime\]'"):
+        kernels.llvm()
+    kernels.llvm.cache_clear()
+
+
+def test_the_package_is_imported_when_it_is_needed():
+    code = "import sys, torch_feather.runtime; sys.exit('llvmlite' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

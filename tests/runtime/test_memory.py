@@ -1,0 +1,268 @@
+"""Activations share memory only when they are not needed at the same time; nothing else is read."""
+
+import ctypes
+import gc
+import mmap
+import os
+import random
+import signal
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from runtime_cases import AIM, TILE, compiled, conv, error, graph_of, run_alone, spoiled
+from torch import nn
+from torch.fx import Graph
+
+from torch_feather.runtime import bound as bound_module
+from torch_feather.runtime import kernels, module
+from torch_feather.runtime.layer import Layer, MaxPool
+from torch_feather.runtime.plan import Copy, Plan, Pointwise, Sparse
+
+aten = torch.ops.aten
+
+
+def random_graph(rng, x):
+    """Layers, functions of pixels, and others, some of which return views; and some layers."""
+    graph = Graph()
+    values = [graph.placeholder("x")]
+    values[0].meta["val"] = x
+    layers = []
+
+    def call(function, *args):
+        node = graph.call_function(function, args)
+        given = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+        node.meta["val"] = function(*given)
+        values.append(node)
+
+    for i in range(24):
+        value, other = rng.choice(values[-5:]), rng.choice(values)
+        kind = rng.choice(["conv", "conv", "add", "pool", "gelu", "sigmoid", "sum", "turn", "cut"])
+        if kind in ("conv", "add"):
+            layers.append(conv(4, 4, rng.choice([1, 3]), f"w{i}", padding=0, low=0.0))
+            reach = layers[-1].weight.shape[-1] // 2
+            layers[-1].padding = (reach, reach)
+            call(layers[-1], value, *[other] * (kind == "add"))
+        elif kind == "pool":
+            layers.append(MaxPool.of(f"w{i}", 4, (3, 3), (1, 1), (1, 1), (1, 1)))
+            call(layers[-1], value)
+        elif kind == "turn":  # a view, held until later
+            call(aten.transpose.int, value, 2, 3)
+            view = values.pop()
+            call(aten.transpose.int, view, 2, 3)
+        elif kind == "cut":
+            call(aten.slice.Tensor, value, 1, 0, 2)
+            part = values.pop()
+            call(aten.cat.default, [part, part], 1)
+        elif kind == "sum":
+            call(aten.add.Tensor, value, other)
+        else:
+            call({"gelu": aten.gelu.default, "sigmoid": aten.sigmoid.default}[kind], value)
+    graph.output(tuple(rng.sample(values, 4) + values[-1:]))
+    return graph, [layer for layer in layers if rng.random() < 0.8]
+
+
+def interpreted(graph, x):
+    known = {}
+    for node in graph.nodes:
+        args = torch.fx.node.map_arg(node.args, lambda n: known[n])
+        if node.op == "output":
+            return args[0]
+        known[node] = x if node.op == "placeholder" else node.target(*args)
+    return None
+
+
+def needed(plan):
+    """By planes: the steps between which PyTorch or another step may look at them."""
+    steps, until = plan.steps, {}
+    made = {step.out: i for i, step in enumerate(steps) if hasattr(step, "out")}
+    for i, step in enumerate(steps):
+        read = []
+        if isinstance(step, Sparse):
+            read = [step.x, step.residual]
+        elif isinstance(step, Pointwise):
+            read = step.x
+        elif isinstance(step, Copy):
+            read = [plan.planes.get(step.source)]
+        until |= {planes: i for planes in read if planes is not None}
+    outside = {step.node for step in steps if type(step).__name__ == "Torch"}
+    for node, planes in plan.planes.items():
+        if any(user in outside or user.op == "output" for user in node.users):
+            until[planes] = len(steps)  # views may be held
+    return {planes: (made[planes], until.get(planes, made[planes])) for planes in made}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_graphs(seed):
+    rng = random.Random(seed)
+    x = torch.randn(2, 4, 6, 5)
+    graph, sparse = random_graph(rng, x)
+    plan = Plan.of(graph, sparse)
+    tile = {layer.name: rng.choice(kernels.tiles()) for layer in sparse}
+    workspace = spoiled(plan, 2, tile)
+
+    places = workspace.held.places
+    lives = [(*span, places[p], places[p] + p.pixels(2)) for p, span in needed(plan).items()]
+    for i, (first, last, start, end) in enumerate(lives):
+        assert 0 <= start < end <= workspace.held.pixels
+        for made, until, other, other_end in lives[:i]:
+            assert last < made or until < first or end <= other or other_end <= start
+
+    results = [workspace(x) for x in (x, torch.randn_like(x))][0]
+    for result, wanted in zip(results, interpreted(graph, x), strict=True):
+        assert error(result, wanted) < 20 * AIM
+
+
+# What lies next to the memory
+
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def fenced(count, dtype=np.float32, at_end=True):
+    """Zeros between two pages that nobody may touch, close to one of them."""
+    size, page = count * np.dtype(dtype).itemsize, mmap.PAGESIZE
+    room = -(-max(size, 1) // page) * page
+    region = mmap.mmap(-1, room + 2 * page)
+    KEPT.append(region)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    for fence in (start, start + page + room):
+        assert libc.mprotect(ctypes.c_void_p(fence), page, 0) == 0
+    first = page + (room - size if at_end else 0)
+    return np.frombuffer(region, np.uint8, size, first).view(dtype)
+
+
+KEPT = []
+
+
+def signal_of(function):
+    """What ends a process that runs this, 0 if it comes to its end."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            signal.signal(signal.SIGSEGV, signal.SIG_DFL)  # no report
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+NEIGHBOURS = {
+    "3x3": lambda: (conv(5, 6, 3, padding=1), (7, 5)),
+    "7x7 stride 2": lambda: (conv(3, 4, 7, padding=3, stride=2), (15, 13)),
+    "valid": lambda: (conv(3, 4, 5), (9, 8)),
+    "1x1": lambda: (conv(3, 4, 1), (4, 4)),
+    "depthwise": lambda: (conv(5, 5, 3, padding=1, groups=5, stride=2), (9, 9)),
+    "pool": lambda: (MaxPool.of("p", 3, (3, 3), (2, 2), (1, 1), (1, 1)), (9, 7)),
+    "linear": lambda: (Layer("l", torch.randn(7, 21), torch.randn(7)), None),
+}
+
+
+@pytest.fixture
+def fences(monkeypatch):
+    def build(at_end):
+        def aligned(count, dtype=np.float32):
+            return fenced(count, dtype, at_end)
+
+        monkeypatch.setattr(bound_module, "aligned", aligned)
+
+    kernels.library()  # compiled here, not in each child
+    yield build
+    KEPT.clear()
+
+
+def source(shape, last, at_end):
+    memory = torch.from_numpy(fenced(shape.numel(), at_end=at_end))
+    memory.copy_(torch.randn(shape.numel()))
+    if len(shape) == 4 and last:
+        return memory.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+    return memory.view(shape)
+
+
+@pytest.mark.parametrize("at_end", [False, True], ids=["before", "behind"])
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_nothing_next_to_the_memory_is_touched(name, at_end, fences):
+    layer, size = NEIGHBOURS[name]()
+    fences(at_end)
+
+    def use():
+        for batch, tile, last in ((1, (1, 8), False), (3, (6, 8), True), (2, (13, 8), False)):
+            shape = (batch, 5, 21) if size is None else (batch, layer.channels[0], *size)
+            run_alone(layer, source(torch.Size(shape), last, at_end), tile=tile)
+
+    assert signal_of(use) == 0
+
+
+def test_fences_are_felt(fences):
+    layer = conv(3, 4, 3, padding=1)
+    x = torch.randn(1, 3, 9, 7)
+
+    def use(beyond):
+        fences(True)
+        plan = Plan.of(graph_of(layer, x), [layer])
+        plan.steps[-1].taps.dy[:] += beyond  # rows further than memory was made for
+        spoiled(plan, 1, {layer.name: TILE})(x)
+
+    assert signal_of(lambda: use(0)) == 0
+    assert signal_of(lambda: use(120)) == signal.SIGSEGV
+
+
+# How long memory lives
+
+
+def test_memory_goes_with_its_batch_size():
+    """Without waiting for the garbage collector, which does not know how much it is."""
+    network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))
+    gc.collect()
+    gc.disable()
+    try:
+        used = []
+        for batch in range(1, 12):
+            network(torch.randn(batch, 3, 8, 8))
+            used += [weakref.ref(w) for w in network._bound[batch]._free]
+        assert len(used) == 11
+        assert sum(ref() is not None for ref in used) == module.BATCH_SIZES
+    finally:
+        gc.enable()
+
+
+def test_calls_one_after_another_share_their_memory():
+    network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    for _ in range(20):
+        network(x)
+    assert len(network._bound[2]._free) == 1
+
+
+def test_results_are_the_callers():
+    """Also views of activations, and those that later calls could write to."""
+    network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    first = network(x)
+    kept = first.clone()
+    network(torch.randn(2, 3, 8, 8))
+    assert torch.equal(first, kept)
+    first.zero_()
+    assert torch.equal(network(x), kept)
+
+
+def test_a_call_that_fails_does_not_spoil_the_next(monkeypatch):
+    network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    wanted = network(x)
+    (workspace,) = network._bound[2]._free
+
+    def interrupt(self, *inputs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bound_module.Workspace, "__call__", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            network(x)
+    assert torch.equal(network(x), wanted)
+    assert workspace not in network._bound[2]._free  # its threads may still be at work

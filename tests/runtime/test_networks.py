@@ -1,0 +1,39 @@
+"""Whole networks: ours for CIFAR, and those of timm."""
+
+import pytest
+import torch
+from runtime_cases import DENSE, SPARSE, compiled, error, pruned
+
+from torch_feather import models
+from torch_feather.runtime.plan import Torch
+
+CLOSE = 1e-4
+
+
+def check(model, size, batches, sparsity):
+    model = pruned(model, sparsity)
+    inputs = [torch.randn(batch, 3, size, size) for batch in batches]
+    network = compiled(model, inputs[0])
+    with torch.no_grad():
+        for x in inputs:
+            assert error(network(x), model(x)) < CLOSE
+    return network
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1", "densenet40_24"])
+def test_networks_for_cifar(name):
+    """Between the first layer and the last, nothing but machine code and pools is left."""
+    network = check(getattr(models, name)(num_classes=10), 32, [2], 0.95)
+    functions = {str(s.node.target) for s in network.plan.steps if isinstance(s, Torch)}
+    assert not any("conv" in f or "norm" in f or "relu" in f for f in functions)
+    assert all(choice == SPARSE for choice in network.choices.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenetv1_100", "convnext_nano", "vit_small_patch16_224"]
+)
+def test_networks_of_timm(name):
+    timm = pytest.importorskip("timm")
+    network = check(timm.create_model(name, num_classes=10), 224, [1, 3, 1], 0.9)
+    assert DENSE not in network.choices.values()
