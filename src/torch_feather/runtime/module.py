@@ -81,6 +81,8 @@ class SparseModule(nn.Module):
         batch = isinstance(example, Tensor) and example.dim() > 0 and example.numel() > 0
         if not batch or example.dtype != torch.float32:
             raise InputError("the example must be a batch (batch, ...) of float32, not empty")
+        if isinstance(choices, str | Path):
+            choices = load_choices(choices)
         self.threads, self.shape = threads, tuple(example.shape[1:])
         try:
             model = copy.deepcopy(model).eval()
@@ -106,8 +108,6 @@ class SparseModule(nn.Module):
                 for n in graph.nodes
                 if isinstance(n.target, Layer) and suits(n, given.shape[0])
             }
-            if isinstance(choices, str | Path):
-                choices = load_choices(choices)
             known, layers = choices or {}, list(found.values())
             steps = (s for s in Plan.of(graph, layers).steps if isinstance(s, Sparse))
             grids = {step.layer: step.out.grid.root() for step in steps}
@@ -162,8 +162,8 @@ class SparseModule(nn.Module):
             if batch not in self._bound:
                 if not self._captured.takes(x):
                     raise InputError(
-                        f"what this model does depends on the batch size, and is known for one of "
-                        f"{self._batch}, not of {batch}; compile it with an example of that size too"
+                        "what this model does depends on the batch size, and is known for one of "
+                        f"{self._batch}, not of {batch}; compile it with such an example too"
                     )
                 plan = self.plan if batch else self._plan([], {})
                 self._bound[batch] = Bound(
