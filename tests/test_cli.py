@@ -1,7 +1,9 @@
 import json
 import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from torch_feather import available_methods
 from torch_feather.cli import main
 from torch_feather.recipes import available_recipes
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICK = ["--epochs", "1", "--batch-size", "256", "--set", "system.threads=1"]
 
 
@@ -69,6 +72,50 @@ def test_report_shows_the_table_and_the_file(run, feather):
     assert json.loads(output) == json.loads((folder / "report.json").read_text())
 
 
+def test_bench_times_the_network_and_keeps_its_choices(run, feather, tmp_path):
+    folder, _ = run
+    choices = tmp_path / "choices.json"
+    code, output, errors = feather("bench", folder, "--choices", choices, "--batch", 2)
+    assert code == 0, errors
+    assert re.search(r"layer3.0.conv2.weight +\d\d.\d\d % +\d", output)
+    ratio = r"batch 2, 1 thread\(s\): PyTorch [\d.]+ ms, sparse [\d.]+ ms, [\d.]+ times as fast"
+    difference = re.search(ratio + "; largest difference (.+) of the largest output", output)
+    assert float(difference[1]) < 1e-4
+    # What was chosen is not measured again: the numbers are those of the file.
+    times = json.loads(choices.read_text())
+    times["fc.weight"]["dense_ms"] = 123.456
+    choices.write_text(json.dumps(times))
+    code, output, _ = feather("bench", folder, "--choices", choices)
+    assert "123.456" in output
+    choices.write_text("{")
+    code, _, errors = feather("bench", folder, "--choices", choices)
+    assert code == 1
+    assert f"{choices} holds no choices of compile_sparse" in errors
+
+
+def test_a_run_is_served_as_accurate_as_it_was_measured_by_the_runtime_alone(
+    run, feather, tmp_path, monkeypatch, capsys
+):
+    folder, _ = run
+    feather("export", folder, "--out", tmp_path / "model.safetensors")
+    monkeypatch.setattr(sys, "argv", ["images.py", str(folder), "images.npz"])
+    runpy.run_path(str(EXAMPLES / "images.py"), run_name="__main__")
+    assert "359 images" in capsys.readouterr().out
+    missing = ["yaml", "typer", "rich", "matplotlib", "sklearn", "pyarrow", "jinja2", "PIL"]
+    script = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({missing}))
+sys.argv = ["serve.py", "model.safetensors", "images.npz", "--requests", "10"]
+runpy.run_path({str(EXAMPLES / "serve.py")!r}, run_name="__main__")
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    accuracy = json.loads((folder / "report.json").read_text())["test_accuracy"]
+    assert done.stdout.count(f"{100 * accuracy:.2f} % of 359 right") == 2
+    assert "95.00 % of the weights are zero" in done.stdout
+
+
 def test_methods_and_recipes_list_all_there_are(feather):
     _, output, _ = feather("methods")
     assert {line.split()[0] for line in output.splitlines() if line[:1].strip()} >= {
@@ -79,7 +126,9 @@ def test_methods_and_recipes_list_all_there_are(feather):
     assert [line.split()[0] for line in output.splitlines()] == list(available_recipes())
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "report", "methods", "recipes"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "report", "export", "bench", "methods", "recipes"]
+)
 def test_help_exists_for_every_command(feather, command):
     code, output, _ = feather(command, "--help")
     assert code == 0
@@ -98,6 +147,7 @@ def test_help_teaches_by_examples(feather):
         (["evaluate", "nowhere"], "nowhere: no such run directory"),
         (["report", "nowhere"], "nowhere: no such run directory"),
         (["report", "."], "not a run directory"),
+        (["bench", "nowhere"], "nowhere: no such run directory"),
         (["train", "--recipe", "digit"], "did you mean 'digits'"),
         (["train", "--config", "mine.yaml"], "mine.yaml: no such file"),
         (["train", "--set", "lr=1"], "did you mean 'optimizer.lr'"),
