@@ -69,6 +69,7 @@ def _export(model: nn.Module, example: Tensor, sizes: dict[int, Any] | None) -> 
     given = next(n for n in module.graph.nodes if n.op == "placeholder")
     batch = str(given.meta["val"].shape[0])  # a name, where any is taken
     guards: Any = getattr(module, "_guards_fn", None)
+    squeezes = any(n.target is aten.squeeze.default for n in module.graph.nodes)  # a batch of 1 too
 
     def takes(x: Tensor) -> bool:
         try:
@@ -76,7 +77,7 @@ def _export(model: nn.Module, example: Tensor, sizes: dict[int, Any] | None) -> 
                 guards(x)
         except AssertionError:
             return False
-        return not batch.isdigit() or len(x) == int(batch)
+        return len(x) == int(batch) if batch.isdigit() else len(x) > 1 or not squeezes
 
     spec = program.call_spec.out_spec
     return Captured(fuse(module), takes, lambda flat: tree_unflatten(list(flat), spec))
