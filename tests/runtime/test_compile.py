@@ -92,6 +92,23 @@ def test_models_that_look_at_the_batch_size(kind, batch):
         network(torch.randn(4, 6))
 
 
+class Head(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.unflatten(1, (6, 1)).squeeze())
+
+
+def test_squeezed_batches_of_one():
+    """Have another shape than others; a network is right about them or refuses them."""
+    model, one, two = Head(6, 5), torch.randn(1, 6), torch.randn(2, 6)
+    network = compiled(model, one)
+    assert error(network(one), model(one)) < AIM
+    network = compiled(model, two)
+    for x in (two, torch.randn(3, 6)):
+        assert error(network(x), model(x)) < AIM
+    with pytest.raises(InputError, match="depends on the batch size"):
+        network(one)
+
+
 INPUTS = {
     "shape": lambda: torch.zeros(2, 3, 8, 8),
     "no batch": lambda: torch.zeros(SHAPE),
