@@ -160,7 +160,7 @@ exit:
 
 def breakdown(module: feather.runtime.SparseModule, x: Tensor) -> dict[str, float]:
     """Milliseconds by kind of step, each step timed by itself in the order of the network."""
-    bound = module._for_batch(len(x))
+    bound = module._for_batch(x)
     workspace = Workspace(bound)
     workspace(x)
     calls: list[tuple[str, Callable[[list[Any]], None]]] = []
