@@ -2,7 +2,8 @@
 
 The weights are those of a training run (its latent ones, so that every sparsity can be had), pruned
 by global magnitude, or with the layers' densities by ERK (Mocanu et al., 2018; Evci et al., 2020).
-All contestants of a row take turns on the same input; a time is a median, a ratio one of medians.
+Contestants take turns on the same input, several calls each time; a time is a median, a ratio one of
+medians.
 
     python benchmarks/inference.py --run runs/resnet50 --run runs/mobilenet \\
         --json results/inference.json
@@ -234,7 +235,9 @@ def main() -> None:
                 reference = prune(run, options.classes, 0.95, "global")
                 systems = dense_systems(reference, x, threads)
                 with torch.inference_mode():
-                    times = alternate(list(systems.values()), rounds=7 if batch == 1 else 3)
+                    times = alternate(
+                        list(systems.values()), rounds=3, burst=3 if batch == 1 else 1
+                    )
                 dense = dict(zip(systems, times, strict=True))
                 rivals = [name for name in systems if "OpenVINO" in name] or ["PyTorch"]
                 systems = {name: systems[name] for name in rivals}
@@ -252,7 +255,7 @@ def main() -> None:
                         with torch.inference_mode():
                             wanted, found = model(x), module(x)
                             turns = [partial(module, x), *systems.values()]
-                            ms, *others = alternate(turns, rounds=11 if batch == 1 else 5)
+                            ms, *others = alternate(turns, rounds=7 if batch == 1 else 3)
                         error = float((wanted - found).abs().max() / wanted.abs().max())
                         used = multiply_adds(module) * batch / ms / 1e6
                         row = head | {

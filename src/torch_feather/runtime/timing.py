@@ -24,22 +24,20 @@ def milliseconds(
 
 
 def alternate(
-    calls: Sequence[Callable[[], object]], rounds: int = 15, seconds: float = 0.0
+    calls: Sequence[Callable[[], object]], rounds: int = 7, burst: int = 3
 ) -> list[float]:
     """Median milliseconds of each of several calls that take turns.
 
     Args:
         calls: what to time.
-        rounds: each is called at least so often.
-        seconds: and for so long in all.
+        rounds: turns of each.
+        burst: calls in a turn that count; one before finds what the others left in the caches.
     """
     times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    start = time.perf_counter()
-    while len(times[0]) < rounds or time.perf_counter() - start < seconds:
+    for _ in range(rounds):
         for mine, call in zip(times, calls, strict=True):
-            mine.append(_once(call))
+            call()
+            mine += [_once(call) for _ in range(burst)]
     return [statistics.median(mine) for mine in times]
 
 
