@@ -1,8 +1,9 @@
-"""Studies: many trainings that answer one question; each a table or a figure of the paper."""
+"""Studies: many trainings that answer one question; most are a table or figure of the paper."""
 
 from .backbones import BACKBONES
 from .compare import COMPARE
 from .flops import FLOPS
+from .latency import LATENCY
 from .mobilenet import MOBILENET_STUDY
 from .networks import NETWORKS_STUDY
 from .recipe import RECIPE
@@ -19,6 +20,7 @@ STUDIES: dict[str, Study] = {
         BACKBONES,
         MOBILENET_STUDY,
         FLOPS,
+        LATENCY,
         NETWORKS_STUDY,
         COMPARE,
     )

@@ -101,6 +101,9 @@ def command(study: Study) -> Callable[..., None]:
         folder, done = runs or out / "runs", _progress(len(plan))
         outcome = train_all(plan, folder, jobs=jobs, minutes=minutes, ray=ray, done=done)
         rows = list(outcome.rows.values())
+        if study.measure:  # after all training, so that nothing else computes
+            for i, row in enumerate(rows):
+                rows[i] = row | study.measure(row, folder / row["name"], out, config.data.path)
         if rows or not plan:
             typer.echo(write(study, study.answer(rows, config), rows, out, made))
             typer.echo(out / "index.html")

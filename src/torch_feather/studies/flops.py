@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,6 +33,27 @@ BIASED = "feather-flops"
 GAMMAS = (0.25, 0.5, 1.0)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What an answer of a network costs: a number of its row, in units of `unit`."""
+
+    key: str
+    unit: float
+    symbol: str
+    axis: str
+
+    def of(self, row: Row) -> float:
+        """Of one run."""
+        return row[self.key] / self.unit
+
+    def mean(self, rows: Sequence[Row]) -> float:
+        """Over seeds."""
+        return statistics.mean(map(self.of, rows))
+
+
+MULTIPLY_ADDS = Cost("macs", 1e6, "M", "multiply-adds an image, millions (logarithmic)")
+
+
 def plan(config: Config, choices: Choices) -> list[Run]:
     """Each method; the FLOPs-biased one with each bias gamma."""
     variants: dict[str, dict] = {}
@@ -52,29 +74,24 @@ def answer(rows: Sequence[Row], config: Config) -> Answer:
     """Figure 4, with the frontier; the published ResNet-50 apart."""
     share = (
         "of dense",
-        lambda found: f"{100 * cost(found) / (found[0]['dense_macs'] / 1e6):.2f} %",
+        lambda found: f"{100e6 * MULTIPLY_ADDS.mean(found) / found[0]['dense_macs']:.2f} %",
     )
     pictures = [
         Picture(
             "frontier",
-            draw(rows),
+            draw(rows, MULTIPLY_ADDS),
             "Test accuracy against multiply-adds, means over seeds; bars: ± one standard deviation "
             "of both. Grey: the frontier, which nothing beats at the same cost or below.",
         )
     ]
     return Answer(
-        on_the_frontier(rows),
+        on_the_frontier(rows, MULTIPLY_ADDS),
         Part(
             [*pictures * bool(labels(rows)), *compare.accuracy_pictures(rows)[:1]],
             [accuracy_table(rows, more=[share])],
         ),
         published(),
     )
-
-
-def cost(rows: Sequence[Row]) -> float:
-    """Millions of multiply-adds an image, over seeds."""
-    return statistics.mean(row["macs"] for row in rows) / 1e6
 
 
 def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -86,16 +103,17 @@ def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
     return best
 
 
-def on_the_frontier(rows: Sequence[Row]) -> list[str]:
+def on_the_frontier(rows: Sequence[Row], cost: Cost) -> list[str]:
     """Which methods make up the frontier at each sparsity, and what the cheapest one costs."""
     told = []
     for sparsity in sparsities(rows):
         groups = {label: mine for (label, s), mine in group(rows).items() if s == sparsity}
         if len(groups) < 2 or min(map(len, groups.values())) < ENOUGH:
             continue
-        where = {(cost(mine), mean(mine)): label for label, mine in groups.items()}
+        where = {(cost.mean(mine), mean(mine)): label for label, mine in groups.items()}
         names = [
-            f"{where[point]} ({point[0]:.2f} M, {point[1]:.1f} %)" for point in frontier(where)
+            f"{where[point]} ({point[0]:.2f} {cost.symbol}, {point[1]:.1f} %)"
+            for point in frontier(where)
         ]
         told.append(
             f"At {percent(sparsity)}, from cheap to accurate (means of n ≥ "
@@ -104,22 +122,22 @@ def on_the_frontier(rows: Sequence[Row]) -> list[str]:
     return told
 
 
-def draw(rows: Sequence[Row]) -> Figure:
+def draw(rows: Sequence[Row], cost: Cost) -> Figure:
     """A curve for each method, from its sparsest network to its densest."""
     figure, axes = panel(5.2, 4.6)
     groups = group(rows)
-    _stairs(axes, [(cost(mine), mean(mine)) for (m, _), mine in groups.items() if m != DENSE])
+    _stairs(axes, [(cost.mean(mine), mean(mine)) for (m, _), mine in groups.items() if m != DENSE])
     for i, name in enumerate(labels(rows)):
         found = [groups[name, s] for s in sparsities(rows) if (name, s) in groups]
         axes.errorbar(
-            [cost(mine) for mine in found],
+            [cost.mean(mine) for mine in found],
             [mean(mine) for mine in found],
             [deviation(accuracies(mine)) for mine in found],
-            [deviation([row["macs"] / 1e6 for row in mine]) for mine in found],
+            [deviation([cost.of(row) for row in mine]) for mine in found],
             label=f"{name} (n={min(map(len, found))})",
             **look(i),
         )
-    _macs_axis(axes)
+    _cost_axis(axes, cost)
     axes.set_ylabel("test accuracy, %")
     below(axes)
     return figure
@@ -130,12 +148,12 @@ def _stairs(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     axes.step(*zip(*best, strict=True), where="post", color=GREY, alpha=0.35, linewidth=6, zorder=0)
 
 
-def _macs_axis(axes: Axes) -> None:
+def _cost_axis(axes: Axes, cost: Cost) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
-    axes.set_xlabel("multiply-adds an image, millions (logarithmic)")
+    axes.set_xlabel(cost.axis)
 
 
 def published() -> Part:
@@ -149,7 +167,7 @@ def published() -> Part:
     _stairs(axes, [point for _, points in priced for point in points])
     for i, (series, points) in enumerate(priced):
         axes.plot(*zip(*points, strict=True), label=series.method, **look(i))
-    _macs_axis(axes)
+    _cost_axis(axes, MULTIPLY_ADDS)
     axes.set_ylabel("top-1 accuracy on ImageNet, %")
     below(axes)
     rows = [

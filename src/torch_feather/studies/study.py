@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -74,6 +75,8 @@ class Study:
     source: str  # the figure or table of the paper
     plan: Callable[[Config, Choices], list[Run]]
     answer: Callable[[Sequence[Row], Config], Answer]  # rows may be of a part of the plan
+    # What is measured of a trained network, into its row: (row, run directory, --out, --data-path)
+    measure: Callable[[Row, Path, Path, str | None], Row] | None = None
     sparsities: str = "0.9,0.95,0.98,0.99,0.995"
     methods: str | None = None  # by default; None: the study's question decides
     small: Mapping[str, Any] = field(default_factory=dict)  # settings on the digits, see `budget`
