@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--allocation", nargs="+", default=list(ALLOCATIONS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--at-a-time", type=int, help="images of a batch, see compile_sparse")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     machine = provenance(torch.device("cpu"))
@@ -247,9 +248,13 @@ def main() -> None:
                 for allocation in options.allocation:
                     for sparsity in options.sparsity:
                         model = prune(run, options.classes, sparsity, allocation)
-                        key = (network, batch, allocation, sparsity)
+                        key = (network, len(x[: options.at_a_time]), allocation, sparsity)
                         module = feather.compile_sparse(
-                            model, x, threads=threads, choices=choices.get(key)
+                            model,
+                            x[: options.at_a_time],
+                            threads=threads,
+                            choices=choices.get(key),
+                            at_a_time=options.at_a_time,
                         )
                         choices.setdefault(key, module.choices)
                         with torch.inference_mode():
@@ -269,7 +274,8 @@ def main() -> None:
                             "layers": len(module.choices),
                             "gmacs_per_s": used,
                             "of_peak": used / top / threads,
-                            "parts_ms": breakdown(module, x),
+                            "at_a_time": options.at_a_time,
+                            "parts_ms": breakdown(module, x[: options.at_a_time]),
                         }
                         rows.append(row)
                         faster = ", ".join(

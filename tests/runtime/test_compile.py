@@ -338,3 +338,11 @@ def test_a_missing_package_is_named(monkeypatch):
 def test_the_package_is_imported_when_it_is_needed():
     code = "import sys, torch_feather.runtime; sys.exit('llvmlite' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_batch_may_go_through_a_few_at_a_time(model, network):
+    x = torch.randn(5, *SHAPE)
+    parts = compile_sparse(model, x[:2], choices=network.choices, at_a_time=2)
+    assert torch.equal(parts(x), torch.cat([network(part) for part in x.split(2)]))
+    with pytest.raises(InputError, match="at_a_time"):
+        compile_sparse(model, x, at_a_time=0)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
 
 from ..errors import FeatherError, FileFormatError, StateError
 from .bound import Bound
@@ -38,6 +39,7 @@ def compile_sparse(
     *,
     threads: int | None = None,
     choices: Mapping[str, Choice] | str | Path | None = None,
+    at_a_time: int | None = None,
 ) -> SparseModule:
     """A network that computes what `model` does in eval mode, its sparse layers really sparse.
 
@@ -49,6 +51,9 @@ def compile_sparse(
             [default: torch.get_num_threads()]
         choices: those of another module or `save_choices`, of any machine; layers that they do
             not name are timed. [default: every layer is timed]
+        at_a_time: samples that go through the network together, for networks that treat the
+            samples of a batch by themselves. A few at a time stay in the caches, where whole
+            batches do not. [default: all of a batch]
 
     Raises:
         InputError: the example is no batch of float32 tensors on the CPU.
@@ -56,7 +61,8 @@ def compile_sparse(
         CaptureError: torch.export cannot follow the model.
         RuntimeMissingError: llvmlite is not installed.
     """
-    return SparseModule(model, example_input, threads or torch.get_num_threads(), choices)
+    threads = torch.get_num_threads() if threads is None else threads
+    return SparseModule(model, example_input, threads, choices, at_a_time)
 
 
 class SparseModule(nn.Module):
@@ -74,10 +80,14 @@ class SparseModule(nn.Module):
         example: Tensor,
         threads: int,
         choices: Mapping[str, Choice] | str | Path | None,
+        at_a_time: int | None,
     ) -> None:
         super().__init__()
         if threads < 1:
             raise InputError(f"threads must be at least 1, not {threads}")
+        if at_a_time is not None and at_a_time < 1:
+            raise InputError(f"at_a_time must be at least 1, not {at_a_time}")
+        self.at_a_time = at_a_time
         batch = isinstance(example, Tensor) and example.dim() > 0 and example.numel() > 0
         if not batch or example.dtype != torch.float32:
             raise InputError("the example must be a batch (batch, ...) of float32, not empty")
@@ -138,6 +148,9 @@ class SparseModule(nn.Module):
                 f"the network was compiled for float32 inputs ({', '.join(map(str, wanted))}) on "
                 f"the CPU, this is {x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
             )
+        if self.at_a_time is not None and len(x) > self.at_a_time:
+            parts = [self.forward(part) for part in x.split(self.at_a_time)]
+            return tree_map(lambda *values: torch.cat(values), *parts)
         return self._captured.unflatten(self._for_batch(x)(x))
 
     def _plan(self, layers: Sequence[Layer], choices: Mapping[str, Choice]) -> Plan:
