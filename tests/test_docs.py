@@ -58,9 +58,8 @@ def test_every_method_has_a_page_that_names_its_options_and_where_they_come_from
     assert page.read_text().startswith(f"# `{name}`\n")
     assert "    " in section(page, "Formulas")
     assert section(page, "Source").strip()
-    assert "Cost per step: see [results](../../results/README.md)." in section(
-        page, "When to use it"
-    )
+    measured = "([measured](../../results/README.md#of-every-method))"
+    assert measured in section(page, "When to use it")
     defaults = section(page, "Defaults")
     assert [option for option in method_options(name) if f"`{option}`" not in defaults] == []
 

@@ -62,7 +62,7 @@ def measure(row: Row, run: Path, out: Path, data_path: str | None) -> Row:
             sparse = compile_sparse(model, x, threads=1)
             with torch.inference_mode():
                 calls = [lambda: sparse(x), lambda: model(x)]
-                ours, pytorch = alternate(calls, rounds=10)
+                ours, pytorch = alternate(calls, rounds=30)
             found = {
                 "milliseconds": ours,
                 "pytorch_milliseconds": pytorch,
