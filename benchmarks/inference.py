@@ -2,8 +2,8 @@
 
 The weights are those of a training run (its latent ones, so that every sparsity can be had), pruned
 by global magnitude, or with the layers' densities by ERK (Mocanu et al., 2018; Evci et al., 2020).
-Contestants take turns on the same input, several calls each time; a time is a median, a ratio one of
-medians.
+Contestants take turns on the same input, several calls each time; a time is a median, a ratio one
+of medians.
 
     python benchmarks/inference.py --run runs/resnet50 --run runs/mobilenet \\
         --json results/inference.json

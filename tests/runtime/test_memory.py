@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import Graph
 
 from torch_feather.runtime import bound as bound_module
+from torch_feather.runtime import planes as planes_module
 from torch_feather.runtime import kernels, module
 from torch_feather.runtime.layer import Layer, MaxPool
 from torch_feather.runtime.plan import Copy, Plan, Pointwise, Sparse
@@ -170,7 +171,8 @@ def fences(monkeypatch):
         def aligned(count, dtype=np.float32):
             return fenced(count, dtype, at_end)
 
-        monkeypatch.setattr(bound_module, "aligned", aligned)
+        for module in (bound_module, planes_module):
+            monkeypatch.setattr(module, "aligned", aligned)
 
     kernels.library()  # compiled here, not in each child
     yield build

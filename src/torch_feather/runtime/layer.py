@@ -53,6 +53,10 @@ class Layer:
             return y.clamp_(self.low, self.high)
         return y
 
+    def unpack(self) -> None:
+        """Give back the memory of what only dense calls need; another call takes it again."""
+        self._packed = None
+
     def _combined(self, x: Tensor) -> Tensor:
         if self.linear:
             return F.linear(x, self.weight, self.bias)

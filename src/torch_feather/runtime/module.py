@@ -129,6 +129,9 @@ class SparseModule(nn.Module):
             if choices is None:
                 self.choices = self._fastest(layers, example)
             self.plan = self._plan(layers, self.choices)
+            for layer in layers:
+                if self.choices[layer.name].sparse:
+                    layer.unpack()
         self._bound: OrderedDict[int, Bound] = OrderedDict()
         self._lock = threading.Lock()
 
