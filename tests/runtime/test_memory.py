@@ -16,8 +16,8 @@ from torch import nn
 from torch.fx import Graph
 
 from torch_feather.runtime import bound as bound_module
-from torch_feather.runtime import planes as planes_module
 from torch_feather.runtime import kernels, module
+from torch_feather.runtime import planes as planes_module
 from torch_feather.runtime.layer import Layer, MaxPool
 from torch_feather.runtime.plan import Copy, Plan, Pointwise, Sparse
 
@@ -171,8 +171,8 @@ def fences(monkeypatch):
         def aligned(count, dtype=np.float32):
             return fenced(count, dtype, at_end)
 
-        for module in (bound_module, planes_module):
-            monkeypatch.setattr(module, "aligned", aligned)
+        for user in (bound_module, planes_module):
+            monkeypatch.setattr(user, "aligned", aligned)
 
     kernels.library()  # compiled here, not in each child
     yield build
