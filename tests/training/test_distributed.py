@@ -233,7 +233,9 @@ def test_an_error_of_one_process_ends_all(tmp_path, rank, where):
     assert all(codes)
     assert "went away" in errors[rank].splitlines()[-1]
     others = "went away" if where == "data" else "RunError: another process of this run has ended"
-    assert others in errors[1 - rank].splitlines()[-1]
+    # Gloo's threads may have a word after it, where the other process died first.
+    said = [line for line in errors[1 - rank].splitlines() if not line.startswith("terminate")]
+    assert others in said[-1]
 
 
 def test_the_parts_of_all_ranks_are_a_range_and_nearly_alike():
