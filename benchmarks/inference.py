@@ -99,6 +99,7 @@ def dense_systems(model: nn.Module, x: Tensor, threads: int) -> dict[str, Call]:
     core = openvino.Core()
     for label, precision in (("OpenVINO f32", "f32"), ("OpenVINO default", None)):
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        settings["ENABLE_CPU_PINNING"] = False  # of threads that others in the process use too
         if precision:
             settings["INFERENCE_PRECISION_HINT"] = precision
         request = core.compile_model(graph, "CPU", settings).create_infer_request()

@@ -72,7 +72,10 @@ COPY = np.dtype(
 # An operation: a kernel, its record, and its number of work items.
 OPERATION = np.dtype([("kernel", "i8"), ("record", "i8"), ("items", "i8")])
 
-SPINS = 2000  # looks at a barrier before the rest of the time slice is given away
+# Looks at a barrier, some 0.1 ms of them, before a thread sleeps: two that share a core would keep
+# each other from working, and one that wakes up is given a free core.
+SPINS = 10_000
+NAP = 30  # microseconds
 
 
 class RuntimeMissingError(FeatherError, ImportError):
@@ -155,7 +158,7 @@ class Library:
             [
                 *("\n".join(_intrinsics(w)) for w in vector_widths()),
                 "declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)",
-                "declare i32 @sched_yield()",
+                "declare i32 @usleep(i32)",
                 *("\n".join(convolution(*v)) for v in variants),
                 *("\n".join(copy(columns)) for columns in COLUMNS),
                 "\n".join(interpreter()),
@@ -546,7 +549,7 @@ def interpreter() -> Iterator[str]:
     yield "  %spin.next = add i64 %spin, 1"
     yield "  br label %wait"
     yield "yield:"
-    yield "  %yielded = call i32 @sched_yield()"
+    yield f"  %slept = call i32 @usleep(i32 {NAP})"
     yield "  br label %wait"
     yield "next:"
     yield "  %more = icmp ult i64 %j.next, %n"
