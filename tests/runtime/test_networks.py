@@ -1,6 +1,7 @@
 """Whole networks: ours for CIFAR, and those of timm."""
 
 import pytest
+import timm
 import torch
 from runtime_cases import DENSE, SPARSE, compiled, error, pruned
 
@@ -31,9 +32,8 @@ def test_networks_for_cifar(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenetv1_100", "convnext_nano", "vit_small_patch16_224"]
+    "name", ["resnet18", "resnet50", "mobilenetv1_100", "convnext_nano", "vit_small_patch16_224"]
 )
 def test_networks_of_timm(name):
-    timm = pytest.importorskip("timm")
     network = check(timm.create_model(name, num_classes=10), 224, [1, 3, 1], 0.9)
     assert DENSE not in network.choices.values()
