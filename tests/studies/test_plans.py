@@ -76,6 +76,25 @@ def test_an_option_goes_to_the_methods_that_have_it():
         plan("compare", settings=["options.p=2"], methods=["dense", "gmp"])
 
 
+def test_a_method_may_have_options_of_its_own_beside_itself():
+    runs = plan("compare", recipe="cifar100-small", sparsities=[0.98], seeds=[0],
+                methods=["feather", "feather:p=2:theta=1", "gmp"])  # fmt: skip
+    assert [(run.label, run.name) for run in runs] == [
+        ("feather", "feather-0.98-0"),
+        ("feather, p = 2, theta = 1", "feather-p2-theta1-0.98-0"),
+        ("gmp", "gmp-0.98-0"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("gmp:p=2", "gmp has no option 'p'"), ("feather:p", "--methods 'p': write key=value")],
+)
+def test_an_option_of_one_method_is_checked_before_anything_is_trained(text, message):
+    with pytest.raises(ConfigurationError, match=message):
+        plan("compare", sparsities=[0.5], seeds=[0], methods=[text])
+
+
 def test_no_study_trains_the_dense_network_at_several_sparsities():
     for name in STUDIES:
         names = [run.name for run in plan(name, seeds=[0])]

@@ -31,7 +31,8 @@ def command(study: Study) -> Callable[..., None]:
         methods: Annotated[
             str | None,
             typer.Option(
-                help="Names with commas between them, or `all`; `dense` is one. "
+                help="Names with commas between them, or `all`; `dense` is one, "
+                "`feather:p=2:theta=1` has options of its own. "
                 f"[default: {study.methods}]"
             ),
         ] = None,

@@ -13,7 +13,7 @@ from .study import Answer, Choices, Part, Picture, Study, grid
 
 def plan(config: Config, choices: Choices) -> list[Run]:
     """Each method at each sparsity."""
-    return grid(config, {method: {"method": method} for method in choices.methods}, choices)
+    return grid(config, choices.variants, choices)
 
 
 def answer(rows: Sequence[Row], config: Config) -> Answer:

@@ -57,11 +57,11 @@ MULTIPLY_ADDS = Cost("macs", 1e6, "M", "multiply-adds an image, millions (logari
 def plan(config: Config, choices: Choices) -> list[Run]:
     """Each method; the FLOPs-biased one with each bias gamma."""
     variants: dict[str, dict] = {}
-    for method in choices.methods:
-        if method == BIASED:
+    for label, variant in choices.variants.items():
+        if label == BIASED:
             variants |= {f"{BIASED}, γ = {gamma:g}": biased(gamma) for gamma in GAMMAS}
         else:
-            variants[method] = {"method": method}
+            variants[label] = variant
     return grid(config, variants, choices)
 
 

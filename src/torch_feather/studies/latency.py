@@ -33,11 +33,11 @@ def plan(config: Config, choices: Choices) -> list[Run]:
     """
     llvm()
     variants: dict[str, dict] = {}
-    for method in choices.methods:
-        variants[method] = {"method": method}
-        if method == BIASED:
-            timed = {"method": method, "options": {"costs": "milliseconds"}}
-            variants[f"{method}, milliseconds"] = timed
+    for label, variant in choices.variants.items():
+        variants[label] = variant
+        if label == BIASED:
+            timed = {"method": BIASED, "options": {"costs": "milliseconds"}}
+            variants[f"{BIASED}, milliseconds"] = timed
     return grid(config, variants, choices)
 
 

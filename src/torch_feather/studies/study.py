@@ -11,9 +11,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, nearest
 from ..methods import method_options
-from ..training.config import DENSE, Config, flatten, resolve_config, to_dict
+from ..training.config import (
+    DENSE,
+    Config,
+    flatten,
+    parse_assignments,
+    resolve_config,
+    to_dict,
+)
 from .grid import Row, Run
 
 
@@ -23,7 +30,18 @@ class Choices:
 
     sparsities: Sequence[float]
     seeds: Sequence[int]
-    methods: Sequence[str] = ()
+    methods: Sequence[str] = ()  # names, with options of their own as `feather:p=2:theta=1`
+
+    @property
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """What the methods are called in the answer, and the fields of `Config` that make them."""
+        found: dict[str, dict[str, Any]] = {}
+        for text in self.methods:
+            method, *options = (part.strip() for part in text.split(":"))
+            label = ", ".join([method, *(" = ".join(one.split("=")) for one in options)])
+            given = parse_assignments(options, "--methods")
+            found[label] = {"method": method} | ({"options": given} if given else {})
+        return found
 
 
 @dataclass(frozen=True)
@@ -107,7 +125,12 @@ def grid(config: Config, variants: Mapping[str, Mapping[str, Any]], choices: Cho
         variant = dict(variants[label])
         own = known[variant["method"]]
         options = {key: value for key, value in config.options.items() if key in own}
-        options |= variant.get("options", {})
+        for option, value in variant.get("options", {}).items():
+            if option not in own:
+                raise ConfigurationError(
+                    f"{variant['method']} has no option {option!r}{nearest(option, own)}"
+                )
+            options[option] = value
         # Without what is the default anyway, equal runs have equal names.
         variant["options"] = {k: v for k, v in options.items() if v != own.get(k, ...)}
         one = replace(config, seed=seed, sparsity=sparsity, compare_dense=False, **variant)

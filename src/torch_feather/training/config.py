@@ -339,15 +339,17 @@ def default_recipe(data: str | None) -> str:
     return {"imagefolder": "imagenet", None: "digits"}.get(data, data or "digits")
 
 
-def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+def parse_assignments(assignments: list[str], source: str = "--set") -> dict[str, Any]:
     """`["optimizer.lr=0.05"]` to `{"optimizer.lr": 0.05}`; values are read as YAML."""
     values: dict[str, Any] = {}
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise ConfigurationError(f"--set {text!r}: write key=value, such as optimizer.lr=0.05")
+            raise ConfigurationError(
+                f"{source} {text!r}: write key=value, such as optimizer.lr=0.05"
+            )
         try:
             values[key.strip()] = yaml.safe_load(value) if value else None
         except yaml.YAMLError:
-            raise ConfigurationError(f"--set {text!r}: the value is not valid YAML") from None
+            raise ConfigurationError(f"{source} {text!r}: the value is not valid YAML") from None
     return values
