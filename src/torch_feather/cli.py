@@ -41,6 +41,8 @@ TRAIN_EXAMPLES = """
 
 - `feather train --recipe imagenet --data-path DATA/imagenet --set system.compile=true`
 
+- `feather train --teacher runs/a/dense` learns from the network of another run, too
+
 - `torchrun --nproc-per-node 8 --no-python feather train --recipe imagenet --data-path ...`
 
 - `feather train --resume --out runs/a` continues a run that was stopped or killed
@@ -78,6 +80,10 @@ def train(
     sparsity: Annotated[
         float | None, typer.Option(help="Final share of zeros among the weights, such as 0.95.")
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Network to learn from too: a run directory, a file, or timm/NAME."),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
     seed: Annotated[
@@ -114,6 +120,7 @@ def train(
     Settings come from the recipe, then from --config, then from the options here. Started by
     `torchrun`, its processes train one network together.
     """
+    from .models import TIMM
     from .training.checkpoint import RunDirectory
     from .training.config import (
         apply,
@@ -132,9 +139,10 @@ def train(
     given: dict[str, Any] = {
         "network": network,
         "data.name": data,
-        "data.path": None if data_path is None else str(Path(data_path).expanduser().absolute()),
+        "data.path": _absolute(data_path),
         "method": method,
         "sparsity": sparsity,
+        "distillation.teacher": teacher if (teacher or "").startswith(TIMM) else _absolute(teacher),
         "epochs": epochs,
         "batch_size": batch_size,
         "seed": seed,
@@ -162,6 +170,10 @@ def train(
         results = run_training(start, folder, resume=resume, watch=watch)
         if ranks.first:
             print_results(console, results, folder)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def _free_directory(name: str, config: Any) -> Path:

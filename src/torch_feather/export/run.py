@@ -99,7 +99,14 @@ def about(run: RunDirectory) -> dict[str, Any]:
 
 def _for_others(config: Config) -> Config:
     """Without places on this machine."""
-    return replace(config, data=replace(config.data, path=None))
+    teacher = config.distillation.teacher
+    if teacher is not None and not teacher.startswith(models.TIMM):
+        teacher = Path(teacher).name
+    return replace(
+        config,
+        data=replace(config.data, path=None),
+        distillation=replace(config.distillation, teacher=teacher),
+    )
 
 
 def describe(run: RunDirectory, path: Path, format: str) -> str:

@@ -1,5 +1,7 @@
 """The paper's CIFAR networks; all others come from timm by name."""
 
+from typing import Any
+
 from torch import nn
 
 from ..errors import ConfigurationError, nearest
@@ -18,6 +20,8 @@ __all__ = [
     "resnet8",
     "resnet20",
 ]
+
+TIMM = "timm/"
 
 _MODELS = {
     "resnet20": resnet20,
@@ -43,8 +47,8 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     for what, count in (("num_classes", num_classes), ("in_channels", in_channels)):
         if count < 1:
             raise ConfigurationError(f"{what} must be at least 1, got {count}")
-    if name.startswith("timm/"):
-        return _create_timm(name.removeprefix("timm/"), num_classes, in_channels)
+    if name.startswith(TIMM):
+        return create_timm(name, num_classes=num_classes, in_chans=in_channels)
     if name not in _MODELS:
         raise ConfigurationError(
             f"unknown network {name!r}{nearest(name, _MODELS)} "
@@ -53,16 +57,18 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     return _MODELS[name](num_classes, in_channels)
 
 
-def _create_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
+def create_timm(name: str, **options: Any) -> nn.Module:
+    """Build `timm/NAME` with the options of `timm.create_model`; raises what `create` does."""
     try:
         import timm
     except ImportError as error:
         raise ImportError(
-            f"network 'timm/{name}' needs timm: pip install 'torch-feather[vision]'"
+            f"network {name!r} needs timm: pip install 'torch-feather[vision]'"
         ) from error
+    name = name.removeprefix(TIMM)
     if not timm.is_model(name):
         raise ConfigurationError(
             f"timm has no model {name!r}{nearest(name, timm.list_models())} "
             "timm.list_models() shows all."
         )
-    return timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
+    return timm.create_model(name, **options)

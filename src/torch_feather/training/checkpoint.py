@@ -247,4 +247,6 @@ def changed_keys(old: Config, new: Config) -> str:
         if before.get(key) != after.get(key)
         and not key.startswith("system.")
         and key not in ("data.path", "recipe", "compare_dense", "track_masks")
+        # A place, like data.path; the checkpoint knows which teacher it was.
+        and not (key == "distillation.teacher" and before[key] and after[key])
     )

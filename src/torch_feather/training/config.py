@@ -108,6 +108,26 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """A trained network to learn from, beside the labels (Hinton et al., 2015)."""
+
+    # a run directory; a file of weights; or timm/NAME, with the weights published for it
+    teacher: str | None = None
+    weight: float = 0.5  # the teacher's share in the loss; the labels have the rest
+    temperature: float = 4.0  # logits are divided by it: the higher, the softer
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.weight <= 1,
+            f"distillation.weight is a share in [0, 1], got {self.weight}",
+        )
+        _require(
+            self.temperature > 0,
+            f"distillation.temperature must be positive, got {self.temperature}",
+        )
+
+
+@dataclass(frozen=True)
 class SystemConfig:
     """Where and how fast; the one section that may differ when a run is resumed."""
 
@@ -160,6 +180,7 @@ class Config:
     compare_dense: bool = False  # afterwards train the dense network with the same budget
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
 
     def __post_init__(self) -> None:

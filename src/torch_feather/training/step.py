@@ -17,6 +17,7 @@ from ..errors import ConfigurationError
 from ..sparsifier import Sparsifier
 from .config import Config
 from .data import Batch
+from .distillation import Distillation
 from .distributed import Ranks
 
 
@@ -36,10 +37,12 @@ class Step:
         config: Config,
         device: torch.device,
         ranks: Ranks,
+        distillation: Distillation | None = None,
     ) -> None:
         self.model, self.optimizer, self.sparsifier = model, optimizer, sparsifier
         self.options, self.amp = config.optimizer, config.system.amp
         self.device, self.ranks = device, ranks
+        self.distillation = distillation
         self.batch_size = config.batch_size
         part = ranks.part(0, config.batch_size)
         share = part.stop - part.start
@@ -91,11 +94,15 @@ class Step:
         parts = [(x, y) for x, y in parts if len(y)]
         for i, (x, y) in enumerate(parts):
             # Compiled for one shape: a smaller part would be compiled anew.
-            network = self.network if len(y) == self.size else self.plain
+            whole = len(y) == self.size
+            network = self.network if whole else self.plain
             with self._alone(i < len(parts) - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                     smoothing = self.options.label_smoothing
-                    loss = F.cross_entropy(network(x), y, label_smoothing=smoothing)
+                    logits = network(x)
+                    loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
+                    if self.distillation is not None:
+                        loss = self.distillation(loss, logits, x, whole)
                 # Ranks are averaged by what wraps the network.
                 share = weight * len(y) * self.ranks.count / batch.total
                 (loss if share == 1 else loss * share).backward()

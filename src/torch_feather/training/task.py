@@ -21,8 +21,9 @@ from ..runtime import layer_milliseconds
 from .checkpoint import RunDirectory, write_json
 from .config import DENSE, Config, OptimizerConfig
 from .data import Dataset, eval_loader, train_loader
+from .distillation import Distillation, load_teacher
 from .distributed import Ranks
-from .errors import Interrupted, TrainingDiverged
+from .errors import CheckpointError, Interrupted, TrainingDiverged
 from .evaluation import evaluate
 from .masks import record_masks
 from .provenance import provenance
@@ -64,8 +65,15 @@ class Task:
                 total_steps=self.total_steps,
                 **options,
             )
+        self.distillation = self._distillation(layout)
         self.train_step = Step(
-            self.model, self.optimizer, self.sparsifier, config, device, self.ranks
+            self.model,
+            self.optimizer,
+            self.sparsifier,
+            config,
+            device,
+            self.ranks,
+            self.distillation,
         )
         # For evaluation: what wraps the model for several ranks would exchange at every batch.
         self.compiled: nn.Module | None = None
@@ -86,6 +94,14 @@ class Task:
         self.best: dict[str, Any] | None = None
         if self.ranks.count > 1:  # what networks draw, such as dropout, differs between ranks
             torch.manual_seed(config.seed + self.ranks.rank)
+
+    def _distillation(self, layout: torch.memory_format) -> Distillation | None:
+        options = self.config.distillation
+        if options.teacher is None:
+            return None
+        teacher = self.ranks.one_after_another(lambda: load_teacher(self.config, self.data))
+        teacher.to(self.device).to(memory_format=layout)
+        return Distillation(teacher, options, self.config.system.compile)
 
     def _costs(self, costs: Any) -> dict[str, Any]:
         """What a method that asks for costs is given: `milliseconds` of this CPU by that word."""
@@ -252,6 +268,7 @@ class Task:
             "train_loss": self.history[chosen - 1]["train_loss"],
             "macs": {"dense": macs.dense, "sparse": macs.sparse},
             "seconds": self.seconds,
+            "teacher": self._about_teacher(test),
             "report": report.to_dict(),
             **provenance(self.device),
         }
@@ -260,6 +277,18 @@ class Task:
         if self.ranks.first:
             write_json(run.report_file, results)
         return results
+
+    def _about_teacher(self, test: Any) -> dict[str, Any] | None:
+        if self.distillation is None:
+            return None
+        amp, teacher = self.config.system.amp, self.distillation.teacher
+        loss, accuracy = evaluate(teacher, test, amp, self.ranks)
+        return {
+            "source": self.config.distillation.teacher,
+            "sha256": self.distillation.digest,
+            "test_accuracy": accuracy,
+            "test_loss": loss,
+        }
 
     def _thresholds(self) -> dict[str, Tensor]:
         return self.sparsifier.thresholds() if self.sparsifier is not None else {}
@@ -280,10 +309,16 @@ class Task:
             "seconds": self.seconds,
             "history": self.history,
             "best": self.best,
+            "teacher": self.distillation and self.distillation.digest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken."""
+        if state.get("teacher") != (self.distillation and self.distillation.digest):
+            raise CheckpointError(
+                "the run that is to go on was trained with another teacher, or without one, or the "
+                f"weights of its teacher changed since: {self.config.distillation.teacher}"
+            )
         self.model.load_state_dict(state["model"])
         fused = self.optimizer.param_groups[0]["fused"]
         self.optimizer.load_state_dict(state["optimizer"])
