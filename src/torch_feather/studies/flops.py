@@ -30,7 +30,7 @@ from .spread import (
 from .study import Answer, Choices, Part, Picture, Study, Table, grid
 
 BIASED = "feather-flops"
-GAMMAS = (0.25, 0.5, 1.0)
+GAMMAS = (0.125, 0.25, 0.5)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def plan(config: Config, choices: Choices) -> list[Run]:
 
 
 def biased(gamma: float) -> dict:
-    """The variant with this bias; 0.5 is what the method takes by itself."""
-    return {"method": BIASED, "options": {} if gamma == 0.5 else {"gamma": gamma}}
+    """The variant with this bias; 0.25 is what the method takes by itself."""
+    return {"method": BIASED, "options": {} if gamma == 0.25 else {"gamma": gamma}}
 
 
 def answer(rows: Sequence[Row], config: Config) -> Answer:
