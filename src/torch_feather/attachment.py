@@ -20,7 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import host
 from .errors import ConfigurationError, StateError, warn
 from .header import Header
+from .latent import copy_all
 from .prunable import Prunable, find_prunable
+from .rounds import in_backward
 
 if TYPE_CHECKING:
     from .sparsifier import Sparsifier
@@ -32,6 +34,12 @@ PREFIX = "feather_"
 WRITE_OUTSIDE_STEP = ("ScheduleFree", "Lookahead")
 # Optimizers that hold or step the parameters in a way that is not handled.
 NOT_HANDLED = ("ZeroRedundancyOptimizer",)
+
+# What torch.compile says of the hooks where it must not leave anything out.
+_NOT_COMPILED = (
+    "around optimizer.step the weights of sparse training are exchanged: compile forward pass and "
+    "loss with fullgraph=True, and the optimizer's step without it"
+)
 
 # Optimizers and parameters that a sparsifier is attached to.
 _attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -82,6 +90,13 @@ def bind(
             "twice. Give every parameter to one optimizer."
         )
     check_storage([p.name for p in prunable], [p.parameter for p in prunable])
+    if isinstance(model, nn.parallel.DistributedDataParallel) and any(
+        hasattr(p.parameter, "_in_backward_optimizers") for p in prunable
+    ):
+        raise ConfigurationError(
+            "DistributedDataParallel steps optimizers of _apply_optimizer_in_backward while it "
+            "averages gradients, unseen. Step the optimizer after the backward pass."
+        )
     for p in prunable:
         if p.parameter in _attached:
             raise ConfigurationError(
@@ -114,9 +129,14 @@ class Attachment:
         self._depth = 0  # subclasses that call super().step() fire the hooks once per level
         self._latent = False  # whether the parameters hold latent weights right now
         self._phantom = False
+        self._in_round = False  # whether this step is one of several within a backward pass
+        self._images: list[Tensor] = []  # and what its parameters held before it
         self._groups = len(optimizer.param_groups)
         self._attached = True
-        before, after = map(torch.compiler.disable, (self._before, self._after))
+        before, after = (
+            torch.compiler.disable(hook, reason=_NOT_COMPILED)
+            for hook in (self._before, self._after)
+        )
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(before),
             optimizer.register_step_post_hook(after),
@@ -175,6 +195,10 @@ class Attachment:
         self._phantom = self._is_phantom()
         positional = len(args) > 1 and callable(args[1])
         keyword = callable(kwargs.get("closure"))
+        self._in_round = self.sparsifier.round.is_open or in_backward()
+        if self._in_round:
+            self._enter_round(positional or keyword)
+            return None
         if not (positional or keyword):
             self._complete()
         self.sparsifier.before_step(self.indices)
@@ -193,12 +217,41 @@ class Attachment:
         self._depth -= 1
         if self._depth > 0:
             return
+        if self._in_round:
+            self._leave_round()
+            return
         self.sparsifier.capture(self.indices)
         self._latent = False
         # A fused optimizer under GradScaler decides on the device whether it steps.
         skipped = getattr(optimizer, "found_inf", None)
         taken = not self._phantom if skipped is None else skipped == 0
         self.sparsifier.after_step(taken if self.last else False)
+
+    def _enter_round(self, closure: bool) -> None:
+        """Parameters become latent within a backward pass, see `rounds.py`."""
+        if not self.indices:
+            return
+        needs = "Step after the backward pass: this optimizer steps within it, and "
+        if self.sparsifier.reparametrization.completes:
+            raise StateError(needs + "the method needs the gradients of all weights at once.")
+        if closure or getattr(self.optimizer, "found_inf", None) is not None:
+            raise StateError(needs + "neither closures nor GradScaler are handled there.")
+        if isinstance(self.sparsifier.model, nn.parallel.DistributedDataParallel):
+            raise StateError(needs + "DistributedDataParallel has not averaged the gradients yet.")
+        self.sparsifier.enter_round(self)
+        self._images = [parameter.detach().clone() for parameter in self._weights()]
+        self.sparsifier.show_latent(self.indices)
+        self._latent = True
+
+    def _leave_round(self) -> None:
+        if not self.indices:
+            return
+        self.sparsifier.capture(self.indices)
+        self._latent = False
+        with torch.no_grad():
+            copy_all(self._weights(), self._images)
+        self._images = []
+        self.sparsifier.leave_round(self)
 
     def _sparse(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         """The closure as the network must see it: with the sparse image in the parameters."""
@@ -257,6 +310,7 @@ class Attachment:
         if self._latent:
             self.sparsifier.capture(self.indices)
             self._latent = False
+        self.sparsifier.round.abandon()
         self.sparsifier.show_image()
 
     def _is_phantom(self) -> bool:

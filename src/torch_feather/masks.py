@@ -23,9 +23,12 @@ class ZeroKeeper:
         self._handles = [o.register_step_post_hook(self._refill) for o in optimizers]
 
     @torch.no_grad()
-    def _refill(self, *_: Any) -> None:
+    def _refill(self, optimizer: Optimizer, *_: Any) -> None:
+        # Nothing else is written to: it may step within the backward pass, before the others.
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for parameter, zero in self._zeros:
-            parameter.masked_fill_(zero.to(parameter.device), 0.0)
+            if id(parameter) in held:
+                parameter.masked_fill_(zero.to(parameter.device), 0.0)
 
     def remove(self) -> None:
         """Pruned weights may come back from now on."""

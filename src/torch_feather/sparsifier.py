@@ -34,6 +34,7 @@ from .methods import AnyMethod, build_method
 from .prunable import Filters, find_prunable, unwrap
 from .reparametrization import Rate, Setting
 from .report import Report, report
+from .rounds import Round, in_backward, incomplete
 
 # Steps between two looks at what costs a pass over the weights, or a transfer, to look at.
 POLL = 100
@@ -136,6 +137,7 @@ class Sparsifier:
         self._loaded_images: dict[int, int] = {}  # and of what a checkpoint says they were given
         self._strict = True
         self._attached = True
+        self.round = Round([slot.optimizer for slot in self.slots])
         self._keeper: ZeroKeeper | None = None
         self._ticks = 0
         self._warned: set[str] = set()
@@ -175,6 +177,15 @@ class Sparsifier:
         """Share of the prunable weights that is pruned now."""
         kept = sum(int(mask.sum()) for mask in self.masks().values())
         return (self.weights.size - kept) / self.weights.size
+
+    @property
+    def at_target(self) -> bool:
+        """Whether the network is as sparse now as it will be in the end, exactly.
+
+        What comes earlier is denser and flatters the method: no checkpoint of before competes for
+        being the best.
+        """
+        return not self._attached or self.reparametrization.reached(self.step_count)
 
     @property
     def own_sparsity(self) -> float:
@@ -276,6 +287,9 @@ class Sparsifier:
     def finalize(self, *, force: bool = False, keep_masks: bool = False) -> nn.Module:
         """Ends sparse training: plain modules, plain keys, exact zeros, no hooks.
 
+        A model of the target's sparsity that was written from outside, such as the best checkpoint
+        that a framework loads after training, stays as it was written.
+
         Args:
             force: end although the target is not reached yet.
             keep_masks: training goes on, and every further step leaves pruned weights at 0
@@ -286,6 +300,7 @@ class Sparsifier:
             StateError: the target is not reached.
         """
         self.require_attached()
+        found = self._found()
         self.sync()
         at = self.step_count
         if not self.reparametrization.reached(at) and not force:
@@ -293,8 +308,9 @@ class Sparsifier:
                 f"After {at} of {self.total_steps} steps the sparsity is {self.sparsity:.4f}, not "
                 f"yet {self.target}. Train on, or take the model as it is: finalize(force=True)."
             )
-        self._inspect()
         self._own_sparsity = self.own_sparsity
+        self._show(found)
+        self._inspect()
         self._release()
         if keep_masks:
             self._keeper = ZeroKeeper([slot.parameter for slot in self.slots], self._optimizers)
@@ -430,6 +446,8 @@ class Sparsifier:
     ) -> None:
         """Takes over checked latent weights, states and the step; the rest of `wanted` restarts."""
         loaded = dict(self._loaded_images)
+        if self.round.is_open:
+            self._abandon_round()
         self._absorb_writes()
         for i in wanted:
             if i not in checked:
@@ -450,6 +468,17 @@ class Sparsifier:
         """Parameters become latent."""
         self._absorb_writes()
         self.show_latent(indices)
+
+    def enter_round(self, attachment: Attachment) -> None:
+        """One of several optimizers is about to step within a backward pass."""
+        if self.round.has(self._attachments.index(attachment)):
+            self._refuse_half_a_step()
+        self._absorb_writes()
+
+    def leave_round(self, attachment: Attachment) -> None:
+        """It has stepped."""
+        if self.round.add(self._attachments.index(attachment)):
+            self.after_step(True)
 
     @torch.no_grad()
     def complete_at_step(self, scale: Tensor | None) -> None:
@@ -562,10 +591,21 @@ class Sparsifier:
 
         return pull_back
 
+    def _refuse_half_a_step(self) -> None:
+        missing = self.round.missing()
+        self._abandon_round()
+        raise incomplete(some([slot.name for slot in self.slots if slot.optimizer in missing]))
+
+    def _abandon_round(self) -> None:
+        self.round.abandon()
+        self._materialize()
+
     # What others did to the parameters
 
     def sync(self) -> None:
         """Outside of a step: latent weights and image follow what was written from outside."""
+        if self.round.is_open and not in_backward():
+            self._refuse_half_a_step()
         in_step = any(attachment.in_step for attachment in self._attachments)
         if self._attached and not in_step and self._absorb_writes():
             self._materialize()
@@ -577,6 +617,8 @@ class Sparsifier:
         On CPU the version and a checksum tell whether anything was written, also through
         `.data`. Elsewhere reading it would make the host wait: there the comparison always runs.
         """
+        if self.round.is_open:
+            return False  # nor do they hold the image of the latent weights
         self._rebind()
         on_cpu = not host.waits_for(self.weights.device)
         written = list(range(len(self.slots)))
@@ -692,6 +734,14 @@ class Sparsifier:
             )
 
     # Leaving, inside
+
+    @torch.no_grad()
+    def _found(self) -> list[Tensor]:
+        """What the parameters hold, where that is as sparse as it should be; else the image."""
+        self._rebind()
+        if self._counts()[1] != 0:
+            self.sync()
+        return [slot.parameter.detach().clone() for slot in self.slots]
 
     def _release(self) -> None:
         for handle in self._pull_backs:
