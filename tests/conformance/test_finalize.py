@@ -247,3 +247,29 @@ def test_a_sparsifier_that_nobody_holds_works_on():
     gc.collect()
     run.train(0, STEPS)
     assert run.zeros() == 96
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_finished_model_that_was_written_in_stays_as_it_is(method):
+    """As frameworks do that load their best checkpoint after training."""
+    case = METHODS[method]
+    settings = {"method": case.method, "sparsity": case.sparsity, **case.options}
+    best = start(seed=1, **settings).train(0, TOTAL).sparsifier.finalize().state_dict()
+    run = start(**settings).train(0, TOTAL)
+    assert run.sparsifier.at_target
+    run.model.load_state_dict(best)
+    assert_same(run.sparsifier.finalize().state_dict(), best)
+    assert run.sparsifier.sparsity == run.zeros() / run.case.size
+
+
+def test_at_target_is_from_the_step_on_that_reaches_it():
+    run, seen = start(), []
+    assert not run.sparsifier.at_target
+    for step in range(TOTAL):
+        run.train(step, step + 1)
+        exact = run.zeros() == round(0.8 * run.case.size)
+        seen.append(run.sparsifier.at_target)
+        assert seen[-1] == exact
+    assert set(seen) == {False, True}
+    run.sparsifier.finalize()
+    assert run.sparsifier.at_target
