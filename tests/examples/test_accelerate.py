@@ -1,0 +1,48 @@
+"""Accelerate: what prepare() returned is trained, save_state() resumes it."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from example_cases import load
+
+import torch_feather as feather
+
+example = load("accelerate_loop")
+EPOCHS, STEPS = 4, 4  # of 7 batches, two for a step and the last one alone
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    images, labels = example.digits()
+    monkeypatch.setattr(example, "digits", lambda: (images[:220], labels[:220]))
+
+
+@pytest.fixture(autouse=True)
+def forget_the_process():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_killed_training_goes_on_bit_for_bit_from_its_state(
+    precision, few_images, tmp_path, killed_at
+):
+    def train(folder):
+        AcceleratorState._reset_state()
+        return example.train(tmp_path / folder, EPOCHS, mixed_precision=precision)
+
+    expected = train("whole")
+    # One clipping a step: within the third epoch.
+    killed_at(Accelerator, "clip_grad_norm_", 2 * STEPS + 2, lambda: train("run"))
+    resumed = train("run")
+    assert feather.sparsity(resumed) == feather.sparsity(expected) == round(0.95 * 306720) / 306720
+    for (name, a), b in zip(
+        expected.state_dict().items(), resumed.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_the_example_runs(capsys):
+    example.main(epochs=2)
+    assert "95.00% of the weights are zero" in capsys.readouterr().out
