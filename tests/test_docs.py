@@ -16,10 +16,20 @@ PAGES = {
     str(page.relative_to(ROOT)): page
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
+FAQ, COMPATIBILITY = ROOT / "docs" / "faq.md", ROOT / "docs" / "compatibility.md"
+
+
+def snippets(page: Path) -> list[str]:
+    """What the page shows in Python; answers go on from the first snippet of theirs."""
+    first, *others = [*re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), ""]
+    return [first, *(first + other if page == FAQ else other for other in others)]
+
+
 SNIPPETS = [
     pytest.param(block, id=f"{name}-{i}")
     for name, page in PAGES.items()
-    for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    for i, block in enumerate(snippets(page))
+    if block
 ]
 
 
@@ -31,11 +41,39 @@ def test_snippets_run(snippet, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
 def test_links_lead_somewhere(page):
-    for target, heading in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", page.read_text()):
+    for target, heading in re.findall(
+        r'\]\(([^)#: ]*)(?:#([^)]+))?(?: "\w+")?\)', page.read_text()
+    ):
         other = page.parent / target if target else page
         assert other.exists(), target
         if heading and other.suffix == ".md":
             assert heading in headings(other), (target, heading)
+
+
+def names_of_tests(file: Path) -> list[str]:
+    return re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
+
+
+def test_every_answer_can_be_run():
+    """By its snippet, or by a test that it names."""
+    all_tests = {
+        name for file in (ROOT / "tests").rglob("test_*.py") for name in names_of_tests(file)
+    }
+    _, *answers = re.split(r"^## ", FAQ.read_text(), flags=re.MULTILINE)
+    for answer in answers:
+        named = set(re.findall(r"`(test_\w+)`", answer))
+        assert named <= all_tests
+        assert named or "```python" in answer or "](compatibility.md)" in answer, answer
+
+
+def test_every_line_of_what_it_works_with_leads_to_its_tests():
+    rows = [line for line in COMPATIBILITY.read_text().splitlines() if line.startswith("| ")][1:]
+    assert rows
+    for row in rows:
+        named = re.findall(r'\]\((\S+) "(test_\w+)"\)', row.split("|")[-2])
+        assert named, row
+        for file, test in named:
+            assert test in names_of_tests(COMPATIBILITY.parent / file), test
 
 
 def headings(page: Path) -> set[str]:
@@ -69,6 +107,13 @@ def test_the_index_names_every_method_and_links_every_page():
     assert all(f"`{name}`" in index for name in feather.available_methods())
     for page in METHODS.glob("*.md"):
         assert page.stem == "README" or f"[`{page.stem}`]({page.name})" in index
+
+
+def test_the_reference_has_every_public_name():
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.rst"))
+    listed = set(re.findall(r":: torch_feather\.(\w+)$", pages, re.MULTILINE))
+    assert {"errors", "models"} <= listed  # all of them
+    assert set(feather.__all__) - set(dir(feather.errors)) <= listed
 
 
 def test_every_allocation_and_schedule_is_described():
