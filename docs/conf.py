@@ -38,7 +38,7 @@ html_copy_source = False
 # What stands beside each page, in the order of reading. A page that is missing here is an error.
 NAVIGATION = {
     "README": {
-        "Start": ["docs/quickstart", "docs/faq", "docs/compatibility"],
+        "Start": ["docs/quickstart", "docs/frameworks", "docs/faq", "docs/compatibility"],
         "Guides": ["docs/training", "docs/files", "docs/runtime", "docs/deploy"],
         "Methods": ["docs/methods/README"],
         "Studies and results": ["docs/studies", "results/README", "benchmarks/README"],
@@ -62,8 +62,6 @@ def read_as_markdown(app, what, name, obj, options, lines):
     """Docstrings are plain text: `|w|` is a magnitude, and what is indented is meant as it is."""
     text = "\n".join(lines)
     text = re.sub(r"`[^`]*`|\|", lambda m: "\\|" if m[0] == "|" else m[0], text)
-    if what == "property":  # whose first line is no `type: text`
-        text = "\n" + text
     lines[:] = re.sub(r"(?m)(^\S.*\n)\n(?= {4})", r"\1\n::\n\n", text).split("\n")
 
 
