@@ -22,6 +22,7 @@ highlight_language = "text"
 default_role = "py:obj"
 suppress_warnings = ["ref.python"]  # `.sparse` is that of several classes
 autodoc_member_order = "bysource"
+autodoc_default_options = {"special-members": "__call__"}
 autodoc_typehints_format = "short"
 autodoc_type_aliases = {"Filters": "Filters"}
 python_use_unqualified_type_names = True

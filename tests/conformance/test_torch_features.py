@@ -146,6 +146,27 @@ def test_methods_that_need_all_gradients_refuse_to_step_in_backward(form, method
     assert run.sparsifier.step_count == 0
 
 
+@pytest.mark.gpu
+def test_steps_in_backward_on_a_gpu_are_those_of_the_plain_loop():
+    """There other threads run the backward pass."""
+    runs = []
+    for form in (by_hand, lambda net: [torch.optim.SGD(net.parameters(), **SGD)]):
+        net = MODELS["convnet"].make().cuda()
+        optimizers = form(net)
+        sparsifier = feather.sparsify(net, optimizers, sparsity=0.8, total_steps=TOTAL, theta=0.5)
+        for number in range(STEPS):
+            x, y = (t.cuda() for t in MODELS["convnet"].batch(number))
+            F.cross_entropy(net(x), y).backward()
+            if form is not by_hand:
+                optimizers[0].step()
+                optimizers[0].zero_grad()
+        assert sparsifier.step_count == STEPS
+        runs.append(net)
+    for p, q in zip(*(net.parameters() for net in runs), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    assert len({MODELS["convnet"].zeros(net) for net in runs}) == 1
+
+
 class Spare(nn.Module):
     """A layer of it is left out of the forward pass now and then."""
 
