@@ -1,18 +1,22 @@
 """Learning from a teacher."""
 
+import json
 import math
 import signal
+import sys
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_distributed import NETWORKS, together
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_feather as feather
 from torch_feather import models
+from torch_feather.cli import main
 from torch_feather.errors import ConfigurationError, FeatherError
-from torch_feather.export.run import export_run
+from torch_feather.export.run import about, export_run
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import Config, DistillationConfig, apply, resolve_config
 from torch_feather.training.data import Batch, load_dataset
@@ -51,6 +55,7 @@ def networks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models._MODELS, "small", Small)
         patch.setitem(models._MODELS, "large", Large)
+        patch.setitem(models._MODELS, "plain", NETWORKS["plain"])
         yield
 
 
@@ -209,6 +214,33 @@ def test_a_teacher_of_timm_comes_with_its_weights_and_sees_images_as_it_is_used_
     given = (pixels - data.mean[0]) / data.std[0]
     expected = published.eval()((pixels - 0.25) / 0.5)
     torch.testing.assert_close(loaded(given), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_distil_what_one_distils(tmp_path):
+    train(digits(network="plain", method="dense", seed=7), tmp_path / "teacher")
+    config = digits(network="plain", **{"distillation.teacher": str(tmp_path / "teacher")})
+    codes, errors = together(config, tmp_path / "two")
+    assert codes == [0, 0], errors
+    train(config, tmp_path / "one")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, rtol=1e-3, atol=1e-4)
+    teachers = [RunDirectory(tmp_path / name).read_report()["teacher"] for name in ("one", "two")]
+    assert teachers[1] == pytest.approx(teachers[0])  # its loss is summed in another order
+
+
+def test_the_command_takes_a_teacher_from_where_it_is_called(teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(teacher.parent)
+    quick = ["--network", "small", "--epochs", "1", "--batch-size", "256", "--no-compare-dense"]
+    command = ["feather", "train", *quick, "--teacher", teacher.name, "--out", str(tmp_path / "a")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert not caught.value.code
+    assert RunDirectory(tmp_path / "a").read_config().distillation.teacher == str(teacher)
+    # What leaves the machine tells no place on it.
+    run = RunDirectory(tmp_path / "a")
+    assert str(teacher.parent) not in json.dumps(about(run))
 
 
 def write_nothing(path):
