@@ -40,6 +40,7 @@ html_copy_source = False
 NAVIGATION = {
     "README": {
         "Start": ["docs/quickstart", "docs/frameworks", "docs/faq", "docs/compatibility"],
+        "Sparsity": ["docs/targets", "docs/patterns", "docs/finetuning"],
         "Guides": ["docs/training", "docs/files", "docs/runtime", "docs/deploy"],
         "Methods": ["docs/methods/README"],
         "Studies and results": ["docs/studies", "results/README", "benchmarks/README"],

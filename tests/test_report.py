@@ -88,6 +88,18 @@ def test_nothing_prunable_is_an_error(function, model, choice):
         function(model, **choice)
 
 
+def test_the_share_of_prunable_weights_and_of_all_parameters_are_both_told():
+    model = nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10))
+    with torch.no_grad():
+        model[0].weight[:5] = 0
+        model[0].bias.zero_()  # no zero of a weight
+    result = report(model)
+    assert (result.weights, result.parameters) == (100, 130)
+    assert (result.sparsity, result.sparsity_of_all) == (0.5, 50 / 130)
+    assert result.to_dict()["sparsity_of_all"] == 50 / 130
+    assert "Of all 130 parameters of the model, these zeros are 38.46 %." in str(result)
+
+
 def test_multiply_adds_are_those_of_count_flops():
     model, example = network(), torch.randn(2, 1, 8, 8)
     flops = count_flops(model, example)
@@ -189,7 +201,7 @@ def test_table_is_aligned_and_has_a_row_for_each_layer(with_macs, with_threshold
         example_input=torch.randn(1, 1, 8, 8) if with_macs else None,
         thresholds={"fc.weight": 0.5} if with_thresholds else None,
     )
-    header, rule, *rows, second_rule, total, _ = str(result).splitlines()
+    header, rule, *rows, second_rule, total, _, _ = str(result).splitlines()
     assert set(rule) == set(second_rule) == {"-"}
     assert [row.split()[0] for row in rows] == [layer.name for layer in result.layers]
     assert ("MACs" in header, "threshold" in header) == (with_macs, with_thresholds)

@@ -41,6 +41,8 @@ TRAIN_EXAMPLES = """
 
 - `feather train --recipe imagenet --data-path DATA/imagenet --set system.compile=true`
 
+- `feather train --init runs/a --sparsity 0.98` starts from the network of another run
+
 - `feather train --teacher runs/a/dense` learns from the network of another run, too
 
 - `torchrun --nproc-per-node 8 --no-python feather train --recipe imagenet --data-path ...`
@@ -79,6 +81,10 @@ def train(
     ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Final share of zeros among the weights, such as 0.95.")
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="Weights to start from: a run directory, or a file. [default: random]"),
     ] = None,
     teacher: Annotated[
         str | None,
@@ -142,6 +148,7 @@ def train(
         "data.path": _absolute(data_path),
         "method": method,
         "sparsity": sparsity,
+        "init": _absolute(init),
         "distillation.teacher": teacher if (teacher or "").startswith(TIMM) else _absolute(teacher),
         "epochs": epochs,
         "batch_size": batch_size,

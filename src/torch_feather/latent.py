@@ -85,6 +85,7 @@ class LatentWeights:
         self.spans: list[tuple[int, int]] = [(0, 0)] * len(parameters)
         self._parts: list[_Part] = []
         self._constants: dict[Hashable, Any] = {}
+        self.shapes = [p.shape for p in parameters]
         start = 0
         for dtype in dict.fromkeys(p.dtype for p in parameters):
             members = [i for i, p in enumerate(parameters) if p.dtype == dtype]
@@ -228,6 +229,41 @@ class LatentWeights:
         places = zip(self.views, self.spans, strict=True)
         return Numbers(flat, [flat.as_strided(w.shape, w.stride(), a) for w, (a, _) in places])
 
+    def zeros(self) -> Tensor:
+        """Number of weights of each tensor that are exactly 0, int64."""
+        none = torch.zeros((), dtype=self.wide, device=self.device)
+        last = torch.full((), self.size, device=self.device)
+        return self.counts_pruned([Segment(0, self.size, Cut(none, last, none))])
+
+    def part(self, members: Sequence[int]) -> LatentWeights:
+        """Some of the weight tensors as if they were all: the same memory, in the same order."""
+        other = object.__new__(LatentWeights)
+        other.__dict__.update(self.constant(("part", *members), lambda _: self._part(members)))
+        other.views = [self.views[i] for i in members]
+        other._parts = []
+        for i, (start, _), view in zip(members, other.spans, other.views, strict=True):
+            a, b = self.spans[i]
+            whole = next(p for p in self._parts if p.start <= a and b <= p.stop)
+            flat = whole.flat[a - whole.start : b - whole.start]
+            other._parts.append(_Part(flat, start, [view]))
+        return other
+
+    def _part(self, members: Sequence[int]) -> dict[str, Any]:
+        """What of a part depends on the layout alone."""
+        spans, stop = {}, 0
+        for i in sorted(members, key=lambda i: self.spans[i]):
+            start, stop = stop, stop + self.shapes[i].numel()
+            spans[i] = (start, stop)
+        return {
+            "shapes": [self.shapes[i] for i in members],
+            "size": stop,
+            "sizes": self.sizes[torch.tensor(members, device=self.device)],
+            "spans": [spans[i] for i in members],
+            "wide": self.wide,
+            "device": self.device,
+            "_constants": {},
+        }
+
     def like(self, values: Sequence[Tensor]) -> LatentWeights:
         """Latent weights laid out like these, with the flat `values` in place of `flats`."""
         other = object.__new__(LatentWeights)
@@ -247,10 +283,16 @@ def renew(old: Sequence[Segment], new: list[Segment]) -> list[Segment]:
 
     What the next step reads then lies where it did: a captured step may be replayed.
     """
-    if [segment[:2] for segment in old] != [segment[:2] for segment in new]:
+    if _outline(old) != _outline(new):
         return new
     copy_all([t for s in old for t in _tensors(s)], [t for s in new for t in _tensors(s)])
     return list(old)
+
+
+def _outline(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
+    """Where segments lie, and which of them share a cut."""
+    first: dict[int, int] = {}
+    return [(s.start, s.stop, first.setdefault(id(s.cut), j)) for j, s in enumerate(segments)]
 
 
 def _tensors(segment: Segment) -> list[Tensor]:

@@ -39,7 +39,7 @@ class Prunable:
 
 
 def find_prunable(
-    model: nn.Module, include: Filters = None, exclude: Filters = None
+    model: nn.Module, include: Filters = None, exclude: Filters = None, *, frozen: bool = True
 ) -> list[Prunable]:
     """The prunable weights of `model`, in the order of `named_modules`, tied ones once.
 
@@ -55,6 +55,7 @@ def find_prunable(
             choice within it), a callable ``(module that holds it, parameter_name) -> bool``, or
             several of these.
         exclude: leaves out what it matches, in the same forms; of a module type, all within it.
+        frozen: also those that do not require gradients.
 
     Raises:
         ConfigurationError: `model` is no module; a glob, regex or type matches nothing in it; or
@@ -90,7 +91,12 @@ def find_prunable(
                 "calling this."
             )
         found[place.key] = Prunable(name, place.module, place.attribute, place.parameter)
-    return list(found.values())
+    return [item for item in found.values() if frozen or item.parameter.requires_grad]
+
+
+def list_filters(filters: Filters) -> list[Filter] | None:
+    """Filters in a form that can be read twice."""
+    return None if filters is None else list(_flat(filters))
 
 
 def group_prunable(

@@ -42,12 +42,13 @@ class Report:
     """The prunable weights of a model, layer by layer; `str()` of it is a table.
 
     `dense_macs` and `sparse_macs` are those of the whole model, also of layers that are not
-    listed; None without an example input.
+    listed; None without an example input. `parameters` counts all of the model's, prunable or not.
     """
 
     layers: list[LayerReport]
     dense_macs: int | None = None
     sparse_macs: int | None = None
+    parameters: int | None = None
 
     @property
     def weights(self) -> int:
@@ -65,6 +66,11 @@ class Report:
         return self.zeros / self.weights
 
     @property
+    def sparsity_of_all(self) -> float | None:
+        """Their zeros as a fraction of all parameters of the model."""
+        return self.zeros / self.parameters if self.parameters else None
+
+    @property
     def empty_layers(self) -> list[str]:
         """Names of layers in which every weight is zero."""
         return [layer.name for layer in self.layers if layer.empty]
@@ -75,6 +81,8 @@ class Report:
             "weights": self.weights,
             "zeros": self.zeros,
             "sparsity": self.sparsity,
+            "parameters": self.parameters,
+            "sparsity_of_all": self.sparsity_of_all,
             "dense_macs": self.dense_macs,
             "sparse_macs": self.sparse_macs,
             "empty_layers": self.empty_layers,
@@ -136,7 +144,8 @@ def report(
                 sparse_macs=sparse_macs,
             )
         )
-    return Report(layers, *totals)
+    parameters = sum(parameter.numel() for parameter in unwrap(model).parameters())
+    return Report(layers, *totals, parameters)
 
 
 def sparsity(model: nn.Module, include: Filters = None, exclude: Filters = None) -> float:
@@ -214,6 +223,11 @@ def _table(report: Report) -> str:
 def _notes(report: Report) -> list[str]:
     """The lines under the table: what the rows alone would not make plain."""
     notes = []
+    if report.parameters is not None:
+        notes.append(
+            f"Of all {report.parameters:,} parameters of the model, these zeros are "
+            f"{percent(report.zeros, report.parameters)}."
+        )
     listed = sum(layer.dense_macs or 0 for layer in report.layers)
     if report.dense_macs is not None and report.dense_macs != listed:
         notes.append(

@@ -15,9 +15,9 @@ optimizer's own state dict.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -31,10 +31,11 @@ from .header import FORMAT, Header, digest, from_bytes, to_bytes
 from .latent import LatentWeights, checksum, copy_all
 from .masks import ZeroKeeper
 from .methods import AnyMethod, build_method
-from .prunable import Filters, find_prunable, unwrap
+from .prunable import Filters, find_prunable, list_filters, unwrap
 from .reparametrization import Rate, Setting
 from .report import Report, report
 from .rounds import Round, in_backward, incomplete
+from .targets import Sparsity, Target, check_share
 
 # Steps between two looks at what costs a pass over the weights, or a transfer, to look at.
 POLL = 100
@@ -45,10 +46,11 @@ def sparsify(
     optimizer: Optimizer | Sequence[Optimizer],
     method: str | AnyMethod = "feather",
     *,
-    sparsity: float,
+    sparsity: Sparsity,
     total_steps: int,
     include: Filters = None,
     exclude: Filters = None,
+    count: str = "prunable",
     **options: Any,
 ) -> Sparsifier:
     """Attaches sparse training to an optimizer. The training loop stays as it is.
@@ -58,9 +60,13 @@ def sparsify(
         optimizer: the optimizer that trains it, or several of which each holds a part (the
             schedule advances when the last of them has stepped).
         method: a name from `available_methods()`, or a `Method` or `LearnedMethod`.
-        sparsity: final share of zeros among the prunable weights, in [0, 1).
+        sparsity: final share of zeros among the prunable weights, in [0, 1); or one for each
+            group of them, by a filter as `include` takes it: ``{"*.attn.*": 0.9, "*": 0.95}``. The
+            first that matches a weight counts, and each group is met exactly.
         total_steps: optimizer steps of the whole training. The schedule stays at its end beyond.
         include, exclude: which weights take part, see `prunable.find_prunable`.
+        count: what one `sparsity` is a share of: 'prunable' weights, or 'all' parameters of the
+            model (zeros are still among the prunable ones; `Sparsifier.target` is their share).
         **options: of the method, see `methods.method_options(name)`.
 
     Returns:
@@ -71,23 +77,26 @@ def sparsify(
     Raises:
         ConfigurationError: what was asked for cannot be; the message says why and what to do.
     """
-    if not isinstance(sparsity, Real) or not 0.0 <= sparsity < 1.0:
-        raise ConfigurationError(
-            f"sparsity is a share of zeros in [0, 1), for example 0.95; got {sparsity!r}."
-        )
+    if not isinstance(sparsity, Mapping):
+        sparsity = check_share(sparsity)
     if not isinstance(total_steps, Integral) or isinstance(total_steps, bool) or total_steps < 1:
         raise ConfigurationError(
             "total_steps is the number of optimizer steps of the whole training (epochs times "
             f"steps per epoch), an integer >= 1; got {total_steps!r}."
         )
-    if isinstance(method, str):
-        method = build_method(method, sparsity=float(sparsity), **options)
-    elif options:
+    if options and not isinstance(method, str):
         raise ConfigurationError(
             f"Options ({', '.join(options)}) belong to methods given by name; set them on the "
             "Method object."
         )
-    return Sparsifier(model, optimizer, method, float(sparsity), int(total_steps), include, exclude)
+    if isinstance(model, nn.Module):
+        include, exclude = list_filters(include), list_filters(exclude)
+    prunable = find_prunable(model, include, exclude, frozen=False)
+    target = Target.of(model, prunable, sparsity, count)
+    if isinstance(method, str):
+        method = build_method(method, sparsity=target.sparsity, **options)
+    method, share = target.given_to(method)
+    return Sparsifier(model, optimizer, method, share, int(total_steps), include, exclude)
 
 
 class Sparsifier:
@@ -97,7 +106,7 @@ class Sparsifier:
         model: the model, as it was given.
         method: what was asked for, such as operator, gradient rule, allocation and schedule.
         reparametrization: the method at work.
-        target: final share of zeros.
+        target: final share of zeros among the prunable weights.
         total_steps: optimizer steps of the whole training.
     """
 
@@ -116,7 +125,7 @@ class Sparsifier:
         self.target = sparsity
         self.total_steps = total_steps
         self.include, self.exclude = include, exclude
-        prunable = [p for p in find_prunable(model, include, exclude) if p.parameter.requires_grad]
+        prunable = find_prunable(model, include, exclude, frozen=False)
         self.slots, optimizers = bind(model, prunable, optimizer)
         self._raise_if_nan()
 

@@ -85,7 +85,7 @@ class Timetable:
 
     def __init__(self, schedule: Schedule, setting: Setting):
         self.shares = make_table(schedule, setting.total_steps)
-        self._sparsities = torch.from_numpy(self.shares * setting.sparsity)
+        self._shares, self._target = torch.from_numpy(self.shares), setting.sparsity
         self.move(setting.weights.device)
 
     @property
@@ -93,24 +93,35 @@ class Timetable:
         """Tells it from others, in checkpoints."""
         return self.shares.tobytes().hex()
 
-    def at(self, step: Tensor) -> Tensor:
-        """The sparsity after `step` steps, 0-dimensional float64; it stays at its last value."""
+    def at(self, step: Tensor, begin: Tensor | float = 0.0) -> Tensor:
+        """The sparsity after `step` steps, 0-dimensional float64; it stays at its last value.
+
+        Args:
+            step: 0-dimensional.
+            begin: the sparsity that the schedule starts from.
+        """
         # take, not an index: that would read the step on the host.
-        return self._sparsities.take(step.clamp(max=len(self.shares) - 1))
+        share = self._shares.take(step.clamp(max=len(self.shares) - 1))
+        return share * self._target + begin * (1 - share)
 
     def move(self, device: torch.device) -> None:
         """The weights are now there."""
-        self._sparsities = self._sparsities.to(device)
+        self._shares = self._shares.to(device)
 
 
 class Scheduled(Thresholded):
-    """The four parts of a `Method` at work: the allocation finds cuts of the scheduled count."""
+    """The four parts of a `Method` at work: the allocation finds cuts of the scheduled count.
+
+    State: `zeros`, the weights of each tensor that were 0 when training began. Their share is what
+    the schedule starts from, so a model that is sparse already keeps its mask.
+    """
 
     def __init__(self, setting: Setting, method: Method):
         super().__init__(setting, method.operator, method.gradient)
         self.method = method
         self.allocation = method.allocation.fit(setting)
-        self.state = self.allocation.state
+        self.state = self.allocation.state  # the same dict: it may be loaded, and moved
+        self.state.setdefault("zeros", setting.weights.zeros())
         self.timetable = Timetable(method.schedule, setting)
         self.arrival = int((self.timetable.shares == 1).argmax())
 
@@ -126,7 +137,10 @@ class Scheduled(Thresholded):
 
     def cuts(self, weights: LatentWeights, step: Tensor) -> list[Segment]:
         """See `Thresholded`."""
-        return self.allocation.cuts(weights, self.timetable.at(step))
+        zeros = self.state["zeros"]
+        assert isinstance(zeros, Tensor)
+        begin = zeros.sum().double() / weights.size
+        return self.allocation.cuts(weights, self.timetable.at(step, begin))
 
     def move(self, weights: LatentWeights) -> None:
         """See `Reparametrization`."""

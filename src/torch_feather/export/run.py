@@ -104,6 +104,7 @@ def _for_others(config: Config) -> Config:
         teacher = Path(teacher).name
     return replace(
         config,
+        init=config.init and Path(config.init).name,
         data=replace(config.data, path=None),
         distillation=replace(config.distillation, teacher=teacher),
     )

@@ -8,8 +8,9 @@ from ..allocation import Allocation
 from ..errors import ConfigurationError
 from ..gradients import StraightThrough
 from ..operators import Hard, Operator, Power
+from ..patterns import Pattern
 from ..schedules import Schedule
-from .method import Method, make_allocation, make_schedule
+from .method import Method, make_allocation, make_method, make_schedule
 
 
 def feather(
@@ -23,6 +24,7 @@ def feather(
     end: int | None = None,
     min_density: float = 0.0,
     max_density: float = 1.0,
+    pattern: str | Pattern | None = None,
 ) -> Method:
     """Power threshold, straight-through gradient scaled by theta on pruned weights.
 
@@ -40,12 +42,15 @@ def feather(
         begin, end: steps between which the sparsity rises; `end` defaults to half of training.
         min_density, max_density: bounds on the share kept in each layer by 'global'; the paper
             has none.
+        pattern: '2:4' prunes 2 of each 4 neighbours, '4x4' blocks of 4 outputs by 4 inputs; or an
+            object of `torch_feather.patterns`. The paper has none.
     """
-    return Method(
+    return make_method(
         operator=power(p),
         gradient=scaled_gradient(theta, sparsity),
         allocation=make_allocation(allocation, min_density, max_density),
         schedule=make_schedule(schedule, begin, end),
+        pattern=pattern,
     )
 
 

@@ -7,9 +7,10 @@ from functools import partial
 from ..allocation import Allocation
 from ..gradients import Masked
 from ..operators import Hard
+from ..patterns import Pattern
 from ..schedules import Schedule, Stairs
 from .feather import feather
-from .method import Method, make_allocation, make_schedule
+from .method import Method, make_allocation, make_method, make_schedule
 
 
 def gmp(
@@ -20,6 +21,7 @@ def gmp(
     schedule: str | Schedule = "cubic",
     begin: int = 0,
     end: int | None = None,
+    pattern: str | Pattern | None = None,
 ) -> Method:
     """Hard threshold layer by layer; pruned weights get no gradient.
 
@@ -32,13 +34,15 @@ def gmp(
         allocation: as for `feather`. By default the first convolution stays dense and the other
             layers make up for it, as in Feather's experiments; 'uniform' prunes it like them.
         schedule, begin, end: as for `feather`.
+        pattern: as for `feather`.
     """
     smooth = make_schedule(schedule, begin, end)
-    return Method(
+    return make_method(
         operator=Hard(),
         gradient=Masked(),
         allocation=make_allocation(allocation),
         schedule=smooth if every == 1 else Stairs(smooth, every),
+        pattern=pattern,
     )
 
 

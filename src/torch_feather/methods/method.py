@@ -9,6 +9,7 @@ from ..allocation import ERK, Allocation, Global, Sigma, Uniform
 from ..errors import ConfigurationError, nearest
 from ..gradients import GradientRule
 from ..operators import Operator
+from ..patterns import Pattern, Patterned, make_pattern
 from ..reparametrization import Reparametrization, Setting
 from ..schedules import Constant, Cubic, Linear, OneShot, Schedule
 from ..thresholded import Scheduled
@@ -26,6 +27,30 @@ class Method:
     def attach(self, setting: Setting) -> Reparametrization:
         """Puts the method to work on a model."""
         return Scheduled(setting, self)
+
+
+@dataclass(frozen=True)
+class PatternedMethod(Method):
+    """A `Method` that prunes by a pattern, such as 2 of 4 neighbours or blocks."""
+
+    pattern: Pattern
+
+    def attach(self, setting: Setting) -> Patterned:
+        """See `AnyMethod`."""
+        return Patterned(setting, self)
+
+
+def make_method(
+    operator: Operator,
+    gradient: GradientRule,
+    allocation: Allocation,
+    schedule: Schedule,
+    pattern: str | Pattern | None,
+) -> Method:
+    """A method of these parts, by a pattern where one is given."""
+    if pattern is None:
+        return Method(operator, gradient, allocation, schedule)
+    return PatternedMethod(operator, gradient, allocation, schedule, make_pattern(pattern))
 
 
 class AnyMethod(Protocol):

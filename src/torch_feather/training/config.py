@@ -170,6 +170,7 @@ class Config:
     network: str = "resnet20"  # torch_feather.models, or timm/NAME
     method: str = "feather"  # torch_feather.available_methods(), or dense
     sparsity: float = 0.95  # final share of prunable weights that are exactly zero; dense: 0
+    init: str | None = None  # weights to start from: a run directory, or a file; null: random ones
     options: dict[str, Any] = field(default_factory=dict)  # of the method: p, theta, end, ...
     epochs: int = 160
     batch_size: int = 128
@@ -369,6 +370,9 @@ def parse_assignments(assignments: list[str], source: str = "--set") -> dict[str
             raise ConfigurationError(
                 f"{source} {text!r}: write key=value, such as optimizer.lr=0.05"
             )
+        if re.fullmatch(r"\d+:\d+", value):  # a pattern such as 2:4; YAML reads 124 seconds
+            values[key.strip()] = value
+            continue
         try:
             values[key.strip()] = yaml.safe_load(value) if value else None
         except yaml.YAMLError:

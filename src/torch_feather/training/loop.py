@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,7 +78,9 @@ def _train_one(
         if results is not None:
             return results
         data = ranks.one_after_another(lambda: load_dataset(config.data, config.seed))
-        task = make_task(config, data, device, ranks)
+        # A checkpoint has all that followed from the weights that the run began with.
+        begun = config if saved is None else replace(config, init=None)
+        task = make_task(begun, data, device, ranks)
         ranks.on_first(lambda: run.write_config(config))
         if saved is not None:
             task.load_state_dict(saved)

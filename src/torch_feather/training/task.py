@@ -29,6 +29,7 @@ from .masks import record_masks
 from .provenance import provenance
 from .step import Step
 from .watch import Watch
+from .weights import read_weights
 
 
 class Task:
@@ -42,6 +43,8 @@ class Task:
         self.ranks = ranks or Ranks()
         layout = torch.channels_last if config.system.channels_last else torch.contiguous_format
         self.model = models.create(config.network, data.classes, data.channels)
+        if (init := config.init) is not None:
+            self.ranks.one_after_another(lambda: read_weights(init).fill(self.model))
         self.model.to(device).to(memory_format=layout)
         self.loader = train_loader(data, config, device, self.ranks)
         self.example = data.example().to(device)

@@ -1,0 +1,243 @@
+"""Targets that are more than one share of the prunable weights: per group, or of all parameters."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import torch_feather as feather
+from torch_feather import ConfigurationError
+from torch_feather.allocation import FlopsBiased, Global
+from torch_feather.methods import METHODS, method_options
+from torch_feather.methods.method import ALLOCATIONS
+
+from .harness import STEPS, TOTAL, assert_same, snapshot, start
+from .methods import SHARES, smallest, some_costs
+from .models import MODELS
+
+# In the convnet: 216 and 24 weights, which are no neighbours, and 72 + 48.
+SHARE = {"stem.*": 0.7, nn.Linear: 0.5, "*": 0.9}
+GROUPS = {"stem": (["stem.weight"], 0.7), "head": (["head.weight"], 0.5),
+          "rest": (["depth.weight", "point.weight"], 0.9)}  # fmt: skip
+ENDS = re.compile("^(stem|head)")
+TWO = {ENDS: 0.6, "*": 0.85}
+ALLOCATED = [name for name in METHODS if "allocation" in method_options(name)]
+
+
+def zeros(model: nn.Module, names: list[str]) -> int:
+    return sum(int((model.get_parameter(name) == 0).sum()) for name in names)
+
+
+@pytest.mark.parametrize("method", ALLOCATED)
+def test_each_group_is_met_exactly_at_every_step(method):
+    rises = "linear" if method == "spartan" else "cubic"
+    end = TOTAL // 5 if method == "spartan" else TOTAL // 2
+    options = {"allocation": "global"} if "gmp" in method else {}
+    run = start("convnet", method=method, sparsity=SHARE, **options)
+    for step in range(TOTAL):
+        share = SHARES[rises](step, 0, end)
+        for names, target in GROUPS.values():
+            size = sum(run.case.prunable[name] for name in names)
+            assert zeros(run.model, names) == round(target * share * size), (step, names)
+        run.train(step, step + 1)
+    total = sum(round(t * sum(run.case.prunable[n] for n in names)) for names, t in GROUPS.values())
+    assert run.zeros() == total == 271
+    assert run.sparsifier.target == run.sparsifier.sparsity == total / run.case.size
+    run.sparsifier.finalize()
+    assert run.zeros() == total
+
+
+@pytest.mark.parametrize("allocation", [*ALLOCATIONS, "bounds", "flops"])
+def test_within_a_group_the_allocation_is_what_it_is_in_a_network(allocation):
+    """A network of that group alone has the same mask."""
+    made = {
+        "bounds": Global(min_density=0.3),
+        "flops": FlopsBiased(1.0, costs=some_costs(MODELS["convnet"])),
+    }.get(allocation, allocation)  # fmt: skip
+    settings = {"schedule": "constant", "total_steps": TOTAL}
+    run = start("convnet", sparsity={ENDS: 0.1, "*": 0.6}, allocation=made, **settings)
+    for filters, share in (({"include": ENDS, "exclude": "*.bias"}, 0.1), ({"exclude": ENDS}, 0.6)):
+        alone = run.case.make()
+        if "include" not in filters and allocation == "uniform-dense-first":
+            made = "uniform"  # the first convolution is in the other group
+        sparsifier = feather.sparsify(
+            alone, torch.optim.SGD(alone.parameters(), 0.1), sparsity=share, allocation=made,
+            **filters, **settings,
+        )  # fmt: skip
+        for name, mask in sparsifier.masks().items():
+            assert torch.equal(run.model.get_parameter(name) != 0, mask), name
+
+
+def test_ties_in_a_group_of_distant_tensors_are_pruned_in_their_order():
+    model = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(4)])
+    model[1].bfloat16()
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.fill_(0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        feather.sparsify(model, optimizer, sparsity={"[03].*": 0.7, "*": 0.3},
+                         total_steps=4, schedule="constant")  # fmt: skip
+    for layers, share in (((0, 3), 0.7), ((2, 1), 0.3)):  # float32 precedes bfloat16
+        kept, _ = smallest([torch.ones(4, 4) for _ in layers], round(share * 32))
+        for i, mask in zip(layers, kept, strict=True):
+            assert torch.equal(model[i].weight != 0, mask), i
+
+
+def test_bounds_that_bind_now_and_then_share_no_memory_with_those_that_do_not():
+    run = start("convnet", sparsity=TWO, min_density=0.1)
+    for step in range(TOTAL):
+        run.train(step, step + 1)
+        masks = run.sparsifier.masks()
+        assert all(torch.equal(run.model.get_parameter(n) != 0, m) for n, m in masks.items())
+        assert all(m.double().mean() >= 0.1 for m in masks.values())
+
+
+@pytest.mark.parametrize("method", ["feather", "spartan", "feather-flops"])
+def test_targets_of_groups_survive_a_restart_and_tell_checkpoints_apart(method):
+    costs = some_costs(MODELS["convnet"])
+    options = {"costs": costs, "gamma": 1.0} if method == "feather-flops" else {}
+    whole = start("convnet", method=method, sparsity=TWO, **options).train(0, 4)
+    checkpoint, state = whole.save(), whole.sparsifier.state_dict()
+    end = snapshot(whole.train(4, STEPS))
+    resumed = start("convnet", method=method, sparsity=TWO, seed=3, **options).load(checkpoint)
+    assert_same(snapshot(resumed.train(4, STEPS)), end)
+    # The same number of zeros in all, elsewhere.
+    other = {"stem.*": 144 / 216, "*": 102 / 144}
+    swapped = start("convnet", method=method, sparsity=other, **options)
+    assert swapped.sparsifier.target == whole.sparsifier.target
+    with pytest.raises(feather.StateError, match="method"):
+        swapped.sparsifier.load_state_dict(state)
+
+
+def test_an_average_of_the_latents_has_the_zeros_of_each_group():
+    run = start("convnet", sparsity=SHARE)
+    average = feather.LatentAverage(run.sparsifier, decay=0.5)
+    for step in range(TOTAL):
+        run.train(step, step + 1)
+        average.update()
+    twin = average.copy_to(run.case.make())
+    for names, target in GROUPS.values():
+        assert zeros(twin, names) == round(target * sum(run.case.prunable[n] for n in names))
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "options", "words"),
+    [
+        ({}, {}, "empty mapping"),
+        ({"stem.*": 0.5}, {}, r"no share for depth\.weight.*exclude="),
+        ({"*": 0.5, "stem.*": 0.9}, {}, r"'stem\.\*'.*put the special ones first"),
+        ({"norm.*": 0.5, "*": 0.9}, {}, r"'norm\.\*' matches the name of no prunable weight"),
+        ({"*": 1.0}, {}, r"sparsity\['\*'\].*\[0, 1\)"),
+        ({"*": "half"}, {}, r"sparsity\['\*'\].*\[0, 1\)"),
+        ({"*": 0.5}, {"count": "all"}, "groups"),
+        ({"stem.*": 0.9, "*": 0.1}, {"min_density": 0.3}, r"group of stem\.weight: .*min_density"),
+        ({"*": 0.5}, {"method": "asl"}, "one number"),
+        ({"*": 0.5}, {"method": "probmask"}, "one number"),
+        ({"*": 0.5}, {"method": "str"}, "one number"),
+        ({"*": 0.5}, {"allocation": FlopsBiased(budget=5.0, costs={})}, "budget"),
+    ],
+    ids=str,
+)
+def test_targets_of_groups_that_cannot_be_are_an_error(sparsity, options, words):
+    with pytest.raises(ConfigurationError, match=words):
+        start("convnet", sparsity=sparsity, **options)
+
+
+def test_a_group_may_stay_dense_and_all_of_them_may():
+    run = start("convnet", sparsity={"head.*": 0, "*": 0.8}).train(0, TOTAL)
+    assert run.zeros() == round(0.8 * 336)
+    assert zeros(run.model, ["head.weight"]) == 0
+    assert start("convnet", sparsity={"*": 0.0}).train(0, TOTAL).zeros() == 0
+
+
+# --- counted over all parameters ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["feather", "asl"])
+def test_a_target_counted_over_all_parameters_is_met_exactly(method):
+    options = {"dense_below": 0} if method == "asl" else {}
+    run = start("convnet", method=method, sparsity=0.8, count="all", **options).train(0, TOTAL)
+    every = sum(p.numel() for p in run.model.parameters())
+    assert every == 394
+    assert run.zeros() == round(0.8 * every)
+    assert run.sparsifier.target == round(0.8 * every) / 360
+    report = run.sparsifier.report()
+    assert report.sparsity_of_all == run.zeros() / every
+    assert report.sparsity == run.zeros() / 360
+
+
+def test_a_share_of_all_parameters_beyond_the_prunable_ones_names_the_highest():
+    with pytest.raises(ConfigurationError, match=r"only 360 of them.*0\.911168"):
+        start("convnet", sparsity=0.95, count="all")
+    run = start("convnet", sparsity=0.911168, count="all", schedule="constant")
+    assert run.zeros() == 359
+
+
+def test_what_a_target_may_be_counted_over_is_named():
+    with pytest.raises(ConfigurationError, match="'prunable' or 'all'"):
+        start("convnet", sparsity=0.9, count="everything")
+
+
+# --- models that are sparse already ---------------------------------------------------------
+
+
+def sparse_start(method: str, sparsity: float, already: float, model="convnet", **options):
+    """A run on a model of which a share is 0 already, and copies of its weights."""
+    run = start(model, schedule="constant", sparsity=already)
+    net = run.sparsifier.finalize()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    sparsifier = feather.sparsify(
+        net, optimizer, method, sparsity=sparsity, total_steps=TOTAL, **options
+    )
+    run.optimizer, run.sparsifier = optimizer, sparsifier
+    run.loop.optimizers, run.loop.method = [optimizer], sparsifier
+    return run, before
+
+
+@pytest.mark.parametrize("target", [0.8, 0.9, 0.6])
+@pytest.mark.parametrize("method", ["feather", "hard-ste", "soft-ste", "gmp", "feather-flops"])
+def test_a_sparse_model_is_first_seen_as_it_is_and_goes_from_its_own_sparsity(method, target):
+    options = {"allocation": "global"} if method == "gmp" else {}
+    if method == "feather-flops":
+        options = {
+            "gamma": 1.0,
+            "costs": some_costs(MODELS["convnet"]),
+        }
+    run, before = sparse_start(method, target, 0.8, **options)
+    assert_same({n: p.detach() for n, p in run.model.named_parameters()}, before)
+    seen = []
+    for step in range(TOTAL):
+        seen.append(run.zeros())
+        run.train(step, step + 1)
+    assert seen[0] == round(0.8 * 360)
+    assert seen == sorted(seen, reverse=target < 0.8)
+    assert run.zeros() == round(target * 360)
+
+
+def test_groups_go_from_the_zeros_that_each_has():
+    run = start("convnet", schedule="constant", sparsity={"head.*": 0.25, "*": 0.75})
+    net = run.sparsifier.finalize()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    feather.sparsify(net, optimizer, sparsity={"head.*": 0.5, "*": 0.9}, total_steps=TOTAL)
+    assert_same({n: p.detach() for n, p in net.named_parameters()}, before)
+
+
+def test_the_sparsity_that_training_began_at_survives_a_restart_from_a_dense_model():
+    run, _ = sparse_start("feather", 0.95, 0.8)
+    run.train(0, 2)
+    checkpoint = run.save()
+    fresh = start("convnet", "sgd", sparsity=0.95)
+    fresh.optimizer = torch.optim.SGD(fresh.model.parameters(), lr=0.1, momentum=0.9)
+    fresh.sparsifier.detach()
+    fresh.sparsifier = feather.sparsify(
+        fresh.model, fresh.optimizer, sparsity=0.95, total_steps=TOTAL
+    )
+    fresh.loop.optimizers, fresh.loop.method = [fresh.optimizer], fresh.sparsifier
+    fresh.load(checkpoint)
+    assert_same(snapshot(fresh.train(2, STEPS)), snapshot(run.train(2, STEPS)))

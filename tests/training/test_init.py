@@ -1,0 +1,112 @@
+"""`--init`: a training that starts from the network of another run, or of a file."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_distributed import NETWORKS, StopAt
+
+import torch_feather as feather
+from torch_feather import models
+from torch_feather.cli import main
+from torch_feather.errors import ConfigurationError
+from torch_feather.export.run import about, export_run
+from torch_feather.training.checkpoint import RunDirectory
+from torch_feather.training.config import apply, parse_assignments, resolve_config
+from torch_feather.training.data import load_dataset
+from torch_feather.training.errors import Interrupted, RunError
+from torch_feather.training.loop import train
+from torch_feather.training.task import Task
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def networks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models._MODELS, "plain", NETWORKS["plain"])
+        yield
+
+
+def digits(**changes):
+    usual = {"network": "plain", "epochs": 2, "batch_size": 256, "compare_dense": False,
+             "sparsity": 0.9, "system.threads": 1}  # fmt: skip
+    return apply(resolve_config("digits"), usual | changes, "test")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run at 90 %."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(digits(), folder)
+    return folder
+
+
+@pytest.mark.parametrize("source", ["run", "sparse", "safetensors"])
+def test_it_starts_from_the_network_as_it_is_and_from_its_sparsity(trained, tmp_path, source):
+    place = trained
+    if source != "run":
+        place = export_run(RunDirectory(trained), source, tmp_path / "file.safetensors")
+    config = digits(init=str(place), sparsity=0.95, seed=5)
+    task = Task(config, load_dataset(config.data, config.seed), CPU)
+    stored = load_file(RunDirectory(trained).model_file)
+    assert all(
+        torch.equal(tensor, stored[name]) for name, tensor in task.model.state_dict().items()
+    )
+    assert task.sparsifier.sparsity == feather.sparsity(task.model) > 0.899
+
+
+def test_a_run_goes_on_without_what_it_started_from(trained, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(trained, start)
+    config = digits(init=str(start), sparsity=0.95)
+    train(config, tmp_path / "whole")
+
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run", watch=StopAt(3))
+    shutil.rmtree(start)
+    train(config, tmp_path / "run", resume=True)
+    for folder in ("whole", "run"):
+        run = RunDirectory(tmp_path / folder)
+        sparse = [line["sparsity"] for line in run.read_metrics()]
+        assert sparse == sorted(sparse)
+        assert sparse[0] > 0.9
+    files = [RunDirectory(tmp_path / f).model_file.read_bytes() for f in ("whole", "run")]
+    assert files[0] == files[1]
+    assert about(RunDirectory(tmp_path / "run"))["config"]["init"] == "start"
+
+
+def test_another_network_or_number_of_classes_is_an_error_that_names_the_layer(trained, tmp_path):
+    data = load_dataset(digits().data, 0)
+    with pytest.raises(ConfigurationError, match=r"do not fit ResNet: .*"):
+        Task(digits(network="resnet8", init=str(trained)), data, CPU)
+    stored = load_file(RunDirectory(trained).model_file)
+    name = [name for name, tensor in stored.items() if tensor.dim() == 2][-1]
+    torch.save(stored | {name: torch.zeros(7, stored[name].shape[1])}, tmp_path / "other.pt")
+    with pytest.raises(ConfigurationError, match=rf"size mismatch for {name}"):
+        Task(digits(init=str(tmp_path / "other.pt")), data, CPU)
+    with pytest.raises(RunError, match="no such run directory or file"):
+        Task(digits(init=str(tmp_path / "nowhere")), data, CPU)
+
+
+def test_the_command_line_takes_it(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained.parent)
+    out = tmp_path / "out"
+    arguments = ["train", "--network", "plain", "--init", trained.name, "--epochs", "1",
+                 "--no-compare-dense", "--out", str(out)]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["feather", *arguments])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code
+    assert RunDirectory(out).read_config().init == str(trained)
+    assert json.loads(RunDirectory(out).report_file.read_text())["target_sparsity"] == 0.95
+
+
+def test_a_pattern_is_a_text_on_the_command_line():
+    """YAML reads 2:4 as 2 minutes and 4 seconds."""
+    assert parse_assignments(["options.pattern=2:4", "epochs=3"]) == {
+        "options.pattern": "2:4",
+        "epochs": 3,
+    }
