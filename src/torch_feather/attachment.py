@@ -23,6 +23,7 @@ from .header import Header
 from .latent import copy_all
 from .prunable import Prunable, find_prunable
 from .rounds import in_backward
+from .sharding import count_nonzero, is_sharded, local
 
 if TYPE_CHECKING:
     from .sparsifier import Sparsifier
@@ -32,8 +33,13 @@ PREFIX = "feather_"
 
 # Optimizers that write parameters outside of step(), where latent and sparse weights would mix.
 WRITE_OUTSIDE_STEP = ("ScheduleFree", "Lookahead")
-# Optimizers that hold or step the parameters in a way that is not handled.
-NOT_HANDLED = ("ZeroRedundancyOptimizer",)
+# Optimizers that hold or step the parameters in a way that is not handled, and what does instead.
+NOT_HANDLED = {
+    "ZeroRedundancyOptimizer": "has a state dict of its own, without latent weights. fully_shard "
+    "with a plain optimizer spreads the optimizer's state and the latent weights alike",
+    "CPUOffloadOptimizer": "trains copies of the weights that are its own. fully_shard with "
+    "CPUOffloadPolicy and a plain optimizer keeps weights, latent weights and state on the CPU",
+}
 
 # What torch.compile says of the hooks where it must not leave anything out.
 _NOT_COMPILED = (
@@ -56,6 +62,11 @@ class Slot:
     optimizer: int
     group: int
     position: int
+
+    @property
+    def local(self) -> Tensor:
+        """What this process holds of the parameter: all of it, or its shard."""
+        return local(self.parameter)
 
 
 def bind(
@@ -239,7 +250,7 @@ class Attachment:
         if isinstance(self.sparsifier.model, nn.parallel.DistributedDataParallel):
             raise StateError(needs + "DistributedDataParallel has not averaged the gradients yet.")
         self.sparsifier.enter_round(self)
-        self._images = [parameter.detach().clone() for parameter in self._weights()]
+        self._images = [local(parameter).detach().clone() for parameter in self._weights()]
         self.sparsifier.show_latent(self.indices)
         self._latent = True
 
@@ -249,7 +260,7 @@ class Attachment:
         self.sparsifier.capture(self.indices)
         self._latent = False
         with torch.no_grad():
-            copy_all(self._weights(), self._images)
+            copy_all(list(map(local, self._weights())), self._images)
         self._images = []
         self.sparsifier.leave_round(self)
 
@@ -323,7 +334,7 @@ class Attachment:
         if any((isinstance(lr, Tensor) and host.waits_for(lr.device)) or lr != 0 for lr in rates):
             return False
         gradients = (p.grad for group in groups for p in group["params"])
-        return not any(g is not None and bool(g.any()) for g in gradients)
+        return not any(g is not None and count_nonzero(g) for g in gradients)
 
     def _warn_of_new_groups(self) -> None:
         groups, known = self.optimizer.param_groups, self._groups
@@ -447,9 +458,9 @@ def _checked(optimizer: Any) -> Optimizer:
                 "and not the latent ones it means. Use a plain optimizer; for an average of the "
                 "weights see torch_feather.LatentAverage."
             )
-    for refused in NOT_HANDLED:
+    for refused, why in NOT_HANDLED.items():
         if refused in kinds:
-            raise ConfigurationError(f"{refused} is not handled. Use a plain torch optimizer.")
+            raise ConfigurationError(f"{refused} is not handled: it {why}.")
     if not isinstance(optimizer, Optimizer):
         raise ConfigurationError(
             "optimizer must be a torch.optim.Optimizer or a sequence of them, got "
@@ -471,10 +482,20 @@ def check_storage(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
             raise ConfigurationError(
                 f"{name} is {parameter.dtype}; only floating-point weights can be pruned. {out}"
             )
-        if hasattr(parameter, "to_local"):
-            raise ConfigurationError(
-                f"{name} is sharded over several processes, which is not handled."
-            )
+        if is_sharded(parameter):
+            if any(p.is_partial() for p in parameter.placements):  # type: ignore[attr-defined]
+                raise ConfigurationError(
+                    f"{name} is a sum over processes (a Partial placement): its values are "
+                    f"nowhere. Redistribute it. {out}"
+                )
+            parameter = local(parameter)
+            if not parameter.is_contiguous():
+                raise ConfigurationError(
+                    f"The shard of {name} is not contiguous in memory. Shard it by "
+                    f"fully_shard, parallelize_module or distribute_tensor. {out}"
+                )
+            if parameter.numel() == 0:
+                continue
         if parameter.layout != torch.strided or parameter.device.type not in ("cpu", "cuda"):
             raise ConfigurationError(
                 f"{name} lies on {parameter.device} with layout {parameter.layout}; weights must "
@@ -485,7 +506,7 @@ def check_storage(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
                 f"{name} is empty or does not fill its memory (shape {tuple(parameter.shape)}, "
                 f"strides {parameter.stride()}). Make it contiguous. {out}"
             )
-    devices = sorted({str(parameter.device) for parameter in parameters})
+    devices = sorted({str(local(parameter).device) for parameter in parameters})
     if len(devices) > 1:
         raise ConfigurationError(
             f"The prunable weights lie on several devices ({', '.join(devices)}); a common "

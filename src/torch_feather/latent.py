@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from . import host
 from .operators import Operator
-from .selection import Cut
+from .selection import Cut, select, select_shards
+from .sharding import local, shards_of
 
 # Weights that are looked at together when images are made on the CPU: they stay in the L2 cache.
 BLOCK = 1 << 16
@@ -21,7 +23,11 @@ DEVICE_BLOCK = 1 << 24
 
 
 class Segment(NamedTuple):
-    """The weights [start, stop) in flat order, which share one cut through their scores."""
+    """The weights [start, stop) in flat order, which share one cut through their scores.
+
+    The bounds are those of weight tensors, in the whole; the cut's `last` is an index among the
+    weights that are here (see `LatentWeights`).
+    """
 
     start: int
     stop: int
@@ -30,7 +36,7 @@ class Segment(NamedTuple):
     """Scores are |w| times this (0-dimensional; infinite: never pruned); None for |w| itself."""
 
     def pruned(self, magnitudes: Tensor, offset: int) -> Tensor:
-        """Mask of pruned weights, given |w| of some of them, the first at flat index `offset`."""
+        """Mask of pruned weights, given |w| of some of them; the first is number `offset` here."""
         scores = magnitudes if self.scale is None else magnitudes * self.scale
         return self.cut.pruned(scores, offset)
 
@@ -53,7 +59,7 @@ class Numbers(NamedTuple):
 
 @dataclass
 class _Part:
-    """Weights of one type: their flat latent values, and where they stand in the flat order."""
+    """Weights of one type: their flat latent values, and where they stand among those here."""
 
     flat: Tensor
     start: int
@@ -70,37 +76,62 @@ class LatentWeights:
     The flat order is: parameters grouped by type, in the order given, each in the order of its
     memory. It decides which of several tied weights are pruned.
 
+    Where parameters are DTensors, the weights here are the shards of this process. They have the
+    order that they have in the whole, so `flats`, `views`, `places` and all that is computed from
+    them, weight by weight, are of what is here; `size`, `sizes`, `shapes` and `spans`, counts and
+    thresholds are of the whole.
+
     Args:
         parameters: tensors on one device, each dense in memory. They are only read here.
+
+    Attributes:
+        size: number of weights; `sizes`: of each tensor, as a tensor on the device.
+        shapes: of the tensors.
+        spans: where each tensor stands in the flat order.
+        places: where what is here of each tensor stands among the weights here.
+        views: what is here of each tensor, shaped like it.
+        shards: where the shards lie; None where all weights are here.
+        wide, device: type of magnitudes and thresholds; where all this is.
     """
 
     def __init__(self, parameters: Sequence[Tensor]):
-        self.size = sum(p.numel() for p in parameters)
+        self.shards = shards_of(parameters)
+        self.shapes = [p.shape for p in parameters]
+        sizes = [shape.numel() for shape in self.shapes]
+        self.size = sum(sizes)
+        here = [local(p).detach() for p in parameters]
         # Half precision is ranked and thresholded in float32.
         double = any(p.dtype == torch.float64 for p in parameters)
         self.wide = torch.float64 if double else torch.float32
-        self.device = parameters[0].device
-        self.sizes = torch.tensor([p.numel() for p in parameters], device=self.device)
+        self.device = here[0].device
+        self.sizes = torch.tensor(sizes, device=self.device)
         self.views: list[Tensor] = [torch.empty(0)] * len(parameters)
         self.spans: list[tuple[int, int]] = [(0, 0)] * len(parameters)
+        self.places: list[tuple[int, int]] = [(0, 0)] * len(parameters)
         self._parts: list[_Part] = []
         self._constants: dict[Hashable, Any] = {}
-        self.shapes = [p.shape for p in parameters]
-        start = 0
+        start = first = 0
         for dtype in dict.fromkeys(p.dtype for p in parameters):
             members = [i for i, p in enumerate(parameters) if p.dtype == dtype]
             flat = torch.empty(
-                sum(parameters[i].numel() for i in members), dtype=dtype, device=self.device
+                sum(here[i].numel() for i in members), dtype=dtype, device=self.device
             )
             part = _Part(flat, start, [])
             for i in members:
-                p, stop = parameters[i], start + parameters[i].numel()
+                p, stop, end = here[i], start + here[i].numel(), first + sizes[i]
                 view = flat.as_strided(p.shape, p.stride(), start - part.start)
-                self.spans[i], self.views[i] = (start, stop), view
+                self.places[i], self.spans[i] = (start, stop), (first, end)
+                self.views[i] = view
                 part.views.append(view)
-                start = stop
+                start, first = stop, end
             self._parts.append(part)
-            copy_all(part.views, [parameters[i].detach() for i in members])
+            copy_all(part.views, [here[i] for i in members])
+        self._index()
+
+    def _index(self) -> None:
+        """Where each weight tensor begins or ends, in the flat order and among the weights here."""
+        pairs = zip(self.spans, self.places, strict=True)
+        self._here = {a: b for span, place in pairs for a, b in zip(span, place, strict=True)}
 
     @property
     def flats(self) -> list[Tensor]:
@@ -113,9 +144,15 @@ class LatentWeights:
             self._constants[key] = make(self)
         return self._constants[key]
 
+    def here(self, start: int, stop: int) -> tuple[int, int]:
+        """Where the weights here of [start, stop) in flat order stand; bounds are of tensors."""
+        return self._here[start], self._here[stop]
+
     def magnitudes(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """|w| of [start, stop) in flat order as a new float32 (or float64) tensor."""
-        stop = self.size if stop is None else stop
+        """|w| of what is here of [start, stop) in flat order, as a new tensor of type `wide`."""
+        return self._magnitudes(*self.here(start, self.size if stop is None else stop))
+
+    def _magnitudes(self, start: int, stop: int) -> Tensor:
         out = torch.empty(stop - start, dtype=self.wide, device=self.device)
         for part in self._parts:
             a, b = max(start, part.start), min(stop, part.stop)
@@ -133,9 +170,90 @@ class LatentWeights:
     def scores(self, scales: Sequence[Tensor]) -> Tensor:
         """|w| times the scale of its tensor (0-dimensional each), flat."""
         out = self.magnitudes()
-        for (start, stop), scale in zip(self.spans, scales, strict=True):
+        for (start, stop), scale in zip(self.places, scales, strict=True):
             out[start:stop].mul_(scale)
         return out
+
+    # What needs the weights of all processes
+
+    def select(self, k: Tensor, scales: Sequence[Tensor] | None = None) -> Cut:
+        """The cut that prunes exactly the k smallest |w|, or |w| times the scale of its tensor."""
+        fill = self.magnitudes if scales is None else partial(self.scores, scales)
+        if self.shards is None:
+            return select(fill, k)
+        return self._select_shards([fill()], k.unsqueeze(0), [(0, self.size)])[0]
+
+    def select_each(self, counts: Tensor) -> list[Cut]:
+        """For each weight tensor the cut that prunes its `counts` smallest |w|."""
+        if self.shards is not None:
+            scores = [self.magnitudes(*span) for span in self.spans]
+            return self._select_shards(scores, counts, self.spans)
+        cuts = []
+        for (start, stop), count in zip(self.spans, counts, strict=True):
+            cut = select(partial(self.magnitudes, start, stop), count)
+            cuts.append(cut._replace(last=cut.last + start))
+        return cuts
+
+    def _select_shards(
+        self, scores: list[Tensor], counts: Tensor, spans: Sequence[tuple[int, int]]
+    ) -> list[Cut]:
+        """Cuts through the scores of several spans, each of whole weight tensors."""
+        assert self.shards is not None
+        first = [self.here(*span)[0] for span in spans]
+        for counted, (a, b), (start, stop) in zip(
+            self.shards.counted, self.spans, self.places, strict=True
+        ):
+            if not counted:  # here, but by another process: NaN ranks above all that is pruned
+                j = next(j for j, span in enumerate(spans) if span[0] <= a and b <= span[1])
+                scores[j][start - first[j] : stop - first[j]] = torch.nan
+        cuts = select_shards(
+            scores,
+            counts,
+            sizes=[stop - start for start, stop in spans],
+            total=self.shards.sum,
+            places=partial(self._places_in, tuple(spans)),
+        )
+        return [cut._replace(last=cut.last + a) for cut, a in zip(cuts, first, strict=True)]
+
+    def _places_in(self, spans: tuple[tuple[int, int], ...], index: Tensor) -> Tensor:
+        """How many weights here of each span precede an index of the whole span: (spans, n)."""
+        assert self.shards is not None
+
+        def make(_: LatentWeights) -> tuple[Tensor, Tensor]:
+            holders = [
+                next(j for j, span in enumerate(spans) if span[0] <= a and b <= span[1])
+                for a, b in self.spans
+            ]
+            offsets = [a - spans[j][0] for j, (a, _) in zip(holders, self.spans, strict=True)]
+            return torch.tensor(holders).to(self.device), torch.tensor(offsets).to(self.device)
+
+        holder, offset = self.constant(("places", spans), make)
+        inside = (index[holder] - offset[:, None]).clamp_min(0).minimum(self.sizes[:, None])
+        return torch.zeros_like(index).index_add_(0, holder, self.shards.below(inside))
+
+    def total(self, values: Tensor) -> Tensor:
+        """Of one number, or row, for each weight tensor, the sums over what is where."""
+        return values if self.shards is None else self.shards.total(values)
+
+    def common(self, value: Tensor) -> Tensor:
+        """The sum of a value over all processes that hold weights."""
+        return value if self.shards is None else self.shards.sum(value)
+
+    def row_means(self, i: int, means: Tensor) -> Tensor:
+        """Of means over what is here of the rows of tensor i, (rows, n), those over whole rows."""
+        return means if self.shards is None else self.shards.row_means(i, means)
+
+    def checksum(self, i: int, tensor: Tensor) -> int:
+        """The `checksum` of tensor i of the whole, given what is here of it.
+
+        It is the same however the whole is spread; contiguous tensors have it too.
+        """
+        if self.shards is None:
+            return checksum(tensor)
+        part = torch.zeros((), dtype=torch.int64)
+        if self.shards.counted[i]:
+            part += partial_checksum(tensor, self.shards.indices(i), self.shapes[i].numel())
+        return int(self.shards.sum(part))
 
     def segment_of(self, i: int, segments: Sequence[Segment]) -> Segment:
         """The segment that weight tensor i is in."""
@@ -144,13 +262,14 @@ class LatentWeights:
 
     def pruned(self, i: int, segments: Sequence[Segment]) -> Tensor:
         """Which weights of tensor i lie below their cut, shaped and laid out like it."""
-        start, stop = self.spans[i]
-        flat = self.segment_of(i, segments).pruned(self.magnitudes(start, stop), start)
+        start, stop = self.places[i]
+        flat = self.segment_of(i, segments).pruned(self._magnitudes(start, stop), start)
         return flat.as_strided(self.views[i].shape, self.views[i].stride())
 
     def counts_pruned(self, segments: Sequence[Segment]) -> Tensor:
         """Number of pruned weights of each tensor, int64."""
-        return torch.stack([self.pruned(i, segments).sum() for i in range(len(self.views))])
+        counts = [self.pruned(i, segments).sum() for i in range(len(self.views))]
+        return self.total(torch.stack(counts))
 
     def images(
         self, segments: Sequence[Segment], operator: Operator
@@ -158,7 +277,7 @@ class LatentWeights:
         """The sparse images u of all parameters, and their sum.
 
         Returns:
-            One new tensor per parameter, shaped and laid out like it, and the sum of all of them
+            One new tensor per view, shaped and laid out like it, and the sum of all of them
             (0-dimensional): it is not finite if one of them is NaN.
         """
         images: list[Tensor] = [torch.empty(0)] * len(self.views)
@@ -166,17 +285,27 @@ class LatentWeights:
         for part in self._parts:
             out = torch.empty_like(part.flat)
             for segment in segments:
-                a, b = max(segment.start, part.start), min(segment.stop, part.stop)
+                first, end = self.here(segment.start, segment.stop)
+                a, b = max(first, part.start), min(end, part.stop)
                 if a < b:
                     inside = slice(a - part.start, b - part.start)
                     on_device = host.waits_for(self.device)
                     write = self._image_device if on_device else self._image_cpu
                     total += write(part.flat[inside], segment, operator, a, out[inside])
-            for i, (start, stop) in enumerate(self.spans):
-                if part.start <= start and stop <= part.stop:
-                    view = self.views[i]
-                    images[i] = out.as_strided(view.shape, view.stride(), start - part.start)
+            for i, view in enumerate(self.views):
+                if self._part_of(i) is part:
+                    start = self.places[i][0] - part.start
+                    images[i] = out.as_strided(view.shape, view.stride(), start)
         return images, total
+
+    def _part_of(self, i: int) -> _Part:
+        """What holds weight tensor i, which may have no weights here."""
+        (start, stop), dtype = self.places[i], self.views[i].dtype
+        return next(
+            part
+            for part in self._parts
+            if part.flat.dtype == dtype and part.start <= start and stop <= part.stop
+        )
 
     def _image_device(
         self, w: Tensor, segment: Segment, operator: Operator, offset: int, out: Tensor
@@ -225,8 +354,9 @@ class LatentWeights:
 
     def numbers(self, value: float) -> Numbers:
         """A number for each weight, of type `wide`, laid out like them."""
-        flat = torch.full((self.size,), value, dtype=self.wide, device=self.device)
-        places = zip(self.views, self.spans, strict=True)
+        size = sum(flat.numel() for flat in self.flats)
+        flat = torch.full((size,), value, dtype=self.wide, device=self.device)
+        places = zip(self.views, self.places, strict=True)
         return Numbers(flat, [flat.as_strided(w.shape, w.stride(), a) for w, (a, _) in places])
 
     def zeros(self) -> Tensor:
@@ -241,24 +371,28 @@ class LatentWeights:
         other.__dict__.update(self.constant(("part", *members), lambda _: self._part(members)))
         other.views = [self.views[i] for i in members]
         other._parts = []
-        for i, (start, _), view in zip(members, other.spans, other.views, strict=True):
-            a, b = self.spans[i]
-            whole = next(p for p in self._parts if p.start <= a and b <= p.stop)
+        for i, (start, _), view in zip(members, other.places, other.views, strict=True):
+            (a, b), whole = self.places[i], self._part_of(i)
             flat = whole.flat[a - whole.start : b - whole.start]
             other._parts.append(_Part(flat, start, [view]))
+        other._index()
         return other
 
     def _part(self, members: Sequence[int]) -> dict[str, Any]:
         """What of a part depends on the layout alone."""
-        spans, stop = {}, 0
-        for i in sorted(members, key=lambda i: self.spans[i]):
+        order, spans, places = sorted(members, key=lambda i: self.spans[i]), {}, {}
+        stop = end = 0
+        for i in order:
             start, stop = stop, stop + self.shapes[i].numel()
-            spans[i] = (start, stop)
+            place, end = end, end + self.views[i].numel()
+            spans[i], places[i] = (start, stop), (place, end)
         return {
+            "shards": self.shards and self.shards.part(members),
             "shapes": [self.shapes[i] for i in members],
             "size": stop,
             "sizes": self.sizes[torch.tensor(members, device=self.device)],
             "spans": [spans[i] for i in members],
+            "places": [places[i] for i in members],
             "wide": self.wide,
             "device": self.device,
             "_constants": {},
@@ -270,9 +404,8 @@ class LatentWeights:
         other.__dict__.update(self.__dict__, views=list(self.views), _parts=[])
         for part, flat in zip(self._parts, values, strict=True):
             other._parts.append(_Part(flat, part.start, []))
-        for i, (start, stop) in enumerate(self.spans):
-            part = next(p for p in other._parts if p.start <= start and stop <= p.stop)
-            view = self.views[i]
+        for i, (start, _) in enumerate(self.places):
+            part, view = other._part_of(i), self.views[i]
             other.views[i] = part.flat.as_strided(view.shape, view.stride(), start - part.start)
             part.views.append(other.views[i])
         return other
@@ -343,5 +476,29 @@ def checksum(tensor: Tensor) -> int:
     columns = np.add.reduce(words[: rows * _COLUMNS].reshape(rows, _COLUMNS), axis=0)
     columns[: words.size - rows * _COLUMNS] += words[rows * _COLUMNS :]
     rest = int.from_bytes(data[words.size * 8 :].tobytes(), "little")
-    total = (int(np.dot(columns, _FACTORS)) + rest * int(_FACTORS[-1])) % 2**64
-    return total - 2**64 if total >= 2**63 else total
+    return _signed(int(np.dot(columns, _FACTORS)) + rest * int(_FACTORS[-1]))
+
+
+def partial_checksum(tensor: Tensor, index: Tensor, size: int) -> int:
+    """What some elements of a contiguous tensor add to its `checksum`, modulo 2^64.
+
+    Args:
+        tensor: the elements, contiguous.
+        index: where each stands in the whole, int64.
+        size: number of elements of the whole.
+    """
+    width = tensor.element_size()
+    flat = tensor.detach().cpu().flatten().view(torch.uint8).numpy()
+    bits = flat.view(f"u{width}").astype(np.uint64)
+    if width == 8:
+        bits ^= bits >> np.uint64(1)
+    place, per_word = index.numpy(), 8 // width
+    word = np.where(place < size // per_word * per_word, place // per_word % _COLUMNS, -1)
+    shift = (place % per_word * 8 * width).astype(np.uint64)
+    return _signed(int(np.dot(bits << shift, _FACTORS.view(np.uint64)[word])))
+
+
+def _signed(word: int) -> int:
+    """A number modulo 2^64, as a signed integer."""
+    word %= 2**64
+    return word - 2**64 if word >= 2**63 else word

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -24,7 +23,8 @@ from .latent import LatentWeights, Segment, copy_all
 from .operators import Operator
 from .reparametrization import Rate, Setting
 from .schedules import Schedule
-from .selection import Cut, select
+from .selection import Cut
+from .sharding import local
 from .thresholded import Thresholded, Timetable
 
 
@@ -33,7 +33,7 @@ class Law(Protocol):
 
     @property
     def unit(self) -> str:
-        """What r is, for checkpoints: laws that mean the same by it may take over each other's."""
+        """What r is, for checkpoints; laws that mean the same by it may take over each other's."""
 
     def start(self, weights: LatentWeights, sparsity: float) -> float | Tensor:
         """r before training: one number, or one for each tensor."""
@@ -100,12 +100,13 @@ class LearnedThresholds(Thresholded):
     """A `LearnedMethod` at work: the cut is at |w| / tau = 1, until the count is made exact."""
 
     completes = True
+    on_shards = True
 
     def __init__(self, setting: Setting, method: LearnedMethod):
         super().__init__(setting, method.operator, method.gradient)
         self.method = method
         self.arrival = math.ceil(method.exact_from * setting.total_steps)
-        weights, sizes = setting.weights, [v.numel() for v in setting.weights.views]
+        weights, sizes = setting.weights, [shape.numel() for shape in setting.weights.shapes]
         most = sum(n for n in sizes if n >= method.dense_below)
         if round(setting.sparsity * weights.size) > most:
             raise ConfigurationError(
@@ -170,7 +171,7 @@ class LearnedThresholds(Thresholded):
     def cut_at(self, sparsity: Tensor, scale: Tensor, weights: LatentWeights) -> Cut:
         """The cut that prunes exactly the lowest round(s N) of |w| times scale."""
         k = (sparsity * weights.size).round().long()
-        return select(partial(weights.scores, list(scale)), k)
+        return weights.select(k, list(scale))
 
     def _is_dense(self, weights: LatentWeights) -> Tensor:
         """Mask of the tensors that stay dense."""
@@ -204,9 +205,9 @@ class LearnedThresholds(Thresholded):
             if parameter.grad is None:
                 sums.append(tau.new_zeros(()))
             else:
-                change = parameter.detach().to(weights.wide) - w
-                sums.append((change * parameter.grad).sum(dtype=weights.wide))
-        gradient = torch.stack(sums) * torch.where(tau > 0, slope / tau, 0.0)
+                change = local(parameter).detach().to(weights.wide) - w
+                sums.append((change * local(parameter.grad)).sum(dtype=weights.wide))
+        gradient = weights.total(torch.stack(sums)) * torch.where(tau > 0, slope / tau, 0.0)
         if scale is not None:
             gradient /= scale
         dense = self._is_dense(weights)

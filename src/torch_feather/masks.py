@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .prunable import Filters, find_prunable
+from .sharding import local
 
 
 class ZeroKeeper:
@@ -19,7 +20,7 @@ class ZeroKeeper:
     """
 
     def __init__(self, parameters: Sequence[Tensor], optimizers: Sequence[Optimizer]):
-        self._zeros = [(p, p.detach() == 0) for p in parameters]
+        self._zeros = [(p, local(p).detach() == 0) for p in parameters]
         self._handles = [o.register_step_post_hook(self._refill) for o in optimizers]
 
     @torch.no_grad()
@@ -28,7 +29,8 @@ class ZeroKeeper:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for parameter, zero in self._zeros:
             if id(parameter) in held:
-                parameter.masked_fill_(zero.to(parameter.device), 0.0)
+                here = local(parameter)
+                here.masked_fill_(zero.to(here.device), 0.0)
 
     def remove(self) -> None:
         """Pruned weights may come back from now on."""

@@ -46,8 +46,11 @@ class Reparametrization(ABC):
         pulls_back: whether dL/dw, as far as a hook can say, differs from dL/du.
         passes: how many passes with random numbers of their own a step wants, see `enter_pass`.
         arrival: optimizer steps from which on exactly round(s N) weights are zero.
+        on_shards: whether it works where the weights are spread over processes: then `weights` and
+            parameters are what is here, and all that belongs to the whole is summed over them.
     """
 
+    on_shards = False
     completes = False
     pulls_back = False
     passes = 1
@@ -92,7 +95,8 @@ class Reparametrization(ABC):
 
     def counts_pruned(self, weights: LatentWeights) -> Tensor:
         """Pruned weights of each tensor, int64."""
-        return torch.stack([self.pruned(weights, i).sum() for i in range(len(weights.views))])
+        counts = [self.pruned(weights, i).sum() for i in range(len(weights.views))]
+        return weights.total(torch.stack(counts))
 
     def own_counts_pruned(self, weights: LatentWeights) -> Tensor:
         """What the method prunes by itself, without the last step that makes the count exact."""

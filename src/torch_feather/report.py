@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .errors import ConfigurationError
 from .flops import count_flops
 from .prunable import Filters, Prunable, find_prunable, unwrap
+from .sharding import count_nonzero
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _some_prunable(model: nn.Module, include: Filters, exclude: Filters) -> list
 
 
 def _zeros(item: Prunable) -> int:
-    return item.parameter.numel() - int(item.parameter.count_nonzero())
+    return item.parameter.numel() - count_nonzero(item.parameter)
 
 
 EMPTY_MARK = "<-- EMPTY"

@@ -21,6 +21,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -35,10 +36,19 @@ from .prunable import Filters, find_prunable, list_filters, unwrap
 from .reparametrization import Rate, Setting
 from .report import Report, report
 from .rounds import Round, in_backward, incomplete
+from .sharding import box_of, fsdp_units, gather, is_sharded, local, part_of, reshard, spread_like
 from .targets import Sparsity, Target, check_share
 
 # Steps between two looks at what costs a pass over the weights, or a transfer, to look at.
 POLL = 100
+
+ONE_PROCESS = (
+    "This method needs whole weight tensors in one process, but here they are sharded over "
+    "several. "
+    "What works on shards: feather, feather-gmp, feather-flops, hard-ste, soft-ste, gmp, st3 and "
+    "st3-sigma, without patterns; asl, asl+, feather-asl+ and str. All others work with "
+    "DistributedDataParallel."
+)
 
 
 def sparsify(
@@ -90,7 +100,8 @@ def sparsify(
             "Method object."
         )
     if isinstance(model, nn.Module):
-        include, exclude = list_filters(include), list_filters(exclude)
+        reshard(model)
+    include, exclude = list_filters(include), list_filters(exclude)
     prunable = find_prunable(model, include, exclude, frozen=False)
     target = Target.of(model, prunable, sparsity, count)
     if isinstance(method, str):
@@ -127,13 +138,13 @@ class Sparsifier:
         self.include, self.exclude = include, exclude
         prunable = find_prunable(model, include, exclude, frozen=False)
         self.slots, optimizers = bind(model, prunable, optimizer)
-        self._raise_if_nan()
-
         self.weights = LatentWeights([slot.parameter for slot in self.slots])
+        self._raise_if_nan()
         names = [slot.name for slot in self.slots]
         self.reparametrization = method.attach(
             Setting(model, names, self.weights, sparsity, total_steps)
         )
+        self._refuse_shards()
         self._layout = [_layout(slot.parameter) for slot in self.slots]
         # All that changes with time is on the device: only there a skipped step is known, and
         # nothing here makes the host wait for it.
@@ -184,8 +195,13 @@ class Sparsifier:
     @property
     def sparsity(self) -> float:
         """Share of the prunable weights that is pruned now."""
-        kept = sum(int(mask.sum()) for mask in self.masks().values())
-        return (self.weights.size - kept) / self.weights.size
+        if self._attached:
+            self.sync()
+            counts = self.reparametrization.counts_pruned(self.weights)
+        else:
+            zeros = [(slot.local == 0).sum() for slot in self.slots]
+            counts = self.weights.total(torch.stack(zeros))
+        return int(counts.sum()) / self.weights.size
 
     @property
     def at_target(self) -> bool:
@@ -216,20 +232,69 @@ class Sparsifier:
         }
 
     def masks(self) -> dict[str, Tensor]:
-        """Which weights are kept (True), by name; shaped like the weights."""
+        """Which weights are kept (True), by name; shaped, and sharded, like the weights."""
         if not self._attached:
-            return {slot.name: slot.parameter.detach() != 0 for slot in self.slots}
-        self.sync()
-        return {
-            slot.name: ~self.reparametrization.pruned(self.weights, i)
-            for i, slot in enumerate(self.slots)
-        }
+            kept = [slot.local.detach() != 0 for slot in self.slots]
+        else:
+            self.sync()
+            kept = [~self.reparametrization.pruned(self.weights, i) for i in self._every]
+        return self._by_name(kept)
 
     def latent_weights(self) -> dict[str, Tensor]:
         """Copies of the dense weights that the optimizer trains, by name."""
         self.require_attached()
         self.sync()
-        return {s.name: w.clone() for s, w in zip(self.slots, self.weights.views, strict=True)}
+        return self._by_name([view.clone() for view in self.weights.views])
+
+    def _by_name(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What is here of each weight tensor, as tensors sharded like the weights."""
+        return {
+            slot.name: spread_like(part, slot.parameter)
+            for slot, part in zip(self.slots, parts, strict=True)
+        }
+
+    @property
+    def _every(self) -> range:
+        return range(len(self.slots))
+
+    @torch.no_grad()
+    def check_ranks(self) -> None:
+        """Raises unless all processes that hold a weight hold it alike, bit by bit.
+
+        That is, with DistributedDataParallel the masks and latent weights of all processes; of
+        sharded weights those that are held more than once. What is exchanged are checksums. All
+        processes must call it, every hundred steps for example.
+
+        Raises:
+            StateError: names the weights and the ranks that differ from the first; on all ranks.
+        """
+        self.sync()
+        mine = [
+            (box_of(s.parameter), checksum((s.local != 0).byte()), checksum(view))
+            for s, view in zip(self.slots, self.weights.views, strict=True)
+        ]
+        if self.weights.shards is not None:
+            groups = self.weights.shards.groups
+        else:
+            groups = [getattr(self.model, "process_group", None)]  # of DistributedDataParallel
+        every = sorted(gather((dist.get_rank(), self.step_count, mine), groups))
+        steps = {step for _, step, _ in every}
+        if len(steps) > 1:
+            raise StateError(f"The ranks have taken different numbers of steps: {sorted(steps)}.")
+        for what, which in (("Masks", 1), ("Latent weights", 2)):
+            found: dict[str, set[int]] = {}
+            for i, slot in enumerate(self.slots):
+                first: dict[Any, int] = {}
+                for rank, _, weights in every:
+                    if first.setdefault(weights[i][0], weights[i][which]) != weights[i][which]:
+                        found.setdefault(slot.name, set()).add(rank)
+            if found:
+                ranks = sorted(set.union(*found.values()))
+                raise StateError(
+                    f"{what} of {some(list(found))} differ between ranks: those of {ranks} are not "
+                    "those of the first. Start all from the same weights (wrap the model before "
+                    "sparsify), and let nothing but the optimizer change them."
+                )
 
     # Parameters of the method itself
 
@@ -344,7 +409,7 @@ class Sparsifier:
         """The latent weights restart from what the parameters hold now, zeros included."""
         self.require_attached()
         self._rebind()
-        self.capture(range(len(self.slots)))
+        self.capture(self._every)
         self._materialize()
 
     # Saving and loading
@@ -388,9 +453,10 @@ class Sparsifier:
         """What travels of weight i in checkpoints, in copies: latent weights, header, state."""
         if i is None:
             return {"latent": torch.zeros(()), "header": self.header(None).tensor()}
-        header = self.header(i, checksum(self.slots[i].parameter))
+        slot, header = self.slots[i], self.header(i, self._image_checksum(i))
         state = {name: to_bytes(e[i]) for name, e in self.reparametrization.state.items()}
-        return {"latent": self.weights.views[i].clone(), "header": header.tensor(), **state}
+        latent = spread_like(self.weights.views[i].clone(), slot.parameter)
+        return {"latent": latent, "header": header.tensor(), **state}
 
     def check_loaded(
         self,
@@ -460,11 +526,11 @@ class Sparsifier:
         self._absorb_writes()
         for i in wanted:
             if i not in checked:
-                self.weights.views[i].copy_(self.slots[i].parameter)
+                self.weights.views[i].copy_(self.slots[i].local)
         for i, (header, entries) in checked.items():
             self._step.fill_(header.step)
             loaded[i] = header.image
-            self.weights.views[i].copy_(entries.pop("latent"))
+            self.weights.views[i].copy_(part_of(entries.pop("latent"), self.slots[i].parameter))
             for key, value in entries.items():
                 self.reparametrization.state[key][i].copy_(value)
         self._void_completion()
@@ -475,6 +541,7 @@ class Sparsifier:
 
     def before_step(self, indices: Sequence[int]) -> None:
         """Parameters become latent."""
+        self._refuse_sparse_start()
         self._absorb_writes()
         self.show_latent(indices)
 
@@ -514,16 +581,12 @@ class Sparsifier:
     @torch.no_grad()
     def capture(self, indices: Sequence[int]) -> None:
         """The latent weights become what the parameters hold."""
-        copy_all(
-            [self.weights.views[i] for i in indices], [self.slots[i].parameter for i in indices]
-        )
+        copy_all([self.weights.views[i] for i in indices], [self.slots[i].local for i in indices])
 
     @torch.no_grad()
     def show_latent(self, indices: Sequence[int]) -> None:
         """The parameters hold the latent weights."""
-        copy_all(
-            [self.slots[i].parameter for i in indices], [self.weights.views[i] for i in indices]
-        )
+        copy_all([self.slots[i].local for i in indices], [self.weights.views[i] for i in indices])
 
     def show_image(self) -> None:
         """The parameters hold the sparse image of the latent weights."""
@@ -572,13 +635,18 @@ class Sparsifier:
 
     @torch.no_grad()
     def _show(self, images: Sequence[Tensor]) -> None:
-        copy_all([slot.parameter for slot in self.slots], images)
+        copy_all([slot.local for slot in self.slots], images)
         if not host.waits_for(self.weights.device):
             self._images = self._marks()
 
     def _marks(self) -> list[tuple[int, int]]:
         """Versions and checksums of the parameters: one of them changes with every write."""
-        return [(slot.parameter._version, checksum(slot.parameter)) for slot in self.slots]
+        here = [slot.local for slot in self.slots]
+        return [(part._version, checksum(part)) for part in here]
+
+    def _image_checksum(self, i: int) -> int:
+        """What a checkpoint says of parameter i, however it is spread."""
+        return self.weights.checksum(i, self.slots[i].local)
 
     def _pull_back(self) -> None:
         """Gradients dL/du are pulled back to dL/dw by hooks, none where nothing is to do."""
@@ -586,17 +654,37 @@ class Sparsifier:
             handle.remove()
         method = self.reparametrization
         self._pull_backs = (
-            [s.parameter.register_hook(self._hook(i)) for i, s in enumerate(self.slots)]
+            [holder.register_hook(self._hook(i, holder)) for i, holder in self._leaves()]
             if method.pulls_back or method.completes
             else []
         )
 
-    def _hook(self, i: int) -> Callable[[Tensor], Tensor]:
+    def _leaves(self) -> Iterator[tuple[int, Tensor]]:
+        """What autograd sees of each prunable weight.
+
+        `fully_shard` gathers the parameters of a unit into others, which take part in the network;
+        no hook of its sharded parameters is ever called.
+        """
+        gathered: dict[int, Tensor] = {}
+        for unit in fsdp_units(self.model):
+            unit.unshard()
+            for i, slot in enumerate(self.slots):
+                seen = slot.module._parameters.get(slot.attribute)
+                if seen is not None and seen is not slot.parameter:
+                    gathered[i] = seen
+            unit.reshard()
+        for i, slot in enumerate(self.slots):
+            yield i, gathered.get(i, slot.parameter)
+
+    def _hook(self, i: int, holder: Tensor) -> Callable[[Tensor], Tensor]:
+        """Takes the gradient of `holder`, which holds u, back to w."""
+
         def pull_back(gradient: Tensor) -> Tensor:
             if self._completed:
                 self._void_completion()
-            image = self.slots[i].parameter.detach()
-            return self.reparametrization.pull_back(self.weights, i, gradient, image)
+            part, image = part_of(gradient, holder), local(holder).detach()
+            pulled = self.reparametrization.pull_back(self.weights, i, part, image)
+            return spread_like(pulled, holder)
 
         return pull_back
 
@@ -608,6 +696,10 @@ class Sparsifier:
     def _abandon_round(self) -> None:
         self.round.abandon()
         self._materialize()
+
+    def _refuse_shards(self) -> None:
+        if self.weights.shards is not None and not self.reparametrization.on_shards:
+            raise ConfigurationError(ONE_PROCESS)
 
     # What others did to the parameters
 
@@ -629,35 +721,67 @@ class Sparsifier:
         if self.round.is_open:
             return False  # nor do they hold the image of the latent weights
         self._rebind()
-        on_cpu = not host.waits_for(self.weights.device)
-        written = list(range(len(self.slots)))
-        if on_cpu or self._loaded_images:
+        written = list(self._every)
+        if not host.waits_for(self.weights.device):
             marks = self._marks()
-            if on_cpu:
-                written = [i for i in written if marks[i] != self._images[i]]
+            written = self._on_any([i for i in written if marks[i] != self._images[i]])
+        if self._loaded_images:
             # A checkpoint's image, perhaps made by another device, is no foreign write.
-            written = [i for i in written if marks[i][1] != self._loaded_images.get(i)]
+            loaded = self._loaded_images
+            written = [i for i in written if self._image_checksum(i) != loaded.get(i)]
         if not written:
             return False
         images, _ = self.reparametrization.images(self.weights)
         for i in written:
-            view, parameter = self.weights.views[i], self.slots[i].parameter
-            view.copy_(torch.where(parameter == images[i], view, parameter))
+            view, here = self.weights.views[i], self.slots[i].local
+            view.copy_(torch.where(here == images[i], view, here))
         return True
+
+    def _on_any(self, indices: Sequence[int]) -> list[int]:
+        """The weights that some process names: all must do the same."""
+        if self.weights.shards is None:
+            return list(indices)
+        named = torch.zeros(len(self.slots), dtype=torch.int32)
+        named[list(indices)] = 1
+        return self.weights.common(named).nonzero().flatten().tolist()
+
+    def _refuse_sparse_start(self) -> None:
+        """Raises where another process's sparse weights came in place of ours at the start.
+
+        Its latent weights did not come with them, so ours would go on with its zeros.
+        """
+        alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+        if self._ticks > 0 or alone or self.weights.shards is not None:
+            return
+        if host.waits_for(self.weights.device) and torch.cuda.is_current_stream_capturing():
+            return
+        pruned = [self.reparametrization.pruned(self.weights, i) for i in self._every]
+        zeros = [slot.parameter.detach() == 0 for slot in self.slots]
+        counts = [sum(int(mask.sum()) for mask in masks) for masks in (pruned, zeros)]
+        if 0 < counts[0] == counts[1] and not all(map(torch.equal, pruned, zeros)):
+            raise StateError(
+                "Between sparsify and the first step the sparse weights of another process were "
+                "written over ours, as DistributedDataParallel does when it wraps a model: its "
+                "latent weights did not come along. Wrap the model first, then call sparsify. "
+                "If these weights were loaded on purpose: call sparsifier.reset_latents() then."
+            )
 
     @torch.no_grad()
     def _rebind(self) -> None:
         """Follows parameters that were replaced, moved or cast since the last look."""
         current = [self._attachments[s.optimizer].parameter_at(s) for s in self.slots]
-        for slot, parameter in zip(self.slots, current, strict=True):
-            if _lookup(self.model, slot.name) is not parameter and not any(
-                parameter is other for other in self.model.parameters()
-            ):
-                raise StateError(
-                    f"The model's {slot.name} is no longer the parameter that the optimizer "
-                    "trains, as after load_state_dict(assign=True). Load with assign=False, or "
-                    "make optimizer and sparsifier anew."
-                )
+        lost = self._lost(current)
+        if lost and fsdp_units(self.model):
+            # In their places may be what `fully_shard` gathered, also after an evaluation.
+            if not in_backward():
+                reshard(self.model)
+            lost = [] if in_backward() else self._lost(current)
+        if lost:
+            raise StateError(
+                f"The model's {lost[0]} is no longer the parameter that the optimizer trains, as "
+                "after load_state_dict(assign=True). Load with assign=False, or make optimizer and "
+                "sparsifier anew."
+            )
         layout = [_layout(parameter) for parameter in current]
         same = all(s.parameter is p for s, p in zip(self.slots, current, strict=True))
         if same and layout == self._layout:
@@ -665,27 +789,49 @@ class Sparsifier:
         before = self.weights
         images, _ = self.reparametrization.images(before)
         check_storage([s.name for s in self.slots], current)
+        if before.shards is not None and not all(
+            is_sharded(p) and local(p).shape == old.shape
+            for p, old in zip(current, before.views, strict=True)
+        ):
+            raise StateError(
+                "The shards of the model changed after sparsify. Make optimizer and sparsifier "
+                "anew, and take over their state dicts by torch.distributed.checkpoint."
+            )
         for i, (slot, parameter) in enumerate(zip(self.slots, current, strict=True)):
             replaced, slot.parameter = slot.parameter is not parameter, parameter
             if replaced and parameter.grad is not None and self._pull_backs:
                 # It came without our hook.
-                parameter.grad = self._hook(i)(parameter.grad)
+                parameter.grad = self._hook(i, parameter)(parameter.grad)
         self.weights, self._layout = LatentWeights(current), layout
+        self._refuse_shards()
+        whole = before.shards is None  # then `fully_shard` may have come since
         for p, image, old, new in zip(
             current, images, before.views, self.weights.views, strict=True
         ):
-            new.copy_(torch.where(p == image.to(p), old.to(p), p))
+            if whole:
+                image, old = part_of(image, p), part_of(old, p)
+            here = local(p)
+            new.copy_(torch.where(here == image.to(here), old.to(here), here))
         self.reparametrization.move(self.weights)
         self._step = self._step.to(self.weights.device)
         self._pull_back()
         self._materialize()
+
+    def _lost(self, current: Sequence[Tensor]) -> list[str]:
+        """Weights whose parameter the model does not hold any more."""
+        return [
+            slot.name
+            for slot, parameter in zip(self.slots, current, strict=True)
+            if _lookup(self.model, slot.name) is not parameter
+            and not any(parameter is other for other in self.model.parameters())
+        ]
 
     # Keeping watch
 
     def _look(self) -> None:
         """Raises for NaN and warns of empty layers, without making the host wait for a device."""
         if not host.waits_for(self.weights.device):
-            if not self._sum.isfinite():
+            if not self.weights.common(self._sum).isfinite():
                 self._raise_if_nan()
             if self._ticks % POLL == 0 or self.step_count in (
                 self.reparametrization.arrival,
@@ -711,8 +857,9 @@ class Sparsifier:
     @torch.no_grad()
     def _counts(self) -> Tensor:
         """Weights that are NaN, kept weights that are 0, and kept weights of each layer."""
-        nan = torch.stack([s.parameter.isnan().sum() for s in self.slots]).sum()
-        zero = torch.stack([(s.parameter == 0).sum() for s in self.slots]).sum()
+        here = [slot.local for slot in self.slots]
+        nan = self.weights.total(torch.stack([part.isnan().sum() for part in here])).sum()
+        zero = self.weights.total(torch.stack([(part == 0).sum() for part in here])).sum()
         pruned = self.reparametrization.counts_pruned(self.weights)
         return torch.cat([torch.stack([nan, zero - pruned.sum()]), self.weights.sizes - pruned])
 
@@ -735,7 +882,8 @@ class Sparsifier:
             )
 
     def _raise_if_nan(self) -> None:
-        names = [slot.name for slot in self.slots if bool(slot.parameter.isnan().any())]
+        nan = self.weights.total(torch.stack([slot.local.isnan().sum() for slot in self.slots]))
+        names = [slot.name for slot, n in zip(self.slots, nan.tolist(), strict=True) if n]
         if names:
             raise NonFiniteWeightError(
                 f"Weights of {some(names)} are NaN. They are kept in the network, so that its loss "
@@ -750,7 +898,7 @@ class Sparsifier:
         self._rebind()
         if self._counts()[1] != 0:
             self.sync()
-        return [slot.parameter.detach().clone() for slot in self.slots]
+        return [slot.local.detach().clone() for slot in self.slots]
 
     def _release(self) -> None:
         for handle in self._pull_backs:
@@ -779,4 +927,5 @@ def _lookup(model: nn.Module, name: str) -> Tensor | None:
 
 
 def _layout(parameter: Tensor) -> tuple[Any, ...]:
-    return parameter.dtype, parameter.device, parameter.shape, parameter.stride()
+    here = local(parameter)
+    return parameter.dtype, here.device, parameter.shape, here.shape, here.stride()

@@ -126,6 +126,11 @@ class Scheduled(Thresholded):
         self.arrival = int((self.timetable.shares == 1).argmax())
 
     @property
+    def on_shards(self) -> bool:  # type: ignore[override]
+        """See `Reparametrization`."""
+        return self.allocation.on_shards
+
+    @property
     def identity(self) -> str:
         """See `Reparametrization`."""
         m = self.method

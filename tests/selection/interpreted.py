@@ -35,16 +35,14 @@ def loops() -> None:
             assert_selects(select_device(scores, k, passes=TritonPasses), scores, k, kind)
 
 
-def shard() -> None:
-    """A shard that holds all of the ties, at an offset within a block."""
-    scores, offset = torch.ones(5000), 4000
-    cut = select_device(scores, 4500, index_offset=offset, passes=TritonPasses)
-    assert cut.last.item() == offset + 4499
-    empty = select_device(scores[:0], 0, index_offset=offset, total=9000, passes=TritonPasses)
-    assert empty.last.item() == -1
+def ties() -> None:
+    """All scores tie, or there are none."""
+    scores = torch.ones(5000)
+    assert_selects(select_device(scores, 4500, passes=TritonPasses), scores, 4500)
+    assert select_device(scores[:0], 0, passes=TritonPasses).last.item() == -1
 
 
 if __name__ == "__main__":
-    for check in (random_cases, every_kind, loops, shard):
+    for check in (random_cases, every_kind, loops, ties):
         check()
     print("checked")

@@ -1,69 +1,13 @@
-"""What makes `select_device` fit for accelerators: fixed shapes, no host, any number of shards."""
-
-import threading
-from concurrent.futures import ThreadPoolExecutor
+"""What makes `select_device` fit for accelerators: fixed shapes, and no host."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from selection_cases import MAKERS, assert_same_cut, assert_selects, make, scores_and_count
+from selection_cases import MAKERS, assert_same_cut, assert_selects, make
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_feather.selection.device import TorchPasses, select_device
 from torch_feather.selection.reference import select_reference
-
-
-class AllReduce:
-    """Sums over threads that call it in step, as ranks do."""
-
-    def __init__(self, ranks):
-        self.barrier = threading.Barrier(ranks, timeout=30)
-        self.parts = {}
-
-    def __call__(self, counts):
-        self.parts[threading.get_ident()] = counts
-        self.barrier.wait()
-        total = torch.stack(list(self.parts.values())).sum(0)
-        self.barrier.wait()
-        return total
-
-
-def select_sharded(shards, k):
-    """The cut that each rank finds, each of which knows its own shard only."""
-    offsets = [sum(s.numel() for s in shards[:rank]) for rank in range(len(shards))]
-    reduce, total = AllReduce(len(shards)), sum(s.numel() for s in shards)
-
-    def rank(shard, offset):
-        return select_device(shard, k, reduce=reduce, index_offset=offset, total=total)
-
-    with ThreadPoolExecutor(len(shards)) as pool:
-        return list(pool.map(rank, shards, offsets))
-
-
-@settings(max_examples=40, deadline=None)
-@given(scores_and_count(), st.sampled_from([1, 3, 4]))
-def test_shards_find_the_cut_of_the_whole(case, ranks):
-    scores, k = case
-    for cut in select_sharded(list(torch.tensor_split(scores, ranks)), torch.tensor(k)):
-        assert_selects(cut, scores, k, f"{ranks} ranks")
-
-
-@pytest.mark.parametrize("kind", ["normal", "bf16", "all equal"])
-@pytest.mark.parametrize("sizes", [[20000], [0, 4096, 1, 15903], [4095, 4097, 11808, 0]])
-def test_shards_of_any_size_share_the_tie_search(kind, sizes):
-    scores = make(kind, 20000, seed=2, dtype=torch.float32)
-    for k in (1, 4096, 4097, 19000, 20000):
-        for cut in select_sharded(list(scores.split(sizes)), torch.tensor(k)):
-            assert_selects(cut, scores, k, str(sizes))
-
-
-def test_ties_far_beyond_32_bits_of_index_are_found():
-    offset, scores = 2**33 + 5, torch.ones(10)
-    cut = select_device(scores, torch.tensor(7), index_offset=offset)
-    assert cut.last.item() == offset + 6
-    assert cut.pruned(scores, offset).tolist() == [True] * 7 + [False] * 3
 
 
 @pytest.mark.parametrize("k", [-5, 0])

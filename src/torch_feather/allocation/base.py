@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..latent import LatentWeights, Segment
 from ..reparametrization import Setting
-from ..selection import select
 
 
 class Allocation(ABC):
-    """How a target is shared among the layers; `repr` is its identity."""
+    """How a target is shared among the layers; `repr` is its identity.
+
+    Attributes:
+        on_shards: whether its cuts are those of the whole where weights are spread over processes.
+    """
+
+    on_shards: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, setting: Setting) -> Fitted:
@@ -63,8 +68,5 @@ def counts_of(amounts: Tensor, total: Tensor) -> Tensor:
 
 def cut_layers(weights: LatentWeights, counts: Tensor) -> list[Segment]:
     """In each layer the `counts` smallest magnitudes lie below its cut."""
-    segments = []
-    for (start, stop), count in zip(weights.spans, counts, strict=True):
-        cut = select(partial(weights.magnitudes, start, stop), count)
-        segments.append(Segment(start, stop, cut._replace(last=cut.last + start)))
-    return segments
+    pairs = zip(weights.spans, weights.select_each(counts), strict=True)
+    return [Segment(start, stop, cut) for (start, stop), cut in pairs]

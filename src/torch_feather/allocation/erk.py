@@ -20,6 +20,8 @@ class ERK(Fitted):
     Source: Evci et al., Rigging the Lottery (2020), section 3.
     """
 
+    on_shards = True
+
     def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
         """See `Fitted`."""
         sizes, shares, order = weights.constant(self, self._shares)
@@ -36,8 +38,7 @@ class ERK(Fitted):
 
     def _shares(self, weights: LatentWeights) -> tuple[Tensor, Tensor, Tensor]:
         """Sizes and unscaled shares of the layers, float64, and their order by falling share."""
-        shapes = [view.shape for view in weights.views]
-        share = torch.tensor([sum(s) / s.numel() for s in shapes], dtype=torch.float64)
+        share = torch.tensor([sum(s) / s.numel() for s in weights.shapes], dtype=torch.float64)
         order = share.argsort(descending=True)
         tensors = (weights.sizes.double(), share, order)
         return tuple(tensor.to(weights.device) for tensor in tensors)  # type: ignore[return-value]

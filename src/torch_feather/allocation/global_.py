@@ -12,7 +12,6 @@ from .. import host
 from ..errors import ConfigurationError
 from ..latent import LatentWeights, Segment
 from ..reparametrization import Setting
-from ..selection import select
 from .base import Fitted, cut_layers
 
 
@@ -30,6 +29,8 @@ class Global(Fitted):
         max_density: every layer keeps at most this share once the target is reached, rounded up.
     """
 
+    on_shards = True
+
     min_density: float = 0.0
     max_density: float = 1.0
 
@@ -46,10 +47,10 @@ class Global(Fitted):
         """See `Fitted`."""
         k = (sparsity * weights.size).round().long()
         if self.min_density == 0.0 and self.max_density == 1.0:
-            return [Segment(0, weights.size, select(weights.magnitudes, k))]
+            return [Segment(0, weights.size, weights.select(k))]
         if not host.waits_for(k.device):
             # Bounds that do not bind cost one look; elsewhere looking would make the host wait.
-            cut = select(weights.magnitudes, k)
+            cut = weights.select(k)
             counts = weights.counts_pruned([Segment(0, weights.size, cut)])
             low, high = self._bounds_on_the_way(weights.sizes, k)
             if bool(((low <= counts) & (counts <= high)).all()):
@@ -58,7 +59,7 @@ class Global(Fitted):
 
     def fit(self, setting: Setting) -> Global:
         """See `Fitted`."""
-        sizes = [view.numel() for view in setting.weights.views]
+        sizes = [shape.numel() for shape in setting.weights.shapes]
         low = sum(n - math.ceil(n * self.max_density) for n in sizes)
         high = sum(n - math.ceil(n * self.min_density) for n in sizes)
         k = round(setting.sparsity * sum(sizes))
@@ -93,7 +94,7 @@ class Global(Fitted):
         low, high = self._bounds_on_the_way(weights.sizes, k)
 
         def below(v: Tensor) -> Tensor:
-            counts = torch.stack([(layer < v).sum() for layer in bits])
+            counts = weights.total(torch.stack([(layer < v).sum() for layer in bits]))
             return torch.maximum(torch.minimum(counts, high), low)
 
         v = torch.zeros((), dtype=integer, device=k.device)

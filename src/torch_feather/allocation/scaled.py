@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from ..flops import count_flops
 from ..latent import LatentWeights, Segment
 from ..prunable import unwrap
 from ..reparametrization import Setting
-from ..selection import select
 from .base import Allocation, Fitted
 
 
@@ -29,7 +27,7 @@ def cut_scaled(weights: LatentWeights, scale: Tensor, sparsity: Tensor) -> list[
     """
     scales = list(scale.to(weights.wide))
     k = (sparsity * weights.size).round().long()
-    cut = select(partial(weights.scores, scales), k)
+    cut = weights.select(k, scales)
     pairs = zip(weights.spans, scales, strict=True)
     return [Segment(start, stop, cut, scale) for (start, stop), scale in pairs]
 
@@ -41,12 +39,14 @@ class Sigma(Fitted):
     Source: ST-3 (Vanderschueren and De Vleeschouwer, WACV 2023), variant sigma.
     """
 
+    on_shards = True
+
     def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
         """See `Allocation`."""
         return cut_scaled(weights, weights.constant(self, self._scale), sparsity)
 
     def _scale(self, weights: LatentWeights) -> Tensor:
-        sums = [sum(view.shape) for view in weights.views]
+        sums = [sum(shape) for shape in weights.shapes]
         return torch.tensor(sums, dtype=torch.float64, device=weights.device).sqrt()
 
 
@@ -133,6 +133,8 @@ class Biased(Fitted):
         costs: of a weight, for each tensor.
         gamma: the bias.
     """
+
+    on_shards = True
 
     def __init__(self, costs: Sequence[float], gamma: float):
         self._costs, self._gamma = costs, gamma

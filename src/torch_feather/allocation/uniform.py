@@ -24,6 +24,8 @@ class Uniform(Fitted):
             backbone (supplement, section 4). A network without convolutions has none.
     """
 
+    on_shards = True
+
     dense_first: bool = False
 
     def fit(self, setting: Setting) -> Uniform:
@@ -47,8 +49,8 @@ class Uniform(Fitted):
 
     def _prunable(self, weights: LatentWeights) -> list[int]:
         """Weights of each layer that may be pruned."""
-        sizes = [view.numel() for view in weights.views]
-        convolutions = [i for i, view in enumerate(weights.views) if view.dim() > 2]
+        sizes = [shape.numel() for shape in weights.shapes]
+        convolutions = [i for i, shape in enumerate(weights.shapes) if len(shape) > 2]
         if self.dense_first and convolutions:
             sizes[convolutions[0]] = 0
         return sizes

@@ -76,7 +76,7 @@ class StandardDeviations:
 
     def thresholds(self, r: Tensor, weights: LatentWeights) -> tuple[Tensor, Tensor]:
         """See `Law`."""
-        deviation = torch.stack([spread(w.to(weights.wide)) for w in weights.views])
+        deviation = spreads(weights)
         inside = (r >= 0) & (r <= 5)
         return r.clamp(0, 5) * deviation + 1e-6, deviation * inside
 
@@ -88,6 +88,12 @@ class StandardDeviations:
         return 2 * self.budget_weight * (density - (1 - sparsity)) * share * slope
 
 
-def spread(w: Tensor) -> Tensor:
-    """The standard deviation; that of a single weight is 0."""
-    return w.std() if w.numel() > 1 else w.new_zeros(())
+def spreads(weights: LatentWeights) -> Tensor:
+    """The standard deviation of each weight tensor; that of a single weight is 0."""
+    wide = [w.to(weights.wide) for w in weights.views]
+    if weights.shards is None:
+        return torch.stack([w.std() if w.numel() > 1 else w.new_zeros(()) for w in wide])
+    means = weights.total(torch.stack([w.sum() for w in wide])) / weights.sizes
+    pairs = zip(wide, means, strict=True)
+    squares = weights.total(torch.stack([(w - mean).square().sum() for w, mean in pairs]))
+    return (squares / (weights.sizes - 1).clamp_min(1)).sqrt()

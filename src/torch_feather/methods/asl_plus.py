@@ -13,7 +13,7 @@ from ..inner import Momentum
 from ..latent import LatentWeights
 from ..learned import LearnedMethod
 from ..schedules import Schedule
-from .asl import EXACT_FROM, StandardDeviations, spread
+from .asl import EXACT_FROM, StandardDeviations, spreads
 from .feather import power, scaled_gradient
 from .method import make_schedule
 
@@ -83,16 +83,15 @@ class FittedDeviations(StandardDeviations):
 
     def penalty(self, r: Tensor, weights: LatentWeights, dense: Tensor, sparsity: Tensor) -> Tensor:
         """See `Law`."""
-        wide = [w.to(weights.wide) for w in weights.views]
-        magnitudes = [w.abs() for w in wide]
+        magnitudes = [w.to(weights.wide).abs() for w in weights.views]
         tau, _ = self.thresholds(r, weights)
         pairs = zip(magnitudes, tau, strict=True)
-        kept = torch.stack([(m > t).sum() for m, t in pairs]).to(r.dtype)
+        kept = weights.total(torch.stack([(m > t).sum() for m, t in pairs])).to(r.dtype)
         kept = torch.where(dense, weights.sizes, kept)
         total = kept.sum().clamp_min(1)
         excess = (total / weights.size / (1 - sparsity)).log()
-        ratios = [m.mean() / spread(w) for m, w in zip(magnitudes, wide, strict=True)]
-        slope = log_density_slope(r, torch.stack(ratios))
+        means = weights.total(torch.stack([m.sum() for m in magnitudes])) / weights.sizes
+        slope = log_density_slope(r, means / spreads(weights))
         return 2 * self.budget_weight * excess * (kept / total) * slope
 
 

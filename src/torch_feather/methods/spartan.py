@@ -93,6 +93,7 @@ class Spartan(Scheduled):
     """
 
     completes = True
+    on_shards = False
 
     def __init__(self, setting: Setting, method: Method, beta: float, freeze: int):
         super().__init__(setting, method)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ..allocation import Allocation
@@ -73,10 +74,12 @@ class Rescaled(Scheduled):
     ) -> tuple[list[Tensor], Tensor]:
         """See `Thresholded`."""
         images, total = super().apply(weights, segments)
-        for w, image in zip(weights.views, images, strict=True):
-            magnitude = w.abs().to(weights.wide).reshape(len(w), -1)
-            kept = (magnitude * (image != 0).reshape(len(w), -1)).mean(1)
-            share = (kept + 1e-6) / (magnitude.mean(1) + 1e-6)
+        for i, (w, image) in enumerate(zip(weights.views, images, strict=True)):
+            row = w.shape[1:].numel()
+            magnitude = w.abs().to(weights.wide).reshape(len(w), row)
+            means = [(magnitude * (image != 0).reshape(len(w), row)).mean(1), magnitude.mean(1)]
+            kept, all_ = weights.row_means(i, torch.stack(means, 1)).unbind(1)
+            share = (kept + 1e-6) / (all_ + 1e-6)
             # NaN or infinite weights leave their channel as it is.
             factor = (1.01 / (share + 0.01)).nan_to_num_(nan=1.0)
             image.mul_(factor.view(-1, *[1] * (image.dim() - 1)))

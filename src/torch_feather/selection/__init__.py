@@ -1,6 +1,7 @@
 """The exact k-th magnitude: which weights are the k smallest, ties included.
 
-`select` finds the cut on any device; `reference.py` says what it must find.
+`select` finds the cut on any device, `select_shards` over several processes; `reference.py` says
+what they must find.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from .. import host
 from .cpu import select_cpu
 from .cut import Cut
 from .device import select_device
+from .shards import select_shards
 
-__all__ = ["Cut", "select"]
+__all__ = ["Cut", "select", "select_shards"]
 
 
 def select(fill: Callable[[], Tensor], k: Tensor) -> Cut:

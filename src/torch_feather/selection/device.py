@@ -6,13 +6,12 @@ digit by digit from the most significant (a radix selection, as for top-k on GPU
 the next digit occurs among the scores that share the digits known so far, and step into the bin
 that holds the k-th. Among the scores equal to it, the last one to prune is found in the same way
 on the flat index. Counts are integers, hence exact in any order of summation: every device, and
-any number of shards whose counts are added, gives the same cut, bit for bit.
+any number of shards whose counts are added (`shards.py`), gives the same cut, bit for bit.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -43,8 +42,8 @@ FLOAT_BITS = {
 class Passes(Protocol):
     """The operations that a selection is made of. Integers are int64, scalars 0-dimensional."""
 
-    def __init__(self, scores: Tensor, offset: int) -> None:
-        """Counts over flat `scores`, the first of which has flat index `offset`.
+    def __init__(self, scores: Tensor) -> None:
+        """Counts over flat `scores`.
 
         The code of a score is its bits as an integer; that of any NaN is one above infinity's.
         """
@@ -65,10 +64,25 @@ class Passes(Protocol):
     def descend(
         self, counts: Tensor, rank: Tensor, prefix: Tensor, shift: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Steps into the first bin at which the running sum of counts reaches `rank`.
+        """See the function `descend`."""
 
-        Returns prefix | bin << shift, the rank left within the bin, and the bin's count.
-        """
+
+def descend(
+    counts: Tensor, rank: Tensor, prefix: Tensor, shift: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps into the first bin at which the running sum of counts reaches `rank`.
+
+    Args:
+        counts: bins along the last dimension; the others of all arguments are alike.
+
+    Returns:
+        prefix | bin << shift, the rank left within the bin, and the bin's count.
+    """
+    reached = counts.cumsum(-1)
+    short = reached < rank.unsqueeze(-1)
+    below = torch.where(short, counts, 0).sum(-1)
+    here = torch.where(short, counts.sum(-1, keepdim=True), reached).amin(-1) - below
+    return prefix | (short.sum(-1) << shift), rank - below, here
 
 
 class TorchPasses:
@@ -77,12 +91,11 @@ class TorchPasses:
     Holds the codes and, at a time, up to three more arrays of their size.
     """
 
-    def __init__(self, scores: Tensor, offset: int) -> None:
+    def __init__(self, scores: Tensor) -> None:
         bits = FLOAT_BITS[scores.dtype]
         # Clearing the sign makes -0 a zero, and the NaN that x86 produces (negative) a NaN.
         codes = scores.view(bits.integer) & torch.iinfo(bits.integer).max
         self.codes = codes.clamp_(max=bits.infinity + 1)
-        self.offset = offset
 
     def count_digits(self, prefix: Tensor, shift: int, width: int) -> Tensor:
         """See `Passes`."""
@@ -102,49 +115,36 @@ class TorchPasses:
         if size == 0:
             return counts
         if block == 1:
-            position = start - self.offset + torch.arange(bins, device=self.codes.device)
+            position = start + torch.arange(bins, device=self.codes.device)
             near = self.codes.take(position.clamp(0, size - 1))
             return ((near == code) & (position >= 0) & (position < size)).long()
-        first, lead = divmod(self.offset, block)
-        rows = -(-(lead + size) // block)
-        padding = (lead, rows * block - lead - size)
-        tie = torch.nn.functional.pad(self.codes == code, padding, value=False)
-        counts[first : first + rows] = tie.view(rows, block).sum(1)
+        rows = -(-size // block)
+        tie = torch.nn.functional.pad(self.codes == code, (0, rows * block - size), value=False)
+        counts[:rows] = tie.view(rows, block).sum(1)
         return counts
 
     def descend(
         self, counts: Tensor, rank: Tensor, prefix: Tensor, shift: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Passes`."""
-        reached = counts.cumsum(0)
-        short = reached < rank
-        below = torch.where(short, counts, 0).sum()
-        here = torch.where(short, counts.sum(), reached).amin() - below
-        return prefix | (short.sum() << shift), rank - below, here
+        return descend(counts, rank, prefix, shift)
 
 
 def select_device(
     scores: Tensor,
     k: Tensor | int,
     *,
-    reduce: Callable[[Tensor], Tensor] | None = None,
-    index_offset: int = 0,
-    total: int | None = None,
     passes: type[Passes] | None = None,
 ) -> Cut:
     """`select` in fixed shapes, with k a tensor that the host never reads.
 
-    `torch.compile(fullgraph=True)` makes one graph of it for all k. Where the scores are spread
-    over ranks, each rank calls it with its own contiguous shard and all get the same cut.
+    `torch.compile(fullgraph=True)` makes one graph of it for all k.
 
     Args:
         scores: flat, contiguous float32 or float64 tensor of numbers >= 0; NaN ranks above
             infinity. Not written to.
-        k: number of scores to prune, of all shards together; a 0-dimensional int64 tensor on
-            the device of the scores (taken as the nearest of 0..total if outside), or an int.
-        reduce: sums a tensor of int64 counts over the shards, in place or not; none for one.
-        index_offset: flat index of the first score given.
-        total: number of scores of all shards; by default this is the last shard.
+        k: number of scores to prune; a 0-dimensional int64 tensor on the device of the scores
+            (taken as the nearest possible one if outside), or an int.
         passes: the implementation of the passes over memory; by default Triton kernels for CUDA
             tensors where Triton works, PyTorch elsewhere and under `torch.compile`.
     """
@@ -154,16 +154,15 @@ def select_device(
             f"{scores.dtype} of shape {tuple(scores.shape)} with strides {scores.stride()}"
         )
     bits = FLOAT_BITS[scores.dtype]
-    total = index_offset + scores.numel() if total is None else total
+    total = scores.numel()
     k = _count_tensor(k, total, scores.device)
-    reduce = reduce or _identity
-    over = (passes or _default_passes(scores))(scores, index_offset)
+    over = (passes or default_passes(scores))(scores)
 
     zero = torch.zeros_like(k)
     code, rank, equal, shift = zero, k, zero, sum(bits.digits)
     for width in bits.digits:
         shift -= width
-        counts = reduce(over.count_digits(code, shift, width))
+        counts = over.count_digits(code, shift, width)
         code, rank, equal = over.descend(counts, rank, code, shift)
     # All NaN compare as one, but none ties: a cut among them is the cut at infinity, see `Cut`.
     tied = (equal > rank) & (code <= bits.infinity)
@@ -171,22 +170,22 @@ def select_device(
     last = zero
     blocks = max(1, -(-total // TIE_BLOCK))
     for block, bins in ((TIE_BLOCK, blocks), (1, TIE_BLOCK)):
-        counts = reduce(over.count_ties(code, last, block, bins))
+        counts = over.count_ties(code, last, block, bins)
         last, rank, _ = over.descend(counts, rank, last, block.bit_length() - 1)
-    last = torch.where(tied, last, total - 1)
+    return cut_at(k, code, tied, torch.where(tied, last, total - 1), bits)
 
+
+def cut_at(k: Tensor, code: Tensor, tied: Tensor, last: Tensor, bits: FloatBits) -> Cut:
+    """The cut at the code of the k-th score; `tied` says whether a kept score has it too."""
+    dtype = torch.float32 if bits.integer == torch.int32 else torch.float64
     code = code.clamp(max=bits.infinity)
-    value = code.to(bits.integer).view(scores.dtype)
+    value = code.to(bits.integer).view(dtype)
     # One step towards 0 is one less as an integer.
-    threshold = (code - tied.long()).clamp(min=0).to(bits.integer).view(scores.dtype)
+    threshold = (code - tied.long()).clamp(min=0).to(bits.integer).view(dtype)
     some = k > 0
     return Cut(
         torch.where(some, value, -1.0), torch.where(some, last, -1), torch.where(some, threshold, 0)
     )
-
-
-def _identity(counts: Tensor) -> Tensor:
-    return counts
 
 
 def _count_tensor(k: Tensor | int, total: int, device: torch.device) -> Tensor:
@@ -197,7 +196,8 @@ def _count_tensor(k: Tensor | int, total: int, device: torch.device) -> Tensor:
     return torch.full((), k, dtype=torch.int64, device=device)
 
 
-def _default_passes(scores: Tensor) -> type[Passes]:
+def default_passes(scores: Tensor) -> type[Passes]:
+    """The fastest way to count on the device of the scores."""
     # A compiler writes kernels of its own.
     if scores.is_cuda and not torch.compiler.is_compiling() and _triton_works(scores.device):
         from .triton_kernels import TritonPasses

@@ -59,7 +59,6 @@ def _count_ties(
     size,
     code,
     start,
-    offset,
     counts,
     bins,
     INFINITY: tl.constexpr,
@@ -67,7 +66,7 @@ def _count_ties(
     BLOCK: tl.constexpr,
 ):
     bin = tl.program_id(0).to(tl.int64) * BINS + tl.arange(0, BINS)
-    position = tl.load(start) - offset + bin[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    position = tl.load(start) + bin[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (position >= 0) & (position < size)
     wanted = tl.load(code).to(scores.dtype.element_ty)
     tie = inside & (_load_codes(scores, position, inside, INFINITY) == wanted)
@@ -99,11 +98,10 @@ def _descend(counts, bins, rank, prefix, found, shift, CHUNK: tl.constexpr):
 class TritonPasses:
     """`Passes` of `device.py` on a CUDA device."""
 
-    def __init__(self, scores: Tensor, offset: int) -> None:
+    def __init__(self, scores: Tensor) -> None:
         bits = FLOAT_BITS[scores.dtype]
         self.bits = scores.view(bits.integer)
         self.infinity = bits.infinity
-        self.offset = offset
 
     def count_digits(self, prefix: Tensor, shift: int, width: int) -> Tensor:
         """See `Passes`."""
@@ -128,7 +126,6 @@ class TritonPasses:
                 size,
                 code,
                 start,
-                self.offset,
                 counts,
                 bins,
                 self.infinity,
