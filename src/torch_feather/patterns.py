@@ -221,6 +221,8 @@ class Patterned(Scheduled):
     It sees a network that has units for weights.
     """
 
+    on_shards = False  # a block may lie in two shards
+
     def __init__(self, setting: Setting, method: PatternedMethod):
         self.pattern = method.pattern
         shapes = setting.weights.shapes

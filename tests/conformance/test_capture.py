@@ -22,7 +22,7 @@ REPLAYS = 50  # steps, far beyond the end of the schedule
 def as_on_a_device(monkeypatch):
     """CPU tensors, whose values cost the host nothing to read, go the way of an accelerator's."""
     monkeypatch.setattr(host, "waits_for", lambda _: True)
-    monkeypatch.setattr(device, "_default_passes", lambda scores: device.TorchPasses)
+    monkeypatch.setattr(device, "default_passes", lambda scores: device.TorchPasses)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
 

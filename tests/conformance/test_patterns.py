@@ -25,6 +25,7 @@ from . import methods, models, test_capture, test_trajectory
 from .harness import RECIPES, STEPS, TOTAL, Run, assert_exact, assert_same, snapshot, start
 from .methods import GlobalThreshold, MethodCase, smallest
 from .models import CLASSES, ModelCase
+from .test_capture import as_on_a_device  # noqa: F401 - a fixture
 from .test_exactness import DTYPES, scalars
 
 
@@ -191,9 +192,9 @@ def test_a_resumed_run_is_the_same_to_the_bit(case, dtype):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_steps_are_there_to_be_captured(case, monkeypatch):
+@pytest.mark.usefixtures("as_on_a_device")
+def test_steps_are_there_to_be_captured(case):
     """As a graph on a device: nothing is read by the host, nothing lies where it did not."""
-    test_capture.as_on_a_device.__wrapped__(monkeypatch)
     hooked = test_capture.CapturedLoop(case, "even").train(0, 12).end()
     loop = test_capture.CapturedLoop(case, "even").train(0, 2)
     loop.feed(2)

@@ -72,6 +72,7 @@ METHODS = {
     "flops": {"allocation": FlopsBiased(gamma=0.5, costs=COSTS)},
     "flops budget": {"allocation": FlopsBiased(budget=150.0, costs=COSTS)},
     "sigma": {"method": "st3-sigma", "kind": "sgd"},
+    "groups": {"sparsity": {"[04].weight": 0.6, "*": 0.8}, "min_density": 0.1},
     "asl+": {"method": "feather-asl+", "dense_below": 10, "theta": 0.5},
     "str": {"method": "str", "kind": "sgd"},
 }
@@ -240,6 +241,10 @@ def what_cannot_be_is_refused(folder):
     for method in ("spartan", "probmask"):
         with pytest.raises(ConfigurationError, match="What works on shards: feather, "):
             attach(model, method)
+    _, sparsifier = attach(model)
+    with pytest.raises(ConfigurationError, match="averages whole weights"):
+        feather.LatentAverage(sparsifier)
+    sparsifier.detach()
     with pytest.raises(ConfigurationError, match="What works on shards"):
         attach(model, pattern="2:4", sparsity=0.5, include="0.weight")
     part = network()

@@ -136,6 +136,6 @@ def compare(make=network, wrap=shard, ranks=None, steps=STEPS, way=nullcontext, 
             step(alone, one_optimizer, one, number, **alone_recipe)
             step(model, optimizer, many, number, ranks=ranks, **recipe)
             assert_alike(many, one)
-        exact = round(SPARSITY * one.weights.size)
+        exact = round(one.target * one.weights.size)
         assert not many.reparametrization.reached(steps) or zeros(model) == exact
     return model, optimizer, many, one

@@ -46,8 +46,8 @@ class Grouped(Allocation):
                 "A budget for the whole network and targets per group contradict each other: give "
                 "the bias gamma instead of the budget, or one sparsity."
             )
-        convolutions = [n for n, w in zip(setting.names, setting.weights.views, strict=True)
-                        if w.dim() > 2]  # fmt: skip
+        shapes = zip(setting.names, setting.weights.shapes, strict=True)
+        convolutions = [name for name, shape in shapes if len(shape) > 2]
         parts = []
         for group in self.groups:
             within = self.within
@@ -89,6 +89,11 @@ class FittedGroups(Fitted):
                 whole = self._state.setdefault(key, value.new_zeros(len(setting.names)))
                 assert isinstance(whole, Tensor)
                 whole[list(part.members)] = value
+
+    @property
+    def on_shards(self) -> bool:  # type: ignore[override]
+        """See `Allocation`."""
+        return all(part.within.on_shards for part in self._parts)
 
     @property
     def state(self) -> dict[str, Tensor | list[Tensor]]:
@@ -134,7 +139,7 @@ def _placed(
     """
 
     def offsets(_: LatentWeights) -> tuple[Tensor, Tensor]:
-        places = sorted((inner.spans[j][0], weights.spans[i][0]) for j, i in enumerate(members))
+        places = sorted((inner.places[j][0], weights.places[i][0]) for j, i in enumerate(members))
         first, there = torch.tensor(places, device=weights.device).unbind(1)
         return first.contiguous(), there - first
 
