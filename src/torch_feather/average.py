@@ -31,6 +31,11 @@ class LatentAverage:
     def __init__(self, sparsifier: Sparsifier, decay: float = 0.999):
         if not 0.0 <= decay < 1.0:
             raise ConfigurationError(f"decay must lie in [0, 1), got {decay!r}.")
+        if sparsifier.weights.shards is not None:
+            raise ConfigurationError(
+                "LatentAverage averages whole weights, but here they are sharded over several "
+                "processes. It works with DistributedDataParallel."
+            )
         self.sparsifier = sparsifier
         self.decay = decay
         sparsifier.sync()
