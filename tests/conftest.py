@@ -36,7 +36,7 @@ def fixed_seed():
 @pytest.fixture
 def without_gpu(monkeypatch):
     """For tensors without data that stand in for CUDA tensors."""
-    monkeypatch.setattr(device, "_default_passes", lambda scores: device.TorchPasses)
+    monkeypatch.setattr(device, "default_passes", lambda scores: device.TorchPasses)
     # What is read once, when the sparsifier is attached.
     monkeypatch.setattr(Sparsifier, "_raise_if_nan", lambda self: None)
     monkeypatch.setattr(Sparsifier, "_inspect", lambda self: None)
