@@ -327,17 +327,21 @@ class LatentWeights:
             out.copy_(w)
             return out.sum(dtype=self.wide)
         total = torch.zeros((), dtype=self.wide)
-        value = cut.value.item()
-        all_ties_pruned = int(cut.last) >= offset + w.numel() - 1
+        value, last = cut.value.item(), int(cut.last)
         out.zero_()
+        # As integers: of half precision scatter_ takes as long as `out` is, not `index`.
+        bits = out.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[out.element_size()])
         kept: list[np.ndarray] = []
         pending = 0
         for a in range(0, w.numel(), BLOCK):
             scores = w[a : a + BLOCK].to(self.wide).abs()
             if scale is not None:
                 scores *= scale
-            if all_ties_pruned:
-                pruned = scores.numpy() <= value  # not so for NaN, which is kept
+            # No comparison holds for NaN, which is kept.
+            if offset + a + scores.numel() - 1 <= last:
+                pruned = scores.numpy() <= value
+            elif last < offset + a:
+                pruned = scores.numpy() < value
             else:
                 pruned = cut.pruned(scores, offset + a).numpy()
             where = np.logical_not(pruned, out=pruned).nonzero()[0]
@@ -347,7 +351,7 @@ class LatentWeights:
             if pending >= BLOCK or a + BLOCK >= w.numel():
                 index = torch.from_numpy(np.concatenate(kept))
                 image = kept_image(w[index].to(self.wide), threshold, operator, w.dtype)
-                out.scatter_(0, index, image)
+                bits.scatter_(0, index, image.view(bits.dtype))
                 total += image.sum(dtype=self.wide)
                 kept, pending = [], 0
         return total
