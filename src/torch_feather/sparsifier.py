@@ -375,7 +375,6 @@ class Sparsifier:
         """
         self.require_attached()
         found = self._found()
-        self.sync()
         at = self.step_count
         if not self.reparametrization.reached(at) and not force:
             raise StateError(
@@ -895,9 +894,13 @@ class Sparsifier:
     @torch.no_grad()
     def _found(self) -> list[Tensor]:
         """What the parameters hold, where that is as sparse as it should be; else the image."""
-        self._rebind()
-        if self._counts()[1] != 0:
-            self.sync()
+        # Before anything else: they may have been moved or cast too, which follows them.
+        here = [self._attachments[slot.optimizer].parameter_at(slot) for slot in self.slots]
+        found = [local(parameter).detach().clone() for parameter in here]
+        self.sync()
+        zeros = self.weights.total(torch.stack([(part == 0).sum() for part in found])).sum()
+        if zeros == self.reparametrization.counts_pruned(self.weights).sum():
+            return found
         return [slot.local.detach().clone() for slot in self.slots]
 
     def _release(self) -> None:

@@ -262,6 +262,22 @@ def test_a_finished_model_that_was_written_in_stays_as_it_is(method):
     assert run.sparsifier.sparsity == run.zeros() / run.case.size
 
 
+@pytest.mark.parametrize("order", ["written, moved", "moved, written"])
+@pytest.mark.parametrize(
+    "move",
+    [lambda net: net.to(memory_format=torch.channels_last), lambda net: net.double()],
+    ids=["channels last", "float64"],
+)
+def test_it_stays_also_where_the_model_was_moved_since(move, order):
+    best = start("convnet", seed=1).train(0, TOTAL).sparsifier.finalize().state_dict()
+    run = start("convnet").train(0, TOTAL)
+    steps = [lambda: run.model.load_state_dict(best), lambda: move(run.model)]
+    for step in steps if order == "written, moved" else reversed(steps):
+        step()
+    found = run.sparsifier.finalize().state_dict()
+    assert all(torch.equal(value.to(best[name]), best[name]) for name, value in found.items())
+
+
 def test_at_target_is_from_the_step_on_that_reaches_it():
     run, seen = start(), []
     assert not run.sparsifier.at_target
