@@ -114,14 +114,22 @@ class Scheduled(Thresholded):
 
     State: `zeros`, the weights of each tensor that were 0 when training began. Their share is what
     the schedule starts from, so a model that is sparse already keeps its mask.
+
+    Attributes:
+        keeps_zeros: whether it does; otherwise `zeros` are none.
     """
+
+    keeps_zeros = True
 
     def __init__(self, setting: Setting, method: Method):
         super().__init__(setting, method.operator, method.gradient)
         self.method = method
         self.allocation = method.allocation.fit(setting)
         self.state = self.allocation.state  # the same dict: it may be loaded, and moved
-        self.state.setdefault("zeros", setting.weights.zeros())
+        zeros = self.state.setdefault("zeros", setting.weights.zeros())
+        if not self.keeps_zeros:
+            assert isinstance(zeros, Tensor)
+            zeros.zero_()
         self.timetable = Timetable(method.schedule, setting)
         self.arrival = int((self.timetable.shares == 1).argmax())
 

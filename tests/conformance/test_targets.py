@@ -13,9 +13,11 @@ from torch_feather.allocation import FlopsBiased, Global
 from torch_feather.methods import METHODS, method_options
 from torch_feather.methods.method import ALLOCATIONS
 
+from . import methods, test_capture
 from .harness import STEPS, TOTAL, assert_same, snapshot, start
-from .methods import SHARES, smallest, some_costs
+from .methods import SHARES, GlobalThreshold, MethodCase, smallest, some_costs
 from .models import MODELS
+from .test_capture import as_on_a_device  # noqa: F401 - a fixture
 
 # In the convnet: 216 and 24 weights, which are no neighbours, and 72 + 48.
 SHARE = {"stem.*": 0.7, nn.Linear: 0.5, "*": 0.9}
@@ -124,6 +126,18 @@ def test_an_average_of_the_latents_has_the_zeros_of_each_group():
         assert zeros(twin, names) == round(target * sum(run.case.prunable[n] for n in names))
 
 
+@pytest.mark.usefixtures("as_on_a_device")
+def test_steps_with_groups_are_there_to_be_captured(monkeypatch):
+    case = MethodCase("groups", "feather", GlobalThreshold, TWO, {"min_density": 0.1})
+    monkeypatch.setitem(methods.METHODS, "groups", case)
+    hooked = test_capture.CapturedLoop("groups").train(0, 12).end()
+    loop = test_capture.CapturedLoop("groups").train(0, 2)
+    loop.feed(2)
+    with test_capture.Tape() as tape:
+        loop.step()
+    assert_same(loop.train(3, 12, tape.replay).end(), hooked)
+
+
 @pytest.mark.parametrize(
     ("sparsity", "options", "words"),
     [
@@ -200,7 +214,9 @@ def sparse_start(method: str, sparsity: float, already: float, model="convnet", 
 
 
 @pytest.mark.parametrize("target", [0.8, 0.9, 0.6])
-@pytest.mark.parametrize("method", ["feather", "hard-ste", "soft-ste", "gmp", "feather-flops"])
+@pytest.mark.parametrize(
+    "method", ["feather", "hard-ste", "soft-ste", "gmp", "feather-flops", "st3"]
+)
 def test_a_sparse_model_is_first_seen_as_it_is_and_goes_from_its_own_sparsity(method, target):
     options = {"allocation": "global"} if method == "gmp" else {}
     if method == "feather-flops":
@@ -217,6 +233,26 @@ def test_a_sparse_model_is_first_seen_as_it_is_and_goes_from_its_own_sparsity(me
     assert seen[0] == round(0.8 * 360)
     assert seen == sorted(seen, reverse=target < 0.8)
     assert run.zeros() == round(target * 360)
+
+
+@pytest.mark.parametrize("sparsity", [0.9, {"*": 0.9}], ids=str)
+def test_masks_that_are_soft_at_first_start_from_all_weights(sparsity):
+    run, before = sparse_start("spartan", sparsity, 0.8)
+    assert_same({n: p.detach() for n, p in run.model.named_parameters()}, before)
+    assert run.sparsifier.sparsity == 0
+    assert run.train(0, TOTAL).zeros() == round(0.9 * 360)
+
+
+def test_a_layer_that_starts_at_zero_learns():
+    model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 4))
+    nn.init.zeros_(model[1].weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    feather.sparsify(model, optimizer, "gmp", sparsity=0.5, total_steps=20)
+    for _ in range(20):
+        (model(torch.randn(8, 6)) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (model[1].weight != 0).sum() == 24
 
 
 def test_groups_go_from_the_zeros_that_each_has():

@@ -93,6 +93,7 @@ class Spartan(Scheduled):
     """
 
     completes = True
+    keeps_zeros = False  # soft masks of that budget would shrink all other weights at once
     on_shards = False
 
     def __init__(self, setting: Setting, method: Method, beta: float, freeze: int):
