@@ -58,11 +58,20 @@ class Round:
         return self._holders - self._stepped
 
 
+def half_done() -> StateError:
+    """The error for a look at the whole while a round is open, within the backward pass."""
+    return StateError(
+        "Some optimizers have stepped in this backward pass, others not yet: what could be read or "
+        "saved here is half of a step. Do it after the backward pass."
+    )
+
+
 def incomplete(names: str) -> StateError:
     """The error for a backward pass that left a round open; `names` are of weights."""
     return StateError(
         f"The optimizers of {names} did not step within the backward pass, others did. Such a step "
         "is whole when all optimizers with prunable weights have stepped once. Leave out weights "
-        "without a gradient in every backward pass (exclude=), or step after it. This step did not "
-        "count; the updates that were made are kept."
+        "without a gradient in every backward pass (exclude=), or step after it; where the pass "
+        "itself raised an error, go on. This step did not count; the updates that were made are "
+        "kept."
     )

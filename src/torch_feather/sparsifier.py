@@ -35,7 +35,7 @@ from .methods import AnyMethod, build_method
 from .prunable import Filters, find_prunable, list_filters, unwrap
 from .reparametrization import Rate, Setting
 from .report import Report, report
-from .rounds import Round, in_backward, incomplete
+from .rounds import Round, half_done, in_backward, incomplete
 from .sharding import box_of, fsdp_units, gather, is_sharded, local, part_of, reshard, spread_like
 from .targets import Sparsity, Target, check_share
 
@@ -704,7 +704,9 @@ class Sparsifier:
 
     def sync(self) -> None:
         """Outside of a step: latent weights and image follow what was written from outside."""
-        if self.round.is_open and not in_backward():
+        if self.round.is_open:
+            if in_backward():
+                raise half_done()
             self._refuse_half_a_step()
         in_step = any(attachment.in_step for attachment in self._attachments)
         if self._attached and not in_step and self._absorb_writes():

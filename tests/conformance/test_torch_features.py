@@ -220,6 +220,20 @@ def test_a_weight_without_a_gradient_is_an_error_and_never_half_a_step(look):
     assert run.case.zeros(run.sparsifier.finalize()) == round(0.5 * 96)
 
 
+LOOKS_WITHIN = {
+    "save": lambda run: run.optimizers[0].state_dict(),
+    "sparsity": lambda run: run.sparsifier.sparsity,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS_WITHIN.values(), ids=LOOKS_WITHIN)
+def test_half_a_step_cannot_be_saved_or_read_within_the_backward_pass(look):
+    run = in_backward("convnet").train(0, 2)
+    run.model.head.weight.register_post_accumulate_grad_hook(lambda _: look(run))
+    with pytest.raises(feather.StateError, match="after the backward pass"):
+        run.train(2, 3)
+
+
 def test_a_weight_without_a_gradient_may_be_excluded():
     run, plain = spare(exclude="spare.weight")
     for one in (run, plain):
