@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from torch_feather import ConfigurationError
@@ -120,7 +121,6 @@ def test_a_model_that_holds_itself_is_walked_once():
 
 
 def test_linear_layers_of_transformers_are_weights_too():
-    transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=8, n_positions=4, n_embd=4, n_layer=1, n_head=1)
     found = chosen(transformers.GPT2LMHeadModel(config))
     layers = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
