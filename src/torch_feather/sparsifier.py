@@ -151,7 +151,7 @@ class Sparsifier:
         self._step = torch.zeros((), dtype=torch.int64, device=self.weights.device)
         self._identity = digest(self.reparametrization.identity)
         self._completed = False
-        self._own_sparsity = 0.0  # when it ended
+        self._own_sparsity, self._reached = 0.0, False  # when it ended
         self._sum = torch.zeros(())  # of all effective weights: not finite if one is NaN
         self._images: list[tuple[int, int]] = []  # marks of what the parameters hold (CPU)
         self._loaded_images: dict[int, int] = {}  # and of what a checkpoint says they were given
@@ -210,7 +210,7 @@ class Sparsifier:
         What comes earlier is denser and flatters the method: no checkpoint of before competes for
         being the best.
         """
-        return not self._attached or self.reparametrization.reached(self.step_count)
+        return self.reparametrization.reached(self.step_count) if self._attached else self._reached
 
     @property
     def own_sparsity(self) -> float:
@@ -375,13 +375,13 @@ class Sparsifier:
         """
         self.require_attached()
         found = self._found()
-        at = self.step_count
-        if not self.reparametrization.reached(at) and not force:
+        if not self.at_target and not force:
             raise StateError(
-                f"After {at} of {self.total_steps} steps the sparsity is {self.sparsity:.4f}, not "
-                f"yet {self.target}. Train on, or take the model as it is: finalize(force=True)."
+                f"After {self.step_count} of {self.total_steps} steps the sparsity is "
+                f"{self.sparsity:.4f}, not yet {self.target}. Train on, or take the model as it "
+                "is: finalize(force=True)."
             )
-        self._own_sparsity = self.own_sparsity
+        self._own_sparsity, self._reached = self.own_sparsity, self.at_target
         self._show(found)
         self._inspect()
         self._release()

@@ -289,3 +289,13 @@ def test_at_target_is_from_the_step_on_that_reaches_it():
     assert set(seen) == {False, True}
     run.sparsifier.finalize()
     assert run.sparsifier.at_target
+
+
+@pytest.mark.parametrize(
+    "leave", [lambda s: s.detach(), lambda s: s.finalize(force=True)], ids=["detach", "force"]
+)
+def test_a_training_that_ended_before_its_target_is_not_at_it(leave):
+    run = start().train(0, 2)
+    leave(run.sparsifier)
+    assert not run.sparsifier.at_target
+    assert run.zeros() < round(0.8 * run.case.size)

@@ -258,6 +258,16 @@ def write_noise(path):
     return path / "noise.pt"
 
 
+def write_text(path):
+    (path / "notes.pt").write_text("hello world\n")
+    return path / "notes.pt"
+
+
+def write_object(path):
+    torch.save(Small(10, 1), path / "object.pt")
+    return path / "object.pt"
+
+
 def write_damaged(path):
     (path / "weights.safetensors").write_bytes(b"\0" * 100)
     return path / "weights.safetensors"
@@ -279,6 +289,8 @@ def write_other_input(path):
         (write_nothing, "nowhere: no such run directory or file"),
         (write_unfinished_run, "this run has not finished"),
         (write_noise, r"noise\.pt: cannot be read as weights"),
+        (write_text, r"notes\.pt: cannot be read as weights"),
+        (write_object, r"object\.pt: .* \(it is damaged, or holds more than tensors\)"),
         (write_damaged, r"weights\.safetensors: cannot be read as weights"),
         (write_other_classes, r"seven\.pt do not fit Small: size mismatch for fc\.weight"),
         (write_other_input, r"colour\.pt do not fit Small: size mismatch for conv\.weight"),

@@ -16,7 +16,6 @@ import torch_feather as feather
 from .. import models
 from ..errors import ConfigurationError
 from ..methods import method_options
-from ..prunable import find_prunable
 from ..runtime import layer_milliseconds
 from .checkpoint import RunDirectory, write_json
 from .config import DENSE, Config, OptimizerConfig
@@ -88,7 +87,6 @@ class Task:
         part = data.validation if self.watched == "val" else data.test
         self.watched_images = eval_loader(data, part, config, device, self.ranks)
 
-        self.prunable = sum(p.parameter.numel() for p in find_prunable(self.model))
         self.step = 0
         self.epoch = 0
         self.images = 0  # of this epoch so far
@@ -208,7 +206,8 @@ class Task:
 
     def _consider(self, val_acc: float | None) -> None:
         """Keep this epoch if it is the best so far; denser ones before the target do not count."""
-        if self.config.select != "best" or val_acc is None or not self.at_target():
+        at_target = self.sparsifier is None or self.sparsifier.at_target
+        if self.config.select != "best" or val_acc is None or not at_target:
             return
         if self.best is None or val_acc > self.best["val_acc"]:
             model = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
@@ -218,13 +217,6 @@ class Task:
                 "model": model,
                 "thresholds": self._thresholds(),
             }
-
-    def at_target(self) -> bool:
-        """Whether the network is as sparse now as it has to be in the end."""
-        if self.sparsifier is None:
-            return True
-        now, target = self.sparsifier.sparsity, self.sparsifier.target
-        return round(now * self.prunable) == round(target * self.prunable)
 
     def learning_rate(self, step: int) -> float:
         """Of the step with this number, from 0: linear warm-up, then a cosine to 0."""

@@ -73,13 +73,13 @@ def read_weights(source: Path | str) -> Weights:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunError(f"{path}: cannot be read as weights ({first})") from None
+    except Exception as error:  # whatever bytes do to a reader, the answer is the same
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # which tells how to load without care
+            reason = "it is damaged, or holds more than tensors"
+        raise RunError(f"{path}: cannot be read as weights ({reason})") from None
 
 
 def _is_sparse(path: Path) -> bool:
