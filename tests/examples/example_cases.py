@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 # Nothing here may ask the network for anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,3 +22,8 @@ def load(name):
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def spy_on(owner, name):
+    """Within it, counts the calls of a method."""
+    return mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name))

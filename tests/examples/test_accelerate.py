@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from example_cases import load
+from example_cases import load, spy_on
 
 import torch_feather as feather
 
@@ -35,7 +35,9 @@ def test_a_killed_training_goes_on_bit_for_bit_from_its_state(
     expected = train("whole")
     # One clipping a step: within the third epoch.
     killed_at(Accelerator, "clip_grad_norm_", 2 * STEPS + 2, lambda: train("run"))
-    resumed = train("run")
+    with spy_on(Accelerator, "clip_grad_norm_") as clipped:
+        resumed = train("run")
+    assert clipped.call_count == 2 * STEPS  # the last two epochs alone
     assert feather.sparsity(resumed) == feather.sparsity(expected) == round(0.95 * 306720) / 306720
     for (name, a), b in zip(
         expected.state_dict().items(), resumed.state_dict().values(), strict=True

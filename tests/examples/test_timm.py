@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from example_cases import load
+from example_cases import load, spy_on
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -29,7 +29,10 @@ def test_a_killed_training_goes_on_bit_for_bit_from_its_checkpoint(few_images, t
     expected = train("whole")
     # Called at the beginning, and after each step: within the third epoch.
     killed_at(CosineLRScheduler, "step_update", 1 + 2 * STEPS + 2, lambda: train("run"))
-    for model, other in zip(expected, train("run"), strict=True):
+    with spy_on(CosineLRScheduler, "step_update") as updates:
+        resumed = train("run")
+    assert updates.call_count == 1 + 2 * STEPS  # the last two epochs alone
+    for model, other in zip(expected, resumed, strict=True):
         assert feather.sparsity(model) == feather.sparsity(other) == pytest.approx(0.9, abs=1e-4)
         for (name, a), b in zip(
             model.state_dict().items(), other.state_dict().values(), strict=True
