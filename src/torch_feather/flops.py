@@ -27,6 +27,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from .errors import ConfigurationError
 from .prunable import WEIGHTS, unwrap
+from .sharding import count_nonzero, reshard
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def count_flops(model: nn.Module, example_input: Any) -> Flops:
     def add_uses(prefix: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         for attribute, weight, positions in _uses(module, args, kwargs, output):
             name = _join(prefix, attribute)
-            nonzero = weight.numel() if weight.is_meta else int(weight.count_nonzero())
+            nonzero = weight.numel() if weight.is_meta else count_nonzero(weight)
             dense[name] += positions * weight.numel()
             sparse[name] += positions * nonzero
 
@@ -103,6 +104,7 @@ def count_flops(model: nn.Module, example_input: Any) -> Flops:
             hook = partial(add_uses, name)
             undo.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         undo.enter_context(_plain_evaluation(model))
+        undo.callback(reshard, model)
         _call(model, example_input)
 
     if not any(dense.values()):

@@ -84,15 +84,15 @@ def every_method_that_works_on_shards_trains_as_in_one_process(folder):
         if dist.get_world_size() == 4 and name not in ("feather bounded", "erk", "asl+"):
             continue
         try:
-            compare(**how)
+            compare(steps=STEPS if name in ("asl+", "str") else 4, **how)
         except Exception as error:
             raise AssertionError(name) from error
 
 
 @check(2)
 def the_way_of_an_accelerator_is_the_same(folder):
-    for name in ("feather", "feather bounded", "uniform", "sigma"):
-        compare(way=accelerator, **METHODS[name])
+    for name in ("feather bounded", "uniform", "sigma"):
+        compare(way=accelerator, steps=3, **METHODS[name])
 
 
 @check(2)
@@ -139,7 +139,9 @@ def fully_sharded_and_tensor_parallel(folder):
         return shard(tensor_parallel(model, on["tp"]), on["dp"])
 
     for name in ("feather", "sigma"):
-        compare(make=even_network, wrap=wrap, ranks=(dist.get_rank() // 2, 2), **METHODS[name])
+        compare(
+            make=even_network, wrap=wrap, steps=4, ranks=(dist.get_rank() // 2, 2), **METHODS[name]
+        )
 
 
 @check(2, 4)
@@ -161,7 +163,7 @@ def ties_are_pruned_in_the_order_of_one_process(folder):
     for dtype in (torch.float32, torch.bfloat16):
         for wrap in (shard, columns):
             for allocation in ("global", Global(0.15), "uniform", "erk", "sigma"):
-                for sparsity in (0.0, 0.31, 0.6, 0.77):
+                for sparsity in (0.31, 0.77):
                     _, one = attach(
                         tied(dtype), sparsity=sparsity, allocation=allocation, schedule="constant"
                     )
@@ -179,20 +181,22 @@ def ties_are_pruned_in_the_order_of_one_process(folder):
 
 @check(2)
 def answers_are_of_the_whole_on_every_rank(folder):
-    model = shard(network())
-    optimizer, sparsifier = attach(model, theta=0.5)
+    model = shard(network(), units="whole")
+    x, _ = data(model, 0)
+    optimizer, sparsifier = attach(model, "feather-flops", example_input=x, theta=0.5)
     for number in range(STEPS):
         step(model, optimizer, sparsifier, number, ranks=(dist.get_rank(), 2))
     with torch.no_grad():
-        model(data(model, 0)[0])  # after an evaluation the root keeps gathered parameters
+        model(x)  # after an evaluation the root keeps gathered parameters
     pruned = round(SPARSITY * 284)
     assert sparsifier.weights.size == 12 * 13 + 13 * 8 + 8 * 3 == 284
     assert sparsifier.sparsity == feather.sparsity(model) == pruned / 284
     assert all(isinstance(t, DTensor) for t in sparsifier.latent_weights().values())
     masks = sparsifier.masks()
     assert [tuple(m.shape) for m in masks.values()] == [(13, 12), (8, 13), (3, 8)]
-    report = sparsifier.report()
+    report = sparsifier.report(example_input=x)
     assert (report.weights, report.zeros) == (284, pruned)
+    assert (report.dense_macs, report.sparse_macs) == (284, 284 - pruned)
     for layer in report.layers:
         assert layer.zeros == int((~whole(masks[layer.name])).sum())
     assert "2.weight" in str(report)
