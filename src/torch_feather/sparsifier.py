@@ -848,9 +848,18 @@ class Sparsifier:
                     pinned.copy_(counts, non_blocking=True)
                     event.record()
                 self._poll = pinned, event
-            elif self._poll is not None and self._poll[1].query():
+            elif self._poll is not None and self._has_arrived(self._poll[1]):
                 counts, self._poll = self._poll[0], None
                 self._tell(counts)
+
+    def _has_arrived(self, event: torch.cuda.Event) -> bool:
+        """Whether what was counted lies on the host; on shards all ranks must look at one time."""
+        if self.weights.shards is None:
+            return event.query()
+        if self._ticks % POLL != POLL // 2:
+            return False
+        event.synchronize()
+        return True
 
     def _inspect(self) -> None:
         self._tell(self._counts().cpu())
