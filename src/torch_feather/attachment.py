@@ -442,10 +442,16 @@ def _ours_in(entries: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def _checked(optimizer: Any) -> Optimizer:
-    """The torch optimizer behind the wrappers of Accelerate and Lightning, if it can be used."""
+def plain_optimizer(optimizer: Any) -> Any:
+    """The optimizer behind the wrappers of Accelerate and Lightning."""
     while hasattr(optimizer, "optimizer") and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _checked(optimizer: Any) -> Optimizer:
+    """The torch optimizer behind wrappers, if it can be used."""
+    optimizer = plain_optimizer(optimizer)
     kinds = [kind.__name__ for kind in type(optimizer).__mro__]
     wrapped = getattr(optimizer, "optimizer", None) or getattr(optimizer, "base_optimizer", None)
     if wrapped is not None:

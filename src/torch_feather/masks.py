@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .attachment import plain_optimizer, some
+from .errors import ConfigurationError
 from .prunable import Filters, find_prunable
-from .sharding import local
+from .sharding import local, reshard
 
 
 class ZeroKeeper:
@@ -53,6 +55,19 @@ def keep_zeros(
 
     Returns:
         The keeper; nothing of it is in any state dict, so call this again after a restart.
+
+    Raises:
+        ConfigurationError: a trainable weight is held by none of the optimizers.
     """
-    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    return ZeroKeeper([p.parameter for p in find_prunable(model, include, exclude)], optimizers)
+    given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    optimizers = [plain_optimizer(one) for one in given]
+    reshard(model)
+    found = find_prunable(model, include, exclude)
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    missing = [p.name for p in found if p.parameter.requires_grad and id(p.parameter) not in held]
+    if missing:
+        raise ConfigurationError(
+            f"No optimizer holds {some(missing)}: its zeros would not be kept. Give keep_zeros all "
+            "optimizers that train the model, or leave these weights out: exclude=."
+        )
+    return ZeroKeeper([p.parameter for p in found], optimizers)

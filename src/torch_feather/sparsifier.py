@@ -374,13 +374,13 @@ class Sparsifier:
             StateError: the target is not reached.
         """
         self.require_attached()
-        found = self._found()
         if not self.at_target and not force:
             raise StateError(
                 f"After {self.step_count} of {self.total_steps} steps the sparsity is "
                 f"{self.sparsity:.4f}, not yet {self.target}. Train on, or take the model as it "
                 "is: finalize(force=True)."
             )
+        found = self._found()
         self._own_sparsity, self._reached = self.own_sparsity, self.at_target
         self._show(found)
         self._inspect()
@@ -909,10 +909,22 @@ class Sparsifier:
         here = [self._attachments[slot.optimizer].parameter_at(slot) for slot in self.slots]
         found = [local(parameter).detach().clone() for parameter in here]
         self.sync()
-        zeros = self.weights.total(torch.stack([(part == 0).sum() for part in found])).sum()
-        if zeros == self.reparametrization.counts_pruned(self.weights).sum():
+        images = [slot.local.detach().clone() for slot in self.slots]
+        written, left = (
+            int(self.weights.total(torch.stack([(part == 0).sum() for part in parts])).sum())
+            for parts in (found, images)
+        )
+        due = int(self.reparametrization.counts_pruned(self.weights).sum())
+        if written == due:
             return found
-        return [slot.local.detach().clone() for slot in self.slots]
+        if written != left:
+            warn(
+                f"Before finalize the model was written in from outside, with {written} zeros, not "
+                f"{due}, so it was pruned anew, together with latent weights of before. If all of "
+                "it was written, such as a checkpoint from before the target, call "
+                "sparsifier.reset_latents() first: then it is pruned by itself."
+            )
+        return images
 
     def _release(self) -> None:
         for handle in self._pull_backs:

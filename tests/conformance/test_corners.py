@@ -131,6 +131,15 @@ def test_zeros_can_be_kept_after_a_restart():
     assert feather.sparsity(model) < kept
 
 
+def test_zeros_that_no_optimizer_would_keep_are_an_error():
+    model = network()
+    optimizer = sgd(*model[0].parameters())
+    with pytest.raises(ConfigurationError, match=r"No optimizer holds 2\.weight"):
+        feather.keep_zeros(model, optimizer)
+    model[2].requires_grad_(False)  # nobody trains it
+    feather.keep_zeros(model, optimizer)
+
+
 def test_two_phase_optimizers_are_refused_outside_of_step():
     from pytorch_optimizer import SAM
 

@@ -262,6 +262,29 @@ def test_a_finished_model_that_was_written_in_stays_as_it_is(method):
     assert run.sparsifier.sparsity == run.zeros() / run.case.size
 
 
+def written_in_too_early():
+    """A finished run that was given its own weights of before the target, and these."""
+    run = start(method="hard-ste").train(0, 2)
+    early = copy.deepcopy(run.model.state_dict())
+    run.train(2, TOTAL).model.load_state_dict(early)
+    return run, early
+
+
+def test_a_denser_model_that_was_written_in_is_pruned_with_a_warning():
+    run, _ = written_in_too_early()
+    with pytest.warns(feather.errors.FeatherWarning, match=r"\d+ zeros, not 96"):
+        run.sparsifier.finalize()
+    assert run.zeros() == 96
+
+
+def test_a_denser_model_is_pruned_by_itself_after_a_reset():
+    run, early = written_in_too_early()
+    run.sparsifier.reset_latents()
+    for name, value in run.sparsifier.finalize().state_dict().items():
+        assert ((value == early[name]) | (value == 0)).all()
+    assert run.zeros() == 96
+
+
 @pytest.mark.parametrize("order", ["written, moved", "moved, written"])
 @pytest.mark.parametrize(
     "move",

@@ -45,6 +45,18 @@ def test_a_killed_training_goes_on_bit_for_bit_from_its_state(
         assert torch.equal(a, b), name
 
 
+def test_zeros_are_kept_through_the_wrapped_optimizer():
+    model = torch.nn.Linear(8, 8)
+    with torch.no_grad():
+        model.weight[::2] = 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = Accelerator(cpu=True).prepare(model, optimizer)
+    feather.keep_zeros(model, optimizer)
+    model(torch.randn(4, 8)).square().mean().backward()
+    optimizer.step()
+    assert not model.weight[::2].any()
+
+
 def test_the_example_runs(capsys):
     example.main(epochs=2)
     assert "95.00% of the weights are zero" in capsys.readouterr().out
