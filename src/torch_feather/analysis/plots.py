@@ -20,10 +20,10 @@ BLUE, ORANGE, GREY = COLOURS[0], COLOURS[1], "#666666"
 
 
 def look(i: int) -> dict[str, Any]:
-    """Colour, dashes and marker of the i-th series; the first 70 differ."""
+    """Colour, dashes and marker of the i-th series; the first 49 differ also without markers."""
     return {
         "color": COLOURS[i % 7],
-        "linestyle": DASHES[i % 7],
+        "linestyle": DASHES[(i + i // 7) % 7],
         "marker": MARKERS[i % 10],
         "markersize": 5,
         "linewidth": 1.6,
