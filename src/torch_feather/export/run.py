@@ -17,7 +17,7 @@ from ..errors import ConfigurationError
 from ..training.checkpoint import RunDirectory
 from ..training.config import Config, to_dict, to_yaml
 from ..training.data import load_dataset
-from ..training.errors import RunError
+from ..training.weights import read_weights
 from . import hub
 from .onnx import export_onnx
 from .sparse_file import SparseFile, save_sparse
@@ -52,7 +52,7 @@ def export_run(
     path = out or run.path / FORMATS[format]
     run.read_report()  # an unfinished run says so itself
     if format == "sparse":
-        save_sparse(_tensors(run), path, dtype=dtype, metadata=about(run))
+        save_sparse(read_weights(run.path).tensors, path, dtype=dtype, metadata=about(run))
     elif format == "onnx":
         export_onnx(*load_network(run, data_path), path)
     elif path.resolve() != run.model_file.resolve():
@@ -73,16 +73,6 @@ def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Mo
     model = models.create(config.network, classes, shape[0])
     run.load_model(model)
     return model, torch.zeros(1, *shape)
-
-
-def _tensors(run: RunDirectory) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(run.model_file)
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{run.model_file}: cannot be read ({error})") from None
 
 
 def about(run: RunDirectory) -> dict[str, Any]:
