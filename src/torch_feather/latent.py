@@ -364,10 +364,12 @@ class LatentWeights:
         return Numbers(flat, [flat.as_strided(w.shape, w.stride(), a) for w, (a, _) in places])
 
     def zeros(self) -> Tensor:
-        """Number of weights of each tensor that are exactly 0, int64."""
-        none = torch.zeros((), dtype=self.wide, device=self.device)
-        last = torch.full((), self.size, device=self.device)
-        return self.counts_pruned([Segment(0, self.size, Cut(none, last, none))])
+        """Number of weights of each tensor that are exactly 0, int64; none where all of them are.
+
+        Such a layer was not pruned: it was initialised to 0, and is yet to learn.
+        """
+        zeros = self.total(torch.stack([(view == 0).sum() for view in self.views]))
+        return zeros.masked_fill(zeros == self.sizes, 0)
 
     def part(self, members: Sequence[int]) -> LatentWeights:
         """Some of the weight tensors as if they were all: the same memory, in the same order."""

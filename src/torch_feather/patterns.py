@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .allocation import ERK, Uniform
 from .errors import ConfigurationError
 from .latent import LatentWeights, Segment, visible
 from .operators import Operator
@@ -227,10 +226,22 @@ class Patterned(Scheduled):
         self.pattern = method.pattern
         shapes = setting.weights.shapes
         _check(self.pattern, setting.names, shapes)
-        if isinstance(self.pattern, NM):
-            _check_alike(method, shapes)
         self.scores = LatentWeights(self._scores(setting.weights))
         super().__init__(replace(setting, weights=self.scores), method)
+        if isinstance(self.pattern, NM):
+            self._check_alike(setting.sparsity)
+
+    def _check_alike(self, sparsity: float) -> None:
+        """Raises ConfigurationError for an N:M pattern whose layers are not to end up alike."""
+        end = torch.tensor(sparsity, dtype=torch.float64, device=self.scores.device)
+        pruned = self.scores.counts_pruned(self.allocation.cuts(self.scores, end)).tolist()
+        sizes = self.scores.sizes.tolist()
+        if any(k != self.pattern.zeros(sparsity, n) for k, n in zip(pruned, sizes, strict=True)):
+            raise ConfigurationError(
+                f"{self.pattern!r} prunes the same share of every layer, but allocation="
+                f"{self.method.allocation!r} wants layers to differ. Use allocation='global' or "
+                "'uniform', and leave out layers that are to stay dense: exclude=."
+            )
 
     @property
     def identity(self) -> str:
@@ -278,8 +289,8 @@ class Patterned(Scheduled):
         return super().threshold(self.scores, i)
 
     def pull_back(self, weights: LatentWeights, i: int, gradient: Tensor, image: Tensor) -> Tensor:
-        """See `Reparametrization`."""
-        return super().pull_back(self.scores, i, gradient, image)
+        """See `Reparametrization`. What is 0 in a kept unit is kept."""
+        return super().pull_back(self.scores, i, gradient, ~self.pruned(weights, i))
 
     def move(self, weights: LatentWeights) -> None:
         """See `Reparametrization`."""
@@ -303,16 +314,4 @@ def _check(pattern: Pattern, names: Sequence[str], shapes: Sequence[torch.Size])
         raise ConfigurationError(
             f"{pattern!r} needs weights with {wants}. These are not: {listed}. Leave them out: "
             f"exclude={[name for name, _ in unfit]!r}."
-        )
-
-
-def _check_alike(method: PatternedMethod, shapes: Sequence[torch.Size]) -> None:
-    """Raises ConfigurationError for allocations that would not prune all layers alike."""
-    allocation = method.allocation
-    first = isinstance(allocation, Uniform) and allocation.dense_first
-    if isinstance(allocation, ERK) or (first and any(len(shape) > 2 for shape in shapes)):
-        raise ConfigurationError(
-            f"{method.pattern!r} prunes the same share of every layer, but allocation="
-            f"{allocation!r} wants layers to differ. Use allocation='global' or 'uniform', and "
-            "leave out layers that are to stay dense: exclude=."
         )

@@ -255,6 +255,42 @@ def test_a_layer_that_starts_at_zero_learns():
     assert (model[1].weight != 0).sum() == 24
 
 
+@pytest.mark.parametrize("sparsity", [0.5, {"*": 0.5}], ids=str)
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_a_layer_of_nothing_but_zeros_is_no_sparse_start(allocation, sparsity):
+    model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 4))
+    nn.init.zeros_(model[1].weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(
+        model, optimizer, "gmp", sparsity=sparsity, total_steps=50, allocation=allocation
+    )
+    assert sparsifier.sparsity == 0
+    (model(torch.randn(8, 6)) - 1).square().mean().backward()
+    optimizer.step()
+    assert (model[1].weight != 0).sum() > 36
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("gmp", {}), ("feather", {"min_density": 0.3})], ids=["gmp", "feather"]
+)
+def test_a_model_may_begin_with_more_zeros_than_the_allocation_would_prune(method, options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 8))
+    with torch.no_grad():
+        for p in (model[0].weight, model[2].weight):
+            p.view(-1)[: p.numel() * 9 // 10] = 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(
+        model, optimizer, method, sparsity=0.2, total_steps=TOTAL, **options
+    )
+    assert 0.2 < sparsifier.sparsity < 0.9
+    for _ in range(TOTAL):
+        model(torch.randn(4, 3, 3, 3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sparsifier.sparsity == round(0.2 * 280) / 280
+
+
 def test_groups_go_from_the_zeros_that_each_has():
     run = start("convnet", schedule="constant", sparsity={"head.*": 0.25, "*": 0.75})
     net = run.sparsifier.finalize()

@@ -92,6 +92,7 @@ class Global(Fitted):
         integer = torch.int64 if weights.wide == torch.float64 else torch.int32
         bits = [weights.magnitudes(a, b).view(integer) for a, b in weights.spans]
         low, high = self._bounds_on_the_way(weights.sizes, k)
+        k = k.minimum(high.sum())  # a model may begin with more zeros than its target
 
         def below(v: Tensor) -> Tensor:
             counts = weights.total(torch.stack([(layer < v).sum() for layer in bits]))

@@ -44,7 +44,8 @@ class Uniform(Fitted):
     def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
         """See `Fitted`."""
         prunable = weights.constant(self, self._prunable_tensor)
-        total = sparsity * weights.size
+        # A model may begin with more zeros than its target, more even than these layers can have.
+        total = (sparsity * weights.size).minimum(prunable.sum())
         return cut_layers(weights, counts_of(prunable * (total / prunable.sum()), total))
 
     def _prunable(self, weights: LatentWeights) -> list[int]:
