@@ -260,9 +260,10 @@ def evaluate(
     test = eval_loader(data, data.test, config, target)
     loss, accuracy = measure(model, test, config.system.amp)
     macs = feather.count_flops(model, data.example().to(target))
+    zeros = feather.sparsity(model, config.include, config.exclude)
     _console().print(
         f"{len(data.test):,} test images of {data.name}: accuracy {percent(accuracy)}, "
-        f"loss {loss:.4f}; {percent(feather.sparsity(model))} of the weights are zero, "
+        f"loss {loss:.4f}; {percent(zeros)} of the weights are zero, "
         f"{macs.sparse:,} of {macs.dense:,} multiply-adds",
         highlight=False,
         soft_wrap=True,

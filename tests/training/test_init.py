@@ -14,7 +14,7 @@ from torch_feather.cli import main
 from torch_feather.errors import ConfigurationError
 from torch_feather.export.run import about, export_run
 from torch_feather.training.checkpoint import RunDirectory
-from torch_feather.training.config import apply, parse_assignments, resolve_config
+from torch_feather.training.config import apply, resolve_config
 from torch_feather.training.data import load_dataset
 from torch_feather.training.errors import Interrupted, RunError
 from torch_feather.training.loop import train
@@ -102,11 +102,3 @@ def test_the_command_line_takes_it(trained, tmp_path, monkeypatch):
     assert not done.value.code
     assert RunDirectory(out).read_config().init == str(trained)
     assert json.loads(RunDirectory(out).report_file.read_text())["target_sparsity"] == 0.95
-
-
-def test_a_pattern_is_a_text_on_the_command_line():
-    """YAML reads 2:4 as 2 minutes and 4 seconds."""
-    assert parse_assignments(["options.pattern=2:4", "epochs=3"]) == {
-        "options.pattern": "2:4",
-        "epochs": 3,
-    }

@@ -93,6 +93,7 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(key, nearest):
         ({"seed": -1}, "seed must not be negative"),
         ({"sparsity": 1.0}, "sparsity is a share"),
         ({"sparsity": "much"}, "sparsity must be a number"),
+        ({"exclude": [3]}, "exclude must be text, or a list of texts"),
         ({"data.flip": "yes please"}, "data.flip must be true or false"),
         ({"data.name": "mnist"}, "not one of digits"),
         ({"data.validation": 1.0}, "share in"),
@@ -144,6 +145,14 @@ def test_assignments_are_read_as_yaml():
     }
     with pytest.raises(ConfigurationError, match="write key=value"):
         parse_assignments(["optimizer.lr"])
+
+
+def test_patterns_and_globs_are_text():
+    """YAML reads 2:4 as 2 minutes and 4 seconds, and what follows a * as a name for a value."""
+    given = parse_assignments(["options.pattern=2:4", "exclude=*.fc.*", 'include=[a, "*b"]'])
+    config = apply(Config(), given, "command line")
+    assert config.options == {"pattern": "2:4"}
+    assert (config.include, config.exclude) == (["a", "*b"], ["*.fc.*"])
 
 
 @pytest.mark.parametrize(

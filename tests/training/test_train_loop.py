@@ -417,6 +417,20 @@ def test_global_switches_are_put_back(tmp_path):
         torch.set_num_threads(1)
 
 
+def test_what_is_excluded_stays_dense_and_is_not_counted(tmp_path, monkeypatch, capsys):
+    config = tiny(epochs=1, sparsity=0.5, exclude="conv.*", **{"options.pattern": "2:4"})
+    report = train(config, tmp_path / "run")["report"]
+    assert [layer["name"] for layer in report["layers"]] == ["fc.weight"]
+    assert report["sparsity"] == 0.5
+    run = RunDirectory(tmp_path / "run")
+    assert run.read_config() == config
+    assert run.read_metrics()[-1]["sparsity"] == 0.5
+    monkeypatch.setattr("sys.argv", ["feather", "evaluate", str(run.path)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "50.00 % of the weights are zero" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_method_that_counts_multiply_adds_gets_an_image_to_count_with(tmp_path):
     biased = tiny(epochs=2, method="feather-flops", **{"options.gamma": 0.3})
     results = [train(biased, tmp_path / "biased"), train(tiny(epochs=2), tmp_path / "plain")]

@@ -170,6 +170,8 @@ class Config:
     network: str = "resnet20"  # torch_feather.models, or timm/NAME
     method: str = "feather"  # torch_feather.available_methods(), or dense
     sparsity: float = 0.95  # final share of prunable weights that are exactly zero; dense: 0
+    include: list[str] | None = None  # globs of weights that take part; null: the usual choice
+    exclude: list[str] | None = None  # globs of weights that do not
     init: str | None = None  # weights to start from: a run directory, or a file; null: random ones
     options: dict[str, Any] = field(default_factory=dict)  # of the method: p, theta, end, ...
     epochs: int = 160
@@ -292,7 +294,12 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             pass
     if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if kind == list[str]:
+        values = [value] if isinstance(value, str) else value
+        if isinstance(values, list) and all(isinstance(one, str) for one in values):
+            return values
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
+             list[str]: "text, or a list of texts"}  # fmt: skip
     expected = names.get(kind, "a section with keys of its own")
     raise ConfigurationError(f"{key} must be {expected}, got {value!r}")
 
@@ -370,7 +377,8 @@ def parse_assignments(assignments: list[str], source: str = "--set") -> dict[str
             raise ConfigurationError(
                 f"{source} {text!r}: write key=value, such as optimizer.lr=0.05"
             )
-        if re.fullmatch(r"\d+:\d+", value):  # a pattern such as 2:4; YAML reads 124 seconds
+        # A pattern such as 2:4 or a glob such as *.mlp.*; YAML reads 124 seconds, and an alias.
+        if re.fullmatch(r"\d+:\d+|\*.*", value):
             values[key.strip()] = value
             continue
         try:

@@ -65,6 +65,8 @@ class Task:
                 config.method,
                 sparsity=config.sparsity,
                 total_steps=self.total_steps,
+                include=config.include,
+                exclude=config.exclude,
                 **options,
             )
         self.distillation = self._distillation(layout)
@@ -190,7 +192,7 @@ class Task:
                 "lr": self.learning_rate(self.step - 1),
                 "train_loss": train_loss,
                 **seen,
-                "sparsity": feather.sparsity(self.model),
+                "sparsity": feather.sparsity(self.model, self.config.include, self.config.exclude),
                 "macs": feather.count_flops(self.model, self.example).sparse,
                 "images_per_s": images / elapsed,
             }
@@ -241,7 +243,11 @@ class Task:
         test = eval_loader(self.data, self.data.test, self.config, self.device, self.ranks)
         test_loss, test_accuracy = self.evaluate(test)
         report = feather.report(
-            self.model, example_input=self.example, thresholds=thresholds or None
+            self.model,
+            self.config.include,
+            self.config.exclude,
+            example_input=self.example,
+            thresholds=thresholds or None,
         )
         macs = feather.count_flops(self.model, self.example)
         if self.ranks.first:
