@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torch_feather as feather
+from torch_feather.allocation import Global
 from torch_feather.errors import ConfigurationError
 
 from .harness import TOTAL, assert_exact, start
@@ -253,6 +254,17 @@ def test_a_cap_prunes_its_share_of_every_layer_and_the_total_stays_exact(max_den
     kept = [int((layer.weight != 0).sum()) for layer in model]
     assert sum(kept) == 48
     assert kept[0] <= math.ceil(max_density * 72)
+
+
+@pytest.mark.parametrize("most", [10, 10**6, 3 * 10**9])
+def test_on_the_way_a_cap_tightens_in_step_also_where_products_exceed_64_bits(most):
+    sizes = torch.randint(1, most, (40,), generator=torch.Generator().manual_seed(most))
+    cap = Global(max_density=0.05)
+    low = [n - math.ceil(n * 0.05) for n in sizes.tolist()]
+    for share in (0.0, 0.3, 0.97, 1.0):
+        k = int(share * sum(low))
+        found, _ = cap._bounds_on_the_way(sizes, torch.tensor(k))
+        assert found.tolist() == [n * k // max(sum(low), 1) for n in low]
 
 
 def test_floor_and_cap_hold_throughout_training():

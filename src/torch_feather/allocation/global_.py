@@ -80,7 +80,10 @@ class Global(Fitted):
     def _bounds_on_the_way(self, sizes: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """The bounds while only k weights are pruned: the cap tightens in step with k."""
         low, high = self._bounds(sizes)
-        return torch.minimum(low, (low * k) // low.sum().clamp_min(1)), high
+        whole = low.sum().clamp_min(1)
+        # low * k may exceed 64 bits. What is left after a near quotient does not, modulo 2^64.
+        near = (low * (k.double() / whole)).long()
+        return torch.minimum(low, near + (low * k - near * whole) // whole), high
 
     def _bounded_counts(self, weights: LatentWeights, k: Tensor) -> Tensor:
         """Weights to prune per layer: the clamped counts below one common magnitude, sum k.
