@@ -38,10 +38,12 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "to_local")
 
 
-@torch.no_grad()
 def local(tensor: Any) -> Tensor:
     """What this process holds of a tensor, in its own memory; a plain tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 @torch.no_grad()
