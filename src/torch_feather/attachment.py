@@ -321,8 +321,7 @@ class Attachment:
         if self._latent:
             self.sparsifier.capture(self.indices)
             self._latent = False
-        self.sparsifier.round.abandon()
-        self.sparsifier.show_image()
+        self.sparsifier.recover()
 
     def _is_phantom(self) -> bool:
         """torch.distributed.checkpoint makes a state by a step with lr 0 on zero gradients."""
@@ -494,13 +493,13 @@ def check_storage(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
                     f"{name} is a sum over processes (a Partial placement): its values are "
                     f"nowhere. Redistribute it. {out}"
                 )
-            parameter = local(parameter)
+            whole, parameter = parameter, local(parameter)
             if not parameter.is_contiguous():
                 raise ConfigurationError(
                     f"The shard of {name} is not contiguous in memory. Shard it by "
                     f"fully_shard, parallelize_module or distribute_tensor. {out}"
                 )
-            if parameter.numel() == 0:
+            if parameter.numel() == 0 < whole.numel():
                 continue
         if parameter.layout != torch.strided or parameter.device.type not in ("cpu", "cuda"):
             raise ConfigurationError(

@@ -269,6 +269,8 @@ class Sparsifier:
             StateError: names the weights and the ranks that differ from the first; on all ranks.
         """
         self.sync()
+        if not dist.is_available() or not dist.is_initialized():
+            return
         mine = [
             (box_of(s.parameter), checksum((s.local != 0).byte()), checksum(view))
             for s, view in zip(self.slots, self.weights.views, strict=True)
@@ -521,7 +523,7 @@ class Sparsifier:
         """Takes over checked latent weights, states and the step; the rest of `wanted` restarts."""
         loaded = dict(self._loaded_images)
         if self.round.is_open:
-            self._abandon_round()
+            self.recover()
         self._absorb_writes()
         for i in wanted:
             if i not in checked:
@@ -590,6 +592,21 @@ class Sparsifier:
     def show_image(self) -> None:
         """The parameters hold the sparse image of the latent weights."""
         self._materialize()
+
+    @torch.no_grad()
+    def recover(self) -> None:
+        """The parameters hold the image again, after what may have failed on this process alone.
+
+        So nothing is exchanged, as the others may never answer: on shards the thresholds remain
+        what they are until all processes look next.
+        """
+        self.round.abandon()
+        if self.weights.shards is None:
+            self._materialize()
+            return
+        images, self._sum = self.reparametrization.images(self.weights)
+        self._show(images)
+        self._images = [(-1, 0)] * len(self.slots)  # so that all look
 
     # The step itself
 
@@ -689,12 +706,8 @@ class Sparsifier:
 
     def _refuse_half_a_step(self) -> None:
         missing = self.round.missing()
-        self._abandon_round()
+        self.recover()
         raise incomplete(some([slot.name for slot in self.slots if slot.optimizer in missing]))
-
-    def _abandon_round(self) -> None:
-        self.round.abandon()
-        self._materialize()
 
     def _refuse_shards(self) -> None:
         if self.weights.shards is not None and not self.reparametrization.on_shards:

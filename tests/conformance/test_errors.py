@@ -187,6 +187,20 @@ def test_optimizers_that_write_outside_their_step_are_refused_by_name(make, name
         sparsify(model, make(model.parameters()))
 
 
+class CPUOffloadOptimizer(torch.optim.SGD):
+    """In the place of torchao's."""
+
+
+def test_an_optimizer_that_trains_copies_of_the_weights_is_refused_by_name():
+    model = MODELS["mlp"].make()
+    with pytest.raises(ConfigurationError, match=r"CPUOffloadOptimizer .* CPUOffloadPolicy"):
+        sparsify(model, CPUOffloadOptimizer(model.parameters(), lr=0.1))
+
+
+def test_one_process_alone_may_check_its_ranks():
+    sparsify().check_ranks()
+
+
 def test_a_model_that_is_sparsified_already():
     model = MODELS["mlp"].make()
     sparsify(model)
