@@ -237,7 +237,7 @@ def whole(w: Tensor, rows: int, columns: int) -> bool:
         (Block(4, 1), 0.6, lambda w: whole(w, 4, 1)),
         ("1x2", 0.9, lambda w: whole(w, 1, 2)),
     ],
-    ids=str,
+    ids=["2:4", "1:2", "3:4", "4x4", "4x1", "1x2"],  # two processes have to agree on them
 )
 def test_every_method_that_takes_a_pattern_ends_in_it_exactly(method, pattern, sparsity, holds):
     run = start("even", method=method, pattern=pattern, sparsity=sparsity, allocation="global")
