@@ -243,18 +243,6 @@ class LatentWeights:
         """Of means over what is here of the rows of tensor i, (rows, n), those over whole rows."""
         return means if self.shards is None else self.shards.row_means(i, means)
 
-    def checksum(self, i: int, tensor: Tensor) -> int:
-        """The `checksum` of tensor i of the whole, given what is here of it.
-
-        It is the same however the whole is spread; contiguous tensors have it too.
-        """
-        if self.shards is None:
-            return checksum(tensor)
-        part = torch.zeros((), dtype=torch.int64)
-        if self.shards.counted[i]:
-            part += partial_checksum(tensor, self.shards.indices(i), self.shapes[i].numel())
-        return int(self.shards.sum(part))
-
     def segment_of(self, i: int, segments: Sequence[Segment]) -> Segment:
         """The segment that weight tensor i is in."""
         start = self.spans[i][0]
@@ -457,54 +445,3 @@ def visible(image: Tensor, w: Tensor) -> Tensor:
     least = image.new_full((), info.smallest_normal * info.eps)
     vanished = (image == 0) & (w != 0)
     return torch.where(vanished, least.copysign(w.to(image.dtype)), image)
-
-
-# A prime, so that hardly any exchange of whole rows or channels keeps words in their columns.
-_COLUMNS = 509
-_FACTORS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, _COLUMNS) | 1
-
-
-def checksum(tensor: Tensor) -> int:
-    """A number that changes when a value of `tensor` does, or when values change places.
-
-    The memory, as rows of 64-bit words, is summed by column, and the columns with odd factors,
-    modulo 2^64, as a signed integer. So any change of one value shows, and others almost surely;
-    what cannot show is an exchange of values 509 words apart. The tensor must be dense in memory,
-    on any device.
-    """
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,)).cpu()
-    data = flat.view(torch.uint8).numpy()
-    words = data[: data.size // 8 * 8].view(np.int64)
-    if tensor.element_size() == 8:
-        # Signs would be the topmost bits, of which an even number cancels: spread them.
-        words = words ^ (words.view(np.uint64) >> 1).view(np.int64)
-    rows = words.size // _COLUMNS
-    columns = np.add.reduce(words[: rows * _COLUMNS].reshape(rows, _COLUMNS), axis=0)
-    columns[: words.size - rows * _COLUMNS] += words[rows * _COLUMNS :]
-    rest = int.from_bytes(data[words.size * 8 :].tobytes(), "little")
-    return _signed(int(np.dot(columns, _FACTORS)) + rest * int(_FACTORS[-1]))
-
-
-def partial_checksum(tensor: Tensor, index: Tensor, size: int) -> int:
-    """What some elements of a contiguous tensor add to its `checksum`, modulo 2^64.
-
-    Args:
-        tensor: the elements, contiguous.
-        index: where each stands in the whole, int64.
-        size: number of elements of the whole.
-    """
-    width = tensor.element_size()
-    flat = tensor.detach().cpu().flatten().view(torch.uint8).numpy()
-    bits = flat.view(f"u{width}").astype(np.uint64)
-    if width == 8:
-        bits ^= bits >> np.uint64(1)
-    place, per_word = index.numpy(), 8 // width
-    word = np.where(place < size // per_word * per_word, place // per_word % _COLUMNS, -1)
-    shift = (place % per_word * 8 * width).astype(np.uint64)
-    return _signed(int(np.dot(bits << shift, _FACTORS.view(np.uint64)[word])))
-
-
-def _signed(word: int) -> int:
-    """A number modulo 2^64, as a signed integer."""
-    word %= 2**64
-    return word - 2**64 if word >= 2**63 else word

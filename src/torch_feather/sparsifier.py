@@ -29,7 +29,7 @@ from . import host
 from .attachment import Attachment, bind, check_storage, some
 from .errors import ConfigurationError, NonFiniteWeightError, StateError, warn
 from .header import FORMAT, Header, digest, from_bytes, to_bytes
-from .latent import LatentWeights, checksum, copy_all
+from .latent import LatentWeights, copy_all
 from .masks import ZeroKeeper
 from .methods import AnyMethod, build_method
 from .prunable import Filters, find_prunable, list_filters, unwrap
@@ -38,6 +38,7 @@ from .report import Report, report
 from .rounds import Round, half_done, in_backward, incomplete
 from .sharding import box_of, fsdp_units, gather, is_sharded, local, part_of, reshard, spread_like
 from .targets import Sparsity, Target, check_share
+from .writes import Watch, checksum, checksum_of
 
 # Steps between two looks at what costs a pass over the weights, or a transfer, to look at.
 POLL = 100
@@ -153,8 +154,7 @@ class Sparsifier:
         self._completed = False
         self._own_sparsity, self._reached = 0.0, False  # when it ended
         self._sum = torch.zeros(())  # of all effective weights: not finite if one is NaN
-        self._images: list[tuple[int, int]] = []  # marks of what the parameters hold (CPU)
-        self._loaded_images: dict[int, int] = {}  # and of what a checkpoint says they were given
+        self._watch = Watch()
         self._strict = True
         self._attached = True
         self.round = Round([slot.optimizer for slot in self.slots])
@@ -454,7 +454,8 @@ class Sparsifier:
         """What travels of weight i in checkpoints, in copies: latent weights, header, state."""
         if i is None:
             return {"latent": torch.zeros(()), "header": self.header(None).tensor()}
-        slot, header = self.slots[i], self.header(i, self._image_checksum(i))
+        slot = self.slots[i]
+        header = self.header(i, checksum_of(self.weights, i, slot.local))
         state = {name: to_bytes(e[i]) for name, e in self.reparametrization.state.items()}
         latent = spread_like(self.weights.views[i].clone(), slot.parameter)
         return {"latent": latent, "header": header.tensor(), **state}
@@ -521,7 +522,7 @@ class Sparsifier:
         self, checked: dict[int, tuple[Header, dict[str, Tensor]]], wanted: Iterable[int]
     ) -> None:
         """Takes over checked latent weights, states and the step; the rest of `wanted` restarts."""
-        loaded = dict(self._loaded_images)
+        loaded = dict(self._watch.loaded)
         if self.round.is_open:
             self.recover()
         self._absorb_writes()
@@ -536,7 +537,7 @@ class Sparsifier:
                 self.reparametrization.state[key][i].copy_(value)
         self._void_completion()
         self._materialize()
-        self._loaded_images = loaded
+        self._watch.loaded = loaded
 
     # What attachments call during a step
 
@@ -574,7 +575,7 @@ class Sparsifier:
         if taken is not False:
             self.reparametrization.advance(self.weights, self._step, self._rate(), taken)
             self._void_completion()
-        self._loaded_images = {}
+        self._watch.loaded = {}
         self._materialize()
         self._ticks += 1
         self._look()
@@ -606,7 +607,7 @@ class Sparsifier:
             return
         images, self._sum = self.reparametrization.images(self.weights)
         self._show(images)
-        self._images = [(-1, 0)] * len(self.slots)  # so that all look
+        self._watch.doubt()
 
     # The step itself
 
@@ -651,18 +652,13 @@ class Sparsifier:
 
     @torch.no_grad()
     def _show(self, images: Sequence[Tensor]) -> None:
-        copy_all([slot.local for slot in self.slots], images)
-        if not host.waits_for(self.weights.device):
-            self._images = self._marks()
+        here = self._here()
+        copy_all(here, images)
+        self._watch.note(self.weights, here)
 
-    def _marks(self) -> list[tuple[int, int]]:
-        """Versions and checksums of the parameters: one of them changes with every write."""
-        here = [slot.local for slot in self.slots]
-        return [(part._version, checksum(part)) for part in here]
-
-    def _image_checksum(self, i: int) -> int:
-        """What a checkpoint says of parameter i, however it is spread."""
-        return self.weights.checksum(i, self.slots[i].local)
+    def _here(self) -> list[Tensor]:
+        """What this process holds of the parameters."""
+        return [slot.local for slot in self.slots]
 
     def _pull_back(self) -> None:
         """Gradients dL/du are pulled back to dL/dw by hooks, none where nothing is to do."""
@@ -727,37 +723,19 @@ class Sparsifier:
 
     @torch.no_grad()
     def _absorb_writes(self) -> bool:
-        """Where a parameter no longer holds its image, the written value becomes its latent one.
-
-        On CPU the version and a checksum tell whether anything was written, also through
-        `.data`. Elsewhere reading it would make the host wait: there the comparison always runs.
-        """
+        """Where a parameter no longer holds its image, the written value becomes its latent one."""
         if self.round.is_open:
             return False  # nor do they hold the image of the latent weights
         self._rebind()
-        written = list(self._every)
-        if not host.waits_for(self.weights.device):
-            marks = self._marks()
-            written = self._on_any([i for i in written if marks[i] != self._images[i]])
-        if self._loaded_images:
-            # A checkpoint's image, perhaps made by another device, is no foreign write.
-            loaded = self._loaded_images
-            written = [i for i in written if self._image_checksum(i) != loaded.get(i)]
+        here = self._here()
+        written = self._watch.suspects(self.weights, here)
         if not written:
             return False
         images, _ = self.reparametrization.images(self.weights)
         for i in written:
-            view, here = self.weights.views[i], self.slots[i].local
-            view.copy_(torch.where(here == images[i], view, here))
+            view = self.weights.views[i]
+            view.copy_(torch.where(here[i] == images[i], view, here[i]))
         return True
-
-    def _on_any(self, indices: Sequence[int]) -> list[int]:
-        """The weights that some process names: all must do the same."""
-        if self.weights.shards is None:
-            return list(indices)
-        named = torch.zeros(len(self.slots), dtype=torch.int32)
-        named[list(indices)] = 1
-        return self.weights.common(named).nonzero().flatten().tolist()
 
     def _refuse_sparse_start(self) -> None:
         """Raises where another process's sparse weights came in place of ours at the start.
@@ -880,7 +858,7 @@ class Sparsifier:
     @torch.no_grad()
     def _counts(self) -> Tensor:
         """Weights that are NaN, kept weights that are 0, and kept weights of each layer."""
-        here = [slot.local for slot in self.slots]
+        here = self._here()
         nan = self.weights.total(torch.stack([part.isnan().sum() for part in here])).sum()
         zero = self.weights.total(torch.stack([(part == 0).sum() for part in here])).sum()
         pruned = self.reparametrization.counts_pruned(self.weights)
