@@ -859,7 +859,7 @@ class Sparsifier:
     def _counts(self) -> Tensor:
         """Weights that are NaN, kept weights that are 0, and kept weights of each layer."""
         here = self._here()
-        nan = self.weights.total(torch.stack([part.isnan().sum() for part in here])).sum()
+        nan = self._count_nan().sum()
         zero = self.weights.total(torch.stack([(part == 0).sum() for part in here])).sum()
         pruned = self.reparametrization.counts_pruned(self.weights)
         return torch.cat([torch.stack([nan, zero - pruned.sum()]), self.weights.sizes - pruned])
@@ -882,9 +882,13 @@ class Sparsifier:
                 "zeros than asked for. Initialise these weights, or leave them out (exclude=)."
             )
 
+    def _count_nan(self) -> Tensor:
+        """NaN in each weight tensor, in whichever copy of it."""
+        return self.weights.common(torch.stack([part.isnan().sum() for part in self._here()]))
+
     def _raise_if_nan(self) -> None:
-        nan = self.weights.total(torch.stack([slot.local.isnan().sum() for slot in self.slots]))
-        names = [slot.name for slot, n in zip(self.slots, nan.tolist(), strict=True) if n]
+        pairs = zip(self.slots, self._count_nan().tolist(), strict=True)
+        names = [slot.name for slot, n in pairs if n]
         if names:
             raise NonFiniteWeightError(
                 f"Weights of {some(names)} are NaN. They are kept in the network, so that its loss "

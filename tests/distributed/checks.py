@@ -239,6 +239,14 @@ def what_happens_on_one_rank_is_known_to_all(folder):
             broken[2].weight.to_local()[0] = torch.nan
     with pytest.raises(NonFiniteWeightError, match=r"2\.weight are NaN"):
         attach(broken)
+    copies = network()
+    spread = distribute_tensor(copies[0].weight.detach(), mesh(2), [Replicate()])
+    copies[0].weight = nn.Parameter(spread)
+    if not first:  # whose copy does not count
+        with torch.no_grad():
+            copies[0].weight.to_local()[0] = torch.nan
+    with pytest.raises(NonFiniteWeightError, match=r"0\.weight are NaN"):
+        attach(copies)
 
 
 class Fails(torch.optim.SGD):
