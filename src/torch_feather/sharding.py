@@ -232,14 +232,16 @@ class Shards:
             index = index % stride
         return count
 
-    def indices(self, i: int) -> Tensor:
-        """The index in the whole of parameter i of each weight that is here, int64 on the CPU."""
-        index = torch.zeros((), dtype=torch.int64)
-        stride = math.prod(self._shapes[i])
-        for size, offset, length in zip(self._shapes[i], *self.boxes[i], strict=True):
-            stride //= size
-            index = index.unsqueeze(-1) + torch.arange(offset, offset + length) * stride
-        return index.flatten()
+    def indices(self, i: int, start: int, stop: int) -> Tensor:
+        """The index in the whole of weights start to stop of parameter i here, int64 on the CPU."""
+        place, stride = torch.arange(start, stop), 1
+        index = torch.zeros_like(place)
+        dims = list(zip(self._shapes[i], *self.boxes[i], strict=True))
+        for size, low, length in reversed(dims):
+            index += (place % length + low) * stride
+            place = place.div(length, rounding_mode="floor")
+            stride *= size
+        return index
 
 
 def shards_of(parameters: Iterable[Tensor]) -> Shards | None:

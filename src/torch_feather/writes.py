@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import host
-from .latent import LatentWeights
+from .latent import BLOCK, LatentWeights
 
 
 class Watch:
@@ -72,10 +72,13 @@ def checksum_of(weights: LatentWeights, i: int, here: Tensor) -> int:
     """
     if weights.shards is None:
         return checksum(here)
-    part = torch.zeros((), dtype=torch.int64)
-    if weights.shards.counted[i]:
-        part += partial_checksum(here, weights.shards.indices(i), weights.shapes[i].numel())
-    return int(weights.shards.sum(part))
+    shards, size, total = weights.shards, weights.shapes[i].numel(), 0
+    if shards.counted[i]:
+        flat = here.detach().flatten()
+        for a in range(0, flat.numel(), BLOCK):
+            part = flat[a : a + BLOCK]
+            total += partial_checksum(part, shards.indices(i, a, a + part.numel()), size)
+    return int(shards.sum(torch.tensor(_signed(total))))
 
 
 # A prime, so that hardly any exchange of whole rows or channels keeps words in their columns.
@@ -108,12 +111,12 @@ def partial_checksum(tensor: Tensor, index: Tensor, size: int) -> int:
     """What some elements of a contiguous tensor add to its `checksum`, modulo 2^64.
 
     Args:
-        tensor: the elements, contiguous.
+        tensor: the elements, flat and contiguous.
         index: where each stands in the whole, int64.
         size: number of elements of the whole.
     """
     width = tensor.element_size()
-    flat = tensor.detach().cpu().flatten().view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().view(torch.uint8).numpy()
     bits = flat.view(f"u{width}").astype(np.uint64)
     if width == 8:
         bits ^= bits >> np.uint64(1)
