@@ -270,6 +270,13 @@ class LatentWeights:
         """
         images: list[Tensor] = [torch.empty(0)] * len(self.views)
         total = torch.zeros((), dtype=self.wide, device=self.device)
+        if self.shards is not None and not host.waits_for(self.device):
+            # Vector instructions round unlike those for what is left over: each tensor by itself,
+            # so that copies of one on several processes have one image.
+            segments = [
+                self.segment_of(i, segments)._replace(start=start, stop=stop)
+                for i, (start, stop) in enumerate(self.spans)
+            ]
         for part in self._parts:
             out = torch.empty_like(part.flat)
             for segment in segments:

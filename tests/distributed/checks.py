@@ -134,6 +134,16 @@ def tensor_parallel_layers_beside_plain_ones(folder):
     compare(make=even_network, wrap=whole_batches, ranks=(0, 1), way=accelerator, theta=0.5)
 
 
+@check(2)
+def copies_beside_shards_have_one_image_to_the_last_bit(folder):
+    for seed in range(4):
+        model = whole_batches(even_network(seed, dtype=torch.float32))
+        attach(model, schedule="constant", sparsity=0.5)
+        copies = [torch.empty_like(model[4].weight) for _ in range(2)]
+        dist.all_gather(copies, model[4].weight.detach())
+        assert torch.equal(*copies), seed
+
+
 @check(4)
 def fully_sharded_and_tensor_parallel(folder):
     def wrap(model):
