@@ -37,10 +37,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_feather as feather
-from torch_feather.latent import checksum, copy_all
+from torch_feather.latent import copy_all
 from torch_feather.methods import method_options
 from torch_feather.prunable import find_prunable
 from torch_feather.training.provenance import provenance
+from torch_feather.writes import checksum
 
 CLASSES = 100
 WARMUP = 3  # rounds before those that count: memory is allocated, kernels are chosen
