@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_distributed import NETWORKS, together
 from torch._subclasses.fake_tensor import FakeTensorMode
+from training_watches import StopAt
 
 import torch_feather as feather
 from torch_feather import models
@@ -26,7 +26,6 @@ from torch_feather.training.errors import CheckpointError, Interrupted, RunError
 from torch_feather.training.loop import train
 from torch_feather.training.step import Step
 from torch_feather.training.task import make_optimizer
-from torch_feather.training.watch import Watch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -135,16 +134,6 @@ def test_weight_0_trains_bit_for_bit_as_without_a_teacher(teacher, tmp_path):
     # And with more weight it does not.
     train(digits(distillation=distillation | {"weight": 0.1}), tmp_path / "other")
     assert results_of(tmp_path / "other") != results_of(tmp_path / "plain")
-
-
-class StopAt(Watch):
-    def __init__(self, step):
-        self.left = step
-
-    def step(self, images):
-        self.left -= 1
-        if self.left == 0:
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit_wherever_its_teacher_is_now(teacher, tmp_path):

@@ -3,7 +3,6 @@
 import itertools
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -49,18 +48,6 @@ class Noisy(Plain):
 NETWORKS = {"plain": Plain, "noisy": Noisy}
 
 
-class StopAt(Watch):
-    """Ctrl-C, on the first rank alone; 0 never."""
-
-    def __init__(self, step):
-        self.left = step
-
-    def step(self, images):
-        self.left -= 1
-        if self.left == 0:
-            signal.raise_signal(signal.SIGINT)
-
-
 class FailAt(Watch):
     """What an observer raises ends the first process."""
 
@@ -100,7 +87,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch_feather as feather
-from test_distributed import NETWORKS, FailAt, StopAt, fail
+from test_distributed import NETWORKS, FailAt, fail
+from training_watches import StopAt
 from torch_feather.training import load_config, train
 
 feather.models._MODELS |= NETWORKS

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training_watches import StopAt
 
 import torch_feather as feather
 from torch_feather import cli
@@ -128,16 +129,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, tmp_pa
     assert results_of(tmp_path / "again") == results_of(finished[0])
     train(tiny(seed=1), tmp_path / "other")
     assert results_of(tmp_path / "other")[0] != results_of(finished[0])[0]
-
-
-class StopAt(Watch):
-    def __init__(self, step):
-        self.left = step
-
-    def step(self, images):
-        self.left -= 1
-        if self.left == 0:
-            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("step", [1, 40, 41, 100])  # an epoch has 41
