@@ -280,6 +280,11 @@ class Patterned(Scheduled):
             images.append(torch.empty_like(w).copy_(image))  # laid out like w
         return images
 
+    def admits(self, weights: LatentWeights, step: Tensor) -> bool:
+        """See `Reparametrization`."""
+        pairs = zip(weights.views, self.images_of(weights, step), strict=True)
+        return all(torch.equal(w == 0, u == 0) for w, u in pairs)
+
     def pruned(self, weights: LatentWeights, i: int) -> Tensor:
         """See `Reparametrization`."""
         return self.pattern.spread(self.scores.pruned(i, self.segments))

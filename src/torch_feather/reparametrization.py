@@ -89,6 +89,10 @@ class Reparametrization(ABC):
     def images_of(self, weights: LatentWeights, step: Tensor) -> list[Tensor]:
         """u of other latent weights, laid out like the model's, without touching any state."""
 
+    def admits(self, weights: LatentWeights, step: Tensor) -> bool:
+        """Whether the zeros among these weights, as many as are due, are where it may put them."""
+        return True
+
     @abstractmethod
     def pruned(self, weights: LatentWeights, i: int) -> Tensor:
         """Mask of the pruned weights of tensor i, shaped like it."""

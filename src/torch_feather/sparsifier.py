@@ -910,16 +910,23 @@ class Sparsifier:
             for parts in (found, images)
         )
         due = int(self.reparametrization.counts_pruned(self.weights).sum())
-        if written == due:
+        if written == due and self._admits(found):
             return found
-        if written != left:
+        if written != left or written == due:
+            places = "in other places" if written == due else f"not {due}"
             warn(
-                f"Before finalize the model was written in from outside, with {written} zeros, not "
-                f"{due}, so it was pruned anew, together with latent weights of before. If all of "
+                f"Before finalize the model was written in from outside, with {written} zeros, "
+                f"{places}, so it was pruned anew, with latent weights of before. If all of "
                 "it was written, such as a checkpoint from before the target, call "
                 "sparsifier.reset_latents() first: then it is pruned by itself."
             )
         return images
+
+    def _admits(self, parts: Sequence[Tensor]) -> bool:
+        """Whether these, of what is here, have their zeros where the method may put them."""
+        other = self.weights.like([flat.clone() for flat in self.weights.flats])
+        copy_all(other.views, parts)
+        return self.reparametrization.admits(other, self._step)
 
     def _release(self) -> None:
         for handle in self._pull_backs:

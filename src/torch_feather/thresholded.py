@@ -155,6 +155,13 @@ class Scheduled(Thresholded):
         begin = zeros.sum().double() / weights.size
         return self.allocation.cuts(weights, self.timetable.at(step, begin))
 
+    def admits(self, weights: LatentWeights, step: Tensor) -> bool:
+        """See `Reparametrization`. Zeros are the smallest scores: they would be pruned first."""
+        segments = self.cuts(weights, step)
+        pairs = enumerate(weights.views)
+        torn = torch.stack([((w == 0) != weights.pruned(i, segments)).sum() for i, w in pairs])
+        return not bool(weights.total(torn).sum())
+
     def move(self, weights: LatentWeights) -> None:
         """See `Reparametrization`."""
         super().move(weights)

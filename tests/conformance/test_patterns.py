@@ -453,3 +453,26 @@ def test_checkpoints_tell_patterns_apart():
     state = start("even", sparsity=0.5).train(0, 2).sparsifier.state_dict()
     with pytest.raises(feather.StateError, match="method"):
         run.sparsifier.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "pattern"),
+    [(0.5, {"pattern": "2:4"}), ({"0.*": 0.25, "*": 0.75}, {})],
+    ids=["2:4", "groups"],
+)
+def test_zeros_of_another_pattern_that_are_as_many_are_no_finished_model(sparsity, pattern):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(
+        model, optimizer, "hard-ste", sparsity=sparsity, total_steps=1, schedule="constant",
+        **pattern,
+    )  # fmt: skip
+    model(torch.randn(4, 64)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.normal_()[:, :32] = 0
+    with pytest.warns(feather.errors.FeatherWarning, match="4096 zeros, in other places"):
+        sparsifier.finalize()
+    if pattern:
+        assert all(of_each(layer.weight, 2, 4) for layer in model)
