@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_distributed import NETWORKS, StopAt
+from test_distributed import NETWORKS
+from training_watches import StopAt
 
 import torch_feather as feather
 from torch_feather import models
