@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, settings
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_feather import thresholded
+from torch_feather.health import Health
 from torch_feather.schedules import make_table
 from torch_feather.selection import device
-from torch_feather.sparsifier import Sparsifier
 
 # Examples are derived from the test itself, so that a run can be repeated; no deadline, because
 # the machine that runs the suite may be busy.
@@ -38,8 +38,8 @@ def without_gpu(monkeypatch):
     """For tensors without data that stand in for CUDA tensors."""
     monkeypatch.setattr(device, "default_passes", lambda scores: device.TorchPasses)
     # What is read once, when the sparsifier is attached.
-    monkeypatch.setattr(Sparsifier, "_raise_if_nan", lambda self: None)
-    monkeypatch.setattr(Sparsifier, "_inspect", lambda self: None)
+    monkeypatch.setattr(Health, "raise_if_nan", lambda *_: None)
+    monkeypatch.setattr(Health, "inspect", lambda *_: None)
     monkeypatch.setattr(thresholded, "make_table", outside_of_fake_tensors(make_table))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 

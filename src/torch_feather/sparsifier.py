@@ -27,21 +27,20 @@ from torch.optim import Optimizer
 
 from . import host
 from .attachment import Attachment, bind, check_storage, some
-from .errors import ConfigurationError, NonFiniteWeightError, StateError, warn
+from .errors import ConfigurationError, StateError, warn
 from .header import FORMAT, Header, digest, from_bytes, to_bytes
+from .health import Health
 from .latent import LatentWeights, copy_all
 from .masks import ZeroKeeper
 from .methods import AnyMethod, build_method
 from .prunable import Filters, find_prunable, list_filters, unwrap
+from .ranks import check_ranks
 from .reparametrization import Rate, Setting
 from .report import Report, report
 from .rounds import Round, half_done, in_backward, incomplete
-from .sharding import box_of, fsdp_units, gather, is_sharded, local, part_of, reshard, spread_like
+from .sharding import fsdp_units, is_sharded, local, part_of, reshard, spread_like
 from .targets import Sparsity, Target, check_share
-from .writes import Watch, checksum, checksum_of
-
-# Steps between two looks at what costs a pass over the weights, or a transfer, to look at.
-POLL = 100
+from .writes import Watch, checksum_of
 
 ONE_PROCESS = (
     "This method needs whole weight tensors in one process, but here they are sharded over "
@@ -140,8 +139,9 @@ class Sparsifier:
         prunable = find_prunable(model, include, exclude, frozen=False)
         self.slots, optimizers = bind(model, prunable, optimizer)
         self.weights = LatentWeights([slot.parameter for slot in self.slots])
-        self._raise_if_nan()
         names = [slot.name for slot in self.slots]
+        self._health = Health(names, total_steps)
+        self._health.raise_if_nan(self.weights, self._here())
         self.reparametrization = method.attach(
             Setting(model, names, self.weights, sparsity, total_steps)
         )
@@ -159,9 +159,7 @@ class Sparsifier:
         self._attached = True
         self.round = Round([slot.optimizer for slot in self.slots])
         self._keeper: ZeroKeeper | None = None
-        self._ticks = 0
-        self._warned: set[str] = set()
-        self._poll: tuple[Tensor, torch.cuda.Event] | None = None
+        self._stepped = False  # since it was made
 
         self._pull_backs: list[Any] = []
         self._pull_back()
@@ -183,7 +181,7 @@ class Sparsifier:
             self.detach()
             raise
         if self.reparametrization.arrival == 0:
-            self._inspect()
+            self._health.inspect(self.weights, self._here(), self.reparametrization)
 
     # Where it stands
 
@@ -269,34 +267,7 @@ class Sparsifier:
             StateError: names the weights and the ranks that differ from the first; on all ranks.
         """
         self.sync()
-        if not dist.is_available() or not dist.is_initialized():
-            return
-        mine = [
-            (box_of(s.parameter), checksum((s.local != 0).byte()), checksum(view))
-            for s, view in zip(self.slots, self.weights.views, strict=True)
-        ]
-        if self.weights.shards is not None:
-            groups = self.weights.shards.groups
-        else:
-            groups = [getattr(self.model, "process_group", None)]  # of DistributedDataParallel
-        every = sorted(gather((dist.get_rank(), self.step_count, mine), groups))
-        steps = {step for _, step, _ in every}
-        if len(steps) > 1:
-            raise StateError(f"The ranks have taken different numbers of steps: {sorted(steps)}.")
-        for what, which in (("Masks", 1), ("Latent weights", 2)):
-            found: dict[str, set[int]] = {}
-            for i, slot in enumerate(self.slots):
-                first: dict[Any, int] = {}
-                for rank, _, weights in every:
-                    if first.setdefault(weights[i][0], weights[i][which]) != weights[i][which]:
-                        found.setdefault(slot.name, set()).add(rank)
-            if found:
-                ranks = sorted(set.union(*found.values()))
-                raise StateError(
-                    f"{what} of {some(list(found))} differ between ranks: those of {ranks} are not "
-                    "those of the first. Start all from the same weights (wrap the model before "
-                    "sparsify), and let nothing but the optimizer change them."
-                )
+        check_ranks(self.model, self.slots, self.weights, self._step)
 
     # Parameters of the method itself
 
@@ -385,7 +356,7 @@ class Sparsifier:
         found = self._found()
         self._own_sparsity, self._reached = self.own_sparsity, self.at_target
         self._show(found)
-        self._inspect()
+        self._health.inspect(self.weights, self._here(), self.reparametrization)
         self._release()
         if keep_masks:
             self._keeper = ZeroKeeper([slot.parameter for slot in self.slots], self._optimizers)
@@ -577,8 +548,8 @@ class Sparsifier:
             self._void_completion()
         self._watch.loaded = {}
         self._materialize()
-        self._ticks += 1
-        self._look()
+        self._stepped = True
+        self._health.look(self.weights, self._here(), self.reparametrization, self._step, self._sum)
 
     @torch.no_grad()
     def capture(self, indices: Sequence[int]) -> None:
@@ -743,7 +714,7 @@ class Sparsifier:
         Its latent weights did not come with them, so ours would go on with its zeros.
         """
         alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
-        if self._ticks > 0 or alone or self.weights.shards is not None:
+        if self._stepped or alone or self.weights.shards is not None:
             return
         if host.waits_for(self.weights.device) and torch.cuda.is_current_stream_capturing():
             return
@@ -817,83 +788,6 @@ class Sparsifier:
             if _lookup(self.model, slot.name) is not parameter
             and not any(parameter is other for other in self.model.parameters())
         ]
-
-    # Keeping watch
-
-    def _look(self) -> None:
-        """Raises for NaN and warns of empty layers, without making the host wait for a device."""
-        if not host.waits_for(self.weights.device):
-            if not self.weights.common(self._sum).isfinite():
-                self._raise_if_nan()
-            if self._ticks % POLL == 0 or self.step_count in (
-                self.reparametrization.arrival,
-                self.total_steps,
-            ):
-                self._inspect()
-        elif not torch.cuda.is_current_stream_capturing():
-            if self._poll is None and self._ticks % POLL == 0:
-                with torch.cuda.device(self.weights.device):
-                    counts = self._counts()
-                    pinned = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-                    event = torch.cuda.Event()
-                    pinned.copy_(counts, non_blocking=True)
-                    event.record()
-                self._poll = pinned, event
-            elif self._poll is not None and self._has_arrived(self._poll[1]):
-                counts, self._poll = self._poll[0], None
-                self._tell(counts)
-
-    def _has_arrived(self, event: torch.cuda.Event) -> bool:
-        """Whether what was counted lies on the host; on shards all ranks must look at one time."""
-        if self.weights.shards is None:
-            return event.query()
-        if self._ticks % POLL != POLL // 2:
-            return False
-        event.synchronize()
-        return True
-
-    def _inspect(self) -> None:
-        self._tell(self._counts().cpu())
-
-    @torch.no_grad()
-    def _counts(self) -> Tensor:
-        """Weights that are NaN, kept weights that are 0, and kept weights of each layer."""
-        here = self._here()
-        nan = self._count_nan().sum()
-        zero = self.weights.total(torch.stack([(part == 0).sum() for part in here])).sum()
-        pruned = self.reparametrization.counts_pruned(self.weights)
-        return torch.cat([torch.stack([nan, zero - pruned.sum()]), self.weights.sizes - pruned])
-
-    def _tell(self, counts: Tensor) -> None:
-        nan, zeros, *kept = counts.tolist()
-        if nan:
-            self._raise_if_nan()
-        for slot, left in zip(self.slots, kept, strict=True):
-            if left == 0 and slot.name not in self._warned:
-                self._warned.add(slot.name)
-                warn(
-                    f"Every weight of {slot.name} is pruned, so the layer gives nothing but its "
-                    "bias. Keep a share of each layer (min_density=), or leave it out (exclude=)."
-                )
-        if zeros > 0 and "" not in self._warned:
-            self._warned.add("")
-            warn(
-                f"{zeros} latent weights that should be kept are exactly 0: the network has more "
-                "zeros than asked for. Initialise these weights, or leave them out (exclude=)."
-            )
-
-    def _count_nan(self) -> Tensor:
-        """NaN in each weight tensor, in whichever copy of it."""
-        return self.weights.common(torch.stack([part.isnan().sum() for part in self._here()]))
-
-    def _raise_if_nan(self) -> None:
-        pairs = zip(self.slots, self._count_nan().tolist(), strict=True)
-        names = [slot.name for slot, n in pairs if n]
-        if names:
-            raise NonFiniteWeightError(
-                f"Weights of {some(names)} are NaN. They are kept in the network, so that its loss "
-                "shows them. Lower the learning rate, clip gradients, or go back to a checkpoint."
-            )
 
     # Leaving, inside
 
