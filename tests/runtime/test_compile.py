@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from runtime_cases import AIM, DENSE, SPARSE, compiled, conv, error, pruned, run_alone
 from torch import nn
 from torch.nn.utils import prune
@@ -20,6 +21,7 @@ from torch_feather.runtime import (
     CaptureError,
     InputError,
     RuntimeMissingError,
+    capture,
     compile_sparse,
     kernels,
     module,
@@ -109,6 +111,55 @@ def test_squeezed_batches_of_one():
         network(one)
 
 
+SINGLES = {  # what a batch of one is something else to
+    "is one": lambda y: y * 10 if y.shape[0] == 1 else y,
+    "below two": lambda y: y * 10 if y.shape[0] < 2 else y,
+    "above one": lambda y: y * 10 if y.shape[0] > 1 else y,
+    "squeeze": lambda y: y.squeeze(0) * 2,
+    "squeeze of several": lambda y: y.squeeze((0, 1)) * 2,
+    "squeeze of a part": lambda y: y[1:].squeeze(0) * 2,
+    "circular padding": lambda y: F.pad(y[:, None], (1, 1), mode="circular"),  # for PyTorch
+    "squeeze in a branch": lambda y: torch.cond(
+        y.sum() > 0, lambda y: y.squeeze(0) * 2, lambda y: y.squeeze(0) * 3, (y,)
+    ),
+}
+
+
+class Single(nn.Linear):
+    def __init__(self, name):
+        super().__init__(6, 6)
+        self.name = name
+
+    def forward(self, x):
+        return SINGLES[self.name](super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "example"), [*((name, 2) for name in SINGLES), ("is one", 1), ("squeeze", 1)]
+)
+def test_single_samples_are_computed_right_or_refused(name, example):
+    model = Single(name)
+    network = compiled(model, torch.randn(example, 6))
+    for batch in (example, 1, 2, 3):
+        x = torch.randn(batch, 6)
+        try:
+            assert error(network(x), model(x)) < AIM
+        except InputError:
+            assert batch != example
+
+
+def test_single_samples_are_refused_where_pytorch_cannot_tell(monkeypatch):
+    monkeypatch.setattr(capture, "ONE", "a setting that is gone")
+    model = nn.Linear(6, 6)
+    for example, taken in ((2, (2, 3)), (1, (1,))):
+        network = compiled(model, torch.randn(example, 6))
+        for batch in taken:
+            x = torch.randn(batch, 6)
+            assert error(network(x), model(x)) < AIM
+        with pytest.raises(InputError, match="depends on the batch size"):
+            network(torch.randn(3 - example, 6))
+
+
 INPUTS = {
     "shape": lambda: torch.zeros(2, 3, 8, 8),
     "no batch": lambda: torch.zeros(SHAPE),
@@ -117,6 +168,7 @@ INPUTS = {
     "integers": lambda: torch.zeros(2, *SHAPE, dtype=torch.int32),
     "device": lambda: torch.zeros(2, *SHAPE, device="meta"),
     "sparse": lambda: torch.zeros(2, *SHAPE).to_sparse(),
+    "list": lambda: [1.0],
 }
 
 
@@ -155,6 +207,23 @@ def test_models_that_cannot_be_captured():
 
     with pytest.raises(CaptureError, match="cannot follow Undecided"):
         compiled(Undecided(), torch.randn(2, 4))
+
+
+def test_models_with_a_state_cannot_be_captured():
+    class Counting(nn.Conv2d):
+        def __init__(self):
+            super().__init__(3, 3, 1)
+            self.register_buffer("seen", torch.ones(3, 1, 1))
+
+        def forward(self, x):
+            self.seen += 1
+            return super().forward(x) * self.seen
+
+    with pytest.raises(CaptureError, match=r"Counting changes its buffers in eval mode \(seen\)"):
+        compiled(Counting(), torch.randn(2, 3, 4, 4))
+
+
+def test_masks_that_were_not_made_permanent_are_named():
     masked = nn.Linear(4, 4)
     prune.random_unstructured(masked, "weight", 0.5)
     with pytest.raises(CaptureError, match=r"prune\.remove"):

@@ -178,7 +178,7 @@ def other_functions_in_the_middle(x, a, b, c, d, e):
     return e(d(c(b(a(x)))).softmax(1)).logsumexp(1).sort(-1)[0]
 
 
-@parts(conv(padding="same"), conv(kernel=4, padding="same"), conv(padding_mode="circular"))
+@parts(conv(padding="same"), conv(kernel=4, padding="same"), conv(padding_mode="reflect"))
 def paddings(x, a, b, c):
     return a(x), b(x), c(x)
 
@@ -216,6 +216,17 @@ def without_gradients_and_autocast(x, a):
 @parts(conv(), conv())
 def branches(x, a, b):
     return torch.cond(x.sum() > 0, lambda x: a(x), lambda x: b(x), (x,))
+
+
+@parts(conv())
+def views_in_branches(x, a):
+    def turned(y):
+        return y.view(y.shape[0], -1).cos()
+
+    def same(y):
+        return y.view(y.shape[0], -1).sin()
+
+    return torch.cond(x.sum() > 0, turned, same, (a(x),))
 
 
 @parts(conv())

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from ..errors import FeatherError, FileFormatError, StateError
 from .bound import Bound
-from .capture import CaptureError, capture
+from .capture import CaptureError, attributes, capture
 from .choose import Choice, choose
 from .kernels import Tile
 from .layer import Layer
@@ -109,7 +108,8 @@ class SparseModule(nn.Module):
                 )
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self._captured = capture(model, example)
-            self._constants = _constants(self._captured.module)
+            found_there = attributes(self._captured.module)
+            self._constants = {node.name: value for node, value in found_there.items()}
             graph = self._captured.module.graph
             self._batch = len(example)
             given = next(n for n in graph.nodes if n.op == "placeholder").meta["val"]
@@ -141,15 +141,18 @@ class SparseModule(nn.Module):
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return self.forward(x)
-        if (
+        if not isinstance(x, Tensor) or (
             (tuple(x.shape[1:]), x.dtype, x.layout) != (self.shape, torch.float32, torch.strided)
             or x.device.type != "cpu"
             or x.dim() == 0
         ):
             wanted = ("batch", *self.shape)
+            given = type(x).__name__
+            if isinstance(x, Tensor):
+                given = f"{x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
             raise InputError(
                 f"the network was compiled for float32 inputs ({', '.join(map(str, wanted))}) on "
-                f"the CPU, this is {x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
+                f"the CPU, this is {given}"
             )
         if self.at_a_time is not None and len(x) > self.at_a_time:
             parts = [self.forward(part) for part in x.split(self.at_a_time)]
@@ -255,14 +258,3 @@ _NOT_SAVED = (
 
 def _tiles(choices: Mapping[str, Choice]) -> dict[str, Tile]:
     return {name: choice.tile for name, choice in choices.items()}
-
-
-def _constants(module: GraphModule) -> dict[str, Any]:
-    known = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            value: Any = module
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            known[node.name] = value.detach() if isinstance(value, Tensor) else value
-    return known
