@@ -1,18 +1,21 @@
 """`compile_sparse` as its users meet it: inputs, choices, threads, errors."""
 
 import copy
+import ctypes
 import functools
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from runtime_cases import AIM, DENSE, SPARSE, compiled, conv, error, pruned, run_alone
+from runtime_cases import AIM, DENSE, SPARSE, Every, compiled, conv, error, pruned, run_alone
 from torch import nn
 from torch.nn.utils import prune
 
@@ -193,11 +196,42 @@ def test_wrong_examples(name, model):
         compiled(model, EXAMPLES[name]())
 
 
-def test_models_elsewhere():
-    with pytest.raises(InputError, match="something is on meta"):
-        compiled(nn.Linear(4, 4, device="meta"), torch.randn(2, 4))
-    with pytest.raises(InputError, match="at least 1, not -1"):
-        compiled(nn.Linear(4, 4), torch.randn(2, 4), threads=-1)
+MODELS = {
+    "elsewhere": (lambda: nn.Linear(4, 4, device="meta"), {}, "something is on meta"),
+    "bfloat16": (lambda: nn.Linear(4, 4).bfloat16(), {}, r"weight is of torch\.bfloat16"),
+    "float64": (lambda: nn.Linear(4, 4).double(), {}, r"weight is of torch\.float64"),
+    "threads": (lambda: nn.Linear(4, 4), {"threads": -1}, "threads .* at least 1, not -1"),
+    "part of a thread": (lambda: nn.Linear(4, 4), {"threads": 2.0}, "whole number .*, not 2.0"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_wrong_models_and_options(name):
+    model, options, message = MODELS[name]
+    with pytest.raises(InputError, match=message):
+        compiled(model(), torch.randn(2, 4), **options)
+
+
+def test_batches_that_are_too_large():
+    network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))
+    bound = network._for_batch(torch.zeros(1, 3, 8, 8).expand(10**8, -1, -1, -1))
+    with pytest.raises(InputError, match="split the batch"):
+        bound.tables(bound.plan.steps[-1])
+
+
+def test_layers_of_another_type_stay_with_pytorch():
+    class Exact(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight.double())
+
+    x = torch.randn(2, 4)
+    with pytest.raises((CaptureError, RuntimeError), match="dtype"):  # as without us
+        compiled(Exact(4, 4), x)(x)
+
+
+def test_models_of_torch_compile(model):
+    x = torch.randn(2, *SHAPE)
+    assert error(compiled(torch.compile(model), x)(x), model(x)) < AIM
 
 
 def test_models_that_cannot_be_captured():
@@ -259,6 +293,13 @@ def test_modes_of_pytorch(network, model):
             network(torch.randn(batch, *SHAPE))
         network(torch.randn(batch, *SHAPE))
     assert error(network(x), wanted) < AIM
+    smooth = pruned(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3)))
+    with torch.inference_mode():
+        inside = compiled(smooth, torch.randn(2, *SHAPE))
+        inside(torch.randn(3, *SHAPE))
+    for batch in (2, 3):
+        other = torch.randn(batch, *SHAPE)
+        assert error(inside(other), smooth(other)) < AIM
     torch.set_default_dtype(torch.float64)
     try:
         assert error(compiled(model, x.detach())(x), wanted) < AIM
@@ -296,6 +337,24 @@ def test_calls_from_several_threads_with_threads_each(openmp, model, monkeypatch
 
     with ThreadPoolExecutor(3) as pool:
         assert max(pool.map(call, range(3))) < AIM
+
+
+@pytest.mark.skipif(kernels.openmp() == {}, reason="PyTorch without OpenMP")
+def test_the_threads_are_those_of_pytorch(tmp_path):
+    """Not of another OpenMP library that is in the process."""
+
+    def files():
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            (start, end), path = line.split()[0].split("-"), line.split()[-1]
+            yield range(int(start, 16), int(end, 16)), Path(path)
+
+    address = kernels.openmp()["GOMP_parallel"]
+    (mine,) = (path for place, path in files() if address in place)
+    assert mine.parent == Path(torch.__file__).parent / "lib"
+    other = shutil.copy(mine, tmp_path / "libgomp.so.1")
+    ctypes.CDLL(str(other))
+    assert other in [path for _, path in files()]
+    assert kernels.openmp.__wrapped__()["GOMP_parallel"] == address
 
 
 def test_compiled_once_by_all_threads(monkeypatch):
@@ -413,5 +472,16 @@ def test_a_batch_may_go_through_a_few_at_a_time(model, network):
     x = torch.randn(5, *SHAPE)
     parts = compile_sparse(model, x[:2], choices=network.choices, at_a_time=2)
     assert torch.equal(parts(x), torch.cat([network(part) for part in x.split(2)]))
+
+    class More(nn.Linear):
+        def forward(self, x):
+            return {"y": super().forward(x), "none": None, "kind": "logits", "batch": x.shape[0]}
+
+    x = torch.randn(5, 4)
+    more = compile_sparse(More(4, 3), x[:1], choices=Every(DENSE), at_a_time=1)
+    assert {key: more(x)[key] for key in ("none", "kind")} == {"none": None, "kind": "logits"}
+    uneven = compile_sparse(More(4, 3), x[:2], choices=Every(DENSE), at_a_time=2)
+    with pytest.raises(InputError, match="compile it without at_a_time"):
+        uneven(x)
     with pytest.raises(InputError, match="at_a_time"):
         compile_sparse(model, x, at_a_time=0)

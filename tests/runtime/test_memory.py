@@ -1,12 +1,15 @@
 """Activations share memory only when they are not needed at the same time; nothing else is read."""
 
 import ctypes
+import functools
 import gc
 import mmap
 import os
 import random
 import signal
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -252,6 +255,29 @@ def test_results_are_the_callers():
     assert torch.equal(first, kept)
     first.zero_()
     assert torch.equal(network(x), kept)
+
+
+def test_memory_outlives_threads_that_work_on_it(monkeypatch):
+    """Also where the call is interrupted before all of them were told."""
+    monkeypatch.setattr(kernels.library(), "team", None)
+    network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8), threads=3)
+    at_work = []
+
+    def interrupted(submit, function, *args):
+        if at_work:
+            raise KeyboardInterrupt
+        at_work.append(submit(lambda: (time.sleep(0.05), function(*args))))
+        return at_work[-1]
+
+    original = ThreadPoolExecutor.submit
+    monkeypatch.setattr(
+        ThreadPoolExecutor,
+        "submit",
+        lambda self, *args: interrupted(functools.partial(original, self), *args),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        network(torch.randn(2, 3, 8, 8))
+    assert at_work[0].done()
 
 
 def test_a_call_that_fails_does_not_spoil_the_next(monkeypatch):

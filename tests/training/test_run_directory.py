@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -145,6 +147,36 @@ def test_a_disk_that_fills_up_inside_torch_save_is_one_line(tmp_path):
         write_atomically(tmp_path / "x.pt", lambda file: torch.save(state(1), FullFile()))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    """Two threads at once, and nobody's link is followed."""
+    target, inside = tmp_path / "x", threading.Barrier(2)
+
+    def write(text):
+        def both(file):
+            file.write(text)
+            inside.wait(5)
+
+        write_atomically(target, both)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, [b"one", b"two"]))
+    assert target.read_bytes() in (b"one", b"two")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_link_stays_one_and_leads_to_the_new_content(tmp_path):
+    (tmp_path / "there").mkdir()
+    file, link = tmp_path / "there" / "file", tmp_path / "link"
+    file.write_text("old")
+    link.symlink_to(file)
+    write_atomically(link, lambda file: file.write(b"new"))
+    assert link.is_symlink()
+    assert file.read_text() == "new"
+    mode = os.umask(0o077)
+    os.umask(mode)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~mode
 
 
 def test_metrics_are_lines_of_json(run):

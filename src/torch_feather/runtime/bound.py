@@ -6,7 +6,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +15,14 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from ..errors import FeatherError
 from .kernels import BLOCK, COPY, OPERATION, RECORD, Tile, aligned, library, tiles, vector_widths
 from .plan import Copy, Plan, Pointwise, Sparse, Torch
 from .planes import Planes, round_up
+
+
+class InputError(FeatherError, ValueError):
+    """The input is not what the network was compiled for."""
 
 
 class Bound:
@@ -53,7 +58,7 @@ class Bound:
             try:
                 taps = grouped.table(grid, self.batch)
             except OverflowError:
-                raise ValueError(
+                raise InputError(
                     f"{step.layer.name}: a batch of {self.batch} makes planes of more than 2^31 "
                     "numbers; split the batch"
                 ) from None
@@ -125,6 +130,7 @@ class Call(NamedTuple):
 class Workspace:
     """Memory of one call at a time, and the steps that use it."""
 
+    @torch.inference_mode(False)  # what is made there cannot be written to elsewhere
     def __init__(self, bound: Bound) -> None:
         self.bound = weakref.proxy(bound)  # no cycle: when the one goes, the other's memory goes
         self.memory = torch.from_numpy(aligned(bound.pixels))
@@ -229,15 +235,17 @@ class Workspace:
                 team(at, n, threads, barrier)
             else:
                 assert workers is not None
-                others: list[Future[None]] = []
                 try:
-                    for thread in range(1, threads):
-                        others.append(workers.submit(run, at, n, thread, threads, barrier))
+                    others = [
+                        workers.submit(run, at, n, thread, threads, barrier)
+                        for thread in range(1, threads)
+                    ]
                     run(at, n, 0, threads, barrier)
                     for other in others:
                         other.result()
                 except BaseException:
                     arrivals[0] = 1 << 62  # nobody waits for a thread that does not come
+                    workers.shutdown()  # all that came are waited for: the memory goes next
                     raise
             del kept
 

@@ -44,19 +44,21 @@ def choose(node: Node, layer: Layer, batch: int, threads: int, grid: Grid | None
     sparsity = layer.sparsity
     x, *residual = (_random(n, batch) for n in node.args if isinstance(n, Node))
     dense = milliseconds(lambda: layer(x, *residual))
-    plan, times = alone(node, layer), {tiles()[0]: math.inf}
+    plan = alone(node, layer)
     (step,) = (s for s in plan.steps if isinstance(s, Sparse))
     if grid is not None:
         step.out.grid.require(grid.height, grid.width, grid.pad_y, grid.pad_x)
-    tile = {layer.name: tiles()[0]}
-    bound = Bound(plan, {}, batch, tile, threads)
+    wanted = {layer.name: tiles()[0]}
+    bound = Bound(plan, {}, batch, wanted, threads)
     workspace = Workspace(bound)
     workspace(x, *residual)
-    for tile[layer.name] in tiles():
-        if bound.kernel(step)[0] == tile[layer.name]:  # fits
+    times: dict[Tile, float] = {}
+    for tile in tiles():
+        wanted[layer.name] = tile
+        if bound.kernel(step)[0] == tile:  # fits
             run = partial(workspace.native([step]), workspace.slots)
-            best = min(times.values())
-            times[tile[layer.name]] = milliseconds(run, enough=2.0, hopeless=1.5 * best)
+            best = min(times.values(), default=math.inf)
+            times[tile] = milliseconds(run, enough=2.0, hopeless=1.5 * best)
     fastest = min(times, key=times.__getitem__)
     return Choice(times[fastest] < dense, fastest, sparsity, dense, times[fastest])
 

@@ -68,11 +68,11 @@ def _cost(node: Node, layer: Layer, batch: int, sparsity: float, threads: int) -
     kept = max(1, round((1 - sparsity) * layer.weight.numel()))
     generator = torch.Generator().manual_seed(0)  # the user's stays as it is
     order = torch.randperm(layer.weight.numel(), generator=generator)
-    flat = torch.zeros(layer.weight.numel())
+    zeros = torch.zeros(layer.weight.numel())
+    some = zeros.index_fill(0, order[:kept], 1.0)
     times = []
-    for count in (kept, 0):
-        flat[order[:kept]] = float(count > 0)
-        pruned = replace(layer, weight=flat.reshape(layer.weight.shape).clone())
+    for flat in (some, zeros):
+        pruned = replace(layer, weight=flat.reshape(layer.weight.shape))
         time = choose(node, pruned, batch, threads).sparse_ms
         assert time is not None
         times.append(time)

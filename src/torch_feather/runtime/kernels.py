@@ -10,7 +10,6 @@ import ctypes
 import functools
 import itertools
 import platform
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from ..errors import FeatherError
 
@@ -76,6 +76,8 @@ OPERATION = np.dtype([("kernel", "i8"), ("record", "i8"), ("items", "i8")])
 # each other from working, and one that wakes up is given a free core.
 SPINS = 10_000
 NAP = 30  # microseconds
+SLEEPS = platform.system() != "Windows"  # which has no usleep
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 class RuntimeMissingError(FeatherError, ImportError):
@@ -96,6 +98,17 @@ def llvm() -> ModuleType:
     binding.initialize_native_asmprinter()
     binding.initialize_native_asmparser()
     return binding
+
+
+def machine() -> Any:
+    """The host as LLVM's target; a new one, which has one owner."""
+    binding = llvm()
+    features = binding.get_host_cpu_features().flatten()
+    return binding.Target.from_default_triple().create_target_machine(
+        cpu=binding.get_host_cpu_name(),
+        features=features + ",-prefer-256-bit" * X86,  # whole vectors, where it would halve them
+        opt=3,
+    )
 
 
 @functools.cache
@@ -158,7 +171,7 @@ class Library:
             [
                 *("\n".join(_intrinsics(w)) for w in vector_widths()),
                 "declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)",
-                "declare i32 @usleep(i32)",
+                "declare i32 @usleep(i32)" * SLEEPS,
                 *("\n".join(convolution(*v)) for v in variants),
                 *("\n".join(copy(columns)) for columns in COLUMNS),
                 "\n".join(interpreter()),
@@ -169,16 +182,13 @@ class Library:
             binding.add_symbol(name, place)
         module = binding.parse_assembly(text)
         module.verify()
-        features = binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
-        machine = binding.Target.from_default_triple().create_target_machine(
-            cpu=binding.get_host_cpu_name(), features=features, opt=3
-        )
+        target = machine()
         options = binding.create_pipeline_tuning_options(speed_level=2)
         options.slp_vectorization = options.loop_unrolling = False  # tiles are vectors already
         options.loop_vectorization = True  # of copies
-        builder = binding.create_pass_builder(machine, options)
+        builder = binding.create_pass_builder(target, options)
         builder.getModulePassManager().run(module, builder)
-        self._engine = binding.create_mcjit_compiler(module, machine)
+        self._engine = binding.create_mcjit_compiler(module, target)
         self._engine.finalize_object()
         address = self._engine.get_function_address
         self.convolutions = {v: address(_name(*v)) for v in variants}
@@ -549,7 +559,8 @@ def interpreter() -> Iterator[str]:
     yield "  %spin.next = add i64 %spin, 1"
     yield "  br label %wait"
     yield "yield:"
-    yield f"  %slept = call i32 @usleep(i32 {NAP})"
+    if SLEEPS:
+        yield f"  %slept = call i32 @usleep(i32 {NAP})"
     yield "  br label %wait"
     yield "next:"
     yield "  %more = icmp ult i64 %j.next, %n"
@@ -593,19 +604,16 @@ def team() -> Iterator[str]:
 
 @functools.cache
 def openmp() -> dict[str, int]:
-    """Addresses of what `team` calls, in the OpenMP library that PyTorch has loaded, if any."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return {}
+    """Addresses of what `team` calls, in the OpenMP library that PyTorch itself calls, if any.
+
+    The process may have others, whose threads are not PyTorch's.
+    """
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-    for path in sorted(set(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)\b\S*", maps))):
-        try:
-            loaded = ctypes.CDLL(path)
-            return {name: ctypes.cast(loaded[name], ctypes.c_void_p).value or 0 for name in names}
-        except (OSError, AttributeError):
-            continue
-    return {}
+    try:
+        loaded = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return {name: ctypes.cast(loaded[name], ctypes.c_void_p).value or 0 for name in names}
+    except (OSError, AttributeError):  # another system, or a build without OpenMP
+        return {}
 
 
 def aligned(count: int, dtype: Any = np.float32) -> np.ndarray:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..errors import FeatherError, FileFormatError, StateError
-from .bound import Bound
+from ..atomic import replace_file
+from ..errors import FileFormatError, StateError
+from ..prunable import unwrap
+from .bound import Bound, InputError
 from .capture import CaptureError, attributes, capture
 from .choose import Choice, choose
 from .kernels import Tile
@@ -26,10 +28,6 @@ from .plan import Plan, Sparse, Torch, suits
 from .timing import milliseconds
 
 BATCH_SIZES = 4  # for which tables are kept
-
-
-class InputError(FeatherError, ValueError):
-    """The input is not what the network was compiled for."""
 
 
 def compile_sparse(
@@ -55,7 +53,7 @@ def compile_sparse(
             batches do not. [default: all of a batch]
 
     Raises:
-        InputError: the example is no batch of float32 tensors on the CPU.
+        InputError: the example is no batch of float32 tensors on the CPU, or the model is not.
         FileFormatError: the file of choices is damaged.
         CaptureError: torch.export cannot follow the model.
         RuntimeMissingError: llvmlite is not installed.
@@ -73,6 +71,7 @@ class SparseModule(nn.Module):
         choices: how each layer runs, by the name of its weight.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -82,10 +81,9 @@ class SparseModule(nn.Module):
         at_a_time: int | None,
     ) -> None:
         super().__init__()
-        if threads < 1:
-            raise InputError(f"threads must be at least 1, not {threads}")
-        if at_a_time is not None and at_a_time < 1:
-            raise InputError(f"at_a_time must be at least 1, not {at_a_time}")
+        for name, number in (("threads", threads), ("at_a_time", at_a_time)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise InputError(f"{name} must be a whole number of at least 1, not {number!r}")
         self.at_a_time = at_a_time
         batch = isinstance(example, Tensor) and example.dim() > 0 and example.numel() > 0
         if not batch or example.dtype != torch.float32:
@@ -94,7 +92,7 @@ class SparseModule(nn.Module):
             choices = load_choices(choices)
         self.threads, self.shape = threads, tuple(example.shape[1:])
         try:
-            model = copy.deepcopy(model).eval()
+            model = copy.deepcopy(unwrap(model)).eval()
         except RuntimeError as error:
             raise CaptureError(
                 f"{type(model).__name__} cannot be copied ({error}). Masks of torch.nn.utils.prune "
@@ -106,10 +104,16 @@ class SparseModule(nn.Module):
                     f"compile_sparse is for the CPU, but something is on {tensor.device}; move "
                     "the model and the example there first"
                 )
+        for name, weight in model.named_parameters():
+            if weight.dtype != torch.float32 and weight.is_floating_point():
+                raise InputError(
+                    f"compile_sparse computes in float32, but {name} is of {weight.dtype}; "
+                    "give it copy.deepcopy(model).float()"
+                )
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self._captured = capture(model, example)
-            found_there = attributes(self._captured.module)
-            self._constants = {node.name: value for node, value in found_there.items()}
+            read = attributes(self._captured.module)
+            self._constants = {node.name: value for node, value in read.items()}
             graph = self._captured.module.graph
             self._batch = len(example)
             given = next(n for n in graph.nodes if n.op == "placeholder").meta["val"]
@@ -156,7 +160,7 @@ class SparseModule(nn.Module):
             )
         if self.at_a_time is not None and len(x) > self.at_a_time:
             parts = [self.forward(part) for part in x.split(self.at_a_time)]
-            return tree_map(lambda *values: torch.cat(values), *parts)
+            return tree_map(_joined, *parts)
         return self._captured.unflatten(self._for_batch(x)(x))
 
     def _plan(self, layers: Sequence[Layer], choices: Mapping[str, Choice]) -> Plan:
@@ -207,7 +211,7 @@ class SparseModule(nn.Module):
     def save_choices(self, path: str | Path) -> None:
         """Write how each layer runs, as JSON, for `compile_sparse(..., choices=path)`."""
         text = json.dumps({name: asdict(choice) for name, choice in self.choices.items()}, indent=1)
-        Path(path).write_text(text + "\n")
+        replace_file(Path(path), lambda file: file.write(f"{text}\n".encode()))
 
     def extra_repr(self) -> str:
         """The table of choices."""
@@ -254,6 +258,18 @@ _NOT_SAVED = (
     "a compiled network is made for this machine and process, and can be neither saved nor copied: "
     "save the model (feather.save_sparse) and how its layers run (save_choices), and compile again"
 )
+
+
+def _joined(*values: Any) -> Any:
+    """What the parts of a batch gave, as the whole gives it."""
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    if any(value != values[0] for value in values):
+        raise InputError(
+            f"the model returned {', '.join(map(repr, values))} for parts of a batch, which says "
+            "nothing about the whole; compile it without at_a_time"
+        )
+    return values[0]
 
 
 def _tiles(choices: Mapping[str, Choice]) -> dict[str, Tile]:
