@@ -12,7 +12,7 @@ from torch import nn
 
 import torch_feather as feather
 from torch_feather import FileFormatError, StateError
-from torch_feather.export import SparseFile, header
+from torch_feather.export import SparseFile, manifest
 
 WEIGHT = torch.zeros(40, 50)
 WEIGHT[::7, ::11] = torch.arange(1.0, 31).reshape(6, 5)
@@ -92,13 +92,13 @@ def test_a_truncated_file_is_refused(whole, path):
 def parsed(path):
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    text = json.loads(data[8 : 8 + length])["__metadata__"][header.KEY]
+    text = json.loads(data[8 : 8 + length])["__metadata__"][manifest.KEY]
     return json.loads(text[8:]), load_file(path)
 
 
 def forge(path, document, parts):
     text = document if isinstance(document, str) else json.dumps(document)
-    path.write_bytes(save(parts, {header.KEY: f"{zlib.crc32(text.encode()):08x}{text}"}))
+    path.write_bytes(save(parts, {manifest.KEY: f"{zlib.crc32(text.encode()):08x}{text}"}))
 
 
 def sign(document, parts):
@@ -107,7 +107,7 @@ def sign(document, parts):
         own = [parts[p] for p in (name, name + ":values", name + ":gaps") if p in parts]
         shape = description.get("shape", list(own[0].shape) if own else [])
         if own and isinstance(shape, list):
-            description["crc"] = header.checksum(own[0].dtype, shape, own)
+            description["crc"] = manifest.checksum(own[0].dtype, shape, own)
 
 
 def at(*keys, value):

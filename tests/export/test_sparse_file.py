@@ -171,6 +171,16 @@ def test_latent_weights_are_stored_with_a_warning(path):
         assert file.sparsity == 0
 
 
+def test_a_small_sparse_model_is_not_called_dense(path, recwarn):
+    weight = random_sparse((5, 5), 0.0)
+    weight[0, :2] = 1.0
+    feather.save_sparse({"weight": weight}, path)
+    with SparseFile(path) as file:
+        assert file.entries["weight"].layout == "dense"  # its header would take more
+        assert file.sparsity == 0.92
+    assert not recwarn.list
+
+
 def test_zeros_of_negative_weights_are_kept_and_warned_of(path):
     weight = torch.randn(100, 100) * (torch.rand(100, 100) < 0.1)
     with pytest.warns(FeatherWarning, match=r"weight has .* zeros that are -0\.0"):
@@ -202,6 +212,15 @@ def test_tied_tensors_are_stored_once_and_load_into_tied_and_untied_models(path)
         assert torch.equal(other.state_dict()["two.weight"], model.one.weight)
 
 
+def test_views_that_conjugate_or_negate_are_not_tied_to_what_they_are_of(path):
+    z = random_sparse((20, 20), 0.1, torch.complex64) * (1 + 2j)
+    state = {"z": z, "conjugate": z.conj(), "negative": torch._neg_view(z), "both": z.conj().imag}
+    feather.save_sparse(state, path)
+    with SparseFile(path) as file:
+        for name, tensor in state.items():
+            assert torch.equal(file.tensor(name), tensor), name
+
+
 def test_wrapped_models_have_plain_names(model, path):
     inner = nn.Sequential(torch.compile(nn.Linear(50, 50)), nn.ReLU())
     inner[0].weight.data = random_sparse((50, 50), 0.1)
@@ -229,15 +248,31 @@ def test_values_are_converted_on_request(model, path, dtype):
         assert torch.equal(value, expected.to(dtype) if expected.dim() >= 2 else expected)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str
+)
+def test_no_weight_is_lost_that_is_too_small_for_a_type(path, dtype):
+    weight = random_sparse((60, 60), 0.1)
+    weight[0, :3] = torch.tensor([1e-42, -1e-42, 0.5])
+    feather.save_sparse({"weight": weight}, path, dtype=dtype)
+    with SparseFile(path) as file:
+        stored = file.tensor("weight").float()
+        assert file.sparsity == 1 - int(weight.count_nonzero()) / 3600
+    assert torch.equal(stored.sign(), weight.sign())
+    assert stored[0, 0] == -stored[0, 1]
+    assert stored[0, 0] <= torch.finfo(dtype).smallest_normal
+    assert stored[0, 2] == 0.5
+
+
 def test_names_that_look_like_parts_are_names(path):
     state = {
         "a": random_sparse((100, 100), 0.1),
         "a:values": torch.ones(3),
         "b:gaps": torch.ones(2),
     }
-    with pytest.warns(FeatherWarning):  # nothing is left that can be stored sparse
-        feather.save_sparse(state, path)
+    feather.save_sparse(state, path)
     with SparseFile(path) as file:
+        assert {entry.layout for entry in file.entries.values()} == {"dense"}
         assert all(torch.equal(file.tensor(name), value) for name, value in state.items())
 
 
@@ -359,6 +394,11 @@ BAD_INPUT = {
     "sharded": ({"a": torch.ones(2).as_subclass(Sharded)}, "a is sharded. Gather the state first"),
     "layout": ({"a": torch.ones(2, 2).to_sparse()}, r"a is of layout torch\.sparse_coo"),
     "dtype": ({"a": torch.ones(2, dtype=torch.complex128)}, r"a is of torch\.complex128"),
+    "name of the header": ({"__metadata__": torch.ones(2)}, "__metadata__: in the file"),
+    "name twice": (
+        {"a.w": torch.ones(2), "a._orig_mod.w": torch.zeros(2)},
+        r"a\.w, a\._orig_mod\.w: in the file",
+    ),
 }
 
 
@@ -376,11 +416,27 @@ def test_metadata_is_what_json_can_hold(metadata, path):
         feather.save_sparse({"a": random_sparse((99, 99), 0.1)}, path, metadata=metadata)
 
 
-def test_weights_beyond_the_range_of_a_type_are_refused(path):
-    weight = random_sparse((99, 99), 0.1)
-    weight[0, 0] = 1e6
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float32], ids=str)
+def test_weights_beyond_the_range_of_a_type_are_refused(path, dtype):
+    weight = random_sparse((99, 99), 0.1, torch.float64)
+    weight[0, 0], weight[0, 1] = 1e60, torch.inf
     with pytest.raises(ConfigurationError, match=r"weight has weights beyond the range"):
-        feather.save_sparse({"weight": weight}, path, dtype=torch.float16)
+        feather.save_sparse({"weight": weight}, path, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fnuz], ids=str)
+def test_types_that_no_weight_is_stored_in_are_refused(model, path, dtype):
+    with pytest.raises(ConfigurationError, match=f"cannot be stored as {dtype}"):
+        feather.save_sparse(model, path, dtype=dtype)
+
+
+def test_a_closed_file_says_so(model, path):
+    feather.save_sparse(model, path)
+    with SparseFile(path) as file:
+        pass
+    file.close()
+    with pytest.raises(StateError, match="was closed"):
+        file.tensor("conv1.weight")
 
 
 def test_a_full_disk_keeps_the_old_file_and_leaves_no_other(model, path, monkeypatch):

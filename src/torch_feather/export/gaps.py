@@ -36,9 +36,7 @@ def encode(positions: Array) -> tuple[Array, int]:
 
 
 def _best_width(gaps: Array) -> int:
-    counts = np.bincount(gaps, minlength=1)
-    lengths = np.flatnonzero(counts)
-    counts = counts[lengths]
+    lengths, counts = np.unique(gaps, return_counts=True)
     return min(WIDTHS, key=lambda w: w * int(np.sum(counts * (lengths // (2**w - 1) + 1))))
 
 

@@ -2,11 +2,12 @@
 
 Each tensor is stored in the smaller of two layouts, bit for bit: all its values, under its own
 name as in any safetensors file; or the values other than zero (`NAME:values`) and the gaps between
-them (`NAME:gaps`, see gaps.py). Tied tensors are stored once. See header.py for what else is in it.
+them (`NAME:gaps`, see gaps.py). Tied tensors are stored once. What else is in it: manifest.py.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike, fspath
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from ..atomic import replace_file
 from ..errors import ConfigurationError, FileFormatError, StateError, warn
 from ..prunable import unwrap
-from . import gaps, header, hub
-from .header import GAPS, VALUES, Entry, as_integers
+from . import gaps, hub, manifest
+from .manifest import GAPS, VALUES, Entry, as_integers
 
 # What a sparse tensor adds to the file beside its data: a second name, two lines of JSON.
 OVERHEAD = 200
@@ -44,7 +45,8 @@ def save_sparse(
             dict.
         path: the file; what it held is replaced in one stroke or, on any failure, kept.
         dtype: what floating-point tensors with two or more dimensions are converted to, such as
-            `torch.float16`. Biases, norms and their statistics keep their own.
+            `torch.float16`. Biases, norms and their statistics keep their own. A weight too small
+            for it becomes its smallest number, so that no more weights are zero than were.
         metadata: anything that JSON can hold, to be read as `SparseFile.metadata`.
 
     Raises:
@@ -53,27 +55,30 @@ def save_sparse(
         ImportError: safetensors is not installed.
         OSError: the file cannot be written.
     """
+    if dtype is not None and (not dtype.is_floating_point or dtype not in manifest.DTYPES.values()):
+        raise ConfigurationError(
+            f"weights cannot be stored as {dtype}: choose such as torch.float16"
+        )
     save = _safetensors().torch.save
     stored, tied = _without_ties(_tensors(model))
     parts: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
-    weights = zeros = smaller = 0
+    weights = zeros = 0
     for name, original in stored.items():
         tensor = _storable(name, original, dtype)
         described[name], own, nonzeros = _smallest(name, tensor, stored.keys())
-        described[name]["crc"] = header.checksum(tensor.dtype, tensor.shape, own.values())
+        described[name]["crc"] = manifest.checksum(tensor.dtype, tensor.shape, own.values())
         parts |= own
         if _is_weight(tensor):
             weights, zeros = weights + tensor.numel(), zeros + tensor.numel() - nonzeros
-            smaller += len(own) > 1
-    if not smaller:
+    if 32 * zeros <= weights:  # to say where they are takes as much
         warn(
             "This model is not sparse: the file will be as large as a dense one. Are these the "
             "latent weights, or those of a model that was never pruned? The sparse weights are "
             "those of the model itself, before Sparsifier.detach() or after finalize()."
         )
     sparsity = zeros / weights if weights else 0.0
-    about = header.write(described, tied, sparsity, metadata or {})
+    about = manifest.write(described, tied, sparsity, metadata or {})
     data = save(parts, metadata=about)
     replace_file(Path(path), lambda file: file.write(data))
 
@@ -140,7 +145,7 @@ class SparseFile:
             self._file = _safetensors().safe_open(self.path, framework="pt")
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
             parts = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
-            read = header.read(self._file.metadata(), parts)
+            read = manifest.read(self._file.metadata(), parts)
         self.entries, self.sparsity, self.metadata = read.entries, read.sparsity, read.metadata
 
     def __enter__(self) -> SparseFile:
@@ -151,7 +156,9 @@ class SparseFile:
 
     def close(self) -> None:
         """Nothing can be read from it any more."""
-        self._file.__exit__(None, None, None)
+        if self._file is not None:
+            self._file.__exit__(None, None, None)
+            self._file = None
 
     def tensor(self, name: str, limit: int | None = LIMIT) -> Tensor:
         """All values of one tensor, zeros included, on the CPU.
@@ -201,10 +208,12 @@ class SparseFile:
 
     def _read(self, entry: Entry) -> list[Tensor]:
         """Its values and, in the layout `gaps`, its codes; they may be the file's own memory."""
+        if self._file is None:
+            raise StateError(f"{self.path} was closed; read its tensors before that")
         names = [entry.name] if entry.width is None else [entry.name + VALUES, entry.name + GAPS]
         with _reading(self.path, entry.name):
             parts = [self._file.get_tensor(name) for name in names]
-            if header.checksum(entry.dtype, entry.shape, parts) != entry.crc:
+            if manifest.checksum(entry.dtype, entry.shape, parts) != entry.crc:
                 raise FileFormatError(f"{entry.name:.80}: its data does not have its checksum")
             if entry.dtype == torch.bool and parts[0].view(torch.uint8).gt(1).any():
                 raise FileFormatError(f"{entry.name:.80}: a truth value that is neither 0 nor 1")
@@ -248,7 +257,18 @@ def _tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"{name!r} is of type {type(value).__name__}: a sparse file holds named tensors. "
                 "Give the model itself, or its state_dict() without what is no tensor."
             )
-    return {_plain(name): value.detach() for name, value in model.items()}
+    names = Counter([*map(_plain, model), "__metadata__"])  # of safetensors itself
+    if twice := [name for name in model if names[_plain(name)] > 1]:
+        raise ConfigurationError(
+            f"{', '.join(twice)}: in the file this would be the name of something else too, since "
+            "`_orig_mod.` is left out there and `__metadata__` is the format's own"
+        )
+    return {_plain(name): _values(value.detach()) for name, value in model.items()}
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """As they lie in memory: views that conjugate or negate when they are read, carried out."""
+    return tensor.resolve_conj().resolve_neg()
 
 
 def _plain(name: str) -> str:
@@ -280,11 +300,13 @@ def _storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         raise ConfigurationError(f"{name} is of {place}: it has no dense values to store.")
     tensor = tensor.cpu()
     if dtype is not None and _is_weight(tensor):
-        converted = tensor.to(dtype)
-        if converted.is_floating_point() and converted.isinf().sum() > tensor.isinf().sum():
+        exact, tensor = tensor.double(), tensor.to(dtype)
+        found = tensor.double()
+        if ((exact.abs() > torch.finfo(dtype).max) & (exact != found)).any():
             raise ConfigurationError(f"{name} has weights beyond the range of {dtype}.")
-        tensor = converted
-    if tensor.dtype not in header.DTYPES.values():
+        lost = (found == 0) & (exact != 0)
+        as_integers(tensor)[lost] |= 1  # the smallest number, of the same sign
+    if tensor.dtype not in manifest.DTYPES.values():
         raise ConfigurationError(f"{name} is of {tensor.dtype}, which sparse files do not have.")
     return tensor.contiguous()
 

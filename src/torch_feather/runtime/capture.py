@@ -75,7 +75,9 @@ def _guarding_one() -> AbstractContextManager[object]:
 
     It is PyTorch's to take away; `Captured.takes` then refuses single samples.
     """
-    return config.patch({ONE: True}) if hasattr(config, ONE) else nullcontext()
+    if not hasattr(config, ONE):
+        return nullcontext()
+    return config.patch({ONE: True})  # type: ignore[attr-defined]
 
 
 def _export(model: nn.Module, example: Tensor, sizes: dict[int, Any] | None) -> Captured:

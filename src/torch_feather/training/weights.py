@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from ..export import header
+from ..export import manifest
 from ..export.sparse_file import SparseFile
 from .checkpoint import RunDirectory
 from .errors import RunError
@@ -86,7 +86,7 @@ def _is_sparse(path: Path) -> bool:
     from safetensors import safe_open
 
     with _reading(path), safe_open(path, framework="pt") as file:
-        return header.KEY in (file.metadata() or {})
+        return manifest.KEY in (file.metadata() or {})
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Header:
+class Manifest:
     """All that is known before any data is read."""
 
     entries: dict[str, Entry]
@@ -139,7 +139,7 @@ def as_integers(tensor: Tensor) -> Tensor:
     return tensor.view(INTEGERS[tensor.dtype.itemsize])
 
 
-def read(metadata: Mapping[str, str] | None, parts: Mapping[str, Part]) -> Header:
+def read(metadata: Mapping[str, str] | None, parts: Mapping[str, Part]) -> Manifest:
     """Everything that can be checked without the data is checked here.
 
     Args:
@@ -183,7 +183,7 @@ def read(metadata: Mapping[str, str] | None, parts: Mapping[str, Part]) -> Heade
     sparsity = document.get("sparsity")
     if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
         raise FileFormatError(f"sparsity {sparsity!r:.40}")
-    return Header(entries, float(sparsity), _dict(document, "metadata"))
+    return Manifest(entries, float(sparsity), _dict(document, "metadata"))
 
 
 def _gaps(name: str, description: dict[str, Any], left: dict[str, Part]) -> Entry:
