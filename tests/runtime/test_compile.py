@@ -121,7 +121,7 @@ SINGLES = {  # what a batch of one is something else to
     "squeeze": lambda y: y.squeeze(0) * 2,
     "squeeze of several": lambda y: y.squeeze((0, 1)) * 2,
     "squeeze of a part": lambda y: y[1:].squeeze(0) * 2,
-    "circular padding": lambda y: F.pad(y[:, None], (1, 1), mode="circular"),  # for PyTorch
+    "circular padding": lambda y: F.pad(y[:, None], (1, 1), mode="circular")[..., :6],
     "squeeze in a branch": lambda y: torch.cond(
         y.sum() > 0, lambda y: y.squeeze(0) * 2, lambda y: y.squeeze(0) * 3, (y,)
     ),
@@ -134,7 +134,7 @@ class Single(nn.Linear):
         self.name = name
 
     def forward(self, x):
-        return SINGLES[self.name](super().forward(x))
+        return super().forward(SINGLES[self.name](super().forward(x)))
 
 
 @pytest.mark.parametrize(
