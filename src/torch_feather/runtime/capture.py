@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental import _config as config
 from torch.utils._pytree import tree_unflatten
 
 from ..errors import FeatherError
@@ -19,6 +21,7 @@ from .layer import Layer, MaxPool
 
 aten = torch.ops.aten
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+ONE = "backed_size_oblivious"
 CONTIGUOUS = (  # functions that take memory as it lies, and planes lie otherwise
     aten.as_strided.default,
     aten.view_as_complex.default,
@@ -56,20 +59,37 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
     # A batch of 1 would be taken for a constant.
     several = example if len(example) > 1 else torch.cat([example, example])
     try:
-        found = _export(model, several, {0: torch.export.Dim.AUTO})
+        with _guarding_one():
+            found = _export(model, several, {0: torch.export.Dim.AUTO})
         return found if found.takes(example) else _export(model, example, None)
+    except CaptureError:
+        raise
     except Exception as error:  # of many types, none documented
         raise CaptureError(f"torch.export cannot follow {type(model).__name__}: {error}") from error
 
 
+def _guarding_one() -> AbstractContextManager[object]:
+    """Makes torch.export note what is true of several samples only; else it takes that for given.
+
+    It is PyTorch's to take away; `Captured.takes` then refuses single samples.
+    """
+    return config.patch({ONE: True}) if hasattr(config, ONE) else nullcontext()
+
+
 def _export(model: nn.Module, example: Tensor, sizes: dict[int, Any] | None) -> Captured:
     program = torch.export.export(model, (example,), dynamic_shapes=sizes and (sizes,))
-    module = program.run_decompositions({}).module()
+    program = program.run_decompositions({})
+    if changed := program.graph_signature.buffers_to_mutate:
+        raise CaptureError(
+            f"{type(model).__name__} changes its buffers in eval mode "
+            f"({', '.join(changed.values())}), and a compiled network has no state: compute "
+            "without them"
+        )
+    module = program.module()
     assert isinstance(module, GraphModule)
-    given = next(n for n in module.graph.nodes if n.op == "placeholder")
-    batch = str(given.meta["val"].shape[0])  # a name, where any is taken
+    given = next(n for n in module.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
     guards: Any = getattr(module, "_guards_fn", None)
-    squeezes = any(n.target is aten.squeeze.default for n in module.graph.nodes)  # a batch of 1 too
+    squeezed = [n for part in _graphs(module) for n in _squeezed(part.graph)]
 
     def takes(x: Tensor) -> bool:
         try:
@@ -77,25 +97,38 @@ def _export(model: nn.Module, example: Tensor, sizes: dict[int, Any] | None) -> 
                 guards(x)
         except AssertionError:
             return False
-        return len(x) == int(batch) if batch.isdigit() else len(x) > 1 or not squeezes
+        if isinstance(given, int):
+            return len(x) == given
+        if any(n.node.expr.subs(given.node.expr, len(x)) == 1 for n in squeezed):
+            return False
+        return len(x) > 1 or hasattr(config, ONE)
 
     spec = program.call_spec.out_spec
     return Captured(fuse(module), takes, lambda flat: tree_unflatten(list(flat), spec))
 
 
+def _graphs(module: GraphModule) -> list[GraphModule]:
+    """Of the model, and of branches in it."""
+    return [part for part in module.modules() if isinstance(part, GraphModule)]
+
+
+def _squeezed(graph: Graph) -> Iterator[torch.SymInt]:
+    """Sizes that depend on the batch's, and were taken not to be 1."""
+    for node in graph.nodes:
+        if getattr(node.target, "overloadpacket", None) is aten.squeeze:
+            shape = node.args[0].meta["val"].shape
+            dims = node.args[1] if len(node.args) > 1 else range(len(shape))
+            for dim in [dims] if isinstance(dims, int) else dims:
+                if shape and not isinstance(shape[dim], int):
+                    yield shape[dim]
+
+
 def fuse(module: GraphModule) -> GraphModule:
     """Replace layers with constant weights, and what follows them, by `Layer`s."""
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.op == "call_module" and node.name.startswith("_guards"):
-            graph.erase_node(node)  # `Captured.takes`
-        elif node.target is aten.dropout.default and not node.args[2]:
-            _replace(node, node.args[0])
-        elif node.op == "call_function" and node.target is aten.view.default:
-            node.target = aten.reshape.default  # planes cannot always be viewed otherwise
-        elif node.target in CONTIGUOUS:
-            _make_contiguous(graph, node)
-    constants = _constants(module)
+    for part in _graphs(module):
+        _rewrite(part.graph)
+        part.recompile()
+    graph, constants = module.graph, _constants(module)
     alive, uses = set(graph.nodes), Counter[str]()
     for node in list(graph.nodes):
         if node in alive and (layer := _layer(node, constants)):
@@ -110,17 +143,34 @@ def fuse(module: GraphModule) -> GraphModule:
     return module
 
 
-def _constants(module: GraphModule) -> dict[Node, Tensor]:
-    """Tensors that do not depend on the input, computed."""
-    known: dict[Node, Tensor] = {}
+def _rewrite(graph: Graph) -> None:
+    """Functions as they have to be where values lie in planes."""
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.name.startswith("_guards"):
+            graph.erase_node(node)  # `Captured.takes`
+        elif node.target is aten.dropout.default and not node.args[2]:
+            _replace(node, node.args[0])
+        elif node.op == "call_function" and node.target is aten.view.default:
+            node.target = aten.reshape.default  # planes cannot always be viewed otherwise
+        elif node.target in CONTIGUOUS:
+            _make_contiguous(graph, node)
+
+
+def attributes(module: GraphModule) -> dict[Node, Any]:
+    """What the graph finds in its module: weights, buffers, and branches of torch.cond."""
+    found: dict[Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            value: Any = module
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            if isinstance(value, Tensor):  # not a branch of torch.cond
-                known[node] = value.detach()
-        elif (
+            value = operator.attrgetter(str(node.target))(module)
+            found[node] = value.detach() if isinstance(value, Tensor) else value
+    return found
+
+
+def _constants(module: GraphModule) -> dict[Node, Tensor]:
+    """Tensors that do not depend on the input, computed."""
+    known = {n: value for n, value in attributes(module).items() if isinstance(value, Tensor)}
+    for node in module.graph.nodes:
+        if (
             node.op == "call_function"
             and node.all_input_nodes
             and all(n in known for n in node.all_input_nodes)
@@ -161,7 +211,7 @@ def _layer(node: Node, constants: dict[Node, Tensor]) -> Layer | None:
     if weight is None or (bias is None and args[2] is not None) or weight.dim() < 2:
         return None
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    if bias.shape != weight.shape[:1]:
+    if bias.shape != weight.shape[:1] or {weight.dtype, bias.dtype} != {torch.float32}:
         return None
     name = str(args[1].target) if args[1].op == "get_attr" else args[1].name
     if node.target is aten.linear.default:

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from ..errors import FeatherError, FileFormatError, StateError
 from .bound import Bound
-from .capture import CaptureError, capture
+from .capture import CaptureError, attributes, capture
 from .choose import Choice, choose
 from .kernels import Tile
 from .layer import Layer
@@ -109,7 +108,8 @@ class SparseModule(nn.Module):
                 )
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self._captured = capture(model, example)
-            self._constants = _constants(self._captured.module)
+            found_there = attributes(self._captured.module)
+            self._constants = {node.name: value for node, value in found_there.items()}
             graph = self._captured.module.graph
             self._batch = len(example)
             given = next(n for n in graph.nodes if n.op == "placeholder").meta["val"]
@@ -255,14 +255,3 @@ _NOT_SAVED = (
 
 def _tiles(choices: Mapping[str, Choice]) -> dict[str, Tile]:
     return {name: choice.tile for name, choice in choices.items()}
-
-
-def _constants(module: GraphModule) -> dict[str, Any]:
-    known = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            value: Any = module
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            known[node.name] = value.detach() if isinstance(value, Tensor) else value
-    return known
