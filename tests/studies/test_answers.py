@@ -83,8 +83,7 @@ def test_sparsities_with_one_verdict_are_told_together(row):
     ]
     sentences, _ = spread.against(rows, [("a", "b")])
     assert sentences[0] == "a is ahead of b at 90 and 95 %; behind b at 99 % sparsity (n = 3)."
-    assert "these 3 comparisons" in sentences[1]
-    assert sentences[1].endswith("(Holm) 3 of 3 differences are left: all.")
+    assert sentences[1].endswith("(Holm), 3 of 3 differences are left.")
 
 
 def test_what_is_left_of_many_comparisons_is_said(row):
@@ -96,14 +95,14 @@ def test_what_is_left_of_many_comparisons_is_said(row):
     rows = [row(name, 0.9, i, a) for name, mine in accuracies.items() for i, a in enumerate(mine)]
     sentences, (table,) = spread.against(rows, [("a", "near"), ("a", "far")])
     assert sentences[0].startswith("a is ahead of near")
-    assert sentences[2].endswith("(Holm) 2 of 2 differences are left: all.")
+    assert sentences[2].endswith("(Holm), 2 of 2 differences are left.")
     more = [
         row(f"other {i}", 0.9, seed, a) for i in range(4) for seed, a in enumerate((0.4, 0.5, 0.6))
     ]
     pairs = [("a", "near"), ("a", "far"), *((("a", f"other {i}")) for i in range(4))]
     sentences, (table,) = spread.against([*rows, *more], pairs)
     assert sentences[0].startswith("a is ahead of near")
-    assert sentences[-1].endswith("(Holm) 1 of 2 differences are left: a against far at 90 %.")
+    assert sentences[-1].endswith("(Holm), 1 of 2 differences are left: a against far at 90 %.")
     by_itself = spread.chance([2.0, 2.1, 1.4])
     assert [line[4] for line in table.rows][:2] == [f"{5 * by_itself:.3f}", "< 0.001"]
 

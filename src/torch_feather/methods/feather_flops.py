@@ -34,8 +34,8 @@ def feather_flops(
         sparsity: final share of zeros.
         gamma: the bias, >= 0; 0 is `feather`. The default is our choice: a bias of 0.5 can leave
             little more than the classifier at 98 %.
-        budget: instead, what the prunable weights may cost: multiply-adds per sample, or the unit of
-            `costs`. gamma is then the least that meets it on the weights with which training
+        budget: instead, what the prunable weights may cost: multiply-adds per sample, or the unit
+            of `costs`. gamma is then the least that meets it on the weights with which training
             begins. What training makes of it, `Sparsifier.report(example_input)` says.
         costs: of a weight, by weight name: multiply-adds, or what
             `torch_feather.runtime.layer_milliseconds` measures.

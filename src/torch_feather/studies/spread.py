@@ -166,7 +166,8 @@ def against(rows: Sequence[Row], pairs: Iterable[tuple[str, str]]) -> tuple[list
     """How far the first of each pair is ahead of the second: a sentence each, and the numbers.
 
     Ahead means that the 95 % interval of the paired difference is above 0. Without enough seeds
-    nothing is said. The last sentence says what is left if one corrects for how many there are.
+    nothing is said. The last sentence says what is left if one corrects for how many there are at
+    a sparsity.
     """
     groups, found = group(rows), []
     for (ours, other), sparsity in itertools.product(pairs, sparsities(rows)):
@@ -174,11 +175,14 @@ def against(rows: Sequence[Row], pairs: Iterable[tuple[str, str]]) -> tuple[list
         if len(ahead) >= ENOUGH:
             found.append(Difference(ours, other, sparsity, tuple(ahead)))
     judged = [difference for difference in found if difference.judged]
-    corrected = dict(zip(judged, holm([chance(d.values) for d in judged]), strict=True))
+    corrected: dict[Difference, float] = {}
+    for sparsity in sparsities(rows):
+        mine = [d for d in judged if d.sparsity == sparsity]
+        corrected |= zip(mine, holm([chance(d.values) for d in mine]), strict=True)
     head = ["", "sparsity", "points of accuracy", "95 % interval", "p (Holm)", "n"]
     caption = (
         "Differences, seed by seed, with Student's interval of their mean, each taken by itself: "
-        f"not told apart means that 0 is in it. p is corrected for {len(judged)} comparisons"
+        "not told apart means that 0 is in it. p is corrected for how many there are at a sparsity"
     )
     table = Table(caption, head, [_line(d, corrected.get(d)) for d in found])
     return _sentences(judged, corrected), [table] if found else []
@@ -209,13 +213,22 @@ def _sentences(judged: Sequence[Difference], corrected: Mapping[Difference, floa
     apart = [d for d in judged if d.verdict != "not told apart from"]
     if len(judged) > 1 and apart:
         left = [d for d in apart if corrected[d] < 0.05]
-        names = "; ".join(f"{d.ours} against {d.other} at {percent(d.sparsity)}" for d in left)
-        which = "none" if not left else "all" if len(left) == len(apart) else names
+        lost = [d for d in apart if d not in left]
+        which = f": {_named(left)}" if 0 < len(left) <= len(lost) else ""
+        but = f", all but {_named(lost)}" if 0 < len(lost) < len(left) else ""
         sentences.append(
-            f"Each of these {len(judged)} comparisons is taken by itself. Corrected for their "
-            f"number (Holm) {len(left)} of {len(apart)} differences are left: {which}."
+            "Each comparison is taken by itself. Corrected for how many there are at a sparsity "
+            f"(Holm), {len(left)} of {len(apart)} differences are left{which}{but}."
         )
     return sentences
+
+
+def _named(differences: Sequence[Difference]) -> str:
+    pairs = itertools.groupby(differences, lambda d: (d.ours, d.other))
+    return "; ".join(
+        f"{ours} against {other} at {_and([f'{100 * d.sparsity:g}' for d in mine])} %"
+        for (ours, other), mine in pairs
+    )
 
 
 def _and(words: Sequence[str]) -> str:
