@@ -1,7 +1,7 @@
 """What does `--track-masks` add to an epoch?
 
-At the end of every epoch the masks are taken from the sparsifier, packed and written to disk. That is
-timed beside training steps on random images; an epoch has as many steps as CIFAR-100's.
+At the end of every epoch the masks are taken from the sparsifier, packed and written to disk. That
+is timed beside training steps on random images; an epoch has as many steps as CIFAR-100's.
 
     python benchmarks/mask_tracking.py --json results/mask_tracking.json
 """
