@@ -30,8 +30,8 @@ from typing import Any
 
 import official
 import torch
-from scipy import stats
 
+from torch_feather.studies.spread import interval
 from torch_feather.training import Config, resolve_config, train
 from torch_feather.training.checkpoint import RunDirectory, write_json
 from torch_feather.training.config import parse_assignments, to_dict
@@ -165,7 +165,8 @@ def read(path: Path, config: Config) -> Row:
 def aggregate(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Per sparsity: means and deviations in %, over the seeds that both have, and how they differ.
 
-    `interval` is Welch's 95 % interval of the difference of the means (None with one seed).
+    `interval` is Student's 95 % interval of the difference, seed by seed: a seed gives both the
+    same weights and batches. None with one seed.
     """
     accuracy = {
         (r["sparsity"], r["seed"], r["implementation"]): 100 * r["test_accuracy"] for r in rows
@@ -192,16 +193,10 @@ def aggregate(rows: Sequence[Row]) -> list[dict[str, Any]]:
             }
         entry["weights"] = of_this[0]["weights"]
         entry["difference"] = entry[OURS]["mean"] - entry[OFFICIAL]["mean"]
-        entry["interval"] = _interval(values[OURS], values[OFFICIAL])
+        ahead = [a - b for a, b in zip(values[OURS], values[OFFICIAL], strict=True)]
+        entry["interval"] = list(interval(ahead)) if len(ahead) > 1 else None
         result.append(entry)
     return result
-
-
-def _interval(a: Sequence[float], b: Sequence[float]) -> list[float] | None:
-    if len(a) < 2 or len({*a}) == len({*b}) == 1:
-        return None
-    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
-    return [float(low), float(high)]
 
 
 def table(rows: Sequence[Row], command: str) -> str:
@@ -255,7 +250,7 @@ def _provenance(rows: Sequence[Row]) -> list[str]:
     return [
         f"{first['network']} on {first['data']['name']}, recipe {first['recipe']}, "
         f"{first['epochs']} epochs. Mean ± standard deviation over seeds of the test accuracy of "
-        "the last epoch; nothing chosen. The interval is Welch's.",
+        "the last epoch; nothing chosen. The interval is Student's, of differences seed by seed.",
         "",
         f"{'; '.join(sorted(machines))}; "
         f"PyTorch {', '.join(sorted({r['versions']['torch'] for r in rows}))}; "

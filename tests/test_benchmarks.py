@@ -207,8 +207,8 @@ def test_means_and_deviations_over_seeds(peer_accuracy):
     }
     assert entry["official"]["mean"] == pytest.approx(36)
     assert entry["difference"] == pytest.approx(1)
-    # Welch: equal deviations of 1, n = 3: 1 -+ 2.7764 sqrt(2/3) at 4 degrees of freedom.
-    assert entry["interval"] == pytest.approx([1 - 2.2669, 1 + 2.2669], abs=1e-3)
+    # Differences 1, 0 and 2: 1 -+ 4.3027 / sqrt(3), at 2 degrees of freedom.
+    assert entry["interval"] == pytest.approx([1 - 2.4841, 1 + 2.4841], abs=1e-3)
 
 
 def test_only_seeds_that_both_have_are_averaged(peer_accuracy):
@@ -227,7 +227,7 @@ def test_one_pair_has_a_difference_but_no_spread(peer_accuracy, rows):
 
 def test_the_table_shows_every_seed_and_what_is_missing(peer_accuracy):
     text = peer_accuracy.table([*PAIRS, row("ours", 7, 0.4)], "python it")
-    assert "| 98 % | 37.00 ± 1.00 | 36.00 ± 1.00 | +1.00 (-1.27 to +3.27) | 3 | 980 | 979 |" in text
+    assert "| 98 % | 37.00 ± 1.00 | 36.00 ± 1.00 | +1.00 (-1.48 to +3.48) | 3 | 980 | 979 |" in text
     assert "| 98 % | 2 | 38.00 | 36.00 | +2.00 | 1.5000 | 1.5000 |" in text
     assert "| 98 % | 7 | 40.00 |  |  | 1.5000 |  |" in text
     assert "bbbbbbbbbb" in text

@@ -25,6 +25,8 @@ def row():
             "seconds": 60.0,
             "network": "resnet20",
             "data": "images",
+            "amp": False,
+            "select": "last",
             "curve": {"train_loss": [2.0, 1.0 - accuracy], "mask_correlation": [None, 0.5, 1.0]},
             "commit": "0123456789abc+",
             "versions": {"torch": "2"},

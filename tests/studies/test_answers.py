@@ -1,7 +1,7 @@
 """What each study makes of its runs: sentences, tables, pictures."""
 
-import itertools
 import json
+import random
 import re
 import statistics
 
@@ -81,8 +81,41 @@ def test_sparsities_with_one_verdict_are_told_together(row):
         for seed in range(3)
         for name, accuracy in (("a", 0.5 + seed / 100), ("b", (0.4 if s < 0.98 else 0.6)))
     ]
-    (sentence,), _ = spread.against(rows, [("a", "b")])
-    assert sentence == "a is ahead of b at 90 and 95 %; behind b at 99 % sparsity (n = 3)."
+    sentences, _ = spread.against(rows, [("a", "b")])
+    assert sentences[0] == "a is ahead of b at 90 and 95 %; behind b at 99 % sparsity (n = 3)."
+    assert sentences[1].endswith("(Holm), 3 of 3 differences are left.")
+
+
+def test_what_is_left_of_many_comparisons_is_said(row):
+    accuracies = {
+        "a": [0.50, 0.50, 0.50],
+        "near": [0.480, 0.479, 0.486],
+        "far": [0.40, 0.401, 0.402],
+    }
+    rows = [row(name, 0.9, i, a) for name, mine in accuracies.items() for i, a in enumerate(mine)]
+    sentences, (table,) = spread.against(rows, [("a", "near"), ("a", "far")])
+    assert sentences[0].startswith("a is ahead of near")
+    assert sentences[2].endswith("(Holm), 2 of 2 differences are left.")
+    more = [
+        row(f"other {i}", 0.9, seed, a) for i in range(4) for seed, a in enumerate((0.4, 0.5, 0.6))
+    ]
+    pairs = [("a", "near"), ("a", "far"), *((("a", f"other {i}")) for i in range(4))]
+    sentences, (table,) = spread.against([*rows, *more], pairs)
+    assert sentences[0].startswith("a is ahead of near")
+    assert sentences[-1].endswith("(Holm), 1 of 2 differences are left: a against far at 90 %.")
+    by_itself = spread.chance([2.0, 2.1, 1.4])
+    assert [line[4] for line in table.rows][:2] == [f"{5 * by_itself:.3f}", "< 0.001"]
+
+
+def test_holms_correction():
+    assert spread.holm([0.01, 0.04, 0.03, 0.9]) == pytest.approx([0.04, 0.09, 0.09, 0.9])
+
+
+def test_differences_that_are_all_equal_give_no_conclusion(row):
+    rows = [row(m, seed=i, accuracy=a) for m, a in (("a", 0.503), ("b", 0.5)) for i in range(3)]
+    sentences, (table,) = spread.against(rows, [("a", "b")])
+    assert sentences == []
+    assert table.rows[0][2:5] == ["+0.30", "–", "–"]
 
 
 def test_the_curves_are_means_with_bars(rows):
@@ -131,13 +164,13 @@ def answered(name, row, seeds, drop=0):
     config = base(study, None, None, None, [])
     sparsities = [float(s) for s in study.small_sparsities.split(",")]
     plan = study.plan(config, Choices(sparsities, range(seeds), (study.methods or "").split(",")))
-    accuracies = itertools.cycle([0.5, 0.61, 0.43, 0.57, 0.72, 0.38, 0.66])
+    numbers = random.Random(0)
     rows = [
         row(
             run.config.method,
             run.config.sparsity,
             run.config.seed,
-            next(accuracies),
+            numbers.uniform(0.3, 0.7),
             name=run.name,
             label=run.label,
             network=run.config.network,
@@ -187,6 +220,12 @@ def test_with_part_of_the_runs_a_study_draws_them_and_concludes_nothing(name, ro
     assert sum(len(table.rows) for table in answer.ours.tables) == len(
         {(r["label"], r["sparsity"], r["network"]) for r in rows}
     )
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in ("recipe", "stability")])
+def test_with_the_dense_network_alone_there_is_a_table(name, row):
+    answer = STUDIES[name].answer([row("dense")], None)
+    assert [len(table.rows) for table in answer.ours.tables] == [1]
 
 
 def test_the_same_runs_give_the_same_files(row, tmp_path):

@@ -1,10 +1,12 @@
 """Grids of runs: nothing is trained twice, and a study that was ended goes on."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from concurrent.futures import Future
@@ -13,8 +15,10 @@ from dataclasses import replace
 import pytest
 
 from torch_feather.errors import ConfigurationError
-from torch_feather.studies.grid import Run, train_all
+from torch_feather.studies import grid as grid_module
+from torch_feather.studies.grid import Run, _result, processes, train_all
 from torch_feather.studies.study import Choices, grid
+from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import apply, resolve_config
 
 SMALL = {
@@ -28,42 +32,6 @@ SMALL = {
 
 def small(**changes):
     return apply(resolve_config("digits"), SMALL | changes, "test")
-
-
-def test_a_grid_trains_what_is_missing_and_nothing_twice(tmp_path):
-    runs = grid(small(), {"feather": {"method": "feather"}}, Choices([0.5, 0.9], [0]))
-    a, b = (run.name for run in runs)
-    first = train_all(runs[:1], tmp_path)
-    model = tmp_path / a / "model.safetensors"
-    written = model.stat().st_mtime_ns
-    both = train_all(runs, tmp_path)
-    assert model.stat().st_mtime_ns == written
-    assert both.rows[a] == first.rows[a]
-    assert list(both.rows) == [a, b]
-    assert both.rows[b]["zeros"] == round(0.9 * 306720)
-
-    # The same runs with their masks: there are none, and they are not trained again.
-    with_masks = [replace(run, config=replace(run.config, track_masks=True)) for run in runs]
-    outcome = train_all(with_masks, tmp_path)
-    assert model.stat().st_mtime_ns == written
-    assert not outcome.rows
-    assert "was trained without --track-masks" in outcome.failed[a]
-
-
-def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path):
-    diverging = small(**{"optimizer.lr": 1e20, "optimizer.clip": None})
-    outcome = train_all([Run("bad", diverging, "b"), Run("good", small(), "g")], tmp_path)
-    assert list(outcome.rows) == ["good"]
-    assert "are NaN" in outcome.failed["bad"]
-
-
-def test_after_its_time_a_grid_starts_nothing_but_knows_what_is_done(tmp_path):
-    a, b = Run("a", small(), "a"), Run("b", small(), "b")
-    train_all([a], tmp_path)
-    outcome = train_all([a, b], tmp_path, minutes=0)
-    assert list(outcome.rows) == ["a"]
-    assert outcome.waiting == ["b"]
-    assert not (tmp_path / "b").exists()
 
 
 class FakeRay(types.ModuleType):
@@ -99,6 +67,95 @@ class FakeRay(types.ModuleType):
         self.up = False
 
 
+@pytest.fixture
+def here(monkeypatch):
+    """Runs are trained in this process."""
+    monkeypatch.setitem(sys.modules, "ray", FakeRay({}))
+    return functools.partial(train_all, ray="local")
+
+
+def test_a_grid_trains_what_is_missing_and_nothing_twice(tmp_path, here):
+    runs = grid(small(), {"feather": {"method": "feather"}}, Choices([0.5, 0.9], [0]))
+    a, b = (run.name for run in runs)
+    first = here(runs[:1], tmp_path)
+    model = tmp_path / a / "model.safetensors"
+    written = model.stat().st_mtime_ns
+    both = here(runs, tmp_path)
+    assert model.stat().st_mtime_ns == written
+    assert both.rows[a] == first.rows[a]
+    assert list(both.rows) == [a, b]
+    assert both.rows[b]["zeros"] == round(0.9 * 306720)
+
+    # The same runs with their masks: there are none, and they are not trained again.
+    with_masks = [replace(run, config=replace(run.config, track_masks=True)) for run in runs]
+    outcome = here(with_masks, tmp_path)
+    assert model.stat().st_mtime_ns == written
+    assert not outcome.rows
+    assert "was trained without --track-masks" in outcome.failed[a]
+
+
+def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path):
+    diverging = small(**{"optimizer.lr": 1e20, "optimizer.clip": None})
+    outcome = train_all([Run("bad", diverging, "b"), Run("good", small(), "g")], tmp_path)
+    assert list(outcome.rows) == ["good"]
+    assert "are NaN" in outcome.failed["bad"]
+
+
+def test_after_its_time_a_grid_starts_nothing_but_knows_what_is_done(tmp_path, here):
+    a, b = Run("a", small(), "a"), Run("b", small(), "b")
+    here([a], tmp_path)
+    outcome = here([a, b], tmp_path, minutes=0)
+    assert list(outcome.rows) == ["a"]
+    assert outcome.waiting == ["b"]
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_process_that_dies_takes_no_other_training_with_it():
+    with processes(1) as submit:
+        died, fine = submit(os._exit, 1), submit(pow, 2, 3)
+        row, reason = _result(died)
+        assert row is None
+        assert "killed" in reason
+        assert fine.result() == 8
+
+
+def test_what_is_no_error_of_ours_stops_no_other_run_either(tmp_path, here):
+    a, b = Run("a", small(), "a"), Run("b", small(), "b")
+    here([a, b], tmp_path)
+    report = tmp_path / "a" / "report.json"
+    found = json.loads(report.read_text())
+    del found["seconds"]
+    report.write_text(json.dumps(found))
+    outcome = here([a, b], tmp_path)
+    assert outcome.failed == {"a": "KeyError: 'seconds'"}
+    assert list(outcome.rows) == ["b"]
+
+
+def test_a_run_that_another_process_trains_is_waited_for(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(grid_module, "BUSY", 0.1)
+    run = Run("a", small(), "a")
+    others = RunDirectory(tmp_path / "a").locked()
+    others.__enter__()
+    released = threading.Timer(5, others.__exit__, (None, None, None))
+    released.start()
+    outcome = here([run], tmp_path)
+    assert released.finished.is_set()
+    assert list(outcome.rows) == ["a"]
+    with RunDirectory(tmp_path / "b").locked():
+        outcome = here([Run("b", small(), "b")], tmp_path, minutes=0.05)
+    assert (outcome.rows, outcome.failed, outcome.waiting) == ({}, {}, ["b"])
+
+
+def test_defaults_that_changed_since_make_another_run(tmp_path, here):
+    run = Run("a", small(), "a")
+    here([run], tmp_path)
+    config = tmp_path / "a" / "config.yaml"
+    written = config.read_text()
+    assert "theta: auto" in written
+    config.write_text(written.replace("p: 3.0", "p: 4.0"))
+    assert "options.p was 4.0, not 3.0" in here([run], tmp_path).failed["a"]
+
+
 @pytest.mark.parametrize(
     ("resources", "share"),
     [({"CPU": 4.0}, 0), ({"CPU": 4.0, "GPU": 2.0}, 0.5)],
@@ -129,34 +186,35 @@ def test_where_ray_is_missing_or_silent_it_is_said(tmp_path, monkeypatch):
 STUDY = [
     *("study", "compare", "--methods", "dense,feather", "--sparsity", "0.9", "--seeds", "0"),
     *(word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")),
-    *("--set", "system.checkpoint_steps=5", "--set", "epochs=20"),
+    *("--set", "system.checkpoint_steps=5", "--set", "epochs=8"),
 ]
 
 
 @pytest.mark.parametrize(
-    "how",
+    ("how", "whom"),
     [
-        pytest.param(signal.SIGINT, id="ctrl-c"),
-        pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, os.killpg, id="ctrl-c"),
+        pytest.param(signal.SIGKILL, os.kill, id="killed-without-its-processes"),
+        pytest.param(signal.SIGKILL, os.killpg, id="killed", marks=pytest.mark.slow),
     ],
 )
-def test_a_study_that_was_ended_goes_on(tmp_path, how):
+def test_a_study_that_was_ended_goes_on(tmp_path, how, whom):
     command = [sys.executable, "-m", "torch_feather.cli", *STUDY, "--out", str(tmp_path)]
     process = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    begun = tmp_path / "runs" / "dense-epochs20-batch_size256-0" / "checkpoints" / "last.pt"
+    begun = tmp_path / "runs" / "digits-dense-epochs8-batch_size256-0" / "checkpoints" / "last.pt"
     limit = time.monotonic() + 120
     while not begun.exists() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.05)
-    os.killpg(process.pid, how)
-    _, errors = process.communicate(timeout=120)
+    whom(process.pid, how)
+    _, errors = process.communicate(timeout=120)  # until the last of its processes has ended
     assert process.returncode != 0
     assert "Traceback" not in errors
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "runs.json").read_text())
     assert [r["method"] for r in rows] == ["dense", "feather"]
-    assert [r["curve"]["epoch"][-1] for r in rows] == [20, 20]
+    assert [r["curve"]["epoch"][-1] for r in rows] == [8, 8]
     assert (tmp_path / "accuracy.svg").stat().st_size > 1000
     assert "| feather | 90 % |" in (tmp_path / "table.md").read_text()

@@ -10,11 +10,13 @@ from ..schedules import Schedule
 from .feather import power, scaled_gradient
 from .method import Method, make_schedule
 
+GAMMA = 0.25
+
 
 def feather_flops(
     *,
     sparsity: float,
-    gamma: float | None = None,
+    gamma: float | None = GAMMA,
     budget: float | None = None,
     costs: Mapping[str, float] | None = None,
     example_input: Any = None,
@@ -30,10 +32,10 @@ def feather_flops(
 
     Args:
         sparsity: final share of zeros.
-        gamma: the bias, >= 0; 0 is `feather`. Without it and without a budget, 0.25 (our
-            choice: a bias of 0.5 can leave little more than the classifier at 98 %).
-        budget: or what the prunable weights may cost: multiply-adds per sample, or the unit of
-            `costs`. gamma is then the least that meets it on the weights with which training
+        gamma: the bias, >= 0; 0 is `feather`. The default is our choice: a bias of 0.5 can leave
+            little more than the classifier at 98 %.
+        budget: instead, what the prunable weights may cost: multiply-adds per sample, or the unit
+            of `costs`. gamma is then the least that meets it on the weights with which training
             begins. What training makes of it, `Sparsifier.report(example_input)` says.
         costs: of a weight, by weight name: multiply-adds, or what
             `torch_feather.runtime.layer_milliseconds` measures.
@@ -41,8 +43,8 @@ def feather_flops(
         p, theta: as for `feather`.
         schedule, begin, end: as for `feather`.
     """
-    if gamma is None and budget is None:
-        gamma = 0.25
+    if budget is not None and gamma == GAMMA:
+        gamma = None
     return Method(
         operator=power(p),
         gradient=scaled_gradient(theta, sparsity),

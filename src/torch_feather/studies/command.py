@@ -1,6 +1,7 @@
 """`feather study NAME`: the same options for every study, made in one place."""
 
 import inspect
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,7 +74,7 @@ def command(study: Study) -> Callable[..., None]:
         ] = None,
         out: Annotated[
             Path | None,
-            typer.Option(help=f"Page, table, figures, rows. [default: runs/{study.name}]"),
+            typer.Option(help=f"Page, table, figures, rows. [default: runs/{study.name}-RECIPE]"),
         ] = None,
         runs: Annotated[
             Path | None,
@@ -92,13 +93,13 @@ def command(study: Study) -> Callable[..., None]:
         )
         told = {"methods": methods, "recipe": config.recipe, "data": data, "sparsity": sparsity}
         told |= {"seeds": seeds, "data-path": "DATA" if data_path else None}
-        words = [f"--{key} {value}" for key, value in told.items() if value is not None]
-        words += [f"--set {setting}" for setting in settings or []]
+        words = [word for key, value in told.items() if value for word in (f"--{key}", value)]
+        words += [word for setting in settings or [] for word in ("--set", setting)]
         plan = study.plan(config, choices)
         if not plan:
             words = []
-        made = Made(" ".join(["feather study", study.name, *words]), len(plan))
-        out = out or Path("runs") / study.name
+        made = Made(shlex.join(["feather", "study", study.name, *words]), len(plan))
+        out = out or Path("runs") / f"{study.name}-{config.recipe}"
         folder, done = runs or out / "runs", _progress(len(plan))
         outcome = train_all(plan, folder, jobs=jobs, minutes=minutes, ray=ray, done=done)
         rows = list(outcome.rows.values())
@@ -109,7 +110,7 @@ def command(study: Study) -> Callable[..., None]:
             typer.echo(write(study, study.answer(rows, config), rows, out, made))
             typer.echo(out / "index.html")
         if outcome.waiting:
-            typer.echo(f"{len(outcome.waiting)} runs were not started; the same command goes on")
+            typer.echo(f"{len(outcome.waiting)} runs are still to do; the same command goes on")
         if outcome.failed:
             raise SystemExit(1)
 

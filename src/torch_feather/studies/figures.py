@@ -109,8 +109,10 @@ def _dense_line(axes: Axes, rows: Sequence[Row], vertical: bool = False) -> None
     if dense:
         style: dict[str, Any] = {"color": GREY, "linestyle": (0, (6, 3)), "linewidth": 1}
         label = f"dense (n={len(dense)})"
-        draw = axes.axvline if vertical else axes.axhline
+        draw, band = (axes.axvline, axes.axvspan) if vertical else (axes.axhline, axes.axhspan)
         draw(mean(dense), label=label, **style)
+        away = deviation(accuracies(dense))
+        band(mean(dense) - away, mean(dense) + away, color=GREY, alpha=0.15, linewidth=0)
 
 
 def _count(groups: Sequence[Sequence[Row]]) -> str:

@@ -41,10 +41,14 @@ class Made:
         }
         versions = {f"{name} {v}" for row in rows for name, v in row["versions"].items()}
         seconds = sum(row["seconds"] for row in rows)
+        precisions = {"bfloat16 autocast" if row["amp"] else "float32" for row in rows}
+        epochs = {"last": "the last epoch", "best": "the epoch that held-out images chose"}
+        chosen = " or ".join(sorted({epochs[row["select"]] for row in rows}))
         facts = {
             "Trained": f"{seen('network')} on {seen('data')}, {seen('epochs')} epochs, "
-            f"seeds {seen('seed')}; {len(rows)} trainings, {seconds / 60:.0f} minutes in all",
-            "Measured": "test accuracy after the last epoch; nothing was chosen by test images; "
+            f"{' and '.join(sorted(precisions))}, seeds {seen('seed')}; {len(rows)} trainings, "
+            f"{seconds / 60:.0f} minutes in all",
+            "Measured": f"test accuracy after {chosen}; no training looks at test images; "
             "± is the standard deviation over seeds",
             "Hardware": "; ".join(sorted(machines)),
             "Versions": ", ".join(sorted(versions)),

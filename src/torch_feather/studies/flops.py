@@ -31,6 +31,7 @@ from .study import Answer, Choices, Part, Picture, Study, Table, grid
 
 BIASED = "feather-flops"
 GAMMAS = (0.125, 0.25, 0.5)
+GREY_IS = "Grey: the frontier, which nothing beats at the same cost or below."
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def plan(config: Config, choices: Choices) -> list[Run]:
 
 
 def biased(gamma: float) -> dict:
-    """The variant with this bias; 0.25 is what the method takes by itself."""
-    return {"method": BIASED, "options": {} if gamma == 0.25 else {"gamma": gamma}}
+    """The variant with this bias."""
+    return {"method": BIASED, "options": {"gamma": gamma}}
 
 
 def answer(rows: Sequence[Row], config: Config) -> Answer:
@@ -76,18 +77,17 @@ def answer(rows: Sequence[Row], config: Config) -> Answer:
         "of dense",
         lambda found: f"{100e6 * MULTIPLY_ADDS.mean(found) / found[0]['dense_macs']:.2f} %",
     )
-    pictures = [
-        Picture(
-            "frontier",
-            draw(rows, MULTIPLY_ADDS),
-            "Test accuracy against multiply-adds, means over seeds; bars: ± one standard deviation "
-            "of both. Grey: the frontier, which nothing beats at the same cost or below.",
-        )
-    ]
+    about = (
+        "Test accuracy against multiply-adds, means over seeds; bars: ± one standard deviation of "
+        f"both. {GREY_IS}"
+    )
     return Answer(
         on_the_frontier(rows, MULTIPLY_ADDS),
         Part(
-            [*pictures * bool(labels(rows)), *compare.accuracy_pictures(rows)[:1]],
+            [
+                *drawn("frontier", rows, MULTIPLY_ADDS, about),
+                *compare.accuracy_pictures(rows)[:1],
+            ],
             [accuracy_table(rows, more=[share])],
         ),
         published(),
@@ -115,11 +115,20 @@ def on_the_frontier(rows: Sequence[Row], cost: Cost) -> list[str]:
             f"{where[point]} ({point[0]:.2f} {cost.symbol}, {point[1]:.1f} %)"
             for point in frontier(where)
         ]
+        fewest = min(map(len, groups.values()))
+        rest = "; every other is matched or beaten at its cost or below" * (
+            len(names) < len(groups)
+        )
         told.append(
-            f"At {percent(sparsity)}, from cheap to accurate (means of n ≥ "
-            f"{min(map(len, groups.values()))}): {', '.join(names)}; the others are beaten on both."
+            f"On the frontier at {percent(sparsity)}, from cheap to accurate, by means over seeds "
+            f"(n ≥ {fewest}): {', '.join(names)}{rest}."
         )
     return told
+
+
+def drawn(name: str, rows: Sequence[Row], cost: Cost, caption: str) -> list[Picture]:
+    """The picture of `draw`; none where there is no sparse network yet."""
+    return [Picture(name, draw(rows, cost), caption)] if labels(rows) else []
 
 
 def draw(rows: Sequence[Row], cost: Cost) -> Figure:
@@ -183,7 +192,14 @@ def published() -> Part:
     ]
     head = ["", "sparsity", "top-1 accuracy, %", "multiply-adds, M", "source"]
     return Part(
-        [Picture("published", figure, "Published: ResNet-50 on ImageNet; dense: 4089 M.")],
+        [
+            Picture(
+                "published",
+                figure,
+                "Published: ResNet-50 on ImageNet; dense: 77.0 % with 4089 M. Only what was "
+                f"published with its multiply-adds is drawn. {GREY_IS}",
+            )
+        ],
         [Table("ResNet-50 on ImageNet", head, rows)],
     )
 
@@ -197,6 +213,6 @@ FLOPS = Study(
     source="Figure 4 of the supplement",
     plan=plan,
     answer=answer,
-    methods="dense,feather,feather-flops,gmp,str,st3",
+    methods="dense,feather,feather-flops,gmp:allocation=uniform,str,st3",
     small={"epochs": 15},
 )

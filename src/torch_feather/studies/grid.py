@@ -9,9 +9,17 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import (
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +30,10 @@ from ..errors import ConfigurationError, FeatherError
 from ..training import Config, train
 from ..training.checkpoint import RunDirectory
 from ..training.config import DENSE
-from ..training.errors import Interrupted, RunError
+from ..training.errors import Interrupted, InUse, RunError
 
 Row = dict[str, Any]
+BUSY = 5.0  # seconds until a run that another process trains is looked at again
 Submit = Callable[..., "Future[Any]"]
 
 
@@ -43,7 +52,7 @@ class Outcome:
 
     rows: dict[str, Row]
     failed: dict[str, str]
-    waiting: list[str]  # not started, for lack of time
+    waiting: list[str]  # not done for lack of time
 
 
 def train_all(
@@ -71,39 +80,87 @@ def train_all(
     """
     outcome = Outcome({}, {}, [])
     deadline = None if minutes is None else time.time() + 60 * minutes
+    left = list(runs)
     try:
         with processes(jobs) if ray is None else ray_tasks(ray, jobs) as submit:
-            futures = {submit(_attempt, run, folder.absolute(), deadline): run for run in runs}
-            for future in as_completed(futures):
-                name = futures[future].name
-                try:
-                    row, reason = future.result()
-                except Interrupted:
-                    raise KeyboardInterrupt from None
-                if row is not None:
-                    outcome.rows[name] = row
-                elif reason is not None:
-                    outcome.failed[name] = reason
-                else:
-                    outcome.waiting.append(name)
-                    continue
-                done(name, outcome)
+            while left:
+                futures = {submit(_attempt, run, folder.absolute(), deadline): run for run in left}
+                left = []
+                for future in as_completed(futures):
+                    run = futures[future]
+                    row, reason = _result(future)
+                    if row is not None:
+                        outcome.rows[run.name] = row
+                    elif reason is not None:
+                        outcome.failed[run.name] = reason
+                    else:
+                        left.append(run)
+                        continue
+                    done(run.name, outcome)
+                if left and deadline is not None and time.time() > deadline:
+                    break
+                time.sleep(BUSY * bool(left))
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped with {len(outcome.rows)} of {len(runs)} runs done; the same command goes on"
         ) from None
-    outcome.rows = {run.name: outcome.rows[run.name] for run in runs if run.name in outcome.rows}
+    outcome.waiting = [run.name for run in left]
+    # By what they are called, as planned: a run that is missing moves no other's place.
+    order = list(dict.fromkeys(run.label for run in runs))
+    done_in_order = [run for run in runs if run.name in outcome.rows]
+    done_in_order.sort(key=lambda run: order.index(run.label))
+    outcome.rows = {run.name: outcome.rows[run.name] for run in done_in_order}
     return outcome
+
+
+def _result(future: Future[Any]) -> tuple[Row | None, str | None]:
+    """The run's row, or why it failed; neither if it has to wait."""
+    try:
+        return future.result()
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    except BrokenProcessPool:
+        return None, "its process was killed (is there enough memory?); the same command goes on"
 
 
 @contextmanager
 def processes(jobs: int) -> Iterator[Submit]:
-    """That many processes of this machine."""
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    """That many processes of this machine. One that dies takes no other training with it."""
+    own = threading.local()  # each thread's process
+    pools: list[ProcessPoolExecutor] = []
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        if not hasattr(own, "pool"):
+            spawn = multiprocessing.get_context("spawn")
+            own.pool = ProcessPoolExecutor(1, spawn, initializer=_end_with_parent)
+            pools.append(own.pool)
+        try:
+            return own.pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            del own.pool
+            raise
+
+    threads = ThreadPoolExecutor(jobs)
     try:
-        yield pool.submit
+        yield lambda function, *arguments: threads.submit(call, function, *arguments)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        threads.shutdown(wait=True, cancel_futures=True)
+        for pool in pools:
+            pool.shutdown()
+
+
+def _end_with_parent() -> None:
+    """The process of a study that was killed writes a checkpoint and ends, as on Ctrl-C."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with _training:
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
@@ -136,21 +193,29 @@ def ray_tasks(address: str, jobs: int) -> Iterator[Submit]:
         ray.shutdown()
 
 
-_stopped = False  # in a process of the pool: one run is handed to it in advance
+_training = threading.Lock()  # held while this process trains
+_stopped = False  # whether it was interrupted: it may be handed another run before it ends
 
 
 def _attempt(run: Run, folder: Path, deadline: float | None) -> tuple[Row | None, str | None]:
-    """The run's row, or why it failed; neither if it was too late to start it."""
+    """The run's row, or why it failed; neither if it is too late, or another process trains it."""
     global _stopped
     if _stopped:
         raise Interrupted(f"{run.name}: not started")
     try:
-        return _train(run, RunDirectory(folder / run.name), deadline), None
+        with _training:
+            return _train(run, RunDirectory(folder / run.name), deadline), None
     except Interrupted:
         _stopped = True
         raise
+    except InUse:
+        return None, None
     except FeatherError as error:
         return None, str(error)
+    except Exception as error:
+        # Whatever it is, the other trainings are worth something without this one.
+        first = (str(error).splitlines() or [""])[0]
+        return None, f"{type(error).__name__}: {first}"
 
 
 def _train(run: Run, directory: RunDirectory, deadline: float | None) -> Row | None:
@@ -185,7 +250,10 @@ def row_of(run: Run, directory: RunDirectory) -> Row:
     return {
         "name": run.name,
         "label": run.label,
-        **{key: results[key] for key in ("network", "data", "method", "seed", "epochs")},
+        "data": run.config.data.title,
+        "amp": run.config.system.amp,
+        "select": run.config.select,
+        **{key: results[key] for key in ("network", "method", "seed", "epochs")},
         "sparsity": 0.0 if results["method"] == DENSE else results["target_sparsity"],
         "own_sparsity": results.get("own_sparsity"),
         **{key: results[key] for key in ("test_accuracy", "test_loss", "train_loss")},

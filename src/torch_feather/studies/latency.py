@@ -17,10 +17,10 @@ from ..runtime.timing import alternate
 from ..training.checkpoint import RunDirectory, write_json
 from ..training.config import DENSE, Config
 from ..training.provenance import provenance
-from .flops import BIASED, MULTIPLY_ADDS, Cost, draw, on_the_frontier
+from .flops import BIASED, GREY_IS, MULTIPLY_ADDS, Cost, drawn, on_the_frontier
 from .grid import Row, Run
-from .spread import accuracy_table, labels, with_spread
-from .study import Answer, Choices, Part, Picture, Study, grid
+from .spread import accuracy_table, with_spread
+from .study import Answer, Choices, Part, Study, grid
 
 MILLISECONDS = Cost("milliseconds", 1.0, "ms", "milliseconds an image (logarithmic)")
 
@@ -84,18 +84,14 @@ def answer(rows: Sequence[Row], config: Config) -> Answer:
     """The accuracy over either cost."""
     where = ", ".join(sorted({row["timed_on"] for row in rows}))
     means = "means over seeds; bars: ± one standard deviation of both."
+    milliseconds = (
+        f"Test accuracy against measured milliseconds of one image, one thread of {where}; "
+        f"{means} {GREY_IS}"
+    )
+    same = f"The same networks against their multiply-adds; {means}"
     pictures = [
-        Picture(
-            "milliseconds",
-            draw(rows, MILLISECONDS),
-            f"Test accuracy against measured milliseconds of one image, one thread of {where}; "
-            f"{means} Grey: the frontier, which nothing beats at the same cost or below.",
-        ),
-        Picture(
-            "multiply-adds",
-            draw(rows, MULTIPLY_ADDS),
-            f"The same networks against their multiply-adds; {means}",
-        ),
+        *drawn("milliseconds", rows, MILLISECONDS, milliseconds),
+        *drawn("multiply-adds", rows, MULTIPLY_ADDS, same),
     ]
     columns: list[tuple[str, Callable[[Sequence[Row]], str]]] = [
         ("ms", lambda found: with_spread([row["milliseconds"] for row in found], 3)),
@@ -108,7 +104,7 @@ def answer(rows: Sequence[Row], config: Config) -> Answer:
     caption = f"Test accuracy, and milliseconds of one image: one thread of {where}"
     return Answer(
         on_the_frontier(rows, MILLISECONDS),
-        Part(pictures * bool(labels(rows)), [accuracy_table(rows, caption, columns)]),
+        Part(pictures, [accuracy_table(rows, caption, columns)]),
     )
 
 

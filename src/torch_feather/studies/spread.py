@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from ..training.config import DENSE
 from .grid import Row
@@ -59,6 +61,11 @@ def percent(share: float) -> str:
     return f"{100 * share:g} %"
 
 
+def millions(number: float) -> str:
+    """1234567 as 1.23, and 123456 as 0.123."""
+    return f"{number / 1e6:.{2 if number >= 1e6 else 3}f}"
+
+
 Column = tuple[str, Callable[[Sequence[Row]], str]]
 
 
@@ -79,7 +86,7 @@ def accuracy_table(
                 str(len(found)),
                 f"{zeros} / {found[0]['weights']:,}",
                 _by_itself(found),
-                f"{statistics.mean(row['macs'] for row in found) / 1e6:.2f}",
+                millions(statistics.mean(row["macs"] for row in found)),
                 *(text(found) for _, text in more),
             ]
         )
@@ -99,11 +106,15 @@ def _by_itself(rows: Sequence[Row]) -> str:
     return f"{100 * statistics.mean(own):.2f} %"
 
 
-def paired(ours: Sequence[Row], others: Sequence[Row]) -> list[float]:
-    """How many points the one is ahead of the other, seed by seed."""
+def paired(
+    ours: Sequence[Row],
+    others: Sequence[Row],
+    value: Callable[[Row], float] = lambda row: 100 * row["test_accuracy"],
+) -> list[float]:
+    """How far the one is ahead of the other, seed by seed; in points of accuracy."""
     other = {row["seed"]: row for row in others}
     both = [row for row in ours if row["seed"] in other]
-    return [100 * (row["test_accuracy"] - other[row["seed"]]["test_accuracy"]) for row in both]
+    return [value(row) - value(other[row["seed"]]) for row in both]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -114,36 +125,110 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values) - half, statistics.mean(values) + half
 
 
+def chance(values: Sequence[float]) -> float:
+    """Student's two-sided p of a mean this far from 0, if it were 0."""
+    from scipy.stats import ttest_1samp
+
+    return float(ttest_1samp(values, 0).pvalue)
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """Corrected for how many there are (Holm, Scandinavian Journal of Statistics, 1979)."""
+    corrected, highest = [0.0] * len(chances), 0.0
+    for rank, i in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        highest = max(highest, min(1.0, (len(chances) - rank) * chances[i]))
+        corrected[i] = highest
+    return corrected
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two labels at one sparsity, seed by seed."""
+
+    ours: str
+    other: str
+    sparsity: float
+    values: tuple[float, ...]
+
+    @property
+    def judged(self) -> bool:
+        """Whether the seeds say how far chance goes; with few test images all may be equal."""
+        return statistics.stdev(self.values) > 1e-9
+
+    @property
+    def verdict(self) -> str:
+        """Taken by itself."""
+        low, high = interval(self.values)
+        return "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
+
+
 def against(rows: Sequence[Row], pairs: Iterable[tuple[str, str]]) -> tuple[list[str], list[Table]]:
     """How far the first of each pair is ahead of the second: a sentence each, and the numbers.
 
     Ahead means that the 95 % interval of the paired difference is above 0. Without enough seeds
-    nothing is said.
+    nothing is said. The last sentence says what is left if one corrects for how many there are at
+    a sparsity.
     """
-    groups, sentences, lines = group(rows), [], []
-    for ours, other in pairs:
+    groups, found = group(rows), []
+    for (ours, other), sparsity in itertools.product(pairs, sparsities(rows)):
+        ahead = paired(groups.get((ours, sparsity), []), groups.get((other, sparsity), []))
+        if len(ahead) >= ENOUGH:
+            found.append(Difference(ours, other, sparsity, tuple(ahead)))
+    judged = [difference for difference in found if difference.judged]
+    corrected: dict[Difference, float] = {}
+    for sparsity in sparsities(rows):
+        mine = [d for d in judged if d.sparsity == sparsity]
+        corrected |= zip(mine, holm([chance(d.values) for d in mine]), strict=True)
+    head = ["", "sparsity", "points of accuracy", "95 % interval", "p (Holm)", "n"]
+    caption = (
+        "Differences, seed by seed, with Student's interval of their mean, each taken by itself: "
+        "not told apart means that 0 is in it. p is corrected for how many there are at a sparsity"
+    )
+    table = Table(caption, head, [_line(d, corrected.get(d)) for d in found])
+    return _sentences(judged, corrected), [table] if found else []
+
+
+def _line(difference: Difference, p: float | None) -> list[str]:
+    values = difference.values
+    told = ["–", "–"]
+    if p is not None:
+        low, high = interval(values)
+        told = [f"{low:+.2f} to {high:+.2f}", f"{p:.3f}" if p >= 0.001 else "< 0.001"]
+    pair = f"{difference.ours} against {difference.other}"
+    mean_of = f"{statistics.mean(values):+.2f}"
+    return [pair, percent(difference.sparsity), mean_of, *told, str(len(values))]
+
+
+def _sentences(judged: Sequence[Difference], corrected: Mapping[Difference, float]) -> list[str]:
+    sentences = []
+    for (ours, other), mine in itertools.groupby(judged, lambda d: (d.ours, d.other)):
         where: dict[str, list[str]] = {}
         fewest = []
-        for sparsity in sparsities(rows):
-            ahead = paired(groups.get((ours, sparsity), []), groups.get((other, sparsity), []))
-            if len(ahead) < ENOUGH:
-                continue
-            low, high = interval(ahead)
-            verdict = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
-            where.setdefault(verdict, []).append(f"{100 * sparsity:g}")
-            fewest.append(len(ahead))
-            by = f"{statistics.mean(ahead):+.2f}"
-            span = f"{low:+.2f} to {high:+.2f}"
-            lines.append([f"{ours} against {other}", percent(sparsity), by, span, str(len(ahead))])
-        if where:
-            told = "; ".join(f"{verdict} {other} at {_and(at)} %" for verdict, at in where.items())
-            sentences.append(f"{ours} is {told} sparsity (n = {min(fewest)}).")
-    head = ["", "sparsity", "points of accuracy", "95 % interval", "n"]
-    caption = (
-        "Differences, seed by seed, with Student's interval of their mean. "
-        "Not told apart: 0 is in the interval"
+        for difference in mine:
+            at = where.setdefault(difference.verdict, [])
+            at.append(f"{100 * difference.sparsity:g}")
+            fewest.append(len(difference.values))
+        told = "; ".join(f"{verdict} {other} at {_and(at)} %" for verdict, at in where.items())
+        sentences.append(f"{ours} is {told} sparsity (n = {min(fewest)}).")
+    apart = [d for d in judged if d.verdict != "not told apart from"]
+    if len(judged) > 1 and apart:
+        left = [d for d in apart if corrected[d] < 0.05]
+        lost = [d for d in apart if d not in left]
+        which = f": {_named(left)}" if 0 < len(left) <= len(lost) else ""
+        but = f", all but {_named(lost)}" if 0 < len(lost) < len(left) else ""
+        sentences.append(
+            "Each comparison is taken by itself. Corrected for how many there are at a sparsity "
+            f"(Holm), {len(left)} of {len(apart)} differences are left{which}{but}."
+        )
+    return sentences
+
+
+def _named(differences: Sequence[Difference]) -> str:
+    pairs = itertools.groupby(differences, lambda d: (d.ours, d.other))
+    return "; ".join(
+        f"{ours} against {other} at {_and([f'{100 * d.sparsity:g}' for d in mine])} %"
+        for (ours, other), mine in pairs
     )
-    return sentences, [Table(caption, head, lines)] if lines else []
 
 
 def _and(words: Sequence[str]) -> str:

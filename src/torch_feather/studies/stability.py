@@ -15,7 +15,9 @@ from .spread import (
     accuracy_table,
     against,
     group,
+    interval,
     labels,
+    paired,
     percent,
     sparsities,
     with_spread,
@@ -88,15 +90,28 @@ def order_of_settling(rows: Sequence[Row]) -> list[str]:
         if min(map(len, found)) < ENOUGH:
             continue
         means = [statistics.mean(map(mean_correlation, mine)) for mine in found]
-        order = "settles the earlier the smaller θ is", "does not settle in the order of θ"
+        pairs = itertools.pairwise(zip(THETAS, found, strict=True))
+        close = [
+            f"{a:g} and {b:g}"
+            for (a, ours), (b, other) in pairs
+            if not _told_apart(paired(ours, other, mean_correlation))
+        ]
         falls = all(a > b for a, b in itertools.pairwise(means))
+        order = (
+            "settles the earlier the smaller θ is" if falls else "does not settle in the order of θ"
+        )
+        apart = f"; not told apart: {', '.join(close)}" if close else ""
         told.append(
-            f"At {percent(sparsity)} the mask "
-            f"{order[not falls]}: mean "
-            f"correlation over epochs {', '.join(f'{m:.3f}' for m in means)} for "
-            f"θ = {', '.join(f'{t:g}' for t in THETAS)} (n ≥ {min(map(len, found))})."
+            f"At {percent(sparsity)} the mask {order}: mean correlation over epochs "
+            f"{', '.join(f'{m:.3f}' for m in means)} for θ = "
+            f"{', '.join(f'{t:g}' for t in THETAS)} (n ≥ {min(map(len, found))}{apart})."
         )
     return told
+
+
+def _told_apart(values: Sequence[float]) -> bool:
+    low, high = interval(values)
+    return low > 0 or high < 0
 
 
 STABILITY = Study(

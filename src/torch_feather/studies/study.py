@@ -139,22 +139,32 @@ def grid(config: Config, variants: Mapping[str, Mapping[str, Any]], choices: Cho
     return list(runs.values())
 
 
-_ASIDE = ("recipe", "method", "sparsity", "seed", "compare_dense", "track_masks", "data.path")
+_ASIDE = (
+    *("recipe", "method", "sparsity", "seed", "compare_dense", "track_masks"),
+    *("data.name", "data.path"),
+)
+_OF_SYSTEM = ("system.amp", "system.micro_batch")  # what of it changes the numbers
 
 
 def name_of(config: Config) -> str:
-    """Folder of a run: method, sparsity and seed, and all in which it differs from its recipe.
+    """Folder of a run: recipe, method, sparsity and seed, and all in which it differs from these.
 
-    What `system` holds does not change what is computed, and is not in it. Two studies that need
-    the same run so find it under the same name.
+    Two studies that need the same run so find it under the same name.
     """
-    usual = flatten(to_dict(resolve_config(config.recipe)))
+    recipe = resolve_config(config.recipe)
+    usual = flatten(to_dict(recipe))
     differs = {
         key: value
         for key, value in flatten(to_dict(config)).items()
-        if value != usual.get(key, ...) and key not in _ASIDE and not key.startswith("system.")
+        if value != usual.get(key, ...)
+        and key not in _ASIDE
+        and (key in _OF_SYSTEM or not key.startswith("system."))
     }
-    parts = [differs.pop(key) for key in ("data.name", "network") if key in differs]
+    parts = [str(config.recipe)]
+    if config.data.title != recipe.data.title:
+        parts.append(config.data.title)
+    if "network" in differs:
+        parts.append(differs.pop("network"))
     parts.append(config.method)
     parts += [key.rpartition(".")[2] + _brief(value) for key, value in differs.items()]
     if config.method != DENSE:

@@ -19,7 +19,7 @@ import torch
 
 from ..atomic import replace_file
 from .config import Config, flatten, load_config, to_dict, to_yaml
-from .errors import CheckpointError, RunError
+from .errors import CheckpointError, InUse, RunError
 
 FORMAT = 2
 TWIN = "dense"  # the folder, in a run's own, of the dense run that it is compared with
@@ -94,7 +94,7 @@ class RunDirectory:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise RunError(
+                raise InUse(
                     f"{self.path}: another process is training into it; wait for it, "
                     "or choose another --out"
                 ) from None
@@ -127,7 +127,7 @@ class RunDirectory:
                 f"{self.path}: already holds a run; continue it with --resume, "
                 "or choose another --out"
             )
-        if differences := changed_keys(load_config(self.config_file), config):
+        if differences := changed_keys(load_config(self.config_file), config.written_out()):
             raise RunError(f"{self.path}: a resumed run keeps its settings; {differences}")
         return None if self.report_file.exists() else self.load(warn)
 
@@ -141,7 +141,8 @@ class RunDirectory:
 
     def write_config(self, config: Config) -> None:
         """Everything that decides what the run computes."""
-        write_atomically(self.config_file, lambda file: file.write(to_yaml(config).encode()))
+        text = to_yaml(config.written_out())
+        write_atomically(self.config_file, lambda file: file.write(text.encode()))
 
     def save(self, state: dict[str, Any]) -> None:
         """Make `state` the last checkpoint, and keep the one before."""

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigurationError, nearest
+from ..methods import method_options
 
 DENSE = "dense"
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
@@ -50,6 +51,13 @@ class DataConfig:
     center: float | None = None
     storage: str = "auto"  # imagefolder: memory (decoded once), stream (by workers), or auto
     drop_last: bool = False  # leave out an epoch's last, smaller batch
+
+    @property
+    def title(self) -> str:
+        """What the data are called: folders of images by the folder's name."""
+        if self.name == "imagefolder" and self.path is not None:
+            return Path(self.path).name
+        return self.name
 
     def __post_init__(self) -> None:
         _choice("data.name", self.name, DATASETS)
@@ -210,6 +218,12 @@ class Config:
     def dense(self) -> Config:
         """The dense run of the same budget."""
         return replace(self, method=DENSE, options={})
+
+    def written_out(self) -> Config:
+        """The same, with the options that the method has by default: these may change one day."""
+        usual = {} if self.method == DENSE else method_options(self.method)
+        usual = {option: value for option, value in usual.items() if value is not None}
+        return replace(self, options=usual | self.options)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,5 +19,9 @@ class TrainingDiverged(FeatherError):  # noqa: N818  (it names what happened)
     """The training loss became infinite or NaN."""
 
 
+class InUse(RunError):  # noqa: N818
+    """Another process is writing into this run directory."""
+
+
 class Interrupted(RunError):  # noqa: N818
     """Ctrl-C or SIGTERM: a checkpoint was written, the run can be resumed."""
