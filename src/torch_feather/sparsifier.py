@@ -357,6 +357,8 @@ class Sparsifier:
         self._own_sparsity, self._reached = self.own_sparsity, self.at_target
         self._show(found)
         self._health.inspect(self.weights, self._here(), self.reparametrization)
+        if self._reached and (excess := self.reparametrization.excess(self.weights)):
+            warn(f"The network has its sparsity, but {excess}")
         self._release()
         if keep_masks:
             self._keeper = ZeroKeeper([slot.parameter for slot in self.slots], self._optimizers)

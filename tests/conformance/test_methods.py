@@ -2,13 +2,14 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 import torch_feather as feather
-from torch_feather import ConfigurationError, StateError
+from torch_feather import ConfigurationError, StateError, host
 from torch_feather.allocation import ERK, FlopsBiased, Global, Uniform
 from torch_feather.allocation.base import counts_of
 from torch_feather.gradients import StraightThrough
@@ -16,6 +17,7 @@ from torch_feather.latent import LatentWeights
 from torch_feather.methods import METHODS, Method, build_method, method_options
 from torch_feather.methods.method import ALLOCATIONS
 from torch_feather.operators import Hard, Soft
+from torch_feather.reparametrization import Setting
 from torch_feather.schedules import Constant, Cubic, Stairs
 
 from .harness import STEPS, TOTAL, Loop, Run, assert_exact, assert_same, snapshot, start
@@ -193,6 +195,66 @@ def test_a_bias_is_found_for_a_budget_and_survives_a_restart():
     run.train(0, 3)
     # Another seed would find another bias.
     resumed = start("convnet", seed=5, budget=budget, **settings).load(run.save())
+    assert_same(snapshot(resumed.train(3, 6)), snapshot(run.train(3, 6)))
+
+
+@pytest.mark.parametrize("pattern", [None, "2x1"])
+@pytest.mark.parametrize("way", ["host", "device"])
+def test_what_training_makes_of_a_budget_is_within_it(way, pattern, monkeypatch):
+    """Where nothing is read on the way too; a block counts with all its weights."""
+    if way == "device":
+        monkeypatch.setattr(host, "waits_for", lambda device: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    x = MODELS["convnet"].batch(0)[0]
+    budget = 0.5 * macs(start("convnet", schedule="constant"))
+    biased = FlopsBiased(budget=budget, example_input=x)
+    run = start("convnet", method="feather", allocation=biased, pattern=pattern, total_steps=40)
+    found = run.sparsifier.reparametrization.state["gamma"]
+    before = found.clone()
+    run.train(0, 19)
+    assert run.sparsifier.step_count + 1 == run.sparsifier.reparametrization.arrival
+    for step in range(19, 40):
+        run.train(step, step + 1)
+        assert 0.5 * budget <= macs(run) <= budget, step
+    assert (found == found[0]).all()
+    assert (found - before).abs().max() > 0.05
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*budget")
+        run.sparsifier.finalize()
+
+
+def test_a_budget_that_is_not_met_in_the_end_is_told():
+    """As when other weights were written after the last step."""
+    options = {"method": "feather-flops", "costs": {"0.weight": 5.0, "2.weight": 1.0}}
+    run = start("mlp", budget=60.0, **options).train(0, TOTAL)
+    with torch.no_grad():
+        run.model[2].weight.zero_()
+    with pytest.warns(feather.FeatherWarning, match="its weights cost 1.., more than .* of 60"):
+        run.sparsifier.finalize()
+
+
+@pytest.mark.parametrize("gamma", [3.0, 32.0, 1e6])
+def test_a_strong_bias_prunes_the_dear_layers_first_and_none_by_its_place(gamma):
+    """Beyond all measure too, where the formula would leave the range of its type."""
+    tensors = [torch.randn(n) for n in (700, 200, 100)]
+    costs = {"dear": 12544.0, "fair": 784.0, "cheap": 1.0}
+    weights = LatentWeights(tensors)
+    setting = Setting(nn.Module(), list(costs), weights, 0.95, 10)
+    segments = FlopsBiased(gamma, costs=costs).fit(setting).cuts(
+        weights, torch.tensor(0.95, dtype=torch.float64)
+    )  # fmt: skip
+    assert weights.counts_pruned(segments).tolist() == [700, 200, 50]
+    pruned = weights.pruned(2, segments)
+    assert tensors[2].abs()[pruned].max() < tensors[2].abs()[~pruned].min()
+
+
+def test_costs_that_were_counted_survive_a_restart_with_another_input():
+    """A tensor's costs belong to the run: other sizes of images would count others."""
+    x = MODELS["convnet"].batch(0)[0]
+    options = {"method": "feather-flops", "gamma": 0.5}
+    run = start("convnet", example_input=lambda _: x, **options).train(0, 3)
+    small = nn.functional.interpolate(x, size=4)
+    resumed = start("convnet", example_input=lambda _: small, **options).load(run.save())
     assert_same(snapshot(resumed.train(3, 6)), snapshot(run.train(3, 6)))
 
 
