@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -322,12 +323,13 @@ class Sparsifier:
         """Zeros, sparsity and threshold per layer; multiply-adds too where an input is given."""
         self.sync()
         names = {slot.name for slot in self.slots}
-        return report(
+        found = report(
             self.model,
             include=lambda _, name: name in names,
             example_input=example_input,
             thresholds={name: float(tau) for name, tau in self.thresholds().items()},
         )
+        return replace(found, own_sparsity=self.own_sparsity)
 
     # Leaving
 

@@ -125,7 +125,13 @@ SHARES: dict[str, Callable[[int, int, int], float]] = {
     "cubic": lambda t, a, b: 1 - (1 - min(max((t - a) / (b - a), 0), 1)) ** 3,
     "linear": lambda t, a, b: min(max((t - a) / (b - a), 0), 1),
     "constant": lambda t, a, b: 1.0,
+    "one-shot": lambda t, a, b: float(t >= a),
 }
+
+
+def share_after(step: int, total: int, schedule: str, begin: int, end: int | None) -> float:
+    """Share of the target after `step` of `total` steps; `end` defaults to half of them."""
+    return SHARES[schedule](min(step, total), begin, total // 2 if end is None else end)
 
 
 class GlobalThreshold(Reference):
@@ -208,7 +214,8 @@ class UniformThreshold(LayerThreshold):
         t = min(self.step_count, self.total_steps)
         share = SHARES[self.schedule](t, self.begin, self.end)
         if share < 1:  # arrives on time
-            share = SHARES[self.schedule](t - t % self.every, self.begin, self.end)
+            t -= (t - self.begin) % self.every if t > self.begin else 0
+            share = SHARES[self.schedule](t, self.begin, self.end)
         return self.target * share
 
     def amounts(self) -> list[float]:
@@ -414,8 +421,14 @@ class ASL(LearnedThreshold):
 class ASLPlus(ASL):
     """ASL with a budget that is measured and that rises; each layer has a model for its slope."""
 
-    def __init__(self, *args, rate=0.01, momentum=0.9, budget_weight=30.0, **kwargs):
+    def __init__(
+        self, *args, rate=0.01, momentum=0.9, budget_weight=30.0, schedule="cubic", begin=0,
+        end=None, **kwargs,
+    ):  # fmt: skip
         super().__init__(*args, rate=rate, momentum=momentum, budget_weight=budget_weight, **kwargs)
+        self.schedule = schedule, begin, end
+        while share_after(self.arrival, self.total_steps, *self.schedule) < 1:
+            self.arrival += 1
         with torch.no_grad():
             self.learned[0].zero_()
 
@@ -433,7 +446,7 @@ class ASLPlus(ASL):
                     share = torch.erfc(r[i] / math.sqrt(2))
                 kept = kept * share / share.detach()
             density = density + kept
-        wanted = SHARES["cubic"](min(self.step_count, self.total_steps), 0, self.total_steps // 2)
+        wanted = share_after(self.step_count, self.total_steps, *self.schedule)
         return self.budget_weight * torch.log(density / (1 - wanted * self.target)) ** 2
 
     @torch.no_grad()
@@ -473,11 +486,15 @@ class STR(LearnedThreshold):
 class ControlledSTR(STR):
     """After every step a common factor on all sigmoid(s) puts the wanted number below them."""
 
+    def __init__(self, *args, schedule="cubic", begin=0, end=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.schedule = schedule, begin, end
+
     @torch.no_grad()
     def advance(self) -> None:
         super().advance()
         [s] = self.learned
-        share = SHARES["cubic"](min(self.step_count, self.total_steps), 0, self.total_steps // 2)
+        share = share_after(self.step_count, self.total_steps, *self.schedule)
         k = round(share * self.target * self.size)
         if k > 0:
             tau = s.sigmoid()
@@ -644,9 +661,9 @@ METHODS = {
         MethodCase("gmp", "gmp", UniformThreshold, sparsity=0.35,
                    reference_options={"p": math.inf, "theta": 0.0}),
         MethodCase("gmp-stem", "gmp", UniformThreshold,
-                   options={"allocation": "uniform", "every": 3, "end": 7},
-                   reference_options={"dense_first": False, "every": 3, "end": 7, "p": math.inf,
-                                      "theta": 0.0}),
+                   options={"allocation": "uniform", "every": 3, "begin": 1, "end": 7},
+                   reference_options={"dense_first": False, "every": 3, "begin": 1, "end": 7,
+                                      "p": math.inf, "theta": 0.0}),
         MethodCase("feather-gmp", "feather-gmp", UniformThreshold, sparsity=0.35,
                    options={"theta": 0.3}),
         MethodCase("feather-uniform", "feather", UniformThreshold,
@@ -681,11 +698,13 @@ METHODS = {
                    options={"dense_below": 0, "budget_weight": 2.0}),
         MethodCase("asl+-fast", "asl+", ASLPlus, exact=False, sparsity=0.5,
                    options={"dense_below": 25, "rate": 0.1, "momentum": 0.5,
-                            "budget_weight": 1.0}),
+                            "budget_weight": 1.0, "schedule": "linear", "begin": 1, "end": 10}),
         MethodCase("feather-asl+", "feather-asl+", FeatherASLPlus, exact=False, tolerance=1e-6,
                    options={"dense_below": 0, "theta": 0.3, "rate": 0.05,
                             "budget_weight": 2.0}),
         MethodCase("str", "str", ControlledSTR, exact=False),
+        MethodCase("str-late", "str", ControlledSTR, exact=False,
+                   options={"schedule": "one-shot", "begin": 8}),
         MethodCase("str-published", "str", STR, exact=False, sparsity=0.5,
                    options={"decay": 0.3, "s_init": -5.0, "momentum": 0.875}),
     ]

@@ -291,13 +291,15 @@ def test_a_bias_that_cannot_be_is_an_error(options, words):
 
 @pytest.mark.parametrize("total", [7, 10, 100])
 @pytest.mark.parametrize("every", [1, 3, 8])
-def test_stairs_rise_only_now_and_then_and_arrive_on_time(total, every):
-    smooth = Cubic(0, total).table(total)
-    stairs = Stairs(Cubic(0, total), every).table(total)
+@pytest.mark.parametrize("begin", [0, 4])
+def test_stairs_rise_only_now_and_then_and_arrive_on_time(begin, every, total):
+    smooth = Cubic(begin, total).table(total)
+    stairs = Stairs(Cubic(begin, total), every).table(total)
     assert stairs[-1] == 1
     assert (stairs[:-1] <= smooth[:-1]).all()
     rises = (stairs.diff() > 0).nonzero().flatten() + 1
-    assert all(step % every == 0 or step == total for step in rises.tolist())
+    expected = {*range(begin + every, total, every), total}
+    assert set(rises.tolist()) == expected
 
 
 def test_stairs_without_steps_are_an_error():
@@ -339,6 +341,29 @@ def test_the_exact_count_is_that_of_the_largest_multiples_of_the_thresholds():
     ])  # fmt: skip
     mask = torch.cat([mask.flatten() for mask in run.sparsifier.masks().values()])
     assert scores[~mask].max() <= scores[mask].min()
+
+
+@pytest.mark.parametrize("method", ["asl+", "feather-asl+"])
+@pytest.mark.parametrize(
+    ("schedule", "arrival"),
+    [
+        ({"schedule": "linear", "end": 10}, 10),
+        ({"schedule": "one-shot", "begin": 10}, 10),
+        ({"end": 9}, 9),
+        ({"end": 4}, 9),
+    ],
+    ids=str,
+)
+def test_a_target_is_reached_no_earlier_than_its_schedule_arrives(schedule, arrival, method):
+    run = start(method=method, dense_below=0, **schedule)
+    for step in range(TOTAL + 1):
+        assert run.sparsifier.at_target == (step >= arrival)
+        if step < arrival:
+            with pytest.raises(StateError, match="Train on"):
+                run.sparsifier.finalize()
+        else:
+            assert run.zeros() == 96
+        run.train(step, step + 1)
 
 
 def test_finalize_before_the_exact_count_is_refused_or_forced():
