@@ -106,7 +106,7 @@ def sparsify(
     prunable = find_prunable(model, include, exclude, frozen=False)
     target = Target.of(model, prunable, sparsity, count)
     if isinstance(method, str):
-        method = build_method(method, sparsity=target.sparsity, **options)
+        method = build_method(method, sparsity=target.asked, **options)
     method, share = target.given_to(method)
     return Sparsifier(model, optimizer, method, share, int(total_steps), include, exclude)
 

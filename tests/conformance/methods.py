@@ -530,9 +530,8 @@ class ProbMask(Reference):
         share = min(max((self.epoch - begin) / (end - begin), 0), 1)
         return final + (self.size - final) * (1 - share) ** 3
 
-    def noise(self) -> list[Tensor]:
+    def noise(self, draws: int) -> list[Tensor]:
         """Uniform numbers: those of SplitMix64 from place draws * N on, in Python's integers."""
-        draws = self.step_count + self.draw
         bits = [splitmix64(self.seed, draws * self.size + i) >> 41 for i in range(self.size)]
         flat = (torch.tensor(bits, dtype=torch.float64) + 0.5) / 2**23
         pieces = flat.split([p.numel() for p in self.learned])
@@ -540,11 +539,20 @@ class ProbMask(Reference):
 
     def masks(self) -> list[Tensor]:
         if self.step_count >= self.arrival:
-            frozen, _ = smallest(self.learned, round(self.target * self.size))
-            return [mask + 0 * p for mask, p in zip(frozen, self.learned, strict=True)]
+            # By probability, then by lots: a stable sort leaves the order of the first one.
+            lots, p = (torch.cat([x.detach().flatten().double() for x in one])
+                       for one in (self.noise(-1), self.learned))  # fmt: skip
+            order = lots.argsort(stable=True)
+            order = order[p[order].argsort(stable=True)]
+            kept = torch.ones(self.size, dtype=torch.bool)
+            kept[order[: round(self.target * self.size)]] = False
+            pieces = kept.split([p.numel() for p in self.learned])
+            return [m.view_as(p) + 0 * p for m, p in zip(pieces, self.learned, strict=True)]
         masks, e = [], self.epoch
         sharpness = 1 / (0.97 * (1 - e / self.epochs) + 0.03)
-        for probability, u in zip(self.learned, self.noise(), strict=True):
+        for probability, u in zip(
+            self.learned, self.noise(self.step_count + self.draw), strict=True
+        ):
             inside = probability.detach().clamp(2**-21, 1 - 2**-21)
             p = probability + (inside - probability).detach()  # the clamp is passed straight
             logit = p.log() - (1 - p).log() + (u.log() - (1 - u).log()).to(p.dtype)
