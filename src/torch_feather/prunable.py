@@ -201,6 +201,17 @@ def default_weights(module: nn.Module) -> tuple[str, ...]:
     return next((FOREIGN_WEIGHTS[kind] for kind in kinds if kind in FOREIGN_WEIGHTS), ())
 
 
+def output_groups(module: nn.Module) -> int | None:
+    """In how many groups of dimension 0 a default weight has its outputs along dimension 1.
+
+    None where dimension 0 are the outputs, as of most layers.
+    """
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return module.groups
+    foreign = default_weights(module) and not isinstance(module, tuple(WEIGHTS))
+    return 1 if foreign else None
+
+
 def _matched(
     places: Sequence[_Place], filters: Any, role: str, matches: Callable[[Any, _Place], bool]
 ) -> list[_Place]:

@@ -47,8 +47,9 @@ ONE_PROCESS = (
     "This method needs whole weight tensors in one process, but here they are sharded over "
     "several. "
     "What works on shards: feather, feather-gmp, feather-flops, hard-ste, soft-ste, gmp, st3 and "
-    "st3-sigma, without patterns; asl, asl+, feather-asl+ and str. All others work with "
-    "DistributedDataParallel."
+    "st3-sigma, without patterns (these two not for transposed convolutions and Conv1D, of which "
+    "shards have parts of all output channels); asl, asl+, feather-asl+ and str. All others work "
+    "with DistributedDataParallel."
 )
 
 

@@ -349,16 +349,23 @@ class LearnedThreshold(Reference):
         dense_below: int = 1000, **kwargs,
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
-        weights, self.arrival = self.latent.values(), self.total_steps
+        self.arrival = self.total_steps
         self.dense = {name for name, w in self.latent.items() if w.numel() < dense_below}
-        wide = torch.promote_types(torch.float32, next(iter(weights)).dtype)
-        self.learned = [nn.Parameter(torch.full((len(self.latent),), start, dtype=wide))]
+        [r] = {w.dtype for w in self.wide().values()}
+        self.learned = [nn.Parameter(torch.full((len(self.latent),), start, dtype=r))]
         self.rate, self.momentum, self.decay = rate, momentum, decay
 
     def inner_optimizer(self, rate: float) -> Optimizer:
         return torch.optim.SGD(
             self.learned, self.rate * rate, self.momentum, weight_decay=self.decay
         )
+
+    def wide(self) -> dict[str, Tensor]:
+        """The weights in the type that they are ranked and thresholded in."""
+        return {
+            name: w.to(torch.promote_types(torch.float32, w.dtype))
+            for name, w in self.latent.items()
+        }
 
     def tau(self, r: Tensor, w: Tensor) -> Tensor:
         """The threshold of one layer, differentiable in r."""
@@ -369,19 +376,20 @@ class LearnedThreshold(Reference):
         raise NotImplementedError
 
     def effective(self) -> dict[str, Tensor]:
-        [r] = self.learned
-        tau = {name: self.tau(r[i], w) for i, (name, w) in enumerate(self.latent.items())}
-        pruned = [name for name in self.latent if name not in self.dense]
-        kept = {name: self.latent[name].abs() / tau[name] > 1 for name in pruned}
+        [r], latent = self.learned, self.wide()
+        tau = {name: self.tau(r[i], w) for i, (name, w) in enumerate(latent.items())}
+        pruned = [name for name in latent if name not in self.dense]
+        kept = {name: latent[name].abs() * (1 / tau[name]) > 1 for name in pruned}
         at = torch.ones((), dtype=r.dtype)
         if self.step_count >= self.arrival:
-            scores = [self.latent[name] / tau[name] for name in pruned]
+            scores = [latent[name] * (1 / tau[name]) for name in pruned]
             masks, at = smallest(scores, round(self.target * self.size))
             kept = dict(zip(pruned, masks, strict=True))
-        return {
+        images = {
             name: self.image(w, tau[name], at, kept[name]) if name in kept else w
-            for name, w in self.latent.items()
+            for name, w in latent.items()
         }
+        return {name: u.to(self.latent[name].dtype) for name, u in images.items()}
 
     @property
     def sparsity(self) -> float:
@@ -435,7 +443,7 @@ class ASLPlus(ASL):
     def penalty(self) -> Tensor:
         [r] = self.learned
         density = 0.0
-        for i, (name, w) in enumerate(self.latent.items()):
+        for i, (name, w) in enumerate(self.wide().items()):
             kept = torch.tensor(w.numel() / self.size, dtype=r.dtype)
             if name not in self.dense:
                 w = w.detach()
@@ -497,11 +505,11 @@ class ControlledSTR(STR):
         share = share_after(self.step_count, self.total_steps, *self.schedule)
         k = round(share * self.target * self.size)
         if k > 0:
-            tau = s.sigmoid()
-            scores = [w.abs() / tau[i] for i, w in enumerate(self.latent.values())]
+            tau, latent = s.double().sigmoid(), self.wide().values()
+            scores = [w.abs().double() / tau[i] for i, w in enumerate(latent)]
             ordered = torch.cat([score.flatten() for score in scores]).sort().values
-            most = 1 - torch.finfo(s.dtype).eps  # a sigmoid comes no nearer to 1
-            s.copy_((ordered[k - 1] * tau).clamp(max=most).logit() + 1e-12)
+            eps = torch.finfo(s.dtype).eps  # a sigmoid comes no nearer to 1
+            s.copy_((ordered[k - 1] * tau * (1 + 32 * eps)).clamp(max=1 - eps).logit())
 
 
 class ProbMask(Reference):

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import torch_feather as feather
 from torch_feather import ConfigurationError, StateError, host
@@ -527,6 +528,34 @@ def test_st3_restores_the_mean_magnitude_of_each_channel_in_part():
         r = (w[o].abs()[u[o] != 0].sum() / 27 + 1e-6) / (w[o].abs().mean() + 1e-6)
         expected = 1.01 / (r + 0.01) * (w[o].abs() - tau).clamp(min=0) * w[o].sign()
         torch.testing.assert_close(u[o], expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "outputs_first"),
+    [
+        (nn.Conv2d(4, 6, 3, groups=2), lambda w: w),
+        (nn.ConvTranspose2d(4, 6, 3), lambda w: w.transpose(0, 1)),
+        (
+            nn.ConvTranspose1d(4, 6, 3, groups=2),
+            lambda w: torch.cat([part.transpose(0, 1) for part in w.chunk(2)]),
+        ),
+        (Conv1D(6, 4), lambda w: w.T),
+    ],
+    ids=["convolution", "transposed", "transposed, in groups", "Conv1D"],
+)
+def test_st3_scales_output_channels_wherever_a_layer_has_them(layer, outputs_first):
+    layer = copy.deepcopy(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(
+        layer, optimizer, "st3", sparsity=0.5, total_steps=1, schedule="constant"
+    )
+    tau = sparsifier.thresholds()["weight"]
+    w, u = outputs_first(sparsifier.latent_weights()["weight"]), outputs_first(layer.weight)
+    assert len(w) == 6
+    for o in range(6):
+        r = (w[o].abs() * (u[o] != 0)).mean() / w[o].abs().mean()
+        expected = 1.01 / (r + 0.01) * (w[o].abs() - tau).clamp(min=0) * w[o].sign()
+        torch.testing.assert_close(u[o].detach(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_st3_keeps_nan_and_zeros_apart():
