@@ -718,9 +718,8 @@ METHODS = {
         MethodCase("feather-asl+", "feather-asl+", FeatherASLPlus, exact=False, tolerance=1e-6,
                    options={"dense_below": 0, "theta": 0.3, "rate": 0.05,
                             "budget_weight": 2.0}),
-        MethodCase("str", "str", ControlledSTR, exact=False),
-        MethodCase("str-late", "str", ControlledSTR, exact=False,
-                   options={"schedule": "one-shot", "begin": 8}),
+        MethodCase("str", "str", ControlledSTR, exact=False,
+                   options={"schedule": "linear", "begin": 1, "end": 10}),
         MethodCase("str-published", "str", STR, exact=False, sparsity=0.5,
                    options={"decay": 0.3, "s_init": -5.0, "momentum": 0.875}),
     ]
