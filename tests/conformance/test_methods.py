@@ -325,8 +325,9 @@ def test_learned_thresholds_end_on_the_exact_count(model):
         assert_exact(run)
         assert run.zeros() == round(0.8 * run.case.size)
         run.train(step, step + 1)
-    own = run.sparsifier.own_sparsity
-    assert own != run.sparsifier.sparsity
+    own, report = run.sparsifier.own_sparsity, run.sparsifier.report()
+    assert own == report.to_dict()["own_sparsity"] != run.sparsifier.sparsity
+    assert f"By itself the method prunes {100 * own:.2f} %" in str(report)
     run.sparsifier.finalize()
     assert run.sparsifier.own_sparsity == own
     assert run.zeros() == round(0.8 * run.case.size)
