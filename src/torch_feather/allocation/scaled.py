@@ -168,7 +168,7 @@ class Biased(Fitted):
         logs = self.costs.log()
         exponents = -gamma * (logs - logs.mean())
         # A bias beyond all measure prunes the dear layers first, in the order of their costs.
-        exponents *= (LARGEST / exponents.abs().amax()).clamp(max=1.0).nan_to_num(nan=1.0)
+        exponents *= (LARGEST / exponents.abs().amax()).clamp(max=1.0)
         return cut_scaled(weights, exponents.exp(), sparsity)
 
 
