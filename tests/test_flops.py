@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from torch_feather import models
 from torch_feather.errors import ConfigurationError
 from torch_feather.flops import count_flops
+from torch_feather.prunable import find_prunable
 
 # Published numbers; the two of ImageNet at 224x224, counted on the meta device.
 PUBLISHED = {
@@ -51,6 +53,7 @@ LAYERS = {
     "transposed 1d": (nn.ConvTranspose1d(2, 3, 4, stride=2), (2, 5), 5 * 2 * 3 * 4),
     "transposed 2d": (nn.ConvTranspose2d(4, 6, 3, groups=2), (4, 5, 5), 25 * 4 * 3 * 9),
     "transposed 3d": (nn.ConvTranspose3d(1, 2, 2), (1, 2, 2, 2), 8 * 2 * 8),
+    "Conv1D of Transformers": (Conv1D(16, 8), (3, 8), 3 * 128),
     "bias is free": (nn.Linear(5, 7, bias=True), (5,), 35),
 }
 
@@ -65,6 +68,12 @@ def test_a_layer_costs_its_positions_times_its_weights(layer, batch):
     assert counted.name == "weight"
     assert counted.weight_shape == module.weight.shape
     assert counted.kind == type(module).__name__
+
+
+def test_what_is_prunable_by_default_is_counted():
+    model = nn.Sequential(Conv1D(16, 8), nn.ReLU(), nn.Linear(16, 4))
+    counted = {layer.name: layer.dense for layer in count_flops(model, torch.randn(2, 8)).layers}
+    assert counted == {item.name: item.parameter.numel() for item in find_prunable(model)}
 
 
 def test_bilinear_counts_every_weight_once_per_output_position():

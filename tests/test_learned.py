@@ -269,6 +269,17 @@ def test_published_str_is_taken_as_it_is_by_stopping_before_the_exact_step():
     assert feather.sparsity(task.model) == own != 0.5
 
 
+def test_published_str_without_an_exact_end_ends_where_its_decay_led():
+    """The end counts as reached, and the report says how sparse it is."""
+    task = Task("str", 0.5, decay=0.03, s_init=-8.0, exact=False).train(STEPS - 1)
+    assert not task.sparsifier.at_target
+    sparsifier = task.train(1).sparsifier
+    assert sparsifier.at_target
+    own = sparsifier.own_sparsity
+    assert own == sparsifier.sparsity == sparsifier.report().own_sparsity != 0.5
+    assert feather.sparsity(sparsifier.finalize()) == sparsifier.report().sparsity == own
+
+
 # --- options --------------------------------------------------------------------------------
 
 
@@ -278,6 +289,7 @@ def test_published_str_is_taken_as_it_is_by_stopping_before_the_exact_step():
         ("str", {"decay": 1e-4, "end": 5}, "leave out decay"),
         ("str", {"decay": 1e-4, "schedule": "linear"}, "leave out decay"),
         ("str", {"decay": -1e-4}, "decay"),
+        ("str", {"exact": False}, "decay="),
         ("str", {"s_init": math.nan}, "s_init"),
         ("str", {"momentum": 1.0}, "momentum"),
         ("str", {"schedule": "cubed"}, "'cubic'"),

@@ -1,10 +1,10 @@
 """Multiply-adds of a model, dense and sparse, per weight.
 
-Counted is what weights do in convolutions (transposed ones too), linear and bilinear layers and
-the projections of `MultiheadAttention`: each weight makes one multiply-add per position that it
-is applied to. Convolutions count every output position with the whole kernel, border included,
-as published numbers do; transposed ones every input position. A module that is called twice
-counts twice, and tied weights count wherever they are used.
+Counted is what weights do in convolutions (transposed ones too), linear and bilinear layers
+(Transformers' `Conv1D` too) and the projections of `MultiheadAttention`: each weight makes one
+multiply-add per position that it is applied to. Convolutions count every output position with the
+whole kernel, border included, as published numbers do; transposed ones every input position. A
+module that is called twice counts twice, and tied weights count wherever they are used.
 
 Not counted: products of activations with each other (attention scores and their sums over
 values), biases, norms, activations, pooling, embeddings, recurrent layers, and weights that a
@@ -26,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from .errors import ConfigurationError
-from .prunable import WEIGHTS, unwrap
+from .prunable import default_weights, unwrap
 from .sharding import count_nonzero, reshard
 
 
@@ -87,7 +87,7 @@ def count_flops(model: nn.Module, example_input: Any) -> Flops:
     counted: dict[str, nn.Module] = {
         name.replace("_orig_mod.", "").removesuffix("_orig_mod"): module
         for name, module in model.named_modules()
-        if _is_counted(module)
+        if default_weights(module)
     }
     dense: Counter[str] = Counter()
     sparse: Counter[str] = Counter()
@@ -127,10 +127,6 @@ def count_flops(model: nn.Module, example_input: Any) -> Flops:
     )
 
 
-def _is_counted(module: nn.Module) -> bool:
-    return isinstance(module, tuple(WEIGHTS))
-
-
 def _uses(
     module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
 ) -> Iterator[tuple[str, Tensor, int]]:
@@ -153,6 +149,8 @@ def _uses(
         yield "out_proj.weight", module.out_proj.weight, query
         return
     first = args[0] if args else next(iter(kwargs.values()))
+    weight = module.weight
+    assert isinstance(weight, Tensor)
     if isinstance(module, _ConvTransposeNd):
         positions = _positions(first, module.in_channels)
     elif isinstance(module, _ConvNd):
@@ -161,9 +159,9 @@ def _uses(
         positions = _positions(first, module.in_features)
     elif isinstance(module, nn.Bilinear):
         positions = _positions(output, module.out_features)
-    else:
-        raise AssertionError(f"{type(module).__name__} is in WEIGHTS but not counted here")
-    yield "weight", module.weight, positions
+    else:  # a linear layer of another library, see `prunable.FOREIGN_WEIGHTS`
+        positions = _positions(first, weight.shape[0])
+    yield "weight", weight, positions
 
 
 def _positions(activation: Tensor, channels: int) -> int:
@@ -171,13 +169,11 @@ def _positions(activation: Tensor, channels: int) -> int:
 
 
 def _weights(prefix: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for kind, attributes in WEIGHTS.items():
-        if isinstance(module, kind):
-            for attribute in attributes:
-                weight = getattr(module, attribute, None)
-                # A lazy layer that no pass has reached has no weights yet.
-                if weight is not None and not isinstance(weight, UninitializedParameter):
-                    yield _join(prefix, attribute), weight
+    for attribute in default_weights(module):
+        weight = getattr(module, attribute, None)
+        # A lazy layer that no pass has reached has no weights yet.
+        if weight is not None and not isinstance(weight, UninitializedParameter):
+            yield _join(prefix, attribute), weight
 
 
 def _join(prefix: str, attribute: str) -> str:

@@ -243,10 +243,14 @@ class LatentWeights:
         """Of means over what is here of the rows of tensor i, (rows, n), those over whole rows."""
         return means if self.shards is None else self.shards.row_means(i, means)
 
+    def place_of(self, i: int, segments: Sequence[Segment]) -> int:
+        """The number of the segment that weight tensor i is in."""
+        start = self.spans[i][0]
+        return next(j for j, s in enumerate(segments) if s.start <= start < s.stop)
+
     def segment_of(self, i: int, segments: Sequence[Segment]) -> Segment:
         """The segment that weight tensor i is in."""
-        start = self.spans[i][0]
-        return next(s for s in segments if s.start <= start < s.stop)
+        return segments[self.place_of(i, segments)]
 
     def pruned(self, i: int, segments: Sequence[Segment]) -> Tensor:
         """Which weights of tensor i lie below their cut, shaped and laid out like it."""

@@ -2,13 +2,14 @@
 
 Such a method hits no target by itself. At the end of training, from the last step on or earlier,
 the count is made exact: weights are ranked by |w| / tau over the whole network, and the round(s N)
-lowest are pruned. So what is evaluated after that step, saved, and finalized is one model.
+lowest are pruned. So what is evaluated after that step, saved, and finalized is one model. Where
+the schedule arrives later, it is from its arrival on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -41,15 +42,30 @@ class Law(Protocol):
     def thresholds(self, r: Tensor, weights: LatentWeights) -> tuple[Tensor, Tensor]:
         """tau >= 0 and d tau / d r, each of the shape of r, (number of tensors,)."""
 
-    def penalty(self, r: Tensor, weights: LatentWeights, dense: Tensor, sparsity: Tensor) -> Tensor:
+    def penalty(self, r: Tensor, weights: LatentWeights, now: Present) -> Tensor:
         """The gradient in r of what the method adds to the loss, of the shape of r.
 
         Args:
             r: the parameters.
             weights: the latent weights; `sizes` has their counts.
-            dense: mask of the tensors that stay dense, where r means nothing.
-            sparsity: wanted now, 0-dimensional float64.
+            now: where the method stands with them.
         """
+
+
+class Present(NamedTuple):
+    """What a law may want to know of the present, one entry for each tensor.
+
+    Attributes:
+        dense: mask of the tensors that stay dense, where r means nothing.
+        slope: d tau / d r, as `Law.thresholds` found it.
+        kept: counts the weights beyond their thresholds (all of dense tensors).
+        sparsity: wanted now, 0-dimensional float64.
+    """
+
+    dense: Tensor
+    slope: Tensor
+    kept: Callable[[], Tensor]
+    sparsity: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,8 @@ class LearnedMethod:
         optimizer: how they step.
         schedule: the sparsity that is wanted over time.
         dense_below: tensors of fewer weights than this stay dense.
-        exact_from: share of training after which the count is made exact.
+        exact_from: share of training after which the count is made exact; None: never, the end is
+            what the method reaches by itself.
     """
 
     operator: Operator
@@ -71,7 +88,7 @@ class LearnedMethod:
     optimizer: Momentum
     schedule: Schedule
     dense_below: int = 0
-    exact_from: float = 1.0
+    exact_from: float | None = 1.0
 
     def attach(self, setting: Setting) -> LearnedThresholds:
         """Puts the method to work."""
@@ -105,7 +122,9 @@ class LearnedThresholds(Thresholded):
     def __init__(self, setting: Setting, method: LearnedMethod):
         super().__init__(setting, method.operator, method.gradient)
         self.method = method
-        self.arrival = math.ceil(method.exact_from * setting.total_steps)
+        self.timetable = Timetable(method.schedule, setting)
+        begin = 1.0 if method.exact_from is None else method.exact_from
+        self.arrival = max(math.ceil(begin * setting.total_steps), self.timetable.arrival)
         weights, sizes = setting.weights, [shape.numel() for shape in setting.weights.shapes]
         most = sum(n for n in sizes if n >= method.dense_below)
         if round(setting.sparsity * weights.size) > most:
@@ -119,7 +138,6 @@ class LearnedThresholds(Thresholded):
         unit = method.law.unit
         self.state = {unit: r, f"{unit}_velocity": torch.zeros_like(r)}
         self.learned = (unit,)
-        self.timetable = Timetable(method.schedule, setting)
         self._solved: _Solved | None = None
 
     @property
@@ -152,15 +170,14 @@ class LearnedThresholds(Thresholded):
     def _solve(self, weights: LatentWeights, step: Tensor) -> _Solved:
         tau, slope = self.method.law.thresholds(self.r, weights)
         wanted, scale = self.timetable.at(step), self.scale(tau, weights)
-        own = _own_cut(weights)
-        if host.waits_for(weights.device):
-            exact = self.cut_at(wanted, scale, weights)
+        cut = _own_cut(weights)
+        if self.method.exact_from is not None:
             done = step >= self.arrival
-            cut = Cut(*(torch.where(done, a, b) for a, b in zip(exact, own, strict=True)))
-        elif step >= self.arrival:
-            cut = self.cut_at(wanted, scale, weights)
-        else:
-            cut = own
+            if host.waits_for(weights.device):
+                exact = self.cut_at(wanted, scale, weights)
+                cut = Cut(*(torch.where(done, a, b) for a, b in zip(exact, cut, strict=True)))
+            elif done:
+                cut = self.cut_at(wanted, scale, weights)
         return _Solved(wanted, tau, slope, scale, cut)
 
     def scale(self, tau: Tensor, weights: LatentWeights) -> Tensor:
@@ -182,10 +199,6 @@ class LearnedThresholds(Thresholded):
         assert self._solved is not None
         own = self._solved._replace(cut=_own_cut(weights))
         return weights.counts_pruned(own.segments(weights))
-
-    def threshold(self, weights: LatentWeights, i: int) -> Tensor:
-        """See `Reparametrization`."""
-        return self.segments[i].threshold
 
     # Gradients
 
@@ -211,7 +224,10 @@ class LearnedThresholds(Thresholded):
         if scale is not None:
             gradient /= scale
         dense = self._is_dense(weights)
-        gradient += self.method.law.penalty(self.r, weights, dense, wanted)
+        present = Present(
+            dense, slope, lambda: weights.sizes - self.own_counts_pruned(weights), wanted
+        )
+        gradient += self.method.law.penalty(self.r, weights, present)
         self.r.grad = gradient.masked_fill(dense, 0.0).to(self.r.dtype)
 
     def advance(

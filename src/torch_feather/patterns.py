@@ -21,7 +21,7 @@ from torch import Tensor
 from .errors import ConfigurationError
 from .latent import LatentWeights, Segment, visible
 from .operators import Operator
-from .reparametrization import Setting
+from .reparametrization import Rate, Setting
 from .thresholded import Scheduled
 
 if TYPE_CHECKING:
@@ -251,10 +251,21 @@ class Patterned(Scheduled):
     def _scores(self, weights: LatentWeights) -> list[Tensor]:
         return [self.pattern.scores(w.to(weights.wide)).contiguous() for w in weights.views]
 
-    def refresh(self, weights: LatentWeights, step: Tensor) -> None:
-        """See `Reparametrization`."""
+    def _rescore(self, weights: LatentWeights) -> None:
         for old, w in zip(self.scores.views, weights.views, strict=True):
             old.copy_(self.pattern.scores(w.to(weights.wide)))
+
+    def advance(
+        self, weights: LatentWeights, step: Tensor, rate: Rate, taken: bool | Tensor
+    ) -> None:
+        """See `Reparametrization`."""
+        if self.allocation.follows:
+            self._rescore(weights)
+            super().advance(self.scores, step, rate, taken)
+
+    def refresh(self, weights: LatentWeights, step: Tensor) -> None:
+        """See `Reparametrization`."""
+        self._rescore(weights)
         super().refresh(self.scores, step)
 
     def images(self, weights: LatentWeights) -> tuple[list[Tensor], Tensor]:

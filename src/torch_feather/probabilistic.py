@@ -141,10 +141,17 @@ class ProbabilisticMasks(Reparametrization):
             torch.sigmoid(odds.log_().mul_(self._sharpness), out=mask)
 
     def _most_probable(self, step: Tensor) -> Tensor:
-        """Mask of all but the least probable, exactly as many as the target asks for."""
-        scores = self._probability.flat
-        cut = select(scores.clone, torch.full_like(step, self._pruned))
-        return (~cut.pruned(scores)).to(scores.dtype)
+        """Mask of all but the least probable, exactly as many as the target asks for.
+
+        Many probabilities are 0 or 1: which of equal ones are pruned is drawn, at places of the
+        sequence before all that masks are drawn from.
+        """
+        scores, k = self._probability.flat, torch.full_like(step, self._pruned)
+        last = select(scores.clone, k).value
+        lots = uniform(self.method.seed, -torch.full_like(step, scores.numel()), scores.numel(),
+                       scores.dtype)  # fmt: skip
+        lots.masked_fill_(scores < last, 0.0).masked_fill_(scores > last, 1.0)
+        return (~select(lots.clone, k).pruned(lots)).to(scores.dtype)
 
     def images(self, weights: LatentWeights) -> tuple[list[Tensor], Tensor]:
         """See `Reparametrization`."""

@@ -25,6 +25,7 @@ WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
 }
 # So are those of other libraries' linear layers, which are known by name: GPT-2 is built of these.
+# Their weight is of shape (inputs, outputs).
 FOREIGN_WEIGHTS = {"transformers.pytorch_utils.Conv1D": ("weight",)}
 
 
@@ -172,7 +173,7 @@ def _places(model: nn.Module) -> Iterator[_Place]:
 
     def walk(prefix: str, path: tuple[nn.Module, ...]) -> Iterator[_Place]:
         module = path[-1]
-        weights = _default_weights(module)
+        weights = default_weights(module)
         names = [name for name, p in module._parameters.items() if p is not None]
         for name in weights:
             # Not getattr: a parametrization may change its own state when it is evaluated.
@@ -191,12 +192,24 @@ def _places(model: nn.Module) -> Iterator[_Place]:
     yield from walk("", (model,))
 
 
-def _default_weights(module: nn.Module) -> tuple[str, ...]:
+def default_weights(module: nn.Module) -> tuple[str, ...]:
+    """The names of the parameters of `module` itself that are weights by default."""
     for kind, names in WEIGHTS.items():
         if isinstance(module, kind):
             return names
     kinds = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
     return next((FOREIGN_WEIGHTS[kind] for kind in kinds if kind in FOREIGN_WEIGHTS), ())
+
+
+def output_groups(module: nn.Module) -> int | None:
+    """In how many groups of dimension 0 a default weight has its outputs along dimension 1.
+
+    None where dimension 0 are the outputs, as of most layers.
+    """
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return module.groups
+    foreign = default_weights(module) and not isinstance(module, tuple(WEIGHTS))
+    return 1 if foreign else None
 
 
 def _matched(

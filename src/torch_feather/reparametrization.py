@@ -106,6 +106,10 @@ class Reparametrization(ABC):
         """What the method prunes by itself, without the last step that makes the count exact."""
         return self.counts_pruned(weights)
 
+    def excess(self, weights: LatentWeights) -> str | None:
+        """What was promised of the end beside the sparsity and is not kept, for a warning."""
+        return None
+
     @abstractmethod
     def threshold(self, weights: LatentWeights, i: int) -> Tensor:
         """The magnitude up to which weights of tensor i are pruned, 0-dimensional."""

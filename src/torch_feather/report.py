@@ -44,12 +44,15 @@ class Report:
 
     `dense_macs` and `sparse_macs` are those of the whole model, also of layers that are not
     listed; None without an example input. `parameters` counts all of the model's, prunable or not.
+    `own_sparsity` is what the method prunes by itself (see `Sparsifier`); None where no method is
+    asked.
     """
 
     layers: list[LayerReport]
     dense_macs: int | None = None
     sparse_macs: int | None = None
     parameters: int | None = None
+    own_sparsity: float | None = None
 
     @property
     def weights(self) -> int:
@@ -82,6 +85,7 @@ class Report:
             "weights": self.weights,
             "zeros": self.zeros,
             "sparsity": self.sparsity,
+            "own_sparsity": self.own_sparsity,
             "parameters": self.parameters,
             "sparsity_of_all": self.sparsity_of_all,
             "dense_macs": self.dense_macs,
@@ -228,6 +232,11 @@ def _notes(report: Report) -> list[str]:
         notes.append(
             f"Of all {report.parameters:,} parameters of the model, these zeros are "
             f"{percent(report.zeros, report.parameters)}."
+        )
+    own = report.own_sparsity
+    if own is not None and round(own * report.weights) != report.zeros:
+        notes.append(
+            f"By itself the method prunes {percent(round(own * report.weights), report.weights)}."
         )
     listed = sum(layer.dense_macs or 0 for layer in report.layers)
     if report.dense_macs is not None and report.dense_macs != listed:

@@ -90,7 +90,7 @@ class Linear(_Ramp):
 
 @dataclass(frozen=True)
 class Stairs:
-    """Another schedule, followed in stairs of `every` steps; it arrives no later.
+    """Another schedule, followed in stairs of `every` steps from its begin on; it arrives no later.
 
     Source: Zhu and Gupta (2017), whose sparsity rises every 100 to 1000 steps.
     """
@@ -103,8 +103,10 @@ class Stairs:
         if self.every < 1:
             raise ConfigurationError(f"every is a number of steps >= 1, got {self.every!r}.")
         smooth = torch.as_tensor(self.schedule.table(total_steps))
-        start = torch.arange(total_steps + 1) // self.every * self.every
-        return torch.where(smooth == 1, 1.0, smooth[start])
+        steps = torch.arange(total_steps + 1)
+        begin = max(int((smooth > 0).int().argmax()) - 1, 0)  # the last at which it is 0
+        start = begin + (steps - begin).clamp(min=0) // self.every * self.every
+        return torch.where(smooth == 1, 1.0, smooth[start.minimum(steps)])
 
 
 @dataclass(frozen=True)

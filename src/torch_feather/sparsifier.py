@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -46,8 +47,9 @@ ONE_PROCESS = (
     "This method needs whole weight tensors in one process, but here they are sharded over "
     "several. "
     "What works on shards: feather, feather-gmp, feather-flops, hard-ste, soft-ste, gmp, st3 and "
-    "st3-sigma, without patterns; asl, asl+, feather-asl+ and str. All others work with "
-    "DistributedDataParallel."
+    "st3-sigma, without patterns (these two not for transposed convolutions and Conv1D, of which "
+    "shards have parts of all output channels); asl, asl+, feather-asl+ and str. All others work "
+    "with DistributedDataParallel."
 )
 
 
@@ -105,7 +107,7 @@ def sparsify(
     prunable = find_prunable(model, include, exclude, frozen=False)
     target = Target.of(model, prunable, sparsity, count)
     if isinstance(method, str):
-        method = build_method(method, sparsity=target.sparsity, **options)
+        method = build_method(method, sparsity=target.asked, **options)
     method, share = target.given_to(method)
     return Sparsifier(model, optimizer, method, share, int(total_steps), include, exclude)
 
@@ -322,12 +324,13 @@ class Sparsifier:
         """Zeros, sparsity and threshold per layer; multiply-adds too where an input is given."""
         self.sync()
         names = {slot.name for slot in self.slots}
-        return report(
+        found = report(
             self.model,
             include=lambda _, name: name in names,
             example_input=example_input,
             thresholds={name: float(tau) for name, tau in self.thresholds().items()},
         )
+        return replace(found, own_sparsity=self.own_sparsity)
 
     # Leaving
 
@@ -357,6 +360,8 @@ class Sparsifier:
         self._own_sparsity, self._reached = self.own_sparsity, self.at_target
         self._show(found)
         self._health.inspect(self.weights, self._here(), self.reparametrization)
+        if self._reached and (excess := self.reparametrization.excess(self.weights)):
+            warn(f"The network has its sparsity, but {excess}")
         self._release()
         if keep_masks:
             self._keeper = ZeroKeeper([slot.parameter for slot in self.slots], self._optimizers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
+from fractions import Fraction
 from numbers import Real
 from typing import Any
 
@@ -35,11 +36,13 @@ class Target:
 
     Attributes:
         sparsity: over all prunable weights.
+        asked: the same before numbers of zeros are rounded: what options depend on.
         sizes: numbers of weights, of each group; of all where there are no groups.
         groups: weights with shares of their own; none where all share one.
     """
 
     sparsity: float
+    asked: float
     sizes: tuple[int, ...]
     groups: tuple[Group, ...] = ()
 
@@ -61,10 +64,15 @@ class Target:
             sizes = {item.name: item.parameter.numel() for item in prunable}
             members = tuple(sum(sizes[name] for name in group.names) for group in groups)
             zeros = sum(round(g.sparsity * n) for g, n in zip(groups, members, strict=True))
-            return cls(zeros / size if size else 0.0, members, groups)
+            # As fractions: one share for all groups is that share, to the last bit.
+            wanted = sum(Fraction(g.sparsity) * n for g, n in zip(groups, members, strict=True))
+            rounded, asked = (zeros / size, float(wanted / size)) if size else (0.0, 0.0)
+            return cls(rounded, asked, members, groups)
+        asked = sparsity
         if count == "all" and size:
+            asked = float(Fraction(sparsity) * _parameters(unwrap(model)) / size)
             sparsity = _of_prunable(sparsity, size, unwrap(model))
-        return cls(sparsity, (size,))
+        return cls(sparsity, asked, (size,))
 
     def given_to(self, method: AnyMethod) -> tuple[AnyMethod, float]:
         """The method with the shares of the groups, and the share of all prunable weights.
@@ -107,7 +115,7 @@ def _groups(
 
 def _of_prunable(sparsity: float, size: int, model: nn.Module) -> float:
     """The share of `size` prunable weights that is a share `sparsity` of all parameters."""
-    every = sum(parameter.numel() for parameter in model.parameters())
+    every = _parameters(model)
     zeros = round(sparsity * every)
     if zeros >= size:
         raise ConfigurationError(
@@ -117,3 +125,7 @@ def _of_prunable(sparsity: float, size: int, model: nn.Module) -> float:
             "prunable weights alone (count='prunable')."
         )
     return zeros / size
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from . import host
 from .gradients import GradientRule
 from .latent import LatentWeights, Segment, renew
 from .operators import Operator
-from .reparametrization import Reparametrization, Setting
+from .reparametrization import Rate, Reparametrization, Setting
 from .schedules import Schedule, make_table
 
 if TYPE_CHECKING:
@@ -81,10 +82,12 @@ class Timetable:
 
     Attributes:
         shares: of the target, as the schedule's table has them (on the host).
+        arrival: the step from which on the target is wanted, to the end.
     """
 
     def __init__(self, schedule: Schedule, setting: Setting):
         self.shares = make_table(schedule, setting.total_steps)
+        self.arrival = int(np.flatnonzero(self.shares != 1).max(initial=-1)) + 1
         self._shares, self._target = torch.from_numpy(self.shares), setting.sparsity
         self.move(setting.weights.device)
 
@@ -126,12 +129,10 @@ class Scheduled(Thresholded):
         self.method = method
         self.allocation = method.allocation.fit(setting)
         self.state = self.allocation.state  # the same dict: it may be loaded, and moved
-        zeros = self.state.setdefault("zeros", setting.weights.zeros())
-        if not self.keeps_zeros:
-            assert isinstance(zeros, Tensor)
-            zeros.zero_()
+        zeros = setting.weights.zeros()
+        self.state["zeros"] = zeros if self.keeps_zeros else torch.zeros_like(zeros)
         self.timetable = Timetable(method.schedule, setting)
-        self.arrival = int((self.timetable.shares == 1).argmax())
+        self.arrival = self.timetable.arrival
 
     @property
     def on_shards(self) -> bool:  # type: ignore[override]
@@ -144,16 +145,24 @@ class Scheduled(Thresholded):
         m = self.method
         return f"{m.operator!r} {m.gradient!r} {m.allocation!r} {self.timetable.identity}"
 
-    def reached(self, step: int) -> bool:
-        """See `Reparametrization`."""
-        return bool(self.timetable.shares[min(step, self.total_steps)] == 1)
-
     def cuts(self, weights: LatentWeights, step: Tensor) -> list[Segment]:
         """See `Thresholded`."""
         zeros = self.state["zeros"]
         assert isinstance(zeros, Tensor)
         begin = zeros.sum().double() / weights.size
         return self.allocation.cuts(weights, self.timetable.at(step, begin))
+
+    def advance(
+        self, weights: LatentWeights, step: Tensor, rate: Rate, taken: bool | Tensor
+    ) -> None:
+        """See `Reparametrization`."""
+        if self.allocation.follows:
+            self.allocation.follow(weights, self.sparsity, taken)
+
+    def excess(self, weights: LatentWeights) -> str | None:
+        """See `Reparametrization`."""
+        pruned = self.counts_pruned(weights).double() / weights.sizes.clamp_min(1)
+        return self.allocation.excess(weights, 1 - pruned)
 
     def admits(self, weights: LatentWeights, step: Tensor) -> bool:
         """See `Reparametrization`. Zeros are the smallest scores: they would be pruned first."""

@@ -125,7 +125,13 @@ SHARES: dict[str, Callable[[int, int, int], float]] = {
     "cubic": lambda t, a, b: 1 - (1 - min(max((t - a) / (b - a), 0), 1)) ** 3,
     "linear": lambda t, a, b: min(max((t - a) / (b - a), 0), 1),
     "constant": lambda t, a, b: 1.0,
+    "one-shot": lambda t, a, b: float(t >= a),
 }
+
+
+def share_after(step: int, total: int, schedule: str, begin: int, end: int | None) -> float:
+    """Share of the target after `step` of `total` steps; `end` defaults to half of them."""
+    return SHARES[schedule](min(step, total), begin, total // 2 if end is None else end)
 
 
 class GlobalThreshold(Reference):
@@ -208,7 +214,8 @@ class UniformThreshold(LayerThreshold):
         t = min(self.step_count, self.total_steps)
         share = SHARES[self.schedule](t, self.begin, self.end)
         if share < 1:  # arrives on time
-            share = SHARES[self.schedule](t - t % self.every, self.begin, self.end)
+            t -= (t - self.begin) % self.every if t > self.begin else 0
+            share = SHARES[self.schedule](t, self.begin, self.end)
         return self.target * share
 
     def amounts(self) -> list[float]:
@@ -342,16 +349,23 @@ class LearnedThreshold(Reference):
         dense_below: int = 1000, **kwargs,
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
-        weights, self.arrival = self.latent.values(), self.total_steps
+        self.arrival = self.total_steps
         self.dense = {name for name, w in self.latent.items() if w.numel() < dense_below}
-        wide = torch.promote_types(torch.float32, next(iter(weights)).dtype)
-        self.learned = [nn.Parameter(torch.full((len(self.latent),), start, dtype=wide))]
+        [r] = {w.dtype for w in self.wide().values()}
+        self.learned = [nn.Parameter(torch.full((len(self.latent),), start, dtype=r))]
         self.rate, self.momentum, self.decay = rate, momentum, decay
 
     def inner_optimizer(self, rate: float) -> Optimizer:
         return torch.optim.SGD(
             self.learned, self.rate * rate, self.momentum, weight_decay=self.decay
         )
+
+    def wide(self) -> dict[str, Tensor]:
+        """The weights in the type that they are ranked and thresholded in."""
+        return {
+            name: w.to(torch.promote_types(torch.float32, w.dtype))
+            for name, w in self.latent.items()
+        }
 
     def tau(self, r: Tensor, w: Tensor) -> Tensor:
         """The threshold of one layer, differentiable in r."""
@@ -362,19 +376,20 @@ class LearnedThreshold(Reference):
         raise NotImplementedError
 
     def effective(self) -> dict[str, Tensor]:
-        [r] = self.learned
-        tau = {name: self.tau(r[i], w) for i, (name, w) in enumerate(self.latent.items())}
-        pruned = [name for name in self.latent if name not in self.dense]
-        kept = {name: self.latent[name].abs() / tau[name] > 1 for name in pruned}
+        [r], latent = self.learned, self.wide()
+        tau = {name: self.tau(r[i], w) for i, (name, w) in enumerate(latent.items())}
+        pruned = [name for name in latent if name not in self.dense]
+        kept = {name: latent[name].abs() * (1 / tau[name]) > 1 for name in pruned}
         at = torch.ones((), dtype=r.dtype)
         if self.step_count >= self.arrival:
-            scores = [self.latent[name] / tau[name] for name in pruned]
+            scores = [latent[name] * (1 / tau[name]) for name in pruned]
             masks, at = smallest(scores, round(self.target * self.size))
             kept = dict(zip(pruned, masks, strict=True))
-        return {
+        images = {
             name: self.image(w, tau[name], at, kept[name]) if name in kept else w
-            for name, w in self.latent.items()
+            for name, w in latent.items()
         }
+        return {name: u.to(self.latent[name].dtype) for name, u in images.items()}
 
     @property
     def sparsity(self) -> float:
@@ -414,15 +429,21 @@ class ASL(LearnedThreshold):
 class ASLPlus(ASL):
     """ASL with a budget that is measured and that rises; each layer has a model for its slope."""
 
-    def __init__(self, *args, rate=0.01, momentum=0.9, budget_weight=30.0, **kwargs):
+    def __init__(
+        self, *args, rate=0.01, momentum=0.9, budget_weight=30.0, schedule="cubic", begin=0,
+        end=None, **kwargs,
+    ):  # fmt: skip
         super().__init__(*args, rate=rate, momentum=momentum, budget_weight=budget_weight, **kwargs)
+        self.schedule = schedule, begin, end
+        while share_after(self.arrival, self.total_steps, *self.schedule) < 1:
+            self.arrival += 1
         with torch.no_grad():
             self.learned[0].zero_()
 
     def penalty(self) -> Tensor:
         [r] = self.learned
         density = 0.0
-        for i, (name, w) in enumerate(self.latent.items()):
+        for i, (name, w) in enumerate(self.wide().items()):
             kept = torch.tensor(w.numel() / self.size, dtype=r.dtype)
             if name not in self.dense:
                 w = w.detach()
@@ -433,7 +454,7 @@ class ASLPlus(ASL):
                     share = torch.erfc(r[i] / math.sqrt(2))
                 kept = kept * share / share.detach()
             density = density + kept
-        wanted = SHARES["cubic"](min(self.step_count, self.total_steps), 0, self.total_steps // 2)
+        wanted = share_after(self.step_count, self.total_steps, *self.schedule)
         return self.budget_weight * torch.log(density / (1 - wanted * self.target)) ** 2
 
     @torch.no_grad()
@@ -473,18 +494,22 @@ class STR(LearnedThreshold):
 class ControlledSTR(STR):
     """After every step a common factor on all sigmoid(s) puts the wanted number below them."""
 
+    def __init__(self, *args, schedule="cubic", begin=0, end=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.schedule = schedule, begin, end
+
     @torch.no_grad()
     def advance(self) -> None:
         super().advance()
         [s] = self.learned
-        share = SHARES["cubic"](min(self.step_count, self.total_steps), 0, self.total_steps // 2)
+        share = share_after(self.step_count, self.total_steps, *self.schedule)
         k = round(share * self.target * self.size)
         if k > 0:
-            tau = s.sigmoid()
-            scores = [w.abs() / tau[i] for i, w in enumerate(self.latent.values())]
+            tau, latent = s.double().sigmoid(), self.wide().values()
+            scores = [w.abs().double() / tau[i] for i, w in enumerate(latent)]
             ordered = torch.cat([score.flatten() for score in scores]).sort().values
-            most = 1 - torch.finfo(s.dtype).eps  # a sigmoid comes no nearer to 1
-            s.copy_((ordered[k - 1] * tau).clamp(max=most).logit() + 1e-12)
+            eps = torch.finfo(s.dtype).eps  # a sigmoid comes no nearer to 1
+            s.copy_((ordered[k - 1] * tau * (1 + 32 * eps)).clamp(max=1 - eps).logit())
 
 
 class ProbMask(Reference):
@@ -513,9 +538,8 @@ class ProbMask(Reference):
         share = min(max((self.epoch - begin) / (end - begin), 0), 1)
         return final + (self.size - final) * (1 - share) ** 3
 
-    def noise(self) -> list[Tensor]:
+    def noise(self, draws: int) -> list[Tensor]:
         """Uniform numbers: those of SplitMix64 from place draws * N on, in Python's integers."""
-        draws = self.step_count + self.draw
         bits = [splitmix64(self.seed, draws * self.size + i) >> 41 for i in range(self.size)]
         flat = (torch.tensor(bits, dtype=torch.float64) + 0.5) / 2**23
         pieces = flat.split([p.numel() for p in self.learned])
@@ -523,11 +547,20 @@ class ProbMask(Reference):
 
     def masks(self) -> list[Tensor]:
         if self.step_count >= self.arrival:
-            frozen, _ = smallest(self.learned, round(self.target * self.size))
-            return [mask + 0 * p for mask, p in zip(frozen, self.learned, strict=True)]
+            # By probability, then by lots: a stable sort leaves the order of the first one.
+            lots, p = (torch.cat([x.detach().flatten().double() for x in one])
+                       for one in (self.noise(-1), self.learned))  # fmt: skip
+            order = lots.argsort(stable=True)
+            order = order[p[order].argsort(stable=True)]
+            kept = torch.ones(self.size, dtype=torch.bool)
+            kept[order[: round(self.target * self.size)]] = False
+            pieces = kept.split([p.numel() for p in self.learned])
+            return [m.view_as(p) + 0 * p for m, p in zip(pieces, self.learned, strict=True)]
         masks, e = [], self.epoch
         sharpness = 1 / (0.97 * (1 - e / self.epochs) + 0.03)
-        for probability, u in zip(self.learned, self.noise(), strict=True):
+        for probability, u in zip(
+            self.learned, self.noise(self.step_count + self.draw), strict=True
+        ):
             inside = probability.detach().clamp(2**-21, 1 - 2**-21)
             p = probability + (inside - probability).detach()  # the clamp is passed straight
             logit = p.log() - (1 - p).log() + (u.log() - (1 - u).log()).to(p.dtype)
@@ -644,9 +677,9 @@ METHODS = {
         MethodCase("gmp", "gmp", UniformThreshold, sparsity=0.35,
                    reference_options={"p": math.inf, "theta": 0.0}),
         MethodCase("gmp-stem", "gmp", UniformThreshold,
-                   options={"allocation": "uniform", "every": 3, "end": 7},
-                   reference_options={"dense_first": False, "every": 3, "end": 7, "p": math.inf,
-                                      "theta": 0.0}),
+                   options={"allocation": "uniform", "every": 3, "begin": 1, "end": 7},
+                   reference_options={"dense_first": False, "every": 3, "begin": 1, "end": 7,
+                                      "p": math.inf, "theta": 0.0}),
         MethodCase("feather-gmp", "feather-gmp", UniformThreshold, sparsity=0.35,
                    options={"theta": 0.3}),
         MethodCase("feather-uniform", "feather", UniformThreshold,
@@ -681,11 +714,12 @@ METHODS = {
                    options={"dense_below": 0, "budget_weight": 2.0}),
         MethodCase("asl+-fast", "asl+", ASLPlus, exact=False, sparsity=0.5,
                    options={"dense_below": 25, "rate": 0.1, "momentum": 0.5,
-                            "budget_weight": 1.0}),
+                            "budget_weight": 1.0, "schedule": "linear", "begin": 1, "end": 10}),
         MethodCase("feather-asl+", "feather-asl+", FeatherASLPlus, exact=False, tolerance=1e-6,
                    options={"dense_below": 0, "theta": 0.3, "rate": 0.05,
                             "budget_weight": 2.0}),
-        MethodCase("str", "str", ControlledSTR, exact=False),
+        MethodCase("str", "str", ControlledSTR, exact=False,
+                   options={"schedule": "linear", "begin": 1, "end": 10}),
         MethodCase("str-published", "str", STR, exact=False, sparsity=0.5,
                    options={"decay": 0.3, "s_init": -5.0, "momentum": 0.875}),
     ]

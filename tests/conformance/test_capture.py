@@ -12,10 +12,11 @@ from torch_feather.selection import device
 
 from .capture import Tape, reads_across
 from .harness import TOTAL, assert_same, start
-from .methods import METHODS, resolved
+from .methods import METHODS, GlobalThreshold, MethodCase, resolved, some_costs
 from .models import MODELS
 
 REPLAYS = 50  # steps, far beyond the end of the schedule
+BUDGET = "feather-flops within a budget"  # its bias is searched for anew after every step
 
 
 @pytest.fixture
@@ -120,8 +121,11 @@ def test_an_engine_that_keeps_what_it_allocated_would_be_noticed(without_gpu, mo
 # --- what a replay computes -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_replayed_steps_are_the_hooked_ones(method, as_on_a_device):
+@pytest.mark.parametrize("method", [*METHODS, BUDGET])
+def test_replayed_steps_are_the_hooked_ones(method, as_on_a_device, monkeypatch):
+    costs = {"costs": some_costs, "budget": 150.0}
+    budget = MethodCase(BUDGET, "feather-flops", GlobalThreshold, options=costs)
+    monkeypatch.setitem(METHODS, BUDGET, budget)
     hooked = CapturedLoop(method).train(0, 3 + REPLAYS).end()
     loop = CapturedLoop(method).train(0, 2)
     loop.feed(2)

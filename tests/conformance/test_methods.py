@@ -2,13 +2,15 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import torch_feather as feather
-from torch_feather import ConfigurationError, StateError
+from torch_feather import ConfigurationError, StateError, host
 from torch_feather.allocation import ERK, FlopsBiased, Global, Uniform
 from torch_feather.allocation.base import counts_of
 from torch_feather.gradients import StraightThrough
@@ -16,6 +18,7 @@ from torch_feather.latent import LatentWeights
 from torch_feather.methods import METHODS, Method, build_method, method_options
 from torch_feather.methods.method import ALLOCATIONS
 from torch_feather.operators import Hard, Soft
+from torch_feather.reparametrization import Setting
 from torch_feather.schedules import Constant, Cubic, Stairs
 
 from .harness import STEPS, TOTAL, Loop, Run, assert_exact, assert_same, snapshot, start
@@ -196,6 +199,66 @@ def test_a_bias_is_found_for_a_budget_and_survives_a_restart():
     assert_same(snapshot(resumed.train(3, 6)), snapshot(run.train(3, 6)))
 
 
+@pytest.mark.parametrize("pattern", [None, "2x1"])
+@pytest.mark.parametrize("way", ["host", "device"])
+def test_what_training_makes_of_a_budget_is_within_it(way, pattern, monkeypatch):
+    """Where nothing is read on the way too; a block counts with all its weights."""
+    if way == "device":
+        monkeypatch.setattr(host, "waits_for", lambda device: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    x = MODELS["convnet"].batch(0)[0]
+    budget = 0.5 * macs(start("convnet", schedule="constant"))
+    biased = FlopsBiased(budget=budget, example_input=x)
+    run = start("convnet", method="feather", allocation=biased, pattern=pattern, total_steps=40)
+    found = run.sparsifier.reparametrization.state["gamma"]
+    before = found.clone()
+    run.train(0, 19)
+    assert run.sparsifier.step_count + 1 == run.sparsifier.reparametrization.arrival
+    for step in range(19, 40):
+        run.train(step, step + 1)
+        assert 0.5 * budget <= macs(run) <= budget, step
+    assert (found == found[0]).all()
+    assert (found - before).abs().max() > 0.05
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*budget")
+        run.sparsifier.finalize()
+
+
+def test_a_budget_that_is_not_met_in_the_end_is_told():
+    """As when other weights were written after the last step."""
+    options = {"method": "feather-flops", "costs": {"0.weight": 5.0, "2.weight": 1.0}}
+    run = start("mlp", budget=60.0, **options).train(0, TOTAL)
+    with torch.no_grad():
+        run.model[2].weight.zero_()
+    with pytest.warns(feather.FeatherWarning, match="its weights cost 1.., more than .* of 60"):
+        run.sparsifier.finalize()
+
+
+@pytest.mark.parametrize("gamma", [3.0, 32.0, 1e6])
+def test_a_strong_bias_prunes_the_dear_layers_first_and_none_by_its_place(gamma):
+    """Beyond all measure too, where the formula would leave the range of its type."""
+    tensors = [torch.randn(n) for n in (700, 200, 100)]
+    costs = {"dear": 12544.0, "fair": 784.0, "cheap": 1.0}
+    weights = LatentWeights(tensors)
+    setting = Setting(nn.Module(), list(costs), weights, 0.95, 10)
+    segments = FlopsBiased(gamma, costs=costs).fit(setting).cuts(
+        weights, torch.tensor(0.95, dtype=torch.float64)
+    )  # fmt: skip
+    assert weights.counts_pruned(segments).tolist() == [700, 200, 50]
+    pruned = weights.pruned(2, segments)
+    assert tensors[2].abs()[pruned].max() < tensors[2].abs()[~pruned].min()
+
+
+def test_costs_that_were_counted_survive_a_restart_with_another_input():
+    """A tensor's costs belong to the run: other sizes of images would count others."""
+    x = MODELS["convnet"].batch(0)[0]
+    options = {"method": "feather-flops", "gamma": 0.5}
+    run = start("convnet", example_input=lambda _: x, **options).train(0, 3)
+    small = nn.functional.interpolate(x, size=4)
+    resumed = start("convnet", example_input=lambda _: small, **options).load(run.save())
+    assert_same(snapshot(resumed.train(3, 6)), snapshot(run.train(3, 6)))
+
+
 def test_costs_that_were_given_survive_a_restart():
     costs = {name: 3.0 ** (i + 1) for i, name in enumerate(MODELS["convnet"].prunable)}
     run = start("convnet", method="feather-flops", gamma=0.5, costs=costs).train(0, 3)
@@ -229,13 +292,15 @@ def test_a_bias_that_cannot_be_is_an_error(options, words):
 
 @pytest.mark.parametrize("total", [7, 10, 100])
 @pytest.mark.parametrize("every", [1, 3, 8])
-def test_stairs_rise_only_now_and_then_and_arrive_on_time(total, every):
-    smooth = Cubic(0, total).table(total)
-    stairs = Stairs(Cubic(0, total), every).table(total)
+@pytest.mark.parametrize("begin", [0, 4])
+def test_stairs_rise_only_now_and_then_and_arrive_on_time(begin, every, total):
+    smooth = Cubic(begin, total).table(total)
+    stairs = Stairs(Cubic(begin, total), every).table(total)
     assert stairs[-1] == 1
     assert (stairs[:-1] <= smooth[:-1]).all()
     rises = (stairs.diff() > 0).nonzero().flatten() + 1
-    assert all(step % every == 0 or step == total for step in rises.tolist())
+    expected = {*range(begin + every, total, every), total}
+    assert set(rises.tolist()) == expected
 
 
 def test_stairs_without_steps_are_an_error():
@@ -260,8 +325,9 @@ def test_learned_thresholds_end_on_the_exact_count(model):
         assert_exact(run)
         assert run.zeros() == round(0.8 * run.case.size)
         run.train(step, step + 1)
-    own = run.sparsifier.own_sparsity
-    assert own != run.sparsifier.sparsity
+    own, report = run.sparsifier.own_sparsity, run.sparsifier.report()
+    assert own == report.to_dict()["own_sparsity"] != run.sparsifier.sparsity
+    assert f"By itself the method prunes {100 * own:.2f} %" in str(report)
     run.sparsifier.finalize()
     assert run.sparsifier.own_sparsity == own
     assert run.zeros() == round(0.8 * run.case.size)
@@ -277,6 +343,29 @@ def test_the_exact_count_is_that_of_the_largest_multiples_of_the_thresholds():
     ])  # fmt: skip
     mask = torch.cat([mask.flatten() for mask in run.sparsifier.masks().values()])
     assert scores[~mask].max() <= scores[mask].min()
+
+
+@pytest.mark.parametrize("method", ["asl+", "feather-asl+"])
+@pytest.mark.parametrize(
+    ("schedule", "arrival"),
+    [
+        ({"schedule": "linear", "end": 10}, 10),
+        ({"schedule": "one-shot", "begin": 10}, 10),
+        ({"end": 9}, 9),
+        ({"end": 4}, 9),
+    ],
+    ids=str,
+)
+def test_a_target_is_reached_no_earlier_than_its_schedule_arrives(schedule, arrival, method):
+    run = start(method=method, dense_below=0, **schedule)
+    for step in range(TOTAL + 1):
+        assert run.sparsifier.at_target == (step >= arrival)
+        if step < arrival:
+            with pytest.raises(StateError, match="Train on"):
+                run.sparsifier.finalize()
+        else:
+            assert run.zeros() == 96
+        run.train(step, step + 1)
 
 
 def test_finalize_before_the_exact_count_is_refused_or_forced():
@@ -440,6 +529,34 @@ def test_st3_restores_the_mean_magnitude_of_each_channel_in_part():
         r = (w[o].abs()[u[o] != 0].sum() / 27 + 1e-6) / (w[o].abs().mean() + 1e-6)
         expected = 1.01 / (r + 0.01) * (w[o].abs() - tau).clamp(min=0) * w[o].sign()
         torch.testing.assert_close(u[o], expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "outputs_first"),
+    [
+        (nn.Conv2d(4, 6, 3, groups=2), lambda w: w),
+        (nn.ConvTranspose2d(4, 6, 3), lambda w: w.transpose(0, 1)),
+        (
+            nn.ConvTranspose1d(4, 6, 3, groups=2),
+            lambda w: torch.cat([part.transpose(0, 1) for part in w.chunk(2)]),
+        ),
+        (Conv1D(6, 4), lambda w: w.T),
+    ],
+    ids=["convolution", "transposed", "transposed, in groups", "Conv1D"],
+)
+def test_st3_scales_output_channels_wherever_a_layer_has_them(layer, outputs_first):
+    layer = copy.deepcopy(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(
+        layer, optimizer, "st3", sparsity=0.5, total_steps=1, schedule="constant"
+    )
+    tau = sparsifier.thresholds()["weight"]
+    w, u = outputs_first(sparsifier.latent_weights()["weight"]), outputs_first(layer.weight)
+    assert len(w) == 6
+    for o in range(6):
+        r = (w[o].abs() * (u[o] != 0)).mean() / w[o].abs().mean()
+        expected = 1.01 / (r + 0.01) * (w[o].abs() - tau).clamp(min=0) * w[o].sign()
+        torch.testing.assert_close(u[o].detach(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_st3_keeps_nan_and_zeros_apart():

@@ -389,6 +389,27 @@ def test_what_is_reported_is_what_the_network_has_at_every_step(dtype):
     assert run.zeros() == 288
 
 
+def test_equal_probabilities_are_pruned_by_lot():
+    """Not by their place, which would empty the first layers; another seed draws others."""
+    model = nn.Sequential(nn.Linear(100, 50), nn.Linear(50, 100))
+    masks = []
+    for seed in (0, 0, 1):
+        sparsifier = feather.sparsify(
+            model, torch.optim.SGD(model.parameters(), 0.0), "probmask", sparsity=0.9,
+            total_steps=1, finetune=0.0, seed=seed,
+        )  # fmt: skip
+        sparsifier.reparametrization.state["probability"][1][:50].fill_(0.25)
+        frozen = sparsifier.reparametrization._most_probable(torch.ones((), dtype=torch.int64))
+        assert int((frozen == 0).sum()) == 9000
+        assert (frozen[5000:7500] == 0).all()  # the least probable first
+        masks.append(frozen)
+        for part in (frozen[:5000], frozen[7500:]):
+            assert (part == 0).double().mean() == pytest.approx(6500 / 7500, abs=0.03)
+        sparsifier.detach()
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
 def test_what_the_probabilities_reach_by_themselves_is_told():
     run = start("convnet", **FAST).train(0, TOTAL)
     flat = torch.cat([p.flatten() for p in run.sparsifier.parameters()])

@@ -50,7 +50,7 @@ def allocated(weights: LatentWeights, allocation: Allocation, sparsity: float):
 
 def soft_masks(weights: LatentWeights, segments, beta: float) -> list[Tensor]:
     soft = soft_top_k(weights, segments, torch.tensor(beta, dtype=torch.float64))
-    places = [segments.index(weights.segment_of(i, segments)) for i in range(len(weights.views))]
+    places = [weights.place_of(i, segments) for i in range(len(weights.views))]
     return [
         soft.mask(w.abs().to(weights.wide), j) for w, j in zip(weights.views, places, strict=True)
     ]

@@ -313,3 +313,22 @@ def test_the_sparsity_that_training_began_at_survives_a_restart_from_a_dense_mod
     fresh.loop.optimizers, fresh.loop.method = [fresh.optimizer], fresh.sparsifier
     fresh.load(checkpoint)
     assert_same(snapshot(fresh.train(2, STEPS)), snapshot(run.train(2, STEPS)))
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "theta"),
+    [
+        (0.95, 1.0),
+        ({"*": 0.95}, 1.0),
+        ({"0.*": 0.95, "1.*": 0.95}, 1.0),
+        ({"0.*": 0.9501, "1.*": 0.95}, 0.5),
+        ({"0.*": 0.96, "1.*": 0.5}, 1.0),
+    ],
+    ids=str,
+)
+def test_theta_depends_on_what_is_asked_for_not_on_how_or_on_rounding(sparsity, theta):
+    """round(.95 n) of 6944 weights are 95.003 % of them."""
+    model = nn.Sequential(nn.Linear(101, 62), nn.Linear(62, 11))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sparsifier = feather.sparsify(model, optimizer, sparsity=sparsity, total_steps=2)
+    assert sparsifier.method.gradient.theta == theta

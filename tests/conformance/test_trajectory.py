@@ -162,6 +162,17 @@ def test_other_dtypes(method, optimizer, dtype):
     compare(method, optimizer, "mlp", dtype=dtype, tolerance=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    ["asl-fast", "asl+-fast", "feather-asl+", "str", "str-published", "probmask-fast"],
+)
+def test_what_is_learned_in_half_precision(method, dtype):
+    """Thresholds and probabilities are float32, and so is all that they are computed from."""
+    tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    compare(method, "sgd", "mlp", dtype=dtype, tolerance=tolerance)
+
+
 def test_zero_is_a_value_like_any_other():
     """Only pruned weights have their gradient scaled, so a zero-initialised layer learns."""
     net = MODELS["mlp"].make()

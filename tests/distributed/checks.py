@@ -305,6 +305,8 @@ def what_cannot_be_is_refused(folder):
     for method in ("spartan", "probmask"):
         with pytest.raises(ConfigurationError, match="What works on shards: feather, "):
             attach(model, method)
+    with pytest.raises(ConfigurationError, match=r"st3-sigma.* not for transposed convolutions"):
+        attach(shard(nn.Sequential(nn.ConvTranspose2d(3, 4, 2))), "st3")
     _, sparsifier = attach(model)
     with pytest.raises(ConfigurationError, match="averages whole weights"):
         feather.LatentAverage(sparsifier)

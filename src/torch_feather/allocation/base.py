@@ -31,7 +31,13 @@ class Allocation(ABC):
 
 
 class Fitted(Allocation):
-    """An allocation that finds cuts; most need nothing of the model, and fit any."""
+    """An allocation that finds cuts; most need nothing of the model, and fit any.
+
+    Attributes:
+        follows: whether `follow` has anything to do.
+    """
+
+    follows: ClassVar[bool] = False
 
     def fit(self, setting: Setting) -> Fitted:
         """See `Allocation`."""
@@ -51,6 +57,24 @@ class Fitted(Allocation):
     def state(self) -> dict[str, Tensor | list[Tensor]]:
         """What cannot be computed anew after a restart, see `Reparametrization.state`."""
         return {}
+
+    def follow(self, weights: LatentWeights, sparsity: float, taken: bool | Tensor) -> None:
+        """The state becomes that of stepped weights.
+
+        Args:
+            weights: as for `cuts`.
+            sparsity: the final one.
+            taken: see `Reparametrization.advance`.
+        """
+
+    def excess(self, weights: LatentWeights, kept: Tensor) -> str | None:
+        """What this allocation promises and does not keep, as the end of a sentence.
+
+        Args:
+            weights: as for `cuts`.
+            kept: the share that is kept of each tensor, float64.
+        """
+        return None
 
 
 def counts_of(amounts: Tensor, total: Tensor) -> Tensor:

@@ -81,8 +81,7 @@ class FittedGroups(Fitted):
 
     def __init__(self, parts: Sequence[_Part], setting: Setting):
         self._parts, self._target = parts, setting.sparsity
-        # Each group goes from the zeros that it has to those that it is to have.
-        self._state: dict[str, Tensor | list[Tensor]] = {"zeros": setting.weights.zeros()}
+        self._state: dict[str, Tensor | list[Tensor]] = {}
         for part in parts:
             for key, value in part.within.state.items():
                 assert isinstance(value, Tensor)
@@ -97,7 +96,11 @@ class FittedGroups(Fitted):
 
     @property
     def state(self) -> dict[str, Tensor | list[Tensor]]:
-        """See `Fitted`; the entries of all groups in one."""
+        """See `Fitted`; the entries of all groups in one.
+
+        Each group goes from the zeros that it has to those that it is to have: of these read are
+        the `zeros` that `Scheduled` adds.
+        """
         return self._state
 
     def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:

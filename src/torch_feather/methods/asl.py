@@ -13,9 +13,12 @@ from ..errors import ConfigurationError
 from ..gradients import StraightThrough
 from ..inner import Momentum
 from ..latent import LatentWeights
-from ..learned import LearnedMethod
+from ..learned import LearnedMethod, Present
 from ..operators import Hard
 from ..schedules import Constant
+
+# Share of training after which the count is exact: what is left lets the network adapt.
+EXACT_FROM = 0.9
 
 
 def asl(
@@ -51,10 +54,6 @@ def asl(
     )
 
 
-# Share of training after which the count is exact: what is left lets the network adapt.
-EXACT_FROM = 0.9
-
-
 @dataclass(frozen=True)
 class StandardDeviations:
     """tau = clamp(r, 0, 5) std(w) + 1e-6, and a penalty on the density of normal weights.
@@ -80,12 +79,12 @@ class StandardDeviations:
         inside = (r >= 0) & (r <= 5)
         return r.clamp(0, 5) * deviation + 1e-6, deviation * inside
 
-    def penalty(self, r: Tensor, weights: LatentWeights, dense: Tensor, sparsity: Tensor) -> Tensor:
+    def penalty(self, r: Tensor, weights: LatentWeights, now: Present) -> Tensor:
         """See `Law`."""
         share = weights.sizes.to(r.dtype) / weights.size
-        density = (share * torch.erfc(r / math.sqrt(2)).masked_fill(dense, 1.0)).sum()
+        density = (share * torch.erfc(r / math.sqrt(2)).masked_fill(now.dense, 1.0)).sum()
         slope = -math.sqrt(2 / math.pi) * torch.exp(-(r**2) / 2)
-        return 2 * self.budget_weight * (density - (1 - sparsity)) * share * slope
+        return 2 * self.budget_weight * (density - (1 - now.sparsity)) * share * slope
 
 
 def spreads(weights: LatentWeights) -> Tensor:

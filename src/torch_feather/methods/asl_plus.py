@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..inner import Momentum
 from ..latent import LatentWeights
-from ..learned import LearnedMethod
+from ..learned import LearnedMethod, Present
 from ..schedules import Schedule
-from .asl import EXACT_FROM, StandardDeviations, spreads
+from .asl import EXACT_FROM, StandardDeviations
 from .feather import power, scaled_gradient
 from .method import make_schedule
 
@@ -81,17 +81,14 @@ class FittedDeviations(StandardDeviations):
         """See `Law`."""
         return 0.0
 
-    def penalty(self, r: Tensor, weights: LatentWeights, dense: Tensor, sparsity: Tensor) -> Tensor:
-        """See `Law`."""
-        magnitudes = [w.to(weights.wide).abs() for w in weights.views]
-        tau, _ = self.thresholds(r, weights)
-        pairs = zip(magnitudes, tau, strict=True)
-        kept = weights.total(torch.stack([(m > t).sum() for m, t in pairs])).to(r.dtype)
-        kept = torch.where(dense, weights.sizes, kept)
+    def penalty(self, r: Tensor, weights: LatentWeights, now: Present) -> Tensor:
+        """See `Law`. As r stays within its range, d tau / d r is the standard deviation."""
+        kept = now.kept().to(r.dtype)
         total = kept.sum().clamp_min(1)
-        excess = (total / weights.size / (1 - sparsity)).log()
-        means = weights.total(torch.stack([m.sum() for m in magnitudes])) / weights.sizes
-        slope = log_density_slope(r, means / spreads(weights))
+        excess = (total / weights.size / (1 - now.sparsity)).log()
+        sums = torch.stack([w.abs().sum(dtype=weights.wide) for w in weights.views])
+        concentration = weights.total(sums) / weights.sizes / now.slope
+        slope = log_density_slope(r, concentration)
         return 2 * self.budget_weight * excess * (kept / total) * slope
 
 

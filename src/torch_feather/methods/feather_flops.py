@@ -34,9 +34,9 @@ def feather_flops(
         sparsity: final share of zeros.
         gamma: the bias, >= 0; 0 is `feather`. The default is our choice: a bias of 0.5 can leave
             little more than the classifier at 98 %.
-        budget: instead, what the prunable weights may cost: multiply-adds per sample, or the unit
-            of `costs`. gamma is then the least that meets it on the weights with which training
-            begins. What training makes of it, `Sparsifier.report(example_input)` says.
+        budget: instead, what the prunable weights may cost at the final sparsity: multiply-adds per
+            sample, or the unit of `costs`. gamma is then the least that meets it, with the weights
+            of each step.
         costs: of a weight, by weight name: multiply-adds, or what
             `torch_feather.runtime.layer_milliseconds` measures.
         example_input: or an input of the network to count multiply-adds with.

@@ -142,7 +142,8 @@ class Spartan(Scheduled):
             self._soft = soft
         else:
             copy_all(self._soft, soft)
-        self._segment_of = _places(weights, self.segments)
+        every = range(len(weights.views))
+        self._segment_of = [weights.place_of(i, segments) for i in every]
         new = [*masks, torch.stack([segments[j].threshold for j in self._segment_of])]
         old = [*self._masks, self._entry("threshold")]
         if not look or stays.any():  # what several optimizers hold is loaded part by part
@@ -158,8 +159,9 @@ class Spartan(Scheduled):
         beta = 1 + (self.beta - 1) * (step.double() / self.freeze).clamp(max=1)
         soft = soft_top_k(weights, segments, beta)
         masks = []
-        for i, j in enumerate(_places(weights, segments)):
-            m = soft.mask(weights.views[i].abs().to(weights.wide), j)
+        for i, w in enumerate(weights.views):
+            j = weights.place_of(i, segments)
+            m = soft.mask(w.abs().to(weights.wide), j)
             masks.append(m.masked_fill_(weights.pruned(i, segments), 0.0))
         return masks, soft, segments
 
@@ -242,12 +244,6 @@ class Spartan(Scheduled):
         super().move(weights)
         self.state["mask"] = masks
         self._soft = None
-
-
-def _places(weights: LatentWeights, segments: Sequence[Segment]) -> list[int]:
-    """Which segment each weight tensor is in."""
-    places = {id(segment): j for j, segment in enumerate(segments)}
-    return [places[id(weights.segment_of(i, segments))] for i in range(len(weights.views))]
 
 
 def _image(w: Tensor, mask: Tensor) -> Tensor:

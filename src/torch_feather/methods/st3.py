@@ -13,6 +13,7 @@ from ..allocation import Allocation
 from ..gradients import StraightThrough
 from ..latent import LatentWeights, Segment
 from ..operators import Soft
+from ..prunable import output_groups, unwrap
 from ..reparametrization import Setting
 from ..schedules import Schedule
 from ..thresholded import Scheduled
@@ -64,6 +65,17 @@ class Rescaled(Scheduled):
     factor is not differentiated.
     """
 
+    def __init__(self, setting: Setting, method: Method):
+        super().__init__(setting, method)
+        model = unwrap(setting.model)
+        holders = [model.get_submodule(name.rpartition(".")[0]) for name in setting.names]
+        self._groups = [output_groups(holder) for holder in holders]
+
+    @property
+    def on_shards(self) -> bool:  # type: ignore[override]
+        """See `Reparametrization`. Shards are of inputs where outputs are not the first."""
+        return super().on_shards and all(groups is None for groups in self._groups)
+
     @property
     def identity(self) -> str:
         """See `Reparametrization`."""
@@ -75,12 +87,21 @@ class Rescaled(Scheduled):
         """See `Thresholded`."""
         images, total = super().apply(weights, segments)
         for i, (w, image) in enumerate(zip(weights.views, images, strict=True)):
-            row = w.shape[1:].numel()
-            magnitude = w.abs().to(weights.wide).reshape(len(w), row)
-            means = [(magnitude * (image != 0).reshape(len(w), row)).mean(1), magnitude.mean(1)]
-            kept, all_ = weights.row_means(i, torch.stack(means, 1)).unbind(1)
-            share = (kept + 1e-6) / (all_ + 1e-6)
+            magnitude = self._by_channel(i, w.abs().to(weights.wide))
+            kept = magnitude * (self._by_channel(i, image) != 0)
+            means = torch.stack([kept.mean(1), magnitude.mean(1)], 1)
+            part, whole = weights.row_means(i, means).unbind(1)
+            share = (part + 1e-6) / (whole + 1e-6)
             # NaN or infinite weights leave their channel as it is.
             factor = (1.01 / (share + 0.01)).nan_to_num_(nan=1.0)
-            image.mul_(factor.view(-1, *[1] * (image.dim() - 1)))
+            if (groups := self._groups[i]) is not None:
+                image = image.unflatten(0, (groups, -1))
+                factor = factor.view(groups, 1, -1)
+            image.mul_(factor.view(*factor.shape, *[1] * (image.dim() - factor.dim())))
         return images, total
+
+    def _by_channel(self, i: int, x: Tensor) -> Tensor:
+        """What is here of tensor i as (output channels, weights of each)."""
+        if (groups := self._groups[i]) is not None:
+            x = x.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        return x.reshape(len(x), x.shape[1:].numel())

@@ -12,7 +12,7 @@ from ..errors import ConfigurationError
 from ..gradients import Masked
 from ..inner import Momentum, write_if
 from ..latent import LatentWeights
-from ..learned import LearnedMethod, LearnedThresholds
+from ..learned import LearnedMethod, LearnedThresholds, Present
 from ..operators import Soft
 from ..reparametrization import Rate, Setting
 from ..schedules import Constant, Schedule
@@ -26,6 +26,7 @@ def str_(
     s_init: float = -100.0,
     rate: float = 1.0,
     momentum: float = 0.9,
+    exact: bool = True,
     schedule: str | Schedule = "cubic",
     begin: int = 0,
     end: int | None = None,
@@ -44,10 +45,17 @@ def str_(
             finds its own.
         rate: the learning rate of s as a multiple of the optimizer's; published: 1.
         momentum: of s; published: that of the weights.
+        exact: with `decay`, whether the last step makes the count that of `sparsity`. False: the
+            end is what the decay leads to, as published, and `sparsity` means nothing.
         schedule, begin, end: as for `feather`, of the control.
     """
     law = Sigmoid(s_init)
     if decay is None:
+        if not exact:
+            raise ConfigurationError(
+                "exact=False belongs to STR as published, with decay=: without it the thresholds "
+                "are controlled to meet the target."
+            )
         when = make_schedule(schedule, begin, end)
         return ControlledMethod(Soft(), Masked(), law, Momentum(rate, momentum), when)
     if (schedule, begin, end) != ("cubic", 0, None):
@@ -55,7 +63,8 @@ def str_(
             "With decay the sparsity follows no schedule: leave out schedule, begin and end, or "
             "leave out decay."
         )
-    return LearnedMethod(Soft(), Masked(), law, Momentum(rate, momentum, decay), Constant())
+    inner, exact_from = Momentum(rate, momentum, decay), 1.0 if exact else None
+    return LearnedMethod(Soft(), Masked(), law, inner, Constant(), exact_from=exact_from)
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Sigmoid:
         tau = s.sigmoid()
         return tau, tau * (1 - tau)
 
-    def penalty(self, s: Tensor, weights: LatentWeights, dense: Tensor, sparsity: Tensor) -> Tensor:
+    def penalty(self, s: Tensor, weights: LatentWeights, now: Present) -> Tensor:
         """See `Law`."""
         return torch.zeros_like(s)
 
