@@ -94,9 +94,9 @@ def test_a_grid_trains_what_is_missing_and_nothing_twice(tmp_path, here):
     assert "was trained without --track-masks" in outcome.failed[a]
 
 
-def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path):
+def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path, here):
     diverging = small(**{"optimizer.lr": 1e20, "optimizer.clip": None})
-    outcome = train_all([Run("bad", diverging, "b"), Run("good", small(), "g")], tmp_path)
+    outcome = here([Run("bad", diverging, "b"), Run("good", small(), "g")], tmp_path)
     assert list(outcome.rows) == ["good"]
     assert "are NaN" in outcome.failed["bad"]
 
@@ -136,13 +136,13 @@ def test_a_run_that_another_process_trains_is_waited_for(tmp_path, here, monkeyp
     run = Run("a", small(), "a")
     others = RunDirectory(tmp_path / "a").locked()
     others.__enter__()
-    released = threading.Timer(5, others.__exit__, (None, None, None))
+    released = threading.Timer(1, others.__exit__, (None, None, None))
     released.start()
     outcome = here([run], tmp_path)
     assert released.finished.is_set()
     assert list(outcome.rows) == ["a"]
     with RunDirectory(tmp_path / "b").locked():
-        outcome = here([Run("b", small(), "b")], tmp_path, minutes=0.05)
+        outcome = here([Run("b", small(), "b")], tmp_path, minutes=0.01)
     assert (outcome.rows, outcome.failed, outcome.waiting) == ({}, {}, ["b"])
 
 
@@ -190,25 +190,40 @@ STUDY = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("how", "whom"),
-    [
-        pytest.param(signal.SIGINT, os.killpg, id="ctrl-c"),
-        pytest.param(signal.SIGKILL, os.kill, id="killed-without-its-processes"),
-        pytest.param(signal.SIGKILL, os.killpg, id="killed", marks=pytest.mark.slow),
-    ],
-)
-def test_a_study_that_was_ended_goes_on(tmp_path, how, whom):
-    command = [sys.executable, "-m", "torch_feather.cli", *STUDY, "--out", str(tmp_path)]
+def begun(folder):
+    """A study whose first training is under way, and the folder of that."""
+    command = [sys.executable, "-m", "torch_feather.cli", *STUDY, "--out", str(folder)]
     process = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    begun = tmp_path / "runs" / "digits-dense-epochs8-batch_size256-0" / "checkpoints" / "last.pt"
+    first = RunDirectory(folder / "runs" / "digits-dense-epochs8-batch_size256-0")
     limit = time.monotonic() + 120
-    while not begun.exists() and process.poll() is None and time.monotonic() < limit:
+    while not first.last.exists() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.05)
-    whom(process.pid, how)
+    return command, process, first
+
+
+def test_the_processes_of_a_study_that_was_killed_end_too(tmp_path):
+    _, process, first = begun(tmp_path)
+    process.kill()
     _, errors = process.communicate(timeout=120)  # until the last of its processes has ended
+    assert "Traceback" not in errors
+    assert not first.report_file.exists()
+    with first.locked():
+        assert first.load()["step"] >= 5
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGINT, id="ctrl-c"),
+        pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow),
+    ],
+)
+def test_a_study_that_was_ended_goes_on(tmp_path, how):
+    command, process, _ = begun(tmp_path)
+    os.killpg(process.pid, how)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "Traceback" not in errors
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

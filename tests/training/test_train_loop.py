@@ -89,7 +89,7 @@ def test_a_run_leaves_what_its_directory_promises(finished):
         "layers.png",
         "operator.png",
     }
-    assert load_config(folder / "config.yaml") == tiny()
+    assert load_config(folder / "config.yaml") == tiny().written_out()
     assert json.loads((folder / "report.json").read_text()) == results
     assert {"versions", "commit", "hardware", "seed", "seconds", "macs"} <= results.keys()
     history = RunDirectory(folder).read_metrics()
@@ -414,7 +414,7 @@ def test_what_is_excluded_stays_dense_and_is_not_counted(tmp_path, monkeypatch, 
     assert [layer["name"] for layer in report["layers"]] == ["fc.weight"]
     assert report["sparsity"] == 0.5
     run = RunDirectory(tmp_path / "run")
-    assert run.read_config() == config
+    assert run.read_config() == config.written_out()
     assert run.read_metrics()[-1]["sparsity"] == 0.5
     monkeypatch.setattr("sys.argv", ["feather", "evaluate", str(run.path)])
     with pytest.raises(SystemExit):
