@@ -94,8 +94,8 @@ def test_what_is_left_of_many_comparisons_is_said(row):
     }
     rows = [row(name, 0.9, i, a) for name, mine in accuracies.items() for i, a in enumerate(mine)]
     sentences, (table,) = spread.against(rows, [("a", "near"), ("a", "far")])
-    assert sentences[0].startswith("a is ahead of near")
-    assert sentences[2].endswith("(Holm), 2 of 2 differences are left.")
+    assert sentences[0] == "a is ahead of near and far at 90 % sparsity (n = 3)."
+    assert sentences[1].endswith("(Holm), 2 of 2 differences are left.")
     more = [
         row(f"other {i}", 0.9, seed, a) for i in range(4) for seed, a in enumerate((0.4, 0.5, 0.6))
     ]

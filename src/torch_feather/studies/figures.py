@@ -86,7 +86,7 @@ def every_seed(rows: Sequence[Row], sparsity: float) -> Figure:
     _dense_line(axes, rows, vertical=True)
     axes.set_yticks(range(len(found)), [f"{m}  (n={len(r)})" for m, r in found])
     axes.set_ylim(-0.6, len(found) - 0.4)
-    axes.set_xlabel(f"test accuracy with {percent(sparsity)} of the weights zero, %")
+    axes.set_xlabel("test accuracy, %")
     axes.spines["left"].set_visible(False)
     axes.tick_params(left=False)
     return figure

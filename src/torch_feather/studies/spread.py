@@ -7,6 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..training.config import DENSE
 from .grid import Row
@@ -200,16 +201,19 @@ def _line(difference: Difference, p: float | None) -> list[str]:
 
 
 def _sentences(judged: Sequence[Difference], corrected: Mapping[Difference, float]) -> list[str]:
-    sentences = []
-    for (ours, other), mine in itertools.groupby(judged, lambda d: (d.ours, d.other)):
-        where: dict[str, list[str]] = {}
-        fewest = []
+    # Of whom the same is to be said: by whom, and verdicts with sparsities and the fewest seeds.
+    alike: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for (ours, other), pair in itertools.groupby(judged, lambda d: (d.ours, d.other)):
+        mine = list(pair)
+        where: dict[str, list[str]] = defaultdict(list)
         for difference in mine:
-            at = where.setdefault(difference.verdict, [])
-            at.append(f"{100 * difference.sparsity:g}")
-            fewest.append(len(difference.values))
-        told = "; ".join(f"{verdict} {other} at {_and(at)} %" for verdict, at in where.items())
-        sentences.append(f"{ours} is {told} sparsity (n = {min(fewest)}).")
+            where[difference.verdict].append(f"{100 * difference.sparsity:g}")
+        told = tuple((verdict, _and(at)) for verdict, at in where.items())
+        alike[ours, told, min(len(d.values) for d in mine)].append(other)
+    sentences = []
+    for (ours, told, n), others in alike.items():
+        where_to = "; ".join(f"{verdict} {_and(others)} at {at} %" for verdict, at in told)
+        sentences.append(f"{ours} is {where_to} sparsity (n = {n}).")
     apart = [d for d in judged if d.verdict != "not told apart from"]
     if len(judged) > 1 and apart:
         left = [d for d in apart if corrected[d] < 0.05]
