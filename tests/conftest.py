@@ -22,14 +22,6 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
-LONG = {"distributed", "studies", "training"}  # folders
-
-
-def pytest_collection_modifyitems(items):
-    """Long tests first: of processes that share the suite none is left with them at the end."""
-    items.sort(key=lambda item: LONG.isdisjoint(item.path.parts))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tiny networks gain nothing from threads, and lose much where cores are shared."""
