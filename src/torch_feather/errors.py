@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 _OURS = ("torch", "torch_feather")
@@ -44,3 +44,9 @@ def nearest(wrong: object, known: Iterable[str]) -> str:
     """The end of a sentence that names what is most like `wrong` among the known names."""
     near = get_close_matches(str(wrong), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from . import host
-from .attachment import some
-from .errors import NonFiniteWeightError, warn
+from .errors import NonFiniteWeightError, some, warn
 from .latent import LatentWeights
 from .reparametrization import Reparametrization
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .attachment import plain_optimizer, some
-from .errors import ConfigurationError
+from .errors import ConfigurationError, some
 from .prunable import Filters, find_prunable
 from .sharding import local, reshard
+from .slots import plain_optimizer
 
 
 class ZeroKeeper:

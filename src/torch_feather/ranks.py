@@ -8,10 +8,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .attachment import Slot, some
-from .errors import StateError
+from .errors import StateError, some
 from .latent import LatentWeights
 from .sharding import box_of, gather
+from .slots import Slot
 from .writes import checksum
 
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import host
-from .attachment import Attachment, bind, check_storage, some
-from .errors import ConfigurationError, StateError, warn
+from .attachment import Attachment
+from .errors import ConfigurationError, StateError, some, warn
 from .header import FORMAT, Header, digest, from_bytes, to_bytes
 from .health import Health
 from .latent import LatentWeights, copy_all
@@ -40,6 +40,7 @@ from .reparametrization import Rate, Setting
 from .report import Report, report
 from .rounds import Round, half_done, in_backward, incomplete
 from .sharding import fsdp_units, is_sharded, local, part_of, reshard, spread_like
+from .slots import bind, check_storage
 from .targets import Sparsity, Target, check_share
 from .writes import Watch, checksum_of
 
