@@ -121,7 +121,8 @@ SINGLES = {  # what a batch of one is something else to
     "squeeze": lambda y: y.squeeze(0) * 2,
     "squeeze of several": lambda y: y.squeeze((0, 1)) * 2,
     "squeeze of a part": lambda y: y[1:].squeeze(0) * 2,
-    "circular padding": lambda y: F.pad(y[:, None], (1, 1), mode="circular")[..., :6],
+    "write into a part": lambda y: (z := y.clone(), z[:, ::2].mul_(2))[0],
+    "circular padding that cuts": lambda y: F.pad(y[:, None], (1, -1), mode="circular"),
     "squeeze in a branch": lambda y: torch.cond(
         y.sum() > 0, lambda y: y.squeeze(0) * 2, lambda y: y.squeeze(0) * 3, (y,)
     ),
@@ -161,6 +162,36 @@ def test_single_samples_are_refused_where_pytorch_cannot_tell(monkeypatch):
             assert error(network(x), model(x)) < AIM
         with pytest.raises(InputError, match="depends on the batch size"):
             network(torch.randn(3 - example, 6))
+
+
+NONE = {  # what an empty batch is something else to
+    "is none": lambda y: y.new_ones(3, 6) if y.shape[0] == 0 else y,
+    "above none": lambda y: y if y.shape[0] > 0 else y.new_ones(3, 6),
+    "no numbers": lambda y: y.new_ones(3, 6) if y.numel() == 0 else y,
+    "no others": lambda y: y.new_ones(3, 6) if y[1:].shape[0] == 0 else y,
+    "mean": lambda y: y.mean() + y.new_ones(3, 6),
+}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_empty_batches(name, monkeypatch):
+    monkeypatch.setitem(SINGLES, name, NONE[name])
+    model, none, several = Single(name), torch.randn(0, 6), torch.randn(3, 6)
+    network = compiled(model, several)
+    assert error(network(several), model(several)) < AIM
+    for _ in range(2):  # what became of the first result is nothing to the second
+        result = network(none)
+        torch.testing.assert_close(result, model(none).detach(), equal_nan=True)
+        result.zero_()
+
+
+def test_empty_batches_on_which_the_model_fails(monkeypatch):
+    monkeypatch.setitem(SINGLES, "largest", lambda y: y - y.max())
+    model, several = Single("largest"), torch.randn(3, 6)
+    network = compiled(model, several)
+    assert error(network(several), model(several)) < AIM
+    with pytest.raises(InputError, match=r"Single fails on a batch of 0 \(max.*one sample"):
+        network(several[:0])
 
 
 INPUTS = {
@@ -230,8 +261,14 @@ def test_layers_of_another_type_stay_with_pytorch():
 
 
 def test_models_of_torch_compile(model):
-    x = torch.randn(2, *SHAPE)
-    assert error(compiled(torch.compile(model), x)(x), model(x)) < AIM
+    def backend(*_):
+        raise AssertionError("it is compiled by PyTorch")
+
+    x, by_pytorch = torch.randn(2, *SHAPE), torch.compile(model, backend=backend)
+    for wrapped in (by_pytorch, nn.Sequential(by_pytorch)):
+        network = compiled(wrapped, x)
+        for given in (x, x[:0]):
+            assert error(network(given), model(given)) < AIM
 
 
 def test_models_that_cannot_be_captured():

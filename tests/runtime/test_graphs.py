@@ -178,9 +178,14 @@ def other_functions_in_the_middle(x, a, b, c, d, e):
     return e(d(c(b(a(x)))).softmax(1)).logsumexp(1).sort(-1)[0]
 
 
-@parts(conv(padding="same"), conv(kernel=4, padding="same"), conv(padding_mode="reflect"))
-def paddings(x, a, b, c):
-    return a(x), b(x), c(x)
+@parts(conv(padding="same"), conv(kernel=4, padding="same"))
+def paddings(x, a, b):
+    return a(x), b(x)
+
+
+@parts(*(conv(padding_mode=mode) for mode in ("reflect", "replicate", "circular")))
+def paddings_with_pixels(x, a, b, c):
+    return a(x), b(x), c(x), c(a(x).relu()), F.pad(x, (2, 0, 9, 1), "circular")
 
 
 @parts(conv(), nn.Linear(7, 6), nn.Linear(6, 7), nn.Linear(7, 7))

@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental import _config as config
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_unflatten
 
 from ..errors import FeatherError
@@ -37,7 +39,7 @@ class Captured(NamedTuple):
     """A graph that computes what the model does.
 
     Attributes:
-        takes: whether it does so for a batch of this size; a model may look at it.
+        takes: whether it does so for a batch of this size, at least 1; a model may look at it.
         unflatten: makes what the model returns of the list of tensors that the graph does.
     """
 
@@ -80,8 +82,25 @@ def _guarding_one() -> AbstractContextManager[object]:
     return config.patch({ONE: True})  # type: ignore[attr-defined]
 
 
+class _Circular(TorchFunctionMode):
+    """Circular padding by concatenation: PyTorch writes into parts of what it returns, which
+    torch.export takes for something that needs several samples."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.pad or kwargs.get("mode") != "circular" or min(args[1]) < 0:
+            return func(*args, **kwargs)
+        x, sides = args
+        for dim, (before, after) in enumerate(zip(sides[::2], sides[1::2], strict=True), 1):
+            size = x.shape[-dim]
+            ends = x.narrow(-dim, size - before, before), x.narrow(-dim, 0, after)
+            x = torch.cat([ends[0], x, ends[1]], -dim)
+        return x
+
+
 def _export(model: nn.Module, example: Tensor, sizes: dict[int, Any] | None) -> Captured:
-    program = torch.export.export(model, (example,), dynamic_shapes=sizes and (sizes,))
+    with _Circular():
+        program = torch.export.export(model, (example,), dynamic_shapes=sizes and (sizes,))
     program = program.run_decompositions({})
     if changed := program.graph_signature.buffers_to_mutate:
         raise CaptureError(

@@ -6,7 +6,7 @@ import copy
 import json
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -112,6 +112,7 @@ class SparseModule(nn.Module):
                 )
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self._captured = capture(model, example)
+            self._of_none = _of_none(model, example)
             read = attributes(self._captured.module)
             self._constants = {node.name: value for node, value in read.items()}
             graph = self._captured.module.graph
@@ -158,6 +159,8 @@ class SparseModule(nn.Module):
                 f"the network was compiled for float32 inputs ({', '.join(map(str, wanted))}) on "
                 f"the CPU, this is {given}"
             )
+        if not len(x):
+            return self._of_none()
         if self.at_a_time is not None and len(x) > self.at_a_time:
             parts = [self.forward(part) for part in x.split(self.at_a_time)]
             return tree_map(_joined, *parts)
@@ -188,9 +191,8 @@ class SparseModule(nn.Module):
                         "what this model does depends on the batch size, and is known for one of "
                         f"{self._batch}, not of {batch}; compile it with such an example too"
                     )
-                plan = self.plan if batch else self._plan([], {})
                 self._bound[batch] = Bound(
-                    plan, self._constants, batch, _tiles(self.choices), self.threads
+                    self.plan, self._constants, batch, _tiles(self.choices), self.threads
                 )
                 while len(self._bound) > BATCH_SIZES:
                     self._bound.popitem(last=False)
@@ -258,6 +260,28 @@ _NOT_SAVED = (
     "a compiled network is made for this machine and process, and can be neither saved nor copied: "
     "save the model (feather.save_sparse) and how its layers run (save_choices), and compile again"
 )
+
+
+def _of_none(model: nn.Module, example: Tensor) -> Callable[[], Any]:
+    """Gives what the model returns for a batch of 0, which is always the same.
+
+    The graph cannot be asked: torch.export takes it for given that a batch is not empty, and does
+    not note which branches of the model it left out for that.
+    """
+    try:
+        with torch.compiler.set_stance("force_eager"):  # nothing is compiled for one call
+            found = model(example[:0])
+    except Exception as error:  # whatever the model does
+        message = (
+            f"{type(model).__name__} fails on a batch of 0 ({error}), and so does the compiled "
+            "network; give it at least one sample"
+        )
+
+        def fail() -> Any:
+            raise InputError(message)
+
+        return fail
+    return lambda: tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, found)
 
 
 def _joined(*values: Any) -> Any:
