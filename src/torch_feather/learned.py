@@ -117,6 +117,7 @@ class LearnedThresholds(Thresholded):
     """A `LearnedMethod` at work: the cut is at |w| / tau = 1, until the count is made exact."""
 
     completes = True
+    clips_own = False  # a penalty with a slope of a hundred would leave the weights no step
     on_shards = True
 
     def __init__(self, setting: Setting, method: LearnedMethod):

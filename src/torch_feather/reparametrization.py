@@ -45,6 +45,7 @@ class Reparametrization(ABC):
         completes: whether `complete` has anything to do.
         pulls_back: whether dL/dw, as far as a hook can say, differs from dL/du.
         passes: how many passes with random numbers of their own a step wants, see `enter_pass`.
+        clips_own: whether a recipe that clips the norm of all gradients means its parameters' too.
         arrival: optimizer steps from which on exactly round(s N) weights are zero.
         on_shards: whether it works where the weights are spread over processes: then `weights` and
             parameters are what is here, and all that belongs to the whole is summed over them.
@@ -54,6 +55,7 @@ class Reparametrization(ABC):
     completes = False
     pulls_back = False
     passes = 1
+    clips_own = True
     arrival: int
 
     def __init__(self, setting: Setting):

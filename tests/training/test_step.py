@@ -16,14 +16,15 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 METHODS = ["dense", "feather", "gmp", "st3", "asl", "probmask"]
 
 
-def make_step(method, device, **settings):
+def make_step(method, device, options=None, **settings):
     config = apply(Config(), {"method": method, "batch_size": 8} | settings, "test")
     with device:
         model = models.resnet8(10)
     optimizer = make_optimizer(model, config.optimizer)
     sparsifier = None
     if method != "dense":
-        sparsifier = feather.sparsify(model, optimizer, method, sparsity=0.9, total_steps=10)
+        wanted = {"sparsity": 0.9, "total_steps": 10}
+        sparsifier = feather.sparsify(model, optimizer, method, **wanted, **(options or {}))
     return Step(model, optimizer, sparsifier, config, device, Ranks())
 
 
@@ -61,9 +62,27 @@ def test_clipping_sees_all_gradients_of_the_step(monkeypatch, method):
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     step(make_batch(CPU), 0.1)
-    own = len(step.sparsifier.parameters()) if step.sparsifier else 0
+    own = 0
+    if step.sparsifier and step.sparsifier.reparametrization.clips_own:
+        own = len(step.sparsifier.parameters())
     assert len(seen[0]) == len(list(step.model.parameters())) + own
     assert all(gradient is not None for gradient in seen[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("asl", {}), ("asl+", {"schedule": "constant"}), ("feather-asl+", {"schedule": "constant"})],
+)
+def test_clipping_takes_nothing_from_the_weights_for_a_penalty(method, options):
+    weights, thresholds = [], []
+    for budget_weight in (1, 1000):
+        torch.manual_seed(0)
+        step = make_step(method, CPU, options=options | {"budget_weight": budget_weight})
+        step(make_batch(CPU), 0.1)
+        weights.append(step.sparsifier.latent_weights().values())
+        thresholds.append(step.sparsifier.parameters()[0])
+    assert all(map(torch.equal, *weights))
+    assert not torch.equal(*thresholds)
 
 
 @pytest.mark.parametrize("micro_batch", [8, 3])

@@ -74,11 +74,11 @@ class Step:
         for share in shares:
             self._backward(batch, share)
         if self.options.clip is not None:
-            extra: list[Tensor] = []
-            if self.sparsifier is not None:
+            clipped = [*self.model.parameters()]
+            if self.sparsifier is not None and self.sparsifier.reparametrization.clips_own:
                 self.sparsifier.complete_gradients()
-                extra = self.sparsifier.parameters()
-            nn.utils.clip_grad_norm_([*self.model.parameters(), *extra], self.options.clip)
+                clipped += self.sparsifier.parameters()
+            nn.utils.clip_grad_norm_(clipped, self.options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
