@@ -104,7 +104,8 @@ class Health:
                 self._warned.add(name)
                 warn(
                     f"Every weight of {name} is pruned, so the layer gives nothing but its "
-                    "bias. Keep a share of each layer (min_density=), or leave it out (exclude=)."
+                    "bias. Keep a share of each layer (min_density=, or another "
+                    "allocation=), or leave it out (exclude=)."
                 )
         if zeros > 0 and "" not in self._warned:
             self._warned.add("")

@@ -95,6 +95,16 @@ def find_prunable(
     return [item for item in found.values() if frozen or item.parameter.requires_grad]
 
 
+def first_convolution(model: nn.Module) -> str | None:
+    """Name of its weight, whether it takes part or not; None where there is no convolution."""
+    names = (
+        place.name
+        for place in _places(unwrap(model))
+        if isinstance(place.module, nn.modules.conv._ConvNd) and place.attribute == "weight"
+    )
+    return next(names, None)
+
+
 def list_filters(filters: Filters) -> list[Filter] | None:
     """Filters in a form that can be read twice."""
     return None if filters is None else list(_flat(filters))

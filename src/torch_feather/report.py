@@ -248,8 +248,8 @@ def _notes(report: Report) -> list[str]:
         count = len(report.empty_layers)
         notes.append(
             f"WARNING: {count} {'layer is' if count == 1 else 'layers are'} EMPTY (all weights "
-            f"zero, nothing passes through): {', '.join(report.empty_layers)}. A floor keeps a "
-            "share of every layer: min_density=0.01."
+            f"zero, nothing passes through): {', '.join(report.empty_layers)}. Keep a share of "
+            "each (min_density=0.01, or another allocation=), or leave them out (exclude=)."
         )
     return notes
 

@@ -7,7 +7,8 @@ the share of the final target in force after t optimizer steps. It stays at its 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from numbers import Real
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,12 +39,29 @@ def make_table(schedule: Schedule, total_steps: int) -> np.ndarray:
     return table
 
 
+def count_steps(found: Any, *names: str) -> None:
+    """These fields of a frozen dataclass become whole numbers; None stays."""
+    for name in names:
+        value = getattr(found, name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real) or not float(value).is_integer():
+            raise ConfigurationError(
+                f"{name} is a number of optimizer steps, not a share of training; got {value!r}. "
+                "Half of training is total_steps // 2."
+            )
+        object.__setattr__(found, name, int(float(value)))
+
+
 @dataclass(frozen=True)
 class _Ramp:
     """0 until `begin`, 1 from `end` on, `shape` of the elapsed share between. Both in steps."""
 
     begin: int = 0
     end: int | None = None  # None: half of total_steps
+
+    def __post_init__(self) -> None:
+        count_steps(self, "begin", "end")
 
     def shape(self, elapsed: Tensor) -> Tensor:
         raise TypeError("use Cubic or Linear")
@@ -98,6 +116,9 @@ class Stairs:
     schedule: Schedule
     every: int
 
+    def __post_init__(self) -> None:
+        count_steps(self, "every")
+
     def table(self, total_steps: int) -> Tensor:
         """See `Schedule`."""
         if self.every < 1:
@@ -123,6 +144,9 @@ class OneShot:
     """Dense until `at` steps were taken, at the final sparsity from then on."""
 
     at: int
+
+    def __post_init__(self) -> None:
+        count_steps(self, "at")
 
     def table(self, total_steps: int) -> Tensor:
         """See `Schedule`."""

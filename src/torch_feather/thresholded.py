@@ -66,6 +66,8 @@ class Thresholded(Reparametrization):
 
     def pull_back(self, weights: LatentWeights, i: int, gradient: Tensor, image: Tensor) -> Tensor:
         """A weight whose image is 0 is pruned, unless the cut is at 0: zero layers are to learn."""
+        if self.gradient.is_identity:
+            return gradient
         value = weights.segment_of(i, self.segments).cut.value
         if host.waits_for(value.device):
             return torch.where(value > 0, self.gradient(gradient, image), gradient)

@@ -51,6 +51,31 @@ def test_a_schedule_that_cannot_be(schedule, bounds):
 
 
 @pytest.mark.parametrize(
+    ("method", "options"),
+    [("feather", {"end": 0.5}), ("feather", {"begin": 0.1}), ("gmp", {"every": 2.5}),
+     ("spartan", {"end": 0.2}), ("spartan", {"freeze": 0.8}), ("feather", {"end": "5"}),
+     ("feather", {"schedule": "one-shot", "begin": 0.5})],
+    ids=str,
+)  # fmt: skip
+def test_a_share_of_training_where_steps_are_asked_for(method, options):
+    with pytest.raises(ConfigurationError, match="is a number of optimizer steps, not a share"):
+        sparsify(method=method, **options)
+
+
+def test_whole_numbers_of_steps_may_be_floats():
+    assert sparsify(end=5.0).method == sparsify(end=5).method
+    assert sparsify(method="gmp", every=2.0).method == sparsify(method="gmp", every=2).method
+
+
+@pytest.mark.parametrize("bounds", [{"begin": 5}, {"end": 9}], ids=str)
+def test_a_schedule_without_a_course_takes_no_bounds(bounds):
+    with pytest.raises(ConfigurationError, match="does not rise"):
+        sparsify(schedule="constant", **bounds)
+    with pytest.raises(ConfigurationError, match="does not rise"):
+        sparsify(schedule="one-shot", **{"end": 9} | bounds)
+
+
+@pytest.mark.parametrize(
     ("given", "nearest"),
     [
         ("fether", "feather"),

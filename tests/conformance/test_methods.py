@@ -88,6 +88,15 @@ def test_a_dense_first_convolution_is_made_up_for():
     assert run.zeros() == 108
 
 
+def test_no_other_convolution_takes_the_place_of_a_first_one_that_is_left_out():
+    model = MODELS["convnet"].make()
+    first = next(name for name, p in model.named_parameters() if p.dim() > 2)
+    run = start("convnet", method="gmp", sparsity=0.9, schedule="constant", exclude=first)
+    assert len(run.sparsifier.masks()) > 1
+    for mask in run.sparsifier.masks().values():
+        assert (~mask).sum().item() == pytest.approx(0.9 * mask.numel(), abs=1)
+
+
 def test_more_than_all_but_the_first_convolution_is_an_error():
     with pytest.raises(ConfigurationError, match="dense_first=False"):
         start("convnet", method="gmp", sparsity=0.8)

@@ -62,8 +62,6 @@ def test_within_a_group_the_allocation_is_what_it_is_in_a_network(allocation):
     run = start("convnet", sparsity={ENDS: 0.1, "*": 0.6}, allocation=made, **settings)
     for filters, share in (({"include": ENDS, "exclude": "*.bias"}, 0.1), ({"exclude": ENDS}, 0.6)):
         alone = run.case.make()
-        if "include" not in filters and allocation == "uniform-dense-first":
-            made = "uniform"  # the first convolution is in the other group
         sparsifier = feather.sparsify(
             alone, torch.optim.SGD(alone.parameters(), 0.1), sparsity=share, allocation=made,
             **filters, **settings,

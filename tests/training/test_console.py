@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ def test_a_share_is_0_or_100_percent_only_where_it_is_exactly(share, text):
 
 @pytest.mark.parametrize("thresholds", [None, {"0.weight": 1.234567e-5, "2.weight": 0.25}])
 @pytest.mark.parametrize("example", [None, torch.zeros(1, 6)])
-def test_the_table_of_a_stored_report_is_that_of_the_report(thresholds, example):
+@pytest.mark.parametrize("own", [None, 0.25])
+def test_the_table_of_a_stored_report_is_that_of_the_report(thresholds, example, own):
     model = torch.nn.Sequential(
         torch.nn.Linear(6, 40), torch.nn.ReLU(), torch.nn.Linear(40, 3), torch.nn.Linear(3, 2)
     )
@@ -35,6 +37,7 @@ def test_the_table_of_a_stored_report_is_that_of_the_report(thresholds, example)
         model[0].weight[0] = 0
         model[2].weight.zero_()
     report = feather.report(model, example_input=example, thresholds=thresholds)
+    report = replace(report, own_sparsity=own)
     stream = io.StringIO()
     console = Console(file=stream, width=30)  # narrower than the table, which is not broken
     console.print(layer_table(report.to_dict()), soft_wrap=True)

@@ -300,6 +300,12 @@ def test_best_is_chosen_only_at_the_final_sparsity(tmp_path, method, expected):
     assert all(line["sparsity"] < 0.95 for line in history[:2]) or method == "dense"
 
 
+def test_the_report_says_what_the_method_reached_by_itself(tmp_path):
+    results = train(tiny(epochs=1, method="asl"), tmp_path / "run")
+    assert results["report"]["own_sparsity"] == results["own_sparsity"]
+    assert results["own_sparsity"] < results["report"]["sparsity"]
+
+
 def test_the_test_images_choose_nothing(tmp_path, monkeypatch):
     real = load_dataset
 

@@ -14,7 +14,6 @@ from ..latent import LatentWeights, Segment
 from ..reparametrization import Setting
 from ..selection import Cut
 from .base import Allocation, Fitted
-from .uniform import Uniform
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,8 @@ class Grouped(Allocation):
                 "A budget for the whole network and targets per group contradict each other: give "
                 "the bias gamma instead of the budget, or one sparsity."
             )
-        shapes = zip(setting.names, setting.weights.shapes, strict=True)
-        convolutions = [name for name, shape in shapes if len(shape) > 2]
         parts = []
         for group in self.groups:
-            within = self.within
-            if isinstance(within, Uniform) and not set(convolutions[:1]) <= set(group.names):
-                within = Uniform()  # the first convolution is another group's
             members = tuple(setting.names.index(name) for name in group.names)
             inner = replace(
                 setting,
@@ -61,7 +55,7 @@ class Grouped(Allocation):
                 sparsity=group.sparsity,
             )
             try:
-                parts.append(_Part(members, group.sparsity, within.fit(inner)))
+                parts.append(_Part(members, group.sparsity, self.within.fit(inner)))
             except ConfigurationError as error:
                 names = ", ".join(group.names[:2]) + (", ..." if len(group.names) > 2 else "")
                 raise ConfigurationError(f"In the group of {names}: {error}") from None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import ConfigurationError
 from ..latent import LatentWeights, Segment
+from ..prunable import first_convolution
 from ..reparametrization import Setting
 from .base import Fitted, counts_of, cut_layers
 
@@ -29,7 +30,9 @@ class Uniform(Fitted):
     dense_first: bool = False
 
     def fit(self, setting: Setting) -> Uniform:
-        """See `Fitted`."""
+        """See `Fitted`. Where the first convolution takes no part, it is dense anyway."""
+        if self.dense_first and first_convolution(setting.model) not in (None, *setting.names):
+            return Uniform()
         most = sum(self._prunable(setting.weights))
         wanted = round(setting.sparsity * setting.weights.size)
         if wanted > most:

@@ -106,10 +106,13 @@ def make_schedule(schedule: str | Schedule, begin: int, end: int | None) -> Sche
                 "begin and end belong to schedules given by name; set them on the Schedule object."
             )
         return schedule
-    if schedule == "one-shot":
-        return OneShot(begin)
-    if schedule == "constant":
-        return Constant()
+    if schedule in ("one-shot", "constant"):
+        if end is not None or (schedule == "constant" and begin != 0):
+            raise ConfigurationError(
+                f"schedule={schedule!r} does not rise over a while: 'constant' takes neither begin "
+                f"nor end, 'one-shot' begin alone; got begin={begin}, end={end}."
+            )
+        return OneShot(begin) if schedule == "one-shot" else Constant()
     ramps = {"cubic": Cubic, "linear": Linear}
     if schedule not in ramps:
         raise ConfigurationError(

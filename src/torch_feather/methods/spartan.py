@@ -16,7 +16,7 @@ from ..gradients import StraightThrough
 from ..latent import LatentWeights, Segment, copy_all, renew, visible
 from ..operators import Hard
 from ..reparametrization import Setting
-from ..schedules import Linear
+from ..schedules import Linear, count_steps
 from ..thresholded import Scheduled
 from ..transport import SoftTopK, sharing, soft_top_k
 from .method import Method, make_allocation
@@ -61,6 +61,7 @@ class SpartanMethod:
         if not isinstance(self.beta, int | float) or not 0 < self.beta < math.inf:
             raise ConfigurationError(f"beta must be a number > 0, got {self.beta!r}.")
         object.__setattr__(self, "beta", float(self.beta))  # 20 and 20.0 are one method
+        count_steps(self, "end", "freeze")
 
     def attach(self, setting: Setting) -> Spartan:
         """See `AnyMethod`."""

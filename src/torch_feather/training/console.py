@@ -190,8 +190,8 @@ def layer_table(report: dict[str, Any]) -> Text:
     """The per-layer part of report.json as `Report` shows it; empty layers are red."""
     keys = [field.name for field in fields(LayerReport)]
     layers = [LayerReport(**{key: row[key] for key in keys}) for row in report["layers"]]
-    totals = [report.get(key) for key in ("dense_macs", "sparse_macs", "parameters")]
-    text = Text(str(Report(layers, *totals)))
+    others = [field.name for field in fields(Report) if field.name != "layers"]
+    text = Text(str(Report(layers, **{key: report.get(key) for key in others})))
     text.highlight_regex(r"\A.*", "bold")
     text.highlight_regex(re.compile(f"^.*{EMPTY_MARK}$", re.MULTILINE), "bold red")
     return text

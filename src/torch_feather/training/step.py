@@ -74,7 +74,7 @@ class Step:
         for share in shares:
             self._backward(batch, share)
         if self.options.clip is not None:
-            clipped = [*self.model.parameters()]
+            clipped: list[Tensor] = [*self.model.parameters()]
             if self.sparsifier is not None and self.sparsifier.reparametrization.clips_own:
                 self.sparsifier.complete_gradients()
                 clipped += self.sparsifier.parameters()

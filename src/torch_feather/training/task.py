@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -242,12 +243,15 @@ class Task:
             chosen, thresholds = self.best["epoch"], self.best["thresholds"]
         test = eval_loader(self.data, self.data.test, self.config, self.device, self.ranks)
         test_loss, test_accuracy = self.evaluate(test)
-        report = feather.report(
-            self.model,
-            self.config.include,
-            self.config.exclude,
-            example_input=self.example,
-            thresholds=thresholds or None,
+        report = replace(
+            feather.report(
+                self.model,
+                self.config.include,
+                self.config.exclude,
+                example_input=self.example,
+                thresholds=thresholds or None,
+            ),
+            own_sparsity=own_sparsity,
         )
         macs = feather.count_flops(self.model, self.example)
         if self.ranks.first:
