@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import host
-from .errors import ConfigurationError
+from .errors import ConfigurationError, warn
 from .inner import Adam, write_if
 from .latent import DEVICE_BLOCK, LatentWeights, Numbers, copy_all
 from .noise import uniform
@@ -85,6 +85,7 @@ class ProbabilisticMasks(Reparametrization):
         self.learned = ("probability",)
         self._gradient: Numbers | None = None
         self._size_left: Tensor | None = None
+        self._told = False  # that passes were asked for, and not taken
 
     def _name_state(self) -> None:
         self.state = {
@@ -192,6 +193,12 @@ class ProbabilisticMasks(Reparametrization):
     ) -> None:
         """dL/dpi of the passes that were left is there; else that of the only one is added."""
         if self._size_left is None:
+            if self.passes > 1 and not self._told:
+                self._told = True
+                warn(
+                    f"passes={self.passes} is asked for, but this step took one: let its forward "
+                    "and backward pass run in `for share in sparsifier.passes():`."
+                )
             self._collect(weights, parameters, 1.0)
         assert self._gradient is not None
         if self._size_left is not None:

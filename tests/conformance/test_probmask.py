@@ -290,6 +290,13 @@ def test_the_method_says_how_many_passes_it_wants():
     assert not torch.equal(once.model.stem.weight, run.model.stem.weight)
 
 
+def test_passes_that_were_asked_for_and_not_taken_are_told_once():
+    run = start("convnet", passes=2, **FAST)
+    with pytest.warns(feather.FeatherWarning, match="this step took one") as told:
+        run.train(0, 3)
+    assert len([one for one in told if "passes=2" in str(one.message)]) == 1
+
+
 def test_passes_of_a_method_without_masks_are_parts_of_the_gradient():
     run = train_by_passes(start("mlp", "sgd"), range(6), 4)
     plain = start("mlp", "sgd").train(0, 6)

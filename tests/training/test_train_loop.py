@@ -435,6 +435,18 @@ def test_a_method_that_counts_multiply_adds_gets_an_image_to_count_with(tmp_path
     assert results[0]["macs"]["sparse"] < results[1]["macs"]["sparse"]
 
 
+def test_any_allocation_can_be_biased_by_multiply_adds_by_name(tmp_path):
+    common = {"epochs": 2, "method": "hard-ste"}
+    biased, plain = (
+        train(tiny(**common, **options), tmp_path / str(len(options)))
+        for options in ({"options.allocation": "flops^0.3"}, {})
+    )
+    assert biased["report"]["zeros"] == plain["report"]["zeros"]
+    assert biased["macs"]["sparse"] < plain["macs"]["sparse"]
+    with pytest.raises(ConfigurationError, match=r"'flops\^x' is not 'flops\^' and a number"):
+        train(tiny(**common, **{"options.allocation": "flops^x"}), tmp_path / "other")
+
+
 def test_costs_of_a_method_can_be_milliseconds_of_this_machine(tmp_path):
     options = {"options.costs": "milliseconds", "options.gamma": 0.3}
     results = train(tiny(epochs=1, method="feather-flops", **options), tmp_path / "run")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import torch_feather as feather
 
 from .. import models
+from ..allocation import FlopsBiased
 from ..errors import ConfigurationError
 from ..methods import method_options
 from ..runtime import layer_milliseconds
@@ -30,6 +31,8 @@ from .provenance import provenance
 from .step import Step
 from .watch import Watch
 from .weights import read_weights
+
+FLOPS = "flops^"  # begins the name of an allocation that needs an example of the data
 
 
 class Task:
@@ -58,6 +61,8 @@ class Task:
         self.sparsifier = None
         if config.method != DENSE:
             options = dict(config.options)
+            if str(options.get("allocation")).startswith(FLOPS):
+                options["allocation"] = self._flops_biased(options["allocation"])
             if "example_input" in method_options(config.method):
                 options |= self._costs(options.get("costs"))
             self.sparsifier = feather.sparsify(
@@ -106,6 +111,17 @@ class Task:
         teacher = self.ranks.one_after_another(lambda: load_teacher(self.config, self.data))
         teacher.to(self.device).to(memory_format=layout)
         return Distillation(teacher, options, self.config.system.compile)
+
+    def _flops_biased(self, allocation: str) -> FlopsBiased:
+        """`flops^0.5`: ranks |w| / c^0.5, c the multiply-adds that a weight makes."""
+        try:
+            gamma = float(allocation.removeprefix(FLOPS))
+        except ValueError:
+            raise ConfigurationError(
+                f"options.allocation: {allocation!r} is not {FLOPS!r} and a number, the bias, such "
+                f"as {FLOPS}1."
+            ) from None
+        return FlopsBiased(gamma, example_input=self.example)
 
     def _costs(self, costs: Any) -> dict[str, Any]:
         """What a method that asks for costs is given: `milliseconds` of this CPU by that word."""
