@@ -9,8 +9,9 @@ noise alone does. `official` is the official implementation on its own module wr
     python benchmarks/step_overhead.py --suite --peer ../feather --json results/step_overhead.json
     python benchmarks/step_overhead.py --method all --json results/method_overhead.json
 
-Methods with a schedule are at the final sparsity all the time (but see `--at`); the others go
-through their whole course in the rounds measured.
+Methods with an option `schedule` are at the final sparsity all the time (but see `--at`); the
+others go through their whole course in the rounds measured. What the engine does in a step is
+measured in the third quarter of a course apart, where no method is in its last phase yet.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ CLASSES = 100
 WARMUP = 3  # rounds before those that count: memory is allocated, kernels are chosen
 ENOUGH = 40  # rounds; fewer are a trial, not a measurement
 ENGINE_REPEATS = 20
+ENGINE_BATCH = 8  # images, at most: what the engine does in a step does not depend on them
 RESAMPLES = 2000
 CACHES = 64 << 20  # bytes; more than the caches hold
 
@@ -86,15 +88,19 @@ class Contestant:
 
 
 def build(
-    arguments: argparse.Namespace, network: str, batch: int, peer: ModuleType | None
+    arguments: argparse.Namespace,
+    network: str,
+    batch: int,
+    peer: ModuleType | None,
+    total: int | None = None,
 ) -> tuple[nn.Module, dict[str, Contestant]]:
-    """All contestants by name, `dense` first."""
+    """All contestants by name, `dense` first; their course is as long as the race, or `total`."""
     device = torch.device(arguments.device)
     torch.manual_seed(arguments.seed)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     model = feather.models.create(network, CLASSES).to(device).to(memory_format=layout)
     found = {"dense": Contestant(model, arguments.amp), "control": Contestant(model, arguments.amp)}
-    total = WARMUP + arguments.steps
+    total = total or WARMUP + arguments.steps
     example = torch.randn(1, 3, arguments.size, arguments.size, device=device)
 
     for method, theta in itertools.product(arguments.method, arguments.theta):
@@ -204,10 +210,20 @@ def compare(samples: dict[str, list[float]], seed: int) -> dict[str, dict[str, A
     return result
 
 
+def engines(arguments: argparse.Namespace, network: str, batch: int) -> dict[str, dict[str, Any]]:
+    """`engine` of each method, in the third quarter of a course of its own."""
+    device, size = torch.device(arguments.device), arguments.size
+    half = 2 * (WARMUP + ENGINE_REPEATS + 1)  # twice the steps that `engine` takes
+    _, contestants = build(arguments, network, batch, None, total=2 * half)
+    sparse = {name: one for name, one in contestants.items() if one.sparsifier is not None}
+    shape = (min(batch, ENGINE_BATCH), 3, size, size)
+    race(sparse, half - WARMUP, shape, device, arguments.channels_last, arguments.seed)
+    return {name: engine(one.sparsifier, device) for name, one in sparse.items() if one.sparsifier}
+
+
 def engine(sparsifier: feather.Sparsifier, device: torch.device) -> dict[str, Any]:
     """Milliseconds (medians) of what the engine does in one step, and the memory it takes.
 
-    Measured apart from training, with the caches emptied before each part, as forward and
     Measured apart from training, with the caches emptied before each part, as forward and
     backward leave them. `refresh` (thresholds), `image`, `copy` and `checks` are parts of the calls
     above.
@@ -257,7 +273,8 @@ def engine(sparsifier: feather.Sparsifier, device: torch.device) -> dict[str, An
 
 
 def memory(sparsifier: feather.Sparsifier, device: torch.device) -> dict[str, int]:
-    """Bytes of the prunable weights, of their latent copy, and of a step's transients."""
+    """Bytes of the prunable weights, of their latent copy and of what the method keeps beside it
+    between steps, and of a step's transients."""
     every = range(len(sparsifier.slots))
 
     def step() -> None:
@@ -281,7 +298,20 @@ def memory(sparsifier: feather.Sparsifier, device: torch.device) -> dict[str, in
         transient = max(np.cumsum([0, *(change for _, change in changes)]).tolist())
     size = sum(s.parameter.numel() * s.parameter.element_size() for s in sparsifier.slots)
     latent = sum(flat.numel() * flat.element_size() for flat in sparsifier.weights.flats)
-    return {"weights": size, "latent": latent, "transient": int(transient)}
+    sparsifier.reparametrization.forget_gradients()  # the next step's are new
+    kept = sum(storages(vars(sparsifier.reparametrization)).values())
+    return {"weights": size, "latent": latent, "method": kept, "transient": int(transient)}
+
+
+def storages(held: object) -> dict[int, int]:
+    """Bytes of each storage, by its address, that tensors in nested containers lie in."""
+    if isinstance(held, Tensor):
+        storage = held.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    parts = list(held.values()) if isinstance(held, dict) else held
+    if not isinstance(parts, list | tuple):
+        return {}
+    return {address: size for part in parts for address, size in storages(part).items()}
 
 
 def run(
@@ -298,12 +328,8 @@ def run(
         samples = race(
             contestants, arguments.steps, shape, device, arguments.channels_last, arguments.seed
         )
+        engine_rows = engines(arguments, network, batch)
     compared = compare(samples, arguments.seed)
-    engines = {
-        name: engine(one.sparsifier, device)
-        for name, one in contestants.items()
-        if one.sparsifier is not None
-    }
     for name, one in contestants.items():
         compared[name]["limit"] = one.limit
     return {
@@ -312,7 +338,7 @@ def run(
         "prunable": sum(p.parameter.numel() for p in find_prunable(model)),
         "load_before": load,
         "contestants": compared,
-        "engine": engines,
+        "engine": engine_rows,
         "samples_ms": samples,
     }
 
@@ -347,7 +373,8 @@ def header(record: dict[str, Any]) -> str:
     where_in_schedule = "at the final" if settings["at"] == "end" else "while rising to the final"
     lines += [
         record["command"],
-        f"{settings['steps']} rounds {where_in_schedule} sparsity {settings['sparsity']:.2%}",
+        f"{settings['steps']} rounds {where_in_schedule} sparsity {settings['sparsity']:.2%}; "
+        "of methods without the option schedule, over their whole course",
     ]
     if settings["steps"] < ENOUGH:
         lines.append(f"(fewer than {ENOUGH} rounds: a trial, not a measurement)")
@@ -373,12 +400,13 @@ def comparison_table(result: dict[str, Any]) -> str:
     for name, row in result["engine"].items():
         calls = ", ".join(f"{key} {value:.2f}" for key, value in row["ms"].items())
         parts = ", ".join(f"{key} {value:.2f}" for key, value in row["parts_ms"].items())
-        size = row["memory"]["weights"]
+        copies = {key: value / row["memory"]["weights"] for key, value in row["memory"].items()}
         lines += [
-            f"  engine of {name}: {row['sum_ms']:.2f} ms a step: {calls}",
+            f"  engine of {name}, in mid-course: {row['sum_ms']:.2f} ms a step: {calls}",
             f"    of which, each time: {parts}",
-            f"    memory in copies of the prunable weights: {row['memory']['latent'] / size:.2f} "
-            f"kept, {row['memory']['transient'] / size:.2f} for a moment",
+            "    memory in copies of the prunable weights: "
+            f"{copies['latent'] + copies['method']:.2f} kept ({copies['method']:.2f} by the "
+            f"method), {copies['transient']:.2f} for a moment",
         ]
     return "\n".join(lines)
 

@@ -89,6 +89,15 @@ def test_every_method_is_measured_once(step_overhead, tmp_path, monkeypatch, cap
     monkeypatch.setattr(step_overhead, "CACHES", 1 << 16)
     monkeypatch.setattr(step_overhead, "ENGINE_REPEATS", 1)
     monkeypatch.setattr(step_overhead, "METHOD_LIMITS", {("resnet8", 2): 1.1})
+    measure, courses = step_overhead.engine, set()
+
+    def engine(sparsifier, device):
+        begin, total = sparsifier.step_count, sparsifier.total_steps
+        row = measure(sparsifier, device)
+        courses.add((begin / total, sparsifier.step_count / total))
+        return row
+
+    monkeypatch.setattr(step_overhead, "engine", engine)
     file = tmp_path / "overhead.json"
     command = "--method all --network resnet8 --batch 2 --size 8 --steps 2 --threads 1 --json"
     step_overhead.main([*command.split(), str(file)])
@@ -96,6 +105,13 @@ def test_every_method_is_measured_once(step_overhead, tmp_path, monkeypatch, cap
     names = [name.split(",")[0] for name in run["contestants"]]
     assert names == ["dense", "control", *available_methods()]
     assert set(run["engine"]) == set(run["contestants"]) - {"dense", "control"}
+    kept = {
+        name.split(",")[0]: round(row["memory"]["method"] / row["memory"]["weights"], 2)
+        for name, row in run["engine"].items()
+    }
+    assert courses == {(0.5, 0.75)}  # the earliest last phase begins at 0.8
+    # Probabilities, their two moments and the mask; the soft mask; of others numbers per layer.
+    assert kept == dict.fromkeys(available_methods(), 0) | {"probmask": 4, "spartan": 1}
     table = capsys.readouterr().out.split("engine ms\n")[-1].splitlines()
     assert len(table) == len(available_methods()) - 1  # feather's limits are on other networks
 

@@ -103,10 +103,14 @@ class Loop:
         """One optimizer step on batch number `step`; False if the scaler skipped it."""
         if self.recipe.closure is None:
             self.gradients(step)
+            taken = step not in self.recipe.overflows
             for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
+                # A scaler judges each optimizer by its own gradients, and those of a method's own
+                # parameters may be finite: they wait for the weights all the same.
+                if taken or not self._is_inner(optimizer):
+                    self.scaler.step(optimizer)
             self.scaler.update()
-            return step not in self.recipe.overflows
+            return taken
         first, *others = self.optimizers
 
         def closure() -> Tensor:
@@ -119,6 +123,11 @@ class Loop:
         for optimizer in others:
             optimizer.step()
         return True
+
+    def _is_inner(self, optimizer: Optimizer) -> bool:
+        """Whether it steps a reference's own parameters."""
+        learned = self.method.learned if isinstance(self.method, Reference) else []
+        return any(p is q for p in optimizer.param_groups[0]["params"] for q in learned)
 
 
 @dataclass

@@ -54,6 +54,15 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, CLASSES))
 
 
+def frozen() -> nn.Module:
+    """An MLP whose first layer does not train, and so is not prunable."""
+    net = nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, CLASSES)
+    )
+    net[0].requires_grad_(False)
+    return net
+
+
 def convnet() -> nn.Module:
     """Plain, depthwise + dilated + circularly padded, and pointwise convolutions."""
     return nn.Sequential(
@@ -134,6 +143,7 @@ MODELS = {
     case.name: case
     for case in [
         ModelCase("mlp", mlp, {"0.weight": 72, "2.weight": 48}, _normal(6)),
+        ModelCase("frozen", frozen, {"2.weight": 72, "4.weight": 36}, _normal(6)),
         ModelCase(
             "convnet",
             convnet,

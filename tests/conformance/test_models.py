@@ -64,11 +64,6 @@ def test_a_compiled_model_is_compiled_once(model, when):
     assert run.zeros() == eager.zeros()
 
 
-def test_a_compiled_forward_follows_the_autograd_form():
-    torch._dynamo.reset()
-    compare("feather-theta", prepare=lambda m: torch.compile(m, backend="eager"))
-
-
 @pytest.mark.slow
 def test_inductor_follows_the_autograd_form():
     torch._dynamo.reset()

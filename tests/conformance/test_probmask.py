@@ -191,20 +191,15 @@ def test_adam_is_that_of_torch():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw-fused", "sgd-nested"])
+@pytest.mark.parametrize("optimizer", ["adamw-fused", "sgd-nested"])
 def test_every_way_to_use_an_optimizer(optimizer, recipe):
     recipe = RECIPES[recipe]
-    compare("probmask-fast", optimizer, recipe=recipe, **precision(recipe, optimizer))
+    compare("probmask-fast", optimizer, recipe=recipe, **precision(recipe))
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model(model):
     compare("probmask-fast", model=model)
-
-
-def test_a_compiled_forward_follows_the_autograd_form():
-    torch._dynamo.reset()
-    compare("probmask-fast", prepare=lambda m: torch.compile(m, backend="eager"))
 
 
 # --- several passes of one step -------------------------------------------------------------
@@ -499,19 +494,6 @@ def test_moving_the_model_keeps_every_probability_with_its_weight(move):
     run.train(4, TOTAL)
     assert_exact(run)
     assert run.zeros() == 288
-
-
-def test_a_layer_frozen_from_the_start_takes_no_part():
-    net = MODELS["convnet"].make()
-    net.stem.weight.requires_grad_(False)
-    before = net.stem.weight.clone()
-    optimizer = OPTIMIZERS["sgd-momentum"](net)
-    sparsifier = feather.sparsify(net, optimizer, sparsity=0.8, total_steps=TOTAL, **FAST)
-    loop = Loop(net, net, optimizer, MODELS["convnet"])
-    for step in range(TOTAL):
-        loop.step(step)
-    assert torch.equal(net.stem.weight, before)
-    assert sum(int((~mask).sum()) for mask in sparsifier.masks().values()) == round(0.8 * 144)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -249,10 +249,6 @@ def test_a_layer_frozen_by_the_user_shares_nothing():
     assert_exact(run)
 
 
-def test_a_compiled_network_follows_the_autograd_form():
-    compare("spartan-frozen", prepare=lambda m: torch.compile(m, backend="eager"))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_other_dtypes_follow_the_autograd_form(dtype):
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 8e-3}[dtype]
