@@ -47,8 +47,8 @@ def count_steps(found: Any, *names: str) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, Real) or not float(value).is_integer():
             raise ConfigurationError(
-                f"{name} is a number of optimizer steps, not a share of training; got {value!r}. "
-                "Half of training is total_steps // 2."
+                f"{type(found).__name__}: {name} is a number of optimizer steps, not a share of "
+                f"training; got {value!r}. Half of training is total_steps // 2."
             )
         object.__setattr__(found, name, int(float(value)))
 

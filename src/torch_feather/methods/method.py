@@ -90,7 +90,7 @@ def make_allocation(
         raise ConfigurationError(
             f"There is no allocation {allocation!r}{nearest(str(allocation), ALLOCATIONS)} There "
             f"are: {', '.join(ALLOCATIONS)}, or any object of torch_feather.allocation, such as "
-            "FlopsBiased(gamma=0.5, example_input=x)."
+            "FlopsBiased(gamma=0.5, example_input=x), which is 'flops^0.5' in feather train."
         )
     return ALLOCATIONS[allocation]
 
