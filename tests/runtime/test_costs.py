@@ -64,7 +64,10 @@ def test_training_aims_at_latency_and_ends_at_exactly_the_sparsity(costs):
     assert kept[0.2] < kept[0.0]
 
 
-def test_a_budget_is_in_milliseconds(costs):
+def test_a_budget_is_in_the_unit_of_the_costs():
+    # Set, not measured: how near one can come to a budget depends on them.
+    costs = {"0.weight": 1e-5, "3.weight": 1e-7, "6.weight": 2e-7}
+
     def cost(model):
         kept = {p.name: int(p.parameter.count_nonzero()) for p in find_prunable(model)}
         return sum(costs[name] * count for name, count in kept.items())
