@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .distributed import Ranks
+from .precision import autocast
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def evaluate(
     for x, y in batches:
         size = size or len(y)
         network = compiled if compiled is not None and len(y) == size else model
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with autocast(device, amp):
             logits = network(x).float()
         totals[0] += F.cross_entropy(logits, y, reduction="sum")
         totals[1] += (logits.argmax(1) == y).sum()

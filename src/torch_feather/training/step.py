@@ -19,6 +19,7 @@ from .config import Config
 from .data import Batch
 from .distillation import Distillation
 from .distributed import Ranks
+from .precision import autocast
 
 
 class Step:
@@ -97,7 +98,7 @@ class Step:
             whole = len(y) == self.size
             network = self.network if whole else self.plain
             with self._alone(i < len(parts) - 1):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                with autocast(self.device, self.amp):
                     smoothing = self.options.label_smoothing
                     logits = network(x)
                     loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
