@@ -16,10 +16,12 @@ import pytest
 
 from torch_feather.errors import ConfigurationError
 from torch_feather.studies import grid as grid_module
+from torch_feather.studies.files import read_rows
 from torch_feather.studies.grid import Run, _result, processes, train_all
 from torch_feather.studies.study import Choices, grid
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import apply, resolve_config
+from torch_feather.training.errors import RunError
 
 SMALL = {
     "epochs": 1,
@@ -92,6 +94,31 @@ def test_a_grid_trains_what_is_missing_and_nothing_twice(tmp_path, here):
     assert model.stat().st_mtime_ns == written
     assert not outcome.rows
     assert "was trained without --track-masks" in outcome.failed[a]
+
+
+def test_a_run_that_an_earlier_study_has_is_not_trained_again(tmp_path, here):
+    [run] = grid(small(), {"feather": {"method": "feather"}}, Choices([0.5], [0]))
+    known = list(here([run], tmp_path / "there").rows.values())
+    known = json.loads(json.dumps(known))  # as read from its runs.json
+    again = replace(run, label="by another name")
+    outcome = here([again], tmp_path / "here", known=known)
+    assert outcome.rows == {run.name: known[0] | {"label": "by another name"}}
+    assert not (tmp_path / "here").exists()
+
+    masks = replace(run, config=replace(run.config, track_masks=True))
+    other_default = known[0] | {"options": known[0]["options"] | {"p": 2.0}}
+    for asked, row in ((masks, known[0]), (run, other_default)):
+        outcome = here([asked], tmp_path / "here", known=[row], minutes=0)
+        assert outcome.waiting == [run.name]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"name": "a", "curve": {}}]', None])
+def test_rows_that_are_none_are_refused(tmp_path, content):
+    file = tmp_path / "runs.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(RunError, match=r"is not the runs\.json of a study"):
+        read_rows(file)
 
 
 def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path, here):

@@ -18,7 +18,7 @@ from ..training.config import (
     resolve_config,
 )
 from . import STUDIES
-from .files import Made, write
+from .files import Made, read_rows, write
 from .grid import Outcome, train_all
 from .study import Choices, Study
 
@@ -80,6 +80,12 @@ def command(study: Study) -> Callable[..., None]:
             Path | None,
             typer.Option(help="Run directories, shared by studies. [default: runs in --out]"),
         ] = None,
+        rows: Annotated[
+            list[Path] | None,
+            typer.Option(
+                metavar="runs.json", help="Of other studies: what is in it is not trained again."
+            ),
+        ] = None,
     ) -> None:
         config = base(study, recipe, data, data_path, settings or [])
         sparsity = sparsity or (
@@ -101,13 +107,16 @@ def command(study: Study) -> Callable[..., None]:
         made = Made(shlex.join(["feather", "study", study.name, *words]), len(plan))
         out = out or Path("runs") / f"{study.name}-{config.recipe}"
         folder, done = runs or out / "runs", _progress(len(plan))
-        outcome = train_all(plan, folder, jobs=jobs, minutes=minutes, ray=ray, done=done)
-        rows = list(outcome.rows.values())
+        known = [row for file in rows or [] for row in read_rows(file)]
+        outcome = train_all(
+            plan, folder, jobs=jobs, minutes=minutes, ray=ray, known=known, done=done
+        )
+        found = list(outcome.rows.values())
         if study.measure:  # after all training, so that nothing else computes
-            for i, row in enumerate(rows):
-                rows[i] = row | study.measure(row, folder / row["name"], out, config.data.path)
-        if rows or not plan:
-            typer.echo(write(study, study.answer(rows, config), rows, out, made))
+            for i, row in enumerate(found):
+                found[i] = row | study.measure(row, folder / row["name"], out, config.data.path)
+        if found or not plan:
+            typer.echo(write(study, study.answer(found, config), found, out, made))
             typer.echo(out / "index.html")
         if outcome.waiting:
             typer.echo(f"{len(outcome.waiting)} runs are still to do; the same command goes on")
@@ -119,7 +128,9 @@ def command(study: Study) -> Callable[..., None]:
         "again, what was stopped goes on: start it as often as you like."
     )
     signature = inspect.signature(run)
-    kept = [p for p in signature.parameters.values() if study.methods or p.name != "methods"]
+    # Rows have no networks that could be measured.
+    without = {"methods": not study.methods, "rows": study.measure is not None}
+    kept = [p for p in signature.parameters.values() if not without.get(p.name)]
     run.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
     return run
 

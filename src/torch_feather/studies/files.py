@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from markupsafe import Markup
 from ..methods import METHODS
 from ..training.checkpoint import write_atomically, write_json
 from ..training.config import DENSE
+from ..training.errors import RunError
 from .grid import Row
 from .spread import ENOUGH
 from .study import Answer, Picture, Study, Table
@@ -57,6 +59,21 @@ class Made:
         if len(rows) < self.planned:
             facts["Not complete"] = f"{len(rows)} of {self.planned} trainings; the command goes on"
         return facts
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a runs.json.
+
+    Raises:
+        RunError: it cannot be read, or is none.
+    """
+    try:
+        rows = json.loads(file.read_text())
+        if not isinstance(rows, list) or not all(row["name"] and row["curve"] for row in rows):
+            raise ValueError("no list of runs")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunError(f"{file}: is not the runs.json of a study ({error})") from None
+    return rows
 
 
 def write(study: Study, answer: Answer, rows: Sequence[Row], out: Path, made: Made) -> str:

@@ -214,5 +214,4 @@ FLOPS = Study(
     plan=plan,
     answer=answer,
     methods="dense,feather,feather-flops,gmp:allocation=uniform,str,st3",
-    small={"epochs": 15},
 )

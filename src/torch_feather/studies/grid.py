@@ -6,13 +6,14 @@ grid can be started as often as one likes.
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import (
     Future,
     ProcessPoolExecutor,
@@ -62,6 +63,7 @@ def train_all(
     jobs: int = 1,
     minutes: float | None = None,
     ray: str | None = None,
+    known: Iterable[Row] = (),
     done: Callable[[str, Outcome], None] = lambda name, outcome: None,
 ) -> Outcome:
     """Train what is missing of `runs` into `folder`.
@@ -72,15 +74,25 @@ def train_all(
         jobs: trainings at a time; with Ray, those that share a GPU.
         minutes: after which none is started any more; those that run are completed.
         ray: address of a Ray cluster, `local` for one that is started here; None: this machine.
+        known: rows of earlier studies, whose runs are done wherever they were trained.
         done: told of each run that ended, and of all so far.
 
     Raises:
         ConfigurationError: Ray is not installed, or cannot be reached.
         Interrupted: Ctrl-C; what was trained so far is kept as checkpoints.
     """
-    outcome = Outcome({}, {}, [])
+    found = {row["name"]: row for row in known}
+    outcome = Outcome(
+        {
+            run.name: found[run.name] | {"label": run.label}
+            for run in runs
+            if run.name in found and stands_for(found[run.name], run)
+        },
+        {},
+        [],
+    )
     deadline = None if minutes is None else time.time() + 60 * minutes
-    left = list(runs)
+    left = [run for run in runs if run.name not in outcome.rows]
     try:
         with processes(jobs) if ray is None else ray_tasks(ray, jobs) as submit:
             while left:
@@ -228,6 +240,22 @@ def _train(run: Run, directory: RunDirectory, deadline: float | None) -> Row | N
     return row_of(run, directory)
 
 
+def stands_for(row: Row, run: Run) -> bool:
+    """Whether a row that has the name of a run is what training it would give.
+
+    Its name has what differs from the recipe; what is left are the options that its method had by
+    default then, and masks where they are wanted.
+    """
+    masks = run.config.track_masks and run.config.method != DENSE
+    same = row.get("options") == _options(run.config)
+    return same and (not masks or "mask_correlation" in row["curve"])
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """All in force, as they come back from a file."""
+    return json.loads(json.dumps(config.written_out().options))
+
+
 def row_of(run: Run, directory: RunDirectory) -> Row:
     """What a study keeps of a finished run: small, and enough to believe it later.
 
@@ -253,6 +281,7 @@ def row_of(run: Run, directory: RunDirectory) -> Row:
         "data": run.config.data.title,
         "amp": run.config.system.amp,
         "select": run.config.select,
+        "options": _options(run.config),
         **{key: results[key] for key in ("network", "method", "seed", "epochs")},
         "sparsity": 0.0 if results["method"] == DENSE else results["target_sparsity"],
         "own_sparsity": results.get("own_sparsity"),

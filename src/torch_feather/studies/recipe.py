@@ -77,4 +77,5 @@ RECIPE = Study(
     source="Table 1 of the supplement",
     plan=plan,
     answer=answer,
+    small={},
 )
