@@ -106,10 +106,14 @@ def test_a_run_that_an_earlier_study_has_is_not_trained_again(tmp_path, here):
     assert not (tmp_path / "here").exists()
 
     masks = replace(run, config=replace(run.config, track_masks=True))
-    other_default = known[0] | {"options": known[0]["options"] | {"p": 2.0}}
-    for asked, row in ((masks, known[0]), (run, other_default)):
-        outcome = here([asked], tmp_path / "here", known=[row], minutes=0)
+    other = [
+        known[0] | {"config": known[0]["config"] | {key: value}}
+        for key, value in {"options.p": 2.0, "epochs": 3, "optimizer.lr": 0.2, "gone": 1}.items()
+    ]
+    for asked, rows in ((masks, known), (run, other), (run, [known[0] | {"amp": True}])):
+        outcome = here([asked], tmp_path / "here", known=rows, minutes=0)
         assert outcome.waiting == [run.name]
+    assert here([run], tmp_path / "here", known=[*other, *known], minutes=0).rows
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"name": "a", "curve": {}}]', None])
@@ -117,7 +121,7 @@ def test_rows_that_are_none_are_refused(tmp_path, content):
     file = tmp_path / "runs.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(RunError, match=r"is not the runs\.json of a study"):
+    with pytest.raises(RunError, match=r"no such file|the runs\.json of a study"):
         read_rows(file)
 
 

@@ -101,7 +101,7 @@ def test_a_method_may_have_options_of_its_own_beside_itself():
                 methods=["feather", "feather:p=2:theta=1", "gmp"])  # fmt: skip
     assert [(run.label, run.name) for run in runs] == [
         ("feather", "cifar100-small-feather-0.98-0"),
-        ("feather, p = 2, theta = 1", "cifar100-small-feather-p2-theta1-0.98-0"),
+        ("feather (p = 2, theta = 1)", "cifar100-small-feather-p2-theta1-0.98-0"),
         ("gmp", "cifar100-small-gmp-0.98-0"),
     ]
 
@@ -113,6 +113,22 @@ def test_a_method_may_have_options_of_its_own_beside_itself():
 def test_an_option_of_one_method_is_checked_before_anything_is_trained(text, message):
     with pytest.raises(ConfigurationError, match=message):
         plan("compare", sparsities=[0.5], seeds=[0], methods=[text])
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "where"),
+    [
+        ("compare", "seed=5", "--seeds"),
+        ("compare", "sparsity=0.5", "--sparsity"),
+        ("compare", "method=gmp", "--methods"),
+        ("threshold", "method=gmp", "the study"),
+        ("mobilenet", "network=resnet20", "the study"),
+        ("networks", "network=resnet8", "the study"),
+    ],
+)
+def test_settings_that_would_have_no_effect_are_refused(name, setting, where):
+    with pytest.raises(ConfigurationError, match=f"{where} decides that here"):
+        plan(name, settings=[setting])
 
 
 def test_no_study_trains_the_dense_network_at_several_sparsities():

@@ -1,6 +1,7 @@
 """`feather study NAME`: the same options for every study, made in one place."""
 
 import inspect
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import ConfigurationError
 from ..methods import available_methods
 from ..training.config import (
     DENSE,
@@ -17,6 +19,7 @@ from ..training.config import (
     parse_assignments,
     resolve_config,
 )
+from ..training.errors import RunError
 from . import STUDIES
 from .files import Made, read_rows, write
 from .grid import Outcome, train_all
@@ -60,8 +63,13 @@ def command(study: Study) -> Callable[..., None]:
             typer.Option("--set", metavar="KEY=VALUE", help="Any key of config.yaml."),
         ] = None,
         jobs: Annotated[
-            int, typer.Option(help="Trainings at a time; with --ray, those that share a GPU.")
-        ] = 1,
+            int | None,
+            typer.Option(
+                min=1,
+                help="Trainings at a time; with --ray, those that share a GPU. [default: 1; on the "
+                "digits 2, where there are as many cores]",
+            ),
+        ] = None,
         ray: Annotated[
             str | None,
             typer.Option(
@@ -70,7 +78,7 @@ def command(study: Study) -> Callable[..., None]:
         ] = None,
         minutes: Annotated[
             float | None,
-            typer.Option(help="Start no training after that; 0 shows what is done so far."),
+            typer.Option(min=0, help="Start no training after that; 0 shows what is done so far."),
         ] = None,
         out: Annotated[
             Path | None,
@@ -106,6 +114,14 @@ def command(study: Study) -> Callable[..., None]:
             words = []
         made = Made(shlex.join(["feather", "study", study.name, *words]), len(plan))
         out = out or Path("runs") / f"{study.name}-{config.recipe}"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"--out {out}: cannot be a folder ({error.strerror})") from None
+        if data_path is not None and not Path(config.data.path or "").exists():
+            raise ConfigurationError(f"--data-path {data_path}: there is no such file or folder")
+        if jobs is None:
+            jobs = min(2, os.cpu_count() or 1) if config.data.name == "digits" else 1
         folder, done = runs or out / "runs", _progress(len(plan))
         known = [row for file in rows or [] for row in read_rows(file)]
         outcome = train_all(
@@ -148,6 +164,13 @@ def base(
         given["data.name"] = data
     if data_path is not None:
         given["data.path"] = str(Path(data_path).expanduser().absolute())
+    elsewhere = {"sparsity": "--sparsity", "seed": "--seeds"}
+    elsewhere |= {"method": "--methods" if study.methods else "the study"}
+    for key in {key for key in given if key in elsewhere or key in study.decides}:
+        raise ConfigurationError(
+            f"--set {key}=...: {elsewhere.get(key, 'the study')} decides that here, for all "
+            "trainings"
+        )
     config = resolve_config(recipe or default_recipe(data))
     if given.get("data.name", config.data.name) == "digits":
         config = apply(config, study.small, f"study {study.name}")

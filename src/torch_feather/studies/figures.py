@@ -15,6 +15,8 @@ from ..training.config import DENSE
 from .grid import Row
 from .spread import accuracies, deviation, group, labels, mean, percent, sparsities
 
+BROAD = 24  # letters of a legend's entry, above which there is no room for two side by side
+
 
 def over_sparsity(rows: Sequence[Row]) -> Figure:
     """Accuracy over sparsity: means over seeds, bars of one standard deviation."""
@@ -97,10 +99,11 @@ def below(axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     figure = axes.figure
     assert isinstance(figure, Figure)
-    rows = -(-len(names) // 2)
+    columns = 2 if max(map(len, names), default=0) <= BROAD else 1
+    rows = -(-len(names) // columns)
     figure.set_figheight(figure.get_figheight() + 0.2 * rows)
     figure.legend(
-        handles, names, loc="outside lower center", ncols=2, frameon=False, handlelength=3.2
+        handles, names, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.2
     )
 
 

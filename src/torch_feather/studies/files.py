@@ -18,8 +18,15 @@ from ..training.checkpoint import write_atomically, write_json
 from ..training.config import DENSE
 from ..training.errors import RunError
 from .grid import Row
-from .spread import ENOUGH
+from .spread import ENOUGH, group, labels
 from .study import Answer, Picture, Study, Table
+
+# What a row has at least.
+KEYS = (
+    *("name", "label", "data", "amp", "select", "config", "network", "method", "seed", "epochs"),
+    *("sparsity", "own_sparsity", "test_accuracy", "weights", "zeros", "macs", "dense_macs"),
+    *("seconds", "curve", "commit", "versions", "hardware"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,18 @@ def read_rows(file: Path) -> list[Row]:
     """
     try:
         rows = json.loads(file.read_text())
-        if not isinstance(rows, list) or not all(row["name"] and row["curve"] for row in rows):
-            raise ValueError("no list of runs")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RunError(f"{file}: is not the runs.json of a study ({error})") from None
+    except FileNotFoundError:
+        raise RunError(f"{file}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: cannot be read as the runs.json of a study ({error})") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RunError(f"{file}: is not the runs.json of a study")
+    for row in rows:
+        if missing := [key for key in KEYS if key not in row]:
+            raise RunError(
+                f"{file}: is not the runs.json of a study, or is one of an older version: a run "
+                f"has no {', '.join(missing)}"
+            )
     return rows
 
 
@@ -116,9 +131,13 @@ def _markdown_table(table: Table) -> str:
 
 
 def conclusions(answer: Answer, rows: Sequence[Row]) -> Sequence[str]:
-    """The answer's sentences, or that there are too few seeds for any."""
+    """The answer's sentences, or why there is none."""
     if answer.sentences or not rows:
         return answer.sentences
+    if len(labels(rows)) < 2:
+        return ["No conclusion: there is nothing to compare yet."]
+    if min(len(mine) for mine in group(rows).values()) >= ENOUGH:
+        return ["No conclusion: all seeds give the same difference."]
     return [f"No conclusion yet: it takes {ENOUGH} seeds of each of what is compared."]
 
 

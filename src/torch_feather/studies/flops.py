@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,16 @@ from .grid import Row, Run
 from .published import RESNET50
 from .spread import (
     ENOUGH,
+    Groups,
     accuracies,
     accuracy_table,
+    against,
+    apart,
     deviation,
     group,
     labels,
     mean,
+    paired,
     percent,
     sparsities,
 )
@@ -60,7 +65,7 @@ def plan(config: Config, choices: Choices) -> list[Run]:
     variants: dict[str, dict] = {}
     for label, variant in choices.variants.items():
         if label == BIASED:
-            variants |= {f"{BIASED}, γ = {gamma:g}": biased(gamma) for gamma in GAMMAS}
+            variants |= {f"{BIASED} (γ = {gamma:g})": biased(gamma) for gamma in GAMMAS}
         else:
             variants[label] = variant
     return grid(config, variants, choices)
@@ -81,14 +86,17 @@ def answer(rows: Sequence[Row], config: Config) -> Answer:
         "Test accuracy against multiply-adds, means over seeds; bars: ± one standard deviation of "
         f"both. {GREY_IS}"
     )
+    ours = [label for label in labels(rows) if label.startswith("feather")]
+    others = [label for label in labels(rows) if label not in ours]
+    sentences, differences = against(rows, itertools.product(ours, others))
     return Answer(
-        on_the_frontier(rows, MULTIPLY_ADDS),
+        [*on_the_frontier(rows, MULTIPLY_ADDS), *sentences],
         Part(
             [
                 *drawn("frontier", rows, MULTIPLY_ADDS, about),
                 *compare.accuracy_pictures(rows)[:1],
             ],
-            [accuracy_table(rows, more=[share])],
+            [accuracy_table(rows, more=[share]), *differences],
         ),
         published(),
     )
@@ -104,26 +112,42 @@ def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def on_the_frontier(rows: Sequence[Row], cost: Cost) -> list[str]:
-    """Which methods make up the frontier at each sparsity, and what the cheapest one costs."""
+    """What is best for its cost: at each sparsity, and of all that was trained."""
+    sparse = {key: mine for key, mine in group(rows).items() if mine[0]["method"] != DENSE}
     told = []
     for sparsity in sparsities(rows):
-        groups = {label: mine for (label, s), mine in group(rows).items() if s == sparsity}
-        if len(groups) < 2 or min(map(len, groups.values())) < ENOUGH:
+        here = {key: mine for key, mine in sparse.items() if key[1] == sparsity}
+        if len(here) < 2 or min(map(len, here.values())) < ENOUGH:
             continue
-        where = {(cost.mean(mine), mean(mine)): label for label, mine in groups.items()}
+        best = _best(here, cost)
         names = [
-            f"{where[point]} ({point[0]:.2f} {cost.symbol}, {point[1]:.1f} %)"
-            for point in frontier(where)
+            f"{key[0]} ({cost.mean(here[key]):.3g} {cost.symbol}, {mean(here[key]):.1f} %)"
+            for key in best
         ]
-        fewest = min(map(len, groups.values()))
-        rest = "; every other is matched or beaten at its cost or below" * (
-            len(names) < len(groups)
-        )
+        close = [
+            f"{a[0]} and {b[0]}"
+            for a, b in itertools.pairwise(best)
+            if not apart(paired(here[b], here[a]))
+        ]
+        fewest = min(map(len, here.values()))
         told.append(
-            f"On the frontier at {percent(sparsity)}, from cheap to accurate, by means over seeds "
-            f"(n ≥ {fewest}): {', '.join(names)}{rest}."
+            f"Best for their cost at {percent(sparsity)}, from cheap to accurate, by means over "
+            f"seeds (n ≥ {fewest}): {', '.join(names)}"
+            + "; every other one here is matched or beaten at its cost or below"
+            * (len(best) < len(here))
+            + (f". Not told apart in accuracy: {'; '.join(close)}" if close else "")
+            + "."
         )
+    if len(told) > 1:
+        names = [f"{label} at {percent(sparsity)}" for label, sparsity in _best(sparse, cost)]
+        told.append(f"The frontier over all sparsities (grey): {', '.join(names)}.")
     return told
+
+
+def _best(groups: Groups, cost: Cost) -> list[tuple[str, float]]:
+    """Those on the frontier, from cheap to accurate."""
+    where = {(cost.mean(mine), mean(mine)): key for key, mine in groups.items()}
+    return [where[point] for point in frontier(where)]
 
 
 def drawn(name: str, rows: Sequence[Row], cost: Cost, caption: str) -> list[Picture]:

@@ -6,11 +6,11 @@ grid can be started as often as one likes.
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,8 +29,8 @@ from typing import Any
 from ..analysis.stability import correlations, read_masks
 from ..errors import ConfigurationError, FeatherError
 from ..training import Config, train
-from ..training.checkpoint import RunDirectory
-from ..training.config import DENSE
+from ..training.checkpoint import RunDirectory, changed_keys
+from ..training.config import DENSE, apply, flatten, to_dict
 from ..training.errors import Interrupted, InUse, RunError
 
 Row = dict[str, Any]
@@ -81,16 +81,11 @@ def train_all(
         ConfigurationError: Ray is not installed, or cannot be reached.
         Interrupted: Ctrl-C; what was trained so far is kept as checkpoints.
     """
-    found = {row["name"]: row for row in known}
-    outcome = Outcome(
-        {
-            run.name: found[run.name] | {"label": run.label}
-            for run in runs
-            if run.name in found and stands_for(found[run.name], run)
-        },
-        {},
-        [],
-    )
+    known = list(known)
+    outcome = Outcome({}, {}, [])
+    for run in runs:
+        if (row := next((row for row in known if stands_for(row, run)), None)) is not None:
+            outcome.rows[run.name] = row | {"label": run.label}
     deadline = None if minutes is None else time.time() + 60 * minutes
     left = [run for run in runs if run.name not in outcome.rows]
     try:
@@ -188,8 +183,11 @@ def ray_tasks(address: str, jobs: int) -> Iterator[Submit]:
         raise ConfigurationError("--ray needs Ray: pip install 'torch-feather[ray]'") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
+        if address.rpartition(":")[2].isdigit():  # Ray itself would try for minutes
+            host, _, port = address.rpartition("://")[2].rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address, include_dashboard=False if address == "local" else None)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise ConfigurationError(f"--ray {address}: no cluster answers there ({first})") from None
     share = 1 / jobs if ray.cluster_resources().get("GPU") else 0
@@ -241,19 +239,28 @@ def _train(run: Run, directory: RunDirectory, deadline: float | None) -> Row | N
 
 
 def stands_for(row: Row, run: Run) -> bool:
-    """Whether a row that has the name of a run is what training it would give.
-
-    Its name has what differs from the recipe; what is left are the options that its method had by
-    default then, and masks where they are wanted.
-    """
+    """Whether a row is what training a run would give: by all settings, and masks if wanted."""
+    if row["name"] != run.name or row["amp"] != run.config.system.amp:
+        return False
     masks = run.config.track_masks and run.config.method != DENSE
-    same = row.get("options") == _options(run.config)
-    return same and (not masks or "mask_correlation" in row["curve"])
+    if masks and "mask_correlation" not in row["curve"]:
+        return False
+    try:
+        old = apply(Config(), row["config"], row["name"])
+    except ConfigurationError:  # settings that there are no more
+        return False
+    return not changed_keys(old, run.config.written_out())
 
 
-def _options(config: Config) -> dict[str, Any]:
-    """All in force, as they come back from a file."""
-    return json.loads(json.dumps(config.written_out().options))
+def _settings(config: Config) -> dict[str, Any]:
+    """All that decides what a run computes; not where, nor how fast."""
+    settings = flatten(to_dict(config.written_out()))
+    aside = ("data.path", "compare_dense", "track_masks")
+    return {
+        key: value
+        for key, value in settings.items()
+        if not key.startswith("system.") and key not in aside
+    }
 
 
 def row_of(run: Run, directory: RunDirectory) -> Row:
@@ -281,7 +288,7 @@ def row_of(run: Run, directory: RunDirectory) -> Row:
         "data": run.config.data.title,
         "amp": run.config.system.amp,
         "select": run.config.select,
-        "options": _options(run.config),
+        "config": _settings(run.config),
         **{key: results[key] for key in ("network", "method", "seed", "epochs")},
         "sparsity": 0.0 if results["method"] == DENSE else results["target_sparsity"],
         "own_sparsity": results.get("own_sparsity"),

@@ -37,7 +37,7 @@ def plan(config: Config, choices: Choices) -> list[Run]:
         variants[label] = variant
         if label == BIASED:
             timed = {"method": BIASED, "options": {"costs": "milliseconds"}}
-            variants[f"{BIASED}, milliseconds"] = timed
+            variants[f"{BIASED} (milliseconds)"] = timed
     return grid(config, variants, choices)
 
 
@@ -119,7 +119,7 @@ LATENCY = Study(
     "left out where that is faster. A multiply-add does not take equally long in every layer, so "
     "the two pictures may differ. feather-flops aims at few multiply-adds, or at few milliseconds, "
     "measured for each layer before the training.",
-    source="Not in the paper",
+    source="Beyond Figure 4 of the supplement",
     plan=plan,
     answer=answer,
     measure=measure,

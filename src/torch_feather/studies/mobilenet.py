@@ -68,5 +68,6 @@ MOBILENET_STUDY = Study(
     methods="dense,feather,gmp,str,probmask,st3",
     sparsities="0.89,0.941",
     small={"epochs": 8},
+    decides=("network",),
     small_sparsities="0.89,0.941",
 )

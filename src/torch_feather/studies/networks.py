@@ -52,5 +52,6 @@ NETWORKS_STUDY = Study(
     answer=answer,
     methods="dense,feather,gmp,st3",
     small={"epochs": 6},
+    decides=("network",),
     small_sparsities="0.9,0.98",
 )

@@ -75,7 +75,7 @@ def accuracy_table(
 ) -> Table:
     """Mean ± standard deviation of test accuracy for each label and sparsity, the best first."""
     groups = sorted(group(rows).items(), key=lambda item: (item[0][1], -mean(item[1])))
-    head = ["", "sparsity", "test accuracy, %", "n", "zeros / weights", "by itself"]
+    head = ["", "sparsity", "test accuracy, %", "n", "zeros / weights", "before the exact end"]
     lines = []
     for (label, sparsity), found in groups:
         zeros = " or ".join(f"{z:,}" for z in sorted({row["zeros"] for row in found}))
@@ -124,6 +124,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
     half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     return statistics.mean(values) - half, statistics.mean(values) + half
+
+
+def apart(values: Sequence[float]) -> bool:
+    """Whether 0 is outside of the interval."""
+    low, high = interval(values)
+    return low > 0 or high < 0
 
 
 def chance(values: Sequence[float]) -> float:
@@ -183,7 +189,8 @@ def against(rows: Sequence[Row], pairs: Iterable[tuple[str, str]]) -> tuple[list
     head = ["", "sparsity", "points of accuracy", "95 % interval", "p (Holm)", "n"]
     caption = (
         "Differences, seed by seed, with Student's interval of their mean, each taken by itself: "
-        "not told apart means that 0 is in it. p is corrected for how many there are at a sparsity"
+        "not told apart means that 0 is in it. p is corrected for how many there are at a sparsity "
+        "on this page"
     )
     table = Table(caption, head, [_line(d, corrected.get(d)) for d in found])
     return _sentences(judged, corrected), [table] if found else []
@@ -214,15 +221,16 @@ def _sentences(judged: Sequence[Difference], corrected: Mapping[Difference, floa
     for (ours, told, n), others in alike.items():
         where_to = "; ".join(f"{verdict} {_and(others)} at {at} %" for verdict, at in told)
         sentences.append(f"{ours} is {where_to} sparsity (n = {n}).")
-    apart = [d for d in judged if d.verdict != "not told apart from"]
-    if len(judged) > 1 and apart:
-        left = [d for d in apart if corrected[d] < 0.05]
-        lost = [d for d in apart if d not in left]
+    told_apart = [d for d in judged if d.verdict != "not told apart from"]
+    if len(judged) > 1 and told_apart:
+        left = [d for d in told_apart if corrected[d] < 0.05]
+        lost = [d for d in told_apart if d not in left]
         which = f": {_named(left)}" if 0 < len(left) <= len(lost) else ""
         but = f", all but {_named(lost)}" if 0 < len(lost) < len(left) else ""
         sentences.append(
-            "Each comparison is taken by itself. Corrected for how many there are at a sparsity "
-            f"(Holm), {len(left)} of {len(apart)} differences are left{which}{but}."
+            f"Each comparison is taken by itself. Of the {len(told_apart)} differences told apart, "
+            f"{len(left)} {'remains' if len(left) == 1 else 'remain'} when corrected for how many "
+            f"there are at a sparsity (Holm){which}{but}."
         )
     return sentences
 

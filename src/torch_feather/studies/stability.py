@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,8 +15,8 @@ from .spread import (
     ENOUGH,
     accuracy_table,
     against,
+    apart,
     group,
-    interval,
     labels,
     paired,
     percent,
@@ -79,7 +80,8 @@ def answer(rows: Sequence[Row], config: Config) -> Answer:
 
 def mean_correlation(row: Row) -> float:
     """How early the mask settled, as one number: the mean height of its curve."""
-    return statistics.mean(r for r in row["curve"]["mask_correlation"] if r is not None)
+    found = [r for r in row["curve"]["mask_correlation"] if r is not None]
+    return statistics.mean(found) if found else math.nan
 
 
 def order_of_settling(rows: Sequence[Row]) -> list[str]:
@@ -94,24 +96,19 @@ def order_of_settling(rows: Sequence[Row]) -> list[str]:
         close = [
             f"{a:g} and {b:g}"
             for (a, ours), (b, other) in pairs
-            if not _told_apart(paired(ours, other, mean_correlation))
+            if not apart(paired(ours, other, mean_correlation))
         ]
         falls = all(a > b for a, b in itertools.pairwise(means))
         order = (
             "settles the earlier the smaller θ is" if falls else "does not settle in the order of θ"
         )
-        apart = f"; not told apart: {', '.join(close)}" if close else ""
+        alike = f"; not told apart: {', '.join(close)}" if close else ""
         told.append(
             f"At {percent(sparsity)} the mask {order}: mean correlation over epochs "
             f"{', '.join(f'{m:.3f}' for m in means)} for θ = "
-            f"{', '.join(f'{t:g}' for t in THETAS)} (n ≥ {min(map(len, found))}{apart})."
+            f"{', '.join(f'{t:g}' for t in THETAS)} (n ≥ {min(map(len, found))}{alike})."
         )
     return told
-
-
-def _told_apart(values: Sequence[float]) -> bool:
-    low, high = interval(values)
-    return low > 0 or high < 0
 
 
 STABILITY = Study(

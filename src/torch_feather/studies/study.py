@@ -38,7 +38,8 @@ class Choices:
         found: dict[str, dict[str, Any]] = {}
         for text in self.methods:
             method, *options = (part.strip() for part in text.split(":"))
-            label = ", ".join([method, *(" = ".join(one.split("=")) for one in options)])
+            own = ", ".join(" = ".join(one.split("=")) for one in options)
+            label = f"{method} ({own})" if own else method
             given = parse_assignments(options, "--methods")
             found[label] = {"method": method} | ({"options": given} if given else {})
         return found
@@ -100,6 +101,7 @@ class Study:
     # Settings on the digits, which are learned in a few epochs: more would hide all differences.
     small: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 10})
     small_sparsities: str = "0.95,0.98,0.99"
+    decides: Sequence[str] = ()  # settings of its trainings that are its own
 
 
 def grid(config: Config, variants: Mapping[str, Mapping[str, Any]], choices: Choices) -> list[Run]:
@@ -169,7 +171,7 @@ def name_of(config: Config) -> str:
     parts.append(config.method)
     parts += [key.rpartition(".")[2] + _brief(value) for key, value in differs.items()]
     if config.method != DENSE:
-        parts.append(f"{config.sparsity:g}")
+        parts.append(_brief(config.sparsity))
     parts.append(str(config.seed))
     return re.sub(r"[^\w.+-]", "_", "-".join(parts))
 

@@ -42,7 +42,7 @@ THRESHOLD = Study(
     question="How hard should the threshold be?",
     reading="Feather prunes weights below a threshold and shrinks those above it, the less the "
     "larger p is: p = 1 is the soft threshold, p = ∞ the hard one. Everything else is the same for "
-    "all curves.",
+    "all curves: gradients of pruned weights are halved above 95 % (θ = ½), as Feather does.",
     source="Figure 1 of the supplement",
     plan=plan,
     answer=answer,
