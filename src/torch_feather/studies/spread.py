@@ -14,6 +14,7 @@ from .grid import Row
 from .study import Table
 
 ENOUGH = 3  # seeds without which no conclusion is drawn
+NAMED = 4  # differences that a sentence names; of more the table tells
 
 Groups = dict[tuple[str, float], list[Row]]
 
@@ -225,8 +226,9 @@ def _sentences(judged: Sequence[Difference], corrected: Mapping[Difference, floa
     if len(judged) > 1 and told_apart:
         left = [d for d in told_apart if corrected[d] < 0.05]
         lost = [d for d in told_apart if d not in left]
-        which = f": {_named(left)}" if 0 < len(left) <= len(lost) else ""
-        but = f", all but {_named(lost)}" if 0 < len(lost) < len(left) else ""
+        few = min(len(left), len(lost)) <= NAMED
+        which = f": {_named(left)}" if 0 < len(left) <= len(lost) and few else ""
+        but = f", all but {_named(lost)}" if 0 < len(lost) < len(left) and few else ""
         sentences.append(
             f"Each comparison is taken by itself. Of the {len(told_apart)} differences told apart, "
             f"{len(left)} {'remains' if len(left) == 1 else 'remain'} when corrected for how many "
