@@ -221,7 +221,9 @@ class LearnedThresholds(Thresholded):
             else:
                 change = local(parameter).detach().to(weights.wide) - w
                 sums.append((change * local(parameter.grad)).sum(dtype=weights.wide))
-        gradient = weights.total(torch.stack(sums)) * torch.where(tau > 0, slope / tau, 0.0)
+        # Where gradients overflowed, GradScaler skips the optimizer of those weights, and no other.
+        total = weights.total(torch.stack(sums)).nan_to_num_(0.0, 0.0, 0.0)
+        gradient = total * torch.where(tau > 0, slope / tau, 0.0)
         if scale is not None:
             gradient /= scale
         dense = self._is_dense(weights)

@@ -207,6 +207,8 @@ class ProbabilisticMasks(Reparametrization):
             self._gradient.flat.mul_(torch.where(self._size_left > 0, now / self._size_left, 1.0))
         if scale is not None:
             self._gradient.flat.div_(scale)
+        # Where gradients overflowed, GradScaler skips the optimizer of those weights, and no other.
+        self._gradient.flat.nan_to_num_(0.0, 0.0, 0.0)
 
     def leave_pass(self, weights: LatentWeights, parameters: Sequence[nn.Parameter]) -> None:
         """See `Reparametrization`."""

@@ -39,6 +39,7 @@ from .ranks import check_ranks
 from .reparametrization import Rate, Setting
 from .report import Report, report
 from .rounds import Round, half_done, in_backward, incomplete
+from .scaling import unscale_others
 from .sharding import fsdp_units, is_sharded, local, part_of, reshard, spread_like
 from .slots import bind, check_storage
 from .targets import Sparsity, Target, check_share
@@ -70,8 +71,8 @@ def sparsify(
 
     Args:
         model: the network; none of its modules or keys change.
-        optimizer: the optimizer that trains it, or several of which each holds a part (the
-            schedule advances when the last of them has stepped).
+        optimizer: the optimizer that trains it, or several of which each holds a part, in the
+            order in which they step (the schedule advances when the last of them has stepped).
         method: a name from `available_methods()`, or a `Method` or `LearnedMethod`.
         sparsity: final share of zeros among the prunable weights, in [0, 1); or one for each
             group of them, by a filter as `include` takes it: ``{"*.attn.*": 0.9, "*": 0.95}``. The
@@ -154,7 +155,7 @@ class Sparsifier:
         # nothing here makes the host wait for it.
         self._step = torch.zeros((), dtype=torch.int64, device=self.weights.device)
         self._identity = digest(self.reparametrization.identity)
-        self._completed = False
+        self._due = False  # whether gradients came that are yet to be completed
         self._own_sparsity, self._reached = 0.0, False  # when it ended
         self._sum = torch.zeros(())  # of all effective weights: not finite if one is NaN
         self._watch = Watch()
@@ -288,12 +289,12 @@ class Sparsifier:
 
         Then `parameters()` have their `.grad`, penalties included, and the gradients of the model
         hold what a method shares among its weights. To be called after the last backward pass of
-        a step, before clipping; with a `GradScaler` after `scaler.unscale_(optimizer)` (of several
-        optimizers, each: also where only `step` completes). A second call before the step does
-        nothing, and neither does one after `finalize`. Most methods have nothing to complete.
+        a step, before clipping; with a `GradScaler` after `scaler.unscale_(optimizer)`, of several
+        optimizers each. Without new gradients it does nothing, nor after `finalize`. Most methods
+        have nothing to complete.
         """
-        if self._attached:
-            self.complete_at_step(None)
+        if self._attached and self._is_due():
+            self._complete(None)
 
     def passes(self, count: int | None = None) -> Iterator[float]:
         """Forward and backward passes that share one step; gradients add up over them.
@@ -313,7 +314,7 @@ class Sparsifier:
         """
         count = self.reparametrization.passes if count is None else count
         if self._attached:
-            self._void_completion()
+            self.reparametrization.forget_gradients()
         for number in range(count):
             if number > 0 and self._attached:
                 self._enter_pass()
@@ -512,7 +513,7 @@ class Sparsifier:
             self.weights.views[i].copy_(part_of(entries.pop("latent"), self.slots[i].parameter))
             for key, value in entries.items():
                 self.reparametrization.state[key][i].copy_(value)
-        self._void_completion()
+        self.reparametrization.forget_gradients()
         self._materialize()
         self._watch.loaded = loaded
 
@@ -536,11 +537,14 @@ class Sparsifier:
             self.after_step(True)
 
     @torch.no_grad()
-    def complete_at_step(self, scale: Tensor | None) -> None:
-        """Completes gradients, unless the user did; `scale` as in `Reparametrization.complete`."""
-        if self.reparametrization.completes and not self._completed:
-            self._absorb_writes()
-            self._complete(scale)
+    def complete_at_step(self, optimizer: Optimizer) -> None:
+        """Completes the gradients of all, unless that was done; this optimizer steps first."""
+        if self._is_due():
+            numbers = {slot.optimizer for slot in self.slots}
+            every = [self._optimizers[number] for number in numbers]
+            unscale_others(optimizer, [one for one in every if one is not optimizer])
+            # A fused optimizer under GradScaler divides by the scale itself.
+            self._complete(getattr(optimizer, "grad_scale", None))
 
     @torch.no_grad()
     def after_step(self, taken: bool | Tensor) -> None:
@@ -551,7 +555,7 @@ class Sparsifier:
         self._step += taken
         if taken is not False:
             self.reparametrization.advance(self.weights, self._step, self._rate(), taken)
-            self._void_completion()
+            self.reparametrization.forget_gradients()
         self._watch.loaded = {}
         self._materialize()
         self._stepped = True
@@ -599,10 +603,17 @@ class Sparsifier:
         """The image R of other latent weights, laid out like `self.weights`, at this step."""
         return self.reparametrization.images_of(weights, self._step)
 
+    def _is_due(self) -> bool:
+        if not self.reparametrization.completes:
+            return False
+        self._rebind()  # gradients may have come to parameters that replaced ours
+        return self._due
+
     def _complete(self, scale: Tensor | None) -> None:
+        self._absorb_writes()
         parameters = [slot.parameter for slot in self.slots]
         self.reparametrization.complete(self.weights, parameters, scale)
-        self._completed = True
+        self._due = False
 
     @torch.no_grad()
     def _enter_pass(self) -> None:
@@ -616,11 +627,6 @@ class Sparsifier:
     def _leave_pass(self) -> None:
         parameters = [slot.parameter for slot in self.slots]
         self.reparametrization.leave_pass(self.weights, parameters)
-
-    def _void_completion(self) -> None:
-        """What was completed was of other gradients than those that come now."""
-        self._completed = False
-        self.reparametrization.forget_gradients()
 
     def _rate(self) -> Rate:
         """The learning rate of the first prunable weight, now."""
@@ -669,8 +675,9 @@ class Sparsifier:
         """Takes the gradient of `holder`, which holds u, back to w."""
 
         def pull_back(gradient: Tensor) -> Tensor:
-            if self._completed:
-                self._void_completion()
+            if not self._due:  # what was completed was of other gradients
+                self.reparametrization.forget_gradients()
+                self._due = True
             part, image = part_of(gradient, holder), local(holder).detach()
             pulled = self.reparametrization.pull_back(self.weights, i, part, image)
             return spread_like(pulled, holder)
