@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import torch_feather as feather
-from torch_feather import ConfigurationError
+from torch_feather import ConfigurationError, NonFiniteWeightError, StateError, host
 from torch_feather.methods import build_method
 from torch_feather.methods.asl_plus import log_density_slope
 from torch_feather.schedules import Cubic
@@ -233,6 +233,62 @@ def test_tied_weights_are_counted_exactly(method):
     assert task.sparsifier.sparsity == 0.9
     task.train(1)
     assert task.sparsifier.sparsity == 0.9
+
+
+# --- what is not finite ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["asl", "asl+"])
+def test_an_infinite_weight_leaves_no_spread_to_prune_by_and_is_an_error(method):
+    task = Task(method, 0.9, dense_below=0).train(2)
+    with torch.no_grad():
+        task.model[3].weight[0, 0] = torch.inf
+    task.optimizer.zero_grad()
+    with pytest.raises(NonFiniteWeightError, match=r"thresholds of 3\.weight are not finite"):
+        task.optimizer.step()
+
+
+def test_an_infinite_weight_of_a_layer_that_stays_dense_is_nothing_to_thresholds():
+    task = Task("asl", 0.5, dense_below=10_000)
+    with torch.no_grad():
+        task.model[0].weight[0, 0] = torch.inf
+    task.optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["asl", "asl+", "feather-asl+", "str"])
+def test_a_gradient_of_thresholds_that_is_nan_is_an_error(method):
+    task = Task(method, 0.9, **({} if method == "str" else {"dense_below": 0})).train(2)
+    task.gradients(*task.batch())
+    task.sparsifier.complete_gradients()
+    task.sparsifier.parameters()[0].grad[1] = torch.nan
+    with pytest.raises(NonFiniteWeightError, match=r"thresholds of 3\.weight are not finite"):
+        task.optimizer.step()
+
+
+def test_thresholds_that_are_nan_are_found_when_training_ends_on_a_device(monkeypatch):
+    """Between two looks at it, which may be a hundred steps apart."""
+    monkeypatch.setattr(host, "waits_for", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    task = Task("asl", 0.9, dense_below=0, total_steps=4).train(3)
+    task.gradients(*task.batch())
+    task.sparsifier.complete_gradients()
+    task.sparsifier.parameters()[0].grad[1] = torch.nan
+    task.optimizer.step()
+    with pytest.raises(NonFiniteWeightError, match=r"3\.weight"):
+        task.sparsifier.finalize()
+
+
+def test_an_end_that_misses_its_count_is_not_taken_for_the_target(monkeypatch):
+    task = Task("asl", 0.9, dense_below=0, total_steps=4).train(4)
+    method = task.sparsifier.reparametrization
+    counts = method.counts_pruned(task.sparsifier.weights)
+    monkeypatch.setattr(method, "counts_pruned", lambda _: counts - 1)
+    with (
+        pytest.warns(feather.FeatherWarning, match="3 latent weights"),
+        pytest.raises(StateError, match=r"means 11160 zeros among 12400 weights.*left 11157"),
+    ):
+        task.sparsifier.finalize()
+    task.sparsifier.finalize(force=True)
 
 
 # --- STR as published -----------------------------------------------------------------------

@@ -25,7 +25,7 @@ class FileFormatError(FeatherError, ValueError):
 
 
 class NonFiniteWeightError(FeatherError, FloatingPointError):
-    """A latent weight became NaN. It is kept in the network, so that the loss shows it."""
+    """A latent weight became NaN, which the loss shows, or a learned threshold did."""
 
 
 class FeatherWarning(UserWarning):

@@ -125,6 +125,7 @@ class LearnedThresholds(Thresholded):
         self.method = method
         self.timetable = Timetable(method.schedule, setting)
         begin = 1.0 if method.exact_from is None else method.exact_from
+        self.exact = method.exact_from is not None
         self.arrival = max(math.ceil(begin * setting.total_steps), self.timetable.arrival)
         weights, sizes = setting.weights, [shape.numel() for shape in setting.weights.shapes]
         most = sum(n for n in sizes if n >= method.dense_below)
@@ -172,7 +173,7 @@ class LearnedThresholds(Thresholded):
         tau, slope = self.method.law.thresholds(self.r, weights)
         wanted, scale = self.timetable.at(step), self.scale(tau, weights)
         cut = _own_cut(weights)
-        if self.method.exact_from is not None:
+        if self.exact:
             done = step >= self.arrival
             if host.waits_for(weights.device):
                 exact = self.cut_at(wanted, scale, weights)
@@ -200,6 +201,12 @@ class LearnedThresholds(Thresholded):
         assert self._solved is not None
         own = self._solved._replace(cut=_own_cut(weights))
         return weights.counts_pruned(own.segments(weights))
+
+    def broken(self, weights: LatentWeights) -> Tensor:
+        """See `Reparametrization`. Such a tensor's scores are NaN, and NaN is kept."""
+        assert self._solved is not None
+        finite = self._solved.tau.isfinite() & self.r.isfinite()
+        return ~(finite | self._is_dense(weights))
 
     # Gradients
 

@@ -349,7 +349,8 @@ class Sparsifier:
                 `keep_zeros(model, optimizer)` takes over.
 
         Raises:
-            StateError: the target is not reached.
+            StateError: the target is not reached, or not exactly.
+            NonFiniteWeightError: weights, or thresholds, are NaN.
         """
         self.require_attached()
         if not self.at_target and not force:
@@ -362,6 +363,8 @@ class Sparsifier:
         self._own_sparsity, self._reached = self.own_sparsity, self.at_target
         self._show(found)
         self._health.inspect(self.weights, self._here(), self.reparametrization)
+        if self._reached and self.reparametrization.exact and not force:
+            self._check_count()
         if self._reached and (excess := self.reparametrization.excess(self.weights)):
             warn(f"The network has its sparsity, but {excess}")
         self._release()
@@ -828,6 +831,15 @@ class Sparsifier:
                 "sparsifier.reset_latents() first: then it is pruned by itself."
             )
         return images
+
+    def _check_count(self) -> None:
+        pruned = int(self.reparametrization.counts_pruned(self.weights).sum())
+        wanted = round(self.target * self.weights.size)
+        if pruned != wanted:
+            raise StateError(
+                f"Sparsity {self.target} means {wanted} zeros among {self.weights.size} weights, "
+                f"but the method left {pruned}. Take the model as it is: finalize(force=True)."
+            )
 
     def _admits(self, parts: Sequence[Tensor]) -> bool:
         """Whether these, of what is here, have their zeros where the method may put them."""
