@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import host
+from .arrivals import Arrivals
 from .attachment import Attachment
 from .errors import ConfigurationError, StateError, some, warn
 from .header import FORMAT, Header, digest, from_bytes, to_bytes
@@ -155,7 +156,7 @@ class Sparsifier:
         # nothing here makes the host wait for it.
         self._step = torch.zeros((), dtype=torch.int64, device=self.weights.device)
         self._identity = digest(self.reparametrization.identity)
-        self._due = False  # whether gradients came that are yet to be completed
+        self._arrivals = Arrivals()
         self._own_sparsity, self._reached = 0.0, False  # when it ended
         self._sum = torch.zeros(())  # of all effective weights: not finite if one is NaN
         self._watch = Watch()
@@ -559,6 +560,8 @@ class Sparsifier:
         if taken is not False:
             self.reparametrization.advance(self.weights, self._step, self._rate(), taken)
             self.reparametrization.forget_gradients()
+            if self.reparametrization.completes:
+                self._arrivals.spend([slot.parameter for slot in self.slots])
         self._watch.loaded = {}
         self._materialize()
         self._stepped = True
@@ -610,13 +613,13 @@ class Sparsifier:
         if not self.reparametrization.completes:
             return False
         self._rebind()  # gradients may have come to parameters that replaced ours
-        return self._due
+        return self._arrivals.are_due([slot.parameter for slot in self.slots])
 
     def _complete(self, scale: Tensor | None) -> None:
         self._absorb_writes()
         parameters = [slot.parameter for slot in self.slots]
         self.reparametrization.complete(self.weights, parameters, scale)
-        self._due = False
+        self._arrivals.complete()
 
     @torch.no_grad()
     def _enter_pass(self) -> None:
@@ -678,9 +681,8 @@ class Sparsifier:
         """Takes the gradient of `holder`, which holds u, back to w."""
 
         def pull_back(gradient: Tensor) -> Tensor:
-            if not self._due:  # what was completed was of other gradients
+            if self._arrivals.note():
                 self.reparametrization.forget_gradients()
-                self._due = True
             part, image = part_of(gradient, holder), local(holder).detach()
             pulled = self.reparametrization.pull_back(self.weights, i, part, image)
             return spread_like(pulled, holder)

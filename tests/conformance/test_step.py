@@ -408,6 +408,26 @@ def test_a_step_without_new_gradients_completes_nothing(method):
     assert all(map(torch.equal, before, [p.grad for p in run.model.parameters()]))
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("method", COMPLETING)
+def test_gradients_that_are_put_there_by_hand_are_completed_too(method, in_place):
+    (ours, scaler), (theirs, _) = split(method), split(method)
+    for step in range(3):
+        for run in (ours, theirs):
+            backward(run, scaler, step)
+        for p in theirs.model.parameters():
+            made = p.grad.clone()
+            p.grad = kept[p].copy_(made) if in_place and step > 0 else made
+        kept = {p: p.grad for p in theirs.model.parameters()}
+        theirs.sparsifier._arrivals._told = False  # autograd knows nothing of them
+        for run in (ours, theirs):
+            for optimizer in run.optimizers:
+                optimizer.step()
+    assert_same(*(run.sparsifier.latent_weights() for run in (ours, theirs)))
+    pairs = zip(ours.sparsifier.parameters(), theirs.sparsifier.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("method", ["asl", "asl+", "feather-asl+"])
 def test_thresholds_stay_where_there_was_no_backward_pass(method):
     run, _ = split(method)
