@@ -175,8 +175,9 @@ class ProbabilisticMasks(Reparametrization):
         return (mask == 0) | (((mask * w).to(w.dtype) == 0) & (w != 0))
 
     def own_counts_pruned(self, weights: LatentWeights) -> Tensor:
-        """Those that are more likely pruned than kept."""
-        return torch.stack([(p < 0.5).sum() for p in self._probability.views])
+        """How many a mask prunes on average that keeps each weight with its probability."""
+        counts = [(1 - p).sum(dtype=torch.float64).round() for p in self._probability.views]
+        return torch.stack(counts).long()
 
     def threshold(self, weights: LatentWeights, i: int) -> Tensor:
         """No magnitude decides: 0."""

@@ -229,6 +229,7 @@ class Sparsifier:
 
     def thresholds(self) -> dict[str, Tensor]:
         """The threshold tau that each weight tensor meets now, by name; 0-dimensional."""
+        self.sync()
         return {
             slot.name: self.reparametrization.threshold(self.weights, i).clone()
             for i, slot in enumerate(self.slots)
@@ -654,11 +655,15 @@ class Sparsifier:
         for handle in self._pull_backs:
             handle.remove()
         method = self.reparametrization
-        self._pull_backs = (
-            [holder.register_hook(self._hook(i, holder)) for i, holder in self._leaves()]
-            if method.pulls_back or method.completes
-            else []
-        )
+        self._pull_backs = []
+        if not method.pulls_back and not method.completes:
+            return
+        for i, holder in self._leaves():
+            # A layer that is frozen for now has its hook when its gradients come again.
+            trains = holder.requires_grad
+            holder.requires_grad_(True)
+            self._pull_backs.append(holder.register_hook(self._hook(i, holder)))
+            holder.requires_grad_(trains)
 
     def _leaves(self) -> Iterator[tuple[int, Tensor]]:
         """What autograd sees of each prunable weight.

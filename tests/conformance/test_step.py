@@ -412,6 +412,7 @@ def test_a_step_without_new_gradients_completes_nothing(method):
 @pytest.mark.parametrize("method", COMPLETING)
 def test_gradients_that_are_put_there_by_hand_are_completed_too(method, in_place):
     (ours, scaler), (theirs, _) = split(method), split(method)
+    kept = {}
     for step in range(3):
         for run in (ours, theirs):
             backward(run, scaler, step)
