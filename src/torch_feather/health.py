@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import host
-from .errors import NonFiniteWeightError, some, warn
+from .errors import FILL_LAYERS, NonFiniteWeightError, some, warn
 from .latent import LatentWeights
 from .reparametrization import Reparametrization
 
@@ -124,8 +124,7 @@ class Health:
                 self._warned.add(name)
                 warn(
                     f"Every weight of {name} is pruned, so the layer gives nothing but its "
-                    "bias. Keep a share of each layer (min_density=, or another "
-                    "allocation=), or leave it out (exclude=)."
+                    f"bias. {FILL_LAYERS}"
                 )
         if zeros > 0 and "" not in self._warned:
             self._warned.add("")
