@@ -137,6 +137,34 @@ def test_a_multiple_outside_of_its_range_gets_no_gradient_from_the_task(method):
     assert (found != 0).tolist() == [False, False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", ["str", "feather-asl+"])
+def test_small_thresholds_have_gradients_that_are_not_of_rounding(method, dtype):
+    """u - w is less than the weights are rounded by; the network's gradients are what they are."""
+    if method == "str":
+        options = {"decay": 0.0, "s_init": -9.0}
+    else:
+        options = {"dense_below": 0, "budget_weight": 0.0}
+    task = Task(method, 0.7, dtype=dtype, **options)
+    if method == "feather-asl+":
+        task.sparsifier.parameters()[0].fill_(0.005)
+        task.sparsifier.load_state_dict(task.sparsifier.state_dict())
+    task.gradients(*task.batch())
+    task.sparsifier.complete_gradients()
+    [r] = task.sparsifier.parameters()
+    taus = task.sparsifier.thresholds().values()
+    for i, ((name, w), tau) in enumerate(
+        zip(task.sparsifier.latent_weights().items(), taus, strict=True)
+    ):
+        w, tau, p = w.double(), tau.double(), 1 if method == "str" else 3
+        gradient = task.model.get_parameter(name).grad.double()
+        change = feather.power_threshold(w, tau, p) - w
+        slope = tau * (1 - tau) if method == "str" else w.std()
+        expected = float((change * gradient).sum() / tau * slope)
+        size = float((change * gradient).abs().sum() / tau * slope)
+        assert float(r.grad[i]) == pytest.approx(expected, abs=1e-3 * size)
+
+
 # --- the model behind the budget of ASL+ ----------------------------------------------------
 
 

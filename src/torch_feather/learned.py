@@ -36,8 +36,8 @@ class Law(Protocol):
     def unit(self) -> str:
         """What r is, for checkpoints; laws that mean the same by it may take over each other's."""
 
-    def start(self, weights: LatentWeights, sparsity: float) -> float | Tensor:
-        """r before training: one number, or one for each tensor."""
+    def start(self, weights: LatentWeights, sparsity: float) -> float:
+        """r of all tensors before training."""
 
     def thresholds(self, r: Tensor, weights: LatentWeights) -> tuple[Tensor, Tensor]:
         """tau >= 0 and d tau / d r, each of the shape of r, (number of tensors,)."""
@@ -117,7 +117,10 @@ class LearnedThresholds(Thresholded):
     """A `LearnedMethod` at work: the cut is at |w| / tau = 1, until the count is made exact."""
 
     completes = True
-    clips_own = False  # a penalty with a slope of a hundred would leave the weights no step
+    follows_rate = True
+    # Their gradients are sums over layers, with steep penalties: in one norm with them the weights
+    # might be left no step.
+    clips_own = False
     on_shards = True
 
     def __init__(self, setting: Setting, method: LearnedMethod):
@@ -135,8 +138,8 @@ class LearnedThresholds(Thresholded):
                 f"zeros, but only {most} of {weights.size} weights are in tensors of at least "
                 f"dense_below={method.dense_below}. Lower dense_below or the target."
             )
-        r = torch.zeros(len(sizes), dtype=weights.wide, device=weights.device)
-        r += method.law.start(weights, setting.sparsity)
+        start = method.law.start(weights, setting.sparsity)
+        r = torch.full((len(sizes),), start, dtype=weights.wide, device=weights.device)
         unit = method.law.unit
         self.state = {unit: r, f"{unit}_velocity": torch.zeros_like(r)}
         self.learned = (unit,)
@@ -222,11 +225,11 @@ class LearnedThresholds(Thresholded):
         assert self._solved is not None
         wanted, tau, slope, *_ = self._solved
         sums = []
-        for parameter, w in zip(parameters, weights.views, strict=True):
+        for i, (parameter, w) in enumerate(zip(parameters, weights.views, strict=True)):
             if parameter.grad is None:
                 sums.append(tau.new_zeros(()))
             else:
-                change = local(parameter).detach().to(weights.wide) - w
+                change = self._unrounded(weights, i, local(parameter).detach()) - w
                 sums.append((change * local(parameter.grad)).sum(dtype=weights.wide))
         # Where gradients overflowed, GradScaler skips the optimizer of those weights, and no other.
         total = weights.total(torch.stack(sums)).nan_to_num_(0.0, 0.0, 0.0)
@@ -239,6 +242,18 @@ class LearnedThresholds(Thresholded):
         )
         gradient += self.method.law.penalty(self.r, weights, present)
         self.r.grad = gradient.masked_fill(dense, 0.0).to(self.r.dtype)
+
+    def _unrounded(self, weights: LatentWeights, i: int, image: Tensor) -> Tensor:
+        """The image of tensor i before it took its type.
+
+        Where a threshold is small beside the weights, u - w is less than half precision rounds by.
+        """
+        if image.dtype == weights.wide:
+            return image
+        wide = weights.views[i].to(weights.wide)
+        if not self.operator.is_identity:
+            wide = self.operator(wide, self.threshold(weights, i))
+        return wide.masked_fill(image == 0, 0.0)
 
     def advance(
         self, weights: LatentWeights, step: Tensor, rate: Rate, taken: bool | Tensor

@@ -45,6 +45,7 @@ class Reparametrization(ABC):
         completes: whether `complete` has anything to do.
         pulls_back: whether dL/dw, as far as a hook can say, differs from dL/du.
         passes: how many passes with random numbers of their own a step wants, see `enter_pass`.
+        follows_rate: whether its parameters step at a multiple of the optimizer's learning rate.
         clips_own: whether a recipe that clips the norm of all gradients means its parameters' too.
         arrival: optimizer steps from which on the network is as sparse as in the end.
         exact: whether exactly round(s N) weights are zero from then on.
@@ -56,6 +57,7 @@ class Reparametrization(ABC):
     completes = False
     pulls_back = False
     passes = 1
+    follows_rate = False
     clips_own = True
     exact = True
     arrival: int

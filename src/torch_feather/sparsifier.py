@@ -32,6 +32,7 @@ from .attachment import Attachment
 from .errors import ConfigurationError, StateError, some, warn
 from .header import FORMAT, Header, digest, from_bytes, to_bytes
 from .health import Health
+from .inner import no_rate
 from .latent import LatentWeights, copy_all
 from .masks import ZeroKeeper
 from .methods import AnyMethod, build_method
@@ -151,6 +152,9 @@ class Sparsifier:
             Setting(model, names, self.weights, sparsity, total_steps)
         )
         self._refuse_shards()
+        self._optimizers = optimizers
+        if self.reparametrization.follows_rate and self._rate() is None:
+            raise no_rate()
         self._layout = [_layout(slot.parameter) for slot in self.slots]
         # All that changes with time is on the device: only there a skipped step is known, and
         # nothing here makes the host wait for it.
@@ -168,7 +172,6 @@ class Sparsifier:
 
         self._pull_backs: list[Any] = []
         self._pull_back()
-        self._optimizers = optimizers
         self._attachments = [
             Attachment(
                 self,
