@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import torch_feather as feather
-from torch_feather import ConfigurationError
+from torch_feather import ConfigurationError, NonFiniteWeightError, StateError, host
 from torch_feather.methods import build_method
 from torch_feather.methods.asl_plus import log_density_slope
 from torch_feather.schedules import Cubic
@@ -137,6 +137,34 @@ def test_a_multiple_outside_of_its_range_gets_no_gradient_from_the_task(method):
     assert (found != 0).tolist() == [False, False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", ["str", "feather-asl+"])
+def test_small_thresholds_have_gradients_that_are_not_of_rounding(method, dtype):
+    """u - w is less than the weights are rounded by; the network's gradients are what they are."""
+    if method == "str":
+        options = {"decay": 0.0, "s_init": -9.0}
+    else:
+        options = {"dense_below": 0, "budget_weight": 0.0}
+    task = Task(method, 0.7, dtype=dtype, **options)
+    if method == "feather-asl+":
+        task.sparsifier.parameters()[0].fill_(0.005)
+        task.sparsifier.load_state_dict(task.sparsifier.state_dict())
+    task.gradients(*task.batch())
+    task.sparsifier.complete_gradients()
+    [r] = task.sparsifier.parameters()
+    taus = task.sparsifier.thresholds().values()
+    for i, ((name, w), tau) in enumerate(
+        zip(task.sparsifier.latent_weights().items(), taus, strict=True)
+    ):
+        w, tau, p = w.double(), tau.double(), 1 if method == "str" else 3
+        gradient = task.model.get_parameter(name).grad.double()
+        change = feather.power_threshold(w, tau, p) - w
+        slope = tau * (1 - tau) if method == "str" else w.std()
+        expected = float((change * gradient).sum() / tau * slope)
+        size = float((change * gradient).abs().sum() / tau * slope)
+        assert float(r.grad[i]) == pytest.approx(expected, abs=1e-3 * size)
+
+
 # --- the model behind the budget of ASL+ ----------------------------------------------------
 
 
@@ -233,6 +261,62 @@ def test_tied_weights_are_counted_exactly(method):
     assert task.sparsifier.sparsity == 0.9
     task.train(1)
     assert task.sparsifier.sparsity == 0.9
+
+
+# --- what is not finite ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["asl", "asl+"])
+def test_an_infinite_weight_leaves_no_spread_to_prune_by_and_is_an_error(method):
+    task = Task(method, 0.9, dense_below=0).train(2)
+    with torch.no_grad():
+        task.model[3].weight[0, 0] = torch.inf
+    task.optimizer.zero_grad()
+    with pytest.raises(NonFiniteWeightError, match=r"thresholds of 3\.weight are not finite"):
+        task.optimizer.step()
+
+
+def test_an_infinite_weight_of_a_layer_that_stays_dense_is_nothing_to_thresholds():
+    task = Task("asl", 0.5, dense_below=10_000)
+    with torch.no_grad():
+        task.model[0].weight[0, 0] = torch.inf
+    task.optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["asl", "asl+", "feather-asl+", "str"])
+def test_a_gradient_of_thresholds_that_is_nan_is_an_error(method):
+    task = Task(method, 0.9, **({} if method == "str" else {"dense_below": 0})).train(2)
+    task.gradients(*task.batch())
+    task.sparsifier.complete_gradients()
+    task.sparsifier.parameters()[0].grad[1] = torch.nan
+    with pytest.raises(NonFiniteWeightError, match=r"thresholds of 3\.weight are not finite"):
+        task.optimizer.step()
+
+
+def test_thresholds_that_are_nan_are_found_when_training_ends_on_a_device(monkeypatch):
+    """Between two looks at it, which may be a hundred steps apart."""
+    monkeypatch.setattr(host, "waits_for", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    task = Task("asl", 0.9, dense_below=0, total_steps=4).train(3)
+    task.gradients(*task.batch())
+    task.sparsifier.complete_gradients()
+    task.sparsifier.parameters()[0].grad[1] = torch.nan
+    task.optimizer.step()
+    with pytest.raises(NonFiniteWeightError, match=r"3\.weight"):
+        task.sparsifier.finalize()
+
+
+def test_an_end_that_misses_its_count_is_not_taken_for_the_target(monkeypatch):
+    task = Task("asl", 0.9, dense_below=0, total_steps=4).train(4)
+    method = task.sparsifier.reparametrization
+    counts = method.counts_pruned(task.sparsifier.weights)
+    monkeypatch.setattr(method, "counts_pruned", lambda _: counts - 1)
+    with (
+        pytest.warns(feather.FeatherWarning, match="3 latent weights"),
+        pytest.raises(StateError, match=r"means 11160 zeros among 12400 weights.*left 11157"),
+    ):
+        task.sparsifier.finalize()
+    task.sparsifier.finalize(force=True)
 
 
 # --- STR as published -----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from torch_feather import models
-from torch_feather.errors import ConfigurationError
+from torch_feather import available_methods, models, sparsify
+from torch_feather.errors import FILL_LAYERS, ConfigurationError
 from torch_feather.flops import count_flops
+from torch_feather.methods import method_options
 from torch_feather.report import macs_text, percent, report, sparsity
 
 
@@ -180,6 +182,7 @@ def test_empty_layers_are_loud(empty, sentence):
     marked = [line.split()[0] for line in table if line.endswith("<-- EMPTY")]
     assert marked == empty
     assert sentence in note
+    assert FILL_LAYERS in note
     assert all(name in note for name in empty)
     assert [layer["name"] for layer in result.to_dict()["layers"] if layer["empty"]] == empty
 
@@ -257,3 +260,25 @@ def test_percent_is_0_or_100_only_where_exact(whole, data):
 )
 def test_multiply_adds_are_readable(macs, text):
     assert macs_text(macs) == text
+
+
+@pytest.mark.parametrize("method", available_methods())
+def test_what_is_said_of_an_emptied_layer_can_be_done_with_every_method(method):
+    """By others than 'feather' min_density is refused, so it is not told as if it were theirs."""
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 2))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"dense_below": 0} if "asl" in method else {}
+    if method == "feather-flops":
+        options["costs"] = {"0.weight": 1.0, "1.weight": 1.0}
+    settings = {"sparsity": 0.9, "total_steps": 1} | options
+    sparsifier = sparsify(model, optimizer, method, **settings)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer.step()
+        sparsifier.finalize()
+    [emptied] = [str(w.message) for w in told if "1.weight" in str(w.message)] or [FILL_LAYERS]
+    assert emptied.endswith(FILL_LAYERS)
+    assert "feather with min_density=" in FILL_LAYERS
+    assert "min_density" in method_options("feather")

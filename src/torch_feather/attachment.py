@@ -128,7 +128,7 @@ class Attachment:
             self._enter_round(positional or keyword)
             return None
         if not (positional or keyword):
-            self._complete()
+            self.sparsifier.complete_at_step(optimizer)
         self.sparsifier.before_step(self.indices)
         self._latent = True
         if positional:
@@ -136,10 +136,6 @@ class Attachment:
         if keyword:
             return args, {**kwargs, "closure": self._sparse(kwargs["closure"])}
         return None
-
-    def _complete(self) -> None:
-        # A fused optimizer under GradScaler divides by the scale itself.
-        self.sparsifier.complete_at_step(getattr(self.optimizer, "grad_scale", None))
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._depth -= 1
@@ -191,7 +187,7 @@ class Attachment:
             self.sparsifier.show_image()
             try:
                 result = closure(*args, **kwargs)
-                self._complete()
+                self.sparsifier.complete_at_step(self.optimizer)
                 return result
             finally:
                 self.sparsifier.show_latent(self.indices)

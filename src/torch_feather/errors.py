@@ -8,6 +8,13 @@ from difflib import get_close_matches
 _OURS = ("torch", "torch_feather")
 
 
+# What helps where a layer lost every weight, whatever the method.
+FILL_LAYERS = (
+    "Leave out what should not be emptied (exclude=), lower the sparsity, or take a method that "
+    "keeps a share of each layer, such as feather with min_density=0.01."
+)
+
+
 class FeatherError(Exception):
     """Base of every error that torch-feather raises on purpose."""
 
@@ -25,7 +32,7 @@ class FileFormatError(FeatherError, ValueError):
 
 
 class NonFiniteWeightError(FeatherError, FloatingPointError):
-    """A latent weight became NaN. It is kept in the network, so that the loss shows it."""
+    """A latent weight became NaN, which the loss shows, or a learned threshold did."""
 
 
 class FeatherWarning(UserWarning):
@@ -46,7 +53,7 @@ def nearest(wrong: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else "."
 
 
-def some(names: Sequence[str]) -> str:
+def some(names: Sequence[str], most: int = 3) -> str:
     """The first of many names."""
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import host
-from .errors import NonFiniteWeightError, some, warn
+from .errors import FILL_LAYERS, NonFiniteWeightError, some, warn
 from .latent import LatentWeights
 from .reparametrization import Reparametrization
 
@@ -53,8 +53,8 @@ class Health:
         """
         self._steps += 1
         if not host.waits_for(weights.device):
-            if not weights.common(total).isfinite():
-                self.raise_if_nan(weights, here)
+            if not weights.common(total).isfinite() or _count_broken(weights, method):
+                self.raise_if_nan(weights, here, method)
             if self._steps % POLL == 0 or int(step) in (method.arrival, self._total_steps):
                 self.inspect(weights, here, method)
         elif not torch.cuda.is_current_stream_capturing():
@@ -68,23 +68,37 @@ class Health:
                 self._awaited = pinned, event
             elif self._awaited is not None and self._has_arrived(weights, self._awaited[1]):
                 counts, self._awaited = self._awaited[0], None
-                self._tell(weights, here, counts)
+                self._tell(weights, here, method, counts)
 
     def inspect(
         self, weights: LatentWeights, here: Sequence[Tensor], method: Reparametrization
     ) -> None:
         """Looks at once, waiting for a device where need be."""
-        self._tell(weights, here, _counts(weights, here, method).cpu())
+        self._tell(weights, here, method, _counts(weights, here, method).cpu())
 
-    def raise_if_nan(self, weights: LatentWeights, here: Sequence[Tensor]) -> None:
-        """Raises NonFiniteWeightError with the names of weights that are NaN."""
-        pairs = zip(self._names, _count_nan(weights, here).tolist(), strict=True)
-        names = [name for name, n in pairs if n]
-        if names:
+    def raise_if_nan(
+        self,
+        weights: LatentWeights,
+        here: Sequence[Tensor],
+        method: Reparametrization | None = None,
+    ) -> None:
+        """Raises NonFiniteWeightError with the names of weights, or thresholds, that are NaN."""
+        advice = "Lower the learning rate, clip gradients, or go back to a checkpoint."
+        broken = None if method is None else method.broken(weights)
+        names = [] if broken is None else self._where(broken)
+        if names and not self._where(_count_nan(weights, weights.views)):
+            raise NonFiniteWeightError(
+                f"The learned thresholds of {some(names)} are not finite, as a weight or a "
+                f"gradient there was not: these layers cannot be pruned. {advice}"
+            )
+        if names := self._where(_count_nan(weights, here)):
             raise NonFiniteWeightError(
                 f"Weights of {some(names)} are NaN. They are kept in the network, so that its loss "
-                "shows them. Lower the learning rate, clip gradients, or go back to a checkpoint."
+                f"shows them. {advice}"
             )
+
+    def _where(self, found: Tensor) -> list[str]:
+        return [name for name, n in zip(self._names, found.tolist(), strict=True) if n]
 
     def _has_arrived(self, weights: LatentWeights, event: torch.cuda.Event) -> bool:
         """Whether what was counted lies on the host; on shards all ranks must look at one time."""
@@ -95,17 +109,22 @@ class Health:
         event.synchronize()
         return True
 
-    def _tell(self, weights: LatentWeights, here: Sequence[Tensor], counts: Tensor) -> None:
+    def _tell(
+        self,
+        weights: LatentWeights,
+        here: Sequence[Tensor],
+        method: Reparametrization,
+        counts: Tensor,
+    ) -> None:
         nan, zeros, *kept = counts.tolist()
         if nan:
-            self.raise_if_nan(weights, here)
+            self.raise_if_nan(weights, here, method)
         for name, left in zip(self._names, kept, strict=True):
             if left == 0 and name not in self._warned:
                 self._warned.add(name)
                 warn(
                     f"Every weight of {name} is pruned, so the layer gives nothing but its "
-                    "bias. Keep a share of each layer (min_density=, or another "
-                    "allocation=), or leave it out (exclude=)."
+                    f"bias. {FILL_LAYERS}"
                 )
         if zeros > 0 and "" not in self._warned:
             self._warned.add("")
@@ -117,8 +136,8 @@ class Health:
 
 @torch.no_grad()
 def _counts(weights: LatentWeights, here: Sequence[Tensor], method: Reparametrization) -> Tensor:
-    """Weights that are NaN, kept weights that are 0, and kept weights of each layer."""
-    nan = _count_nan(weights, here).sum()
+    """Weights and thresholds that are NaN, kept weights that are 0, and kept ones of each layer."""
+    nan = _count_nan(weights, here).sum() + _count_broken(weights, method)
     zero = weights.total(torch.stack([(part == 0).sum() for part in here])).sum()
     pruned = method.counts_pruned(weights)
     return torch.cat([torch.stack([nan, zero - pruned.sum()]), weights.sizes - pruned])
@@ -127,3 +146,9 @@ def _counts(weights: LatentWeights, here: Sequence[Tensor], method: Reparametriz
 def _count_nan(weights: LatentWeights, here: Sequence[Tensor]) -> Tensor:
     """NaN in each weight tensor, in whichever copy of it."""
     return weights.common(torch.stack([part.isnan().sum() for part in here]))
+
+
+def _count_broken(weights: LatentWeights, method: Reparametrization) -> Tensor | int:
+    """Weight tensors for which the method learned what is not finite."""
+    broken = method.broken(weights)
+    return 0 if broken is None else broken.sum()

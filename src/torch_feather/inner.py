@@ -51,9 +51,7 @@ class Momentum:
         if x.grad is None or taken is False:
             return
         if rate is None:
-            raise ConfigurationError(
-                "The optimizer has no learning rate (lr), of which the method's own is a multiple."
-            )
+            raise no_rate()
         v = velocity * self.momentum + x.grad
         if self.decay:
             v += self.decay * x
@@ -103,6 +101,15 @@ class Adam:
         )
         root = (square / of_square).sqrt_().add_(self.epsilon)
         x.sub_((mean / root).mul_(factor * self.rate / of_mean))
+
+
+def no_rate() -> ConfigurationError:
+    """The error where there is none to follow."""
+    return ConfigurationError(
+        "The optimizer has no learning rate (lr), of which that of the method's own parameters is "
+        "a multiple. Give its parameter groups an 'lr' that follows the one in use, or take a "
+        "method that learns no thresholds."
+    )
 
 
 def write_if(taken: bool | Tensor, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:

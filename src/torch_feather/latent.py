@@ -429,8 +429,14 @@ def renew(old: Sequence[Segment], new: list[Segment]) -> list[Segment]:
 
 def _outline(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
     """Where segments lie, and which of them share a cut."""
+    pairs = zip(segments, first_of_cut(segments), strict=True)
+    return [(segment.start, segment.stop, first) for segment, first in pairs]
+
+
+def first_of_cut(segments: Sequence[Segment]) -> tuple[int, ...]:
+    """For each segment the number of the first one with its cut: which of them share one."""
     first: dict[int, int] = {}
-    return [(s.start, s.stop, first.setdefault(id(s.cut), j)) for j, s in enumerate(segments)]
+    return tuple(first.setdefault(id(segment.cut), j) for j, segment in enumerate(segments))
 
 
 def _tensors(segment: Segment) -> list[Tensor]:

@@ -36,8 +36,8 @@ class Law(Protocol):
     def unit(self) -> str:
         """What r is, for checkpoints; laws that mean the same by it may take over each other's."""
 
-    def start(self, weights: LatentWeights, sparsity: float) -> float | Tensor:
-        """r before training: one number, or one for each tensor."""
+    def start(self, weights: LatentWeights, sparsity: float) -> float:
+        """r of all tensors before training."""
 
     def thresholds(self, r: Tensor, weights: LatentWeights) -> tuple[Tensor, Tensor]:
         """tau >= 0 and d tau / d r, each of the shape of r, (number of tensors,)."""
@@ -117,7 +117,10 @@ class LearnedThresholds(Thresholded):
     """A `LearnedMethod` at work: the cut is at |w| / tau = 1, until the count is made exact."""
 
     completes = True
-    clips_own = False  # a penalty with a slope of a hundred would leave the weights no step
+    follows_rate = True
+    # Their gradients are sums over layers, with steep penalties: in one norm with them the weights
+    # might be left no step.
+    clips_own = False
     on_shards = True
 
     def __init__(self, setting: Setting, method: LearnedMethod):
@@ -125,6 +128,7 @@ class LearnedThresholds(Thresholded):
         self.method = method
         self.timetable = Timetable(method.schedule, setting)
         begin = 1.0 if method.exact_from is None else method.exact_from
+        self.exact = method.exact_from is not None
         self.arrival = max(math.ceil(begin * setting.total_steps), self.timetable.arrival)
         weights, sizes = setting.weights, [shape.numel() for shape in setting.weights.shapes]
         most = sum(n for n in sizes if n >= method.dense_below)
@@ -134,8 +138,8 @@ class LearnedThresholds(Thresholded):
                 f"zeros, but only {most} of {weights.size} weights are in tensors of at least "
                 f"dense_below={method.dense_below}. Lower dense_below or the target."
             )
-        r = torch.zeros(len(sizes), dtype=weights.wide, device=weights.device)
-        r += method.law.start(weights, setting.sparsity)
+        start = method.law.start(weights, setting.sparsity)
+        r = torch.full((len(sizes),), start, dtype=weights.wide, device=weights.device)
         unit = method.law.unit
         self.state = {unit: r, f"{unit}_velocity": torch.zeros_like(r)}
         self.learned = (unit,)
@@ -172,7 +176,7 @@ class LearnedThresholds(Thresholded):
         tau, slope = self.method.law.thresholds(self.r, weights)
         wanted, scale = self.timetable.at(step), self.scale(tau, weights)
         cut = _own_cut(weights)
-        if self.method.exact_from is not None:
+        if self.exact:
             done = step >= self.arrival
             if host.waits_for(weights.device):
                 exact = self.cut_at(wanted, scale, weights)
@@ -201,6 +205,12 @@ class LearnedThresholds(Thresholded):
         own = self._solved._replace(cut=_own_cut(weights))
         return weights.counts_pruned(own.segments(weights))
 
+    def broken(self, weights: LatentWeights) -> Tensor:
+        """See `Reparametrization`. Such a tensor's scores are NaN, and NaN is kept."""
+        assert self._solved is not None
+        finite = self._solved.tau.isfinite() & self.r.isfinite()
+        return ~(finite | self._is_dense(weights))
+
     # Gradients
 
     def complete(
@@ -215,13 +225,15 @@ class LearnedThresholds(Thresholded):
         assert self._solved is not None
         wanted, tau, slope, *_ = self._solved
         sums = []
-        for parameter, w in zip(parameters, weights.views, strict=True):
+        for i, (parameter, w) in enumerate(zip(parameters, weights.views, strict=True)):
             if parameter.grad is None:
                 sums.append(tau.new_zeros(()))
             else:
-                change = local(parameter).detach().to(weights.wide) - w
+                change = self._unrounded(weights, i, local(parameter).detach()) - w
                 sums.append((change * local(parameter.grad)).sum(dtype=weights.wide))
-        gradient = weights.total(torch.stack(sums)) * torch.where(tau > 0, slope / tau, 0.0)
+        # Where gradients overflowed, GradScaler skips the optimizer of those weights, and no other.
+        total = weights.total(torch.stack(sums)).nan_to_num_(0.0, 0.0, 0.0)
+        gradient = total * torch.where(tau > 0, slope / tau, 0.0)
         if scale is not None:
             gradient /= scale
         dense = self._is_dense(weights)
@@ -230,6 +242,18 @@ class LearnedThresholds(Thresholded):
         )
         gradient += self.method.law.penalty(self.r, weights, present)
         self.r.grad = gradient.masked_fill(dense, 0.0).to(self.r.dtype)
+
+    def _unrounded(self, weights: LatentWeights, i: int, image: Tensor) -> Tensor:
+        """The image of tensor i before it took its type.
+
+        Where a threshold is small beside the weights, u - w is less than half precision rounds by.
+        """
+        if image.dtype == weights.wide:
+            return image
+        wide = weights.views[i].to(weights.wide)
+        if not self.operator.is_identity:
+            wide = self.operator(wide, self.threshold(weights, i))
+        return wide.masked_fill(image == 0, 0.0)
 
     def advance(
         self, weights: LatentWeights, step: Tensor, rate: Rate, taken: bool | Tensor

@@ -175,8 +175,9 @@ class ProbabilisticMasks(Reparametrization):
         return (mask == 0) | (((mask * w).to(w.dtype) == 0) & (w != 0))
 
     def own_counts_pruned(self, weights: LatentWeights) -> Tensor:
-        """Those that are more likely pruned than kept."""
-        return torch.stack([(p < 0.5).sum() for p in self._probability.views])
+        """How many a mask prunes on average that keeps each weight with its probability."""
+        counts = [(1 - p).sum(dtype=torch.float64).round() for p in self._probability.views]
+        return torch.stack(counts).long()
 
     def threshold(self, weights: LatentWeights, i: int) -> Tensor:
         """No magnitude decides: 0."""
@@ -207,6 +208,8 @@ class ProbabilisticMasks(Reparametrization):
             self._gradient.flat.mul_(torch.where(self._size_left > 0, now / self._size_left, 1.0))
         if scale is not None:
             self._gradient.flat.div_(scale)
+        # Where gradients overflowed, GradScaler skips the optimizer of those weights, and no other.
+        self._gradient.flat.nan_to_num_(0.0, 0.0, 0.0)
 
     def leave_pass(self, weights: LatentWeights, parameters: Sequence[nn.Parameter]) -> None:
         """See `Reparametrization`."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, some
 
 Filter = str | re.Pattern[str] | type[nn.Module] | Callable[[nn.Module, str], bool]
 Filters = Filter | Iterable[Filter] | None
@@ -139,7 +139,7 @@ def group_prunable(
     rest = [item.name for item, group in zip(prunable, groups, strict=True) if group < 0]
     if rest:
         raise ConfigurationError(
-            f"sparsity names no share for {_some(rest)}. Add one for all others as the last entry, "
+            f"sparsity names no share for {some(rest)}. Add one for all others as the last entry, "
             'such as "*": 0.9 (0 keeps them dense), or leave them out: exclude=.'
         )
     return groups
@@ -282,7 +282,7 @@ def _nothing_matched(
     """The error of a filter without a match, which names what comes near."""
     if isinstance(one, type):
         kinds = dict.fromkeys(type(m).__name__ for p in places for m in p.path[1:] or p.path)
-        hint = f" There are modules of type {_some(list(kinds), 8)}."
+        hint = f" There are modules of type {some(list(kinds), 8)}."
         return ConfigurationError(
             f"{role}: {_text(one)} holds no {what} here, so there is nothing to prune in it.{hint}"
         )
@@ -297,7 +297,7 @@ def _nothing_matched(
     elif near := get_close_matches(text, [*names, *modules], n=3):
         hint = f"; did you mean {' or '.join(map(repr, near))}?"
     else:
-        hint = f". There are {_some(names, 8)}."
+        hint = f". There are {some(names, 8)}."
     return ConfigurationError(
         f"{role}: {_text(one)} matches the name of no {what}, so there is nothing to prune in "
         f"it{hint}"
@@ -306,8 +306,3 @@ def _nothing_matched(
 
 def _text(one: Filter) -> str:
     return one.__name__ if isinstance(one, type) else repr(one)
-
-
-def _some(names: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

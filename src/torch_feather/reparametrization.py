@@ -45,8 +45,10 @@ class Reparametrization(ABC):
         completes: whether `complete` has anything to do.
         pulls_back: whether dL/dw, as far as a hook can say, differs from dL/du.
         passes: how many passes with random numbers of their own a step wants, see `enter_pass`.
+        follows_rate: whether its parameters step at a multiple of the optimizer's learning rate.
         clips_own: whether a recipe that clips the norm of all gradients means its parameters' too.
-        arrival: optimizer steps from which on exactly round(s N) weights are zero.
+        arrival: optimizer steps from which on the network is as sparse as in the end.
+        exact: whether exactly round(s N) weights are zero from then on.
         on_shards: whether it works where the weights are spread over processes: then `weights` and
             parameters are what is here, and all that belongs to the whole is summed over them.
     """
@@ -55,12 +57,13 @@ class Reparametrization(ABC):
     completes = False
     pulls_back = False
     passes = 1
+    follows_rate = False
     clips_own = True
+    exact = True
     arrival: int
 
     def __init__(self, setting: Setting):
         self.sparsity = setting.sparsity
-        self.total_steps = setting.total_steps
         self.state: dict[str, Tensor | list[Tensor]] = {}
         self.learned: tuple[str, ...] = ()
 
@@ -72,7 +75,7 @@ class Reparametrization(ABC):
         """Tells this method and its options from others, in checkpoints."""
 
     def reached(self, step: int) -> bool:
-        """Whether exactly round(s N) weights are zero after `step` steps, to stay so."""
+        """Whether the network is as sparse after `step` steps as in the end."""
         return step >= self.arrival
 
     @abstractmethod
@@ -107,6 +110,14 @@ class Reparametrization(ABC):
     def own_counts_pruned(self, weights: LatentWeights) -> Tensor:
         """What the method prunes by itself, without the last step that makes the count exact."""
         return self.counts_pruned(weights)
+
+    def broken(self, weights: LatentWeights) -> Tensor | None:
+        """For which tensors what was learned is not finite, so that they cannot be pruned.
+
+        A mask with an entry for each; None where a method learns nothing that could become so
+        without the image being NaN.
+        """
+        return None
 
     def excess(self, weights: LatentWeights) -> str | None:
         """What was promised of the end beside the sparsity and is not kept, for a warning."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import ConfigurationError
+from .errors import FILL_LAYERS, ConfigurationError
 from .flops import count_flops
 from .prunable import Filters, Prunable, find_prunable, unwrap
 from .sharding import count_nonzero
@@ -248,8 +248,7 @@ def _notes(report: Report) -> list[str]:
         count = len(report.empty_layers)
         notes.append(
             f"WARNING: {count} {'layer is' if count == 1 else 'layers are'} EMPTY (all weights "
-            f"zero, nothing passes through): {', '.join(report.empty_layers)}. Keep a share of "
-            "each (min_density=0.01, or another allocation=), or leave them out (exclude=)."
+            f"zero, nothing passes through): {', '.join(report.empty_layers)}. {FILL_LAYERS}"
         )
     return notes
 

@@ -144,6 +144,10 @@ def check_storage(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
             raise ConfigurationError(
                 f"{name} is {parameter.dtype}; only floating-point weights can be pruned. {out}"
             )
+        if parameter.dim() == 0:
+            raise ConfigurationError(
+                f"{name} is a single number, of which no share can be pruned. {out}"
+            )
         if is_sharded(parameter):
             if any(p.is_partial() for p in parameter.placements):  # type: ignore[attr-defined]
                 raise ConfigurationError(

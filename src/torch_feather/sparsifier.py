@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import host
+from .arrivals import Arrivals
 from .attachment import Attachment
 from .errors import ConfigurationError, StateError, some, warn
 from .header import FORMAT, Header, digest, from_bytes, to_bytes
 from .health import Health
+from .inner import no_rate
 from .latent import LatentWeights, copy_all
 from .masks import ZeroKeeper
 from .methods import AnyMethod, build_method
@@ -39,6 +41,7 @@ from .ranks import check_ranks
 from .reparametrization import Rate, Setting
 from .report import Report, report
 from .rounds import Round, half_done, in_backward, incomplete
+from .scaling import unscale_others
 from .sharding import fsdp_units, is_sharded, local, part_of, reshard, spread_like
 from .slots import bind, check_storage
 from .targets import Sparsity, Target, check_share
@@ -70,8 +73,8 @@ def sparsify(
 
     Args:
         model: the network; none of its modules or keys change.
-        optimizer: the optimizer that trains it, or several of which each holds a part (the
-            schedule advances when the last of them has stepped).
+        optimizer: the optimizer that trains it, or several of which each holds a part, in the
+            order in which they step (the schedule advances when the last of them has stepped).
         method: a name from `available_methods()`, or a `Method` or `LearnedMethod`.
         sparsity: final share of zeros among the prunable weights, in [0, 1); or one for each
             group of them, by a filter as `include` takes it: ``{"*.attn.*": 0.9, "*": 0.95}``. The
@@ -149,12 +152,15 @@ class Sparsifier:
             Setting(model, names, self.weights, sparsity, total_steps)
         )
         self._refuse_shards()
+        self._optimizers = optimizers
+        if self.reparametrization.follows_rate and self._rate() is None:
+            raise no_rate()
         self._layout = [_layout(slot.parameter) for slot in self.slots]
         # All that changes with time is on the device: only there a skipped step is known, and
         # nothing here makes the host wait for it.
         self._step = torch.zeros((), dtype=torch.int64, device=self.weights.device)
         self._identity = digest(self.reparametrization.identity)
-        self._completed = False
+        self._arrivals = Arrivals()
         self._own_sparsity, self._reached = 0.0, False  # when it ended
         self._sum = torch.zeros(())  # of all effective weights: not finite if one is NaN
         self._watch = Watch()
@@ -166,7 +172,6 @@ class Sparsifier:
 
         self._pull_backs: list[Any] = []
         self._pull_back()
-        self._optimizers = optimizers
         self._attachments = [
             Attachment(
                 self,
@@ -227,6 +232,7 @@ class Sparsifier:
 
     def thresholds(self) -> dict[str, Tensor]:
         """The threshold tau that each weight tensor meets now, by name; 0-dimensional."""
+        self.sync()
         return {
             slot.name: self.reparametrization.threshold(self.weights, i).clone()
             for i, slot in enumerate(self.slots)
@@ -288,12 +294,12 @@ class Sparsifier:
 
         Then `parameters()` have their `.grad`, penalties included, and the gradients of the model
         hold what a method shares among its weights. To be called after the last backward pass of
-        a step, before clipping; with a `GradScaler` after `scaler.unscale_(optimizer)` (of several
-        optimizers, each: also where only `step` completes). A second call before the step does
-        nothing, and neither does one after `finalize`. Most methods have nothing to complete.
+        a step, before clipping; with a `GradScaler` after `scaler.unscale_(optimizer)`, of several
+        optimizers each. Without new gradients it does nothing, nor after `finalize`. Most methods
+        have nothing to complete.
         """
-        if self._attached:
-            self.complete_at_step(None)
+        if self._attached and self._is_due():
+            self._complete(None)
 
     def passes(self, count: int | None = None) -> Iterator[float]:
         """Forward and backward passes that share one step; gradients add up over them.
@@ -313,7 +319,7 @@ class Sparsifier:
         """
         count = self.reparametrization.passes if count is None else count
         if self._attached:
-            self._void_completion()
+            self.reparametrization.forget_gradients()
         for number in range(count):
             if number > 0 and self._attached:
                 self._enter_pass()
@@ -348,7 +354,8 @@ class Sparsifier:
                 `keep_zeros(model, optimizer)` takes over.
 
         Raises:
-            StateError: the target is not reached.
+            StateError: the target is not reached, or not exactly.
+            NonFiniteWeightError: weights, or thresholds, are NaN.
         """
         self.require_attached()
         if not self.at_target and not force:
@@ -361,6 +368,8 @@ class Sparsifier:
         self._own_sparsity, self._reached = self.own_sparsity, self.at_target
         self._show(found)
         self._health.inspect(self.weights, self._here(), self.reparametrization)
+        if self._reached and self.reparametrization.exact and not force:
+            self._check_count()
         if self._reached and (excess := self.reparametrization.excess(self.weights)):
             warn(f"The network has its sparsity, but {excess}")
         self._release()
@@ -512,7 +521,7 @@ class Sparsifier:
             self.weights.views[i].copy_(part_of(entries.pop("latent"), self.slots[i].parameter))
             for key, value in entries.items():
                 self.reparametrization.state[key][i].copy_(value)
-        self._void_completion()
+        self.reparametrization.forget_gradients()
         self._materialize()
         self._watch.loaded = loaded
 
@@ -536,11 +545,14 @@ class Sparsifier:
             self.after_step(True)
 
     @torch.no_grad()
-    def complete_at_step(self, scale: Tensor | None) -> None:
-        """Completes gradients, unless the user did; `scale` as in `Reparametrization.complete`."""
-        if self.reparametrization.completes and not self._completed:
-            self._absorb_writes()
-            self._complete(scale)
+    def complete_at_step(self, optimizer: Optimizer) -> None:
+        """Completes the gradients of all, unless that was done; this optimizer steps first."""
+        if self._is_due():
+            numbers = {slot.optimizer for slot in self.slots}
+            every = [self._optimizers[number] for number in numbers]
+            unscale_others(optimizer, [one for one in every if one is not optimizer])
+            # A fused optimizer under GradScaler divides by the scale itself.
+            self._complete(getattr(optimizer, "grad_scale", None))
 
     @torch.no_grad()
     def after_step(self, taken: bool | Tensor) -> None:
@@ -551,7 +563,9 @@ class Sparsifier:
         self._step += taken
         if taken is not False:
             self.reparametrization.advance(self.weights, self._step, self._rate(), taken)
-            self._void_completion()
+            self.reparametrization.forget_gradients()
+            if self.reparametrization.completes:
+                self._arrivals.spend([slot.parameter for slot in self.slots])
         self._watch.loaded = {}
         self._materialize()
         self._stepped = True
@@ -599,10 +613,17 @@ class Sparsifier:
         """The image R of other latent weights, laid out like `self.weights`, at this step."""
         return self.reparametrization.images_of(weights, self._step)
 
+    def _is_due(self) -> bool:
+        if not self.reparametrization.completes:
+            return False
+        self._rebind()  # gradients may have come to parameters that replaced ours
+        return self._arrivals.are_due([slot.parameter for slot in self.slots])
+
     def _complete(self, scale: Tensor | None) -> None:
+        self._absorb_writes()
         parameters = [slot.parameter for slot in self.slots]
         self.reparametrization.complete(self.weights, parameters, scale)
-        self._completed = True
+        self._arrivals.complete()
 
     @torch.no_grad()
     def _enter_pass(self) -> None:
@@ -616,11 +637,6 @@ class Sparsifier:
     def _leave_pass(self) -> None:
         parameters = [slot.parameter for slot in self.slots]
         self.reparametrization.leave_pass(self.weights, parameters)
-
-    def _void_completion(self) -> None:
-        """What was completed was of other gradients than those that come now."""
-        self._completed = False
-        self.reparametrization.forget_gradients()
 
     def _rate(self) -> Rate:
         """The learning rate of the first prunable weight, now."""
@@ -642,11 +658,15 @@ class Sparsifier:
         for handle in self._pull_backs:
             handle.remove()
         method = self.reparametrization
-        self._pull_backs = (
-            [holder.register_hook(self._hook(i, holder)) for i, holder in self._leaves()]
-            if method.pulls_back or method.completes
-            else []
-        )
+        self._pull_backs = []
+        if not method.pulls_back and not method.completes:
+            return
+        for i, holder in self._leaves():
+            # A layer that is frozen for now has its hook when its gradients come again.
+            trains = holder.requires_grad
+            holder.requires_grad_(True)
+            self._pull_backs.append(holder.register_hook(self._hook(i, holder)))
+            holder.requires_grad_(trains)
 
     def _leaves(self) -> Iterator[tuple[int, Tensor]]:
         """What autograd sees of each prunable weight.
@@ -669,8 +689,8 @@ class Sparsifier:
         """Takes the gradient of `holder`, which holds u, back to w."""
 
         def pull_back(gradient: Tensor) -> Tensor:
-            if self._completed:
-                self._void_completion()
+            if self._arrivals.note():
+                self.reparametrization.forget_gradients()
             part, image = part_of(gradient, holder), local(holder).detach()
             pulled = self.reparametrization.pull_back(self.weights, i, part, image)
             return spread_like(pulled, holder)
@@ -821,6 +841,15 @@ class Sparsifier:
                 "sparsifier.reset_latents() first: then it is pruned by itself."
             )
         return images
+
+    def _check_count(self) -> None:
+        pruned = int(self.reparametrization.counts_pruned(self.weights).sum())
+        wanted = round(self.target * self.weights.size)
+        if pruned != wanted:
+            raise StateError(
+                f"Sparsity {self.target} means {wanted} zeros among {self.weights.size} weights, "
+                f"but the method left {pruned}. Take the model as it is: finalize(force=True)."
+            )
 
     def _admits(self, parts: Sequence[Tensor]) -> bool:
         """Whether these, of what is here, have their zeros where the method may put them."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import host
-from .latent import BLOCK, DEVICE_BLOCK, LatentWeights, Segment
+from .latent import BLOCK, DEVICE_BLOCK, LatentWeights, Segment, first_of_cut
 
 PASSES = 16
 """Most passes over the weights in one solution; three to five are usual, see `_root`."""
@@ -80,8 +80,7 @@ def soft_top_k(weights: LatentWeights, segments: Sequence[Segment], beta: Tensor
 
 def sharing(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
     """Which segments share a cut: 1.0 or 0.0, of shape (segments, segments)."""
-    first: dict[int, int] = {}
-    groups = tuple(first.setdefault(id(s.cut), j) for j, s in enumerate(segments))
+    groups = first_of_cut(segments)
 
     def make(weights: LatentWeights) -> Tensor:
         group = torch.tensor(groups, device=weights.device)

@@ -32,6 +32,7 @@ class Recipe:
     closure: str | None = None  # "positional" or "keyword"
     scaler: bool = False
     overflows: tuple[int, ...] = ()  # steps whose gradients are infinite: GradScaler skips them
+    unscale: bool = False  # before the first of the optimizers steps, as clipping has it too
 
 
 RECIPES = {
@@ -47,6 +48,7 @@ RECIPES = {
         Recipe("scaler", scaler=True, overflows=(1, 3, 4)),
         Recipe("scaler from an overflow", scaler=True, overflows=(0, 1)),
         Recipe("scaler + clip", clip=0.05, scaler=True, overflows=(2,)),
+        Recipe("scaler, unscaled", scaler=True, overflows=(1,), unscale=True),
     ]
 }
 
@@ -87,10 +89,10 @@ class Loop:
         penalty = self.method.penalty() if isinstance(self.method, Reference) else None
         if penalty is not None and self.recipe.clip is None:
             self.scaler.scale(penalty).backward()
-        if self.recipe.clip is not None:
+        if self.recipe.scaler and (self.recipe.unscale or self.recipe.clip is not None):
             for optimizer in self.optimizers:
-                if self.recipe.scaler:
-                    self.scaler.unscale_(optimizer)
+                self.scaler.unscale_(optimizer)
+        if self.recipe.clip is not None:
             if penalty is not None:
                 penalty.backward()
             if isinstance(self.method, feather.Sparsifier):

@@ -146,6 +146,31 @@ def test_nothing_prunable(model, filters):
         sparsify(model, **filters)
 
 
+@pytest.mark.parametrize("method", ["feather", "st3", "st3-sigma", "probmask"])
+def test_a_single_number_that_include_asks_for(method):
+    model = MODELS["mlp"].make()
+    model.register_parameter("scale", nn.Parameter(torch.ones(())))
+    with pytest.raises(ConfigurationError, match=r"scale is a single number.*exclude='scale'"):
+        sparsify(model, method=method, include="*")
+    sparsify(model, method=method, include="*", exclude="scale")
+
+
+@pytest.mark.parametrize("method", ["asl", "asl+", "feather-asl+", "str"])
+def test_an_optimizer_without_a_learning_rate_for_thresholds_that_follow_it(method):
+    class Plain(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+    model = MODELS["mlp"].make()
+    optimizer = Plain(model.parameters())
+    options = {} if method == "str" else {"dense_below": 0}
+    with pytest.raises(ConfigurationError, match=r"no learning rate \(lr\)"):
+        sparsify(model, optimizer, method, **options)
+    assert not as_hooks(optimizer)
+    assert not any(p._backward_hooks for p in model.parameters())
+    sparsify(model, optimizer, "probmask")  # has a rate of its own
+
+
 def test_everything_frozen():
     model = nn.Linear(3, 3)
     model.weight.requires_grad_(False)

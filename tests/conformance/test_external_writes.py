@@ -58,6 +58,16 @@ def by_new_storage(run, values):
 WRITERS = [by_load_state_dict, by_copy_, by_data_copy_, by_numpy, by_new_storage]
 
 
+def test_thresholds_are_those_of_what_was_written():
+    run = start(schedule="constant")
+    with torch.no_grad():
+        for p in run.case.weights(run.model).values():
+            p.mul_(2.0)
+    written = run.sparsifier.thresholds()
+    run.sparsifier.masks()  # looks
+    assert_same(written, run.sparsifier.thresholds())
+
+
 @pytest.mark.parametrize("write", WRITERS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("model", ["mlp", "convnet", "attention"])
 def test_written_values_become_the_latent_weights_where_they_differ(write, model):

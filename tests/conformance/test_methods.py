@@ -88,6 +88,27 @@ def test_a_dense_first_convolution_is_made_up_for():
     assert run.zeros() == 108
 
 
+def test_only_a_convolution_is_a_dense_first_convolution():
+    """The weight of a bilinear layer has three dimensions, too."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Bilinear(5, 5, 8)
+            self.conv = nn.Conv1d(4, 6, 3)
+            self.head = nn.Linear(20, 10)
+
+    for dense in ("conv.weight", None):
+        net = Net()
+        if dense is None:
+            del net.conv
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        settings = {"sparsity": 0.5, "total_steps": 1, "schedule": "constant"}
+        sparsifier = feather.sparsify(net, optimizer, "gmp", **settings)
+        counts = {name: int((~mask).sum()) for name, mask in sparsifier.masks().items()}
+        assert [name for name, count in counts.items() if count == 0] == ([dense] if dense else [])
+
+
 def test_no_other_convolution_takes_the_place_of_a_first_one_that_is_left_out():
     model = MODELS["convnet"].make()
     first = next(name for name, p in model.named_parameters() if p.dim() > 2)
@@ -566,6 +587,20 @@ def test_st3_scales_output_channels_wherever_a_layer_has_them(layer, outputs_fir
         r = (w[o].abs() * (u[o] != 0)).mean() / w[o].abs().mean()
         expected = 1.01 / (r + 0.01) * (w[o].abs() - tau).clamp(min=0) * w[o].sign()
         torch.testing.assert_close(u[o].detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(4, 6, 3), Conv1D(6, 4)], ids=["t", "Conv1D"])
+def test_st3_knows_a_layer_that_is_compiled_by_itself(layer):
+    weights = []
+    for compiled in (False, True):
+        model = nn.Sequential(copy.deepcopy(layer))
+        if compiled:
+            model[0] = torch.compile(model[0])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        settings = {"sparsity": 0.5, "total_steps": 1, "schedule": "constant"}
+        feather.sparsify(model, optimizer, "st3", **settings)
+        weights.append(model[0].weight)
+    assert torch.equal(*weights)
 
 
 def test_st3_keeps_nan_and_zeros_apart():

@@ -16,6 +16,7 @@ import torch_feather as feather
 from torch_feather.errors import ConfigurationError
 
 from .harness import STEPS, TOTAL, Loop, Run, assert_exact, assert_same, snapshot, start
+from .methods import some_costs
 from .models import MODELS
 from .optimizers import OPTIMIZERS
 from .test_trajectory import compare
@@ -411,6 +412,38 @@ def test_embeddings_norms_and_biases_are_left_alone_by_default():
     for name, p in model.named_parameters():
         if name != "linear.weight":
             assert torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize("method", feather.available_methods())
+def test_a_layer_that_is_frozen_for_a_while_may_be_cast_then(method):
+    options = {"dense_below": 0} if "asl" in method else {}
+    if method == "feather-flops":
+        options["costs"] = some_costs
+    run = start("convnet", method=method, sparsity=0.35, **options).train(0, 2)
+    run.model.head.weight.requires_grad_(False)
+    run.train(2, 4)
+    run.model.to(torch.float64, memory_format=torch.channels_last)
+    run.loop.dtype = torch.float64
+    before = run.sparsifier.latent_weights()["head.weight"]
+    run.train(4, 6)
+    assert torch.equal(before, run.sparsifier.latent_weights()["head.weight"])
+    run.model.head.weight.requires_grad_(True)
+    run.train(6, TOTAL)
+    run.sparsifier.finalize()
+    assert run.zeros() == round(0.35 * run.case.size)
+
+
+def test_gradients_of_a_layer_that_trains_again_are_pulled_back():
+    run = start("mlp", theta=0.0, schedule="constant")
+    weight, pruned = run.model[2].weight, ~run.sparsifier.masks()["2.weight"]
+    weight.requires_grad_(False)
+    run.model.double()
+    run.sparsifier.masks()  # looks
+    weight.requires_grad_(True)
+    run.loop.dtype = torch.float64
+    run.loop.gradients(0)
+    assert (weight.grad[pruned] == 0).all()
+    assert (weight.grad[~pruned] != 0).any()
 
 
 def test_frozen_parameters_are_left_alone():

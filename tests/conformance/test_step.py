@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 import torch_feather as feather
+from torch_feather.errors import StateError
 
 from .harness import RECIPES, STEPS, TOTAL, Loop, Run, assert_exact, assert_same, snapshot, start
 from .models import MODELS
@@ -307,6 +308,136 @@ def test_a_sequence_advances_after_its_last_optimizer():
         assert run.sparsifier.step_count == step + 1
         assert_exact(run)
     assert run.zeros() == round(0.8 * run.case.size)
+
+
+COMPLETING = ["spartan", "asl", "asl+", "feather-asl+", "str", "probmask"]
+
+
+def split(method: str, scaler: torch.amp.GradScaler | None = None, fused: bool = False, **options):
+    """A model of two optimizers, the scaled loss on it and the sparsifier's latent weights."""
+    case = MODELS["mlp"]
+    net = case.make()
+    optimizers = [torch.optim.SGD(net[i].parameters(), 0.1, 0.9, fused=fused) for i in (0, 2)]
+    if "asl" in method:
+        options["dense_below"] = 0
+    if method == "spartan":
+        options |= {"end": 1, "beta": 50.0}
+    settings = {"sparsity": 0.5, "total_steps": TOTAL} | options
+    sparsifier = feather.sparsify(net, optimizers, method, **settings)
+    scaler = torch.amp.GradScaler("cpu", enabled=False) if scaler is None else scaler
+    return Run(net, optimizers, sparsifier, Loop(net, net, optimizers, case), case), scaler
+
+
+def backward(run: Run, scaler: torch.amp.GradScaler, step: int) -> None:
+    for optimizer in run.optimizers:
+        optimizer.zero_grad()
+    x, y = run.case.batch(step)
+    scaler.scale(F.cross_entropy(run.model(x), y)).backward()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("method", COMPLETING)
+def test_a_grad_scaler_may_step_several_optimizers_one_after_another(method, fused):
+    """The scale is a power of 2, so that nothing at all may differ."""
+    ours, theirs = (
+        split(method, torch.amp.GradScaler("cpu", 1024.0, enabled=enabled), fused)
+        for enabled in (True, False)
+    )
+    for step in range(6):
+        for run, scaler in (ours, theirs):
+            backward(run, scaler, step)
+            for optimizer in run.optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+    for a, b in zip(ours[0].model.parameters(), theirs[0].model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    pairs = zip(ours[0].sparsifier.parameters(), theirs[0].sparsifier.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert_same(*(run.sparsifier.latent_weights() for run, _ in (ours, theirs)))
+
+
+@pytest.mark.parametrize("method", COMPLETING)
+def test_a_grad_scaler_that_divided_for_one_of_two_fused_optimizers_is_refused(method):
+    run, scaler = split(method, torch.amp.GradScaler("cpu", 1024.0), fused=True)
+    backward(run, scaler, 0)
+    scaler.unscale_(run.optimizers[1])
+    before = run.sparsifier.latent_weights()
+    with pytest.raises(StateError, match=r"scaler\.unscale_ on every optimizer"):
+        scaler.step(run.optimizers[0])
+    assert_same(before, run.sparsifier.latent_weights())
+
+
+@pytest.mark.parametrize("overflowing", [0, 1])
+@pytest.mark.parametrize("method", COMPLETING)
+def test_an_overflow_in_one_optimizer_does_no_harm_to_the_other(method, overflowing):
+    """The scaler judges each by its own gradients, and skips it alone."""
+    run, scaler = split(method, torch.amp.GradScaler("cpu", 1024.0))
+    for step in range(3):
+        backward(run, scaler, step)
+        if step == 1:
+            run.model[2 * overflowing].weight.grad[0, 0] = torch.inf
+        for optimizer in run.optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+    assert all(w.isfinite().all() for w in run.sparsifier.latent_weights().values())
+    assert all(p.isfinite().all() for p in run.sparsifier.parameters())
+
+
+@pytest.mark.parametrize("method", COMPLETING)
+def test_gradients_are_completed_once_whatever_the_order_of_the_optimizers(method):
+    gradients = []
+    for order in (1, -1):
+        run, scaler = split(method)
+        backward(run, scaler, 0)
+        for optimizer in run.optimizers[::order]:
+            optimizer.step()
+        gradients.append([p.grad for p in run.model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("method", COMPLETING)
+def test_a_step_without_new_gradients_completes_nothing(method):
+    run, scaler = split(method)
+    for step in range(2):
+        backward(run, scaler, step)
+        for optimizer in run.optimizers:
+            optimizer.step()
+    before = [p.grad.clone() for p in run.model.parameters()]
+    for optimizer in run.optimizers:
+        optimizer.step()
+    assert all(map(torch.equal, before, [p.grad for p in run.model.parameters()]))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("method", COMPLETING)
+def test_gradients_that_are_put_there_by_hand_are_completed_too(method, in_place):
+    (ours, scaler), (theirs, _) = split(method), split(method)
+    kept = {}
+    for step in range(3):
+        for run in (ours, theirs):
+            backward(run, scaler, step)
+        for p in theirs.model.parameters():
+            made = p.grad.clone()
+            p.grad = kept[p].copy_(made) if in_place and step > 0 else made
+        kept = {p: p.grad for p in theirs.model.parameters()}
+        theirs.sparsifier._arrivals._told = False  # autograd knows nothing of them
+        for run in (ours, theirs):
+            for optimizer in run.optimizers:
+                optimizer.step()
+    assert_same(*(run.sparsifier.latent_weights() for run in (ours, theirs)))
+    pairs = zip(ours.sparsifier.parameters(), theirs.sparsifier.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("method", ["asl", "asl+", "feather-asl+"])
+def test_thresholds_stay_where_there_was_no_backward_pass(method):
+    run, _ = split(method)
+    before = [p.clone() for p in run.sparsifier.parameters()]
+    for _ in range(3):
+        for optimizer in run.optimizers:
+            optimizer.step()
+    assert run.sparsifier.step_count == 3
+    assert all(map(torch.equal, before, run.sparsifier.parameters()))
 
 
 def test_a_parameter_without_a_gradient_keeps_its_latent_weight():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from ..latent import LatentWeights, Segment
+from ..latent import LatentWeights, Segment, first_of_cut
 from ..reparametrization import Setting
 from ..selection import Cut
 from .base import Allocation, Fitted
@@ -141,13 +141,13 @@ def _placed(
         return first.contiguous(), there - first
 
     first, shift = inner.constant("offsets", offsets)
-    moved: dict[int, Cut] = {}
-    placed = []
-    for j, i in enumerate(members):
-        segment = inner.segment_of(j, segments)
-        cut = segment.cut
-        if id(cut) not in moved:
-            at = torch.bucketize(cut.last, first, right=True).sub(1).clamp(min=0)
-            moved[id(cut)] = cut._replace(last=cut.last + shift.take(at))
-        placed.append(Segment(*weights.spans[i], moved[id(cut)], segment.scale))
-    return placed
+    moved: list[Cut] = []
+    for j, same in enumerate(first_of_cut(segments)):
+        cut = segments[j].cut
+        at = torch.bucketize(cut.last, first, right=True).sub(1).clamp(min=0)
+        moved.append(moved[same] if same < j else cut._replace(last=cut.last + shift.take(at)))
+    places = [inner.place_of(j, segments) for j in range(len(members))]
+    return [
+        Segment(*weights.spans[i], moved[place], segments[place].scale)
+        for i, place in zip(members, places, strict=True)
+    ]

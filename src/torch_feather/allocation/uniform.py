@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,12 +28,16 @@ class Uniform(Fitted):
     on_shards = True
 
     dense_first: bool = False
+    _dense: int | None = field(default=None, init=False, repr=False)
+    """The number of the weight tensor that stays dense in the model that this is fitted to."""
 
     def fit(self, setting: Setting) -> Uniform:
         """See `Fitted`. Where the first convolution takes no part, it is dense anyway."""
-        if self.dense_first and first_convolution(setting.model) not in (None, *setting.names):
-            return Uniform()
-        most = sum(self._prunable(setting.weights))
+        first = first_convolution(setting.model) if self.dense_first else None
+        fitted = replace(self)
+        if first in setting.names:
+            object.__setattr__(fitted, "_dense", setting.names.index(first))
+        most = sum(fitted._prunable(setting.weights))
         wanted = round(setting.sparsity * setting.weights.size)
         if wanted > most:
             raise ConfigurationError(
@@ -42,7 +46,7 @@ class Uniform(Fitted):
                 "stay dense. Prune it too (allocation='uniform', which is "
                 "Uniform(dense_first=False)), or change the target."
             )
-        return self
+        return fitted
 
     def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
         """See `Fitted`."""
@@ -54,9 +58,8 @@ class Uniform(Fitted):
     def _prunable(self, weights: LatentWeights) -> list[int]:
         """Weights of each layer that may be pruned."""
         sizes = [shape.numel() for shape in weights.shapes]
-        convolutions = [i for i, shape in enumerate(weights.shapes) if len(shape) > 2]
-        if self.dense_first and convolutions:
-            sizes[convolutions[0]] = 0
+        if self._dense is not None:
+            sizes[self._dense] = 0
         return sizes
 
     def _prunable_tensor(self, weights: LatentWeights) -> Tensor:

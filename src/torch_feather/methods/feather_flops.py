@@ -36,7 +36,8 @@ def feather_flops(
             little more than the classifier at 98 %.
         budget: instead, what the prunable weights may cost at the final sparsity: multiply-adds per
             sample, or the unit of `costs`. gamma is then the least that meets it, with the weights
-            of each step.
+            of each step. Another gamma beside it is an error; 0.25, the default, is taken for not
+            given.
         costs: of a weight, by weight name: multiply-adds, or what
             `torch_feather.runtime.layer_milliseconds` measures.
         example_input: or an input of the network to count multiply-adds with.

@@ -231,8 +231,10 @@ class Spartan(Scheduled):
             if p.grad is not None:  # it is g m gain, of which g w m (1 - m) is to be summed
                 sums[j, 0] += rest.mul_(w).div_(gain).mul_(p.grad).sum()
         top, bottom = (sharing(weights, self.segments) @ sums).unbind(1)
-        # Where all m are 0 or 1, nothing is shared.
-        cross = torch.where(bottom > 0, top / bottom, 0.0) * self._soft.beta
+        # Where all m are 0 or 1, nothing is shared; nor is what overflowed: GradScaler skips the
+        # optimizer of those weights, and no other.
+        cross = torch.where(bottom > 0, top / bottom, 0.0).nan_to_num_(0.0, 0.0, 0.0)
+        cross *= self._soft.beta
         cross = cross.masked_fill(self._frozen, 0.0)
         for j, slope, p, w in zip(self._segment_of, slopes, parameters, weights.views, strict=True):
             if p.grad is not None:

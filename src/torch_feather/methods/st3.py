@@ -68,8 +68,8 @@ class Rescaled(Scheduled):
     def __init__(self, setting: Setting, method: Method):
         super().__init__(setting, method)
         model = unwrap(setting.model)
-        holders = [model.get_submodule(name.rpartition(".")[0]) for name in setting.names]
-        self._groups = [output_groups(holder) for holder in holders]
+        paths = [name.rpartition(".")[0] for name in setting.names]
+        self._groups = [output_groups(unwrap(model.get_submodule(path))) for path in paths]
 
     @property
     def on_shards(self) -> bool:  # type: ignore[override]
