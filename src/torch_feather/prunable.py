@@ -15,11 +15,12 @@ from .errors import ConfigurationError, some
 
 Filter = str | re.Pattern[str] | type[nn.Module] | Callable[[nn.Module, str], bool]
 Filters = Filter | Iterable[Filter] | None
+Convolution = nn.modules.conv._ConvNd
 
 # Weights of these modules are prunable; their biases, and every other parameter, never are
 # unless `include` asks for them. Subclasses count as their base.
 WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.modules.conv._ConvNd: ("weight",),
+    Convolution: ("weight",),
     nn.Linear: ("weight",),
     nn.Bilinear: ("weight",),
     nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
@@ -95,14 +96,13 @@ def find_prunable(
     return [item for item in found.values() if frozen or item.parameter.requires_grad]
 
 
-def first_convolution(model: nn.Module) -> str | None:
-    """Name of its weight, whether it takes part or not; None where there is no convolution."""
-    names = (
-        place.name
+def convolutions(model: nn.Module) -> list[tuple[str, Convolution]]:
+    """The names of their weights and the layers, in the model's order, taking part or not."""
+    return [
+        (place.name, place.module)
         for place in _places(unwrap(model))
-        if isinstance(place.module, nn.modules.conv._ConvNd) and place.attribute == "weight"
-    )
-    return next(names, None)
+        if isinstance(place.module, Convolution) and place.attribute == "weight"
+    ]
 
 
 def list_filters(filters: Filters) -> list[Filter] | None:

@@ -22,7 +22,8 @@ def unscale_others(optimizer: Optimizer, others: Iterable[Optimizer]) -> None:
     Raises:
         StateError: it cannot be, as a fused optimizer is yet to divide by the scale itself.
     """
-    scaler = _caller()
+    others = list(others)
+    scaler = _caller() if others else None
     if scaler is None or not scaler.is_enabled():
         return
     divides_itself = getattr(optimizer, "grad_scale", None) is not None

@@ -2,65 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
 from ..latent import LatentWeights, Segment
-from ..prunable import first_convolution
+from ..prunable import convolutions
 from ..reparametrization import Setting
-from .base import Fitted, counts_of, cut_layers
+from .base import Allocation, Fitted, counts_of, cut_layers
 
 
 @dataclass(frozen=True)
-class Uniform(Fitted):
+class Uniform(Allocation):
     """Every layer is equally sparse, to less than one weight; the total is exact.
 
-    Source: Zhu and Gupta (2017). What the first convolution keeps, the other layers make up for.
+    Source: Zhu and Gupta (2017). What dense layers keep, the others make up for.
 
     Attributes:
         dense_first: the first convolution stays dense, as in Feather's experiments with this
             backbone (supplement, section 4). A network without convolutions has none.
+        dense_depthwise: depthwise convolutions stay dense, as in Zhu and Gupta's MobileNet: they
+            have few weights, of which each channel needs some.
     """
 
     on_shards = True
 
     dense_first: bool = False
-    _dense: int | None = field(default=None, init=False, repr=False)
-    """The number of the weight tensor that stays dense in the model that this is fitted to."""
+    dense_depthwise: bool = False
 
-    def fit(self, setting: Setting) -> Uniform:
-        """See `Fitted`. Where the first convolution takes no part, it is dense anyway."""
-        first = first_convolution(setting.model) if self.dense_first else None
-        fitted = replace(self)
-        if first in setting.names:
-            object.__setattr__(fitted, "_dense", setting.names.index(first))
-        most = sum(fitted._prunable(setting.weights))
+    def fit(self, setting: Setting) -> Equal:
+        """See `Allocation`. Layers that take no part are dense anyway."""
+        found = convolutions(setting.model)
+        dense = [name for name, _ in found[:1] if self.dense_first]
+        if self.dense_depthwise:
+            dense += [name for name, layer in found if layer.groups == layer.in_channels > 1]
+        prunable = [
+            0 if name in dense else shape.numel()
+            for name, shape in zip(setting.names, setting.weights.shapes, strict=True)
+        ]
         wanted = round(setting.sparsity * setting.weights.size)
-        if wanted > most:
+        if wanted > sum(prunable):
             raise ConfigurationError(
-                f"sparsity={setting.sparsity} asks for {wanted} zeros, but only {most} of "
-                f"{setting.weights.size} weights are outside of the first convolution, which is to "
-                "stay dense. Prune it too (allocation='uniform', which is "
+                f"sparsity={setting.sparsity} asks for {wanted} zeros, but only {sum(prunable)} of "
+                f"{setting.weights.size} weights are outside of the convolutions that are to stay "
+                "dense. Prune them too (allocation='uniform', which is "
                 "Uniform(dense_first=False)), or change the target."
             )
-        return fitted
+        return Equal(prunable)
+
+
+class Equal(Fitted):
+    """A `Uniform` that knows how many weights of each tensor may be pruned."""
+
+    on_shards = True
+
+    def __init__(self, prunable: Sequence[int]) -> None:
+        self._prunable = tuple(prunable)
 
     def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
         """See `Fitted`."""
-        prunable = weights.constant(self, self._prunable_tensor)
+        prunable = weights.constant(("prunable", *self._prunable), self._on_device)
         # A model may begin with more zeros than its target, more even than these layers can have.
         total = (sparsity * weights.size).minimum(prunable.sum())
         return cut_layers(weights, counts_of(prunable * (total / prunable.sum()), total))
 
-    def _prunable(self, weights: LatentWeights) -> list[int]:
-        """Weights of each layer that may be pruned."""
-        sizes = [shape.numel() for shape in weights.shapes]
-        if self._dense is not None:
-            sizes[self._dense] = 0
-        return sizes
-
-    def _prunable_tensor(self, weights: LatentWeights) -> Tensor:
-        return torch.tensor(self._prunable(weights), dtype=torch.float64, device=weights.device)
+    def _on_device(self, weights: LatentWeights) -> Tensor:
+        return torch.tensor(self._prunable, dtype=torch.float64, device=weights.device)

@@ -36,7 +36,8 @@ def feather(
         theta: factor on the gradient of pruned weights, in [0, 1]. 'auto': 0.5 where the final
             sparsity exceeds 0.95, else 1.
         allocation: how the sparsity is shared among the layers: 'global' (the paper's), 'uniform',
-            'uniform-dense-first', 'erk', 'sigma', or an object of `torch_feather.allocation`.
+            'uniform-dense-first', 'uniform-dense-depthwise', 'erk', 'sigma', or an object of
+            `torch_feather.allocation`.
         schedule: 'cubic' (the paper's), 'linear', 'constant', 'one-shot' (at step `begin`), or an
             object of `torch_feather.schedules`.
         begin, end: steps between which the sparsity rises; `end` defaults to half of training.

@@ -32,7 +32,8 @@ def gmp(
         every: steps between two changes of the sparsity. The mask follows the magnitudes at
             every step.
         allocation: as for `feather`. By default the first convolution stays dense and the other
-            layers make up for it, as in Feather's experiments; 'uniform' prunes it like them.
+            layers make up for it, as in Feather's experiments; 'uniform' prunes it like them,
+            'uniform-dense-depthwise' spares depthwise convolutions, too, as its authors do.
         schedule, begin, end: as for `feather`.
         pattern: as for `feather`.
     """

@@ -68,6 +68,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "global": Global(),
     "uniform": Uniform(),
     "uniform-dense-first": Uniform(dense_first=True),
+    "uniform-dense-depthwise": Uniform(dense_first=True, dense_depthwise=True),
     "erk": ERK(),
     "sigma": Sigma(),
 }

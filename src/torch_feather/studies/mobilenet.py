@@ -65,7 +65,7 @@ MOBILENET_STUDY = Study(
     source="Table 2 of the supplement",
     plan=plan,
     answer=answer,
-    methods="dense,feather,gmp,str,probmask,st3",
+    methods="dense,feather,gmp:allocation=uniform-dense-depthwise,str,probmask,st3",
     sparsities="0.89,0.941",
     small={"epochs": 8},
     decides=("network",),
