@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 import torch_feather as feather
 from torch_feather import ConfigurationError, StateError, host
-from torch_feather.allocation import ERK, FlopsBiased, Global, Uniform
+from torch_feather.allocation import ERK, FlopsBiased, Global
 from torch_feather.allocation.base import counts_of
+from torch_feather.allocation.uniform import Equal
 from torch_feather.gradients import StraightThrough
 from torch_feather.latent import LatentWeights
 from torch_feather.methods import METHODS, Method, build_method, method_options
@@ -645,7 +646,7 @@ def test_sigma_ranks_by_the_shape():
 
 def test_layouts_are_shared_by_averages():
     weights = LatentWeights([torch.randn(3, 4), torch.randn(5)])
-    uniform = Uniform()
+    uniform = Equal([12, 5])
     share = torch.tensor(0.5, dtype=torch.float64)
     for one in (weights, weights.like([weights.flats[0].clone()])):
         assert one.counts_pruned(uniform.cuts(one, share)).tolist() == [6, 2]
