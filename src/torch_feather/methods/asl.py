@@ -29,7 +29,7 @@ def asl(
     momentum: float = 0.9,
     dense_below: int = 1000,
 ) -> LearnedMethod:
-    """Hard threshold at r std(w), straight-through, with r learned for each layer.
+    """Hard threshold in each layer at its weights' standard deviation times a learned r.
 
     Source: Retsinas et al., Online Weight Pruning via Adaptive Sparsity Loss (ICIP 2021), and its
     public code for the start, the rates and the layers left dense. The public code also takes the

@@ -31,7 +31,7 @@ def feather_asl_plus(
     begin: int = 0,
     end: int | None = None,
 ) -> LearnedMethod:
-    """Feather's operator and gradient rule at the thresholds of `asl+`.
+    """`feather`'s threshold and gradient, at the thresholds that `asl+` learns.
 
     Source: the Feather supplement, section 4, names the combination, and ASL+ without a definition;
     see `FittedDeviations` for what is ours.
@@ -56,7 +56,7 @@ def feather_asl_plus(
 
 
 asl_plus = partial(feather_asl_plus, p=math.inf, theta=1.0)
-asl_plus.__doc__ = """ASL with a budget that is measured, and a model of each layer's weights.
+asl_plus.__doc__ = """`asl` that measures how sparse it is, and models each layer's weights better.
 
 Feather's supplement names an ASL+ and cites ASL; no text that we could reach defines the plus.
 This is our reading: see `FittedDeviations`.

@@ -26,7 +26,7 @@ def feather(
     max_density: float = 1.0,
     pattern: str | Pattern | None = None,
 ) -> Method:
-    """Power threshold, straight-through gradient scaled by theta on pruned weights.
+    """A threshold between soft and hard; pruned weights get their gradient too, times theta.
 
     Source: Feather (BMVC 2023), sections 3 and 4.1, and its public code for theta's rule.
 

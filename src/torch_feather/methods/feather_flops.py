@@ -26,7 +26,7 @@ def feather_flops(
     begin: int = 0,
     end: int | None = None,
 ) -> Method:
-    """Feather that ranks |w| / c^gamma, with c the multiply-adds that each weight makes.
+    """`feather` that ranks |w| / c^gamma, with c the multiply-adds that each weight makes.
 
     Source: the Feather supplement, section 6, names the idea; the formula is ours.
 

@@ -23,7 +23,7 @@ def gmp(
     end: int | None = None,
     pattern: str | Pattern | None = None,
 ) -> Method:
-    """Hard threshold layer by layer; pruned weights get no gradient.
+    """The smallest weights of each layer are zero; pruned weights get no gradient.
 
     They keep their value, decay, and return when the mask moves. Source: Zhu and Gupta (2017).
 
@@ -48,7 +48,7 @@ def gmp(
 
 
 feather_gmp = partial(feather, allocation="uniform-dense-first")
-feather_gmp.__doc__ = """Feather layer by layer, the first convolution dense: other defaults.
+feather_gmp.__doc__ = """`feather` with the layers of `gmp`: equally sparse, the first one dense.
 
 Source: the Feather supplement, section 4.
 """

@@ -28,7 +28,7 @@ def st3(
     begin: int = 0,
     end: int | None = None,
 ) -> Method:
-    """Soft threshold, rescaled per output channel, straight-through.
+    """Soft threshold, output channels rescaled; pruned weights get their gradient too.
 
     Source: Vanderschueren and De Vleeschouwer (WACV 2023). Their sparsity rises from epoch 5 on:
     set `begin` to its steps.
@@ -46,7 +46,7 @@ def st3(
 
 
 st3_sigma = partial(st3, allocation="sigma")
-st3_sigma.__doc__ = """ST-3 that ranks |w| sqrt(sum of the dimensions of its tensor)."""
+st3_sigma.__doc__ = """`st3` that ranks |w| times the root of the sum of its tensor's dimensions."""
 
 
 @dataclass(frozen=True)

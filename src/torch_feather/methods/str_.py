@@ -31,7 +31,7 @@ def str_(
     begin: int = 0,
     end: int | None = None,
 ) -> LearnedMethod:
-    """Soft threshold at sigmoid(s) with the true derivative, s learned for each layer.
+    """Soft threshold in each layer at sigmoid(s) with a learned s; pruned weights get no gradient.
 
     Source: Kusupati et al., Soft Threshold Weight Reparameterization for Learnable Sparsity (ICML
     2020), where the weight decay of s alone decides how sparse the network becomes. The control
