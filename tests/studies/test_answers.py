@@ -96,6 +96,10 @@ def test_what_is_left_of_many_comparisons_is_said(row):
     sentences, (table,) = spread.against(rows, [("a", "near"), ("a", "far")])
     assert sentences[0] == "a is ahead of near and far at 90 % sparsity (n = 3)."
     assert "Of the 2 differences told apart, 2 remain when" in sentences[1]
+    alone = [line for line in rows if line["label"] != "near"]
+    third = [row("third", 0.9, seed, a) for seed, a in enumerate((0.4, 0.5, 0.6))]
+    sentences, _ = spread.against([*alone, *third], [("a", "far"), ("a", "third")])
+    assert "The one difference told apart remains when" in sentences[-1]
     more = [
         row(f"other {i}", 0.9, seed, a) for i in range(4) for seed, a in enumerate((0.4, 0.5, 0.6))
     ]

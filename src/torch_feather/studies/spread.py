@@ -229,10 +229,14 @@ def _sentences(judged: Sequence[Difference], corrected: Mapping[Difference, floa
         few = min(len(left), len(lost)) <= NAMED
         which = f": {_named(left)}" if 0 < len(left) <= len(lost) and few else ""
         but = f", all but {_named(lost)}" if 0 < len(lost) < len(left) and few else ""
+        if len(told_apart) == 1:
+            what = f"The one difference told apart {'remains' if left else 'does not remain'}"
+        else:
+            remain = "remains" if len(left) == 1 else "remain"
+            what = f"Of the {len(told_apart)} differences told apart, {len(left)} {remain}"
         sentences.append(
-            f"Each comparison is taken by itself. Of the {len(told_apart)} differences told apart, "
-            f"{len(left)} {'remains' if len(left) == 1 else 'remain'} when corrected for how many "
-            f"there are at a sparsity (Holm){which}{but}."
+            f"Each comparison is taken by itself. {what} when corrected for how many there "
+            f"are at a sparsity (Holm){which}{but}."
         )
     return sentences
 
