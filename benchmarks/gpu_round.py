@@ -1,29 +1,36 @@
 """Everything that wants a GPU, in one go: tests, speed, and the full recipe; and a short table.
 
     python benchmarks/gpu_round.py --data-path FOLDER [--peer OFFICIAL] [--out results/gpu]
-    python benchmarks/gpu_round.py --data-path FOLDER --parts accuracy --minutes 8
+    python benchmarks/gpu_round.py --data-path FOLDER --parts accuracy --minutes 8 --share \
+        --methods feather,st3 --sparsity 0.98
 
-The round is made for 25 minutes on one large GPU. Each part runs in its own process under its own
-time limit and leaves its output in `--out` as it goes, so that a round that is cut off keeps what
-it has; `accuracy`, the 160-epoch recipe of CIFAR-100, goes on where it was when called again.
+The round is made for 15 to 25 minutes on one large GPU. Each part runs in its own process under its
+own time limit and leaves its output in `--out` as it goes, so that a round that is cut off keeps
+what it has; `accuracy`, the 160-epoch recipe of CIFAR-100, goes on where it was when called again.
+Options that are not listed below go to it, which is `feather study compare`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parent
+DRIVER = "/usr/local/nvidia/bin"  # where containers have the tools of the driver
 FASTEST = ["system.amp=true", "system.compile=true", "system.graph=true"]
 
 
-def parts(args: argparse.Namespace) -> dict[str, tuple[float, list[str]]]:
-    """Minutes and command line of each."""
+def parts(args: argparse.Namespace, study: list[str]) -> dict[str, tuple[float, list[str]]]:
+    """Minutes and command line of each; `study` is added to that of the accuracy."""
     peer = ["--peer", args.peer] if args.peer else []
     data = ["--data-path", args.data_path] if args.data_path else []
     cuda = ["--device", "cuda"]
@@ -37,7 +44,8 @@ def parts(args: argparse.Namespace) -> dict[str, tuple[float, list[str]]]:
     return {
         "tests": (
             3,
-            ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", str(BENCHMARKS.parent)],
+            ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-n", "6", "--durations", "5",
+             "--continue-on-collection-errors", str(BENCHMARKS.parent / "tests")],
         ),
         "selection": (1, [script("selection"), *cuda, *record("selection")]),
         "step_overhead": (
@@ -51,9 +59,9 @@ def parts(args: argparse.Namespace) -> dict[str, tuple[float, list[str]]]:
         ),
         "train_speed": (
             4,
-            [script("train_speed"), *data, *cuda, *peer, "--workers", "8", "--steps", "100",
-             "--rounds", "5", "--switches", "none", "graph", "compile+graph",
-             "amp+compile+graph", "--jobs", "1", "2", "4", "8", *record("train_speed")],
+            [script("train_speed"), *data, *cuda, *peer, "--workers", "8", "--steps", "50",
+             "--rounds", "3", "--pause", "0.1", "--switches", "none", "graph", "amp+graph",
+             "amp+compile+graph", "--jobs", "1", "6", "12", *record("train_speed")],
         ),
         "accuracy": (
             args.minutes,
@@ -62,7 +70,7 @@ def parts(args: argparse.Namespace) -> dict[str, tuple[float, list[str]]]:
              "--sparsity", "0.9,0.95,0.98,0.99,0.995", "--seeds", "0,1,2",
              *(word for setting in FASTEST for word in ("--set", setting)),
              "--jobs", str(args.jobs), "--minutes", str(0.7 * args.minutes),
-             "--runs", str(args.runs), "--out", str(args.out / "cifar100")],
+             "--runs", str(args.runs), "--out", str(args.out / "cifar100"), *study],
         ),
     }  # fmt: skip
 
@@ -89,6 +97,34 @@ def run(command: list[str], output: Path, minutes: float) -> int | str:
             return "over its time"
 
 
+@contextmanager
+def shared() -> Iterator[None]:
+    """Kernels of several processes run at a time (NVIDIA's MPS), where that can be had."""
+    control = shutil.which("nvidia-cuda-mps-control", path=f"{os.environ['PATH']}:{DRIVER}")
+    if control is None:
+        print("no nvidia-cuda-mps-control here: processes take turns on the GPU", flush=True)
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        places = dict.fromkeys(("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"), folder)
+        probe = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
+        subprocess.run([control, "-d"], env=os.environ | places)
+        works = False
+        with suppress(subprocess.TimeoutExpired):
+            works = subprocess.run(probe, env=os.environ | places, timeout=60).returncode == 0
+        print("processes share the GPU" if works else "MPS does not work here", flush=True)
+        if works:
+            os.environ.update(places)
+        try:
+            yield
+        finally:
+            with suppress(subprocess.TimeoutExpired):
+                quit = {"input": "quit\n", "text": True, "timeout": 30}
+                subprocess.run([control], env=os.environ | places, **quit)
+            for name in places:
+                os.environ.pop(name, None)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data-path", help="folder of CIFAR-100")
@@ -98,16 +134,18 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", help="[all that the arguments allow]")
     parser.add_argument("--minutes", type=float, default=13, help="for accuracy")
     parser.add_argument("--jobs", type=int, default=6, help="trainings at a time, for accuracy")
-    args = parser.parse_args()
+    parser.add_argument("--share", action="store_true", help="let kernels of processes overlap")
+    args, study = parser.parse_known_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, (minutes, command) in parts(args).items():
+    for name, (minutes, command) in parts(args, study).items():
         needs_data = name in ("train_speed", "accuracy")
         if name not in (args.parts or [name]) or (needs_data and not args.data_path):
             continue
         began = time.monotonic()
         output = args.out / f"{name}.txt"
-        code = run(command, output, minutes)
+        with shared() if args.share and needs_data else nullcontext():
+            code = run(command, output, minutes)
         rows.append((name, code, time.monotonic() - began))
         print(output.read_text()[-3000:], flush=True)
     print(f"\n{'part':15} {'exit':>13} {'seconds':>8}")

@@ -306,20 +306,31 @@ def main() -> None:
     config = replace(config, compare_dense=False)
     data = load_dataset(config.data, config.seed)
     torch.set_num_threads(config.system.threads or torch.get_num_threads())
-    rows = measure(arguments, config, data)
-    print(table(rows), flush=True)
-    shared = [together(arguments, config, jobs) for jobs in arguments.jobs]
-    for row in shared:
-        print(f"{row['jobs']:3} at once ({row['switches']}): {row['images_per_s']:9.0f} images/s")
     facts = provenance(torch.device(arguments.device))
+    names = {str(arguments.data_path): "FOLDER", str(arguments.peer): "OFFICIAL"}
+    record: dict[str, Any] = {
+        "command": official.recorded_command(None, names),
+        "network": config.network,
+        "rows": measure(arguments, config, data),
+        **facts,
+        "together": [],
+        "steps": arguments.steps,
+        "rounds": arguments.rounds,
+    }
+
+    def save() -> None:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+    save()
+    print(table(record["rows"]), flush=True)
+    for jobs in arguments.jobs:
+        row = together(arguments, config, jobs)
+        record["together"].append(row)
+        save()
+        speed = f"{row['images_per_s']:9.0f} images/s"
+        print(f"{row['jobs']:3} at once ({row['switches']}): {speed}", flush=True)
     print(f"\n{facts['hardware']}, PyTorch {facts['versions']['torch']}")
-    if arguments.json:
-        names = {str(arguments.data_path): "FOLDER", str(arguments.peer): "OFFICIAL"}
-        command = official.recorded_command(None, names)
-        record = {"command": command, "network": config.network, "rows": rows, **facts}
-        record["together"] = shared
-        record |= {"steps": arguments.steps, "rounds": arguments.rounds}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
