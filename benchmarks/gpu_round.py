@@ -43,7 +43,7 @@ def parts(args: argparse.Namespace, study: list[str]) -> dict[str, tuple[float, 
 
     return {
         "tests": (
-            3,
+            2,
             ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-n", "6", "--durations", "5",
              "--continue-on-collection-errors", str(BENCHMARKS.parent / "tests")],
         ),
@@ -58,7 +58,7 @@ def parts(args: argparse.Namespace, study: list[str]) -> dict[str, tuple[float, 
              "--size", "224", "--amp", "--channels-last", *record("resnet50")],
         ),
         "train_speed": (
-            4,
+            3,
             [script("train_speed"), *data, *cuda, *peer, "--workers", "8", "--steps", "50",
              "--rounds", "3", "--pause", "0.1", "--switches", "none", "graph", "amp+graph",
              "amp+compile+graph", "--jobs", "1", "6", "12", *record("train_speed")],
