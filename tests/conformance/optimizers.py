@@ -4,9 +4,9 @@ import contextlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 
-import prodigyopt
-import pytorch_optimizer
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -80,6 +80,17 @@ class ReassigningSGD(Optimizer):
         return loss
 
 
+def _elsewhere(package: str, name: str, **options: object) -> list[OptimizerCase]:
+    """The case of an optimizer of another package; none where that is missing, as on GPU hosts."""
+    if find_spec(package) is None:
+        return []
+
+    def make(parameters: list[nn.Parameter]) -> Optimizer:
+        return getattr(import_module(package), name)(parameters, **options)
+
+    return [OptimizerCase(f"{name.lower()} ({package})", make)]
+
+
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 
 OPTIMIZERS = {
@@ -109,12 +120,10 @@ OPTIMIZERS = {
             needs_closure=True,
         ),
         OptimizerCase("muon+adamw", _muon_and_adamw, tolerance=1e-3),
-        OptimizerCase("lion (pytorch_optimizer)", lambda ps: pytorch_optimizer.Lion(ps, lr=0.003)),
-        OptimizerCase("lamb (pytorch_optimizer)", lambda ps: pytorch_optimizer.Lamb(ps, lr=0.01)),
-        OptimizerCase("soap (pytorch_optimizer)", lambda ps: pytorch_optimizer.SOAP(ps, lr=0.01)),
-        OptimizerCase(
-            "prodigy (prodigyopt)", lambda ps: prodigyopt.Prodigy(ps, weight_decay=0.01, d0=1e-3)
-        ),
+        *_elsewhere("pytorch_optimizer", "Lion", lr=0.003),
+        *_elsewhere("pytorch_optimizer", "Lamb", lr=0.01),
+        *_elsewhere("pytorch_optimizer", "SOAP", lr=0.01),
+        *_elsewhere("prodigyopt", "Prodigy", weight_decay=0.01, d0=1e-3),
     ]
 }
 
