@@ -362,6 +362,57 @@ class LatentWeights:
         places = zip(self.views, self.places, strict=True)
         return Numbers(flat, [flat.as_strided(w.shape, w.stride(), a) for w, (a, _) in places])
 
+    def adopt(
+        self, which: Sequence[int], values: Sequence[Tensor], images: Sequence[Tensor]
+    ) -> None:
+        """Values of these tensors that differ from their images become the latent weights.
+
+        Neighbours are compared together, since many small operations slow an accelerator.
+
+        Args:
+            which: numbers of tensors.
+            values, images: of every tensor, laid out like `views`.
+        """
+        for run in self.constant(("runs", *which), lambda weights: weights._runs(which)):
+            held, shown = self._joined(run, values), self._joined(run, images)
+            latent = self._joint(run)
+            latent.copy_(torch.where(held == shown, latent, held))
+
+    def _runs(self, which: Sequence[int]) -> list[list[int]]:
+        """These tensors in groups of neighbours, of one tensor or at most `DEVICE_BLOCK` long."""
+        runs: list[list[int]] = []
+        end = length = 0
+        for i in sorted(which, key=self.places.__getitem__):
+            (start, stop), size = self.places[i], self.views[i].numel()
+            alike = bool(runs) and self._part_of(i) is self._part_of(runs[-1][0])
+            if not alike or start != end or length + size > DEVICE_BLOCK:
+                runs.append([])
+                length = 0
+            runs[-1].append(i)
+            end, length = stop, length + size
+        return runs
+
+    def _joint(self, run: Sequence[int]) -> Tensor:
+        """The latent weights of neighbours: flat, but of a single tensor in its shape."""
+        if len(run) == 1:
+            return self.views[run[0]]
+        part = self._part_of(run[0])
+        start, stop = self.places[run[0]][0], self.places[run[-1]][1]
+        return part.flat[start - part.start : stop - part.start]
+
+    def _joined(self, run: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
+        """Of tensors laid out like `views` those of neighbours, laid out like `_joint`."""
+        if len(run) == 1:
+            return tensors[run[0]]
+        out = torch.empty_like(self._joint(run))
+        first = self.places[run[0]][0]
+        layout = [(self.views[i], self.places[i][0] - first) for i in run]
+        copy_all(
+            [out.as_strided(view.shape, view.stride(), start) for view, start in layout],
+            [tensors[i] for i in run],
+        )
+        return out
+
     def zeros(self) -> Tensor:
         """Number of weights of each tensor that are exactly 0, int64; none where all of them are.
 

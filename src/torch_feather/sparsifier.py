@@ -729,9 +729,7 @@ class Sparsifier:
         if not written:
             return False
         images, _ = self.reparametrization.images(self.weights)
-        for i in written:
-            view = self.weights.views[i]
-            view.copy_(torch.where(here[i] == images[i], view, here[i]))
+        self.weights.adopt(written, here, images)
         return True
 
     def _refuse_sparse_start(self) -> None:

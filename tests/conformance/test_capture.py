@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_feather as feather
 from torch_feather import host, thresholded
@@ -116,6 +117,36 @@ def test_an_engine_that_keeps_what_it_allocated_would_be_noticed(without_gpu, mo
         step = steps_on_fake_tensors("feather-theta")
         step()
         assert reads_across(step)
+
+
+class Count(TorchDispatchMode):
+    """How many operations on data an accelerator would be given."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_look_at_many_tensors_is_as_few_operations_as_one_at_few(as_on_a_device):
+    """Each of them costs an accelerator microseconds, however small the tensor is."""
+    counts = []
+    for layers in (2, 20):
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)
+        sparsifier = feather.sparsify(model, optimizer, sparsity=0.8, total_steps=10)
+        model(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+        every = range(len(sparsifier.slots))
+        with torch.no_grad(), Count() as count:
+            sparsifier.before_step(every)
+            sparsifier.capture(every)
+            sparsifier.after_step(True)
+        counts.append(count.number)
+    assert counts[0] == counts[1]
 
 
 # --- what a replay computes -----------------------------------------------------------------

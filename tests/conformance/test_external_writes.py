@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import torch_feather as feather
+from torch_feather.latent import LatentWeights
 
 from .harness import TOTAL, assert_exact, assert_same, snapshot, start
 from .models import MODELS
@@ -308,3 +309,26 @@ def test_identity_storage_and_aliases_of_parameters_never_change():
     assert torch.equal(alias, run.model.head.weight)
     run.sparsifier.finalize(force=True)
     assert [(id(p), p.data_ptr()) for p in run.model.parameters()] == identities
+
+
+@pytest.mark.parametrize("block", [1, 30, 1 << 24], ids=["alone", "few", "all"])
+@pytest.mark.parametrize("which", [[0, 1, 2, 3, 4], [0, 2, 3], [4]])
+def test_only_what_was_written_into_named_tensors_becomes_latent(which, block, monkeypatch):
+    """However many neighbours are compared at a time, whatever their types and memory layouts."""
+    monkeypatch.setattr("torch_feather.latent.DEVICE_BLOCK", block)
+    shapes, types = [(2, 3, 2, 2), (5, 4), (3,), (4, 4), (7,)], ["float32", "bfloat16"]
+    parameters = [
+        torch.randn(shape).to(getattr(torch, types[i % 2])) for i, shape in enumerate(shapes)
+    ]
+    parameters[0] = parameters[0].to(memory_format=torch.channels_last)
+    weights = LatentWeights(parameters)
+    images = [torch.where(p.abs() > 0.5, p, torch.zeros_like(p)) for p in parameters]
+    written = [torch.where(torch.rand(u.shape) < 0.3, 7.0, u).to(u.dtype) for u in images]
+    for one in written:
+        one[0] = torch.nan
+    weights.adopt(which, written, images)
+    for i, view in enumerate(weights.views):
+        expected = parameters[i]
+        if i in which:
+            expected = torch.where(written[i] == images[i], expected, written[i])
+        torch.testing.assert_close(view, expected, rtol=0, atol=0, equal_nan=True)
