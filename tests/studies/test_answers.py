@@ -8,9 +8,10 @@ import statistics
 import pytest
 from matplotlib.figure import Figure
 
+from torch_feather.analysis.plots import look
 from torch_feather.studies import STUDIES, flops, published, spread, stability
 from torch_feather.studies.command import base
-from torch_feather.studies.figures import every_seed, over_epochs, over_sparsity
+from torch_feather.studies.figures import every_seed, looks, over_epochs, over_sparsity
 from torch_feather.studies.files import Made, write
 from torch_feather.studies.study import Choices
 
@@ -245,6 +246,20 @@ def test_every_published_series_names_its_source():
     series = [*published.MOBILENET, *published.RESNET50]
     assert all(s.source and s.points for s in series)
     assert all(0.5 < p.sparsity < 1 and 40 < p.accuracy < 80 for s in series for p in s.points)
+
+
+def test_a_published_series_looks_like_ours_of_the_same_method(row):
+    options = [row("st3"), row("gmp (allocation = uniform)"), row("str (rate = 0.1)")]
+    rows = [*options, row("str (rate = 0.01)"), row("feather")]
+    names = spread.labels(rows)
+    found = looks(published.MOBILENET, rows)
+    by_method = {s.ours: style for s, style in zip(published.MOBILENET, found, strict=True)}
+    assert by_method["st3"] == look(names.index("st3"))
+    assert by_method["feather"] == look(names.index("feather"))
+    assert by_method["gmp"] == look(1)
+    # Two of ours are STR, none is ProbMask: those look like nothing else.
+    assert by_method["str"] != by_method["probmask"]
+    assert not any(by_method[name] in map(look, range(5)) for name in ("str", "probmask"))
 
 
 def test_the_recipes_are_the_published_ones():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from ..analysis.plots import GREY, look, panel
 from ..training.config import DENSE
 from .grid import Row
+from .published import Series
 from .spread import accuracies, deviation, group, labels, mean, percent, sparsities
 
 BROAD = 24  # letters of a legend's entry, above which there is no room for two side by side
@@ -92,6 +94,17 @@ def every_seed(rows: Sequence[Row], sparsity: float) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.tick_params(left=False)
     return figure
+
+
+def looks(published: Sequence[Series], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Of published series: the looks that ours of the same method has, or else what is left."""
+    ours = labels(rows)
+    free = itertools.count(len(ours))
+    found = []
+    for series in published:
+        same = [i for i, label in enumerate(ours) if label.split(" (")[0] == series.ours]
+        found.append(look(same[0] if len(same) == 1 else next(free)))
+    return found
 
 
 def below(axes: Axes) -> None:

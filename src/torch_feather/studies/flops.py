@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator
 from ..analysis.plots import GREY, look, panel
 from ..training.config import DENSE, Config
 from . import compare
-from .figures import below
+from .figures import below, looks
 from .grid import Row, Run
 from .published import RESNET50
 from .spread import (
@@ -98,7 +98,7 @@ def answer(rows: Sequence[Row], config: Config) -> Answer:
             ],
             [accuracy_table(rows, more=[share]), *differences],
         ),
-        published(),
+        published(rows),
     )
 
 
@@ -189,7 +189,7 @@ def _cost_axis(axes: Axes, cost: Cost) -> None:
     axes.set_xlabel(cost.axis)
 
 
-def published() -> Part:
+def published(ours: Sequence[Row]) -> Part:
     """ResNet-50 on ImageNet."""
     figure, axes = panel(5.2, 4.6)
     priced = [
@@ -198,8 +198,9 @@ def published() -> Part:
     ]
     priced = [(series, points) for series, points in priced if points]
     _stairs(axes, [point for _, points in priced for point in points])
-    for i, (series, points) in enumerate(priced):
-        axes.plot(*zip(*points, strict=True), label=series.method, **look(i))
+    styles = looks([series for series, _ in priced], ours)
+    for (series, points), style in zip(priced, styles, strict=True):
+        axes.plot(*zip(*points, strict=True), label=series.method, **style)
     _cost_axis(axes, MULTIPLY_ADDS)
     axes.set_ylabel("top-1 accuracy on ImageNet, %")
     below(axes)

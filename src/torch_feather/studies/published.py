@@ -43,9 +43,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """What was published of one method."""
+    """What was published of one method; `ours` is its name here."""
 
     method: str
+    ours: str
     source: str
     points: tuple[Point, ...]
 
@@ -53,11 +54,11 @@ class Series:
 # MobileNetV1 on ImageNet, 100 epochs; all of Table 2 of the supplement
 MOBILENET_DENSE = 71.95
 MOBILENET = (
-    Series("GMP", SUPPLEMENT, (Point(0.89, 61.80),)),
-    Series("STR", SUPPLEMENT, (Point(0.89, 62.10),)),
-    Series("ProbMask", SUPPLEMENT, (Point(0.89, 65.19), Point(0.941, 60.10))),
-    Series("ST-3", SUPPLEMENT, (Point(0.89, 66.67), Point(0.941, 61.19))),
-    Series("Feather-Global", SUPPLEMENT, (Point(0.89, 68.13), Point(0.941, 63.63))),
+    Series("GMP", "gmp", SUPPLEMENT, (Point(0.89, 61.80),)),
+    Series("STR", "str", SUPPLEMENT, (Point(0.89, 62.10),)),
+    Series("ProbMask", "probmask", SUPPLEMENT, (Point(0.89, 65.19), Point(0.941, 60.10))),
+    Series("ST-3", "st3", SUPPLEMENT, (Point(0.89, 66.67), Point(0.941, 61.19))),
+    Series("Feather-Global", "feather", SUPPLEMENT, (Point(0.89, 68.13), Point(0.941, 63.63))),
 )
 
 _ST3 = "Vanderschueren and De Vleeschouwer, WACV 2023"
@@ -66,6 +67,7 @@ _ST3 = "Vanderschueren and De Vleeschouwer, WACV 2023"
 RESNET50 = (
     Series(
         "ST-3",
+        "st3",
         _ST3,
         (
             Point(0.8, 76.95, 1215),
@@ -78,6 +80,7 @@ RESNET50 = (
     ),
     Series(
         "ST-3σ",
+        "st3-sigma",
         _ST3,
         (
             Point(0.8, 76.44, 739),
@@ -90,6 +93,7 @@ RESNET50 = (
     ),
     Series(
         "STR",
+        "str",
         "Kusupati et al., ICML 2020",
         (
             Point(0.8127, 76.12, 705),
@@ -100,7 +104,12 @@ RESNET50 = (
             Point(0.9898, 51.82, 47),
         ),
     ),
-    Series("ProbMask", "Zhou et al., CVPR 2021", (Point(0.9, 74.68),)),
-    Series("Feather-Global", FEATHER, (Point(0.9, 76.93),)),
-    Series("Feather, FLOPs-biased", f"{SUPPLEMENT}, section 6", (Point(0.99, 67.2, 42),)),
+    Series("ProbMask", "probmask", "Zhou et al., CVPR 2021", (Point(0.9, 74.68),)),
+    Series("Feather-Global", "feather", FEATHER, (Point(0.9, 76.93),)),
+    Series(
+        "Feather, FLOPs-biased",
+        "feather-flops",
+        f"{SUPPLEMENT}, section 6",
+        (Point(0.99, 67.2, 42),),
+    ),
 )
