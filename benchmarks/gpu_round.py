@@ -7,7 +7,7 @@
 The round is made for 15 to 25 minutes on one large GPU. Each part runs in its own process under its
 own time limit and leaves its output in `--out` as it goes, so that a round that is cut off keeps
 what it has; `accuracy`, the 160-epoch recipe of CIFAR-100, goes on where it was when called again.
-Options that are not listed below go to it, which is `feather study compare`.
+All other options go to it, which is `feather study compare`.
 """
 
 from __future__ import annotations
@@ -105,24 +105,33 @@ def shared() -> Iterator[None]:
         print("no nvidia-cuda-mps-control here: processes take turns on the GPU", flush=True)
         yield
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         places = dict.fromkeys(("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"), folder)
         probe = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
-        subprocess.run([control, "-d"], env=os.environ | places)
+        shares = os.environ | places
+
+        def ask(question: str) -> str:
+            options = {"input": question, "text": True, "env": shares, "timeout": 30}
+            return subprocess.run([control], capture_output=True, **options).stdout.strip()
+
         works = False
-        with suppress(subprocess.TimeoutExpired):
-            works = subprocess.run(probe, env=os.environ | places, timeout=60).returncode == 0
+        with suppress(subprocess.SubprocessError):
+            subprocess.run([control, "-d"], env=shares, check=True)
+            subprocess.run(probe, env=shares, timeout=60, check=True)
+            works = ask("get_server_list\n").isdigit()  # without a server CUDA runs unshared
         print("processes share the GPU" if works else "MPS does not work here", flush=True)
+        before = dict(os.environ)
         if works:
             os.environ.update(places)
         try:
             yield
         finally:
-            with suppress(subprocess.TimeoutExpired):
-                quit = {"input": "quit\n", "text": True, "timeout": 30}
-                subprocess.run([control], env=os.environ | places, **quit)
             for name in places:
                 os.environ.pop(name, None)
+                if name in before:
+                    os.environ[name] = before[name]
+            with suppress(subprocess.SubprocessError):
+                ask("quit\n")
 
 
 def main() -> int:
@@ -136,6 +145,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=6, help="trainings at a time, for accuracy")
     parser.add_argument("--share", action="store_true", help="let kernels of processes overlap")
     args, study = parser.parse_known_args()
+    if study and "accuracy" not in (args.parts or ["accuracy"]):
+        parser.error(f"unknown: {' '.join(study)}; only accuracy takes more options")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, (minutes, command) in parts(args, study).items():

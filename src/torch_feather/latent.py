@@ -367,13 +367,17 @@ class LatentWeights:
     ) -> None:
         """Values of these tensors that differ from their images become the latent weights.
 
-        Neighbours are compared together, since many small operations slow an accelerator.
+        Accelerators are slowed by many small operations, so there neighbours are compared together;
+        on a CPU the copies would take several times as long as they save.
 
         Args:
             which: numbers of tensors.
-            values, images: of every tensor, laid out like `views`.
+            values, images: of every tensor, shaped like `views`.
         """
-        for run in self.constant(("runs", *which), lambda weights: weights._runs(which)):
+        runs = [[i] for i in which]
+        if host.waits_for(self.device):
+            runs = self.constant(("runs", *which), lambda weights: weights._runs(which))
+        for run in runs:
             held, shown = self._joined(run, values), self._joined(run, images)
             latent = self._joint(run)
             latent.copy_(torch.where(held == shown, latent, held))

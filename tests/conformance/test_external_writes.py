@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import torch_feather as feather
+from torch_feather import host
 from torch_feather.latent import LatentWeights
 
 from .harness import TOTAL, assert_exact, assert_same, snapshot, start
@@ -311,11 +312,15 @@ def test_identity_storage_and_aliases_of_parameters_never_change():
     assert [(id(p), p.data_ptr()) for p in run.model.parameters()] == identities
 
 
+@pytest.mark.parametrize("on_device", [True, False], ids=["device", "cpu"])
 @pytest.mark.parametrize("block", [1, 30, 1 << 24], ids=["alone", "few", "all"])
 @pytest.mark.parametrize("which", [[0, 1, 2, 3, 4], [0, 2, 3], [4]])
-def test_only_what_was_written_into_named_tensors_becomes_latent(which, block, monkeypatch):
+def test_only_what_was_written_into_named_tensors_becomes_latent(
+    which, block, on_device, monkeypatch
+):
     """However many neighbours are compared at a time, whatever their types and memory layouts."""
     monkeypatch.setattr("torch_feather.latent.DEVICE_BLOCK", block)
+    monkeypatch.setattr(host, "waits_for", lambda _: on_device)
     shapes, types = [(2, 3, 2, 2), (5, 4), (3,), (4, 4), (7,)], ["float32", "bfloat16"]
     parameters = [
         torch.randn(shape).to(getattr(torch, types[i % 2])) for i, shape in enumerate(shapes)
