@@ -38,11 +38,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_feather as feather
-from torch_feather.latent import copy_all
 from torch_feather.methods import method_options
 from torch_feather.prunable import find_prunable
 from torch_feather.training.provenance import provenance
-from torch_feather.writes import checksum
+from torch_feather.weights.checksum import checksum
+from torch_feather.weights.latent import copy_all
 
 CLASSES = 100
 WARMUP = 3  # rounds before those that count: memory is allocated, kernels are chosen

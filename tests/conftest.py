@@ -5,8 +5,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from torch_feather import thresholded
-from torch_feather.health import Health
+from torch_feather.engine.health import Health
+from torch_feather.methods import thresholded
 from torch_feather.schedules import make_table
 from torch_feather.selection import device
 

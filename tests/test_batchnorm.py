@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from torch_feather import models
-from torch_feather.batchnorm import recalibrate_batchnorm
 from torch_feather.errors import ConfigurationError
+from torch_feather.measure.batchnorm import recalibrate_batchnorm
 
 
 def loader(n=3, size=6):

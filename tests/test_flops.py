@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from torch_feather import models
 from torch_feather.errors import ConfigurationError
-from torch_feather.flops import count_flops
+from torch_feather.measure.flops import count_flops
 from torch_feather.prunable import find_prunable
 
 # Published numbers; the two of ImageNet at 224x224, counted on the meta device.

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import torch_feather as feather
-from torch_feather import ConfigurationError, NonFiniteWeightError, StateError, host
+from torch_feather import ConfigurationError, NonFiniteWeightError, StateError, devices
 from torch_feather.methods import build_method
-from torch_feather.methods.asl_plus import log_density_slope
+from torch_feather.methods.learned.asl_plus import log_density_slope
 from torch_feather.schedules import Cubic
 
 pytestmark = pytest.mark.filterwarnings("ignore:Every weight of")
@@ -295,7 +295,7 @@ def test_a_gradient_of_thresholds_that_is_nan_is_an_error(method):
 
 def test_thresholds_that_are_nan_are_found_when_training_ends_on_a_device(monkeypatch):
     """Between two looks at it, which may be a hundred steps apart."""
-    monkeypatch.setattr(host, "waits_for", lambda _: True)
+    monkeypatch.setattr(devices, "synchronizes", lambda _: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     task = Task("asl", 0.9, dense_below=0, total_steps=4).train(3)
     task.gradients(*task.batch())

@@ -12,9 +12,9 @@ from torch import nn
 
 from torch_feather import available_methods, models, sparsify
 from torch_feather.errors import FILL_LAYERS, ConfigurationError
-from torch_feather.flops import count_flops
+from torch_feather.measure.flops import count_flops
+from torch_feather.measure.report import macs_text, percent, report, sparsity
 from torch_feather.methods import method_options
-from torch_feather.report import macs_text, percent, report, sparsity
 
 
 def network(density=0.3):

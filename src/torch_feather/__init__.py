@@ -9,7 +9,6 @@ sparsifier.finalize()
 
 from . import models
 from .average import LatentAverage
-from .batchnorm import recalibrate_batchnorm
 from .errors import (
     ConfigurationError,
     FeatherError,
@@ -19,11 +18,12 @@ from .errors import (
     StateError,
 )
 from .export import load_sparse, save_sparse
-from .flops import count_flops
-from .masks import ZeroKeeper, keep_zeros
+from .finetune import ZeroKeeper, keep_zeros
+from .measure.batchnorm import recalibrate_batchnorm
+from .measure.flops import count_flops
+from .measure.report import report, sparsity
 from .methods import available_methods
 from .operators import power_threshold
-from .report import report, sparsity
 from .runtime import compile_sparse
 from .sparsifier import Sparsifier, sparsify
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigurationError, StateError
-from .latent import copy_all
 from .prunable import unwrap
 from .sparsifier import Sparsifier
+from .weights.latent import copy_all
 
 
 class LatentAverage:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigurationError
-from .latent import LatentWeights, Segment, visible
+from .methods.base import Rate, Setting
+from .methods.thresholded import Scheduled
 from .operators import Operator
-from .reparametrization import Rate, Setting
-from .thresholded import Scheduled
+from .weights.latent import LatentWeights, Segment, visible
 
 if TYPE_CHECKING:
-    from .methods.method import PatternedMethod
+    from .methods.magnitude import PatternedMethod
 
 
 class Pattern(ABC):

@@ -26,26 +26,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import host
-from .arrivals import Arrivals
-from .attachment import Attachment
+from . import devices
+from .engine.binding import bind, check_storage
+from .engine.checkpoint import FORMAT, Header, digest, from_bytes, to_bytes
+from .engine.external_writes import Watch
+from .engine.gradients import Arrivals
+from .engine.health import Health
+from .engine.hooks import Attachment
+from .engine.loss_scale import unscale_others
+from .engine.step_in_backward import Round, half_done, in_backward, incomplete
 from .errors import ConfigurationError, StateError, some, warn
-from .header import FORMAT, Header, digest, from_bytes, to_bytes
-from .health import Health
-from .inner import no_rate
-from .latent import LatentWeights, copy_all
-from .masks import ZeroKeeper
+from .finetune import ZeroKeeper
+from .measure.report import Report, report
 from .methods import AnyMethod, build_method
+from .methods.base import Rate, Setting
+from .methods.own_parameters import no_rate
 from .prunable import Filters, find_prunable, list_filters, unwrap
-from .ranks import check_ranks
-from .reparametrization import Rate, Setting
-from .report import Report, report
-from .rounds import Round, half_done, in_backward, incomplete
-from .scaling import unscale_others
-from .sharding import fsdp_units, is_sharded, local, part_of, reshard, spread_like
-from .slots import bind, check_storage
 from .targets import Sparsity, Target, check_share
-from .writes import Watch, checksum_of
+from .weights.checksum import checksum_of
+from .weights.latent import LatentWeights, copy_all
+from .weights.ranks import check_ranks
+from .weights.shards import fsdp_units, is_sharded, local, part_of, reshard, spread_like
 
 ONE_PROCESS = (
     "This method needs whole weight tensors in one process, but here they are sharded over "
@@ -740,7 +741,7 @@ class Sparsifier:
         alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
         if self._stepped or alone or self.weights.shards is not None:
             return
-        if host.waits_for(self.weights.device) and torch.cuda.is_current_stream_capturing():
+        if devices.synchronizes(self.weights.device) and torch.cuda.is_current_stream_capturing():
             return
         pruned = [self.reparametrization.pruned(self.weights, i) for i in self._every]
         zeros = [slot.parameter.detach() == 0 for slot in self.slots]

@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_feather as feather
-from torch_feather import host, thresholded
+from torch_feather import devices
+from torch_feather.methods import thresholded
 from torch_feather.selection import device
 
 from .capture import Tape, reads_across
@@ -23,7 +24,7 @@ BUDGET = "feather-flops within a budget"  # its bias is searched for anew after 
 @pytest.fixture
 def as_on_a_device(monkeypatch):
     """CPU tensors, whose values cost the host nothing to read, go the way of an accelerator's."""
-    monkeypatch.setattr(host, "waits_for", lambda _: True)
+    monkeypatch.setattr(devices, "synchronizes", lambda _: True)
     monkeypatch.setattr(device, "default_passes", lambda scores: device.TorchPasses)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 

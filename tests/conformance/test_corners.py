@@ -85,8 +85,8 @@ def sparsifier_latents(pair):
 
 def resaved(pair, images):
     """The states as another device would have saved them: with the checksums of its images."""
-    from torch_feather.header import Header
-    from torch_feather.writes import checksum
+    from torch_feather.engine.checkpoint import Header
+    from torch_feather.weights.checksum import checksum
 
     states = copy.deepcopy(pair[3])
     for i, state in enumerate(states):

@@ -9,10 +9,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_feather as feather
-from torch_feather import host
-from torch_feather.latent import LatentWeights, Segment
+from torch_feather import devices
 from torch_feather.operators import Hard, Power
 from torch_feather.selection import select
+from torch_feather.weights.latent import LatentWeights, Segment
 
 
 @pytest.mark.parametrize("options", [{}, {"min_density": 0.01}, {"theta": 0.5}], ids=str)
@@ -35,7 +35,7 @@ def test_a_step_never_makes_the_host_wait(without_gpu, options, dtype):
 @pytest.mark.parametrize("operator", [Power(3.0), Power(1.0), Hard()], ids=str)
 @pytest.mark.parametrize("fill", ["normal", "ties", "zeros"])
 def test_the_device_form_of_the_image_is_that_of_the_cpu(operator, fill, monkeypatch):
-    monkeypatch.setattr("torch_feather.latent.DEVICE_BLOCK", 1000)  # several blocks
+    monkeypatch.setattr("torch_feather.weights.latent.DEVICE_BLOCK", 1000)  # several blocks
     w = {"normal": torch.randn(70, 50), "ties": torch.randint(-4, 5, (70, 50)) / 8.0}
     w["zeros"] = torch.where(w["ties"].abs() < 0.3, 0.0, w["normal"])
     weights = LatentWeights([w[fill]])
@@ -43,7 +43,7 @@ def test_the_device_form_of_the_image_is_that_of_the_cpu(operator, fill, monkeyp
         segments = [Segment(0, 3500, select(weights.magnitudes, torch.tensor(k)))]
         (on_cpu,), total = weights.images(segments, operator)
         with monkeypatch.context() as patch:
-            patch.setattr(host, "waits_for", lambda _: True)
+            patch.setattr(devices, "synchronizes", lambda _: True)
             (on_device,), other = weights.images(segments, operator)
         assert torch.equal(on_cpu == 0, on_device == 0)
         torch.testing.assert_close(on_cpu, on_device)

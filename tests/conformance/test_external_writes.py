@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import torch_feather as feather
-from torch_feather import host
-from torch_feather.latent import LatentWeights
+from torch_feather import devices
+from torch_feather.weights.latent import LatentWeights
 
 from .harness import TOTAL, assert_exact, assert_same, snapshot, start
 from .models import MODELS
@@ -319,8 +319,8 @@ def test_only_what_was_written_into_named_tensors_becomes_latent(
     which, block, on_device, monkeypatch
 ):
     """However many neighbours are compared at a time, whatever their types and memory layouts."""
-    monkeypatch.setattr("torch_feather.latent.DEVICE_BLOCK", block)
-    monkeypatch.setattr(host, "waits_for", lambda _: on_device)
+    monkeypatch.setattr("torch_feather.weights.latent.DEVICE_BLOCK", block)
+    monkeypatch.setattr(devices, "synchronizes", lambda _: on_device)
     shapes, types = [(2, 3, 2, 2), (5, 4), (3,), (4, 4), (7,)], ["float32", "bfloat16"]
     parameters = [
         torch.randn(shape).to(getattr(torch, types[i % 2])) for i, shape in enumerate(shapes)

@@ -10,17 +10,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import torch_feather as feather
-from torch_feather import ConfigurationError, StateError, host
+from torch_feather import ConfigurationError, StateError, devices
 from torch_feather.allocation import ERK, FlopsBiased, Global
 from torch_feather.allocation.base import counts_of
 from torch_feather.allocation.uniform import Equal
-from torch_feather.gradients import StraightThrough
-from torch_feather.latent import LatentWeights
+from torch_feather.gradient_rules import StraightThrough
 from torch_feather.methods import METHODS, Method, build_method, method_options
-from torch_feather.methods.method import ALLOCATIONS
+from torch_feather.methods.base import Setting
+from torch_feather.methods.magnitude import ALLOCATIONS
 from torch_feather.operators import Hard, Soft
-from torch_feather.reparametrization import Setting
 from torch_feather.schedules import Constant, Cubic, Stairs
+from torch_feather.weights.latent import LatentWeights
 
 from .harness import STEPS, TOTAL, Loop, Run, assert_exact, assert_same, snapshot, start
 from .models import MODELS
@@ -253,7 +253,7 @@ def test_a_bias_is_found_for_a_budget_and_survives_a_restart():
 def test_what_training_makes_of_a_budget_is_within_it(way, pattern, monkeypatch):
     """Where nothing is read on the way too; a block counts with all its weights."""
     if way == "device":
-        monkeypatch.setattr(host, "waits_for", lambda device: True)
+        monkeypatch.setattr(devices, "synchronizes", lambda device: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     x = MODELS["convnet"].batch(0)[0]
     budget = 0.5 * macs(start("convnet", schedule="constant"))

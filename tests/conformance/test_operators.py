@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import torch_feather as feather
-from torch_feather import gradients, operators
+from torch_feather import gradient_rules as gradients
+from torch_feather import operators
 from torch_feather.errors import ConfigurationError
 
 P = [1.0, 1.5, 2.0, 3.0, 4.0, 10.0]

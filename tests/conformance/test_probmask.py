@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import torch_feather as feather
-from torch_feather import ConfigurationError, host
-from torch_feather.inner import Adam
+from torch_feather import ConfigurationError, devices
 from torch_feather.methods import build_method
-from torch_feather.noise import uniform
-from torch_feather.projection import project_
+from torch_feather.methods.own_parameters import Adam
+from torch_feather.methods.probmask.projection import project_
+from torch_feather.methods.probmask.random_numbers import uniform
 
 from .harness import RECIPES, TOTAL, Loop, Run, assert_exact, assert_same, snapshot, start
 from .methods import METHODS, project, splitmix64
@@ -59,7 +59,7 @@ POINTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("points", POINTS)
 def test_the_projection_is_the_nearest_point_within_the_budget(points, dtype, way, monkeypatch):
-    monkeypatch.setattr(host, "waits_for", lambda _: way == "of a device")
+    monkeypatch.setattr(devices, "synchronizes", lambda _: way == "of a device")
     for size in (1, 7, 500):
         x = POINTS[points](size).to(dtype)
         for share in (0.003, 0.1, 0.5, 0.97, 1.0):

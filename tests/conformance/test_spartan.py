@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_feather as feather
-from torch_feather import ConfigurationError, NonFiniteWeightError, StateError, transport
+from torch_feather import ConfigurationError, NonFiniteWeightError, StateError
 from torch_feather.allocation import ERK, Allocation, FlopsBiased, Global, Uniform
-from torch_feather.latent import LatentWeights
-from torch_feather.transport import soft_top_k
+from torch_feather.methods.spartan import soft_top_k as soft_top_k_module
+from torch_feather.methods.spartan.soft_top_k import soft_top_k
+from torch_feather.weights.latent import LatentWeights
 
 from .harness import TOTAL, assert_exact, assert_same, snapshot, start
 from .models import MODELS
@@ -94,7 +95,7 @@ def test_the_mask_costs_what_the_kept_weights_cost(allocation, dtype, sample):
 @pytest.mark.parametrize("spread", [0.005, 0.05, 0.5])
 def test_few_passes_over_the_weights_are_enough(spread, beta, sparsity, monkeypatch):
     passes = []
-    sums = transport._sums
+    sums = soft_top_k_module._sums
     monkeypatch.setattr(transport, "_sums", lambda *args: passes.append(1) or sums(*args))
     weights = LatentWeights([torch.randn(100_000) * spread])
     soft_masks(weights, allocated(weights, Global(), sparsity), beta)

@@ -36,7 +36,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import torch_feather as feather
-from torch_feather import host
+from torch_feather import devices
 from torch_feather.allocation import FlopsBiased, Global
 from torch_feather.errors import ConfigurationError, NonFiniteWeightError, StateError
 
@@ -57,7 +57,7 @@ def check(*worlds):
 def accelerator():
     """The way of an accelerator, on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "waits_for", lambda device: True)
+        patch.setattr(devices, "synchronizes", lambda device: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         yield
 

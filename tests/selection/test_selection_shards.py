@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from selection_cases import MAKERS, assert_same_cut, make, scores_and_count
 
-from torch_feather import host
+from torch_feather import devices
 from torch_feather.selection import select_shards
 from torch_feather.selection.reference import select_reference
 
@@ -64,7 +64,7 @@ def way(request):
     """The way of an accelerator is taken on the CPU too."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "device":
-            patch.setattr(host, "waits_for", lambda device: True)
+            patch.setattr(devices, "synchronizes", lambda device: True)
         yield
 
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..latent import LatentWeights, Segment
-from ..reparametrization import Setting
+from ..methods.base import Setting
+from ..weights.latent import LatentWeights, Segment
 
 
 class Allocation(ABC):

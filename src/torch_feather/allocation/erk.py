@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..latent import LatentWeights, Segment
+from ..weights.latent import LatentWeights, Segment
 from .base import Fitted, counts_of, cut_layers
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import host
+from .. import devices
 from ..errors import ConfigurationError
-from ..latent import LatentWeights, Segment
-from ..reparametrization import Setting
+from ..methods.base import Setting
+from ..weights.latent import LatentWeights, Segment
 from .base import Fitted, cut_layers
 
 
@@ -48,7 +48,7 @@ class Global(Fitted):
         k = (sparsity * weights.size).round().long()
         if self.min_density == 0.0 and self.max_density == 1.0:
             return [Segment(0, weights.size, weights.select(k))]
-        if not host.waits_for(k.device):
+        if not devices.synchronizes(k.device):
             # Bounds that do not bind cost one look; elsewhere looking would make the host wait.
             cut = weights.select(k)
             counts = weights.counts_pruned([Segment(0, weights.size, cut)])

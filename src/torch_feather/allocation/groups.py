@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from ..latent import LatentWeights, Segment, first_of_cut
-from ..reparametrization import Setting
+from ..methods.base import Setting
 from ..selection import Cut
+from ..weights.latent import LatentWeights, Segment, first_of_cut
 from .base import Allocation, Fitted
 
 

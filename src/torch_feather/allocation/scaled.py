@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import host
+from .. import devices
 from ..errors import ConfigurationError, nearest
-from ..flops import count_flops
-from ..inner import write_if
-from ..latent import LatentWeights, Segment
+from ..measure.flops import count_flops
+from ..methods.base import Setting
+from ..methods.own_parameters import write_if
 from ..prunable import unwrap
-from ..reparametrization import Setting
+from ..weights.latent import LatentWeights, Segment
 from .base import Allocation, Fitted
 
 # A bias that is solved for is a multiple of 1 / 256, so that it often stays what it was.
@@ -216,7 +216,7 @@ class Budgeted(Biased):
 
     def follow(self, weights: LatentWeights, sparsity: float, taken: bool | Tensor) -> None:
         """See `Fitted`."""
-        found = self._search(weights, sparsity, look=not host.waits_for(weights.device))
+        found = self._search(weights, sparsity, look=not devices.synchronizes(weights.device))
         write_if(taken, [self._gammas], [found.to(weights.wide).expand_as(self._gammas)])
 
     def _search(self, weights: LatentWeights, sparsity: float, look: bool) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from ..latent import LatentWeights, Segment
+from ..methods.base import Setting
 from ..prunable import convolutions
-from ..reparametrization import Setting
+from ..weights.latent import LatentWeights, Segment
 from .base import Allocation, Fitted, counts_of, cut_layers
 
 

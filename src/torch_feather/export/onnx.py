@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..atomic import replace_file
 from ..errors import FeatherError
+from ..files import replace_file
 from ..prunable import unwrap
 
 TOLERANCE = 1e-5  # of the largest output

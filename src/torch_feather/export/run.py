@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..atomic import replace_file
 from ..errors import ConfigurationError
+from ..files import replace_file
 from ..training.checkpoint import RunDirectory
 from ..training.config import Config, to_dict, to_yaml
 from ..training.data import load_dataset

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..atomic import replace_file
 from ..errors import ConfigurationError, FileFormatError, StateError, warn
+from ..files import replace_file
 from ..prunable import unwrap
 from . import gaps, hub, manifest
 from .manifest import GAPS, VALUES, Entry, as_integers

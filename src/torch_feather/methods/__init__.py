@@ -13,17 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import ConfigurationError, nearest
-from .asl import asl
-from .asl_plus import asl_plus, feather_asl_plus
 from .feather import feather
 from .feather_flops import feather_flops
 from .gmp import feather_gmp, gmp
-from .method import AnyMethod, Method
-from .probmask import probmask
-from .spartan import spartan
+from .learned.asl import asl
+from .learned.asl_plus import asl_plus, feather_asl_plus
+from .learned.str_ import str_
+from .magnitude import AnyMethod, Method
+from .probmask.probmask import probmask
+from .spartan.spartan import spartan
 from .st3 import st3, st3_sigma
 from .ste import hard_ste, soft_ste
-from .str_ import str_
 
 __all__ = ["AnyMethod", "Method", "available_methods", "build_method", "method_options"]
 

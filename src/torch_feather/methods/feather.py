@@ -6,11 +6,11 @@ import math
 
 from ..allocation import Allocation
 from ..errors import ConfigurationError
-from ..gradients import StraightThrough
+from ..gradient_rules import StraightThrough
 from ..operators import Hard, Operator, Power
 from ..patterns import Pattern
 from ..schedules import Schedule
-from .method import Method, make_allocation, make_method, make_schedule
+from .magnitude import Method, make_allocation, make_method, make_schedule
 
 
 def feather(

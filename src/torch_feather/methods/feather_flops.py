@@ -8,7 +8,7 @@ from typing import Any
 from ..allocation import FlopsBiased
 from ..schedules import Schedule
 from .feather import power, scaled_gradient
-from .method import Method, make_schedule
+from .magnitude import Method, make_schedule
 
 GAMMA = 0.25
 

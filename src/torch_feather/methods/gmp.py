@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 from ..allocation import Allocation
-from ..gradients import Masked
+from ..gradient_rules import Masked
 from ..operators import Hard
 from ..patterns import Pattern
 from ..schedules import Schedule, Stairs
 from .feather import feather
-from .method import Method, make_allocation, make_method, make_schedule
+from .magnitude import Method, make_allocation, make_method, make_schedule
 
 
 def gmp(

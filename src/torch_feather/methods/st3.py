@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..allocation import Allocation
-from ..gradients import StraightThrough
-from ..latent import LatentWeights, Segment
+from ..gradient_rules import StraightThrough
 from ..operators import Soft
 from ..prunable import output_groups, unwrap
-from ..reparametrization import Setting
 from ..schedules import Schedule
-from ..thresholded import Scheduled
-from .method import Method, make_allocation, make_schedule
+from ..weights.latent import LatentWeights, Segment
+from .base import Setting
+from .magnitude import Method, make_allocation, make_schedule
+from .thresholded import Scheduled
 
 
 def st3(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..atomic import replace_file
 from ..errors import FileFormatError, StateError
+from ..files import replace_file
 from ..prunable import unwrap
 from .bound import Bound, InputError
 from .capture import CaptureError, attributes, capture

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .. import host
+from .. import devices
 from .cpu import select_cpu
 from .cut import Cut
 from .device import select_device
@@ -29,6 +29,6 @@ def select(fill: Callable[[], Tensor], k: Tensor) -> Cut:
         k: number of scores to prune, 0-dimensional int64, 0 <= k <= number of scores, on the
             device of the scores. On accelerators it is never read by the host.
     """
-    if host.waits_for(k.device):
+    if devices.synchronizes(k.device):
         return select_device(fill(), k)
     return select_cpu(fill, int(k))

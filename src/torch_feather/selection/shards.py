@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import host
+from .. import devices
 from .cut import Cut
 from .device import FLOAT_BITS, Passes, cut_at, default_passes, descend
 
@@ -57,7 +57,7 @@ def select_shards(
     tied = (equal > rank) & (code <= bits.infinity)  # no NaN ties, see `Cut`
     here = torch.tensor([one.numel() for one in scores], device=k.device)
     last = here - 1
-    if host.waits_for(k.device) or bool(tied.any()):
+    if devices.synchronizes(k.device) or bool(tied.any()):
         ties = [_before(one.view(bits.integer) == code[j]) for j, one in enumerate(scores)]
         index = _last_tie(ties, rank, max(sizes), total, places)
         last = torch.where(tied, places(index[:, None] + 1)[:, 0] - 1, last)
@@ -85,7 +85,7 @@ def _last_tie(
 
 def _before(tie: Tensor) -> Callable[[Tensor], Tensor]:
     """How many are true before given places."""
-    if not host.waits_for(tie.device):
+    if not devices.synchronizes(tie.device):
         found = tie.nonzero().flatten()
         return lambda place: torch.searchsorted(found, place)
     counter = torch.int32 if tie.numel() < 2**31 else torch.int64
@@ -95,7 +95,7 @@ def _before(tie: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _passes(scores: Tensor) -> Passes | _Narrowing:
-    if host.waits_for(scores.device):
+    if devices.synchronizes(scores.device):
         return default_passes(scores)(scores)
     return _Narrowing(scores)
 

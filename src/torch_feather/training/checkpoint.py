@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..atomic import replace_file
+from ..files import replace_file
 from .config import Config, flatten, load_config, to_dict, to_yaml
 from .errors import CheckpointError, InUse, RunError
 

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from ..report import EMPTY_MARK, LayerReport, Report
-from ..report import percent as percent_of
+from ..measure.report import EMPTY_MARK, LayerReport, Report
+from ..measure.report import percent as percent_of
 from .checkpoint import RunDirectory
 from .config import Config
 from .watch import Watch

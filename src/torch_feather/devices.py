@@ -1,0 +1,18 @@
+"""Whether the host may read a value, so that code can take the shorter of two paths."""
+
+from __future__ import annotations
+
+import torch
+
+
+def synchronizes(device: torch.device) -> bool:
+    """Return whether reading a value on `device` synchronizes the host with it.
+
+    Such a read also cannot be captured in a CUDA graph. Call it through the module
+    (`devices.synchronizes(...)`), so that tests can take an accelerator's path on a CPU.
+
+    Example:
+        >>> synchronizes(torch.device("cpu"))
+        False
+    """
+    return device.type != "cpu"

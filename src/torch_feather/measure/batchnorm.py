@@ -1,0 +1,115 @@
+"""Batch statistics measured anew, for a model whose weights have changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import ConfigurationError
+from ..prunable import unwrap
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def recalibrate_batchnorm(
+    model: nn.Module, loader: Iterable[Any], *, batches: int | None = None
+) -> None:
+    """Replace the running statistics of every BatchNorm by their average over `loader`.
+
+    Norms see batches as in training, everything else (dropout) as in evaluation; no gradients.
+    Every batch counts the same, so a short last one is best dropped. Modes and momenta stay as
+    they were. Whatever goes wrong, also with Ctrl-C, the old statistics come back; so do those
+    of a norm that no batch reached.
+
+    Args:
+        model: on one device, to which inputs are moved.
+        loader: batches of inputs: tensors, tuples or lists whose first entry is the input, or
+            dicts with an entry "input" (else the first entry is taken).
+        batches: stop after so many; None takes the whole loader.
+
+    Raises:
+        ConfigurationError: no BatchNorm with running statistics, no batch, a batch of another
+            form, or statistics that came out as NaN or infinite.
+    """
+    if isinstance(loader, Tensor):
+        raise ConfigurationError(
+            "loader must give batches, but is one tensor. Pass [tensor] to use it as one batch."
+        )
+    if batches is not None and batches < 1:
+        raise ConfigurationError(f"batches must be at least 1 or None, got {batches}.")
+    model = unwrap(model)
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and module.track_running_stats
+        and module.running_mean is not None
+    }
+    if not norms:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no BatchNorm with running statistics to recalibrate."
+        )
+    device = next(iter(norms.values())).get_buffer("running_mean").device
+    with _measuring(model, norms), torch.no_grad():
+        seen = 0
+        for batch in islice(loader, batches):
+            model(_input_of(batch).to(device))
+            seen += 1
+        if seen == 0:
+            raise ConfigurationError("loader gave no batch to measure statistics on.")
+        for name, norm in norms.items():
+            if not all(norm.get_buffer(key).isfinite().all() for key in STATISTICS):
+                raise ConfigurationError(
+                    f"the batches gave NaN or infinite statistics at {name or 'the norm'}; the "
+                    "old ones were kept. Check the inputs and the weights before this layer."
+                )
+
+
+@contextmanager
+def _measuring(model: nn.Module, norms: Mapping[str, _BatchNorm]) -> Iterator[None]:
+    """Norms averaging from zero, all else in eval mode; on an error nothing has changed."""
+    modes = [(module, module.training) for module in model.modules()]
+    training = model.training
+    momenta = [norm.momentum for norm in norms.values()]
+    before = [{key: norm.get_buffer(key).clone() for key in STATISTICS} for norm in norms.values()]
+    complete = False
+    try:
+        # Compiled code would be compiled anew for these modes.
+        with torch.compiler.set_stance("force_eager"):
+            model.eval()
+            for norm in norms.values():
+                norm.reset_running_stats()
+                norm.momentum = None  # PyTorch's word for the cumulative average
+                norm.training = True  # not `train()`: a norm may hold dropout of its own
+            yield
+        complete = True
+    finally:
+        for norm, momentum, old in zip(norms.values(), momenta, before, strict=True):
+            norm.momentum = momentum
+            if not complete or norm.num_batches_tracked == 0:
+                for key in STATISTICS:
+                    norm.get_buffer(key).copy_(old[key])
+        model.train(training)  # first, for modules that do more in `train` than set the flag
+        for module, mode in modes:
+            module.training = mode
+
+
+def _input_of(batch: Any) -> Tensor:
+    found = batch
+    if isinstance(batch, Mapping) and batch:
+        found = batch["input"] if "input" in batch else next(iter(batch.values()))
+    elif isinstance(batch, tuple | list) and batch:
+        found = batch[0]
+    if not isinstance(found, Tensor):
+        raise ConfigurationError(
+            "a batch must be a tensor, a tuple or list that starts with the input tensor, or a "
+            f'dict with a tensor under "input"; got {type(batch).__name__} holding '
+            f"{type(found).__name__}."
+        )
+    return found

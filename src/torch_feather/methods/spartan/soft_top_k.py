@@ -1,0 +1,149 @@
+"""Soft top-k: a mask between 0 and 1 of a given cost, the largest values first.
+
+    m = sigmoid(beta (v / c - h) + mu),    with mu such that sum c m = k
+
+for values v >= 0, costs c > 0, the hard threshold h of v / c and the cost k of what lies above it.
+This is the optimal transport of a mass k to places of capacity c, regularised by entropy; for
+beta -> infinity it is the hard top-k. Source: Tai, Tian and Lim, Spartan (NeurIPS 2022), section 3.
+They iterate Sinkhorn's updates, of which the root mu is the fixed point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import devices
+from ...weights.latent import BLOCK, DEVICE_BLOCK, LatentWeights, Segment, first_of_cut
+
+PASSES = 16
+"""Most passes over the weights in one solution; three to five are usual, see `_root`."""
+SATURATED = 100.0
+"""A logit at which m is 1 for every mu in question, for values that are NaN."""
+
+
+class SoftTopK(NamedTuple):
+    """The soft masks of several segments of the weights; the last three have an entry for each.
+
+    Segments that share one cut share one budget.
+    """
+
+    beta: Tensor
+    """Inverse temperature, 0-dimensional."""
+    scale: Tensor
+    """1 / c."""
+    threshold: Tensor
+    """h, the largest v / c below the cut."""
+    shift: Tensor
+    """mu; infinite where a segment is kept, or pruned, as a whole."""
+
+    def logits(self, magnitudes: Tensor, j: int) -> Tensor:
+        """beta (v / c - h) of values in segment j, of any shape, as a new tensor."""
+        x = (magnitudes * self.scale[j]).sub_(self.threshold[j]).mul_(self.beta)
+        return x.nan_to_num_(nan=SATURATED)
+
+    def mask(self, magnitudes: Tensor, j: int) -> Tensor:
+        """m of values in segment j, of any shape, as a new tensor."""
+        return self.logits(magnitudes, j).add_(self.shift[j]).sigmoid_()
+
+
+def soft_top_k(weights: LatentWeights, segments: Sequence[Segment], beta: Tensor) -> SoftTopK:
+    """The soft masks around hard cuts through |w| / c; their cost is that of the weights kept.
+
+    Args:
+        weights: the latent weights w.
+        segments: cover all weights once; `scale` is 1 / c.
+        beta: inverse temperature, 0-dimensional.
+    """
+    one = torch.ones((), dtype=torch.float64, device=weights.device)
+    scale = torch.stack([one if s.scale is None else s.scale.double() for s in segments])
+    threshold = torch.stack([s.cut.value.double() for s in segments])
+    soft = SoftTopK(beta, scale, threshold, torch.zeros_like(scale))
+    logits, signs, counts = [], [], scale.new_zeros(len(segments), 2)
+    for j, segment in enumerate(segments):
+        magnitudes = weights.magnitudes(segment.start, segment.stop)
+        sign = torch.empty_like(magnitudes)
+        for a in range(0, sign.numel(), _block(sign)):
+            part = slice(a, a + _block(sign))
+            pruned = segment.pruned(magnitudes[part], segment.start + a)
+            counts[j, 0] += pruned.sum()
+            sign[part] = pruned
+        counts[j, 1] = sign.numel() - counts[j, 0]
+        logits.append(soft.logits(magnitudes, j))
+        signs.append(sign.mul_(2).sub_(1))
+    shift = _root(logits, signs, counts, 1 / scale, sharing(weights, segments))
+    return soft._replace(shift=shift)
+
+
+def sharing(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
+    """Which segments share a cut: 1.0 or 0.0, of shape (segments, segments)."""
+    groups = first_of_cut(segments)
+
+    def make(weights: LatentWeights) -> Tensor:
+        group = torch.tensor(groups, device=weights.device)
+        return (group[:, None] == group).double()
+
+    return weights.constant(("sharing", groups), make)
+
+
+def _root(
+    logits: Sequence[Tensor], signs: Sequence[Tensor], counts: Tensor, cost: Tensor, same: Tensor
+) -> Tensor:
+    """mu of each segment: what is missing among its kept weights is what pruned ones have.
+
+    That is, the sum of c m over pruned weights equals the sum of c (1 - m) over kept ones, both in
+    the segments that share its budget. Newton's method on the difference of their logarithms, which
+    is linear in mu where all logits are alike and where a gap parts the kept from the pruned, and
+    bisection where that leaves the bracket. As logits are 0 at the largest pruned value, the root
+    lies below log(2 sum c / min c); where it lies more than 40 below minus that, the sums there are
+    0 to rounding. Each evaluation is a pass over the weights.
+
+    Args:
+        logits: beta (v / c - h), one flat tensor for each segment.
+        signs: 1 for pruned weights, -1 for kept ones.
+        counts: pruned and kept weights of each segment, of shape (segments, 2), float64.
+        cost: c of each segment, float64.
+        same: see `sharing`.
+    """
+    pruned, kept = (same @ (cost[:, None] * counts)).unbind(1)
+    trivial = (kept == 0) | (pruned == 0)
+    bound = (2 * (kept + pruned) / torch.where(same > 0, cost, torch.inf).amin(1)).log()
+    low, high, mu = -bound - 40, bound, torch.zeros_like(bound)
+    eps = torch.finfo(logits[0].dtype).eps
+    for _ in range(PASSES):
+        rows = [_sums(x, s, mu[j]) for j, (x, s) in enumerate(zip(logits, signs, strict=True))]
+        excess, rise, lack, fall = (same @ (cost[:, None] * torch.stack(rows))).unbind(1)
+        step = (excess / lack).log() / (rise / excess + fall / lack)
+        exact = trivial | (torch.maximum(excess, lack) <= eps * kept)
+        step = step.masked_fill(exact, 0.0)
+        low, high = torch.where(excess < lack, mu, low), torch.where(excess > lack, mu, high)
+        newton, near = mu - step, step.abs() <= eps**0.5  # the next one would be its square
+        inside = (newton > low) & (newton < high)
+        mu = torch.where(near | inside, newton, (low + high) / 2)
+        if not devices.synchronizes(mu.device) and bool(near.all()):
+            break
+    return torch.where(trivial, (kept / (kept + pruned)).logit(), mu)
+
+
+def _sums(x: Tensor, sign: Tensor, mu: Tensor) -> Tensor:
+    """Sums of e and of e (1 - e), over pruned and over kept weights; float64 of shape (4,).
+
+    With e = m for pruned weights and 1 - m for kept ones, which keeps the digits of small ones.
+    """
+    total = x.new_zeros(4, dtype=torch.float64)
+    for part, s in zip(x.split(_block(x)), sign.split(_block(x)), strict=True):
+        e = (part + mu).mul_(s).sigmoid_()
+        signed = e * s
+        both, difference = e.sum(), signed.sum()
+        change, signed_change = both - torch.dot(e, e), difference - torch.dot(e, signed)
+        rows = torch.stack([both, change, difference, signed_change]).double()
+        total += torch.cat([rows[:2] + rows[2:], rows[:2] - rows[2:]]) / 2
+    return total
+
+
+def _block(flat: Tensor) -> int:
+    """Weights to look at together."""
+    return DEVICE_BLOCK if devices.synchronizes(flat.device) else BLOCK

@@ -1,0 +1,1 @@
+"""The latent weights: their memory, their shards, and the passes over them."""
