@@ -44,7 +44,7 @@ def costs_of(sizes: list[int]) -> dict[str, float]:
 def allocated(weights: LatentWeights, allocation: Allocation, sparsity: float):
     """Segments of an allocation, for weight tensors called 0.weight, 1.weight, ..."""
     names = [f"{i}.weight" for i in range(len(weights.views))]
-    setting = feather.reparametrization.Setting(nn.Module(), names, weights, sparsity, 10)
+    setting = feather.methods.base.Setting(nn.Module(), names, weights, sparsity, 10)
     share = torch.tensor(sparsity, dtype=torch.float64)
     return allocation.fit(setting).cuts(weights, share)
 
@@ -96,7 +96,7 @@ def test_the_mask_costs_what_the_kept_weights_cost(allocation, dtype, sample):
 def test_few_passes_over_the_weights_are_enough(spread, beta, sparsity, monkeypatch):
     passes = []
     sums = soft_top_k_module._sums
-    monkeypatch.setattr(transport, "_sums", lambda *args: passes.append(1) or sums(*args))
+    monkeypatch.setattr(soft_top_k_module, "_sums", lambda *args: passes.append(1) or sums(*args))
     weights = LatentWeights([torch.randn(100_000) * spread])
     soft_masks(weights, allocated(weights, Global(), sparsity), beta)
     assert len(passes) <= 5
