@@ -90,8 +90,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     sparsifier = feather.sparsify(
         model, optimizer, sparsity=SPARSITY, total_steps=1000, schedule=AlmostThere()
     )
-    every, method = range(len(sparsifier.slots)), sparsifier.reparametrization
-    weights, number = sparsifier.weights, torch.zeros((), dtype=torch.int64)
+    every, method = (
+        range(len(sparsifier.step.training.binding.weights)),
+        sparsifier.step.training.method,
+    )
+    weights, number = sparsifier.step.training.weights, torch.zeros((), dtype=torch.int64)
     collectives, seconds = Collectives(), {"step": [], "threshold": [], "image": []}
     for _ in range(arguments.repeats):
         dist.barrier()

@@ -228,9 +228,9 @@ def engine(sparsifier: feather.Sparsifier, device: torch.device) -> dict[str, An
     backward leave them. `refresh` (thresholds), `image`, `copy` and `checks` are parts of the calls
     above.
     """
-    weights, method = sparsifier.weights, sparsifier.reparametrization
-    every = range(len(sparsifier.slots))
-    parameters = [slot.parameter for slot in sparsifier.slots]
+    weights, method = sparsifier.step.training.weights, sparsifier.step.training.method
+    every = range(len(sparsifier.step.training.binding.weights))
+    parameters = [slot.parameter for slot in sparsifier.step.training.binding.weights]
     step = torch.tensor(sparsifier.step_count, device=device)
     images, _ = method.images(weights)
     spare = [torch.empty_like(image) for image in images]
@@ -275,7 +275,7 @@ def engine(sparsifier: feather.Sparsifier, device: torch.device) -> dict[str, An
 def memory(sparsifier: feather.Sparsifier, device: torch.device) -> dict[str, int]:
     """Bytes of the prunable weights, of their latent copy and of what the method keeps beside it
     between steps, and of a step's transients."""
-    every = range(len(sparsifier.slots))
+    every = range(len(sparsifier.step.training.binding.weights))
 
     def step() -> None:
         sparsifier.before_step(every)
@@ -296,10 +296,15 @@ def memory(sparsifier: feather.Sparsifier, device: torch.device) -> dict[str, in
         events = profile.profiler.kineto_results.events()
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         transient = max(np.cumsum([0, *(change for _, change in changes)]).tolist())
-    size = sum(s.parameter.numel() * s.parameter.element_size() for s in sparsifier.slots)
-    latent = sum(flat.numel() * flat.element_size() for flat in sparsifier.weights.flats)
-    sparsifier.reparametrization.forget_gradients()  # the next step's are new
-    kept = sum(storages(vars(sparsifier.reparametrization)).values())
+    size = sum(
+        s.parameter.numel() * s.parameter.element_size()
+        for s in sparsifier.step.training.binding.weights
+    )
+    latent = sum(
+        flat.numel() * flat.element_size() for flat in sparsifier.step.training.weights.flats
+    )
+    sparsifier.step.training.method.forget_gradients()  # the next step's are new
+    kept = sum(storages(vars(sparsifier.step.training.method)).values())
     return {"weights": size, "latent": latent, "method": kept, "transient": int(transient)}
 
 

@@ -91,7 +91,7 @@ def test_optimizers_of_timm_train_with_exact_zeros(name):
         model(torch.randn(2, 1, 160, 160)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    n = sparsifier.weights.size
+    n = sparsifier.step.training.weights.size
     assert feather.sparsity(sparsifier.finalize()) == round(0.9 * n) / n
 
 

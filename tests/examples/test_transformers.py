@@ -73,7 +73,7 @@ def test_the_best_model_is_one_at_the_final_sparsity_and_stays_bit_for_bit(tmp_p
     assert trainer.state.best_global_step == 2 * STEPS  # the first with all its zeros
     best = load_file(f"{trainer.state.best_model_checkpoint}/model.safetensors")
     model = sparsifier.finalize()
-    n = sparsifier.weights.size
+    n = sparsifier.step.training.weights.size
     assert feather.sparsity(model) == round(0.9 * n) / n
     assert set(best) == set(model.state_dict())
     assert all(torch.equal(best[name], value) for name, value in model.state_dict().items())

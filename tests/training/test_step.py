@@ -48,7 +48,7 @@ def test_a_step_never_makes_the_host_wait(without_gpu, monkeypatch, method):
         step = make_step(method, CUDA, **{"system.micro_batch": 3, "optimizer.clip": 3.0})
         monkeypatch.setattr(torch.Tensor, "backward", backward)
         if step.sparsifier is not None:
-            step.sparsifier.reparametrization.passes = 2
+            step.sparsifier.step.training.method.passes = 2
         for _ in range(3):
             step(make_batch(CUDA), 0.1)
 
@@ -63,7 +63,7 @@ def test_clipping_sees_all_gradients_of_the_step(monkeypatch, method):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     step(make_batch(CPU), 0.1)
     own = 0
-    if step.sparsifier and step.sparsifier.reparametrization.clips_own:
+    if step.sparsifier and step.sparsifier.step.training.method.clips_own:
         own = len(step.sparsifier.parameters())
     assert len(seen[0]) == len(list(step.model.parameters())) + own
     assert all(gradient is not None for gradient in seen[0])
@@ -90,7 +90,7 @@ def test_a_step_may_take_several_passes(micro_batch):
     """Without randomness of their own they are one pass, and the loss counts every image once."""
     one, three = (make_step("feather", CPU, **{"system.micro_batch": micro_batch}) for _ in "ab")
     three.model.load_state_dict(one.model.state_dict())
-    three.sparsifier.reparametrization.passes = 3
+    three.sparsifier.step.training.method.passes = 3
     batch = make_batch(CPU)
     for step in (one, three):
         # Batch norm's statistics take every pass, its gradients do not depend on them.
