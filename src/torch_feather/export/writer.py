@@ -74,12 +74,7 @@ def save_sparse(
         parts |= own
         if _is_weight(tensor):
             weights, zeros = weights + tensor.numel(), zeros + tensor.numel() - nonzeros
-    if 32 * zeros <= weights:  # positions take at least as much space as these zeros
-        warn(
-            "This model is not sparse: the file will be as large as a dense one. If these are "
-            "latent weights, save the model before Sparsifier.detach() or after finalize(), when "
-            "it has its sparse weights."
-        )
+    _warn_if_dense(zeros, weights)
     sparsity = zeros / weights if weights else 0.0
     header = manifest.write(descriptions, tied, sparsity, metadata or {})
     data = save(parts, metadata=header)
@@ -179,6 +174,15 @@ def _smallest(
             return description, dict(zip((name + VALUES, name + GAPS), own, strict=True)), nonzeros
     zeros = {"zeros": len(bits) - nonzeros} if nonzeros < len(bits) else {}
     return {"layout": "dense"} | zeros, {name: tensor}, nonzeros
+
+
+def _warn_if_dense(zeros: int, weights: int) -> None:
+    if 32 * zeros <= weights:  # positions take at least as much space as these zeros
+        warn(
+            "This model is not sparse: the file will be as large as a dense one. If these are "
+            "latent weights, save the model before Sparsifier.detach() or after finalize(), when "
+            "it has its sparse weights."
+        )
 
 
 def _warn_of_negative_zeros(name: str, count: int, size: int) -> None:

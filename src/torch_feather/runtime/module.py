@@ -47,9 +47,9 @@ def compile_sparse(
 ) -> SparseModule:
     """Compile a network for inference on this CPU, with layers that skip zero weights.
 
-    Each layer is timed densely and sparsely. Then the whole network is timed with the faster way of
-    each layer, with all layers sparse, and with all layers dense. The fastest of the three is used,
-    so a layer may run in the way that is slower for the layer alone.
+    Without `tuning`, each layer is timed densely and sparsely. Then the whole network is timed with
+    the faster way of each layer, with all layers sparse, and with all layers dense. The fastest of
+    the three is used, so a layer may run in the way that is slower for the layer alone.
 
     Any batch size is accepted if `torch.export` can show that the model's behavior is independent
     of the batch size. Otherwise, other sizes raise `InputError`; compile another module for them.
@@ -73,8 +73,8 @@ def compile_sparse(
         A module that computes what `model` computes in eval mode.
 
     Raises:
-        InputError: the example is not a batch of float32 on the CPU, or the model is not float32 on
-            the CPU.
+        InputError: the example is not a batch of float32 on the CPU, the model is not float32 on
+            the CPU, or `threads` or `chunk_size` is invalid.
         FileFormatError: the tuning file is damaged.
         CaptureError: torch.export cannot capture the model.
         RuntimeMissingError: llvmlite is not installed.
@@ -89,12 +89,8 @@ def compile_sparse(
         >>> sparse(torch.zeros(3, 64)).shape
         torch.Size([3, 8])
     """
-    if choices is not None:
-        _warn_renamed("compile_sparse(choices=)", "tuning=")
-        tuning = choices
-    if at_a_time is not None:
-        _warn_renamed("compile_sparse(at_a_time=)", "chunk_size=")
-        chunk_size = at_a_time
+    tuning = _renamed("choices", choices, "tuning", tuning)
+    chunk_size = _renamed("at_a_time", at_a_time, "chunk_size", chunk_size)
     threads = torch.get_num_threads() if threads is None else threads
     return SparseModule(model, example_input, threads, tuning, chunk_size)
 
@@ -311,9 +307,17 @@ _NOT_SAVED = (
 )
 
 
-def _warn_renamed(old: str, new: str) -> None:
+def _warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
     message = f"{old} is deprecated and will be removed in the next release. Use {new}."
-    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+
+
+def _renamed(old: str, old_value: Any, new: str, value: Any) -> Any:
+    """Return the value of an argument of `compile_sparse`, also if it has its old name."""
+    if old_value is None:
+        return value
+    _warn_renamed(f"compile_sparse({old}=)", f"{new}=", stacklevel=4)
+    return old_value
 
 
 def _copy_in_eval_mode(model: nn.Module) -> nn.Module:

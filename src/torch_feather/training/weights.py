@@ -96,7 +96,7 @@ def _read_errors(path: Path) -> Iterator[None]:
         if isinstance(
             error, pickle.UnpicklingError
         ):  # its message explains how to load it unsafely
-            reason = "it is damaged or contains objects other than tensors"
+            reason = "it is damaged, or holds more than tensors"
         raise RunError(f"{path}: cannot be read as weights ({reason})") from None
 
 
