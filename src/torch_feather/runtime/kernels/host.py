@@ -67,7 +67,7 @@ def openmp() -> dict[str, int]:
     The process may have loaded other OpenMP libraries, whose threads are not PyTorch's.
 
     Returns:
-        Addresses by name; empty if PyTorch does not use GNU OpenMP.
+        Addresses by name; empty if PyTorch calls no OpenMP library with these functions.
     """
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     try:

@@ -31,7 +31,7 @@ def tiles() -> tuple[Tile, ...]:
     widest = vector_widths()[0]
     single = {16: (*range(1, 11), 13, 15, 16), 8: (2, 4, 6, 8, 10, 13), 4: (1, 2, 4, 8, 13)}
     found = [Tile(n, w) for w in vector_widths() for n in single[w]]
-    if widest == 16:  # AVX-512 has 32 registers, twice as many as the others
+    if widest == 16:  # AVX-512, which has 32 registers
         shared = {2: (1, 2, 3, 4, 6, 8, 9), 4: (1, 2, 3, 4, 5, 6), 8: (1, 2, 3)}
     else:
         shared = {2: (1, 2, 3, 4), 4: (1, 2)}
