@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from ..export.run import load_network
 from ..runtime import compile_sparse
 from ..runtime.kernels import llvm
 from ..runtime.timing import alternate
 from ..training.checkpoint import RunDirectory, write_json
 from ..training.config import DENSE, Config
+from ..training.export_run import load_network
 from ..training.provenance import provenance
 from .flops import BIASED, GREY_IS, MULTIPLY_ADDS, Cost, drawn, on_the_frontier
 from .grid import Row, Run
