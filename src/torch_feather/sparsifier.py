@@ -289,6 +289,11 @@ class Sparsifier:
         """
         return self.reparametrization.parameters() if self._attached else []
 
+    @property
+    def clips_own_parameters(self) -> bool:
+        """Whether the method's own parameters belong in the clipped gradient norm."""
+        return self.reparametrization.clips_own
+
     @torch.no_grad()
     def complete_gradients(self) -> None:
         """Adds to the gradients what needs all of them at once; `optimizer.step` does it else.
