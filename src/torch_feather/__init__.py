@@ -7,6 +7,8 @@ sparsifier = feather.sparsify(model, optimizer, sparsity=0.95, total_steps=steps
 sparsifier.finalize()
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from . import models
 from .average import LatentAverage
 from .errors import (
@@ -27,6 +29,11 @@ from .operators import power_threshold
 from .runtime import compile_sparse
 from .sparsifier import Sparsifier, sparsify
 
+try:
+    __version__ = version("torch-feather")
+except PackageNotFoundError:  # used from a source folder without being installed
+    __version__ = "unknown"
+
 __all__ = [
     "ConfigurationError",
     "FeatherError",
@@ -37,6 +44,7 @@ __all__ = [
     "Sparsifier",
     "StateError",
     "ZeroKeeper",
+    "__version__",
     "available_methods",
     "compile_sparse",
     "count_flops",
