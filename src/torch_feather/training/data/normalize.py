@@ -16,7 +16,7 @@ class Normalize:
         channels_last: memory format of the result.
 
     Example:
-        >>> Normalize((0.5,), (0.5,))(torch.full((1, 1, 1, 1), 255))
+        >>> Normalize((0.5,), (0.5,))(torch.full((1, 1, 1, 1), 255)).round()
         tensor([[[[1.]]]])
     """
 
