@@ -57,10 +57,10 @@ def main() -> None:
     model = load(options.file)
     read = time.perf_counter()
     known = options.tuning if options.tuning and options.tuning.exists() else None
-    sparse = feather.compile_sparse(model, images[:1], choices=known)
+    sparse = feather.compile_sparse(model, images[:1], tuning=known)
     compiled = time.perf_counter()
     if options.tuning and known is None:
-        sparse.save_choices(options.tuning)
+        sparse.save_tuning(options.tuning)
 
     print(f"{options.file.name}: {options.file.stat().st_size:,} bytes, ", end="")
     print(f"{feather.sparsity(model):.2%} of the weights are zero")

@@ -92,7 +92,7 @@ def test_bench_times_the_network_and_stores_its_tuning_results(run, feather, tmp
     tuning.write_text("{")
     code, _, errors = feather("bench", folder, "--tuning", tuning)
     assert code == 1
-    assert f"{tuning} holds no choices of compile_sparse" in errors
+    assert f"{tuning} holds no tuning results of compile_sparse" in errors
 
 
 def test_the_runtime_alone_serves_a_run_with_its_measured_accuracy(

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_distributed import NETWORKS, together
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch_feather.training.export_run import export_run, run_metadata
 from training_callbacks import StopAt
 
 import torch_feather as feather
 from torch_feather import models
 from torch_feather.cli import main
 from torch_feather.errors import ConfigurationError, FeatherError
-from torch_feather.export.run import about, export_run
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import Config, DistillationConfig, apply, resolve_config
 from torch_feather.training.data import Batch, load_dataset
@@ -174,8 +174,8 @@ def test_every_file_of_the_same_weights_is_the_same_teacher(teacher, files, sour
     data = load_dataset(config.data, config.seed)
     x = torch.randn(3, 1, 8, 8)
     answers = []
-    for place in (teacher, files / source):
-        config = apply(config, {"distillation.teacher": str(place)}, "test")
+    for path in (teacher, files / source):
+        config = apply(config, {"distillation.teacher": str(path)}, "test")
         before = torch.get_rng_state()
         answers.append(load_teacher(config, data)(x))
         assert torch.equal(torch.get_rng_state(), before)
@@ -227,7 +227,7 @@ def test_the_command_resolves_a_relative_path_of_the_teacher(teacher, tmp_path, 
     assert RunDirectory(tmp_path / "a").read_config().distillation.teacher == str(teacher)
     # Published files contain no paths of this machine.
     run = RunDirectory(tmp_path / "a")
-    assert str(teacher.parent) not in json.dumps(about(run))
+    assert str(teacher.parent) not in json.dumps(run_metadata(run))
 
 
 def write_nothing(path):
@@ -277,7 +277,7 @@ def write_other_input(path):
         (write_unfinished_run, "this run has not finished"),
         (write_noise, r"noise\.pt: cannot be read as weights"),
         (write_text, r"notes\.pt: cannot be read as weights"),
-        (write_object, r"object\.pt: .* \(it is damaged, or holds more than tensors\)"),
+        (write_object, r"object\.pt: .* \(it is damaged or contains objects other than tensors\)"),
         (write_damaged, r"weights\.safetensors: cannot be read as weights"),
         (write_other_classes, r"seven\.pt do not fit Small: size mismatch for fc\.weight"),
         (write_other_input, r"colour\.pt do not fit Small: size mismatch for conv\.weight"),

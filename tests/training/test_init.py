@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_distributed import NETWORKS
+from torch_feather.training.export_run import export_run, run_metadata
 from training_callbacks import StopAt
 
 import torch_feather as feather
 from torch_feather import models
 from torch_feather.cli import main
 from torch_feather.errors import ConfigurationError
-from torch_feather.export.run import about, export_run
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import apply, resolve_config
 from torch_feather.training.data import load_dataset
@@ -76,7 +76,7 @@ def test_a_run_resumes_without_the_file_of_its_initial_weights(trained, tmp_path
         assert sparse[0] > 0.9
     files = [RunDirectory(tmp_path / f).model_file.read_bytes() for f in ("whole", "run")]
     assert files[0] == files[1]
-    assert about(RunDirectory(tmp_path / "run"))["config"]["init"] == "start"
+    assert run_metadata(RunDirectory(tmp_path / "run"))["config"]["init"] == "start"
 
 
 def test_another_network_or_number_of_classes_is_an_error_that_names_the_layer(trained, tmp_path):

@@ -34,7 +34,7 @@ def export(
     """Export the network of RUN to a file."""
     import torch
 
-    from ..export import run as exports
+    from ..training import export_run as exports
     from ..training.checkpoint import RunDirectory
 
     if dtype is not None and dtype not in DTYPES:
@@ -74,10 +74,10 @@ def bench(
     """
     import torch
 
-    from ..export.run import load_network
     from ..runtime import compile_sparse
     from ..runtime.timing import alternate
     from ..training.checkpoint import RunDirectory
+    from ..training.export_run import load_network
 
     if choices is not None:
         _warn_choices()
@@ -87,9 +87,9 @@ def bench(
     model.eval()
     x = torch.randn(batch, *example.shape[1:])
     known = tuning if tuning is not None and tuning.exists() else None
-    sparse = compile_sparse(model, x, threads=threads, choices=known)
+    sparse = compile_sparse(model, x, threads=threads, tuning=known)
     if tuning is not None and known is None:
-        sparse.save_choices(tuning)
+        sparse.save_tuning(tuning)
     with torch.inference_mode():
         dense_ms, sparse_ms = alternate([lambda: model(x), lambda: sparse(x)])
         expected, found = model(x), sparse(x)

@@ -94,8 +94,8 @@ def _common_classes(
     trained, tested = ({entry.kind for entry in part} for part in (train, test))
     if trained != tested:
         only = {"train": trained - tested, name: tested - trained}
-        told = [f"only in {part}: {_some(kinds)}" for part, kinds in only.items() if kinds]
-        raise DataError(f"{root}: train and {name} have different classes; {'; '.join(told)}")
+        only_in = [f"only in {part}: {_some(kinds)}" for part, kinds in only.items() if kinds]
+        raise DataError(f"{root}: train and {name} have different classes; {'; '.join(only_in)}")
     if len({type(kind) for kind in trained}) > 1:
         raise DataError(
             f"{root}: some images are in the folder of a class, others have a .cls file"
