@@ -95,6 +95,13 @@ def test_bench_times_the_network_and_stores_its_tuning_results(run, feather, tmp
     assert f"{tuning} holds no tuning results of compile_sparse" in errors
 
 
+def test_the_old_name_of_the_tuning_file_is_accepted_with_a_warning(feather):
+    _, _, errors = feather("bench", "nowhere", "--choices", "tuning.json")
+    warning, error = errors.splitlines()
+    assert warning == "feather: warning: --choices is deprecated. Use --tuning."
+    assert error == "feather: nowhere: no such run directory"
+
+
 def test_the_runtime_alone_serves_a_run_with_its_measured_accuracy(
     run, feather, tmp_path, monkeypatch, capsys
 ):

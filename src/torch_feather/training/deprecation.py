@@ -80,7 +80,7 @@ def renamed_fields(**names: str) -> Callable[[C], C]:
         def accept(self: Any, *values: Any, **given: Any) -> None:
             for old, new in names.items():
                 if old in given:
-                    warn_renamed(f"{cls.__name__}({old}=...)", f"{new}=...")
+                    warn_renamed(f"{cls.__name__}({old}=...)", f"{cls.__name__}({new}=...)")
                     given[new] = given.pop(old)
             init(self, *values, **given)
 

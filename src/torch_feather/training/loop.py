@@ -56,7 +56,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
     if watch is not None:
-        warn_renamed("train(watch=...)", "callback=...")
+        warn_renamed("train(watch=...)", "train(callback=...)")
         callback = watch
     with process_group() as ranks:
         callback = callback if callback is not None and ranks.first else Callback()
