@@ -291,7 +291,7 @@ def row_of(run: Run, directory: RunDirectory) -> Row:
         "config": _settings(run.config),
         **{key: results[key] for key in ("network", "method", "seed", "epochs")},
         "sparsity": 0.0 if results["method"] == DENSE else results["target_sparsity"],
-        "own_sparsity": results.get("own_sparsity"),
+        "own_sparsity": results.get("learned_sparsity", results.get("own_sparsity")),
         **{key: results[key] for key in ("test_accuracy", "test_loss", "train_loss")},
         "weights": report["weights"],
         "zeros": report["zeros"],
