@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_distributed import NETWORKS, together
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch_feather.training.export_run import export_run, run_metadata
 from training_callbacks import StopAt
 
 import torch_feather as feather

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_distributed import NETWORKS
-from torch_feather.training.export_run import export_run, run_metadata
 from training_callbacks import StopAt
 
 import torch_feather as feather

@@ -140,7 +140,7 @@ class Spartan(MagnitudePruning):
 
     # The mask
 
-    def update(self, weights: LatentWeights, step: Tensor) -> SoftMasks:
+    def update(self, weights: LatentWeights, step: Tensor) -> Pruning:
         done = step >= self.freeze
         stays, masks = self.state["frozen"].flat & done, self.state["mask"].rows
         threshold = self.state["threshold"].flat
