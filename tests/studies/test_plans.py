@@ -223,3 +223,8 @@ def test_help_lists_the_studies_and_their_options():
     options = CliRunner().invoke(cli.app, ["study", "threshold", "--help"]).output
     assert "--sparsity" in options
     assert "--methods" not in options  # the question fixes them
+
+
+def test_help_shows_defaults():
+    output = CliRunner().invoke(cli.app, ["study", "mobilenet", "--help"]).output
+    assert "[default: 0.89,0.941; digits: 0.89,0.941]" in " ".join(output.replace("│", "").split())

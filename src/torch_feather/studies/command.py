@@ -22,7 +22,7 @@ from .runner import Outcome, train_all
 from .runs import read_rows
 from .study import GridAxes, Study
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode="markdown")  # "rich" would hide text in brackets
 
 
 def command(study: Study) -> Callable[..., None]:

@@ -164,7 +164,7 @@ def compare_pairs(rows: Sequence[Row], pairs: Iterable[Pair]) -> tuple[list[str]
         same = [d for d in tested if d.sparsity == sparsity]
         corrected |= zip(same, holm([p_value(d.values) for d in same]), strict=True)
     corrected = {difference: corrected[difference] for difference in tested}
-    head = ["comparison", "sparsity", "difference (points)", "95% interval", "p (Holm)", "n"]
+    head = ["comparison", "sparsity", "difference (points)", "95% CI", "p (Holm)", "n"]
     table = Table(CAPTION, head, [_table_row(d, corrected.get(d)) for d in found])
     sentences = [*_significant(tested), *_not_significant(tested), *_after_holm(corrected)]
     return sentences, [table] if found else []
