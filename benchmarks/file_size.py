@@ -77,6 +77,7 @@ def measure(network: str, sparsity: float, folder: Path, repeats: int) -> dict[s
     prune(model, sparsity)
     vary_norms(model)
     state = model.state_dict()
+    # "ours" is the key of the sparse file in earlier records.
     dense, sparse, half = (folder / name for name in ("dense", "ours", "half"))
     row: dict[str, Any] = {"network": network, "sparsity": feather.sparsity(model)}
     row["prunable_bytes"] = sum(item.parameter.nbytes for item in find_prunable(model))

@@ -248,7 +248,7 @@ class Session:
             sys.exit(f"{head['network']} at {sparsity}: relative error {errors['error']:.0e}")
         rate = multiply_adds(module) * len(x) / ms / 1e6
         return {
-            "system": "ours",
+            "system": "ours",  # as in earlier records
             "allocation": allocation,
             "sparsity": sparsity,
             "ms": ms,

@@ -33,7 +33,7 @@ def first_with_others(rows: Sequence[Row]) -> list[Pair]:
 
 COMPARE = Study(
     name="compare",
-    question="Which method trains the most accurate sparse network with the same budget?",
+    question="Which method trains the most accurate sparse network with the same training budget?",
     background="Every method prunes the same network with the same training budget: the same "
     "images, epochs and learning rates.",
     source="The paper's main comparison",

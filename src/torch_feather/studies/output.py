@@ -56,8 +56,8 @@ class RunFacts:
             "Training": f"{values('network')} on {values('data')}, {values('epochs')} epochs, "
             f"{' and '.join(sorted(precisions))}, seeds {values('seed')}; {len(rows)} training "
             f"runs, {seconds / 60:.0f} minutes in total",
-            "Metric": f"test accuracy after {selected}; no run uses test images for training or for "
-            "choosing an epoch; ± is the standard deviation over seeds",
+            "Metric": f"test accuracy after {selected}; no run uses test images for training or "
+            "for choosing an epoch; ± is the standard deviation over seeds",
             "Hardware": "; ".join(sorted(machines)),
             "Versions": ", ".join(sorted(versions)),
             "Commit": ", ".join(dict.fromkeys(_short(row["commit"]) for row in rows)),
@@ -176,7 +176,7 @@ def describe_methods(rows: Sequence[Row]) -> dict[str, str]:
     about = {
         name: (build.__doc__ or "").replace("`", "").strip() for name, build in METHODS.items()
     }
-    about[DENSE] = "The unpruned network, trained with the same budget."
+    about[DENSE] = "The unpruned network, trained with the same training budget."
     return {name: about[name].splitlines()[0] for name in used}
 
 
