@@ -76,7 +76,7 @@ class Step:
             self._backward(batch, share)
         if self.options.clip is not None:
             clipped: list[Tensor] = [*self.model.parameters()]
-            if self.sparsifier is not None and self.sparsifier.reparametrization.clips_own:
+            if self.sparsifier is not None and self.sparsifier.clips_own_parameters:
                 self.sparsifier.complete_gradients()
                 clipped += self.sparsifier.parameters()
             nn.utils.clip_grad_norm_(clipped, self.options.clip)

@@ -248,10 +248,10 @@ class Task:
 
     def finish(self, run: RunDirectory) -> dict[str, Any]:
         """Finalize, measure on the test images, write model.safetensors and report.json."""
-        thresholds, own_sparsity = self._thresholds(), None
+        thresholds, learned_sparsity = self._thresholds(), None
         if self.sparsifier is not None:
             self.sparsifier.finalize()
-            own_sparsity = self.sparsifier.own_sparsity
+            learned_sparsity = self.sparsifier.learned_sparsity
         chosen = self.epoch
         if self.config.select == "best":
             assert self.best is not None  # the last epoch is at the target
@@ -267,7 +267,7 @@ class Task:
                 example_input=self.example,
                 thresholds=thresholds or None,
             ),
-            own_sparsity=own_sparsity,
+            learned_sparsity=learned_sparsity,
         )
         macs = feather.count_flops(self.model, self.example)
         if self.ranks.first:
@@ -279,7 +279,7 @@ class Task:
             "input_shape": list(self.example.shape[1:]),  # of one image, (C, H, W)
             "method": self.config.method,
             "target_sparsity": self.config.sparsity,
-            "own_sparsity": own_sparsity,  # what the method reached by itself
+            "own_sparsity": learned_sparsity,  # what the method reached by itself
             "seed": self.config.seed,
             "epochs": self.epoch,
             "chosen_epoch": chosen,

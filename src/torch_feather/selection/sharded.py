@@ -1,8 +1,8 @@
-"""Selection over shards: every process counts its own scores, and all find the same cut.
+"""Selection over shards: every process counts its own scores, and all find the same cutoff.
 
-The digits of the k-th score are found as in `device.py`, with the counts of all shards added. Tied
-scores are then ordered by their index in the whole, digit by digit too. Several selections share
-their exchanges: each of them is one sum of 2048 counts per selection.
+The digits of the k-th score are found as in `device.py`, from the summed counts of all shards. Tied
+scores are then ordered by their index in the full tensor, digit by digit too. Several selections
+share their communication: one sum of 2048 counts per selection and digit.
 """
 
 from __future__ import annotations
@@ -14,37 +14,39 @@ import torch
 from torch import Tensor
 
 from .. import devices
-from .cut import Cut
-from .device import FLOAT_BITS, Passes, cut_at, default_passes, descend
+from .counting import Passes, descend
+from .cutoff import Cutoff
+from .device import cutoff_at, default_passes
+from .float_bits import FLOAT_BITS
 
 DIGIT = 11
-"""Bits of an index that are found at a time."""
+"""Bits of an index found per pass."""
 BLOCK = 1 << 16
-"""Scores that the CPU counts at a time."""
+"""Scores counted at a time on a CPU."""
 
 
-def select_shards(
+def select_sharded(
     scores: Sequence[Tensor],
     k: Tensor,
     *,
     sizes: Sequence[int],
     total: Callable[[Tensor], Tensor],
-    places: Callable[[Tensor], Tensor],
-) -> list[Cut]:
-    """The cuts that prune the k smallest scores, in the order of (score, index in the whole).
+    local_positions: Callable[[Tensor], Tensor],
+) -> list[Cutoff]:
+    """Return the cutoffs that prune the k smallest scores, ordered by (score, global index).
 
     Args:
-        scores: of each selection, what this process holds: flat and contiguous, in the order of
-            the whole. NaN ranks above infinity; so it may stand for what another process counts.
-        k: of each selection, int64 of shape (selections,).
-        sizes: of each selection, how many scores there are in the whole.
+        scores: the local scores of each selection, flat and contiguous, in global order. NaN ranks
+            above infinity, so NaN can stand for a score that another process counts.
+        k: int64 of shape (selections,).
+        sizes: global number of scores of each selection.
         total: sums a tensor of counts over the processes, in place or not.
-        places: how many of the scores here precede an index of the whole; int64 of shape
-            (selections, n), indices and places counted from 0 in each selection.
+        local_positions: maps global indices to the number of local scores before each; int64 of
+            shape (selections, n), both counted from 0 in each selection.
 
     Returns:
-        One for each selection, alike on all processes but for `last`, which is the index among the
-        scores that are here.
+        One cutoff per selection, the same on all processes except for `last`, which is an index
+        among the local scores.
     """
     bits = FLOAT_BITS[scores[0].dtype]
     counters = [_passes(one) for one in scores]
@@ -54,14 +56,13 @@ def select_shards(
         shift -= width
         counts = [c.count_digits(code[j], shift, width) for j, c in enumerate(counters)]
         code, rank, equal = descend(total(torch.stack(counts)), rank, code, shift)
-    tied = (equal > rank) & (code <= bits.infinity)  # no NaN ties, see `Cut`
-    here = torch.tensor([one.numel() for one in scores], device=k.device)
-    last = here - 1
+    tied = (equal > rank) & (code <= bits.infinity)  # no NaN ties, see `Cutoff`
+    last = torch.tensor([one.numel() for one in scores], device=k.device) - 1
     if devices.synchronizes(k.device) or bool(tied.any()):
         ties = [_before(one.view(bits.integer) == code[j]) for j, one in enumerate(scores)]
-        index = _last_tie(ties, rank, max(sizes), total, places)
-        last = torch.where(tied, places(index[:, None] + 1)[:, 0] - 1, last)
-    return [cut_at(*fields, bits) for fields in zip(k, code, tied, last, strict=True)]
+        index = _last_tie(ties, rank, max(sizes), total, local_positions)
+        last = torch.where(tied, local_positions(index[:, None] + 1)[:, 0] - 1, last)
+    return [cutoff_at(*fields, bits) for fields in zip(k, code, tied, last, strict=True)]
 
 
 def _last_tie(
@@ -69,29 +70,29 @@ def _last_tie(
     rank: Tensor,
     size: int,
     total: Callable[[Tensor], Tensor],
-    places: Callable[[Tensor], Tensor],
+    local_positions: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Index in the whole of the tie number `rank`, from 1, of each selection."""
+    """Return the global index of tie number `rank` (from 1) of each selection."""
     index, shift = torch.zeros_like(rank), max(1, (size - 1).bit_length())
     while shift > 0:
         width = min(DIGIT, shift)
         shift -= width
         edges = torch.arange((1 << width) + 1, device=rank.device) << shift
-        near = places(index[:, None] + edges)
-        counts = [before(place).diff() for before, place in zip(ties, near, strict=True)]
+        edges_here = local_positions(index[:, None] + edges)
+        counts = [before(edge).diff() for before, edge in zip(ties, edges_here, strict=True)]
         index, rank, _ = descend(total(torch.stack(counts)), rank, index, shift)
     return index
 
 
 def _before(tie: Tensor) -> Callable[[Tensor], Tensor]:
-    """How many are true before given places."""
+    """Return a function that counts the ties before given local positions."""
     if not devices.synchronizes(tie.device):
         found = tie.nonzero().flatten()
-        return lambda place: torch.searchsorted(found, place)
+        return lambda position: torch.searchsorted(found, position)
     counter = torch.int32 if tie.numel() < 2**31 else torch.int64
     running = torch.zeros(tie.numel() + 1, dtype=counter, device=tie.device)
     torch.cumsum(tie, 0, dtype=counter, out=running[1:])
-    return lambda place: running[place].long()
+    return lambda position: running[position].long()
 
 
 def _passes(scores: Tensor) -> Passes | _Narrowing:
@@ -101,9 +102,9 @@ def _passes(scores: Tensor) -> Passes | _Narrowing:
 
 
 class _Narrowing:
-    """`Passes.count_digits` on the CPU: each call keeps only what shares the digits known by then.
+    """`Passes.count_digits` on a CPU: each call keeps only the codes that share the known digits.
 
-    Calls come from the most significant digit on.
+    Call it from the most significant digit on.
     """
 
     def __init__(self, scores: Tensor) -> None:
@@ -112,7 +113,7 @@ class _Narrowing:
         self._codes = scores.view(bits.integer).numpy()
 
     def count_digits(self, prefix: Tensor, shift: int, width: int) -> Tensor:
-        """See `Passes`."""
+        """Count as `Passes.count_digits`."""
         known, head = shift + width, int(prefix) >> (shift + width)
         every_bit = torch.iinfo(self._bits.integer).max
         counts, near = np.zeros(1 << width, dtype=np.int64), [self._codes[:0]]
