@@ -21,7 +21,7 @@ def measure(sparsifier: feather.Sparsifier, device: torch.device) -> dict[str, A
     """Return the median milliseconds of the engine in one step, and its memory.
 
     Caches are emptied before each part, as forward and backward passes leave them. `threshold`,
-    `effective_weights`, `copy` and `checks` are parts of the other calls.
+    `effective_weights`, `copy` and `checks` are parts of `before` and `after`.
     """
     calls = engine_parts.step_calls(sparsifier)
     parts = engine_parts.step_parts(sparsifier) | engine_parts.copy_parts(sparsifier)

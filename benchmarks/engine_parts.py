@@ -19,58 +19,57 @@ Calls = dict[str, Callable[[], object]]
 
 def parameters(sparsifier: feather.Sparsifier) -> list[Tensor]:
     """Return the prunable parameters."""
-    return [slot.parameter for slot in sparsifier.slots]
+    return list(sparsifier.step.training.binding.parameters)
 
 
 def latent_weights(sparsifier: feather.Sparsifier) -> list[Tensor]:
     """Return the flat latent weights on this process."""
-    return list(sparsifier.weights.flats)
+    return list(sparsifier.step.training.weights.flats)
 
 
 def step(sparsifier: feather.Sparsifier) -> None:
-    """Run the engine's part of an optimizer step."""
-    every = range(len(sparsifier.slots))
-    sparsifier.before_step(every)
-    sparsifier.capture(every)
-    sparsifier.after_step(True)
+    """Run the engine's part of a step of the only optimizer."""
+    calls = step_calls(sparsifier)
+    calls["before"]()
+    calls["after"]()
 
 
 def step_calls(sparsifier: feather.Sparsifier) -> Calls:
-    """Return the calls that make up a step, by name."""
-    every = range(len(sparsifier.slots))
+    """Return what the engine does before and after the optimizer, and with gradients."""
+    engine = sparsifier.step
+    (one,) = engine.optimizers
     hooks = [
         (hook, torch.randn_like(p))
         for p in parameters(sparsifier)
         for hook in (p._backward_hooks or {}).values()
     ]
     return {
-        "complete": lambda: sparsifier.complete_at_step(None),
-        "before_step": lambda: sparsifier.before_step(every),
-        "capture": lambda: sparsifier.capture(every),
-        "after_step": lambda: sparsifier.after_step(True),
+        "before": lambda: engine.before(one, closure=False),
+        "after": lambda: engine.after(one),
         "pull_back": lambda: [hook(gradient) for hook, gradient in hooks],
     }
 
 
 def step_parts(sparsifier: feather.Sparsifier, step_count: Tensor | None = None) -> Calls:
-    """Return the computations within a step, by name.
+    """Return the computations within `after`, by name.
 
     Args:
         sparsifier: the sparsifier.
         step_count: step of the thresholds; None for the current one.
     """
-    weights, method = sparsifier.weights, sparsifier.reparametrization
-    if step_count is None:
-        step_count = torch.tensor(sparsifier.step_count, device=weights.flats[0].device)
+    training = sparsifier.step.training
+    count = training.count if step_count is None else step_count
     return {
-        "threshold": lambda: method.refresh(weights, step_count),
-        "effective_weights": lambda: method.images(weights),
+        "threshold": lambda: training.method.update(training.weights, count),
+        "effective_weights": lambda: training.method.effective_weights(
+            training.weights, training.pruning
+        ),
     }
 
 
 def copy_parts(sparsifier: feather.Sparsifier) -> Calls:
     """Return the copies and checks within a step, by name; allocates two copies of the weights."""
-    effective, _ = sparsifier.reparametrization.images(sparsifier.weights)
+    effective = step_parts(sparsifier)["effective_weights"]()
     spare = [torch.empty_like(values) for values in effective]
     # A copy into the parameters would count as an external write.
     parts: Calls = {"copy": lambda: copy_all(spare, effective)}
@@ -81,8 +80,9 @@ def copy_parts(sparsifier: feather.Sparsifier) -> Calls:
 
 def method_bytes(sparsifier: feather.Sparsifier) -> int:
     """Return the bytes that the method keeps between steps in addition to the latent weights."""
-    sparsifier.reparametrization.forget_gradients()  # the next step has new ones
-    return sum(storages(vars(sparsifier.reparametrization)).values())
+    training = sparsifier.step.training
+    training.forget_own_gradients()  # the next step has new ones
+    return sum(storages([vars(training.method), training.pruning]).values())
 
 
 def storages(held: object) -> dict[int, int]:
@@ -90,6 +90,8 @@ def storages(held: object) -> dict[int, int]:
     if isinstance(held, Tensor):
         storage = held.untyped_storage()
         return {storage.data_ptr(): storage.nbytes()}
+    if hasattr(held, "tensors"):
+        held = held.tensors()
     parts = list(held.values()) if isinstance(held, dict) else held
     if not isinstance(parts, list | tuple):
         return {}

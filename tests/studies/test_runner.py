@@ -15,7 +15,6 @@ from dataclasses import replace
 import pytest
 
 from torch_feather.errors import ConfigurationError
-from torch_feather.methods import METHODS
 from torch_feather.studies import runner
 from torch_feather.studies.planning import grid
 from torch_feather.studies.runner import _result, processes, train_all
@@ -137,19 +136,16 @@ def test_a_report_of_version_0_1_has_a_row(tmp_path, train_here):
     assert train_here([run], tmp_path).rows["a"]["learned_sparsity"] == 0.94
 
 
-def test_an_option_of_version_0_1_has_the_same_run_name_and_matches_its_row(monkeypatch, row):
-    def probmask(*, sparsity, lr=0.006, passes=1):  # version 0.1 called `lr` `rate`
-        raise NotImplementedError
-
-    monkeypatch.setitem(METHODS, "probmask", probmask)
+def test_an_option_of_version_0_1_has_the_same_run_name_and_matches_its_row(row):
+    """Version 0.1 called the option `lr` of probmask `rate`."""
     runs = [
         grid(resolve_config("cifar100"), axes.variants, axes)[0]
         for axes in (GridAxes([0.9], [0], [f"probmask:{name}=0.02"]) for name in ("lr", "rate"))
     ]
     assert {run.name for run in runs} == {"cifar100-probmask-rate0.02-0.9-0"}
     assert [run.config.options for run in runs] == [{"lr": 0.02}] * 2
-    settings = flatten(to_dict(runs[0].config)) | {"options.rate": 0.02, "options.passes": 1}
-    del settings["options.lr"]
+    settings = flatten(to_dict(runs[0].config.written_out()))
+    settings["options.rate"] = settings.pop("options.lr")
     old = row("probmask", name=runs[0].name, config=settings)
     assert row_matches(old, runs[0])
     assert not row_matches(old | {"config": settings | {"options.rate": 0.03}}, runs[0])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
-from ..methods import method_options
+from ..methods import current_options, method_options
 from ..training.config import DENSE
 
-# Name in version 0.1: names since. Run names keep the old one, so that earlier runs are found and
-# `options.lr` does not collide with `optimizer.lr`.
-RENAMED = {"rate": ("lr_multiplier", "lr")}
+# Present names of options whose spelling in run names is that of version 0.1, so that earlier runs
+# are found and `options.lr` does not collide with `optimizer.lr`.
+_IN_RUN_NAMES = {"lr_multiplier": "rate", "lr": "rate"}
 
 
 def options_of(method: str) -> dict[str, Any]:
@@ -26,37 +25,27 @@ def options_of(method: str) -> dict[str, Any]:
 
 
 def current_option(method: str, option: str) -> str:
-    """Return the name of a method's option in this version.
+    """Return the present name of a method's option.
 
     Args:
         method: name of the method, or `dense`.
-        option: name in this version or in version 0.1.
+        option: its present name or its name in version 0.1.
 
     Returns:
-        The name in this version; an unknown name as it is.
-    """
-    return renamed_option(option, options_of(method))
-
-
-def renamed_option(option: str, known: Collection[str]) -> str:
-    """Return the name in `known` of an option that may be spelled as in version 0.1.
+        The present name; an unknown name as it is.
 
     Example:
-        >>> renamed_option("rate", ["lr", "passes"])
-        'lr'
-        >>> renamed_option("passes", ["lr", "passes"])
-        'passes'
+        >>> current_option("probmask", "rate"), current_option("probmask", "passes")
+        ('lr', 'passes')
     """
-    if option in known:
-        return option
-    return next((name for name in RENAMED.get(option, ()) if name in known), option)
+    return next(iter(current_options(method, {option: None})))
 
 
 def name_in_run_names(option: str) -> str:
     """Return the spelling of an option in run names, which is that of version 0.1.
 
     Example:
-        >>> name_in_run_names("lr_multiplier")
-        'rate'
+        >>> name_in_run_names("lr_multiplier"), name_in_run_names("p")
+        ('rate', 'p')
     """
-    return next((old for old, names in RENAMED.items() if option in names), option)
+    return _IN_RUN_NAMES.get(option, option)

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ConfigurationError, nearest
 from ..training import Config, resolve_config
 from ..training.config import DENSE, flatten, to_dict
-from .options import name_in_run_names, options_of, renamed_option
+from .options import current_option, name_in_run_names, options_of
 from .runs import Run
 from .study import GridAxes
 
@@ -42,7 +42,7 @@ def grid(config: Config, variants: Mapping[str, Mapping[str, Any]], axes: GridAx
     """
     known = {variant["method"]: options_of(variant["method"]) for variant in variants.values()}
     for option in config.options:
-        if not any(renamed_option(option, names) in names for names in known.values()):
+        if not any(current_option(method, option) in known[method] for method in known):
             raise ConfigurationError(f"None of {', '.join(known)} has an option {option!r}.")
     runs: dict[str, Run] = {}
     for seed, sparsity, label in itertools.product(axes.seeds, axes.sparsities, variants):
@@ -62,15 +62,16 @@ def _options_of_variant(
 
     Equal runs thereby have equal names.
     """
+    method = variant["method"]
     options: dict[str, Any] = {}
     for option, value in config.options.items():
-        if (name := renamed_option(option, defaults)) in defaults:
+        if (name := current_option(method, option)) in defaults:
             options[name] = value
     for option, value in variant.get("options", {}).items():
-        name = renamed_option(option, defaults)
+        name = current_option(method, option)
         if name not in defaults:
             raise ConfigurationError(
-                f"{variant['method']} has no option {option!r}{nearest(option, defaults)}"
+                f"{method} has no option {option!r}{nearest(option, defaults)}"
             )
         options[name] = value
     return {name: value for name, value in options.items() if value != defaults.get(name, ...)}
