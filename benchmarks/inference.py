@@ -136,8 +136,8 @@ def measure(
     x: Tensor,
     others: list[Call],
     threads: int,
-    at_a_time: int | None,
-    choices: dict[str, Any] | None,
+    chunk_size: int | None,
+    tuning: dict[str, Any] | None,
 ) -> tuple[feather.runtime.SparseModule, list[float], dict[str, float]]:
     """Compile a sparse network and time it in turns with other calls.
 
@@ -146,15 +146,15 @@ def measure(
         x: a batch.
         others: other calls to time.
         threads: CPU threads.
-        at_a_time: images per chunk, see `compile_sparse`.
-        choices: tuning results of the same network; None to tune it.
+        chunk_size: images that are processed together, see `compile_sparse`.
+        tuning: tuning results of the same network; None to tune it.
 
     Returns:
         The compiled network; milliseconds, its own first; and errors relative to the largest
         output: `error` against PyTorch, `differs` between two random batches.
     """
     module = feather.compile_sparse(
-        model, x[:at_a_time], threads=threads, choices=choices, at_a_time=at_a_time
+        model, x[:chunk_size], threads=threads, tuning=tuning, chunk_size=chunk_size
     )
     with torch.inference_mode():
         expected, found, unlike = model(x), module(x), model(torch.randn_like(x))
@@ -173,7 +173,7 @@ class Session:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.rows: list[dict[str, Any]] = []
-        self.choices: dict[Any, Any] = {}  # tuning results of the first number of threads
+        self.tuning: dict[Any, Any] = {}  # results of the first number of threads
         self.facts = provenance(torch.device("cpu"))
         self.peak = peak()
         self.command = " ".join(["python benchmarks/inference.py", *sys.argv[1:]])
@@ -238,12 +238,12 @@ class Session:
         Raises:
             SystemExit: its output differs from PyTorch's by more than rounding.
         """
-        chunk = self.options.at_a_time
+        chunk = self.options.chunk_size
         key = (head["network"], len(x[:chunk]), allocation, sparsity)
         module, (ms, *others), errors = measure(
-            model, x, list(rivals.values()), head["threads"], chunk, self.choices.get(key)
+            model, x, list(rivals.values()), head["threads"], chunk, self.tuning.get(key)
         )
-        self.choices.setdefault(key, module.choices)
+        self.tuning.setdefault(key, module.tuning)
         if not errors["error"] < BOUND:
             sys.exit(f"{head['network']} at {sparsity}: relative error {errors['error']:.0e}")
         rate = multiply_adds(module) * len(x) / ms / 1e6
@@ -254,11 +254,11 @@ class Session:
             "ms": ms,
             "rivals_ms": dict(zip(rivals, others, strict=True)),
             **errors,
-            "sparse_layers": sum(c.sparse for c in module.choices.values()),
-            "layers": len(module.choices),
+            "sparse_layers": sum(c.sparse for c in module.tuning.values()),
+            "layers": len(module.tuning),
             "gmacs_per_s": rate,
             "of_peak": rate / self.peak / head["threads"],
-            "at_a_time": chunk,
+            "chunk_size": chunk,
             "parts_ms": breakdown(module, x[:chunk]),
         }
 
@@ -287,9 +287,7 @@ def main() -> None:
     parser.add_argument("--allocation", nargs="+", default=list(ALLOCATIONS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument(
-        "--chunk-size", type=int, dest="at_a_time", help="images per chunk, see compile_sparse"
-    )
+    parser.add_argument("--chunk-size", type=int, help="images processed together")
     parser.add_argument("--json", type=Path)
     session = Session(parser.parse_args(current_options(None, {"--at-a-time": "--chunk-size"})))
     print(session.header())

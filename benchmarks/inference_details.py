@@ -15,10 +15,10 @@ import numpy as np
 from torch import Tensor
 
 import torch_feather as feather
-from torch_feather.runtime.bound import Workspace
 from torch_feather.runtime.kernels import llvm, machine, vector_widths
 from torch_feather.runtime.layer import MaxPool
 from torch_feather.runtime.plan import Copy, Sparse
+from torch_feather.runtime.workspace import Workspace
 
 
 def peak() -> float:
@@ -71,8 +71,7 @@ exit:
 
 def breakdown(module: feather.runtime.SparseModule, x: Tensor) -> dict[str, float]:
     """Return the milliseconds by kind of step; steps are timed one by one in network order."""
-    bound = module._for_batch(x)
-    workspace = Workspace(bound)
+    workspace = Workspace(module._for_batch(x).plan)
     workspace(x)
     calls: list[tuple[str, Callable[[list[Any]], None]]] = []
     for call in workspace.calls:
@@ -82,7 +81,7 @@ def breakdown(module: feather.runtime.SparseModule, x: Tensor) -> dict[str, floa
     repetitions: dict[str, list[float]] = defaultdict(list)
     for _ in range(15):
         spent: Counter[str] = Counter()
-        values = list(workspace.slots)
+        values = list(workspace.values)
         values[workspace.inputs[0]] = x
         for name, run in calls:
             start = time.perf_counter()

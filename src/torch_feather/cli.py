@@ -308,7 +308,7 @@ def export(
     """Write the network of RUN as a file for those who use it."""
     import torch
 
-    from .export import run as exports
+    from .training import export_run as exports
     from .training.checkpoint import RunDirectory
 
     if dtype is not None and dtype not in ("float16", "bfloat16", "float32"):
@@ -342,10 +342,10 @@ def bench(
     """
     import torch
 
-    from .export.run import load_network
     from .runtime import compile_sparse
     from .runtime.timing import alternate
     from .training.checkpoint import RunDirectory
+    from .training.export_run import load_network
 
     torch.set_num_threads(threads)
     model, example = load_network(RunDirectory(run), data_path)

@@ -18,7 +18,7 @@ from torch_feather.studies.figures import (
     plot_seeds,
     published_styles,
 )
-from torch_feather.studies.output import PUBLISHED, RunFacts, write_study
+from torch_feather.studies.output import PUBLISHED, RunFacts, describe_methods, write_study
 from torch_feather.studies.study import GridAxes
 from torch_feather.studies.summary import accuracy_table, labels
 
@@ -272,6 +272,15 @@ def test_with_part_of_the_runs_a_study_plots_them_without_conclusions(name, row)
 def test_with_the_dense_network_alone_there_is_a_table(name, row):
     answer = STUDIES[name].answer([row("dense")], None)
     assert [len(table.rows) for table in answer.measured.tables] == [1]
+
+
+def test_methods_are_described_by_the_first_line_of_their_factory(row):
+    rows = [row("dense"), row("gmp"), row("torch_feather.methods:gmp"), row("not.installed:method")]
+    found = describe_methods(rows)
+    assert found["dense"].startswith("The unpruned network")
+    assert found["gmp"].startswith("gradual magnitude pruning")
+    assert found["torch_feather.methods:gmp"] == found["gmp"]
+    assert found["not.installed:method"] == ""
 
 
 def test_the_same_runs_give_the_same_files(row, tmp_path):

@@ -36,7 +36,7 @@ def test_a_network_is_timed_again_only_if_its_weights_or_the_cpu_changed(tmp_pat
     file = tmp_path / "timings" / f"{row['name']}.json"
     found = json.loads(file.read_text())
     assert found["milliseconds"] == row["milliseconds"]
-    assert (tmp_path / "timings" / f"{row['name']}.choices.json").exists()
+    assert (tmp_path / "timings" / f"{row['name']}.tuning.json").exists()
 
     def no_more(*arguments, **options):
         raise AssertionError("timed again")

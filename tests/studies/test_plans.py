@@ -107,6 +107,22 @@ def test_a_method_is_also_planned_with_its_own_options():
     ]
 
 
+def test_methods_of_other_packages_are_named_by_module_and_factory():
+    axes = GridAxes([0.9], [0], ["torch_feather.methods:gmp", "torch_feather.methods:gmp:every=2"])
+    assert axes.variants == {
+        "torch_feather.methods:gmp": {"method": "torch_feather.methods:gmp"},
+        "torch_feather.methods:gmp (every = 2)": {
+            "method": "torch_feather.methods:gmp",
+            "options": {"every": 2},
+        },
+    }
+    runs = grid(resolve_config("cifar100"), axes.variants, axes)
+    assert [run.name for run in runs] == [
+        "cifar100-torch_feather.methods_gmp-0.9-0",
+        "cifar100-torch_feather.methods_gmp-every2-0.9-0",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("gmp:p=2", "gmp has no option 'p'"), ("feather:p", "--methods 'p': write key=value")],

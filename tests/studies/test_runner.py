@@ -138,17 +138,17 @@ def test_a_report_of_version_0_1_has_a_row(tmp_path, train_here):
 
 def test_an_option_of_version_0_1_has_the_same_run_name_and_matches_its_row(row):
     """Version 0.1 called the option `lr` of probmask `rate`."""
-    runs = [
-        grid(resolve_config("cifar100"), axes.variants, axes)[0]
-        for axes in (GridAxes([0.9], [0], [f"probmask:{name}=0.02"]) for name in ("lr", "rate"))
-    ]
+    new, old = (GridAxes([0.9], [0], [f"probmask:{name}=0.02"]) for name in ("lr", "rate"))
+    runs = grid(resolve_config("cifar100"), new.variants, new)
+    with pytest.warns(DeprecationWarning, match="'rate' of method 'probmask' is now called 'lr'"):
+        runs += grid(resolve_config("cifar100"), old.variants, old)
     assert {run.name for run in runs} == {"cifar100-probmask-rate0.02-0.9-0"}
     assert [run.config.options for run in runs] == [{"lr": 0.02}] * 2
     settings = flatten(to_dict(runs[0].config.written_out()))
     settings["options.rate"] = settings.pop("options.lr")
-    old = row("probmask", name=runs[0].name, config=settings)
-    assert row_matches(old, runs[0])
-    assert not row_matches(old | {"config": settings | {"options.rate": 0.03}}, runs[0])
+    earlier = row("probmask", name=runs[0].name, config=settings)
+    assert row_matches(earlier, runs[0])
+    assert not row_matches(earlier | {"config": settings | {"options.rate": 0.03}}, runs[0])
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"name": "a", "curve": {}}]', None])

@@ -16,13 +16,13 @@ import torch_feather as feather
 from torch_feather import models
 from torch_feather.cli import main
 from torch_feather.errors import ConfigurationError, FeatherError
-from torch_feather.export.run import about, export_run
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import Config, DistillationConfig, apply, resolve_config
 from torch_feather.training.data import Batch, load_dataset
 from torch_feather.training.distillation import Distillation, load_teacher
 from torch_feather.training.distributed import Ranks
 from torch_feather.training.errors import CheckpointError, Interrupted, RunError
+from torch_feather.training.export_run import export_run, run_metadata
 from torch_feather.training.loop import train
 from torch_feather.training.step import Step
 from torch_feather.training.task import make_optimizer
@@ -229,7 +229,7 @@ def test_the_command_takes_a_teacher_from_where_it_is_called(teacher, tmp_path, 
     assert RunDirectory(tmp_path / "a").read_config().distillation.teacher == str(teacher)
     # What leaves the machine tells no place on it.
     run = RunDirectory(tmp_path / "a")
-    assert str(teacher.parent) not in json.dumps(about(run))
+    assert str(teacher.parent) not in json.dumps(run_metadata(run))
 
 
 def write_nothing(path):

@@ -13,11 +13,11 @@ import torch_feather as feather
 from torch_feather import models
 from torch_feather.cli import main
 from torch_feather.errors import ConfigurationError
-from torch_feather.export.run import about, export_run
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import apply, resolve_config
 from torch_feather.training.data import load_dataset
 from torch_feather.training.errors import Interrupted, RunError
+from torch_feather.training.export_run import export_run, run_metadata
 from torch_feather.training.loop import train
 from torch_feather.training.task import Task
 
@@ -76,7 +76,7 @@ def test_a_run_goes_on_without_what_it_started_from(trained, tmp_path):
         assert sparse[0] > 0.9
     files = [RunDirectory(tmp_path / f).model_file.read_bytes() for f in ("whole", "run")]
     assert files[0] == files[1]
-    assert about(RunDirectory(tmp_path / "run"))["config"]["init"] == "start"
+    assert run_metadata(RunDirectory(tmp_path / "run"))["config"]["init"] == "start"
 
 
 def test_another_network_or_number_of_classes_is_an_error_that_names_the_layer(trained, tmp_path):

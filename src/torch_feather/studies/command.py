@@ -55,8 +55,8 @@ def _parameters(study: Study) -> list[inspect.Parameter]:
     text, path = str | None, Path | None
     if study.methods:
         help = (
-            "Comma-separated method names, or `all`. `dense` is the dense network; "
-            "`feather:p=2:theta=1` sets options of one method. "
+            "Comma-separated method names, `package.module:factory`, or `all`. `dense` is the "
+            "dense network; `feather:p=2:theta=1` sets options of one method. "
             f"[default: {study.methods}]"
         )
         option("methods", text, None, help=help)

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from ..export.run import load_network
 from ..runtime import compile_sparse
 from ..runtime.kernels import llvm
 from ..runtime.timing import alternate
 from ..training import Config
 from ..training.checkpoint import RunDirectory, write_json
 from ..training.config import DENSE
+from ..training.export_run import load_network
 from ..training.provenance import provenance
 from .flops import BIASED
 from .pareto import FRONT_NOTE, MILLISECONDS, MULTIPLY_ADDS, cost_figures, front_sentences
@@ -91,7 +91,7 @@ def _time(directory: RunDirectory, file: Path, data_path: str | None) -> dict[st
     with torch.inference_mode():
         times = alternate([lambda: sparse(x), lambda: model(x)], rounds=30)
     file.parent.mkdir(parents=True, exist_ok=True)
-    sparse.save_choices(file.with_suffix(".choices.json"))
+    sparse.save_tuning(file.with_suffix(".tuning.json"))
     return dict(zip(MEASURED, times, strict=True))
 
 

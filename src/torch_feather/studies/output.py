@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
-from ..methods import METHODS
+from ..errors import ConfigurationError
+from ..methods import find_method
 from ..training.checkpoint import write_atomically, write_json
 from ..training.config import DENSE
 from .comparison import MIN_SEEDS
@@ -172,12 +174,17 @@ def page(
 
 def describe_methods(rows: Sequence[Row]) -> dict[str, str]:
     """Return a one-line description of each method in the rows."""
-    used = dict.fromkeys(row["method"] for row in rows)
-    about = {
-        name: (build.__doc__ or "").replace("`", "").strip() for name, build in METHODS.items()
-    }
-    about[DENSE] = "The unpruned network, trained with the same training budget."
-    return {name: about[name].splitlines()[0] for name in used}
+    return {name: _describe(name) for name in dict.fromkeys(row["method"] for row in rows)}
+
+
+def _describe(method: str) -> str:
+    if method == DENSE:
+        return "The unpruned network, trained with the same training budget."
+    try:
+        text = inspect.getdoc(find_method(method)) or ""
+    except ConfigurationError:  # of a package that is not installed
+        text = ""
+    return text.partition("\n")[0].replace("`", "").removeprefix("Return ")
 
 
 def _write(path: Path, content: bytes) -> None:

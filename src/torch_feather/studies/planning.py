@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -69,6 +70,9 @@ def _options_of_variant(
             options[name] = value
     for option, value in variant.get("options", {}).items():
         name = current_option(method, option)
+        if name != option:
+            message = f"Option {option!r} of method {method!r} is now called {name!r}."
+            warnings.warn(message, DeprecationWarning, stacklevel=4)
         if name not in defaults:
             raise ConfigurationError(
                 f"{method} has no option {option!r}{nearest(option, defaults)}"

@@ -9,8 +9,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..methods import available_methods
 from ..training import Config
-from ..training.config import parse_assignments
+from ..training.config import DENSE, parse_assignments
 from .runs import Row, Run
 
 
@@ -21,7 +22,8 @@ class GridAxes:
     Attributes:
         sparsities: target sparsities.
         seeds: random seeds.
-        methods: method names, with their own options as in `feather:p=2:theta=1`.
+        methods: method names, or `package.module:factory`, with their own options as in
+            `feather:p=2:theta=1`.
     """
 
     sparsities: Sequence[float]
@@ -39,6 +41,8 @@ class GridAxes:
         found: dict[str, dict[str, Any]] = {}
         for text in self.methods:
             method, *options = (part.strip() for part in text.split(":"))
+            if options and "=" not in options[0] and method not in (DENSE, *available_methods()):
+                method += f":{options.pop(0)}"
             shown = ", ".join(" = ".join(option.split("=")) for option in options)
             label = f"{method} ({shown})" if shown else method
             given = parse_assignments(options, "--methods")
