@@ -23,8 +23,8 @@ def check_ranks(
 ) -> None:
     """Raise StateError unless weights held by several processes have the same bits.
 
-    Compares checksums of masks and latent weights, and the number of steps. Of sharded weights, only
-    those that several processes hold are compared. Without torch.distributed it does nothing.
+    Compares checksums of masks and latent weights, and the number of steps. Of sharded weights,
+    only those that several processes hold are compared. Without torch.distributed it does nothing.
 
     Args:
         model: the model.
