@@ -7,6 +7,7 @@ the progress of training.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Protocol
@@ -39,8 +40,13 @@ class GradientRule(Protocol):
 class Schedule(Protocol):
     """A number that depends on the progress of training, such as `Linear(1.0, 0.0)`."""
 
-    start: float
-    end: float
+    @property
+    def start(self) -> float:
+        """The value at progress 0."""
+
+    @property
+    def end(self) -> float:
+        """The value at progress 1."""
 
     def at(self, progress: Tensor) -> Tensor:
         """Return the value at a progress in [0, 1], 0-dimensional."""
@@ -82,7 +88,7 @@ class Cosine:
         return self.end + (self.start - self.end) * (1 + torch.cos(torch.pi * progress)) / 2
 
 
-SCHEDULES = {"linear": Linear, "cosine": Cosine}
+SCHEDULES: dict[str, Callable[[float, float], Schedule]] = {"linear": Linear, "cosine": Cosine}
 
 
 def make_theta(theta: float | str | Schedule) -> float | Schedule:
@@ -100,7 +106,8 @@ def make_theta(theta: float | str | Schedule) -> float | Schedule:
     found = re.fullmatch(r"\s*(\w+)\s*\(\s*([^,()]+)\s*,\s*([^,()]+)\s*\)\s*", theta)
     try:
         if found and found[1] in SCHEDULES:
-            return SCHEDULES[found[1]](float(found[2]), float(found[3]))
+            make: Callable[[float, float], Schedule] = SCHEDULES[found[1]]
+            return make(float(found[2]), float(found[3]))
         return float(theta)
     except ValueError:
         pass
@@ -135,11 +142,11 @@ class StraightThrough:
 
     def __post_init__(self) -> None:
         theta = self.theta
-        ends = (theta,) if isinstance(theta, Real) else (theta.start, theta.end)
-        if not all(0.0 <= value <= 1.0 for value in ends):
-            raise ConfigurationError(f"theta must lie in [0, 1], got {theta!r}.")
         if isinstance(theta, Real):
             object.__setattr__(self, "theta", float(theta))
+        ends = [getattr(theta, "start", theta), getattr(theta, "end", theta)]
+        if not all(isinstance(end, Real) and 0.0 <= float(end) <= 1.0 for end in ends):
+            raise ConfigurationError(f"theta must lie in [0, 1], got {theta!r}.")
 
     @property
     def is_identity(self) -> bool:

@@ -238,6 +238,12 @@ class Sparsifier:
             if count > 1 and self.step.attached:
                 self._training.end_pass()
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "own_sparsity":
+            warn("own_sparsity is now called learned_sparsity.", DeprecationWarning)
+            return self.learned_sparsity
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     # The end
 
     def finalize(self, *, force: bool = False, keep_masks: bool = False) -> nn.Module:

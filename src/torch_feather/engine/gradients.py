@@ -115,27 +115,22 @@ def clear_own_gradients(method: BoundMethod) -> None:
 class PassGradients:
     """Gradients of own parameters over several forward and backward passes of one step.
 
-    Each pass has random numbers of its own, so each is completed with its own gradients.
+    Each pass has random numbers of its own, and gradients accumulate. `complete` is linear in them:
+    the completion at the end of a pass counts, less that of the gradients before it.
     """
 
     def __init__(self) -> None:
         self.own: dict[str, PerTensor] = {}
-        self._before: list[Tensor | None] = []
         self._size: Tensor | None = None
 
-    def begin(self, gradients: Gradients) -> None:
-        """Record the gradients of earlier passes."""
-        self._before = [None if g is None else g.clone() for g in gradients]
+    def begin(self, completion: Completion) -> None:
+        """Subtract the completion of earlier passes' gradients with this pass's random numbers."""
+        for name, new in completion.own.items():
+            self.own[name].flat.sub_(new.flat)
         self._size = None
 
-    def of_this_pass(self, gradients: Gradients) -> list[Tensor | None]:
-        """Return the gradients of the present pass alone."""
-        before = self._before or [None] * len(gradients)
-        pairs = zip(gradients, before, strict=True)
-        return [g if g is None or old is None else g - old for g, old in pairs]
-
     def end(self, gradients: Gradients, completion: Completion) -> None:
-        """Add the completion of one pass."""
+        """Add the completion of all gradients so far with this pass's random numbers."""
         for name, new in completion.own.items():
             if name in self.own:
                 self.own[name].flat.add_(new.flat)

@@ -214,7 +214,7 @@ class Training:
         self.method.state[name].flat.add_(1)
         self.write_effective()
         if self._passes is not None:
-            self._passes.begin(self.binding.gradients)
+            self._passes.begin(self._completion(self.binding.gradients, None))
 
     @torch.no_grad()
     def end_pass(self) -> None:
@@ -224,8 +224,7 @@ class Training:
         if self._passes is None:
             self._passes = PassGradients()
         gradients = self.binding.gradients
-        completion = self._completion(self._passes.of_this_pass(gradients), None)
-        self._passes.end(gradients, completion)
+        self._passes.end(gradients, self._completion(gradients, None))
 
     # What others did to the parameters
 

@@ -15,6 +15,7 @@ from .patterned import PatternedMethod
 from .probmask import probmask
 from .registry import (
     METHODS,
+    RENAMED_OPTIONS,
     available_methods,
     build_method,
     current_options,
@@ -28,6 +29,7 @@ from .ste import hard_ste, soft_ste
 
 __all__ = [
     "METHODS",
+    "RENAMED_OPTIONS",
     "AnyMethod",
     "BoundMethod",
     "Completion",

@@ -75,7 +75,7 @@ class Thresholded(BoundMethod):
     def cutoffs(self, weights: LatentWeights, step: Tensor) -> list[Segment]:
         """Return the cutoffs through these latent weights after `step` steps."""
 
-    def update(self, weights: LatentWeights, step: Tensor) -> Cutoffs:
+    def update(self, weights: LatentWeights, step: Tensor) -> Pruning:
         return Cutoffs(self.cutoffs(weights, step), self.progress(step))
 
     def progress(self, step: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class PatternedPruning(MagnitudePruning):
         copy_all(found.views, scores)
         return found
 
-    def update(self, weights: LatentWeights, step: Tensor) -> PatternCutoffs:
+    def update(self, weights: LatentWeights, step: Tensor) -> Pruning:
         scores = self._scores(weights)
         return PatternCutoffs(scores, self.cutoffs(scores, step), self.progress(step))
 

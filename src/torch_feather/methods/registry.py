@@ -44,9 +44,9 @@ METHODS: dict[str, Factory] = {
 _OWN = frozenset(METHODS)
 
 # Options of version 0.1 by method, and their present names.
-RENAMED = dict.fromkeys(("asl", "asl+", "feather-asl+", "str"), {"rate": "lr_multiplier"}) | {
-    "probmask": {"rate": "lr"}
-}
+RENAMED_OPTIONS = dict.fromkeys(
+    ("asl", "asl+", "feather-asl+", "str"), {"rate": "lr_multiplier"}
+) | {"probmask": {"rate": "lr"}}
 
 
 def available_methods() -> list[str]:
@@ -144,7 +144,7 @@ def current_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         >>> current_options("str", {"rate": 0.5})
         {'lr_multiplier': 0.5}
     """
-    renamed = RENAMED.get(name, {})
+    renamed = RENAMED_OPTIONS.get(name, {})
     return {renamed.get(option, option): value for option, value in options.items()}
 
 
@@ -165,7 +165,7 @@ def build_method(name: str, *, sparsity: float, **options: Any) -> AnyMethod:
         Power(p=2.0)
     """
     factory, known = find_method(name), method_options(name)
-    for old, new in RENAMED.get(name, {}).items():
+    for old, new in RENAMED_OPTIONS.get(name, {}).items():
         if old in options:
             warnings.warn(
                 f"Option {old!r} of method {name!r} is now called {new!r}.",

@@ -9,7 +9,7 @@ the schedule ends later, the exact count starts there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -164,7 +164,7 @@ class LearnedThresholds(Thresholded):
 
     # Thresholds
 
-    def update(self, weights: LatentWeights, step: Tensor) -> Learned:
+    def update(self, weights: LatentWeights, step: Tensor) -> Pruning:
         tau, slope = self.method.law.thresholds(self.r, weights)
         target, scale = self.timetable.at(step), self.scale(tau, weights)
         cutoff = _at_one(weights)
@@ -212,7 +212,7 @@ class LearnedThresholds(Thresholded):
         weights: LatentWeights,
         pruning: Pruning,
         gradients: Gradients,
-        effective: list[Tensor],
+        effective: Sequence[Tensor],
         scale: Tensor | None,
     ) -> Completion:
         """Return dL/dr, from dL/dtau = sum of dL/dw (u - w) / tau over a tensor, plus the penalty.

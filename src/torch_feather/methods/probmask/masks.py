@@ -131,7 +131,7 @@ class ProbabilisticMasks(BoundMethod):
 
     # Masks
 
-    def update(self, weights: LatentWeights, step: Tensor) -> SoftMask:
+    def update(self, weights: LatentWeights, step: Tensor) -> Pruning:
         sharpness, frozen = self._sharpness(self._epoch(step)), step >= self.target_step
         mask = weights.per_weight(0.0)
         if devices.synchronizes(weights.device):

@@ -140,7 +140,7 @@ class Spartan(MagnitudePruning):
 
     # The mask
 
-    def update(self, weights: LatentWeights, step: Tensor) -> SoftMasks:
+    def update(self, weights: LatentWeights, step: Tensor) -> Pruning:
         done = step >= self.freeze
         stays, masks = self.state["frozen"].flat & done, self.state["mask"].rows
         threshold = self.state["threshold"].flat
@@ -240,9 +240,12 @@ class Spartan(MagnitudePruning):
     ) -> None:
         super().after_step(weights, pruning, gradients, step, lr, taken)
         frozen = self.state["frozen"].flat
-        if not devices.synchronizes(weights.device) and (not pruning.frozen or frozen.all()):
-            return
-        # The mask of the first frozen step stays.
+        if not devices.synchronizes(weights.device):
+            if step < self.freeze or frozen.all():
+                return
+            pruning = self.update(weights, step)
+        # The first frozen mask stays. On a device it is written one step later, since solving for
+        # it here too would double the cost of every step.
         old = [*self.state["mask"].rows, self.state["threshold"].flat]
         new = [*pruning.masks, pruning.thresholds]
         write_if(pruning.frozen & taken, old, new)
