@@ -44,7 +44,7 @@ METHODS: dict[str, Factory] = {
 _OWN = frozenset(METHODS)
 
 # Options of version 0.1 by method, and their present names.
-RENAMED_OPTIONS = dict.fromkeys(
+@@
     ("asl", "asl+", "feather-asl+", "str"), {"rate": "lr_multiplier"}
 ) | {"probmask": {"rate": "lr"}}
 
