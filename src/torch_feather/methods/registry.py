@@ -44,9 +44,13 @@ METHODS: dict[str, Factory] = {
 _OWN = frozenset(METHODS)
 
 # Options of version 0.1 by method, and their present names.
-@@
-    ("asl", "asl+", "feather-asl+", "str"), {"rate": "lr_multiplier"}
-) | {"probmask": {"rate": "lr"}}
+RENAMED_OPTIONS = {
+    "asl": {"rate": "lr_multiplier"},
+    "asl+": {"rate": "lr_multiplier"},
+    "feather-asl+": {"rate": "lr_multiplier"},
+    "str": {"rate": "lr_multiplier"},
+    "probmask": {"rate": "lr"},
+}
 
 
 def available_methods() -> list[str]:
