@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import quick
 
 import torch_feather
 
@@ -280,4 +281,16 @@ def test_public_names_have_an_example():
         if ">>> " not in (inspect.getdoc(value) or ""):
             file = Path(inspect.getsourcefile(value)).name
             found.append(f"{file}:{inspect.getsourcelines(value)[1]} {name} has no example")
+    assert_none(found)
+
+
+def test_tests_that_are_quick_or_not_exist():
+    """A test that was renamed has another name in tests/quick.py, too."""
+    found = []
+    for file, test in quick.listed():
+        path = quick.TESTS / file
+        if not path.exists():
+            found.append(f"tests/{file} does not exist")
+        elif test and f"def {test}(" not in path.read_text(encoding="utf-8"):
+            found.append(f"tests/{file} has no {test}")
     assert_none(found)
