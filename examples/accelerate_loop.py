@@ -1,10 +1,10 @@
-"""Sparse training with Accelerate: attach to what prepare() returned.
+"""Sparse training with Accelerate: call sparsify on the objects that prepare() returned.
 
     python examples/accelerate_loop.py
 
-Trains a small network on scikit-learn's digits, 95 % sparse, with accumulated and clipped
-gradients, and goes on from save_state() where it was stopped.
-Needs: pip install 'torch-feather[train,frameworks]'
+Trains a small network on scikit-learn's digits at 95% sparsity, with gradient accumulation and
+clipping, and resumes from save_state().
+Requires: pip install 'torch-feather[train,frameworks]'
 """
 
 import math
@@ -22,15 +22,15 @@ import torch_feather as feather
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels; the last 397 are for testing."""
+    """Return images and labels; the last 397 are for testing."""
     x, y = load_digits(return_X_y=True)
     return torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16, torch.tensor(y)
 
 
 def train(folder: Path, epochs: int, stop: int | None = None, **options) -> torch.nn.Module:
-    """Train, from the state in `folder` if there is one; `stop` ends it after that many epochs."""
+    """Train, from the state in `folder` if it exists; `stop` ends the run after that epoch."""
     set_seed(0)
-    # A sampler with a seed of its own: after a resume the order of the images is what it was.
+    # A seedable sampler: a resumed run sees the images in the same order.
     seeded = DataLoaderConfiguration(use_seedable_sampler=True)
     accelerator = Accelerator(
         gradient_accumulation_steps=2, dataloader_config=seeded, cpu=True, **options
@@ -66,14 +66,14 @@ def train(folder: Path, epochs: int, stop: int | None = None, **options) -> torc
 
 
 def main(epochs: int = 4) -> None:
-    """Train in two parts, then test."""
+    """Train in two parts, then evaluate."""
     with TemporaryDirectory() as folder:
         train(Path(folder) / "state", epochs, stop=epochs // 2)
         model = train(Path(folder) / "state", epochs).eval()
     images, labels = digits()
     with torch.no_grad():
-        right = (model(images[1400:]).argmax(1) == labels[1400:]).float().mean()
-    print(f"{right:.1%} right, {feather.sparsity(model):.2%} of the weights are zero")
+        accuracy = (model(images[1400:]).argmax(1) == labels[1400:]).float().mean()
+    print(f"{accuracy:.1%} accuracy, {feather.sparsity(model):.2%} of the weights are zero")
 
 
 if __name__ == "__main__":

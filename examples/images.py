@@ -1,8 +1,8 @@
-"""Write the test images of a training run as one NumPy file, for those who serve its network.
+"""Write the test images of a training run to a NumPy file, for examples/serve.py.
 
     python examples/images.py RUN images.npz
 
-Needs what trained the network: pip install 'torch-feather[train]'
+Requires the training dependencies: pip install 'torch-feather[train]'
 """
 
 import sys
@@ -16,7 +16,7 @@ from torch_feather.training.data import eval_loader, load_dataset
 
 
 def write_images(run: Path, out: Path, most: int = 1000) -> int:
-    """The first `most` test images as the network sees them; returns how many there are."""
+    """Write the first `most` test images as the network receives them; return their number."""
     config = RunDirectory(run).read_config()
     data = load_dataset(config.data, config.seed)
     batches = list(eval_loader(data, data.test, config, torch.device("cpu")))

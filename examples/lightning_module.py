@@ -2,9 +2,9 @@
 
     python examples/lightning_module.py
 
-Trains a small network on scikit-learn's digits, 95 % sparse, in bfloat16 with accumulated and
-clipped gradients, keeps the best checkpoint, and reads it back as a plain model.
-Needs: pip install 'torch-feather[train,frameworks]'
+Trains a small network on scikit-learn's digits at 95% sparsity, in bfloat16 with gradient
+accumulation and clipping, keeps the best checkpoint, and loads it as a plain model.
+Requires: pip install 'torch-feather[train,frameworks]'
 """
 
 import lightning as L
@@ -18,7 +18,7 @@ import torch_feather as feather
 
 
 class Digits(L.LightningModule):
-    """An ordinary module; what is new is marked."""
+    """An ordinary module; new lines are marked."""
 
     def __init__(self, sparsity: float = 0.95):
         super().__init__()
@@ -45,12 +45,12 @@ class Digits(L.LightningModule):
         x, y = batch
         accuracy = (self(x).argmax(1) == y).float().mean()
         self.log("accuracy", accuracy, prog_bar=True)
-        # Checkpoints from before the final sparsity are denser: they must not win.
+        # Checkpoints before the final sparsity are denser and must not be chosen.
         self.log("final_accuracy", accuracy * self.sparsifier.at_target)  # new
 
 
 class ManualDigits(Digits):
-    """The same with manual optimization."""
+    """The same module with manual optimization."""
 
     def __init__(self, sparsity: float = 0.95):
         super().__init__(sparsity)
@@ -67,19 +67,19 @@ class ManualDigits(Digits):
 
 
 def loaders():
-    """Training and validation images."""
+    """Return loaders of training and validation images."""
     x, y = load_digits(return_X_y=True)
     images = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     data = TensorDataset(images, torch.tensor(y))
     train, validation = random_split(data, [0.8, 0.2], torch.Generator().manual_seed(0))
-    # Lightning tells such a sampler the epoch, from which alone its order follows: a training that
-    # is resumed sees the images in the order of one that was never stopped.
+    # Lightning sets the epoch of this sampler, which determines the order: a resumed run sees the
+    # images in the same order.
     order = DistributedSampler(train, num_replicas=1, rank=0, seed=0)
     return DataLoader(train, 32, sampler=order), DataLoader(validation, 512)
 
 
 def make_trainer(folder: str, epochs: int, **options) -> L.Trainer:
-    """A Trainer that keeps the best epoch and the last one."""
+    """Return a Trainer that keeps the best epoch and the last one."""
     keep = ModelCheckpoint(folder, monitor="final_accuracy", mode="max", save_last=True)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return L.Trainer(
@@ -89,19 +89,19 @@ def make_trainer(folder: str, epochs: int, **options) -> L.Trainer:
 
 
 def main(epochs: int = 6) -> None:
-    """Train, then use the best checkpoint."""
+    """Train, then load the best checkpoint."""
     L.seed_everything(0)
     model, (train, validation) = Digits(), loaders()
     trainer = make_trainer(
         "runs/lightning", epochs, precision="bf16-mixed", accumulate_grad_batches=2,
         gradient_clip_val=1.0,
     )  # fmt: skip
-    # To go on after a stop: trainer.fit(..., ckpt_path="runs/lightning/last.ckpt")
+    # To resume: trainer.fit(..., ckpt_path="runs/lightning/last.ckpt")
     trainer.fit(model, train, validation)
 
     best = Digits.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
     accuracy = float(trainer.checkpoint_callback.best_model_score)
-    print(f"{accuracy:.1%} right, {feather.sparsity(best.network):.2%} of the weights are zero")
+    print(f"{accuracy:.1%} accuracy, {feather.sparsity(best.network):.2%} of the weights are zero")
 
 
 if __name__ == "__main__":

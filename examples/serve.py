@@ -1,8 +1,8 @@
-"""Serve images one by one with the network of a sparse file, and say what that takes.
+"""Serve images one by one with the network of a sparse file, and measure the time.
 
     python examples/serve.py model.sparse.safetensors images.npz
 
-Needs the runtime only: pip install 'torch-feather[files,runtime]'
+Requires only the runtime: pip install 'torch-feather[files,runtime]'
 """
 
 import argparse
@@ -20,7 +20,7 @@ from torch_feather.export import SparseFile
 
 
 def load(path: Path) -> torch.nn.Module:
-    """The network of a file that `feather export` wrote; the file says which it is."""
+    """Load the network of a file that `feather export` wrote; the file names the network."""
     with SparseFile(path) as file:
         about = file.metadata
     model = feather.models.create(about["network"], about["classes"], about["input_shape"][0])
@@ -30,7 +30,7 @@ def load(path: Path) -> torch.nn.Module:
 def serve(
     network: Callable[[Tensor], Tensor], images: Tensor, requests: int
 ) -> tuple[float, list[int]]:
-    """Median milliseconds of a request, and the answers; goes round the images."""
+    """Return the median milliseconds of a request, and the answers; cycles through the images."""
     times, answers = [], []
     for i in range(requests):
         start = time.perf_counter()
@@ -40,12 +40,14 @@ def serve(
 
 
 def main() -> None:
-    """Read, compile, serve; the dense way first."""
+    """Load, compile and serve, first dense and then sparse."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="written by feather export")
     parser.add_argument("images", type=Path, help="written by examples/images.py")
     parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--choices", type=Path, help="how layers run: read if there, else written")
+    parser.add_argument(
+        "--tuning", type=Path, help="tuning results: read if the file exists, otherwise written"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -54,21 +56,21 @@ def main() -> None:
     start = time.perf_counter()
     model = load(options.file)
     read = time.perf_counter()
-    choices = options.choices if options.choices and options.choices.exists() else None
-    sparse = feather.compile_sparse(model, images[:1], choices=choices)
+    known = options.tuning if options.tuning and options.tuning.exists() else None
+    sparse = feather.compile_sparse(model, images[:1], tuning=known)
     compiled = time.perf_counter()
-    if options.choices and choices is None:
-        sparse.save_choices(options.choices)
+    if options.tuning and known is None:
+        sparse.save_tuning(options.tuning)
 
     print(f"{options.file.name}: {options.file.stat().st_size:,} bytes, ", end="")
-    print(f"{100 * feather.sparsity(model):.2f} % of the weights are zero")
-    print(f"read in {read - start:.2f} s, compiled in {compiled - read:.2f} s")
+    print(f"{feather.sparsity(model):.2%} of the weights are zero")
+    print(f"loaded in {read - start:.2f} s, compiled in {compiled - read:.2f} s")
     for name, network in (("PyTorch", model), ("compile_sparse", sparse)):
         with torch.inference_mode():
             _, answers = serve(network, images, len(images))
             ms, _ = serve(network, images, options.requests)
-        accuracy = 100 * np.mean(answers == labels)
-        print(f"{name:14} {ms:8.3f} ms an image, {accuracy:.2f} % of {len(labels)} right")
+        accuracy = np.mean(answers == labels)
+        print(f"{name:14} {ms:8.3f} ms per image, {accuracy:.2%} accuracy on {len(labels)} images")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Sparse training by timm's conventions: its models, optimizers, schedulers, averages, checkpoints.
+"""Sparse training with timm: its models, optimizers, schedulers and checkpoints.
 
     python examples/timm_loop.py
 
-Trains a small vision transformer on scikit-learn's digits, 90 % sparse, with layer-wise decay of
-the learning rate and an average of the weights that is sparse too.
-Needs: pip install 'torch-feather[train,frameworks]'
+Trains a small vision transformer on scikit-learn's digits at 90% sparsity, with layer-wise learning
+rate decay and a sparse average of the weights.
+Requires: pip install 'torch-feather[train,frameworks]'
 """
 
 import copy
@@ -25,16 +25,16 @@ import torch_feather as feather
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels; the last 397 are for testing."""
+    """Return images and labels; the last 397 are for testing."""
     x, y = load_digits(return_X_y=True)
     return torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1, torch.tensor(y)
 
 
 def train(folder: Path, epochs: int, stop: int | None = None) -> tuple:
-    """Train, from the checkpoint in `folder` if there is one; `stop` ends it after that epoch.
+    """Train, from the checkpoint in `folder` if it exists; `stop` ends the run after that epoch.
 
     Returns:
-        The network, and the average of its weights over time as another one.
+        The network, and a copy with the average of its weights over time.
     """
     torch.manual_seed(0)
     images, labels = digits()
@@ -50,7 +50,7 @@ def train(folder: Path, epochs: int, stop: int | None = None) -> tuple:
     sparsifier = feather.sparsify(  # new
         model, optimizer, sparsity=0.9, total_steps=epochs * updates
     )
-    # In place of ModelEmaV3: an average of sparse weights, whose masks move, would be dense.
+    # Instead of ModelEmaV3: masks change, so an average of sparse weights would be dense.
     average = feather.LatentAverage(sparsifier, decay=0.98)  # new
     folder.mkdir(parents=True, exist_ok=True)
     saver = CheckpointSaver(model, optimizer, model_ema=average, checkpoint_dir=str(folder))
@@ -62,7 +62,7 @@ def train(folder: Path, epochs: int, stop: int | None = None) -> tuple:
     schedule.step_update(begin * updates)
 
     for epoch in range(begin, epochs if stop is None else stop):
-        order = torch.Generator().manual_seed(epoch)  # so it is the same after a resume
+        order = torch.Generator().manual_seed(epoch)  # the same after a resume
         model.train()
         for i, (x, y) in enumerate(DataLoader(data, 32, shuffle=True, generator=order)):
             F.cross_entropy(model(x), y).backward()
@@ -78,16 +78,16 @@ def train(folder: Path, epochs: int, stop: int | None = None) -> tuple:
 
 
 def main(epochs: int = 8) -> None:
-    """Train in two parts, then test."""
+    """Train in two parts, then evaluate."""
     with TemporaryDirectory() as folder:
         train(Path(folder), epochs, stop=epochs // 2)
         networks = train(Path(folder), epochs)
     images, labels = digits()
     for name, model in zip(("last weights", "average"), networks, strict=True):
         with torch.no_grad():
-            right = (model.eval()(images[1400:]).argmax(1) == labels[1400:]).float().mean()
+            accuracy = (model.eval()(images[1400:]).argmax(1) == labels[1400:]).float().mean()
         zeros = feather.sparsity(model)
-        print(f"{name}: {right:.1%} right, {zeros:.2%} of the weights are zero")
+        print(f"{name}: {accuracy:.1%} accuracy, {zeros:.2%} of the weights are zero")
 
 
 if __name__ == "__main__":

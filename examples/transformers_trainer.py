@@ -1,10 +1,10 @@
-"""Sparse training in the Trainer of Transformers: attach to its optimizer before train().
+"""Sparse training with the Trainer of Transformers: call sparsify before train().
 
     python examples/transformers_trainer.py
 
-Trains a small vision transformer on scikit-learn's digits, 90 % sparse, with accumulated gradients,
-and ends with its best checkpoint. Any model that the Trainer takes goes the same way; a small BERT
-is here too. Needs: pip install 'torch-feather[train,frameworks]'
+Trains a small vision transformer on scikit-learn's digits at 90% sparsity, with gradient
+accumulation, and loads the best checkpoint. Any model of the Trainer can be trained in this way; a
+small BERT is included. Requires: pip install 'torch-feather[train,frameworks]'
 """
 
 import math
@@ -30,7 +30,7 @@ WIDTH = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
 
 
 def vision_transformer() -> tuple[PreTrainedModel, list, list]:
-    """A ViT, training and validation images of 8x8 pixels in patches of 2x2."""
+    """Return a ViT with patches of 2x2 pixels, and training and validation images of 8x8 pixels."""
     x, y = load_digits(return_X_y=True)
     images = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
     examples = [{"pixel_values": i, "labels": int(n)} for i, n in zip(images, y, strict=True)]
@@ -39,7 +39,7 @@ def vision_transformer() -> tuple[PreTrainedModel, list, list]:
 
 
 def bert() -> tuple[PreTrainedModel, list, list]:
-    """A BERT that reads the same images as 64 words, one for each shade."""
+    """Return a BERT that reads the same images as 64 tokens, one for each pixel's gray level."""
     x, y = load_digits(return_X_y=True)
     words = torch.tensor(x, dtype=torch.int64)
     examples = [{"input_ids": w, "labels": int(n)} for w, n in zip(words, y, strict=True)]
@@ -50,7 +50,7 @@ def bert() -> tuple[PreTrainedModel, list, list]:
 def make_trainer(
     model: PreTrainedModel, train: list, validation: list, folder: str, epochs: int, **options
 ) -> tuple[Trainer, feather.Sparsifier]:
-    """An ordinary Trainer; what is new is marked."""
+    """Return an ordinary Trainer; new lines are marked."""
     accumulate, batch = 2, 32
     args = TrainingArguments(
         folder, num_train_epochs=epochs, per_device_train_batch_size=batch,
@@ -62,11 +62,11 @@ def make_trainer(
 
     def measure(prediction) -> dict[str, float]:
         accuracy = float((prediction.predictions.argmax(1) == prediction.label_ids).mean())
-        # Checkpoints from before the final sparsity are denser: they must not win.
+        # Checkpoints before the final sparsity are denser and must not be chosen.
         return {"accuracy": accuracy, "final_accuracy": accuracy * sparsifier.at_target}  # new
 
-    # Transformers 5 saves some models, ViT among them, under older names, and its Trainer does not
-    # find them again when it loads a checkpoint. This keeps the names.
+    # Transformers 5 saves some models, such as ViT, with older parameter names, which its Trainer
+    # does not recognize when it loads a checkpoint. This keeps the names.
     model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
     trainer = Trainer(
         model, args, train_dataset=train, eval_dataset=validation, compute_metrics=measure
@@ -79,14 +79,14 @@ def make_trainer(
 
 
 def main(epochs: int = 8) -> None:
-    """Train; the model ends as the best checkpoint that is sparse enough."""
+    """Train, then evaluate the best checkpoint at the final sparsity."""
     set_seed(0)
     model, train, validation = vision_transformer()
     trainer, sparsifier = make_trainer(model, train, validation, "runs/transformers", epochs)
-    trainer.train()  # to go on after a stop: trainer.train(resume_from_checkpoint=True)
+    trainer.train()  # to resume: trainer.train(resume_from_checkpoint=True)
     sparsifier.finalize()  # new
     accuracy = trainer.evaluate()["eval_accuracy"]
-    print(f"{accuracy:.1%} right, {feather.sparsity(model):.2%} of the weights are zero")
+    print(f"{accuracy:.1%} accuracy, {feather.sparsity(model):.2%} of the weights are zero")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from quick import pytest_collection_modifyitems, pytest_ignore_collect  # noqa: 
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_feather.engine.health import Health
-from torch_feather.methods import thresholded
+from torch_feather.methods import magnitude
 from torch_feather.schedules import make_table
 from torch_feather.selection import device
 
@@ -48,7 +48,7 @@ def without_gpu(monkeypatch):
     # What is read once, when the sparsifier is attached.
     monkeypatch.setattr(Health, "raise_if_nan", lambda *_: None)
     monkeypatch.setattr(Health, "inspect", lambda *_: None)
-    monkeypatch.setattr(thresholded, "make_table", outside_of_fake_tensors(make_table))
+    monkeypatch.setattr(magnitude, "make_table", outside_of_fake_tensors(make_table))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import torch_feather
 from torch_feather import available_methods
 from torch_feather.cli import main
 from torch_feather.recipes import available_recipes
+from torch_feather.training.console import percent
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICK = ["--epochs", "1", "--batch-size", "256", "--set", "system.threads=1"]
@@ -17,7 +19,7 @@ QUICK = ["--epochs", "1", "--batch-size", "256", "--set", "system.threads=1"]
 
 @pytest.fixture
 def feather(monkeypatch, tmp_path, capsys):
-    """Run the command in an empty folder; exit code, output, errors."""
+    """Run the command in an empty folder; return exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_FEATHER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "120")
@@ -34,7 +36,7 @@ def feather(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run, with its dense twin."""
+    """A finished run with its dense baseline."""
     folder = tmp_path_factory.mktemp("cli") / "run"
     command = [sys.executable, "-m", "torch_feather.cli", "train", *QUICK, "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -42,13 +44,13 @@ def run(tmp_path_factory):
     return folder, done.stdout
 
 
-def test_train_without_arguments_compares_with_dense_and_says_where_it_is(run):
+def test_train_without_arguments_compares_with_dense_and_prints_its_directory(run):
     folder, output = run
     accuracy = json.loads((folder / "report.json").read_text())["test_accuracy"]
-    assert re.search(rf"feather 95.00 % sparse +{100 * accuracy:.2f} %", output)
-    assert re.search(r"dense, same budget +\d", output)
+    assert re.search(rf"feather {percent(0.95)} sparse +{percent(accuracy)}", output)
+    assert re.search(r"dense baseline +\d", output)
     assert re.search(r"layer3.0.conv2.weight +128x128x3x3 +147,456", output)
-    assert re.search(r"total +306,720 +291,384 +95.00 %", output)
+    assert re.search(rf"total +306,720 +291,384 +{percent(0.95)}", output)
     assert output.rstrip().endswith(str(folder))
     for name in ("curves.png", "layers.png", "operator.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
@@ -59,41 +61,48 @@ def test_evaluate_gives_the_reported_accuracy(run, feather):
     code, output, _ = feather("evaluate", folder, "--device", "cpu")
     accuracy = json.loads((folder / "report.json").read_text())["test_accuracy"]
     assert code == 0
-    assert f"accuracy {100 * accuracy:.2f} %" in output
-    assert "95.00 % of the weights are zero" in output
+    assert f"accuracy {percent(accuracy)}" in output
+    assert f"{percent(0.95)} of the weights are zero" in output
 
 
 def test_report_shows_the_table_and_the_file(run, feather):
     folder, _ = run
     code, output, _ = feather("report", folder)
     assert code == 0
-    assert "dense, same budget" in output
+    assert "dense baseline" in output
     code, output, _ = feather("report", folder, "--json")
     assert json.loads(output) == json.loads((folder / "report.json").read_text())
 
 
-def test_bench_times_the_network_and_keeps_its_choices(run, feather, tmp_path):
+def test_bench_times_the_network_and_stores_its_tuning_results(run, feather, tmp_path):
     folder, _ = run
-    choices = tmp_path / "choices.json"
-    code, output, errors = feather("bench", folder, "--choices", choices, "--batch", 2)
+    tuning = tmp_path / "tuning.json"
+    code, output, errors = feather("bench", folder, "--tuning", tuning, "--batch", 2)
     assert code == 0, errors
-    assert re.search(r"layer3.0.conv2.weight +\d\d.\d\d % +\d", output)
-    ratio = r"batch 2, 1 thread\(s\): PyTorch [\d.]+ ms, sparse [\d.]+ ms, [\d.]+ times as fast"
+    assert re.search(r"layer3.0.conv2.weight +\d\d.\d\d ?% +\d", output)
+    ratio = r"batch 2, 1 thread\(s\): PyTorch [\d.]+ ms, sparse [\d.]+ ms, [\d.]+× as fast"
     difference = re.search(ratio + "; largest difference (.+) of the largest output", output)
     assert float(difference[1]) < 1e-4
-    # What was chosen is not measured again: the numbers are those of the file.
-    times = json.loads(choices.read_text())
+    # Stored tuning results are not measured again: the output shows the times of the file.
+    times = json.loads(tuning.read_text())
     times["fc.weight"]["dense_ms"] = 123.456
-    choices.write_text(json.dumps(times))
-    code, output, _ = feather("bench", folder, "--choices", choices)
+    tuning.write_text(json.dumps(times))
+    code, output, _ = feather("bench", folder, "--tuning", tuning)
     assert "123.456" in output
-    choices.write_text("{")
-    code, _, errors = feather("bench", folder, "--choices", choices)
+    tuning.write_text("{")
+    code, _, errors = feather("bench", folder, "--tuning", tuning)
     assert code == 1
-    assert f"{choices} holds no choices of compile_sparse" in errors
+    assert f"{tuning} holds no tuning results of compile_sparse" in errors
 
 
-def test_a_run_is_served_as_accurate_as_it_was_measured_by_the_runtime_alone(
+def test_the_old_name_of_the_tuning_file_is_accepted_with_a_warning(feather):
+    _, _, errors = feather("bench", "nowhere", "--choices", "tuning.json")
+    warning, error = errors.splitlines()
+    assert warning == "feather: warning: --choices is deprecated. Use --tuning."
+    assert error == "feather: nowhere: no such run directory"
+
+
+def test_the_runtime_alone_serves_a_run_with_its_measured_accuracy(
     run, feather, tmp_path, monkeypatch, capsys
 ):
     folder, _ = run
@@ -112,11 +121,11 @@ runpy.run_path({str(EXAMPLES / "serve.py")!r}, run_name="__main__")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     accuracy = json.loads((folder / "report.json").read_text())["test_accuracy"]
-    assert done.stdout.count(f"{100 * accuracy:.2f} % of 359 right") == 2
-    assert "95.00 % of the weights are zero" in done.stdout
+    assert done.stdout.count(f"{accuracy:.2%} accuracy on 359 images") == 2
+    assert "95.00% of the weights are zero" in done.stdout
 
 
-def test_methods_and_recipes_list_all_there_are(feather):
+def test_methods_and_recipes_are_listed_completely(feather):
     _, output, _ = feather("methods")
     assert {line.split()[0] for line in output.splitlines() if line[:1].strip()} >= {
         *available_methods(),
@@ -135,7 +144,12 @@ def test_help_exists_for_every_command(feather, command):
     assert "Usage" in output
 
 
-def test_help_teaches_by_examples(feather):
+def test_the_version_is_that_of_the_package(feather):
+    code, output, _ = feather("--version")
+    assert (code, output) == (0, f"torch-feather {torch_feather.__version__}\n")
+
+
+def test_help_has_examples(feather):
     _, output, _ = feather("train", "--help")
     assert "--recipe cifar100 --data-path" in output
     assert "feather train --resume --out runs/a" in output
@@ -152,22 +166,22 @@ def test_help_teaches_by_examples(feather):
         (["train", "--config", "mine.yaml"], "mine.yaml: no such file"),
         (["train", "--set", "lr=1"], "did you mean 'optimizer.lr'"),
         (["train", "--set", "lr"], "write key=value"),
-        (["train", "--sparsity", "1.5"], "sparsity is a share"),
+        (["train", "--sparsity", "1.5"], "sparsity must be a fraction"),
         (["train", "--epochs", "0"], "epochs must be at least 1"),
         (["train", "--method", "fether"], "did you mean 'feather'"),
         (["train", "--set", "options.q=2"], "no option 'q'"),
         (["train", "--network", "resnet9"], "unknown network 'resnet9'"),
         (["train", "--network", "timm/resnet9999"], "timm has no model"),
-        (["train", "--network", "timm/vit_tiny_patch16_224"], "does not take images of 1x8x8"),
+        (["train", "--network", "timm/vit_tiny_patch16_224"], "does not accept images of 1x8x8"),
         (["train", "--data", "mnist"], "'mnist'"),
-        (["train", "--data", "cifar10"], "cifar10 needs --data-path"),
+        (["train", "--data", "cifar10"], "cifar10 requires --data-path"),
         (["train", "--data", "cifar100", "--data-path", "nowhere"], "no such folder"),
         (["train", "--data", "cifar100", "--data-path", "."], "found neither train"),
         (["train", "--set", "system.device=tpu"], "device 'tpu'"),
         (["train", "--resume", "--out", "nowhere"], "no run to resume"),
     ],
 )
-def test_a_mistake_ends_in_one_line(feather, tmp_path, arguments, message):
+def test_a_mistake_is_a_one_line_error(feather, tmp_path, arguments, message):
     code, _, errors = feather(*arguments)
     assert code == 1
     assert errors.startswith("feather: ")
@@ -178,13 +192,13 @@ def test_a_mistake_ends_in_one_line(feather, tmp_path, arguments, message):
 @pytest.mark.parametrize(
     "arguments", [["train", "--epochs", "x"], ["train", "--resume"], ["trian"], ["train", "--lr"]]
 )
-def test_a_command_that_cannot_be_read_is_a_usage_error(feather, arguments):
+def test_an_invalid_command_is_a_usage_error(feather, arguments):
     code, _, errors = feather(*arguments)
     assert code == 2
     assert "Traceback" not in errors
 
 
-def test_a_run_is_not_overwritten_nor_changed(run, feather):
+def test_a_run_is_neither_overwritten_nor_changed(run, feather):
     folder, _ = run
     code, _, errors = feather("train", *QUICK, "--out", folder)
     assert code == 1
@@ -194,7 +208,7 @@ def test_a_run_is_not_overwritten_nor_changed(run, feather):
     assert "sparsity was 0.95, not 0.5" in errors
 
 
-def test_each_run_gets_a_directory_of_its_own(feather, tmp_path):
+def test_each_run_has_its_own_directory(feather, tmp_path):
     quick = ["train", *QUICK, "--no-compare-dense", "--network", "mobilenet_v1"]
     for _ in range(2):
         code, _, errors = feather(*quick, "--method", "dense")
@@ -203,7 +217,7 @@ def test_each_run_gets_a_directory_of_its_own(feather, tmp_path):
     assert names == ["digits-mobilenet_v1-dense-seed0", "digits-mobilenet_v1-dense-seed0-2"]
 
 
-def test_damaged_files_of_a_run_are_one_line(run, feather, tmp_path):
+def test_damaged_files_of_a_run_are_a_one_line_error(run, feather, tmp_path):
     folder, _ = run
     (tmp_path / "config.yaml").write_text((folder / "config.yaml").read_text())
     code, _, errors = feather("evaluate", tmp_path)
@@ -218,7 +232,7 @@ def test_damaged_files_of_a_run_are_one_line(run, feather, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich", "yaml"])
-def test_a_missing_extra_says_what_to_install(missing):
+def test_the_message_for_a_missing_extra_says_what_to_install(missing):
     script = f"import sys; sys.modules[{missing!r}] = None; import torch_feather.cli"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1
@@ -227,7 +241,7 @@ def test_a_missing_extra_says_what_to_install(missing):
     assert "Traceback" not in done.stderr
 
 
-def test_help_does_not_import_what_only_training_needs():
+def test_help_does_not_import_training_dependencies():
     heavy = ["timm", "torchvision", "sklearn", "matplotlib", "pyarrow", "safetensors"]
     script = f"import sys, torch_feather.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

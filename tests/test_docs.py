@@ -8,7 +8,7 @@ import pytest
 import torch_feather as feather
 from torch_feather import allocation
 from torch_feather.methods import method_options
-from torch_feather.methods.magnitude import ALLOCATIONS, SCHEDULES
+from torch_feather.methods.options import ALLOCATIONS, SCHEDULES
 
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "docs" / "methods"

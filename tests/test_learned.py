@@ -114,7 +114,7 @@ def test_the_gradient_of_multiples_of_the_spread(method, theta):
         method, 0.7, dtype=torch.float64, dense_below=500, rate=0.1, budget_weight=1.0, **options
     ).train(60)
     # Without its weight the penalty is gone, and nothing else is.
-    law = task.sparsifier.reparametrization.method.law
+    law = task.sparsifier.step.training.method.method.law
     object.__setattr__(law, "budget_weight", 0.0)
     found, latent, gradients = task.threshold_gradients()
     [r] = task.sparsifier.parameters()
@@ -200,16 +200,16 @@ TARGETS = [0.5, 0.8, 0.9, 0.95, 0.98, 0.99]
 def test_str_reaches_any_target_by_itself_with_any_optimizer(optimizer, lr, sparsity):
     """Within one weight in 10,000, of which rounding and its margin have their share."""
     task = Task("str", sparsity, optimizer, lr=lr).train(STEPS - 1)
-    assert abs(task.sparsifier.own_sparsity - sparsity) <= 1e-4
+    assert abs(task.sparsifier.learned_sparsity - sparsity) <= 1e-4
     task.train(1)
-    assert abs(task.sparsifier.own_sparsity - sparsity) <= 1e-4
+    assert abs(task.sparsifier.learned_sparsity - sparsity) <= 1e-4
     assert task.sparsifier.sparsity == round(sparsity * 12_400) / 12_400
 
 
 def test_str_follows_its_schedule_at_every_step():
     task = Task("str", 0.98, begin=10, end=150)
     wanted = 0.98 * Cubic(10, 150).table(STEPS)
-    own = [task.train(1).sparsifier.own_sparsity for _ in range(STEPS)]
+    own = [task.train(1).sparsifier.learned_sparsity for _ in range(STEPS)]
     assert (torch.tensor(own) - wanted[1:]).abs().max() <= 1.5e-4
     assert all(b >= a - 1.5e-4 for a, b in pairwise(own))
 
@@ -224,20 +224,20 @@ def test_the_control_of_str_leaves_the_layers_thresholds_to_the_loss():
 
 def test_str_controls_half_precision_within_its_ties():
     task = Task("str", 0.9, dtype=torch.bfloat16).train(STEPS - 1)
-    assert abs(task.sparsifier.own_sparsity - 0.9) <= 0.01
+    assert abs(task.sparsifier.learned_sparsity - 0.9) <= 0.01
 
 
 @pytest.mark.parametrize("sparsity", [0.8, 0.95, 0.98])
 @pytest.mark.parametrize("method", ["asl+", "feather-asl+"])
 def test_asl_plus_comes_near_its_budget_by_itself(method, sparsity):
     task = Task(method, sparsity, dense_below=0, total_steps=600).train(539)
-    assert task.sparsifier.own_sparsity == task.sparsifier.sparsity
-    assert 1 - task.sparsifier.own_sparsity == pytest.approx(1 - sparsity, rel=0.15)
+    assert task.sparsifier.learned_sparsity == task.sparsifier.sparsity
+    assert 1 - task.sparsifier.learned_sparsity == pytest.approx(1 - sparsity, rel=0.15)
     for _ in range(3):  # from a tenth before the end on the count is exact
         task.train(1)
         assert feather.sparsity(task.model) == round(sparsity * 12_400) / 12_400
     task.train(58)
-    assert 1 - task.sparsifier.own_sparsity == pytest.approx(1 - sparsity, rel=0.15)
+    assert 1 - task.sparsifier.learned_sparsity == pytest.approx(1 - sparsity, rel=0.15)
     task.sparsifier.finalize()
 
 
@@ -308,8 +308,8 @@ def test_thresholds_that_are_nan_are_found_when_training_ends_on_a_device(monkey
 
 def test_an_end_that_misses_its_count_is_not_taken_for_the_target(monkeypatch):
     task = Task("asl", 0.9, dense_below=0, total_steps=4).train(4)
-    method = task.sparsifier.reparametrization
-    counts = method.counts_pruned(task.sparsifier.weights)
+    method = task.sparsifier.step.training.method
+    counts = method.counts_pruned(task.sparsifier.step.training.weights)
     monkeypatch.setattr(method, "counts_pruned", lambda _: counts - 1)
     with (
         pytest.warns(feather.FeatherWarning, match="3 latent weights"),
@@ -334,12 +334,12 @@ def test_decay_acts_on_s_once_and_as_in_sgd():
         task.train(1)
     [own] = task.sparsifier.parameters()
     torch.testing.assert_close(own, s.detach())
-    assert task.sparsifier.own_sparsity == 0
+    assert task.sparsifier.learned_sparsity == 0
 
 
 def test_more_decay_is_more_sparsity_and_nothing_follows_the_target():
     own = [
-        Task("str", 0.5, decay=decay, s_init=-8.0).train(STEPS - 1).sparsifier.own_sparsity
+        Task("str", 0.5, decay=decay, s_init=-8.0).train(STEPS - 1).sparsifier.learned_sparsity
         for decay in (0.0, 0.01, 0.03, 0.1)
     ]
     assert own == sorted(own)
@@ -348,7 +348,7 @@ def test_more_decay_is_more_sparsity_and_nothing_follows_the_target():
 
 def test_published_str_is_taken_as_it_is_by_stopping_before_the_exact_step():
     task = Task("str", 0.5, decay=0.03, s_init=-8.0).train(STEPS - 1)
-    own = task.sparsifier.own_sparsity
+    own = task.sparsifier.learned_sparsity
     task.sparsifier.finalize(force=True)
     assert feather.sparsity(task.model) == own != 0.5
 
@@ -359,7 +359,7 @@ def test_published_str_without_an_exact_end_ends_where_its_decay_led():
     assert not task.sparsifier.at_target
     sparsifier = task.train(1).sparsifier
     assert sparsifier.at_target
-    own = sparsifier.own_sparsity
+    own = sparsifier.learned_sparsity
     assert own == sparsifier.sparsity == sparsifier.report().own_sparsity != 0.5
     assert feather.sparsity(sparsifier.finalize()) == sparsifier.report().sparsity == own
 

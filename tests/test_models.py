@@ -1,4 +1,4 @@
-"""The networks are the paper's: exact counts, layout, initialisation, and any input size."""
+"""The networks match the paper: exact counts, layers, initialization, and any input size."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch_feather import models
 from torch_feather.errors import ConfigurationError, nearest
 
-# name: parameters, conv + linear weights with 100 classes
+# number of parameters and of prunable weights with 100 classes, by name
 COUNTS = {
     "resnet20": (1_096_196, 1_092_960),
     "resnet8": (320_260, 318_816),
@@ -22,12 +22,12 @@ def weighted_layers(model):
     return [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
 
 
-def test_every_model_is_counted_here():
+def test_every_model_has_counts():
     assert set(models.available_models()) == set(COUNTS)
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_parameter_counts_are_the_papers(name):
+def test_parameter_counts_match_the_paper(name):
     model = models.create(name, num_classes=100)
     parameters = sum(p.numel() for p in model.parameters())
     weights = sum(m.weight.numel() for m in weighted_layers(model))
@@ -71,7 +71,7 @@ def test_mobilenet_biases_are_the_classifier_and_the_pointwise_convolutions():
     assert layers_with_bias(models.mobilenet_v1()) == expected
 
 
-def test_shortcuts_are_convolutions_exactly_where_the_shape_changes():
+def test_shortcuts_are_convolutions_exactly_if_the_shape_changes():
     model = models.resnet20()
     shortcuts = [
         n for n, m in model.named_modules() if n.endswith("shortcut") and len(list(m.children()))
@@ -79,7 +79,7 @@ def test_shortcuts_are_convolutions_exactly_where_the_shape_changes():
     assert shortcuts == ["layer2.0.shortcut", "layer3.0.shortcut"]
 
 
-def test_feature_map_sizes_follow_the_strides():
+def test_feature_map_sizes():
     seen = {}
 
     def record(name):
@@ -104,22 +104,23 @@ def fan_out_std(conv):
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet8", "densenet40_24"])
-def test_convolutions_start_normal_with_fan_out_variance(name):
+def test_convolutions_are_initialized_normally_with_fan_out_variance(name):
     torch.manual_seed(0)
     scaled = [
         m.weight.flatten() / fan_out_std(m)
         for m in models.create(name, 100).modules()
         if isinstance(m, nn.Conv2d)
     ]
-    every = torch.cat(scaled)  # N(0, 1) if each layer has its own right scale
+    every = torch.cat(scaled)  # N(0, 1) if the scale of each layer is correct
     standard_error = every.numel() ** -0.5
     assert abs(every.mean()) < 4 * standard_error
     assert abs(every.var() - 1) < 4 * 2**0.5 * standard_error
-    assert abs(every.pow(4).mean() - 3) < 4 * 96**0.5 * standard_error  # a uniform has 1.8
+    # The fourth moment of a uniform distribution of variance 1 is 1.8.
+    assert abs(every.pow(4).mean() - 3) < 4 * 96**0.5 * standard_error
     assert all(abs(s.std() - 1) < 4 / math.sqrt(2 * s.numel()) for s in scaled)
 
 
-def test_resnet_classifier_starts_small_and_unbiased():
+def test_the_resnet_classifier_is_initialized_small_without_bias():
     torch.manual_seed(0)
     fc = models.resnet20().fc
     assert abs(fc.weight.std() / 0.01 - 1) < 0.03
@@ -127,7 +128,7 @@ def test_resnet_classifier_starts_small_and_unbiased():
     assert not fc.bias.any()
 
 
-def test_mobilenet_starts_as_pytorchs_layers_do():
+def test_mobilenet_has_the_initialization_of_pytorch():
     torch.manual_seed(0)
     for layer in weighted_layers(models.mobilenet_v1()):
         bound = layer.weight[0].numel() ** -0.5
@@ -138,7 +139,7 @@ def test_mobilenet_starts_as_pytorchs_layers_do():
             assert 0.8 * bound < layer.bias.abs().max() <= bound
 
 
-def test_timm_models_come_by_name():
+def test_timm_models_are_created_by_name():
     model = models.create("timm/test_resnet", num_classes=5, in_channels=1)
     assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 5)
 
@@ -152,13 +153,13 @@ def test_timm_models_come_by_name():
         ("timm/resnet5", "resnet50"),
     ],
 )
-def test_unknown_name_tells_the_nearest(name, hint):
+def test_an_unknown_name_suggests_the_nearest(name, hint):
     with pytest.raises(ValueError, match=hint):
         models.create(name, 10)
 
 
 @pytest.mark.parametrize("name", ["resnet2", "xyz", "timm/resnet5", "timm/xyz"])
-def test_the_nearest_name_is_told_as_everywhere_else(name):
+def test_the_suggestion_has_the_common_form(name):
     import timm
 
     known = timm.list_models() if name.startswith("timm/") else models.available_models()
@@ -169,6 +170,6 @@ def test_the_nearest_name_is_told_as_everywhere_else(name):
 
 
 @pytest.mark.parametrize("counts", [{"num_classes": 0}, {"num_classes": 3, "in_channels": 0}])
-def test_counts_below_one_are_refused(counts):
+def test_numbers_below_one_are_errors(counts):
     with pytest.raises(ValueError, match="at least 1"):
         models.create("resnet8", **counts)

@@ -7,7 +7,13 @@ sparsifier = feather.sparsify(model, optimizer, sparsity=0.95, total_steps=steps
 sparsifier.finalize()
 """
 
-from . import models
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import _moved
+from ._version import __version__
 from .average import LatentAverage
 from .errors import (
     ConfigurationError,
@@ -17,26 +23,38 @@ from .errors import (
     NonFiniteWeightError,
     StateError,
 )
-from .export import load_sparse, save_sparse
-from .finetune import ZeroKeeper, keep_zeros
-from .measure.batchnorm import recalibrate_batchnorm
-from .measure.flops import count_flops
-from .measure.report import report, sparsity
-from .methods import available_methods
+from .finetune import FixedMask, keep_zeros
+from .measure import count_flops, recalibrate_batchnorm, report, sparsity
+from .methods import available_methods, register_method
 from .operators import power_threshold
-from .runtime import compile_sparse
-from .sparsifier import Sparsifier, sparsify
+from .sparsifier import Sparsifier
+from .sparsify import sparsify
+
+if TYPE_CHECKING:
+    from . import models
+    from .export import load_sparse, save_sparse
+    from .runtime import compile_sparse
+
+# What is below the core is imported when it is first used.
+_LAZY = {
+    "compile_sparse": ".runtime",
+    "load_sparse": ".export",
+    "models": ".models",
+    "save_sparse": ".export",
+    "testing": ".testing",
+}
 
 __all__ = [
     "ConfigurationError",
     "FeatherError",
     "FeatherWarning",
     "FileFormatError",
+    "FixedMask",
     "LatentAverage",
     "NonFiniteWeightError",
     "Sparsifier",
     "StateError",
-    "ZeroKeeper",
+    "__version__",
     "available_methods",
     "compile_sparse",
     "count_flops",
@@ -45,8 +63,22 @@ __all__ = [
     "models",
     "power_threshold",
     "recalibrate_batchnorm",
+    "register_method",
     "report",
     "save_sparse",
     "sparsify",
     "sparsity",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        module = import_module(_LAZY[name], __name__)
+        found = module if _LAZY[name] == f".{name}" else getattr(module, name)
+        globals()[name] = found
+        return found
+    return _moved.attribute(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

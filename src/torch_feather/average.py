@@ -1,7 +1,7 @@
 """An exponential moving average of the latent weights, exactly sparse when it is used.
 
-An average of effective weights is not sparse: masks move, and a weight is 0 only where it was
-always 0. Averaging the latent weights and thresholding their average is.
+An average of effective weights is not sparse: masks move, and a weight is 0 only if it was always
+0. The thresholded average of the latent weights is sparse.
 """
 
 from __future__ import annotations
@@ -18,39 +18,55 @@ from .weights.latent import copy_all
 
 
 class LatentAverage:
-    """Averages what a sparsifier's optimizer trains: latent weights, and all other parameters.
+    """Averages the latent weights of a sparsifier and all other parameters of its model.
 
-    Call `update` after each optimizer step, and `copy_to` to put the average into a copy of the
-    model, with exactly as many zeros as the sparsifier's present target asks for.
+    Call `update` after each optimizer step. `copy_to` writes the average into a copy of the model,
+    with exactly the scheduled number of zeros.
 
     Args:
         sparsifier: attached to the model in training.
-        decay: share of the average that each update keeps, in [0, 1).
+        decay: fraction of the average that each update keeps, in [0, 1).
+
+    Raises:
+        ConfigurationError: decay is out of range, or the weights are sharded.
+
+    Example:
+        >>> import copy
+        >>> from torch_feather import sparsify
+        >>> model = nn.Linear(10, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sparsifier = sparsify(
+        ...     model, optimizer, sparsity=0.9, total_steps=1, schedule="constant"
+        ... )
+        >>> average = LatentAverage(sparsifier)
+        >>> average.update()
+        >>> int((average.copy_to(copy.deepcopy(model)).weight == 0).sum())
+        90
     """
 
     def __init__(self, sparsifier: Sparsifier, decay: float = 0.999):
         if not 0.0 <= decay < 1.0:
             raise ConfigurationError(f"decay must lie in [0, 1), got {decay!r}.")
-        if sparsifier.weights.shards is not None:
+        if sparsifier.step.training.weights.shards is not None:
             raise ConfigurationError(
-                "LatentAverage averages whole weights, but here they are sharded over several "
-                "processes. It works with DistributedDataParallel."
+                "LatentAverage does not support weights that are sharded over several processes. It "
+                "works with DistributedDataParallel."
             )
         self.sparsifier = sparsifier
         self.decay = decay
-        sparsifier.sync()
-        self._latent = [flat.clone() for flat in sparsifier.weights.flats]
+        sparsifier.step.sync()
+        self._latent = [flat.clone() for flat in sparsifier.step.training.weights.flats]
         self._others = {name: p.detach().clone() for name, p in self._other_parameters()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the average towards the present weights."""
-        self.sparsifier.require_attached()
-        self.sparsifier.sync()
-        flats = self.sparsifier.weights.flats
+        """Move the average towards the present weights."""
+        self.sparsifier.step.require_attached()
+        self.sparsifier.step.sync()
+        flats = self.sparsifier.step.training.weights.flats
         if [_kind(f) for f in flats] != [_kind(f) for f in self._latent]:
             raise StateError(
-                "The model was moved or cast after the average began; make a new LatentAverage."
+                "The model was moved or cast after the average began. Create a new LatentAverage."
             )
         torch._foreach_lerp_(self._latent, flats, 1.0 - self.decay)
         for name, parameter in self._other_parameters():
@@ -58,20 +74,21 @@ class LatentAverage:
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> nn.Module:
-        """Writes the sparse average into `model`, a copy of the one in training; returns it.
+        """Write the sparse average into `model`, a copy of the one in training; return it.
 
-        Buffers, such as the statistics of batch norm, are taken from the model in training as
-        they are: `recalibrate_batchnorm` fits them to the average.
+        Buffers, such as the statistics of batch norm, are copied from the model in training;
+        `recalibrate_batchnorm` fits them to the average.
         """
         target, source = unwrap(model), unwrap(self.sparsifier.model)
         if target is source:
             raise ConfigurationError(
-                "copy_to wants a copy of the model (copy.deepcopy(model)), not the one in training."
+                "copy_to needs a copy of the model (copy.deepcopy(model)), not the one in training."
             )
-        weights = self.sparsifier.weights.like(self._latent)
-        images = self.sparsifier.image_of(weights)
-        names = [slot.name for slot in self.sparsifier.slots]
-        copy_all([target.get_parameter(name) for name in names], images)
+        training = self.sparsifier.step.training
+        weights = training.weights.like(self._latent)
+        pruning = training.method.update(weights, training.count)
+        effective = training.method.effective_weights(weights, pruning)
+        copy_all([target.get_parameter(name) for name in training.binding.names], effective)
         for name, value in self._others.items():
             target.get_parameter(name).copy_(value)
         for name, buffer in source.named_buffers():
@@ -79,7 +96,7 @@ class LatentAverage:
         return model
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and its decay."""
+        """Return the average and its decay."""
         return {
             "decay": self.decay,
             "latent": [flat.clone() for flat in self._latent],
@@ -87,18 +104,18 @@ class LatentAverage:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a `state_dict()`; raises StateError if it is of another model."""
+        """Load a `state_dict()`; raise StateError if it belongs to another model."""
         latent, others = state.get("latent", []), state.get("others", {})
         fits = [flat.shape for flat in latent] == [flat.shape for flat in self._latent]
         if not fits or others.keys() != self._others.keys():
-            raise StateError("This average belongs to another model, or other weights took part.")
+            raise StateError("This average belongs to another model, or to other prunable weights.")
         self.decay = state["decay"]
         copy_all(self._latent, latent)
         for name, value in others.items():
             self._others[name].copy_(value)
 
     def _other_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        taken = {id(slot.parameter) for slot in self.sparsifier.slots}
+        taken = {id(parameter) for parameter in self.sparsifier.step.training.binding.parameters}
         named = unwrap(self.sparsifier.model).named_parameters()
         return [(name, p) for name, p in named if id(p) not in taken]
 

@@ -1,59 +1,74 @@
-"""The errors that are torch-feather's own; each also is the standard error of its kind."""
+"""The errors of torch-feather; each is also the standard error of its kind."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
-_OURS = ("torch", "torch_feather")
-
-
-# What helps where a layer lost every weight, whatever the method.
+# Advice for a layer that lost every weight.
 FILL_LAYERS = (
-    "Leave out what should not be emptied (exclude=), lower the sparsity, or take a method that "
-    "keeps a share of each layer, such as feather with min_density=0.01."
+    "Exclude layers that must keep weights (exclude=), lower the sparsity, or use a method that "
+    "keeps a fraction of each layer, such as feather with min_density=0.01."
 )
 
 
 class FeatherError(Exception):
-    """Base of every error that torch-feather raises on purpose."""
+    """Base class of all errors of torch-feather."""
 
 
 class ConfigurationError(FeatherError, ValueError):
-    """What was asked for cannot be: a wrong option, model, optimizer or target."""
+    """An impossible request: a wrong option, model, optimizer or target."""
 
 
 class StateError(FeatherError, RuntimeError):
-    """A state that was loaded, or the order of calls, does not fit this model or sparsifier."""
+    """A loaded state, or the order of calls, does not fit this model or sparsifier."""
 
 
 class FileFormatError(FeatherError, ValueError):
-    """A file that is truncated, damaged, of a newer version, or no sparse file at all."""
+    """A file that is truncated, damaged, of a newer version, or not a sparse file."""
 
 
 class NonFiniteWeightError(FeatherError, FloatingPointError):
-    """A latent weight became NaN, which the loss shows, or a learned threshold did."""
+    """A latent weight or a learned threshold became NaN."""
 
 
 class FeatherWarning(UserWarning):
-    """Something that training survives but that its user should know."""
+    """A condition that training survives but that the user should know."""
 
 
-def warn(message: str) -> None:
-    """Issues a FeatherWarning that points at the line outside of this package and of torch."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _OURS:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, FeatherWarning, stacklevel=level)
+def warn(message: str, category: type[Warning] = FeatherWarning) -> None:
+    """Issue a warning that points at the user's line.
+
+    Args:
+        message: what happened, and what to do.
+        category: the class of the warning.
+    """
+    modules = (sys.modules.get("torch"), sys.modules[__name__])
+    internal = tuple(str(Path(m.__file__).parent) + os.sep for m in modules if m and m.__file__)
+    if sys.version_info >= (3, 12):
+        warnings.warn(message, category, skip_file_prefixes=internal)
+        return
+    # Python 3.11 has no skip_file_prefixes, so the level of the user's line is counted.
+    level = 1
+    while sys._getframe(level).f_code.co_filename.startswith(internal):
+        level += 1
+    warnings.warn(message, category, stacklevel=level + 1)
 
 
 def nearest(wrong: object, known: Iterable[str]) -> str:
-    """The end of a sentence that names what is most like `wrong` among the known names."""
+    """Return the end of a sentence that names the known name most similar to `wrong`."""
     near = get_close_matches(str(wrong), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
-    """The first of many names."""
+    """Return the first names and the number of the others.
+
+    Example:
+        >>> some(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

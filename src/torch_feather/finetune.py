@@ -1,4 +1,4 @@
-"""Zeros that stay: training on with a fixed mask."""
+"""Fine-tuning with a fixed mask: zeros stay zero."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from .prunable import Filters, find_prunable
 from .weights.shards import local, reshard
 
 
-class ZeroKeeper:
-    """After every step of the optimizers, weights that were 0 at first are 0 again.
+class FixedMask:
+    """Sets weights that were 0 at first to 0 after every optimizer step.
 
-    Made by `keep_zeros` and by `Sparsifier.finalize(keep_masks=True)`; `remove()` ends it.
+    Created by `keep_zeros` and by `Sparsifier.finalize(keep_masks=True)`; `remove()` ends it.
+
+    Args:
+        parameters: the weights.
+        optimizers: the optimizers that train them.
     """
 
     def __init__(self, parameters: Sequence[Tensor], optimizers: Sequence[Optimizer]):
@@ -27,15 +31,15 @@ class ZeroKeeper:
 
     @torch.no_grad()
     def _refill(self, optimizer: Optimizer, *_: Any) -> None:
-        # Nothing else is written to: it may step within the backward pass, before the others.
+        # Write to no other parameters: this optimizer may step in the backward pass, before others.
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for parameter, zero in self._zeros:
             if id(parameter) in held:
-                here = local(parameter)
-                here.masked_fill_(zero.to(here.device), 0.0)
+                held_here = local(parameter)
+                held_here.masked_fill_(zero.to(held_here.device), 0.0)
 
     def remove(self) -> None:
-        """Pruned weights may come back from now on."""
+        """Stop: pruned weights may become nonzero from now on."""
         for handle in self._handles:
             handle.remove()
 
@@ -45,19 +49,29 @@ def keep_zeros(
     optimizer: Optimizer | Sequence[Optimizer],
     include: Filters = None,
     exclude: Filters = None,
-) -> ZeroKeeper:
-    """Trains a sparse model on without losing its zeros, which momentum would revive.
+) -> FixedMask:
+    """Keep the zeros of a sparse model during further training; momentum would revive them.
 
     Args:
-        model: a model that is sparse already: finalized, or loaded from a file.
-        optimizer: what trains it, one or several.
+        model: a sparse model: finalized, or loaded from a file.
+        optimizer: the optimizer that trains it, or several.
         include, exclude: which weights, see `prunable.find_prunable`.
 
     Returns:
-        The keeper; nothing of it is in any state dict, so call this again after a restart.
+        The fixed mask. It is in no state dict: call this again after a restart.
 
     Raises:
-        ConfigurationError: a trainable weight is held by none of the optimizers.
+        ConfigurationError: no optimizer holds a trainable weight.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> mask = keep_zeros(model, optimizer)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> model.weight.count_nonzero().item()
+        0
     """
     given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     optimizers = [plain_optimizer(one) for one in given]
@@ -67,7 +81,7 @@ def keep_zeros(
     missing = [p.name for p in found if p.parameter.requires_grad and id(p.parameter) not in held]
     if missing:
         raise ConfigurationError(
-            f"No optimizer holds {some(missing)}: its zeros would not be kept. Give keep_zeros all "
-            "optimizers that train the model, or leave these weights out: exclude=."
+            f"No optimizer holds {some(missing)}, so its zeros would not be kept. Pass all optimizers "
+            "that train the model to keep_zeros, or exclude these weights (exclude=)."
         )
-    return ZeroKeeper([p.parameter for p in found], optimizers)
+    return FixedMask([p.parameter for p in found], optimizers)

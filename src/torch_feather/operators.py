@@ -1,14 +1,14 @@
-"""What becomes of a weight at threshold tau: the operators that make a network sparse.
+"""Operators: the effective value of a kept weight at a threshold tau.
 
-An operator maps the latent weights that survive, |w| >= tau, to their effective values. Which
-weights survive is the selection's business, so an operator never has to decide a tie.
+An operator maps latent weights that survive, |w| >= tau, to their effective values. The selection
+decides which weights survive, so an operator never has to decide a tie.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,15 +16,27 @@ from torch import Tensor
 from .errors import ConfigurationError
 
 
-class Operator(Protocol):
-    """The image of kept weights at a threshold."""
+class Operator(ABC):
+    """Maps kept weights to effective weights; its `repr` is part of a method's fingerprint.
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether kept weights keep their value whatever the threshold."""
+    Attributes:
+        is_identity: whether kept weights keep their value at every threshold.
+        identity_at_zero: whether they do at tau = 0, so that nothing is computed in a dense phase.
 
+    Example:
+        >>> class Halve(Operator):
+        ...     def __call__(self, w, tau):
+        ...         return w / 2
+        >>> Halve()(torch.tensor([4.0]), torch.tensor(1.0))
+        tensor([2.])
+    """
+
+    is_identity = False
+    identity_at_zero = False
+
+    @abstractmethod
     def __call__(self, w: Tensor, tau: Tensor) -> Tensor:
-        """Effective values of kept weights.
+        """Return the effective values of kept weights.
 
         Args:
             w: kept latent weights, any shape, float32 or float64, with |w| >= tau.
@@ -33,16 +45,23 @@ class Operator(Protocol):
 
 
 @dataclass(frozen=True)
-class Power:
+class Power(Operator):
     """T_p(w; tau) = sign(w) (|w|^p - tau^p)^(1/p), Feather's family of thresholds.
 
     p = 1 is the soft threshold, p -> infinity the hard one, p = 3 the paper's choice. Computed as
     w (1 - (tau / |w|)^p)^(1/p), since |w|^3 underflows for small weights.
     Source: Feather (BMVC 2023), section 3, and its supplement, section 2.
+
+    Raises:
+        ConfigurationError: p is not a finite number >= 1.
+
+    Example:
+        >>> Power(3.0)(torch.tensor([2.0]), torch.tensor(1.0)) ** 3
+        tensor([7.0000])
     """
 
     p: float = 3.0
-    is_identity = False
+    identity_at_zero = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.p, int | float) or not 1.0 <= self.p < math.inf:
@@ -53,42 +72,60 @@ class Power:
         object.__setattr__(self, "p", float(self.p))  # 3 and 3.0 are one method
 
     def __call__(self, w: Tensor, tau: Tensor) -> Tensor:
-        """See `Operator`."""
         if self.p == 1.0:
             return w - tau * w.sign()
-        share = tau / w.abs()
-        share = share.pow_(self.p).neg_().add_(1.0).clamp_min_(0.0).pow_(1.0 / self.p)
-        # 0 / 0 where both are 0: such a weight is its own image.
-        return torch.where(w == 0, w, share.mul_(w))
+        ratio = tau / w.abs()
+        ratio = ratio.pow_(self.p).neg_().add_(1.0).clamp_min_(0.0).pow_(1.0 / self.p)
+        # 0 / 0 if both are 0: such a weight is its own effective value.
+        return torch.where(w == 0, w, ratio.mul_(w))
 
 
 @dataclass(frozen=True)
-class Hard:
-    """Kept weights keep their value: the limit of `Power` for p -> infinity."""
+class Hard(Operator):
+    """Kept weights keep their value: the limit of `Power` for p -> infinity.
+
+    Example:
+        >>> Hard()(torch.tensor([2.0]), torch.tensor(1.0))
+        tensor([2.])
+    """
 
     is_identity = True
+    identity_at_zero = True
 
     def __call__(self, w: Tensor, tau: Tensor) -> Tensor:
-        """See `Operator`."""
         return w
 
 
-def Soft() -> Power:  # noqa: N802 - named like the operators it stands beside
-    """Soft thresholding, sign(w) (|w| - tau): `Power` with p = 1."""
+def Soft() -> Power:  # noqa: N802 - named like the operators beside it
+    """Return soft thresholding, sign(w) (|w| - tau): `Power` with p = 1.
+
+    Example:
+        >>> Soft()(torch.tensor([2.0]), torch.tensor(0.5))
+        tensor([1.5000])
+    """
     return Power(1.0)
 
 
 def power_threshold(w: Tensor, tau: Tensor | float, p: float = 3.0) -> Tensor:
-    """T_p(w; tau) of any tensor: 0 where |w| <= tau, sign(w) (|w|^p - tau^p)^(1/p) elsewhere.
+    """Return T_p(w; tau): 0 if |w| <= tau, otherwise sign(w) (|w|^p - tau^p)^(1/p).
+
+    Differentiation gives the operator's true derivative, not Feather's straight-through gradient;
+    for training use `sparsify`.
 
     Args:
         w: weights, any shape and floating type; half precision is computed in float32.
         tau: threshold >= 0, a number or a tensor broadcastable to `w`.
-        p: >= 1; `math.inf` gives the hard threshold.
+        p: exponent >= 1; `math.inf` gives the hard threshold.
 
     Returns:
-        A tensor like `w`. Differentiation through it gives the operator's true derivative, not
-        Feather's straight-through gradient: for training use `sparsify`.
+        A tensor like `w`.
+
+    Raises:
+        ConfigurationError: tau is negative, or p < 1.
+
+    Example:
+        >>> power_threshold(torch.tensor([0.5, -2.0]), 1.0, p=1.0)
+        tensor([0., -1.])
     """
     operator: Operator = Hard() if p == math.inf else Power(float(p))
     wide = w if w.dtype == torch.float64 else w.float()
@@ -96,6 +133,6 @@ def power_threshold(w: Tensor, tau: Tensor | float, p: float = 3.0) -> Tensor:
     if bool((tau < 0).any()):
         raise ConfigurationError(f"tau must be >= 0, got {tau.min().item()}.")
     pruned = wide.abs() <= tau
-    # Pruned weights are moved out of the way so that no infinite derivative meets a zero.
-    image = operator(torch.where(pruned, 2 * tau + 1, wide), tau)
-    return torch.where(pruned, 0.0, image).to(w.dtype)
+    # Pruned weights are replaced, so that no infinite derivative meets a zero.
+    kept = operator(torch.where(pruned, 2 * tau + 1, wide), tau)
+    return torch.where(pruned, 0.0, kept).to(w.dtype)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_feather as feather
 from torch_feather import devices
-from torch_feather.methods import thresholded
+from torch_feather.methods import magnitude
 from torch_feather.selection import device
 
 from .capture import Tape, reads_across
@@ -113,7 +113,7 @@ def test_no_step_reads_what_the_step_before_it_allocated(method, without_gpu):
 
 
 def test_an_engine_that_keeps_what_it_allocated_would_be_noticed(without_gpu, monkeypatch):
-    monkeypatch.setattr(thresholded, "renew", lambda old, new: new)
+    monkeypatch.setattr(magnitude, "renew", lambda old, new: new)
     with FakeTensorMode(allow_non_fake_inputs=True):
         step = steps_on_fake_tensors("feather-theta")
         step()
@@ -141,7 +141,7 @@ def test_a_look_at_many_tensors_is_as_few_operations_as_one_at_few(as_on_a_devic
         sparsifier = feather.sparsify(model, optimizer, sparsity=0.8, total_steps=10)
         model(torch.randn(4, 8)).sum().backward()
         optimizer.step()
-        every = range(len(sparsifier.slots))
+        every = range(len(sparsifier.step.training.binding.weights))
         with torch.no_grad(), Count() as count:
             sparsifier.before_step(every)
             sparsifier.capture(every)

@@ -12,7 +12,8 @@ import torch_feather as feather
 from torch_feather import devices
 from torch_feather.operators import Hard, Power
 from torch_feather.selection import select
-from torch_feather.weights.latent import LatentWeights, Segment
+from torch_feather.weights.latent import LatentWeights
+from torch_feather.weights.segments import Segment
 
 
 @pytest.mark.parametrize("options", [{}, {"min_density": 0.01}, {"theta": 0.5}], ids=str)

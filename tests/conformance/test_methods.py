@@ -12,12 +12,12 @@ from transformers.pytorch_utils import Conv1D
 import torch_feather as feather
 from torch_feather import ConfigurationError, StateError, devices
 from torch_feather.allocation import ERK, FlopsBiased, Global
-from torch_feather.allocation.base import counts_of
-from torch_feather.allocation.uniform import Equal
+from torch_feather.allocation.base import round_counts
+from torch_feather.allocation.uniform import FittedUniform
+from torch_feather.context import MethodContext
 from torch_feather.gradient_rules import StraightThrough
 from torch_feather.methods import METHODS, Method, build_method, method_options
-from torch_feather.methods.base import Setting
-from torch_feather.methods.magnitude import ALLOCATIONS
+from torch_feather.methods.options import ALLOCATIONS
 from torch_feather.operators import Hard, Soft
 from torch_feather.schedules import Constant, Cubic, Stairs
 from torch_feather.weights.latent import LatentWeights
@@ -170,7 +170,7 @@ def test_whole_counts_sum_to_the_rounded_total_and_are_less_than_one_off():
     for _ in range(200):
         n = torch.randint(1, 50, (7,), generator=generator).double()
         amounts = n * torch.rand(7, generator=generator, dtype=torch.float64)
-        counts = counts_of(amounts, amounts.sum())
+        counts = round_counts(amounts, amounts.sum())
         assert counts.sum() == amounts.sum().round()
         assert ((counts - amounts).abs() < 1).all()
         assert ((counts >= 0) & (counts <= n)).all()
@@ -259,10 +259,10 @@ def test_what_training_makes_of_a_budget_is_within_it(way, pattern, monkeypatch)
     budget = 0.5 * macs(start("convnet", schedule="constant"))
     biased = FlopsBiased(budget=budget, example_input=x)
     run = start("convnet", method="feather", allocation=biased, pattern=pattern, total_steps=40)
-    found = run.sparsifier.reparametrization.state["gamma"]
+    found = run.sparsifier.step.training.method.state["gamma"]
     before = found.clone()
     run.train(0, 19)
-    assert run.sparsifier.step_count + 1 == run.sparsifier.reparametrization.arrival
+    assert run.sparsifier.step_count + 1 == run.sparsifier.target_step
     for step in range(19, 40):
         run.train(step, step + 1)
         assert 0.5 * budget <= macs(run) <= budget, step
@@ -289,8 +289,8 @@ def test_a_strong_bias_prunes_the_dear_layers_first_and_none_by_its_place(gamma)
     tensors = [torch.randn(n) for n in (700, 200, 100)]
     costs = {"dear": 12544.0, "fair": 784.0, "cheap": 1.0}
     weights = LatentWeights(tensors)
-    setting = Setting(nn.Module(), list(costs), weights, 0.95, 10)
-    segments = FlopsBiased(gamma, costs=costs).fit(setting).cuts(
+    setting = MethodContext(nn.Module(), list(costs), weights, 0.95, 10)
+    segments = FlopsBiased(gamma, costs=costs).fit(setting).cutoffs(
         weights, torch.tensor(0.95, dtype=torch.float64)
     )  # fmt: skip
     assert weights.counts_pruned(segments).tolist() == [700, 200, 50]
@@ -363,22 +363,22 @@ def test_stairs_without_steps_are_an_error():
 @pytest.mark.parametrize("model", MODELS)
 def test_learned_thresholds_end_on_the_exact_count(model):
     run = start(model, **ASL)
-    arrival = run.sparsifier.reparametrization.arrival
+    arrival = run.sparsifier.target_step
     assert arrival == math.ceil(0.9 * TOTAL)
     run.train(0, arrival - 1)
     assert run.zeros() != round(0.8 * run.case.size)
     assert_exact(run)
-    assert run.sparsifier.own_sparsity == run.sparsifier.sparsity
+    assert run.sparsifier.learned_sparsity == run.sparsifier.sparsity
     run.train(arrival - 1, arrival)
     for step in range(arrival, TOTAL + 3):
         assert_exact(run)
         assert run.zeros() == round(0.8 * run.case.size)
         run.train(step, step + 1)
-    own, report = run.sparsifier.own_sparsity, run.sparsifier.report()
+    own, report = run.sparsifier.learned_sparsity, run.sparsifier.report()
     assert own == report.to_dict()["own_sparsity"] != run.sparsifier.sparsity
     assert f"By itself the method prunes {100 * own:.2f} %" in str(report)
     run.sparsifier.finalize()
-    assert run.sparsifier.own_sparsity == own
+    assert run.sparsifier.learned_sparsity == own
     assert run.zeros() == round(0.8 * run.case.size)
 
 
@@ -419,7 +419,7 @@ def test_a_target_is_reached_no_earlier_than_its_schedule_arrives(schedule, arri
 
 def test_finalize_before_the_exact_count_is_refused_or_forced():
     run = start(**ASL)
-    run.train(0, run.sparsifier.reparametrization.arrival - 1)
+    run.train(0, run.sparsifier.target_step - 1)
     zeros = run.zeros()
     with pytest.raises(StateError, match=r"0\.8.*force=True"):
         run.sparsifier.finalize()
@@ -515,7 +515,7 @@ def test_casting_keeps_learned_thresholds():
     [before] = copy.deepcopy(run.sparsifier.parameters())
     run.model.double()
     run.loop.dtype = torch.float64
-    run.sparsifier.sync()
+    run.sparsifier.step.sync()
     assert torch.equal(run.sparsifier.parameters()[0], before.double())
     run.train(3, TOTAL)
     assert_exact(run)
@@ -538,7 +538,9 @@ def test_an_optimizer_without_a_learning_rate_cannot_lend_one():
     run.sparsifier.complete_gradients()
     step = torch.zeros((), dtype=torch.int64)
     with pytest.raises(ConfigurationError, match="no learning rate"):
-        run.sparsifier.reparametrization.advance(run.sparsifier.weights, step, None, True)
+        run.sparsifier.step.training.method.advance(
+            run.sparsifier.step.training.weights, step, None, True
+        )
 
 
 @pytest.mark.parametrize(
@@ -563,7 +565,7 @@ def test_the_budget_pulls_towards_the_target():
         for layer in model:
             layer.weight.grad = torch.zeros_like(layer.weight)
         optimizer.step()
-    assert sparsifier.own_sparsity == pytest.approx(0.9, abs=0.01)
+    assert sparsifier.learned_sparsity == pytest.approx(0.9, abs=0.01)
 
 
 # --- ST-3 -----------------------------------------------------------------------------------
@@ -646,10 +648,10 @@ def test_sigma_ranks_by_the_shape():
 
 def test_layouts_are_shared_by_averages():
     weights = LatentWeights([torch.randn(3, 4), torch.randn(5)])
-    uniform = Equal([12, 5])
+    uniform = FittedUniform([12, 5])
     share = torch.tensor(0.5, dtype=torch.float64)
     for one in (weights, weights.like([weights.flats[0].clone()])):
-        assert one.counts_pruned(uniform.cuts(one, share)).tolist() == [6, 2]
+        assert one.counts_pruned(uniform.cutoffs(one, share)).tolist() == [6, 2]
 
 
 # --- states of other methods ----------------------------------------------------------------
@@ -678,8 +680,10 @@ def test_what_another_method_learned_is_not_mistaken_for_ones_own(before, now):
     for mine, own in zip(run.sparsifier.parameters(), fresh.sparsifier.parameters(), strict=True):
         assert torch.equal(mine, own)
     # The same latent weights, after the same steps, meet the same thresholds.
-    fresh.sparsifier.weights.flats[0].copy_(run.sparsifier.weights.flats[0])
-    fresh.sparsifier._step.copy_(run.sparsifier._step)
+    fresh.sparsifier.step.training.weights.flats[0].copy_(
+        run.sparsifier.step.training.weights.flats[0]
+    )
+    fresh.sparsifier.step.training.count.copy_(run.sparsifier.step.training.count)
     fresh.sparsifier.show_image()
     assert_same(run.sparsifier.thresholds(), fresh.sparsifier.thresholds())
 

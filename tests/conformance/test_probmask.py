@@ -35,8 +35,8 @@ def at_work(sparsity: float = 0.9, total_steps: int = 320, **options):
 
 
 def set_step(sparsifier: feather.Sparsifier, step: int) -> None:
-    sparsifier._step.fill_(step)
-    sparsifier._materialize()
+    sparsifier.step.training.count.fill_(step)
+    sparsifier.step.training.write_effective()
 
 
 # --- projection -----------------------------------------------------------------------------
@@ -120,9 +120,9 @@ def test_noise_is_uniform_and_without_correlation():
 def test_masks_sharpen_as_published(step, sharpness):
     """300 epochs of one step, and 20 more."""
     sparsifier = at_work(total_steps=320)
-    assert sparsifier.reparametrization.arrival == 300
+    assert sparsifier.target_step == 300
     set_step(sparsifier, step)
-    assert float(sparsifier.reparametrization._sharpness) == pytest.approx(sharpness, rel=1e-4)
+    assert float(sparsifier.step.training.method._sharpness) == pytest.approx(sharpness, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -310,8 +310,8 @@ def test_a_step_given_up_between_passes_leaves_no_trace_in_the_next():
             break
     # The same masks for both: draws are counted.
     for one in (run, other):
-        one.sparsifier.reparametrization._draws.fill_(9)
-        one.sparsifier._materialize()
+        one.sparsifier.step.training.method._draws.fill_(9)
+        one.sparsifier.step.training.write_effective()
     assert_same(
         snapshot(train_by_passes(run, range(2, 5), 2)),
         snapshot(train_by_passes(other, range(2, 5), 2)),
@@ -375,7 +375,7 @@ def test_the_network_can_be_finalized_as_soon_as_it_is_exact():
 )  # fmt: skip
 def test_the_last_phase_has_its_share_of_the_steps(total, finetune, arrival):
     run = start("mlp", total_steps=total, method="probmask", finetune=finetune)
-    assert run.sparsifier.reparametrization.arrival == arrival
+    assert run.sparsifier.target_step == arrival
     run.train(0, total)
     assert run.zeros() == 96
     run.sparsifier.finalize()
@@ -400,8 +400,8 @@ def test_equal_probabilities_are_pruned_by_lot():
             model, torch.optim.SGD(model.parameters(), 0.0), "probmask", sparsity=0.9,
             total_steps=1, finetune=0.0, seed=seed,
         )  # fmt: skip
-        sparsifier.reparametrization.state["probability"][1][:50].fill_(0.25)
-        frozen = sparsifier.reparametrization._most_probable(torch.ones((), dtype=torch.int64))
+        sparsifier.step.training.method.state["probability"][1][:50].fill_(0.25)
+        frozen = sparsifier.step.training.method._most_probable(torch.ones((), dtype=torch.int64))
         assert int((frozen == 0).sum()) == 9000
         assert (frozen[5000:7500] == 0).all()  # the least probable first
         masks.append(frozen)
@@ -419,10 +419,10 @@ def test_what_the_probabilities_reach_by_themselves_is_told():
     own = 1 - float(flat.double().mean())
     assert own != pytest.approx(float((flat < 0.5).double().mean()), abs=0.02)
     own = pytest.approx(own, abs=0.5 * len(run.sparsifier.parameters()) / len(flat))
-    assert run.sparsifier.own_sparsity == own
+    assert run.sparsifier.learned_sparsity == own
     assert float(flat.sum()) == pytest.approx(72, rel=1e-5)
     run.sparsifier.finalize()
-    assert run.sparsifier.own_sparsity == own
+    assert run.sparsifier.learned_sparsity == own
 
 
 def test_latent_zeros_that_are_kept_are_no_pruned_weights():
@@ -489,7 +489,7 @@ def test_moving_the_model_keeps_every_probability_with_its_weight(move):
         run.loop.dtype = torch.float64
     else:
         run.model.to(memory_format=torch.channels_last)
-    run.sparsifier.sync()
+    run.sparsifier.step.sync()
     for p, q in zip(before, run.sparsifier.parameters(), strict=True):
         assert torch.equal(p.to(q), q)
     for name, w in run.sparsifier.latent_weights().items():

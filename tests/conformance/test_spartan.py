@@ -44,9 +44,9 @@ def costs_of(sizes: list[int]) -> dict[str, float]:
 def allocated(weights: LatentWeights, allocation: Allocation, sparsity: float):
     """Segments of an allocation, for weight tensors called 0.weight, 1.weight, ..."""
     names = [f"{i}.weight" for i in range(len(weights.views))]
-    setting = feather.methods.base.Setting(nn.Module(), names, weights, sparsity, 10)
+    setting = feather.context.MethodContext(nn.Module(), names, weights, sparsity, 10)
     share = torch.tensor(sparsity, dtype=torch.float64)
-    return allocation.fit(setting).cuts(weights, share)
+    return allocation.fit(setting).cutoffs(weights, share)
 
 
 def soft_masks(weights: LatentWeights, segments, beta: float) -> list[Tensor]:
@@ -264,7 +264,7 @@ def test_the_sparsity_rises_for_a_fifth_and_the_mask_stays_in_the_last():
     seen, masks = [], []
     for step in range(20):
         seen.append(run.zeros())
-        masks.append([m.clone() for m in run.sparsifier.reparametrization.state["mask"]])
+        masks.append([m.clone() for m in run.sparsifier.step.training.method.state["mask"]])
         run.train(step, step + 1)
     assert seen == [0, 15, 30, 45, *[60] * 16]
     for step in range(4, 20):
@@ -277,7 +277,7 @@ def test_the_image_is_the_weight_times_the_soft_mask_and_finalize_keeps_it():
     run = start("mlp", method="spartan").train(0, TOTAL)
     latent = run.sparsifier.latent_weights()
     for (name, p), m in zip(
-        run.case.weights(run.model).items(), run.sparsifier.reparametrization.state["mask"],
+        run.case.weights(run.model).items(), run.sparsifier.step.training.method.state["mask"],
         strict=True,
     ):  # fmt: skip
         assert torch.equal(p, latent[name] * m)

@@ -11,7 +11,7 @@ import torch_feather as feather
 from torch_feather import ConfigurationError
 from torch_feather.allocation import FlopsBiased, Global
 from torch_feather.methods import METHODS, method_options
-from torch_feather.methods.magnitude import ALLOCATIONS
+from torch_feather.methods.options import ALLOCATIONS
 
 from . import methods, test_capture
 from .harness import STEPS, TOTAL, assert_same, snapshot, start

@@ -370,7 +370,7 @@ def train_blocks(method: str, reentrant: bool | None, form=None) -> Run:
             (share * F.cross_entropy(net(x.requires_grad_()), y)).backward()
         for optimizer in optimizers if form is None else []:
             optimizer.step()
-    assert net.calls == STEPS * sparsifier.reparametrization.passes * 3 * (
+    assert net.calls == STEPS * sparsifier.step.training.method.passes * 3 * (
         1 + (reentrant is not None)
     )
     return Run(net, optimizers, sparsifier, None, BLOCKS)

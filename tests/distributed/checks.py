@@ -201,7 +201,7 @@ def answers_are_of_the_whole_on_every_rank(folder):
     with torch.no_grad():
         model(x)  # after an evaluation the root keeps gathered parameters
     pruned = round(SPARSITY * 284)
-    assert sparsifier.weights.size == 12 * 13 + 13 * 8 + 8 * 3 == 284
+    assert sparsifier.step.training.weights.size == 12 * 13 + 13 * 8 + 8 * 3 == 284
     assert sparsifier.sparsity == feather.sparsity(model) == pruned / 284
     assert all(isinstance(t, DTensor) for t in sparsifier.latent_weights().values())
     masks = sparsifier.masks()
@@ -504,7 +504,7 @@ def replicas_have_the_same_masks_and_differences_are_found(folder):
         StateError, match=r"Masks of .*2\.weight differ between ranks: .* \[1\] are"
     ):
         sparsifier.check_ranks()
-    hidden = sparsifier.weights.views[2]
+    hidden = sparsifier.step.training.weights.views[2]
     sparsifier.load_state_dict(one.state_dict())
     sparsifier.check_ranks()
     if rank == 1:  # below the threshold it is seen by no mask

@@ -1,4 +1,4 @@
-"""A way to stop what an example does in the middle."""
+"""A way to interrupt an example."""
 
 import pytest
 from example_cases import Killed
@@ -6,7 +6,7 @@ from example_cases import Killed
 
 @pytest.fixture
 def killed_at(monkeypatch):
-    """Within it, the nth call of a method raises."""
+    """Make the nth call of a method raise."""
 
     def kill(owner, name, call, train):
         real, left = getattr(owner, name), [call]

@@ -1,4 +1,4 @@
-"""Examples as modules."""
+"""Import examples as modules."""
 
 import importlib.util
 import os
@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-# Nothing here may ask the network for anything.
+# No test may access the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 class Killed(Exception):  # noqa: N818
-    """Ends a training in the middle."""
+    """Interrupts a training run."""
 
 
 def load(name):
@@ -25,5 +25,5 @@ def load(name):
 
 
 def spy_on(owner, name):
-    """Within it, counts the calls of a method."""
+    """Count the calls of a method."""
     return mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name))

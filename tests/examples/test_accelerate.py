@@ -1,4 +1,4 @@
-"""Accelerate: what prepare() returned is trained, save_state() resumes it."""
+"""Accelerate: training what prepare() returned, and resuming from save_state()."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from example_cases import load, spy_on
 import torch_feather as feather
 
 example = load("accelerate_loop")
-EPOCHS, STEPS = 4, 4  # of 7 batches, two for a step and the last one alone
+EPOCHS, STEPS = 4, 4  # 7 batches: two per step, and the last one alone
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def forget_the_process():
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_killed_training_goes_on_bit_for_bit_from_its_state(
+def test_a_killed_run_resumes_bitwise_identically_from_its_state(
     precision, few_images, tmp_path, killed_at
 ):
     def train(folder):
@@ -33,11 +33,11 @@ def test_a_killed_training_goes_on_bit_for_bit_from_its_state(
         return example.train(tmp_path / folder, EPOCHS, mixed_precision=precision)
 
     expected = train("whole")
-    # One clipping a step: within the third epoch.
+    # Gradients are clipped once per step: this is within the third epoch.
     killed_at(Accelerator, "clip_grad_norm_", 2 * STEPS + 2, lambda: train("run"))
     with spy_on(Accelerator, "clip_grad_norm_") as clipped:
         resumed = train("run")
-    assert clipped.call_count == 2 * STEPS  # the last two epochs alone
+    assert clipped.call_count == 2 * STEPS  # only the last two epochs
     assert feather.sparsity(resumed) == feather.sparsity(expected) == round(0.95 * 306720) / 306720
     for (name, a), b in zip(
         expected.state_dict().items(), resumed.state_dict().values(), strict=True

@@ -1,4 +1,4 @@
-"""Lightning: the module as it is, its own checkpoints, both ways to optimize."""
+"""Lightning: its checkpoints, automatic and manual optimization."""
 
 import logging
 import warnings
@@ -42,7 +42,7 @@ class KillAt(lightning.Callback):
 
 
 def fit(folder, kind, options, kill=0, resume=None, seed=0):
-    """Train in `folder`; `kill` ends it after that many batches."""
+    """Train in `folder`; `kill` ends the run after that many batches."""
     lightning.seed_everything(seed, verbose=False)
     trainer = example.make_trainer(
         folder, EPOCHS, limit_train_batches=BATCHES, limit_val_batches=1, **options
@@ -66,7 +66,7 @@ def assert_same(one, other):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A training that was never stopped."""
+    """An uninterrupted run."""
     done = {}
 
     def get(name):
@@ -78,10 +78,10 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_killed_training_goes_on_bit_for_bit_from_its_last_checkpoint(name, whole, tmp_path):
+def test_a_killed_run_resumes_bitwise_identically_from_its_last_checkpoint(name, whole, tmp_path):
     fit(str(tmp_path), *SETTINGS[name], kill=2 * BATCHES + 3)  # within the third epoch
     last = str(tmp_path / "last.ckpt")
-    # Another seed: nothing of the fresh model may survive.
+    # Another seed: the new model must be replaced completely.
     model, _ = fit(str(tmp_path), *SETTINGS[name], resume=last, seed=1)
     expected, _ = whole(name)
     assert model.sparsifier.step_count == expected.sparsifier.step_count
@@ -89,7 +89,7 @@ def test_a_killed_training_goes_on_bit_for_bit_from_its_last_checkpoint(name, wh
     assert_same(model, expected)
 
 
-def test_both_ways_to_optimize_are_one_training(whole):
+def test_automatic_and_manual_optimization_train_the_same_network(whole):
     assert_same(whole("automatic")[0], whole("manual")[0])
 
 
@@ -99,7 +99,7 @@ def test_every_optimizer_step_counts_once(name, whole):
     assert model.sparsifier.step_count == model.sparsifier.total_steps == trainer.global_step
 
 
-def test_the_best_checkpoint_is_one_at_the_final_sparsity_and_a_plain_model(whole):
+def test_the_best_checkpoint_is_at_the_final_sparsity_and_a_plain_model(whole):
     _, trainer = whole("automatic")
     keep = trainer.checkpoint_callback
     best = example.Digits.load_from_checkpoint(keep.best_model_path)

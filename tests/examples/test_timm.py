@@ -1,4 +1,4 @@
-"""timm: its optimizers with layer decay, its schedulers, averages and checkpoints."""
+"""timm: optimizers with layer decay, schedulers, averages and checkpoints."""
 
 import copy
 
@@ -22,16 +22,18 @@ def few_images(monkeypatch):
     monkeypatch.setattr(example, "digits", lambda: (images[:128], labels[:128]))
 
 
-def test_a_killed_training_goes_on_bit_for_bit_from_its_checkpoint(few_images, tmp_path, killed_at):
+def test_a_killed_run_resumes_bitwise_identically_from_its_checkpoint(
+    few_images, tmp_path, killed_at
+):
     def train(folder):
         return example.train(tmp_path / folder, EPOCHS)
 
     expected = train("whole")
-    # Called at the beginning, and after each step: within the third epoch.
+    # Called at the start and after each step: this is within the third epoch.
     killed_at(CosineLRScheduler, "step_update", 1 + 2 * STEPS + 2, lambda: train("run"))
     with spy_on(CosineLRScheduler, "step_update") as updates:
         resumed = train("run")
-    assert updates.call_count == 1 + 2 * STEPS  # the last two epochs alone
+    assert updates.call_count == 1 + 2 * STEPS  # only the last two epochs
     for model, other in zip(expected, resumed, strict=True):
         assert feather.sparsity(model) == feather.sparsity(other) == pytest.approx(0.9, abs=1e-4)
         for (name, a), b in zip(
@@ -62,7 +64,7 @@ def test_an_average_of_sparse_weights_is_dense_and_one_of_latent_weights_is_spar
 
 
 def test_layer_decay_scales_the_steps_of_the_latent_weights():
-    """With plain SGD the first step moves each by its own learning rate times its gradient."""
+    """The first SGD step changes each weight by its own learning rate times its gradient."""
     model, optimizer = make("sgd", layer_decay=0.5, momentum=0.0, nesterov=False)
     rates = {
         id(p): group["lr"] * group["lr_scale"]
@@ -91,11 +93,11 @@ def test_optimizers_of_timm_train_with_exact_zeros(name):
         model(torch.randn(2, 1, 160, 160)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    n = sparsifier.weights.size
+    n = sparsifier.step.training.weights.size
     assert feather.sparsity(sparsifier.finalize()) == round(0.9 * n) / n
 
 
-def test_lookahead_is_refused_by_name():
+def test_lookahead_is_not_supported():
     model, optimizer = make("lookahead_adamw")
     with pytest.raises(ConfigurationError, match="Lookahead"):
         feather.sparsify(model, optimizer, sparsity=0.9, total_steps=2)

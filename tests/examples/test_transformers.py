@@ -1,4 +1,4 @@
-"""Transformers: the Trainer's own checkpoints, accumulation and best model."""
+"""Transformers: the Trainer's checkpoints, gradient accumulation and best model."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from transformers import TrainerCallback, set_seed
 import torch_feather as feather
 
 example = load("transformers_trainer")
-EPOCHS, STEPS = 4, 4  # of 8 batches, two for a step
+EPOCHS, STEPS = 4, 4  # 8 batches: two per step
 MODELS = {"vit": example.vision_transformer, "bert": example.bert}
 
 
 class SaveAndKill(TrainerCallback):
-    """A checkpoint in the middle of an epoch, and the end one step later."""
+    """Saves a checkpoint within an epoch, and ends the run one step later."""
 
     def __init__(self, step):
         self.step = step
@@ -47,15 +47,15 @@ def make(folder, model, kill=0, seed=0, accuracies=None):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_killed_training_goes_on_bit_for_bit_from_its_last_checkpoint(model, tmp_path):
-    """BERT has dropout, whose random numbers the Trainer's checkpoint holds too."""
+def test_a_killed_run_resumes_bitwise_identically_from_its_last_checkpoint(model, tmp_path):
+    """BERT has dropout, whose random state is part of the Trainer's checkpoint."""
     rising = [0.1, 0.2, 0.3, 0.4]
     whole, expected = make(tmp_path / "whole", model, accuracies=rising)
     whole.train()
     killed, _ = make(tmp_path / "run", model, kill=2 * STEPS + 1, accuracies=rising)
     with pytest.raises(Killed):
         killed.train()
-    # Another seed: nothing of the fresh model may survive.
+    # Another seed: the new model must be replaced completely.
     resumed, sparsifier = make(tmp_path / "run", model, seed=1, accuracies=rising[2:])
     resumed.train(resume_from_checkpoint=True)
     assert sparsifier.step_count == expected.step_count == EPOCHS * STEPS == whole.state.max_steps
@@ -67,13 +67,13 @@ def test_a_killed_training_goes_on_bit_for_bit_from_its_last_checkpoint(model, t
     assert feather.sparsity(whole.model) == round(0.9 * n) / n
 
 
-def test_the_best_model_is_one_at_the_final_sparsity_and_stays_bit_for_bit(tmp_path):
+def test_the_best_model_is_at_the_final_sparsity_and_stays_bitwise_identical(tmp_path):
     trainer, sparsifier = make(tmp_path, "vit", accuracies=[0.9, 0.8, 0.4, 0.3])
     trainer.train()
-    assert trainer.state.best_global_step == 2 * STEPS  # the first with all its zeros
+    assert trainer.state.best_global_step == 2 * STEPS  # the first at the final sparsity
     best = load_file(f"{trainer.state.best_model_checkpoint}/model.safetensors")
     model = sparsifier.finalize()
-    n = sparsifier.weights.size
+    n = sparsifier.step.training.weights.size
     assert feather.sparsity(model) == round(0.9 * n) / n
     assert set(best) == set(model.state_dict())
     assert all(torch.equal(best[name], value) for name, value in model.state_dict().items())

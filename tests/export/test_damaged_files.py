@@ -1,4 +1,4 @@
-"""Whatever a file holds, reading it ends in an error that says so, or in what was written."""
+"""Reading a damaged or forged file raises FileFormatError or returns what was written."""
 
 import copy
 import json
@@ -33,16 +33,16 @@ def path(tmp_path):
     return tmp_path / "file"
 
 
-def everything(path):
-    """All that a reader can get from a file."""
+def contents(path):
+    """Return everything that a file contains."""
     with SparseFile(path) as file:
-        told = (file.sparsity, file.metadata, file.entries)
+        header = (file.sparsity, file.metadata, file.entries)
         tensors = {name: file.tensor(name, limit=LIMIT).tolist() for name in file.entries}
         positions = {name: file.nonzeros(name)[0].tolist() for name in file.entries}
-    return told, tensors, positions
+    return header, tensors, positions
 
 
-# Accidents
+# Accidental damage
 
 
 def flip(data, rng):
@@ -66,19 +66,19 @@ def repeat(data, rng):
 
 
 @pytest.mark.parametrize("damage", [flip, overwrite, remove, repeat])
-def test_a_damaged_file_is_refused_or_read_as_it_was(damage, whole, path):
-    rng, data, expected = random.Random(0), whole.read_bytes(), everything(whole)
-    refused = 0
+def test_a_damaged_file_is_rejected_or_read_correctly(damage, whole, path):
+    rng, data, expected = random.Random(0), whole.read_bytes(), contents(whole)
+    rejected = 0
     for _ in range(200):
         path.write_bytes(damage(data, rng))
         try:
-            assert everything(path) == expected
+            assert contents(path) == expected
         except FileFormatError as error:
-            refused += str(path) in str(error)
-    assert refused > 180
+            rejected += str(path) in str(error)
+    assert rejected > 180
 
 
-def test_a_truncated_file_is_refused(whole, path):
+def test_a_truncated_file_is_rejected(whole, path):
     data = whole.read_bytes()
     for length in range(0, len(data), 3):
         path.write_bytes(data[:length])
@@ -86,7 +86,7 @@ def test_a_truncated_file_is_refused(whole, path):
             SparseFile(path)
 
 
-# Malice: checksums are right
+# Forged files: checksums are correct
 
 
 def parsed(path):
@@ -102,7 +102,7 @@ def forge(path, document, parts):
 
 
 def sign(document, parts):
-    """Correct checksums for whatever the parts are now."""
+    """Set the checksums of the current parts."""
     for name, description in document["tensors"].items():
         own = [parts[p] for p in (name, name + ":values", name + ":gaps") if p in parts]
         shape = description.get("shape", list(own[0].shape) if own else [])
@@ -111,7 +111,7 @@ def sign(document, parts):
 
 
 def at(*keys, value):
-    """An edit of the document."""
+    """Return an edit of the header."""
 
     def edit(document, parts):
         inner = document
@@ -123,7 +123,7 @@ def at(*keys, value):
 
 
 def part(name, change):
-    """An edit of the data."""
+    """Return an edit of the data."""
 
     def edit(document, parts):
         parts[name] = change(parts[name])
@@ -133,57 +133,63 @@ def part(name, change):
 
 ENTRY = ("tensors", "weight")
 EDITS = {
-    "future version": (at("version", value=2), "format version is 2, this library reads version 1"),
-    "no version": (at("version", value=None), "format version None"),
-    "true version": (at("version", value=True), "format version True"),
+    "future version": (at("version", value=2), "format version 2 is newer than version 1"),
+    "no version": (at("version", value=None), "invalid format version None"),
+    "boolean version": (at("version", value=True), "invalid format version True"),
     "no tensors": (at("tensors", value=[]), "no object 'tensors'"),
     "no tied": (at("tied", value=None), "no object 'tied'"),
     "metadata": (at("metadata", value="x"), "no object 'metadata'"),
-    "sparsity": (at("sparsity", value=7), "sparsity 7"),
-    "description": (at(*ENTRY, value=3), "weight: its description is no object"),
-    "layout": (at(*ENTRY, "layout", value="os.system"), "layout 'os.system', known are gaps"),
+    "sparsity": (at("sparsity", value=7), "invalid sparsity 7"),
+    "description": (at(*ENTRY, value=3), "weight: the description is not an object"),
+    "layout": (
+        at(*ENTRY, "layout", value="os.system"),
+        "unknown layout 'os.system'; known layouts: gaps",
+    ),
     "layout type": (at(*ENTRY, "layout", value=["gaps"]), "layout"),
-    "other layout": (at(*ENTRY, "layout", value="dense"), "weight: its values are missing"),
-    "negative shape": (at(*ENTRY, "shape", value=[-40, -50]), r"shape \[-40, -50\]"),
-    "float shape": (at(*ENTRY, "shape", value=[40.0, 50]), r"shape \[40.0, 50\]"),
-    "huge shape": (at(*ENTRY, "shape", value=[2**40, 2**40]), "more than a tensor can have"),
-    "absurd shape": (at(*ENTRY, "shape", value=[10**4000] * 9), "more than a tensor can have"),
-    "many dimensions": (at(*ENTRY, "shape", value=[1] * 10**5), "more than a tensor can have"),
-    "large shape": (at(*ENTRY, "shape", value=[2**31, 2**31]), "would take 18,446,744,"),
+    "other layout": (at(*ENTRY, "layout", value="dense"), "weight: values are missing"),
+    "negative shape": (at(*ENTRY, "shape", value=[-40, -50]), r"invalid shape \[-40, -50\]"),
+    "float shape": (at(*ENTRY, "shape", value=[40.0, 50]), r"invalid shape \[40.0, 50\]"),
+    "huge shape": (at(*ENTRY, "shape", value=[2**40, 2**40]), "too large for a tensor"),
+    "absurd shape": (at(*ENTRY, "shape", value=[10**4000] * 9), "too large for a tensor"),
+    "many dimensions": (at(*ENTRY, "shape", value=[1] * 10**5), "too large for a tensor"),
+    "large shape": (at(*ENTRY, "shape", value=[2**31, 2**31]), "requires 18,446,744,"),
     "small shape": (at(*ENTRY, "shape", value=[4, 50]), r"position \d+ in a tensor of 200"),
     "tiny shape": (at(*ENTRY, "shape", value=[2]), "more values than weights"),
-    "width": (at(*ENTRY, "width", value=40), "width 40"),
-    "zero width": (at(*ENTRY, "width", value=0), "width 0"),
+    "width": (at(*ENTRY, "width", value=40), "invalid width 40"),
+    "zero width": (at(*ENTRY, "width", value=0), "invalid width 0"),
     "other width": (at(*ENTRY, "width", value=1), "positions for 30 values"),
-    "zeros": (at("tensors", "bias", "zeros", value=6), "zeros 6"),
-    "tied to nothing": (at("tied", "x", value="y"), "x: tied to 'y'"),
-    "tied to a tie": (at("tied", "x", value="again"), "x: tied to 'again'"),
-    "tied twice": (at("tied", "bias", value="weight"), "bias: tied to 'weight'"),
-    "no name": (at("tied", "x", value=[1]), "x: tied to"),
-    "lost part": (lambda d, p: p.pop("weight:gaps"), "weight: its values or positions are missing"),
-    "lost tensor": (lambda d, p: p.pop("bias"), "bias: its values are missing"),
-    "unknown tensor": (lambda d, p: p.update(x=torch.ones(1)), "does not know: x"),
+    "zeros": (at("tensors", "bias", "zeros", value=6), "invalid number of zeros 6"),
+    "tied to nothing": (at("tied", "x", value="y"), "x: invalid tie to 'y'"),
+    "tied to a tie": (at("tied", "x", value="again"), "x: invalid tie to 'again'"),
+    "tied twice": (at("tied", "bias", value="weight"), "bias: invalid tie to 'weight'"),
+    "no name": (at("tied", "x", value=[1]), "x: invalid tie to"),
+    "lost part": (lambda d, p: p.pop("weight:gaps"), "weight: values or positions are missing"),
+    "lost tensor": (lambda d, p: p.pop("bias"), "bias: values are missing"),
+    "unknown tensor": (lambda d, p: p.update(x=torch.ones(1)), "does not describe: x"),
     "fewer values": (part("weight:values", lambda v: v[1:]), "30 positions for 29 values"),
     "more gaps": (part("weight:gaps", lambda g: torch.cat([g, 0 * g])), "positions for 30 values"),
-    "gaps of floats": (part("weight:gaps", lambda g: g.float()), "positions of another type"),
-    "gaps of rows": (part("weight:gaps", lambda g: g[None]), "positions of another type"),
+    "gaps of floats": (
+        part("weight:gaps", lambda g: g.float()),
+        "positions are not a uint8 vector",
+    ),
+    "gaps of rows": (part("weight:gaps", lambda g: g[None]), "positions are not a uint8 vector"),
     "rows of values": (part("weight:values", lambda v: v[None]), "more values than weights"),
-    "strange truth": (
+    "invalid boolean": (
         part("mask", lambda m: torch.full((20,), 7, dtype=torch.uint8).view(torch.bool)),
-        "a truth value that is neither 0 nor 1",
+        "a boolean that is neither 0 nor 1",
     ),
 }
 
 
 @pytest.mark.parametrize(("edit", "message"), EDITS.values(), ids=EDITS)
-def test_a_forged_file_is_refused(edit, message, whole, path):
+def test_a_forged_file_is_rejected(edit, message, whole, path):
     document, parts = parsed(whole)
     edit(document, parts)
     if isinstance(document["tensors"], dict) and isinstance(document["tensors"]["weight"], dict):
         sign(document, parts)
     forge(path, document, parts)
     with pytest.raises(FileFormatError, match=message):
-        everything(path)
+        contents(path)
     model = nn.Module()
     for name, value in MODEL.items():
         model.register_buffer(name, value.clone())
@@ -195,28 +201,45 @@ def test_a_forged_file_is_refused(edit, message, whole, path):
 
 TEXTS = {
     "deep": ("[" * 10**5, "header cannot be read"),
-    "twice": ('{"version":1,"version":1}', "version twice"),
-    "infinite": ('{"version":Infinity}', "Infinity is no number"),
+    "duplicate key": ('{"version":1,"version":1}', "duplicate key version"),
+    "infinite": ('{"version":Infinity}', "Infinity is not a number"),
     "long number": ('{"version":' + "9" * 5000 + "}", "header cannot be read"),
-    "list": ("[1]", "header is no object"),
+    "list": ("[1]", "header is not an object"),
     "nothing": ("", "header cannot be read"),
 }
 
 
 @pytest.mark.parametrize(("text", "message"), TEXTS.values(), ids=TEXTS)
-def test_a_header_that_is_no_header_is_refused(text, message, path):
+def test_an_invalid_header_is_rejected(text, message, path):
     forge(path, text, {"a": torch.ones(1)})
     with pytest.raises(FileFormatError, match=message):
         SparseFile(path)
 
 
-NASTY = [None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 0.5, 1e308, "", "weight", "gaps", [], {}]
-NASTY += [[0], [2**62], [40, 51], [[1]], {"weight": "weight"}, "\x00", "a" * 10**4]
+REPLACEMENTS = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    2**31,
+    2**63,
+    10**30,
+    0.5,
+    1e308,
+    "",
+    "weight",
+    "gaps",
+    [],
+    {},
+]
+REPLACEMENTS += [[0], [2**62], [40, 51], [[1]], {"weight": "weight"}, "\x00", "a" * 10**4]
 
 
-def test_random_forgeries_are_refused_or_harmless(whole, path):
+def test_random_forgeries_are_rejected_or_harmless(whole, path):
     rng, (document, parts) = random.Random(0), parsed(whole)
-    refused = 0
+    rejected = 0
     for _ in range(400):
         forged, data = copy.deepcopy(document), dict(parts)
         for _ in range(rng.randrange(1, 4)):
@@ -224,7 +247,7 @@ def test_random_forgeries_are_refused_or_harmless(whole, path):
             while isinstance(inner, dict) and inner and rng.random() < 0.8:
                 key = rng.choice(list(inner))
                 if not isinstance(inner[key], dict) or rng.random() < 0.1:
-                    inner[key] = copy.deepcopy(rng.choice(NASTY))
+                    inner[key] = copy.deepcopy(rng.choice(REPLACEMENTS))
                 inner = inner[key]
         name = rng.choice(list(data))
         noise = torch.randint(0, 256, (rng.randrange(0, 99),), dtype=torch.uint8)
@@ -235,31 +258,31 @@ def test_random_forgeries_are_refused_or_harmless(whole, path):
             sign({"tensors": known}, data)
         forge(path, forged, data)
         try:
-            _, tensors, _ = everything(path)
+            _, tensors, _ = contents(path)
             assert tensors.keys() >= {"weight"}
         except FileFormatError:
-            refused += 1
-    assert refused > 200
+            rejected += 1
+    assert rejected > 200
 
 
-def test_a_plain_file_is_told_apart(path):
+def test_a_plain_safetensors_file_is_recognized(path):
     save_file({"a": torch.ones(3)}, path)
-    with pytest.raises(FileFormatError, match=r"none that save_sparse wrote; .*load_file"):
+    with pytest.raises(FileFormatError, match=r"not written by save_sparse\. .*load_file"):
         SparseFile(path)
 
 
-def test_memory_is_claimed_only_within_the_limit(path):
+def test_memory_is_allocated_only_within_the_limit(path):
     with torch.no_grad():
         feather.save_sparse({"a": torch.eye(1, 10**7)}, path)
     assert path.stat().st_size < 1000
     with SparseFile(path) as file:
-        with pytest.raises(FileFormatError, match=r"a would take 40,000,000 bytes .* limit=\.\.\."):
+        with pytest.raises(FileFormatError, match=r"a requires 40,000,000 bytes .* limit=\.\.\."):
             file.tensor("a", limit=10**6)
         assert file.nonzeros("a")[0].tolist() == [0]
         assert file.tensor("a").shape == (1, 10**7)
 
 
-def test_huge_claims_do_not_reach_a_model(whole, path):
+def test_a_huge_shape_does_not_affect_a_model(whole, path):
     document, parts = parsed(whole)
     document["tensors"]["weight"]["shape"] = [2**31, 2**31]
     sign(document, parts)

@@ -1,4 +1,4 @@
-"""The benchmark of file sizes runs, and what it measures is in its table."""
+"""The benchmark of file sizes runs and prints its measurements."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""What `feather export` writes from a run is the network that the run stored."""
+"""`feather export` writes the network of a run."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from torch_feather.training.loop import train
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run."""
+    """Return a completed run."""
     folder = tmp_path_factory.mktemp("export") / "run"
     settings = {"epochs": 1, "batch_size": 512, "compare_dense": False, "options.min_density": 0.01}
     train(resolve_config("digits", None, settings), folder)
@@ -33,7 +33,7 @@ def run(trained, tmp_path):
 
 @pytest.fixture
 def export(monkeypatch, tmp_path, capsys):
-    """Run `feather export`; exit code, output, errors."""
+    """Return a function that runs `feather export`: exit code, output, errors."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
@@ -57,9 +57,9 @@ def test_the_sparse_file_loads_into_the_network_and_computes_its_logits(run, exp
     file = run / "model.sparse.safetensors"
     assert code == 0
     size, dense = file.stat().st_size, (run / "model.safetensors").stat().st_size
-    assert f"{file}: {size:,} bytes, 1/{dense / size:.1f} of the dense file's {dense:,}" in output
+    assert f"{file}: {size:,} bytes, 1/{dense / size:.1f} of the dense file ({dense:,})" in output
     assert "10 as gaps" in output
-    assert "95.00 % of the weights are zero" in output
+    assert "95.00% of the weights are zero" in output
     model = feather.load_sparse(file, feather.models.create("resnet8", 10, 1)).eval()
     x = torch.randn(4, 1, 8, 8)
     assert torch.equal(model(x), network(run)(x))
@@ -67,11 +67,15 @@ def test_the_sparse_file_loads_into_the_network_and_computes_its_logits(run, exp
     report = json.loads((run / "report.json").read_text())
     with SparseFile(file) as opened:
         assert opened.sparsity == report["report"]["sparsity"]
-        told = opened.metadata
-    assert (told["network"], told["classes"], told["input_shape"]) == ("resnet8", 10, [1, 8, 8])
-    assert told["test_accuracy"] == report["test_accuracy"]
-    assert told["config"]["method"] == "feather"
-    assert told["config"]["data"]["path"] is None
+        metadata = opened.metadata
+    assert (metadata["network"], metadata["classes"], metadata["input_shape"]) == (
+        "resnet8",
+        10,
+        [1, 8, 8],
+    )
+    assert metadata["test_accuracy"] == report["test_accuracy"]
+    assert metadata["config"]["method"] == "feather"
+    assert metadata["config"]["data"]["path"] is None
 
 
 def test_half_precision_is_smaller(run, export):
@@ -84,19 +88,19 @@ def test_half_precision_is_smaller(run, export):
         assert half.entries["fc.weight"].dtype == torch.float16
 
 
-def test_the_plain_file_is_the_stored_one(run, export):
+def test_the_plain_file_equals_the_stored_one(run, export):
     code, output, _ = export(run, "--format", "safetensors", "--out", "plain")
-    assert (code, "every zero stored" in output) == (0, True)
+    assert (code, "all zeros stored" in output) == (0, True)
     assert (run.parent / "plain").read_bytes() == (run / "model.safetensors").read_bytes()
     before = (run / "model.safetensors").read_bytes()
     assert export(run, "--format", "safetensors")[0] == 0
     assert (run / "model.safetensors").read_bytes() == before
 
 
-def test_the_onnx_file_computes_the_logits_of_batches_of_any_size(run, export):
+def test_the_onnx_file_computes_the_logits_for_any_batch_size(run, export):
     import onnxruntime
 
-    # An older report, that does not tell what an image is: the data does.
+    # Reports of early versions lack the input shape, which is then read from the data.
     report = json.loads((run / "report.json").read_text())
     del report["input_shape"], report["classes"]
     (run / "report.json").write_text(json.dumps(report))
@@ -109,7 +113,7 @@ def test_the_onnx_file_computes_the_logits_of_batches_of_any_size(run, export):
             torch.testing.assert_close(torch.from_numpy(found), network(run)(x))
 
 
-def test_an_onnx_file_that_computes_something_else_is_not_written(run, export, monkeypatch):
+def test_an_onnx_file_with_wrong_outputs_is_not_written(run, export, monkeypatch):
     import onnxruntime
 
     class Wrong:
@@ -129,7 +133,7 @@ def test_an_onnx_file_that_computes_something_else_is_not_written(run, export, m
     monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
     code, _, errors = export(run, "--format", "onnx")
     assert code == 1
-    assert re.search(r"outputs differ from PyTorch's by .*model\.onnx was not written", errors)
+    assert re.search(r"differ from PyTorch's by .*model\.onnx was not written", errors)
     assert not (run / "model.onnx").exists()
 
 
@@ -137,7 +141,7 @@ def test_an_onnx_file_that_computes_something_else_is_not_written(run, export, m
 
 
 class Client:
-    """The Hugging Face client, with a folder for the hub."""
+    """A Hugging Face client that stores repositories in a folder."""
 
     def __init__(self, folder):
         import huggingface_hub
@@ -157,9 +161,9 @@ class Client:
         return str(self.folder / repo_id / filename)
 
 
-def test_a_pushed_network_is_read_from_the_hub(run, export, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "_client", lambda: Client(tmp_path / "hub"))
-    for _ in range(2):  # the second time there is a repository
+def test_a_pushed_network_can_be_loaded_from_the_hub(run, export, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "import_huggingface_hub", lambda: Client(tmp_path / "hub"))
+    for _ in range(2):  # the second time the repository exists
         code, output, _ = export(run, "--push", "me/small")
     assert (code, output.endswith("on the hub: hf://me/small\n")) == (0, True)
     folder = tmp_path / "hub" / "me" / "small"
@@ -177,15 +181,15 @@ def test_a_pushed_network_is_read_from_the_hub(run, export, tmp_path, monkeypatc
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "torch-feather"
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == accuracy
-    assert f"test accuracy | {100 * accuracy:.2f} %" in card
-    assert "95.00 % of 306,720" in card
+    assert f"test accuracy | {100 * accuracy:.2f}%" in card
+    assert "95.00% of 306,720" in card
     assert "`feather`" in card
     assert str(tmp_path) not in card
-    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})  # how to use it
-    resolve_config("digits", folder / "config.yaml", {})  # how to repeat it
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})  # the instructions work
+    resolve_config("digits", folder / "config.yaml", {})  # the configuration is valid
 
 
-# What goes wrong
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -194,17 +198,17 @@ def test_a_pushed_network_is_read_from_the_hub(run, export, tmp_path, monkeypatc
         (
             ["--format", "onnx"],
             "onnxscript",
-            "ONNX needs onnxscript: pip install 'torch-feather[onnx]'",
+            "ONNX export requires onnxscript: pip install 'torch-feather[onnx]'",
         ),
         (
             ["--push", "me/x"],
             "huggingface_hub",
-            "needs its client: pip install 'torch-feather[hub]'",
+            "requires its client: pip install 'torch-feather[hub]'",
         ),
     ],
     ids=["onnx", "hub"],
 )
-def test_what_is_not_installed_is_named(run, export, monkeypatch, arguments, missing, message):
+def test_the_error_names_the_missing_package(run, export, monkeypatch, arguments, missing, message):
     monkeypatch.setitem(sys.modules, missing, None)
     code, _, errors = export(run, *arguments)
     assert (code, message in errors) == (1, True)
@@ -214,20 +218,23 @@ def test_what_is_not_installed_is_named(run, export, monkeypatch, arguments, mis
     ("arguments", "message"),
     [
         (["--format", "onx"], "format 'onx' is not one of sparse, safetensors, onnx"),
-        (["--format", "onnx", "--dtype", "float16"], "converted in the format sparse only"),
+        (
+            ["--format", "onnx", "--dtype", "float16"],
+            "dtype is supported for the sparse format only",
+        ),
         (["--format", "onnx", "--push", "me/x"], "--push puts the format sparse on the hub"),
         (["--dtype", "int8"], "--dtype int8: float16, bfloat16 or float32"),
         (["--out", "nowhere/x"], "No such file or directory"),
     ],
     ids=["format", "dtype of onnx", "push of onnx", "dtype", "folder"],
 )
-def test_what_cannot_be_is_told(run, export, arguments, message):
+def test_invalid_options_are_errors(run, export, arguments, message):
     code, _, errors = export(run, *arguments)
     assert code != 0
     assert message in errors
 
 
-def test_an_unfinished_run_and_a_damaged_file_are_told(run, export):
+def test_an_incomplete_run_and_a_damaged_file_are_errors(run, export):
     (run / "model.safetensors").write_bytes(b"x")
     assert "model.safetensors: cannot be read" in export(run)[2]
     (run / "report.json").unlink()

@@ -1,4 +1,4 @@
-"""Sparse files give back the bits that went in, are small, and leave everything else alone."""
+"""Sparse files are lossless and small, and loading fails without side effects."""
 
 import json
 import os
@@ -30,11 +30,11 @@ def same_bits(a, b):
 
 def random_sparse(shape, density, dtype=torch.float32):
     values = torch.randn(shape) * (torch.rand(shape) < density)
-    return (values + 0.0).to(dtype)  # a mask leaves -0.0
+    return (values + 0.0).to(dtype)  # adding 0.0 converts -0.0, which the mask produces
 
 
 def prune(model, sparsity):
-    """By global magnitude, as trained networks are."""
+    """Prune by global magnitude."""
     weights = [item.parameter for item in find_prunable(model)]
     magnitudes = torch.cat([w.detach().abs().reshape(-1) for w in weights])
     tau = magnitudes.kthvalue(round(sparsity * len(magnitudes))).values
@@ -59,7 +59,7 @@ def model():
 
 
 @given(st.lists(st.integers(0, 200_000), unique=True).map(sorted), st.integers(0, 10))
-def test_gaps_give_back_the_positions(positions, beyond):
+def test_decoding_returns_the_encoded_positions(positions, beyond):
     positions = np.array(positions, dtype=np.int64)
     codes, width = encode(positions)
     size = (int(positions[-1]) + 1 if len(positions) else 0) + beyond
@@ -112,7 +112,7 @@ TENSORS = {
 }
 
 
-def test_every_tensor_comes_back_bit_for_bit(path):
+def test_every_tensor_is_bitwise_identical(path):
     feather.save_sparse(TENSORS, path)
     with SparseFile(path) as file:
         assert file.entries.keys() == TENSORS.keys()
@@ -136,7 +136,7 @@ def test_the_same_model_gives_the_same_file(model, path, tmp_path):
     assert path.read_bytes() == (tmp_path / "other").read_bytes()
 
 
-def test_load_sparse_fills_a_model_that_then_computes_the_same(model, path):
+def test_a_loaded_model_has_identical_outputs(model, path):
     feather.save_sparse(model, path)
     other = feather.models.create("resnet8", 10).eval()
     assert feather.load_sparse(path, other) is other
@@ -145,7 +145,7 @@ def test_load_sparse_fills_a_model_that_then_computes_the_same(model, path):
     assert feather.sparsity(other) == feather.sparsity(model)
 
 
-def test_what_a_sparsifier_is_attached_to_is_stored_sparse(path):
+def test_a_model_with_an_attached_sparsifier_is_stored_sparse(path):
     model = nn.Linear(100, 100)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sparsifier = feather.sparsify(model, optimizer, sparsity=0.9, total_steps=4)
@@ -164,24 +164,24 @@ def test_what_a_sparsifier_is_attached_to_is_stored_sparse(path):
     assert feather.sparsity(model) == 0.9
 
 
-def test_latent_weights_are_stored_with_a_warning(path):
+def test_storing_latent_weights_warns(path):
     with pytest.warns(FeatherWarning, match="not sparse: .* latent weights"):
         feather.save_sparse(nn.Linear(100, 100), path)
     with SparseFile(path) as file:
         assert file.sparsity == 0
 
 
-def test_a_small_sparse_model_is_not_called_dense(path, recwarn):
+def test_a_small_sparse_model_does_not_warn(path, recwarn):
     weight = random_sparse((5, 5), 0.0)
     weight[0, :2] = 1.0
     feather.save_sparse({"weight": weight}, path)
     with SparseFile(path) as file:
-        assert file.entries["weight"].layout == "dense"  # its header would take more
+        assert file.entries["weight"].layout == "dense"  # the header would be larger than the zeros
         assert file.sparsity == 0.92
     assert not recwarn.list
 
 
-def test_zeros_of_negative_weights_are_kept_and_warned_of(path):
+def test_negative_zeros_are_kept_with_a_warning(path):
     weight = torch.randn(100, 100) * (torch.rand(100, 100) < 0.1)
     with pytest.warns(FeatherWarning, match=r"weight has .* zeros that are -0\.0"):
         feather.save_sparse({"weight": weight}, path)
@@ -212,7 +212,7 @@ def test_tied_tensors_are_stored_once_and_load_into_tied_and_untied_models(path)
         assert torch.equal(other.state_dict()["two.weight"], model.one.weight)
 
 
-def test_views_that_conjugate_or_negate_are_not_tied_to_what_they_are_of(path):
+def test_conjugated_and_negated_views_are_not_tied_to_their_base(path):
     z = random_sparse((20, 20), 0.1, torch.complex64) * (1 + 2j)
     state = {"z": z, "conjugate": z.conj(), "negative": torch._neg_view(z), "both": z.conj().imag}
     feather.save_sparse(state, path)
@@ -251,7 +251,7 @@ def test_values_are_converted_on_request(model, path, dtype):
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str
 )
-def test_no_weight_is_lost_that_is_too_small_for_a_type(path, dtype):
+def test_weights_too_small_for_a_type_stay_nonzero(path, dtype):
     weight = random_sparse((60, 60), 0.1)
     weight[0, :3] = torch.tensor([1e-42, -1e-42, 0.5])
     feather.save_sparse({"weight": weight}, path, dtype=dtype)
@@ -264,7 +264,7 @@ def test_no_weight_is_lost_that_is_too_small_for_a_type(path, dtype):
     assert stored[0, 2] == 0.5
 
 
-def test_names_that_look_like_parts_are_names(path):
+def test_names_may_look_like_those_of_parts(path):
     state = {
         "a": random_sparse((100, 100), 0.1),
         "a:values": torch.ones(3),
@@ -295,16 +295,16 @@ def test_files_are_as_small_as_promised(network, path):
     model = feather.models.create(network, 100)
     for tensor in model.state_dict().values():
         if tensor.dim() == 1:
-            tensor.uniform_(0.1, 1)  # norms as after training: no zeros to leave out
+            tensor.uniform_(0.1, 1)  # norms as after training, without zeros
     dense = sum(item.parameter.nbytes for item in find_prunable(model))
     others = sum(tensor.nbytes for tensor in model.state_dict().values()) - dense
     for sparsity, least in ((0.95, 12), (0.99, 45)):
         prune(model, sparsity)
         feather.save_sparse(model, path)
-        assert path.stat().st_size - others <= dense / least  # names and header included
+        assert path.stat().st_size - others <= dense / least  # including names and header
 
 
-def test_header_tells_shapes_sparsity_and_metadata_without_reading(model, path, monkeypatch):
+def test_the_header_has_shapes_sparsity_and_metadata(model, path, monkeypatch):
     feather.save_sparse(model, path, metadata={"method": "feather", "config": {"seed": 1}})
     monkeypatch.setattr(SparseFile, "_read", None)
     with SparseFile(path) as file:
@@ -319,11 +319,11 @@ def test_header_tells_shapes_sparsity_and_metadata_without_reading(model, path, 
             assert entry.sparsity == zeros / entry.size
 
 
-# What does not fit
+# Errors
 
 
 def edited(change):
-    """A model that differs from the one in the file, and that must stay as it is."""
+    """Return a model that differs from the one in the file."""
     model = feather.models.create("resnet8", 10)
     change(model)
     return model
@@ -339,7 +339,7 @@ def shard(model):
 
 
 MISFITS = {
-    "sharded": (shard, r"fc\.weight is sharded in the model: load it before"),
+    "sharded": (shard, r"fc\.weight is sharded in the model; load the file before"),
     "missing": (lambda m: m.register_buffer("extra", torch.ones(1)), r"missing key.*: extra"),
     "unexpected": (lambda m: m.__delattr__("bn1"), r"unexpected key.*: bn1\.bias, .*"),
     "shape": (
@@ -350,12 +350,12 @@ MISFITS = {
         integer_bias,
         r"fc\.bias is torch.float32 in the file, torch.int64 in the model",
     ),
-    "meta": (lambda m: m.fc.to("meta"), r"fc\.(weight|bias) is no tensor with memory"),
+    "meta": (lambda m: m.fc.to("meta"), r"fc\.(weight|bias) has no values in the model"),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), MISFITS.values(), ids=MISFITS)
-def test_a_model_that_does_not_fit_is_told_why_and_left_alone(model, path, change, message):
+def test_a_model_that_does_not_fit_is_not_changed(model, path, change, message):
     feather.save_sparse(model, path)
     other = edited(change)
     before = {name: value.clone() for name, value in other.state_dict().items()}
@@ -367,7 +367,7 @@ def test_a_model_that_does_not_fit_is_told_why_and_left_alone(model, path, chang
     )
 
 
-def test_a_model_is_left_alone_when_one_tensor_of_the_file_is_damaged(model, path):
+def test_a_model_is_not_changed_if_one_tensor_of_the_file_is_damaged(model, path):
     feather.save_sparse(model, path)
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
@@ -375,85 +375,85 @@ def test_a_model_is_left_alone_when_one_tensor_of_the_file_is_damaged(model, pat
     path.write_bytes(data[: start + offset] + bytes(8) + data[start + offset + 8 :])
     other = feather.models.create("resnet8", 10)
     before = {n: value.clone() for n, value in other.state_dict().items()}
-    with pytest.raises(FileFormatError, match=r"conv2\.weight: its data does not have its check"):
+    with pytest.raises(FileFormatError, match=r"conv2\.weight: the checksum of the data is wrong"):
         feather.load_sparse(path, other)
     assert all(same_bits(value, before[n]) for n, value in other.state_dict().items())
 
 
 class Sharded(torch.Tensor):
-    """As DTensor is to those who look at it from outside."""
+    """Has the attribute by which a DTensor is recognized."""
 
     full_tensor = None
 
 
 BAD_INPUT = {
-    "no model": ([1, 2], "takes a module or a state dict, got list"),
+    "no model": ([1, 2], "requires a module or a state dict, got list"),
     "no tensor": ({"a": 3}, "'a' is of type int"),
     "no name": ({1: torch.ones(1)}, "1 is of type"),
-    "meta": ({"a": torch.ones(2, device="meta")}, "a is of the meta device"),
+    "meta": ({"a": torch.ones(2, device="meta")}, "a is on the meta device"),
     "sharded": ({"a": torch.ones(2).as_subclass(Sharded)}, "a is sharded. Gather the state first"),
     "layout": ({"a": torch.ones(2, 2).to_sparse()}, r"a is of layout torch\.sparse_coo"),
     "dtype": ({"a": torch.ones(2, dtype=torch.complex128)}, r"a is of torch\.complex128"),
-    "name of the header": ({"__metadata__": torch.ones(2)}, "__metadata__: in the file"),
+    "name of the header": ({"__metadata__": torch.ones(2)}, "__metadata__: the name is not unique"),
     "name twice": (
         {"a.w": torch.ones(2), "a._orig_mod.w": torch.zeros(2)},
-        r"a\.w, a\._orig_mod\.w: in the file",
+        r"a\.w, a\._orig_mod\.w: the name is not unique",
     ),
 }
 
 
 @pytest.mark.parametrize(("given", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
-def test_what_no_file_can_hold_is_refused_and_the_old_file_kept(given, message, path):
-    path.write_text("precious")
+def test_unsupported_input_is_an_error_and_the_old_file_is_kept(given, message, path):
+    path.write_text("old content")
     with pytest.raises(ConfigurationError, match=message):
         feather.save_sparse(given, path)
-    assert path.read_text() == "precious"
+    assert path.read_text() == "old content"
 
 
 @pytest.mark.parametrize("metadata", [{"a": torch.ones(1)}, {"a": float("nan")}])
-def test_metadata_is_what_json_can_hold(metadata, path):
-    with pytest.raises(ConfigurationError, match="metadata must be what JSON can hold"):
+def test_metadata_must_consist_of_json_types(metadata, path):
+    with pytest.raises(ConfigurationError, match="metadata must consist of JSON types"):
         feather.save_sparse({"a": random_sparse((99, 99), 0.1)}, path, metadata=metadata)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float32], ids=str)
-def test_weights_beyond_the_range_of_a_type_are_refused(path, dtype):
+def test_weights_out_of_the_range_of_a_type_are_errors(path, dtype):
     weight = random_sparse((99, 99), 0.1, torch.float64)
     weight[0, 0], weight[0, 1] = 1e60, torch.inf
-    with pytest.raises(ConfigurationError, match=r"weight has weights beyond the range"):
+    with pytest.raises(ConfigurationError, match=r"weight has weights out of the range"):
         feather.save_sparse({"weight": weight}, path, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fnuz], ids=str)
-def test_types_that_no_weight_is_stored_in_are_refused(model, path, dtype):
+def test_unsupported_types_are_errors(model, path, dtype):
     with pytest.raises(ConfigurationError, match=f"cannot be stored as {dtype}"):
         feather.save_sparse(model, path, dtype=dtype)
 
 
-def test_a_closed_file_says_so(model, path):
+def test_reading_from_a_closed_file_is_an_error(model, path):
     feather.save_sparse(model, path)
     with SparseFile(path) as file:
         pass
     file.close()
-    with pytest.raises(StateError, match="was closed"):
+    with pytest.raises(StateError, match="is closed"):
         file.tensor("conv1.weight")
 
 
-def test_a_full_disk_keeps_the_old_file_and_leaves_no_other(model, path, monkeypatch):
-    path.write_text("precious")
+def test_a_full_disk_keeps_the_old_file_and_leaves_no_temporary_file(model, path, monkeypatch):
+    path.write_text("old content")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
         feather.save_sparse(model, path)
-    assert path.read_text() == "precious"
+    assert path.read_text() == "old content"
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_without_safetensors_the_extra_is_named(model, path, monkeypatch):
+def test_the_error_names_the_missing_package(model, path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r"pip install 'torch-feather\[files\]'"):
         feather.save_sparse(model, path)
 
 
-def test_a_missing_file_is_not_found(model, tmp_path):
+def test_a_missing_file_is_an_error(model, tmp_path):
     with pytest.raises(FileNotFoundError):
         feather.load_sparse(tmp_path / "nothing", model)

@@ -1,29 +1,30 @@
-"""What the tests of the runtime share: layers by themselves, networks without timing."""
+"""Helpers of the runtime's tests: single layers, and networks that are compiled without timing."""
 
 import torch
 from torch import nn
 from torch.fx import Graph
 
-from torch_feather.runtime import Choice, compile_sparse
-from torch_feather.runtime.bound import Bound, Workspace
+from torch_feather.runtime import LayerTuning, compile_sparse
+from torch_feather.runtime.batch import BatchPlan
 from torch_feather.runtime.kernels import Tile
 from torch_feather.runtime.layer import Layer
 from torch_feather.runtime.plan import Plan
+from torch_feather.runtime.workspace import Workspace
 
 TILE = Tile(3, 8, 1)
-SPARSE, DENSE = Choice(True, TILE, 0.9), Choice(False, TILE, 0.9)
-AIM = 2e-6  # of the largest result
+SPARSE, DENSE = LayerTuning(True, TILE, 0.9), LayerTuning(False, TILE, 0.9)
+TOLERANCE = 2e-6  # relative to the largest result
 
 
-class Every(dict):
-    """One choice for whatever a network consists of, so that nothing is timed."""
+class SameForAll(dict):
+    """Tuning results that are the same for every layer, so that no layer is timed."""
 
-    def __init__(self, choice):
-        super().__init__(every=choice)
-        self.choice = choice
+    def __init__(self, tuning):
+        super().__init__(every=tuning)
+        self.tuning = tuning
 
     def get(self, name, default=None):
-        return self.choice
+        return self.tuning
 
     def __contains__(self, name):
         return True
@@ -31,12 +32,12 @@ class Every(dict):
     __getitem__ = get
 
 
-def compiled(model, example, choice=SPARSE, threads=1):
-    return compile_sparse(model, example, threads=threads, choices=Every(choice))
+def compiled(model, example, tuning=SPARSE, threads=1):
+    return compile_sparse(model, example, threads=threads, tuning=SameForAll(tuning))
 
 
 def pruned(module, sparsity=0.7):
-    """With weights and biases of about 1, most weights 0, and statistics as after training."""
+    """Return the module with sparse weights and with statistics as after training."""
     with torch.no_grad():
         for part in module.modules():
             if isinstance(part, nn.Conv2d | nn.Linear):
@@ -56,7 +57,7 @@ def sparse_weight(shape, sparsity=0.7):
 
 
 def graph_of(layer, *inputs):
-    """A graph of one layer."""
+    """Return a graph of one layer."""
     graph = Graph()
     given = []
     for i, x in enumerate(inputs):
@@ -68,35 +69,34 @@ def graph_of(layer, *inputs):
     return graph
 
 
-def spoiled(plan, batch, tile, threads=1):
-    """A workspace in which all that is read before it is written is NaN."""
-    bound = Bound(plan, {}, batch, tile, threads)
-    workspace = Workspace(bound)
+def workspace_of_nan(plan, batch, tiles, threads=1):
+    """Return a workspace in which everything that is read before it is written is NaN."""
+    workspace = Workspace(BatchPlan(plan, {}, batch, tiles, threads))
     workspace.memory.fill_(torch.nan)
-    workspace.held = bound
     return workspace
 
 
-def run_alone(layer, *inputs, tile=TILE, threads=1):
-    """What a layer computes of a batch, in machine code."""
-    plan = Plan.of(graph_of(layer, *inputs), [layer])
-    workspace = spoiled(plan, len(inputs[0]), {layer.name: tile}, threads)
+def run_layer(layer, *inputs, tile=TILE, threads=1):
+    """Return what a layer computes in machine code."""
+    plan = Plan.build(graph_of(layer, *inputs), [layer])
+    workspace = workspace_of_nan(plan, len(inputs[0]), {layer.name: tile}, threads)
     result = workspace(*inputs)
-    assert torch.equal(workspace(*inputs), result)  # as often as one likes
+    assert torch.equal(workspace(*inputs), result)  # a second call gives the same bits
     return result
 
 
-def error(result, wanted):
-    """The largest, as a part of the largest number wanted."""
-    assert result.shape == wanted.shape
+def error(result, expected):
+    """Return the largest error relative to the largest expected value."""
+    assert result.shape == expected.shape
     assert result.isfinite().all()
-    largest = wanted.abs().max().item() if wanted.numel() else 0.0
-    difference = (result.double() - wanted.double()).abs().max().item() if wanted.numel() else 0.0
-    return difference / (largest or 1.0)
+    if not expected.numel():
+        return 0.0
+    difference = (result.double() - expected.double()).abs().max().item()
+    return difference / (expected.abs().max().item() or 1.0)
 
 
 def conv(channels, out, kernel, name="weight", sparsity=0.7, **options):
-    """A layer with a random weight."""
+    """Return a layer with a random sparse weight."""
     height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
     groups = options.get("groups", 1)
     weight = sparse_weight(torch.Size((out, channels // groups, height, width)), sparsity)

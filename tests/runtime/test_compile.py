@@ -1,4 +1,4 @@
-"""`compile_sparse` as its users meet it: inputs, choices, threads, errors."""
+"""`compile_sparse`: inputs, batch sizes, tuning results, threads, errors."""
 
 import copy
 import ctypes
@@ -15,7 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from runtime_cases import AIM, DENSE, SPARSE, Every, compiled, conv, error, pruned, run_alone
+from runtime_cases import (
+    DENSE,
+    SPARSE,
+    TOLERANCE,
+    SameForAll,
+    compiled,
+    conv,
+    error,
+    pruned,
+    run_layer,
+)
 from torch import nn
 from torch.nn.utils import prune
 
@@ -23,6 +33,7 @@ from torch_feather import FileFormatError, StateError
 from torch_feather.runtime import (
     CaptureError,
     InputError,
+    LayerTuning,
     RuntimeMissingError,
     capture,
     compile_sparse,
@@ -55,18 +66,18 @@ def network(model):
 
 @pytest.fixture
 def untimed(monkeypatch):
-    """Fails where a layer would be timed."""
+    """Fail if a layer is timed."""
 
-    def choose(node, layer, *_):
+    def tune_layer(node, layer, *_):
         raise AssertionError(f"{layer.name} was timed")
 
-    monkeypatch.setattr(module, "choose", choose)
+    monkeypatch.setattr(module, "tune_layer", tune_layer)
 
 
-def test_any_batch_size_and_back(network, model):
+def test_any_batch_size_in_any_order(network, model):
     for batch in (1, 2, 3, 16, 0, 5, 7, 2, 1, 0):
         x = torch.randn(batch, *SHAPE)
-        assert error(network(x), model(x)) < AIM
+        assert error(network(x), model(x)) < TOLERANCE
 
 
 class Fixed(nn.Linear):
@@ -88,12 +99,12 @@ class Squeezing(nn.Linear):
     ("kind", "batch"),
     [(Fixed, 2), *((kind, batch) for kind in (Deciding, Squeezing) for batch in (1, 2, 3))],
 )
-def test_models_that_look_at_the_batch_size(kind, batch):
-    """Such a graph is right for the example's, and refuses others."""
+def test_models_that_depend_on_the_batch_size(kind, batch):
+    """Their network computes batches of the example's size and rejects others."""
     model, x = kind(6, 6), torch.randn(batch, 6)
     network = compiled(model, x)
-    assert error(network(x), model(x)) < AIM
-    with pytest.raises(InputError, match=f"for one of {batch}, not of 4"):
+    assert error(network(x), model(x)) < TOLERANCE
+    with pytest.raises(InputError, match=f"for a batch of {batch}, not of 4"):
         network(torch.randn(4, 6))
 
 
@@ -103,94 +114,94 @@ class Head(nn.Linear):
 
 
 def test_squeezed_batches_of_one():
-    """Have another shape than others; a network is right about them or refuses them."""
+    """Their output has another shape. A network computes it or rejects the batch."""
     model, one, two = Head(6, 5), torch.randn(1, 6), torch.randn(2, 6)
     network = compiled(model, one)
-    assert error(network(one), model(one)) < AIM
+    assert error(network(one), model(one)) < TOLERANCE
     network = compiled(model, two)
     for x in (two, torch.randn(3, 6)):
-        assert error(network(x), model(x)) < AIM
+        assert error(network(x), model(x)) < TOLERANCE
     with pytest.raises(InputError, match="depends on the batch size"):
         network(one)
 
 
-SINGLES = {  # what a batch of one is something else to
+DEPENDS_ON_ONE = {  # functions that are different for a batch of one
     "is one": lambda y: y * 10 if y.shape[0] == 1 else y,
     "below two": lambda y: y * 10 if y.shape[0] < 2 else y,
     "above one": lambda y: y * 10 if y.shape[0] > 1 else y,
     "squeeze": lambda y: y.squeeze(0) * 2,
-    "squeeze of several": lambda y: y.squeeze((0, 1)) * 2,
-    "squeeze of a part": lambda y: y[1:].squeeze(0) * 2,
-    "write into a part": lambda y: (z := y.clone(), z[:, ::2].mul_(2))[0],
-    "circular padding that cuts": lambda y: F.pad(y[:, None], (1, -1), mode="circular"),
+    "squeeze of two dimensions": lambda y: y.squeeze((0, 1)) * 2,
+    "squeeze of a slice": lambda y: y[1:].squeeze(0) * 2,
+    "write into a slice": lambda y: (z := y.clone(), z[:, ::2].mul_(2))[0],
+    "circular padding that crops": lambda y: F.pad(y[:, None], (1, -1), mode="circular"),
     "squeeze in a branch": lambda y: torch.cond(
         y.sum() > 0, lambda y: y.squeeze(0) * 2, lambda y: y.squeeze(0) * 3, (y,)
     ),
 }
 
 
-class Single(nn.Linear):
+class Depending(nn.Linear):
     def __init__(self, name):
         super().__init__(6, 6)
         self.name = name
 
     def forward(self, x):
-        return super().forward(SINGLES[self.name](super().forward(x)))
+        return super().forward(DEPENDS_ON_ONE[self.name](super().forward(x)))
 
 
 @pytest.mark.parametrize(
-    ("name", "example"), [*((name, 2) for name in SINGLES), ("is one", 1), ("squeeze", 1)]
+    ("name", "example"), [*((name, 2) for name in DEPENDS_ON_ONE), ("is one", 1), ("squeeze", 1)]
 )
-def test_single_samples_are_computed_right_or_refused(name, example):
-    model = Single(name)
+def test_single_samples_are_computed_correctly_or_rejected(name, example):
+    model = Depending(name)
     network = compiled(model, torch.randn(example, 6))
     for batch in (example, 1, 2, 3):
         x = torch.randn(batch, 6)
         try:
-            assert error(network(x), model(x)) < AIM
+            assert error(network(x), model(x)) < TOLERANCE
         except InputError:
             assert batch != example
 
 
-def test_single_samples_are_refused_where_pytorch_cannot_tell(monkeypatch):
-    monkeypatch.setattr(capture, "ONE", "a setting that is gone")
+def test_single_samples_are_rejected_if_pytorch_records_no_guards(monkeypatch):
+    monkeypatch.setattr(capture, "SIZE_OBLIVIOUS", "an_option_that_was_removed")
     model = nn.Linear(6, 6)
-    for example, taken in ((2, (2, 3)), (1, (1,))):
+    for example, accepted in ((2, (2, 3)), (1, (1,))):
         network = compiled(model, torch.randn(example, 6))
-        for batch in taken:
+        for batch in accepted:
             x = torch.randn(batch, 6)
-            assert error(network(x), model(x)) < AIM
+            assert error(network(x), model(x)) < TOLERANCE
         with pytest.raises(InputError, match="depends on the batch size"):
             network(torch.randn(3 - example, 6))
 
 
-NONE = {  # what an empty batch is something else to
+DEPENDS_ON_NONE = {  # functions that are different for an empty batch
     "is none": lambda y: y.new_ones(3, 6) if y.shape[0] == 0 else y,
     "above none": lambda y: y if y.shape[0] > 0 else y.new_ones(3, 6),
-    "no numbers": lambda y: y.new_ones(3, 6) if y.numel() == 0 else y,
-    "no others": lambda y: y.new_ones(3, 6) if y[1:].shape[0] == 0 else y,
+    "no values": lambda y: y.new_ones(3, 6) if y.numel() == 0 else y,
+    "one sample": lambda y: y.new_ones(3, 6) if y[1:].shape[0] == 0 else y,
     "mean": lambda y: y.mean() + y.new_ones(3, 6),
 }
 
 
-@pytest.mark.parametrize("name", NONE)
+@pytest.mark.parametrize("name", DEPENDS_ON_NONE)
 def test_empty_batches(name, monkeypatch):
-    monkeypatch.setitem(SINGLES, name, NONE[name])
-    model, none, several = Single(name), torch.randn(0, 6), torch.randn(3, 6)
+    monkeypatch.setitem(DEPENDS_ON_ONE, name, DEPENDS_ON_NONE[name])
+    model, none, several = Depending(name), torch.randn(0, 6), torch.randn(3, 6)
     network = compiled(model, several)
-    assert error(network(several), model(several)) < AIM
-    for _ in range(2):  # what became of the first result is nothing to the second
+    assert error(network(several), model(several)) < TOLERANCE
+    for _ in range(2):  # changing the first result must not change the second
         result = network(none)
         torch.testing.assert_close(result, model(none).detach(), equal_nan=True)
         result.zero_()
 
 
-def test_empty_batches_on_which_the_model_fails(monkeypatch):
-    monkeypatch.setitem(SINGLES, "largest", lambda y: y - y.max())
-    model, several = Single("largest"), torch.randn(3, 6)
+def test_empty_batches_that_the_model_rejects(monkeypatch):
+    monkeypatch.setitem(DEPENDS_ON_ONE, "largest", lambda y: y - y.max())
+    model, several = Depending("largest"), torch.randn(3, 6)
     network = compiled(model, several)
-    assert error(network(several), model(several)) < AIM
-    with pytest.raises(InputError, match=r"Single fails on a batch of 0 \(max.*one sample"):
+    assert error(network(several), model(several)) < TOLERANCE
+    with pytest.raises(InputError, match=r"Depending fails on a batch of 0 \(max.*one sample"):
         network(several[:0])
 
 
@@ -223,16 +234,16 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_wrong_examples(name, model):
-    with pytest.raises(InputError, match="example must be a batch"):
+    with pytest.raises(InputError, match="example must be a non-empty batch"):
         compiled(model, EXAMPLES[name]())
 
 
 MODELS = {
-    "elsewhere": (lambda: nn.Linear(4, 4, device="meta"), {}, "something is on meta"),
-    "bfloat16": (lambda: nn.Linear(4, 4).bfloat16(), {}, r"weight is of torch\.bfloat16"),
-    "float64": (lambda: nn.Linear(4, 4).double(), {}, r"weight is of torch\.float64"),
-    "threads": (lambda: nn.Linear(4, 4), {"threads": -1}, "threads .* at least 1, not -1"),
-    "part of a thread": (lambda: nn.Linear(4, 4), {"threads": 2.0}, "whole number .*, not 2.0"),
+    "device": (lambda: nn.Linear(4, 4, device="meta"), {}, "got a tensor on meta"),
+    "bfloat16": (lambda: nn.Linear(4, 4).bfloat16(), {}, r"got weight of torch\.bfloat16"),
+    "float64": (lambda: nn.Linear(4, 4).double(), {}, r"got weight of torch\.float64"),
+    "threads": (lambda: nn.Linear(4, 4), {"threads": -1}, "threads .* at least 1, got -1"),
+    "fraction of a thread": (lambda: nn.Linear(4, 4), {"threads": 2.0}, "integer .*, got 2.0"),
 }
 
 
@@ -245,18 +256,18 @@ def test_wrong_models_and_options(name):
 
 def test_batches_that_are_too_large():
     network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))
-    bound = network._for_batch(torch.zeros(1, 3, 8, 8).expand(10**8, -1, -1, -1))
-    with pytest.raises(InputError, match="split the batch"):
-        bound.tables(bound.plan.steps[-1])
+    plan = network._for_batch(torch.zeros(1, 3, 8, 8).expand(10**8, -1, -1, -1)).plan
+    with pytest.raises(InputError, match="Split the batch"):
+        plan.tables(plan.plan.steps[-1])
 
 
-def test_layers_of_another_type_stay_with_pytorch():
+def test_layers_of_other_types_run_in_pytorch():
     class Exact(nn.Linear):
         def forward(self, x):
             return F.linear(x, self.weight.double())
 
     x = torch.randn(2, 4)
-    with pytest.raises((CaptureError, RuntimeError), match="dtype"):  # as without us
+    with pytest.raises((CaptureError, RuntimeError), match="dtype"):  # the same error as the model
         compiled(Exact(4, 4), x)(x)
 
 
@@ -268,16 +279,16 @@ def test_models_of_torch_compile(model):
     for wrapped in (by_pytorch, nn.Sequential(by_pytorch)):
         network = compiled(wrapped, x)
         for given in (x, x[:0]):
-            assert error(network(given), model(given)) < AIM
+            assert error(network(given), model(given)) < TOLERANCE
 
 
 def test_models_that_cannot_be_captured():
-    class Undecided(nn.Module):
+    class Branching(nn.Module):
         def forward(self, x):
             return x if x.sum().item() > 0 else -x
 
-    with pytest.raises(CaptureError, match="cannot follow Undecided"):
-        compiled(Undecided(), torch.randn(2, 4))
+    with pytest.raises(CaptureError, match="cannot capture Branching"):
+        compiled(Branching(), torch.randn(2, 4))
 
 
 def test_models_with_a_state_cannot_be_captured():
@@ -294,91 +305,91 @@ def test_models_with_a_state_cannot_be_captured():
         compiled(Counting(), torch.randn(2, 3, 4, 4))
 
 
-def test_masks_that_were_not_made_permanent_are_named():
+def test_pruning_masks_must_be_made_permanent():
     masked = nn.Linear(4, 4)
     prune.random_unstructured(masked, "weight", 0.5)
     with pytest.raises(CaptureError, match=r"prune\.remove"):
         compiled(masked, torch.randn(2, 4))
 
 
-def test_the_model_and_the_network_are_apart():
-    """The model stays as it is, in training; what becomes of it does not change the network."""
+def test_the_model_and_the_network_are_independent():
+    """Compiling does not change the model. Later changes of the model do not affect the network."""
     model, x = small().train(), torch.randn(2, *SHAPE)
     before = copy.deepcopy(model.state_dict())
-    wanted = copy.deepcopy(model).eval()(x)
-    random = torch.get_rng_state()
+    expected = copy.deepcopy(model).eval()(x)
+    random_state = torch.get_rng_state()
     network = compiled(model, x)
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert all(part.training for part in model.modules())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.zero_()
-    assert error(network(x), wanted) < AIM
+    assert error(network(x), expected) < TOLERANCE
     network.train()
-    assert error(network(x), wanted) < AIM
+    assert error(network(x), expected) < TOLERANCE
 
 
 def test_modes_of_pytorch(network, model):
     x = torch.randn(2, *SHAPE, requires_grad=True)
-    wanted = model(x).detach()
+    expected = model(x).detach()
     assert not network(x).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
-        assert error(network(x), wanted) < AIM
-    for batch in (9, 2):  # the first gets its memory here
+        assert error(network(x), expected) < TOLERANCE
+    for batch in (9, 2):  # the first one allocates its memory here
         with torch.inference_mode():
             network(torch.randn(batch, *SHAPE))
         network(torch.randn(batch, *SHAPE))
-    assert error(network(x), wanted) < AIM
+    assert error(network(x), expected) < TOLERANCE
     smooth = pruned(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3)))
     with torch.inference_mode():
         inside = compiled(smooth, torch.randn(2, *SHAPE))
         inside(torch.randn(3, *SHAPE))
     for batch in (2, 3):
         other = torch.randn(batch, *SHAPE)
-        assert error(inside(other), smooth(other)) < AIM
+        assert error(inside(other), smooth(other)) < TOLERANCE
     torch.set_default_dtype(torch.float64)
     try:
-        assert error(compiled(model, x.detach())(x), wanted) < AIM
+        assert error(compiled(model, x.detach())(x), expected) < TOLERANCE
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def test_calls_from_several_threads(network, model):
-    """With more batch sizes than tables are kept for."""
+    """With more batch sizes than are kept."""
     inputs = [torch.randn(1 + i % 6, *SHAPE) for i in range(12)]
     with torch.no_grad():
-        wanted = [model(x) for x in inputs]
+        expected = [model(x) for x in inputs]
     start = threading.Barrier(4)
 
     def call(offset):
         start.wait()
-        rounds = range(offset, offset + 40)
-        return max(error(network(inputs[i % 12]), wanted[i % 12]) for i in rounds)
+        indices = [i % 12 for i in range(offset, offset + 40)]
+        return max(error(network(inputs[i]), expected[i]) for i in indices)
 
     with ThreadPoolExecutor(4) as pool:
-        assert max(pool.map(call, range(4))) < AIM
+        assert max(pool.map(call, range(4))) < TOLERANCE
 
 
-@pytest.mark.parametrize("openmp", [True, False], ids=["team", "own threads"])
-def test_calls_from_several_threads_with_threads_each(openmp, model, monkeypatch):
+@pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "own threads"])
+def test_calls_from_several_threads_with_several_threads_each(openmp, model, monkeypatch):
     if not openmp:
-        monkeypatch.setattr(kernels.library(), "team", None)
+        monkeypatch.setattr(kernels.library(), "run_team", None)
     network = compiled(model, torch.randn(2, *SHAPE), threads=2)
     inputs = [torch.randn(2, *SHAPE) for _ in range(3)]
     with torch.no_grad():
-        wanted = [model(x) for x in inputs]
+        expected = [model(x) for x in inputs]
 
     def call(i):
-        return max(error(network(inputs[i]), wanted[i]) for _ in range(10))
+        return max(error(network(inputs[i]), expected[i]) for _ in range(10))
 
     with ThreadPoolExecutor(3) as pool:
-        assert max(pool.map(call, range(3))) < AIM
+        assert max(pool.map(call, range(3))) < TOLERANCE
 
 
-@pytest.mark.skipif(kernels.openmp() == {}, reason="PyTorch without OpenMP")
-def test_the_threads_are_those_of_pytorch(tmp_path):
-    """Not of another OpenMP library that is in the process."""
+@pytest.mark.skipif(kernels.openmp() == {}, reason="PyTorch does not use OpenMP")
+def test_the_threads_belong_to_pytorch(tmp_path):
+    """Not to another OpenMP library in the process."""
 
     def files():
         for line in Path("/proc/self/maps").read_text().splitlines():
@@ -386,15 +397,15 @@ def test_the_threads_are_those_of_pytorch(tmp_path):
             yield range(int(start, 16), int(end, 16)), Path(path)
 
     address = kernels.openmp()["GOMP_parallel"]
-    (mine,) = (path for place, path in files() if address in place)
-    assert mine.parent == Path(torch.__file__).parent / "lib"
-    other = shutil.copy(mine, tmp_path / "libgomp.so.1")
+    (library,) = (path for addresses, path in files() if address in addresses)
+    assert library.parent == Path(torch.__file__).parent / "lib"
+    other = shutil.copy(library, tmp_path / "libgomp.so.1")
     ctypes.CDLL(str(other))
     assert other in [path for _, path in files()]
     assert kernels.openmp.__wrapped__()["GOMP_parallel"] == address
 
 
-def test_compiled_once_by_all_threads(monkeypatch):
+def test_threads_share_one_compilation(monkeypatch):
     made = []
 
     @functools.cache
@@ -402,73 +413,76 @@ def test_compiled_once_by_all_threads(monkeypatch):
         made.append(object())
         return made[-1]
 
-    monkeypatch.setattr(kernels, "_library", make)
+    monkeypatch.setattr(kernels.build, "_library", make)
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(lambda _: kernels.library(), range(8))) == {made[0]}
     assert len(made) == 1
 
 
-def test_it_can_be_neither_copied_nor_saved(network):
+def test_a_compiled_network_cannot_be_copied_or_saved(network):
     for attempt in (copy.deepcopy, pickle.dumps, nn.Module.state_dict, type(network).state_dict):
         if attempt is nn.Module.state_dict:
             network_or_parent = nn.Sequential(network)
         else:
             network_or_parent = network
-        with pytest.raises(StateError, match="save_choices"):
+        with pytest.raises(StateError, match="save_tuning"):
             attempt(network_or_parent)
 
 
-# Choices
+# Tuning results
 
 
-def test_choices_are_used_again(network, model, tmp_path, untimed):
+def test_tuning_results_can_be_used_again(network, model, tmp_path, untimed):
     x = torch.randn(2, *SHAPE)
-    network.save_choices(tmp_path / "choices.json")
-    for choices in (network.choices, tmp_path / "choices.json", str(tmp_path / "choices.json")):
-        again = compile_sparse(model, x, threads=1, choices=choices)
-        assert again.choices == network.choices
+    file = tmp_path / "tuning.json"
+    network.save_tuning(file)
+    for tuning in (network.tuning, file, str(file)):
+        again = compile_sparse(model, x, threads=1, tuning=tuning)
+        assert again.tuning == network.tuning
         assert torch.equal(again(x), network(x))
 
 
-def test_choices_of_some_layers_and_others(model, monkeypatch):
-    """Layers without a choice are timed; choices of layers that there are not, forgotten."""
+def test_tuning_results_of_other_layers(model, monkeypatch):
+    """Layers without results are timed. Results of unknown layers are ignored."""
     timed = []
-    monkeypatch.setattr(module, "choose", lambda node, layer, *_: timed.append(layer.name) or DENSE)
+    monkeypatch.setattr(
+        module, "tune_layer", lambda node, layer, *_: timed.append(layer.name) or DENSE
+    )
     x = torch.randn(2, *SHAPE)
-    network = compile_sparse(model, x, choices={"0.weight": SPARSE, "other": SPARSE})
-    assert timed == [name for name in network.choices if name != "0.weight"]
-    assert "other" not in network.choices
-    assert error(network(x), model(x)) < AIM
+    network = compile_sparse(model, x, tuning={"0.weight": SPARSE, "other": SPARSE})
+    assert timed == [name for name in network.tuning if name != "0.weight"]
+    assert "other" not in network.tuning
+    assert error(network(x), model(x)) < TOLERANCE
 
 
 @pytest.mark.parametrize("tile", [(64, 4), (1, 4), (24, 16), (3, 64), (1, 1)], ids=str)
 def test_tiles_of_other_machines(tile):
     layer = conv(3, 4, 3, padding=1)
     x = torch.randn(2, 3, 9, 7)
-    assert error(run_alone(layer, x, tile=tile), layer(x)) < AIM
+    assert error(run_layer(layer, x, tile=tile), layer(x)) < TOLERANCE
 
 
 def test_layers_are_timed():
-    """Once, for real: both ways are tried, and the table shows it."""
+    """Layers are timed both ways, and the table shows the times."""
     model = pruned(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)), 0.9)
     x = torch.randn(1, 4, 4, 4)
     network = compile_sparse(model, x, threads=1)
-    assert set(network.choices) == {"0.weight", "2.weight"}
-    for name, choice in network.choices.items():
-        assert choice.dense_ms > 0
-        assert choice.sparse_ms > 0
+    assert set(network.tuning) == {"0.weight", "2.weight"}
+    for name, layer in network.tuning.items():
+        assert layer.dense_ms > 0
+        assert layer.sparse_ms > 0
         (row,) = (line for line in str(network).splitlines() if name in line)
-        assert ("dense" in row) != choice.sparse
-        assert f"{100 * choice.sparsity:.2f} %" in row
-    assert error(network(x), model(x)) < AIM
+        assert ("dense" in row) != layer.sparse
+        assert f"{100 * layer.sparsity:.2f}%" in row
+    assert error(network(x), model(x)) < TOLERANCE
 
 
 TEXTS = {
     "empty": "",
-    "cut": '{"0.weight": {"sparse": tr',
+    "truncated": '{"0.weight": {"sparse": tr',
     "list": "[1, 2]",
     "number": "3",
-    "no choice": '{"0.weight": 1}',
+    "no results": '{"0.weight": 1}',
     "unknown field": {"speed": 3},
     "tile of one": {"tile": [3]},
     "tile of text": {"tile": ["a", "b"]},
@@ -479,20 +493,20 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_damaged_choices(name, model, tmp_path, untimed):
-    text, path = TEXTS[name], tmp_path / "choices.json"
+def test_damaged_tuning_files(name, model, tmp_path, untimed):
+    text, path = TEXTS[name], tmp_path / "tuning.json"
     if isinstance(text, dict):
         good = {"sparse": True, "tile": [3, 8], "sparsity": 0.9, "dense_ms": 1.0}
         text = json.dumps({"0.weight": good | text})
     path.write_text(text)
-    with pytest.raises(FileFormatError, match="holds no choices"):
-        compile_sparse(model, torch.randn(2, *SHAPE), choices=path)
+    with pytest.raises(FileFormatError, match="holds no tuning results"):
+        compile_sparse(model, torch.randn(2, *SHAPE), tuning=path)
 
 
 # Without llvmlite
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_the_error_names_the_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
     kernels.llvm.cache_clear()
     with pytest.raises(RuntimeMissingError, match=r"pip install 'torch-feather\[runtime\]'"):
@@ -500,25 +514,46 @@ def test_a_missing_package_is_named(monkeypatch):
     kernels.llvm.cache_clear()
 
 
-def test_the_package_is_imported_when_it_is_needed():
+def test_llvmlite_is_imported_only_when_needed():
     code = "import sys, torch_feather.runtime; sys.exit('llvmlite' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_batch_may_go_through_a_few_at_a_time(model, network):
+def test_a_batch_can_be_processed_in_chunks(model, network):
     x = torch.randn(5, *SHAPE)
-    parts = compile_sparse(model, x[:2], choices=network.choices, at_a_time=2)
+    parts = compile_sparse(model, x[:2], tuning=network.tuning, chunk_size=2)
     assert torch.equal(parts(x), torch.cat([network(part) for part in x.split(2)]))
 
-    class More(nn.Linear):
+    class Outputs(nn.Linear):
         def forward(self, x):
             return {"y": super().forward(x), "none": None, "kind": "logits", "batch": x.shape[0]}
 
     x = torch.randn(5, 4)
-    more = compile_sparse(More(4, 3), x[:1], choices=Every(DENSE), at_a_time=1)
-    assert {key: more(x)[key] for key in ("none", "kind")} == {"none": None, "kind": "logits"}
-    uneven = compile_sparse(More(4, 3), x[:2], choices=Every(DENSE), at_a_time=2)
-    with pytest.raises(InputError, match="compile it without at_a_time"):
+    outputs = compile_sparse(Outputs(4, 3), x[:1], tuning=SameForAll(DENSE), chunk_size=1)
+    assert {key: outputs(x)[key] for key in ("none", "kind")} == {"none": None, "kind": "logits"}
+    uneven = compile_sparse(Outputs(4, 3), x[:2], tuning=SameForAll(DENSE), chunk_size=2)
+    with pytest.raises(InputError, match="Compile it without chunk_size"):
         uneven(x)
-    with pytest.raises(InputError, match="at_a_time"):
-        compile_sparse(model, x, at_a_time=0)
+    with pytest.raises(InputError, match="chunk_size"):
+        compile_sparse(model, x, chunk_size=0)
+
+
+# Names of version 0.1
+
+
+def test_deprecated_names_still_work(model, network, tmp_path):
+    x, file = torch.randn(5, *SHAPE), tmp_path / "choices.json"
+    with pytest.warns(DeprecationWarning, match="Use save_tuning"):
+        network.save_choices(file)
+    with pytest.warns(DeprecationWarning, match="Use (tuning|chunk_size)") as warnings:
+        old = compile_sparse(model, x[:2], choices=file, at_a_time=2)
+    assert [w.filename for w in warnings] == [__file__] * 2
+    assert old.tuning == network.tuning
+    assert torch.equal(old(x), torch.cat([network(part) for part in x.split(2)]))
+    with pytest.warns(DeprecationWarning, match="Use tuning"):
+        assert old.choices == old.tuning
+    with pytest.warns(DeprecationWarning, match="Use chunk_size"):
+        assert old.at_a_time == 2
+    with pytest.warns(DeprecationWarning, match="Use LayerTuning"):
+        from torch_feather.runtime import Choice
+    assert Choice is LayerTuning

@@ -1,4 +1,4 @@
-"""What weights cost in milliseconds."""
+"""The cost of a weight in milliseconds."""
 
 import sys
 
@@ -15,7 +15,7 @@ X = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def network():
-    """One layer at 32 x 32 pixels and one at 2 x 2, of which the statistics remove everything."""
+    """Return a layer at 32 x 32 pixels, and one at 2 x 2 whose batch norm multiplies it by 0."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(16, 16, 3, padding=1),
@@ -26,7 +26,7 @@ def network():
         nn.Flatten(),
         nn.Linear(64, 10),
     )
-    nn.init.zeros_(model[4].weight)  # as the last of a residual block often begins
+    nn.init.zeros_(model[4].weight)  # a common initialization of residual blocks
     return model
 
 
@@ -40,11 +40,11 @@ def test_every_prunable_weight_has_a_cost_under_its_name(costs):
     assert all(0 < cost < 1 for cost in costs.values())
 
 
-def test_weights_that_are_used_at_more_pixels_cost_more(costs):
+def test_weights_cost_more_at_more_pixels(costs):
     assert costs["0.weight"] > 4 * costs["3.weight"]  # 256 times the pixels
 
 
-def test_training_aims_at_latency_and_ends_at_exactly_the_sparsity(costs):
+def test_training_targets_latency_and_reaches_exactly_the_sparsity(costs):
     kept = {}
     for gamma in (0.0, 0.2):
         model = network()
@@ -64,8 +64,8 @@ def test_training_aims_at_latency_and_ends_at_exactly_the_sparsity(costs):
     assert kept[0.2] < kept[0.0]
 
 
-def test_a_budget_is_in_the_unit_of_the_costs():
-    # Set, not measured: how near one can come to a budget depends on them.
+def test_the_budget_has_the_unit_of_the_costs():
+    # Constants: how close pruning can come to a budget depends on the costs.
     costs = {"0.weight": 1e-5, "3.weight": 1e-7, "6.weight": 2e-7}
 
     def cost(model):
@@ -84,13 +84,13 @@ def test_a_budget_is_in_the_unit_of_the_costs():
     assert 0.8 * budget <= start(budget=budget) <= budget
 
 
-def test_a_weight_of_several_uses_costs_their_sum_under_one_name():
+def test_a_shared_weight_has_one_cost():
     layer = nn.Conv2d(4, 4, 1)
     model = nn.Sequential(layer, nn.ReLU(), layer)
     assert layer_milliseconds(model, torch.randn(1, 4, 8, 8), 0.5).keys() == {"0.weight"}
 
 
-def test_the_model_and_the_random_numbers_stay_as_they_are():
+def test_the_model_and_the_random_state_do_not_change():
     model = nn.Linear(64, 8)
     before, state = model.weight.clone(), torch.random.get_rng_state()
     layer_milliseconds(model, torch.ones(1, 64), 0.5)
@@ -100,12 +100,12 @@ def test_the_model_and_the_random_numbers_stay_as_they_are():
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.1])
-def test_a_share_that_is_none_is_an_error(sparsity):
-    with pytest.raises(ConfigurationError, match="sparsity is a share"):
+def test_a_sparsity_outside_of_the_interval_is_an_error(sparsity):
+    with pytest.raises(ConfigurationError, match=r"sparsity must be in \[0, 1\)"):
         layer_milliseconds(network(), X, sparsity)
 
 
-def test_without_llvmlite_it_says_what_to_install(monkeypatch):
+def test_without_llvmlite_the_error_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
     kernels.llvm.cache_clear()
     with pytest.raises(RuntimeMissingError, match=r"pip install 'torch-feather\[runtime\]'"):

@@ -1,9 +1,9 @@
-"""What is fused, and what runs as it was: one network of many parts, each compared by itself."""
+"""Fusion: one network of many parts, in which each part is compared with PyTorch."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from runtime_cases import AIM, compiled, error, pruned
+from runtime_cases import TOLERANCE, compiled, error, pruned
 from torch import nn
 
 from torch_feather.runtime.plan import Plan
@@ -16,7 +16,7 @@ def conv(channels=4, out=4, kernel=3, padding=1, **options):
 
 
 def parts(*modules):
-    """A function that is given these modules, and x: (batch, 4, 9, 7)."""
+    """Register a function of x, (batch, 4, 9, 7), and of these modules."""
 
     def register(function):
         PARTS[function.__name__] = (modules, function)
@@ -56,7 +56,7 @@ def two_norms_of_one_conv(x, a, b, c):
 
 
 @parts(conv(), norm(4))
-def norm_and_what_it_is_of(x, a, b):
+def norm_and_its_input(x, a, b):
     y = a(x)
     return b(y) + y
 
@@ -77,17 +77,17 @@ def scale_after_a_residual(x, a, scales):
 
 
 @parts(nn.MaxPool2d(2), norm(4))
-def norm_of_a_maximum(x, a, b):
+def norm_of_max_pooling(x, a, b):
     return b(a(x))
 
 
 @parts(nn.MaxPool2d(3, 1, 1), nn.ParameterList([torch.randn(4, 1, 1)]))
-def scale_of_a_maximum(x, a, scales):
+def scale_of_max_pooling(x, a, scales):
     return (a(x) * scales[0]).relu()
 
 
 @parts(nn.MaxPool2d(3, 1, 1), conv())
-def maximum_and_residual(x, a, b):
+def max_pooling_and_residual(x, a, b):
     return (a(b(x)) + x).relu()
 
 
@@ -168,7 +168,7 @@ def pools(x, a, b, c, d, e):
 
 
 @parts(conv(), conv())
-def functions_of_each_pixel(x, a, b):
+def pointwise_functions(x, a, b):
     y = a(x)
     return b(F.gelu(y)) + F.silu(y) * y.sigmoid() - F.hardswish(y), b(y * 0.5 + 1), y.exp()
 
@@ -184,7 +184,7 @@ def paddings(x, a, b):
 
 
 @parts(*(conv(padding_mode=mode) for mode in ("reflect", "replicate", "circular")))
-def paddings_with_pixels(x, a, b, c):
+def paddings_of_other_modes(x, a, b, c):
     return a(x), b(x), c(x), c(a(x).relu()), F.pad(x, (2, 0, 9, 1), "circular")
 
 
@@ -262,28 +262,30 @@ class Parts(nn.Module):
 
 @pytest.fixture(scope="module")
 def results():
-    """By choice and batch: what the network and the compiled one returned."""
+    """Return the outputs of both networks, by tuning and batch size."""
     torch.manual_seed(1)
     model = pruned(Parts(), 0.5)
     inputs = {batch: torch.randn(batch, 4, 9, 7) for batch in BATCHES}
     found, network = {}, compiled(model, inputs[2])
-    for choice in ("sparse", "dense"):
+    for tuning in ("sparse", "dense"):
         got = {batch: network(x.clone()) for batch, x in inputs.items()}
         with torch.no_grad():
-            found |= {(choice, batch): (model(x), got[batch]) for batch, x in inputs.items()}
-        network.plan = Plan.of(network.plan.graph, [])  # capturing it again would take seconds
-        network._bound.clear()
+            found |= {(tuning, batch): (model(x), got[batch]) for batch, x in inputs.items()}
+        network.plan = Plan.build(
+            network.plan.graph, []
+        )  # capturing the model again would take seconds
+        network._pools.clear()
     return found
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("choice", ["sparse", "dense"])
+@pytest.mark.parametrize("tuning", ["sparse", "dense"])
 @pytest.mark.parametrize("part", PARTS)
-def test_parts(part, choice, batch, results):
-    """Of several batch sizes; later calls leave former results as they were."""
-    wanted, result = (r[part] for r in results[choice, batch])
-    wanted, structure = torch.utils._pytree.tree_flatten(wanted)
+def test_parts(part, tuning, batch, results):
+    """Also after later calls, which must not change earlier results."""
+    expected, result = (r[part] for r in results[tuning, batch])
+    expected, structure = torch.utils._pytree.tree_flatten(expected)
     result, same = torch.utils._pytree.tree_flatten(result)
     assert structure == same
-    for got, want in zip(result, wanted, strict=True):
-        assert error(got, want) < 5 * AIM
+    for got, correct in zip(result, expected, strict=True):
+        assert error(got, correct) < 5 * TOLERANCE

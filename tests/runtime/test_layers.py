@@ -1,4 +1,4 @@
-"""Every form of layer computes in machine code what PyTorch computes in float64."""
+"""Layers in machine code compute what PyTorch computes in float64."""
 
 import math
 import random
@@ -6,7 +6,16 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from runtime_cases import AIM, TILE, conv, error, graph_of, run_alone, sparse_weight, spoiled
+from runtime_cases import (
+    TILE,
+    TOLERANCE,
+    conv,
+    error,
+    graph_of,
+    run_layer,
+    sparse_weight,
+    workspace_of_nan,
+)
 
 from torch_feather.runtime import kernels
 from torch_feather.runtime.layer import Layer, MaxPool
@@ -43,7 +52,7 @@ FORMS = {  # (channels, out, kernel, height, width, options)
     "33 x 17": (3, 4, 3, 33, 17, {"padding": 1}),
     "one row": (3, 4, (1, 3), 1, 19, {"padding": (0, 1)}),
     "one column": (3, 4, (3, 1), 19, 1, {"padding": (1, 0)}),
-    "kernel of the image": (3, 4, (6, 5), 6, 5, {}),
+    "kernel of image size": (3, 4, (6, 5), 6, 5, {}),
     "no nonzeros": (3, 4, 3, 5, 5, {"padding": 1, "sparsity": 1.0}),
     "no nonzeros, strided": (3, 4, 3, 5, 5, {"stride": 2, "sparsity": 1.0}),
     "dense": (3, 4, 3, 5, 5, {"padding": 1, "sparsity": 0.0}),
@@ -51,7 +60,7 @@ FORMS = {  # (channels, out, kernel, height, width, options)
 
 
 def reference(layer, x, residual=None):
-    """In float64, by PyTorch's functions."""
+    """Compute a layer in float64 with PyTorch."""
     x, weight = x.double(), layer.weight.double()
     if isinstance(layer, MaxPool):
         y = F.max_pool2d(x, weight.shape[2:], layer.stride, layer.padding, layer.dilation)
@@ -73,13 +82,13 @@ def test_convolutions(form, batch):
     channels, out, kernel, height, width, options = FORMS[form]
     layer = conv(channels, out, kernel, **options)
     x = torch.randn(batch, channels, height, width)
-    wanted = reference(layer, x)
-    assert error(run_alone(layer, x), wanted) < AIM
-    assert error(layer(x), wanted) < AIM  # dense
+    expected = reference(layer, x)
+    assert error(run_layer(layer, x), expected) < TOLERANCE
+    assert error(layer(x), expected) < TOLERANCE  # dense
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_convolutions_at_random(seed):
+def test_random_convolutions(seed):
     rng = random.Random(seed)
     kernel = rng.choice([1, 1, 2, 3, 3, 5]), rng.choice([1, 2, 3, 3, 4, 7])
     stride = rng.choice([(1, 1), (1, 1), (2, 2), (1, 2), (3, 2), (4, 4)])
@@ -98,31 +107,31 @@ def test_convolutions_at_random(seed):
     x = torch.randn(rng.choice([1, 2, 3, 16]), channels, *size)
     residual = [torch.randn_like(layer(x))] * rng.randrange(2)
     tile, threads = rng.choice(kernels.tiles()), rng.choice([1, 1, 2])
-    result = run_alone(layer, x, *residual, tile=tile, threads=threads)
-    assert error(result, reference(layer, x, *residual)) < AIM
+    result = run_layer(layer, x, *residual, tile=tile, threads=threads)
+    assert error(result, reference(layer, x, *residual)) < TOLERANCE
 
 
 @pytest.mark.parametrize("adds", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("tile", kernels.tiles(), ids=str)
 def test_tiles(tile, adds):
-    """Those that end within a row, overlap, or are cut to the plane."""
+    """Tiles that end within a row, overlap, or are larger than the plane."""
     for size, padding in (((9, 7), 1), ((23, 19), 1), ((1, 1), 0)):
         layer = conv(3, 8, 1 + 2 * padding, padding=padding, low=0.0)
         x, residual = torch.randn(2, 3, *size), torch.randn(2, 8, *size)
         inputs = (x, residual) if adds else (x,)
-        assert error(run_alone(layer, *inputs, tile=tile), reference(layer, *inputs)) < AIM
+        assert error(run_layer(layer, *inputs, tile=tile), reference(layer, *inputs)) < TOLERANCE
 
 
 @pytest.mark.parametrize("tile", kernels.tiles(), ids=str)
-def test_tiles_of_a_maximum(tile):
-    layer = MaxPool.of("pool", 3, (3, 3), (2, 2), (1, 1), (1, 1))
+def test_tiles_of_max_pooling(tile):
+    layer = MaxPool.create("pool", 3, (3, 3), (2, 2), (1, 1), (1, 1))
     x = torch.randn(2, 3, 23, 19) - 5
-    assert torch.equal(run_alone(layer, x, tile=tile), F.max_pool2d(x, 3, 2, 1))
+    assert torch.equal(run_layer(layer, x, tile=tile), F.max_pool2d(x, 3, 2, 1))
 
 
 BOUNDS = {
     "none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0),
-    "clamp": (-0.3, 0.2), "from above": (-math.inf, 0.1), "crossed": (0.5, -0.5),
+    "clamp": (-0.3, 0.2), "upper only": (-math.inf, 0.1), "crossed": (0.5, -0.5),
 }  # fmt: skip
 
 
@@ -133,14 +142,14 @@ def test_residuals_and_bounds(bounds, adds):
     layer = conv(4, 6, 3, padding=1, low=low, high=high)
     x, residual = torch.randn(3, 4, 7, 5), torch.randn(3, 6, 7, 5)
     inputs = (x, residual) if adds else (x,)
-    assert error(run_alone(layer, *inputs), reference(layer, *inputs)) < AIM
-    assert error(layer(*inputs), reference(layer, *inputs)) < AIM
+    assert error(run_layer(layer, *inputs), reference(layer, *inputs)) < TOLERANCE
+    assert error(layer(*inputs), reference(layer, *inputs)) < TOLERANCE
 
 
-def test_residual_that_is_the_input():
+def test_the_residual_may_be_the_input():
     layer = conv(4, 4, 3, padding=1)
     x = torch.randn(2, 4, 7, 5)
-    assert error(run_alone(layer, x, x), reference(layer, x, x)) < AIM
+    assert error(run_layer(layer, x, x), reference(layer, x, x)) < TOLERANCE
 
 
 @pytest.mark.parametrize("adds", [False, True], ids=["plain", "residual"])
@@ -150,7 +159,7 @@ def test_linear_layers(batch, leading, adds):
     layer = Layer("weight", sparse_weight(torch.Size((11, 19))), torch.randn(11), low=0.0)
     x, residual = torch.randn(batch, *leading, 19), torch.randn(batch, *leading, 11)
     inputs = (x, residual) if adds else (x,)
-    assert error(run_alone(layer, *inputs), reference(layer, *inputs)) < AIM
+    assert error(run_layer(layer, *inputs), reference(layer, *inputs)) < TOLERANCE
 
 
 def test_output_channels_without_weights():
@@ -158,7 +167,7 @@ def test_output_channels_without_weights():
     layer.weight[[0, 3, 5]] = 0
     x = torch.randn(2, 4, 7, 5)
     for threads in (1, 2, 3):
-        assert error(run_alone(layer, x, threads=threads), reference(layer, x)) < AIM
+        assert error(run_layer(layer, x, threads=threads), reference(layer, x)) < TOLERANCE
 
 
 POOLS = {  # kernel, stride, padding, dilation
@@ -172,50 +181,50 @@ POOLS = {  # kernel, stride, padding, dilation
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("pool", POOLS)
-def test_maxima_of_negative_pixels(pool, batch):
-    layer = MaxPool.of("pool", 5, *POOLS[pool])
+def test_max_pooling_of_negative_pixels(pool, batch):
+    layer = MaxPool.create("pool", 5, *POOLS[pool])
     x = -1 - torch.rand(batch, 5, 11, 9)
     x[0, 0, 0, 0], x[0, 1, 3, 3] = torch.inf, -torch.inf
-    wanted = F.max_pool2d(x, *POOLS[pool])
-    assert torch.equal(run_alone_any(layer, x), wanted)
-    assert torch.equal(layer(x), wanted)
+    expected = F.max_pool2d(x, *POOLS[pool])
+    assert torch.equal(run_any_values(layer, x), expected)
+    assert torch.equal(layer(x), expected)
 
 
-def run_alone_any(layer, x):
-    """As `run_alone`, of numbers that may be anything."""
-    plan = Plan.of(graph_of(layer, x), [layer])
-    workspace = spoiled(plan, len(x), {layer.name: TILE})
-    workspace(torch.full_like(x, torch.nan))  # leaves nothing behind
+def run_any_values(layer, x):
+    """Like `run_layer`, for values that may be NaN or infinite."""
+    plan = Plan.build(graph_of(layer, x), [layer])
+    workspace = workspace_of_nan(plan, len(x), {layer.name: TILE})
+    workspace(torch.full_like(x, torch.nan))  # must not affect the next call
     return workspace(x)
 
 
 LAYERS = {
     "conv": lambda: conv(3, 4, 3, padding=1, sparsity=0.0, low=0.0, high=6.0),
     "strided": lambda: conv(3, 4, 3, padding=1, stride=2, sparsity=0.0),
-    "pool": lambda: MaxPool.of("pool", 3, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "pool": lambda: MaxPool.create("pool", 3, (3, 3), (2, 2), (1, 1), (1, 1)),
 }
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_numbers_that_are_not_finite(name, number):
-    """They come out as PyTorch's do, in no other pixel, image or channel."""
+def test_values_that_are_not_finite(name, number):
+    """They affect the same pixels, images and channels as in PyTorch."""
     layer, x = LAYERS[name](), torch.randn(3, 3, 9, 7)
-    for place in ((0, 0, 0, 0), (1, 2, 4, 3), (2, 1, 8, 6)):
+    for position in ((0, 0, 0, 0), (1, 2, 4, 3), (2, 1, 8, 6)):
         marked = x.clone()
-        marked[place] = number
-        wanted = reference(layer, marked).float()
-        torch.testing.assert_close(run_alone_any(layer, marked), wanted, equal_nan=True)
-    assert error(run_alone_any(layer, x), reference(layer, x)) < AIM
+        marked[position] = number
+        expected = reference(layer, marked).float()
+        torch.testing.assert_close(run_any_values(layer, marked), expected, equal_nan=True)
+    assert error(run_any_values(layer, x), reference(layer, x)) < TOLERANCE
 
 
-def test_a_weight_of_0_does_not_see_nan():
-    """What sparse means: PyTorch's 0 x NaN spreads, ours only through nonzero weights."""
+def test_a_weight_of_0_does_not_propagate_nan():
+    """Unlike in PyTorch, where 0 x NaN is NaN: zero weights are skipped."""
     layer = conv(1, 1, 3, padding=1, sparsity=1.0)
     layer.weight[0, 0, 1, 1] = 1.0
     x = torch.zeros(1, 1, 5, 5)
     x[0, 0, 2, 2] = torch.nan
-    assert run_alone_any(layer, x).isnan().sum() == 1
+    assert run_any_values(layer, x).isnan().sum() == 1
 
 
 def test_denormal_numbers():
@@ -223,33 +232,33 @@ def test_denormal_numbers():
     layer.weight.fill_(1.0)
     layer.bias.zero_()
     x = torch.full((1, 1, 3, 3), 1e-40)
-    assert torch.equal(run_alone(layer, x), x)
+    assert torch.equal(run_layer(layer, x), x)
 
 
 LAYOUTS = {
     "channels last": lambda x: x.to(memory_format=torch.channels_last),
-    "columns apart": lambda x: x.repeat_interleave(2, 3)[..., ::2],
-    "columns far apart": lambda x: x.repeat_interleave(3, 3)[..., ::3],
-    "turned": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "a part": lambda x: F.pad(x, (2, 3, 1, 1))[..., 1:-1, 2:-3],
-    "one pixel": lambda x: x[..., :1, :1].expand_as(x),
+    "column stride 2": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+    "column stride 3": lambda x: x.repeat_interleave(3, 3)[..., ::3],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "slice": lambda x: F.pad(x, (2, 3, 1, 1))[..., 1:-1, 2:-3],
+    "expanded": lambda x: x[..., :1, :1].expand_as(x),
     "negated": lambda x: torch._neg_view(x),
 }
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_the_input(layout, stride):
+def test_strides_of_the_input(layout, stride):
     layer = conv(21, 4, 3, padding=1, stride=stride)
     x = LAYOUTS[layout](torch.randn(2, 21, 19, 18))
-    assert error(run_alone(layer, x), reference(layer, x)) < AIM
+    assert error(run_layer(layer, x), reference(layer, x)) < TOLERANCE
 
 
-@pytest.mark.parametrize("openmp", [True, False], ids=["team", "own threads"])
+@pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "own threads"])
 def test_threads_give_the_same_bits(openmp, monkeypatch):
     if not openmp:
-        monkeypatch.setattr(kernels.library(), "team", None)
+        monkeypatch.setattr(kernels.library(), "run_team", None)
     layer = conv(6, 9, 3, padding=1, low=0.0)
     x, residual = torch.randn(3, 6, 13, 11), torch.randn(3, 9, 13, 11)
-    one, *others = (run_alone(layer, x, residual, threads=n) for n in (1, 2, 3, 16))
+    one, *others = (run_layer(layer, x, residual, threads=n) for n in (1, 2, 3, 16))
     assert all(torch.equal(one, other) for other in others)

@@ -1,4 +1,4 @@
-"""Activations share memory only when they are not needed at the same time; nothing else is read."""
+"""Activations in use at the same time do not overlap, and no other memory is accessed."""
 
 import ctypes
 import functools
@@ -14,13 +14,22 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from runtime_cases import AIM, TILE, compiled, conv, error, graph_of, run_alone, spoiled
+from runtime_cases import (
+    TILE,
+    TOLERANCE,
+    compiled,
+    conv,
+    error,
+    graph_of,
+    run_layer,
+    workspace_of_nan,
+)
 from torch import nn
 from torch.fx import Graph
 
-from torch_feather.runtime import bound as bound_module
 from torch_feather.runtime import kernels, module
-from torch_feather.runtime import planes as planes_module
+from torch_feather.runtime import taps as taps_module
+from torch_feather.runtime import workspace as workspace_module
 from torch_feather.runtime.layer import Layer, MaxPool
 from torch_feather.runtime.plan import Copy, Plan, Pointwise, Sparse
 
@@ -28,7 +37,7 @@ aten = torch.ops.aten
 
 
 def random_graph(rng, x):
-    """Layers, functions of pixels, and others, some of which return views; and some layers."""
+    """Return a graph of layers and functions, some of which return views; and some layers."""
     graph = Graph()
     values = [graph.placeholder("x")]
     values[0].meta["val"] = x
@@ -42,20 +51,22 @@ def random_graph(rng, x):
 
     for i in range(24):
         value, other = rng.choice(values[-5:]), rng.choice(values)
-        kind = rng.choice(["conv", "conv", "add", "pool", "gelu", "sigmoid", "sum", "turn", "cut"])
+        kind = rng.choice(
+            ["conv", "conv", "add", "pool", "gelu", "sigmoid", "sum", "transpose", "slice"]
+        )
         if kind in ("conv", "add"):
             layers.append(conv(4, 4, rng.choice([1, 3]), f"w{i}", padding=0, low=0.0))
             reach = layers[-1].weight.shape[-1] // 2
             layers[-1].padding = (reach, reach)
             call(layers[-1], value, *[other] * (kind == "add"))
         elif kind == "pool":
-            layers.append(MaxPool.of(f"w{i}", 4, (3, 3), (1, 1), (1, 1), (1, 1)))
+            layers.append(MaxPool.create(f"w{i}", 4, (3, 3), (1, 1), (1, 1), (1, 1)))
             call(layers[-1], value)
-        elif kind == "turn":  # a view, held until later
+        elif kind == "transpose":  # a view, held until later
             call(aten.transpose.int, value, 2, 3)
             view = values.pop()
             call(aten.transpose.int, view, 2, 3)
-        elif kind == "cut":
+        elif kind == "slice":
             call(aten.slice.Tensor, value, 1, 0, 2)
             part = values.pop()
             call(aten.cat.default, [part, part], 1)
@@ -77,8 +88,8 @@ def interpreted(graph, x):
     return None
 
 
-def needed(plan):
-    """By planes: the steps between which PyTorch or another step may look at them."""
+def lifetimes(plan):
+    """Return the first and last step that may access each activation."""
     steps, until = plan.steps, {}
     made = {step.out: i for i, step in enumerate(steps) if hasattr(step, "out")}
     for i, step in enumerate(steps):
@@ -93,7 +104,7 @@ def needed(plan):
     outside = {step.node for step in steps if type(step).__name__ == "Torch"}
     for node, planes in plan.planes.items():
         if any(user in outside or user.op == "output" for user in node.users):
-            until[planes] = len(steps)  # views may be held
+            until[planes] = len(steps)  # PyTorch may keep views
     return {planes: (made[planes], until.get(planes, made[planes])) for planes in made}
 
 
@@ -102,31 +113,31 @@ def test_random_graphs(seed):
     rng = random.Random(seed)
     x = torch.randn(2, 4, 6, 5)
     graph, sparse = random_graph(rng, x)
-    plan = Plan.of(graph, sparse)
-    tile = {layer.name: rng.choice(kernels.tiles()) for layer in sparse}
-    workspace = spoiled(plan, 2, tile)
+    plan = Plan.build(graph, sparse)
+    tiles = {layer.name: rng.choice(kernels.tiles()) for layer in sparse}
+    workspace = workspace_of_nan(plan, 2, tiles)
 
-    places = workspace.held.places
-    lives = [(*span, places[p], places[p] + p.pixels(2)) for p, span in needed(plan).items()]
+    offsets = workspace.plan.offsets
+    lives = [(*s, offsets[p], offsets[p] + p.size(2)) for p, s in lifetimes(plan).items()]
     for i, (first, last, start, end) in enumerate(lives):
-        assert 0 <= start < end <= workspace.held.pixels
+        assert 0 <= start < end <= workspace.plan.size
         for made, until, other, other_end in lives[:i]:
             assert last < made or until < first or end <= other or other_end <= start
 
     results = workspace(x)
-    workspace(torch.randn_like(x))  # what was returned stays as it is
-    for result, wanted in zip(results, interpreted(graph, x), strict=True):
-        assert error(result, wanted) < 20 * AIM
+    workspace(torch.randn_like(x))  # must not change the results
+    for result, expected in zip(results, interpreted(graph, x), strict=True):
+        assert error(result, expected) < 20 * TOLERANCE
 
 
-# What lies next to the memory
+# Accesses outside of the memory
 
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def fenced(count, dtype=np.float32, at_end=True):
-    """Zeros between two pages that nobody may touch, close to one of them."""
+    """Return zeros next to a page that cannot be accessed, after (`at_end`) or before them."""
     size, page = count * np.dtype(dtype).itemsize, mmap.PAGESIZE
     room = -(-max(size, 1) // page) * page
     region = mmap.mmap(-1, room + 2 * page)
@@ -142,12 +153,12 @@ KEPT = []
 
 
 def signal_of(function):
-    """What ends a process that runs this, 0 if it comes to its end."""
+    """Return the signal that ends a process that calls this function; 0 if none does."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            signal.signal(signal.SIGSEGV, signal.SIG_DFL)  # no report
+            signal.signal(signal.SIGSEGV, signal.SIG_DFL)  # no traceback
             function()
             code = 0
         finally:
@@ -157,13 +168,13 @@ def signal_of(function):
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
-NEIGHBOURS = {
+LAYERS = {
     "3x3": lambda: (conv(5, 6, 3, padding=1), (7, 5)),
     "7x7 stride 2": lambda: (conv(3, 4, 7, padding=3, stride=2), (15, 13)),
     "valid": lambda: (conv(3, 4, 5), (9, 8)),
     "1x1": lambda: (conv(3, 4, 1), (4, 4)),
     "depthwise": lambda: (conv(5, 5, 3, padding=1, groups=5, stride=2), (9, 9)),
-    "pool": lambda: (MaxPool.of("p", 3, (3, 3), (2, 2), (1, 1), (1, 1)), (9, 7)),
+    "pool": lambda: (MaxPool.create("p", 3, (3, 3), (2, 2), (1, 1), (1, 1)), (9, 7)),
     "linear": lambda: (Layer("l", torch.randn(7, 21), torch.randn(7)), None),
 }
 
@@ -171,13 +182,13 @@ NEIGHBOURS = {
 @pytest.fixture
 def fences(monkeypatch):
     def build(at_end):
-        def aligned(count, dtype=np.float32):
+        def aligned_zeros(count, dtype=np.float32):
             return fenced(count, dtype, at_end)
 
-        for user in (bound_module, planes_module):
-            monkeypatch.setattr(user, "aligned", aligned)
+        for user in (workspace_module, taps_module):
+            monkeypatch.setattr(user, "aligned_zeros", aligned_zeros)
 
-    kernels.library()  # compiled here, not in each child
+    kernels.library()  # compile here, not in each child process
     yield build
     KEPT.clear()
 
@@ -190,39 +201,39 @@ def source(shape, last, at_end):
     return memory.view(shape)
 
 
-@pytest.mark.parametrize("at_end", [False, True], ids=["before", "behind"])
-@pytest.mark.parametrize("name", NEIGHBOURS)
-def test_nothing_next_to_the_memory_is_touched(name, at_end, fences):
-    layer, size = NEIGHBOURS[name]()
+@pytest.mark.parametrize("at_end", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_memory_outside_is_accessed(name, at_end, fences):
+    layer, size = LAYERS[name]()
     fences(at_end)
 
     def use():
         for batch, tile, last in ((1, (1, 8), False), (3, (6, 8), True), (2, (13, 8), False)):
             shape = (batch, 5, 21) if size is None else (batch, layer.channels[0], *size)
-            run_alone(layer, source(torch.Size(shape), last, at_end), tile=tile)
+            run_layer(layer, source(torch.Size(shape), last, at_end), tile=tile)
 
     assert signal_of(use) == 0
 
 
-def test_fences_are_felt(fences):
+def test_an_access_outside_ends_the_process(fences):
     layer = conv(3, 4, 3, padding=1)
     x = torch.randn(1, 3, 9, 7)
 
     def use(beyond):
         fences(True)
-        plan = Plan.of(graph_of(layer, x), [layer])
-        plan.steps[-1].taps.dy[:] += beyond  # rows further than memory was made for
-        spoiled(plan, 1, {layer.name: TILE})(x)
+        plan = Plan.build(graph_of(layer, x), [layer])
+        plan.steps[-1].taps.dy[:] += beyond  # rows beyond the padding
+        workspace_of_nan(plan, 1, {layer.name: TILE})(x)
 
     assert signal_of(lambda: use(0)) == 0
     assert signal_of(lambda: use(120)) == signal.SIGSEGV
 
 
-# How long memory lives
+# Lifetime of memory
 
 
-def test_memory_goes_with_its_batch_size():
-    """Without waiting for the garbage collector, which does not know how much it is."""
+def test_memory_is_freed_with_its_batch_size():
+    """By reference counting: the garbage collector does not know the size of the memory."""
     network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))
     gc.collect()
     gc.disable()
@@ -230,23 +241,22 @@ def test_memory_goes_with_its_batch_size():
         used = []
         for batch in range(1, 12):
             network(torch.randn(batch, 3, 8, 8))
-            used += [weakref.ref(w) for w in network._bound[batch]._free]
+            used += [weakref.ref(w) for w in network._pools[batch].free]
         assert len(used) == 11
-        assert sum(ref() is not None for ref in used) == module.BATCH_SIZES
+        assert sum(ref() is not None for ref in used) == module.MAX_BATCH_SIZES
     finally:
         gc.enable()
 
 
-def test_calls_one_after_another_share_their_memory():
+def test_successive_calls_use_the_same_memory():
     network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))
     x = torch.randn(2, 3, 8, 8)
     for _ in range(20):
         network(x)
-    assert len(network._bound[2]._free) == 1
+    assert len(network._pools[2].free) == 1
 
 
-def test_results_are_the_callers():
-    """Also views of activations, and those that later calls could write to."""
+def test_results_do_not_share_memory_with_later_calls():
     network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))
     x = torch.randn(2, 3, 8, 8)
     first = network(x)
@@ -257,17 +267,17 @@ def test_results_are_the_callers():
     assert torch.equal(network(x), kept)
 
 
-def test_memory_outlives_threads_that_work_on_it(monkeypatch):
-    """Also where the call is interrupted before all of them were told."""
-    monkeypatch.setattr(kernels.library(), "team", None)
+def test_memory_outlives_the_threads_that_use_it(monkeypatch):
+    """Also if the call is interrupted before all threads were started."""
+    monkeypatch.setattr(kernels.library(), "run_team", None)
     network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8), threads=3)
-    at_work = []
+    started = []
 
     def interrupted(submit, function, *args):
-        if at_work:
+        if started:
             raise KeyboardInterrupt
-        at_work.append(submit(lambda: (time.sleep(0.05), function(*args))))
-        return at_work[-1]
+        started.append(submit(lambda: (time.sleep(0.05), function(*args))))
+        return started[-1]
 
     original = ThreadPoolExecutor.submit
     monkeypatch.setattr(
@@ -277,21 +287,21 @@ def test_memory_outlives_threads_that_work_on_it(monkeypatch):
     )
     with pytest.raises(KeyboardInterrupt):
         network(torch.randn(2, 3, 8, 8))
-    assert at_work[0].done()
+    assert started[0].done()
 
 
-def test_a_call_that_fails_does_not_spoil_the_next(monkeypatch):
+def test_a_failed_call_does_not_affect_the_next(monkeypatch):
     network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))
     x = torch.randn(2, 3, 8, 8)
-    wanted = network(x)
-    (workspace,) = network._bound[2]._free
+    expected = network(x)
+    (workspace,) = network._pools[2].free
 
     def interrupt(self, *inputs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(bound_module.Workspace, "__call__", interrupt)
+        patched.setattr(workspace_module.Workspace, "__call__", interrupt)
         with pytest.raises(KeyboardInterrupt):
             network(x)
-    assert torch.equal(network(x), wanted)
-    assert workspace not in network._bound[2]._free  # its threads may still be at work
+    assert torch.equal(network(x), expected)
+    assert workspace not in network._pools[2].free  # its threads may still run

@@ -1,4 +1,4 @@
-"""Whole networks: ours for CIFAR, and those of timm."""
+"""Whole networks: those for CIFAR in `torch_feather.models`, and networks of timm."""
 
 import pytest
 import timm
@@ -8,7 +8,7 @@ from runtime_cases import DENSE, SPARSE, compiled, error, pruned
 from torch_feather import models
 from torch_feather.runtime.plan import Torch
 
-CLOSE = 1e-4
+TOLERANCE = 1e-4  # relative to the largest output
 
 
 def check(model, size, batches, sparsity):
@@ -17,17 +17,17 @@ def check(model, size, batches, sparsity):
     network = compiled(model, inputs[0])
     with torch.no_grad():
         for x in inputs:
-            assert error(network(x), model(x)) < CLOSE
+            assert error(network(x), model(x)) < TOLERANCE
     return network
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1", "densenet40_24"])
 def test_networks_for_cifar(name):
-    """Between the first layer and the last, nothing but machine code and pools is left."""
+    """All convolutions, norms and ReLUs run in machine code."""
     network = check(getattr(models, name)(num_classes=10), 32, [2], 0.95)
     functions = {str(s.node.target) for s in network.plan.steps if isinstance(s, Torch)}
     assert not any("conv" in f or "norm" in f or "relu" in f for f in functions)
-    assert all(choice == SPARSE for choice in network.choices.values())
+    assert all(layer == SPARSE for layer in network.tuning.values())
 
 
 @pytest.mark.slow
@@ -36,4 +36,4 @@ def test_networks_for_cifar(name):
 )
 def test_networks_of_timm(name):
     network = check(timm.create_model(name, num_classes=10), 224, [1, 3, 1], 0.9)
-    assert DENSE not in network.choices.values()
+    assert DENSE not in network.tuning.values()

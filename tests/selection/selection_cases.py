@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from torch_feather.selection import Cut
+from torch_feather.selection import Cutoff
 from torch_feather.selection.reference import select_reference
 
 MAKERS = {
@@ -51,14 +51,14 @@ def scores_and_count(draw: st.DrawFn, max_size: int = 5000) -> tuple[Tensor, int
     return scores, draw(st.integers(0, scores.numel()))
 
 
-def assert_same_cut(got: Cut, expected: Cut, how: str = "") -> None:
-    for field, a, b in zip(Cut._fields, got, expected, strict=True):
+def assert_same_cut(got: Cutoff, expected: Cutoff, how: str = "") -> None:
+    for field, a, b in zip(Cutoff._fields, got, expected, strict=True):
         assert a.shape == b.shape == (), (how, field, a, b)
         assert a.dtype == b.dtype, (how, field, a, b)
         assert a.item() == b.item(), (how, field, got, expected)
 
 
-def assert_selects(got: Cut, scores: Tensor, k: int, how: str = "") -> None:
+def assert_selects(got: Cutoff, scores: Tensor, k: int, how: str = "") -> None:
     """`got` is the reference's cut, and its mask is the first k of a stable sort, NaN left out."""
     assert_same_cut(got, select_reference(scores, k), how)
     expected = torch.zeros(scores.numel(), dtype=torch.bool)

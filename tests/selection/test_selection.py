@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from selection_cases import MAKERS, assert_same_cut, assert_selects, make, scores_and_count
 
-from torch_feather.selection import Cut, select
+from torch_feather.selection import Cutoff, select
 from torch_feather.selection.device import select_device
 from torch_feather.selection.reference import select_reference
 
@@ -44,7 +44,7 @@ IMPLEMENTATIONS = {
 )
 def test_cut_of_small_cases(scores, k, value, last, threshold):
     scores = torch.tensor(scores)
-    expected = Cut(torch.tensor(value), torch.tensor(last), torch.tensor(threshold))
+    expected = Cutoff(torch.tensor(value), torch.tensor(last), torch.tensor(threshold))
     assert_same_cut(select_reference(scores, k), expected)
     assert_selects(expected, scores, k)
 
@@ -100,5 +100,5 @@ def test_scores_that_have_no_code_are_an_error(scores):
 
 @pytest.mark.parametrize("implementation", [select_reference, *IMPLEMENTATIONS.values()])
 def test_no_scores_give_the_cut_that_prunes_nothing(implementation):
-    expected = Cut(torch.tensor(-1.0), torch.tensor(-1), torch.tensor(0.0))
+    expected = Cutoff(torch.tensor(-1.0), torch.tensor(-1), torch.tensor(0.0))
     assert_same_cut(implementation(torch.empty(0), 0), expected)

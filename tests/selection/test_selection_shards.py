@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from selection_cases import MAKERS, assert_same_cut, make, scores_and_count
 
 from torch_feather import devices
-from torch_feather.selection import select_shards
+from torch_feather.selection import select_sharded
 from torch_feather.selection.reference import select_reference
 
 
@@ -44,7 +44,7 @@ def check(wholes, counts, holder, ranks):
 
         scores = [whole[m] for whole, m in zip(wholes, mine, strict=True)]
         sizes = [whole.numel() for whole in wholes]
-        cuts = select_shards(scores, torch.tensor(counts), sizes=sizes, total=total, places=places)
+        cuts = select_sharded(scores, torch.tensor(counts), sizes=sizes, total=total, places=places)
         return [(cut, cut.pruned(s), m) for cut, s, m in zip(cuts, scores, mine, strict=True)]
 
     with ThreadPoolExecutor(ranks) as pool:
@@ -87,7 +87,7 @@ def test_several_selections_share_their_exchanges(kind):
 
 def test_ties_far_beyond_32_bits_of_index_are_found():
     first = 2**37 + 5
-    (cut,) = select_shards(
+    (cut,) = select_sharded(
         [torch.ones(10)],
         torch.tensor([7]),
         sizes=[first + 10],

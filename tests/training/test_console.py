@@ -8,11 +8,11 @@ from rich.console import Console
 import torch_feather as feather
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import Config
-from torch_feather.training.console import ConsoleWatch, Pace, layer_table, percent
+from torch_feather.training.console import ConsoleCallback, Pace, layer_table, percent
 
 
 @pytest.mark.parametrize(
-    ("share", "text"),
+    ("fraction", "text"),
     [
         (0.0, "0.00 %"),
         (1e-9, "0.01 %"),
@@ -22,14 +22,14 @@ from torch_feather.training.console import ConsoleWatch, Pace, layer_table, perc
         (1.0, "100.00 %"),
     ],
 )
-def test_a_share_is_0_or_100_percent_only_where_it_is_exactly(share, text):
-    assert percent(share) == text
+def test_a_fraction_is_shown_as_0_or_100_percent_only_if_it_is_exact(fraction, text):
+    assert percent(fraction) == text
 
 
 @pytest.mark.parametrize("thresholds", [None, {"0.weight": 1.234567e-5, "2.weight": 0.25}])
 @pytest.mark.parametrize("example", [None, torch.zeros(1, 6)])
 @pytest.mark.parametrize("own", [None, 0.25])
-def test_the_table_of_a_stored_report_is_that_of_the_report(thresholds, example, own):
+def test_the_table_of_a_stored_report_equals_that_of_the_report(thresholds, example, own):
     model = torch.nn.Sequential(
         torch.nn.Linear(6, 40), torch.nn.ReLU(), torch.nn.Linear(40, 3), torch.nn.Linear(3, 2)
     )
@@ -39,7 +39,7 @@ def test_the_table_of_a_stored_report_is_that_of_the_report(thresholds, example,
     report = feather.report(model, example_input=example, thresholds=thresholds)
     report = replace(report, own_sparsity=own)
     stream = io.StringIO()
-    console = Console(file=stream, width=30)  # narrower than the table, which is not broken
+    console = Console(file=stream, width=30)  # narrower than the table: lines are not wrapped
     console.print(layer_table(report.to_dict()), soft_wrap=True)
     assert stream.getvalue() == f"{report}\n"
     assert "<-- EMPTY" in stream.getvalue()
@@ -57,7 +57,7 @@ def test_empty_layers_stand_out_in_a_terminal():
 
 
 class Clock:
-    """Seconds that pass when the test says so."""
+    """A clock that the test advances."""
 
     def __init__(self):
         self.now = 1000.0
@@ -70,34 +70,34 @@ class Clock:
 
 
 class Run:
-    """A run of ten epochs of 100 steps that is watched, on a clock of its own."""
+    """A run of ten epochs of 100 steps with a console callback, on its own clock."""
 
     def __init__(self, **options):
         self.clock, self.stream = Clock(), io.StringIO()
         console = Console(file=self.stream, width=120, _environ={"TERM": "xterm"}, **options)
-        self.watch = ConsoleWatch(console, self.clock)
+        self.callback = ConsoleCallback(console, self.clock)
 
     def begin(self, done=0, method="feather", epochs=10):
         config = Config(method=method, epochs=epochs)
-        self.watch.begin(config, 100 * epochs, done, RunDirectory("run"))
+        self.callback.begin(config, 100 * epochs, done, RunDirectory("run"))
 
     def steps(self, number, seconds):
         for _ in range(number):
             self.clock.pass_by(seconds)
-            self.watch.step(8)
+            self.callback.step(8)
 
     def epoch(self, number, images_per_s, **metrics):
         line = {"epoch": number, "train_loss": 1.25, "val_acc": 0.5, "sparsity": 0.75}
-        self.watch.epoch(line | {"images_per_s": images_per_s} | metrics)
+        self.callback.epoch(line | {"images_per_s": images_per_s} | metrics)
 
     def lines(self):
         return self.stream.getvalue().splitlines()
 
     def bar(self, number):
-        return self.watch.progress.tasks[number]
+        return self.callback.progress.tasks[number]
 
 
-def test_images_per_second_are_those_of_late():
+def test_the_rate_is_that_of_recent_steps():
     pace = Pace(clock := Clock())
     for seconds in [0.1] * 1000 + [0.01] * 4000:
         clock.pass_by(seconds)
@@ -105,7 +105,7 @@ def test_images_per_second_are_those_of_late():
     assert pace.rates() == pytest.approx((100, 800), rel=0.01)
 
 
-def test_slow_steps_have_a_rate_too():
+def test_slow_steps_have_a_rate():
     pace = Pace(clock := Clock())
     for _ in range(3):
         clock.pass_by(2 * Pace.WINDOW)
@@ -113,7 +113,7 @@ def test_slow_steps_have_a_rate_too():
     assert pace.rates() == pytest.approx((1 / 60, 8 / 60))
 
 
-def test_evaluation_takes_time_but_no_images_per_second():
+def test_evaluation_adds_to_the_time_left_and_not_to_the_rate():
     pace = Pace(clock := Clock())
     for _ in range(3):
         for _ in range(100):
@@ -126,10 +126,10 @@ def test_evaluation_takes_time_but_no_images_per_second():
     assert pace.seconds_left(steps=100, epoch_ends=1) == pytest.approx(25)
 
 
-def test_steps_that_only_wait_in_the_queue_of_the_device_do_not_count_as_done():
+def test_steps_queued_on_the_device_do_not_count_as_done():
     pace = Pace(clock := Clock())
     for _ in range(5):
-        for _ in range(100):  # queued within a tenth of the time that they take
+        for _ in range(100):  # queued in a tenth of their duration
             clock.pass_by(0.01)
             pace.step(8)
         clock.pass_by(9)
@@ -138,7 +138,7 @@ def test_steps_that_only_wait_in_the_queue_of_the_device_do_not_count_as_done():
         assert pace.seconds_left(100, epoch_ends=1) == pytest.approx(10)
 
 
-def test_nothing_is_said_before_anything_is_known():
+def test_there_is_no_rate_before_the_first_sample():
     pace = Pace(Clock())
     pace.end_epoch(images_per_s=0.0)  # a run resumed between an epoch's last step and its end
     assert pace.rates() is None
@@ -153,30 +153,30 @@ def test_a_resumed_run_is_estimated_from_its_own_steps():
     assert run.bar(1).fields["left"] == "0:02:00 left"
     assert (run.bar(1).description, run.bar(1).completed) == ("epoch 10", 40)
     assert run.bar(0).completed == pytest.approx(9.4)
-    run.watch.end()
+    run.callback.end()
 
 
-def test_the_second_run_starts_afresh():
+def test_a_second_run_starts_from_zero():
     run = Run()
     for method, seconds in (("feather", 1), ("dense", 0.5)):
         run.begin(method=method)
         run.steps(100, seconds)
         run.epoch(1, 8 / seconds)
-        run.watch.end({"test_accuracy": 0.5})
+        run.callback.end({"test_accuracy": 0.5})
     assert [line.split("  ")[-2:] for line in run.lines()] == [
         ["8 images/s", "0:15:00 left"],
         ["16 images/s", "0:07:30 left"],
     ]
 
 
-def test_where_there_is_no_terminal_each_epoch_is_a_line():
+def test_without_a_terminal_each_epoch_is_a_line():
     run = Run()
-    run.watch.message("a [bold] word")
+    run.callback.message("a [bold] word")
     run.begin(epochs=3)
     for number in (1, 2, 3):
         run.steps(100, 0.004)
         run.epoch(number, 2000, val_acc=None if number == 1 else 0.5)
-    run.watch.end()
+    run.callback.end()
     assert run.lines() == [
         "a [bold] word",
         "feather  epoch 1/3  loss 1.250  sparsity 75.00 %  2,000 images/s  0:00:01 left",
@@ -187,7 +187,7 @@ def test_where_there_is_no_terminal_each_epoch_is_a_line():
     ]
 
 
-def test_test_accuracy_is_shown_where_nothing_is_held_out():
+def test_test_accuracy_is_shown_without_validation_images():
     run = Run()
     run.begin()
     run.steps(100, 0.01)
@@ -201,7 +201,7 @@ def test_a_terminal_shows_the_run_and_the_epoch():
     run.steps(100, 0.02)
     run.epoch(1, 400)
     run.steps(50, 0.02)
-    run.watch.end()
+    run.callback.end()
     shown = "".join(run.lines()[-3:])
     for part in ("feather ", " 1/10", "0:00:17 left", "400 images/s", "epoch 2 ", " 50/100"):
         assert part in shown
@@ -209,26 +209,26 @@ def test_a_terminal_shows_the_run_and_the_epoch():
     assert "loss 1.250  val 50.00 %  sparsity 75.00 %" in shown
 
 
-def test_the_last_accuracy_stays_in_sight_where_not_every_epoch_is_evaluated():
+def test_the_last_accuracy_stays_visible_if_not_every_epoch_is_evaluated():
     run = Run(force_terminal=True)
     run.begin()
     run.epoch(1, 400, val_acc=0.5)
     run.epoch(2, 400, val_acc=None)
     assert "val 50.00 %" in run.bar(1).fields["note"]
-    run.watch.end()
+    run.callback.end()
 
 
-def test_most_steps_are_counted_and_not_shown(monkeypatch):
+def test_most_steps_do_not_update_the_display(monkeypatch):
     run = Run(force_terminal=True)
     run.begin()
     shown = []
-    monkeypatch.setattr(run.watch, "_show", lambda: shown.append(run.watch.done))
+    monkeypatch.setattr(run.callback, "_show", lambda: shown.append(run.callback.done))
     run.steps(1000, 0.001)
     assert len(shown) <= 10
-    assert run.watch.done == 1000
+    assert run.callback.done == 1000
     monkeypatch.undo()
-    run.watch.end()
+    run.callback.end()
 
 
-def test_an_observer_that_was_never_told_of_a_beginning_can_be_told_of_the_end():
-    Run().watch.end()
+def test_a_callback_can_end_without_a_begin():
+    Run().callback.end()

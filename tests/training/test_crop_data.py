@@ -19,7 +19,7 @@ def uniform(count, seed=0):
     return torch.rand(count, DRAWS, dtype=torch.float64, generator=generator)
 
 
-def pictures(count, height, width, channels=3, seed=0):
+def random_images(count, height, width, channels=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (count, height, width, channels)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -50,8 +50,8 @@ def test_boxes_are_distributed_like_those_of_torchvision(height, width, smallest
     image = torch.empty(3, height, width)
     drawn = [reference.make_params([image]) for _ in range(3000)]
     keys = ("top", "left", "height", "width")
-    theirs = torch.tensor([[params[key] for key in keys] for params in drawn]).double()
-    ours = random_boxes(uniform(3000, seed=1), height, width, smallest).double()
+    expected = torch.tensor([[params[key] for key in keys] for params in drawn]).double()
+    given = random_boxes(uniform(3000, seed=1), height, width, smallest).double()
     measures = {
         "area": lambda b: b[:, 2] * b[:, 3],
         "ratio": lambda b: b[:, 3] / b[:, 2],
@@ -59,22 +59,24 @@ def test_boxes_are_distributed_like_those_of_torchvision(height, width, smallest
         "left": lambda b: b[:, 1] / (width - b[:, 3] + 1),
     }
     for name, measure in measures.items():
-        test = scipy.stats.ks_2samp(measure(ours).numpy(), measure(theirs).numpy())
+        test = scipy.stats.ks_2samp(measure(given).numpy(), measure(expected).numpy())
         assert test.pvalue > 1e-3, name
 
 
-def test_area_is_uniform_and_ratio_log_uniform_where_every_box_fits():
+def test_area_is_uniform_and_ratio_log_uniform_if_every_box_fits():
     boxes = random_boxes(uniform(20_000), 1000, 1000, 0.1).double()
-    share = boxes[:, 2] * boxes[:, 3] / 1000**2
-    small = share[share < 0.7]  # larger ones may not fit with every ratio, and are drawn again
+    fraction = boxes[:, 2] * boxes[:, 3] / 1000**2
+    small = fraction[
+        fraction < 0.7
+    ]  # larger boxes may not fit with every ratio, and are drawn again
     assert scipy.stats.kstest(small.numpy(), "uniform", (0.1, 0.6)).pvalue > 1e-3
-    ratio = (boxes[:, 3] / boxes[:, 2]).log()[share < 0.7]
+    ratio = (boxes[:, 3] / boxes[:, 2]).log()[fraction < 0.7]
     limit = math.log(4 / 3)
     assert scipy.stats.kstest(ratio.numpy(), "uniform", (-limit, 2 * limit)).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 400), (400, 20), (3, 3), (300, 301)])
-def test_where_nothing_fits_the_box_is_the_central_one_of_torchvision(height, width):
+def test_if_no_box_fits_the_box_is_the_center_crop_of_torchvision(height, width):
     above = torch.full((1, DRAWS), 1 - 2**-53, dtype=torch.float64)  # the largest and widest
     box = random_boxes(above, height, width, 1.0)[0].tolist()
 
@@ -89,7 +91,7 @@ def test_where_nothing_fits_the_box_is_the_central_one_of_torchvision(height, wi
     [(64, 64, 64, 3), (64, 48, 32, 3), (20, 30, 64, 1), (40, 40, 7, 3), (5, 5, 9, 3)],
 )
 def test_scaled_boxes_equal_torchvision_to_rounding(method, height, width, size, channels):
-    images = pictures(40, height, width, channels)
+    images = random_images(40, height, width, channels)
     boxes = random_boxes(uniform(40), height, width, 0.08)
     mirrored = torch.arange(40) % 3 == 0
     scaled = method(images, boxes, mirrored, size)
@@ -101,15 +103,15 @@ def test_scaled_boxes_equal_torchvision_to_rounding(method, height, width, size,
 
 
 def test_scaling_a_box_is_not_biased():
-    images = pictures(64, 48, 48)
+    images = random_images(64, 48, 48)
     boxes = random_boxes(uniform(64), 48, 48, 0.08)
     plain = torch.zeros(64, dtype=torch.bool)
     one, other = (f(images, boxes, plain, 32).float() for f in (crops._one_by_one, crops._products))
-    assert (one - other).mean().abs() < 0.05  # halves are rounded up, twice
+    assert (one - other).mean().abs() < 0.05  # two roundings
 
 
-def test_an_image_is_scaled_alike_in_every_batch():
-    images, boxes = pictures(50, 40, 40), random_boxes(uniform(50), 40, 40, 0.08)
+def test_the_result_for_an_image_does_not_depend_on_its_batch():
+    images, boxes = random_images(50, 40, 40), random_boxes(uniform(50), 40, 40, 0.08)
     mirrored = torch.arange(50) % 2 == 0
     for method in (crops._one_by_one, crops._products):
         whole = method(images, boxes, mirrored, 24)
@@ -122,8 +124,8 @@ def test_an_image_is_scaled_alike_in_every_batch():
 
 
 @pytest.mark.gpu
-def test_crops_on_a_gpu_equal_those_of_the_cpu_to_rounding():
-    images, boxes = pictures(50, 128, 128), random_boxes(uniform(50), 128, 128, 0.08)
+def test_crops_on_a_gpu_equal_those_on_the_cpu_to_rounding():
+    images, boxes = random_images(50, 128, 128), random_boxes(uniform(50), 128, 128, 0.08)
     mirrored = torch.arange(50) % 2 == 0
     here = resize_boxes(images, boxes, mirrored, 112).float()
     there = resize_boxes(images.cuda(), boxes.cuda(), mirrored.cuda(), 112)
@@ -132,19 +134,19 @@ def test_crops_on_a_gpu_equal_those_of_the_cpu_to_rounding():
 
 @pytest.mark.parametrize(("height", "width"), [(60, 60), (50, 80), (81, 50), (33, 32)])
 def test_the_center_equals_torchvision(height, width):
-    image = pictures(1, height, width)[0]
-    ours = Center(36, 32)(image)
+    image = random_images(1, height, width)[0]
+    given = Center(36, 32)(image)
     planes = TF.resize(image.permute(2, 0, 1), [36], antialias=True)
-    assert torch.equal(ours, TF.center_crop(planes, [32, 32]).permute(1, 2, 0))
+    assert torch.equal(given, TF.center_crop(planes, [32, 32]).permute(1, 2, 0))
 
 
 def test_the_center_of_an_image_of_that_size_is_the_image():
-    image = pictures(1, 32, 32)[0]
+    image = random_images(1, 32, 32)[0]
     assert torch.equal(Center(32, 32)(image), image)
 
 
-def test_a_shift_moves_the_centre_by_at_most_its_pixels_each_way():
-    image = pictures(1, 12, 12)[0]
+def test_a_shift_moves_the_center_by_at_most_its_pixels_in_each_direction():
+    image = random_images(1, 12, 12)[0]
     augment = Augment(DataConfig(shift=2), 12)
     padded = torch.nn.functional.pad(image, (0, 0, 2, 2, 2, 2))
     windows = {
@@ -156,11 +158,11 @@ def test_a_shift_moves_the_centre_by_at_most_its_pixels_each_way():
         for crop in [window.flip(1) if mirrored else window]
     }
     seen = {windows[tuple(augment(image, seed).flatten().tolist())] for seed in range(600)}
-    assert len(seen) == 50  # all of them, and none else
+    assert len(seen) == 50  # all of them, and no others
 
 
-def test_the_seed_alone_decides_how_an_image_is_augmented():
-    image = pictures(1, 40, 50)[0]
+def test_augmentation_depends_on_the_seed_alone():
+    image = random_images(1, 40, 50)[0]
     augment = Augment(DataConfig(crop="resized"), 24)
     first = [augment(image, seed) for seed in range(20)]
     torch.manual_seed(5)

@@ -1,4 +1,4 @@
-"""Learning from a teacher."""
+"""Knowledge distillation."""
 
 import json
 import math
@@ -10,19 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_distributed import NETWORKS, together
 from torch._subclasses.fake_tensor import FakeTensorMode
-from training_watches import StopAt
+from training_callbacks import StopAt
 
 import torch_feather as feather
 from torch_feather import models
 from torch_feather.cli import main
 from torch_feather.errors import ConfigurationError, FeatherError
-from torch_feather.export.run import about, export_run
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import Config, DistillationConfig, apply, resolve_config
 from torch_feather.training.data import Batch, load_dataset
 from torch_feather.training.distillation import Distillation, load_teacher
 from torch_feather.training.distributed import Ranks
 from torch_feather.training.errors import CheckpointError, Interrupted, RunError
+from torch_feather.training.export_run import export_run, run_metadata
 from torch_feather.training.loop import train
 from torch_feather.training.step import Step
 from torch_feather.training.task import make_optimizer
@@ -31,7 +31,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class Small(torch.nn.Module):
-    """With dropout, so that order and number of random draws show."""
+    """With dropout, whose result depends on the order and number of random draws."""
 
     def __init__(self, classes, channels, width=8):
         super().__init__()
@@ -79,7 +79,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(teacher, tmp_path_factory):
-    """What a teacher can be read from."""
+    """Files that a teacher can be read from."""
     folder = tmp_path_factory.mktemp("files")
     model = Large(10, 1)
     RunDirectory(teacher).load_model(model)
@@ -109,14 +109,14 @@ def test_the_gradient_is_that_of_the_published_loss(weight, temperature):
     x, y = torch.randn(6, 1, 8, 8), torch.randint(10, (6,))
     logits = torch.randn(6, 10, requires_grad=True)
     distillation(torch.nn.functional.cross_entropy(logits, y), logits, x).backward()
-    z, wanted = logits.detach(), distillation.teacher(x)
-    soft = (z / temperature).softmax(1) - (wanted / temperature).softmax(1)
+    z, target = logits.detach(), distillation.teacher(x)
+    soft = (z / temperature).softmax(1) - (target / temperature).softmax(1)
     hard = z.softmax(1) - torch.nn.functional.one_hot(y, 10)
     expected = ((1 - weight) * hard + weight * temperature * soft) / len(y)
     torch.testing.assert_close(logits.grad, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it():
+def test_a_student_equal_to_its_teacher_has_zero_loss_and_gradient():
     distillation = make_distillation(weight=1.0)
     x = torch.randn(4, 1, 8, 8)
     logits = distillation.teacher(x).requires_grad_()
@@ -126,24 +126,24 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it():
     assert logits.grad.abs().max() < 1e-6
 
 
-def test_weight_0_trains_bit_for_bit_as_without_a_teacher(teacher, tmp_path):
+def test_weight_0_is_bitwise_identical_to_training_without_a_teacher(teacher, tmp_path):
     train(digits(), tmp_path / "plain")
     distillation = {"teacher": str(teacher), "weight": 0.0}
     train(digits(distillation=distillation), tmp_path / "distilled")
     assert results_of(tmp_path / "distilled") == results_of(tmp_path / "plain")
-    # And with more weight it does not.
+    # A larger weight gives another result.
     train(digits(distillation=distillation | {"weight": 0.1}), tmp_path / "other")
     assert results_of(tmp_path / "other") != results_of(tmp_path / "plain")
 
 
-def test_a_stopped_run_goes_on_bit_for_bit_wherever_its_teacher_is_now(teacher, tmp_path):
+def test_a_resumed_run_is_bitwise_identical_if_its_teacher_has_moved(teacher, tmp_path):
     config = digits(**{"distillation.teacher": str(teacher), "system.micro_batch": 50})
     results = train(config, tmp_path / "whole")
     assert results["teacher"]["source"] == str(teacher)
     about = RunDirectory(teacher).read_report()
     assert results["teacher"]["test_accuracy"] == about["test_accuracy"]
     with pytest.raises(Interrupted):
-        train(config, tmp_path / "run", watch=StopAt(9))
+        train(config, tmp_path / "run", callback=StopAt(9))
     moved = tmp_path / "moved"
     moved.symlink_to(teacher)
     elsewhere = apply(config, {"distillation.teacher": str(moved)}, "test")
@@ -151,10 +151,10 @@ def test_a_stopped_run_goes_on_bit_for_bit_wherever_its_teacher_is_now(teacher, 
     assert results_of(tmp_path / "run") == results_of(tmp_path / "whole")
 
 
-def test_a_run_does_not_go_on_with_another_teacher(teacher, files, tmp_path):
+def test_a_run_does_not_resume_with_another_teacher(teacher, files, tmp_path):
     config = digits(**{"distillation.teacher": str(teacher)})
     with pytest.raises(Interrupted):
-        train(config, tmp_path / "run", watch=StopAt(5))
+        train(config, tmp_path / "run", callback=StopAt(5))
     torch.save(Small(10, 1).state_dict(), tmp_path / "other.pt")
     other = apply(config, {"distillation.teacher": str(tmp_path / "other.pt")}, "test")
     with pytest.raises(CheckpointError, match=r"another teacher.*other\.pt"):
@@ -174,17 +174,15 @@ def test_every_file_of_the_same_weights_is_the_same_teacher(teacher, files, sour
     data = load_dataset(config.data, config.seed)
     x = torch.randn(3, 1, 8, 8)
     answers = []
-    for place in (teacher, files / source):
-        config = apply(config, {"distillation.teacher": str(place)}, "test")
+    for path in (teacher, files / source):
+        config = apply(config, {"distillation.teacher": str(path)}, "test")
         before = torch.get_rng_state()
         answers.append(load_teacher(config, data)(x))
         assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(*answers)
 
 
-def test_a_teacher_of_timm_comes_with_its_weights_and_sees_images_as_it_is_used_to(
-    tmp_path, monkeypatch
-):
+def test_a_timm_teacher_has_its_published_weights_and_normalization(tmp_path, monkeypatch):
     name, create = "test_vit", timm.create_model
     shape = {"num_classes": 10, "in_chans": 1, "img_size": 8, "patch_size": 4}
     published = create(name, **shape)
@@ -205,7 +203,7 @@ def test_a_teacher_of_timm_comes_with_its_weights_and_sees_images_as_it_is_used_
     torch.testing.assert_close(loaded(given), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_two_processes_distil_what_one_distils(tmp_path):
+def test_two_processes_distill_the_same_network_as_one(tmp_path):
     train(digits(network="plain", method="dense", seed=7), tmp_path / "teacher")
     config = digits(network="plain", **{"distillation.teacher": str(tmp_path / "teacher")})
     codes, errors = together(config, tmp_path / "two")
@@ -215,10 +213,10 @@ def test_two_processes_distil_what_one_distils(tmp_path):
     for name, weights in one.items():
         torch.testing.assert_close(two[name], weights, rtol=1e-3, atol=1e-4)
     teachers = [RunDirectory(tmp_path / name).read_report()["teacher"] for name in ("one", "two")]
-    assert teachers[1] == pytest.approx(teachers[0])  # its loss is summed in another order
+    assert teachers[1] == pytest.approx(teachers[0])  # losses are summed in another order
 
 
-def test_the_command_takes_a_teacher_from_where_it_is_called(teacher, tmp_path, monkeypatch):
+def test_the_command_resolves_a_relative_path_of_the_teacher(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(teacher.parent)
     quick = ["--network", "small", "--epochs", "1", "--batch-size", "256", "--no-compare-dense"]
     command = ["feather", "train", *quick, "--teacher", teacher.name, "--out", str(tmp_path / "a")]
@@ -227,9 +225,9 @@ def test_the_command_takes_a_teacher_from_where_it_is_called(teacher, tmp_path, 
         main()
     assert not caught.value.code
     assert RunDirectory(tmp_path / "a").read_config().distillation.teacher == str(teacher)
-    # What leaves the machine tells no place on it.
+    # Published files contain no paths of this machine.
     run = RunDirectory(tmp_path / "a")
-    assert str(teacher.parent) not in json.dumps(about(run))
+    assert str(teacher.parent) not in json.dumps(run_metadata(run))
 
 
 def write_nothing(path):
@@ -279,14 +277,14 @@ def write_other_input(path):
         (write_unfinished_run, "this run has not finished"),
         (write_noise, r"noise\.pt: cannot be read as weights"),
         (write_text, r"notes\.pt: cannot be read as weights"),
-        (write_object, r"object\.pt: .* \(it is damaged, or holds more than tensors\)"),
+        (write_object, r"object\.pt: .* \(it is damaged or contains objects other than tensors\)"),
         (write_damaged, r"weights\.safetensors: cannot be read as weights"),
         (write_other_classes, r"seven\.pt do not fit Small: size mismatch for fc\.weight"),
         (write_other_input, r"colour\.pt do not fit Small: size mismatch for conv\.weight"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_teacher_that_cannot_be_one_is_refused_before_training(tmp_path, write, message):
+def test_an_unusable_teacher_is_an_error_before_training(tmp_path, write, message):
     config = digits(**{"distillation.teacher": str(write(tmp_path))})
     with pytest.raises(FeatherError, match=message):
         train(config, tmp_path / "student")
@@ -296,15 +294,13 @@ def test_a_teacher_that_cannot_be_one_is_refused_before_training(tmp_path, write
 @pytest.mark.parametrize(
     ("options", "mean", "message"),
     [
-        ({"num_classes": 7}, (0.5,), "tells 7 classes apart, digits has 10"),
-        ({"in_chans": 3}, (0.5,) * 3, "does not take images of 1x8x8: it wants 3 channels"),
-        ({"patch_size": 16}, (0.5,), "does not take images of 1x8x8: Input height"),
+        ({"num_classes": 7}, (0.5,), "has 7 classes, but digits has 10"),
+        ({"in_chans": 3}, (0.5,) * 3, "does not accept images of 1x8x8: it expects 3 channels"),
+        ({"patch_size": 16}, (0.5,), "does not accept images of 1x8x8: Input height"),
     ],
     ids=["classes", "channels", "size"],
 )
-def test_a_teacher_of_timm_that_does_not_fit_says_what_does_not(
-    monkeypatch, options, mean, message
-):
+def test_an_unsuitable_timm_teacher_is_an_error_that_says_why(monkeypatch, options, mean, message):
     create = timm.create_model
     shape = {"num_classes": 10, "in_chans": 1, "img_size": 8, "patch_size": 4} | options
     shape["pretrained_cfg_overlay"] = {"mean": mean, "std": mean}
@@ -318,13 +314,13 @@ def test_a_teacher_of_timm_that_does_not_fit_says_what_does_not(
     ("key", "value"),
     [("weight", -0.1), ("weight", 1.1), ("weight", math.nan), ("temperature", 0.0)],
 )
-def test_settings_out_of_range_are_refused(key, value):
+def test_settings_out_of_range_are_errors(key, value):
     with pytest.raises(ConfigurationError, match=rf"distillation\.{key}"):
         digits(**{f"distillation.{key}": value})
 
 
 def one_step(**settings):
-    """Loss and weights after one step that distils."""
+    """Return loss and weights after one step of distillation."""
     torch.manual_seed(3)
     config = apply(Config(), {"batch_size": 8, "method": "dense"} | settings, "test")
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
@@ -342,19 +338,19 @@ def one_step(**settings):
     [({"system.micro_batch": 3}, 1e-5), ({"system.amp": True}, 2e-2)],
     ids=["micro-batches", "amp"],
 )
-def test_every_switch_distils_the_same(switch, tolerance):
+def test_every_switch_distills_the_same_network(switch, tolerance):
     for found, expected in zip(one_step(**switch), one_step(), strict=True):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.slow
-def test_a_compiled_teacher_says_the_same():
+def test_a_compiled_teacher_gives_the_same_result():
     for found, expected in zip(one_step(**{"system.compile": True}), one_step(), strict=True):
         torch.testing.assert_close(found, expected)
 
 
-def test_distilling_never_makes_the_host_wait(without_gpu, monkeypatch):
-    """Tensors without data stand in for those of a GPU: what would read one raises."""
+def test_distillation_never_synchronizes_the_device(without_gpu, monkeypatch):
+    """On fake CUDA tensors, reading a value raises."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         monkeypatch.setattr(
             "torch_feather.training.distillation._digest", lambda teacher: "read once, before"

@@ -1,4 +1,4 @@
-"""Several processes that train one network."""
+"""Data-parallel training with several processes."""
 
 import itertools
 import os
@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 import torch_feather as feather
 from torch_feather.training import train
+from torch_feather.training.callbacks import Callback
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import apply, resolve_config, to_yaml
 from torch_feather.training.distributed import Ranks
-from torch_feather.training.watch import Watch
 
 
 class Plain(torch.nn.Module):
-    """Without batch statistics: it computes the same however a batch is divided."""
+    """Without batch statistics: the result does not depend on how a batch is divided."""
 
     def __init__(self, classes, channels):
         super().__init__()
@@ -34,7 +34,7 @@ class Plain(torch.nn.Module):
 
 
 class Noisy(Plain):
-    """With batch statistics and dropout, of which each rank has its own."""
+    """With batch statistics and dropout, which differ between ranks."""
 
     def __init__(self, classes, channels):
         super().__init__(classes, channels)
@@ -48,8 +48,8 @@ class Noisy(Plain):
 NETWORKS = {"plain": Plain, "noisy": Noisy}
 
 
-class FailAt(Watch):
-    """What an observer raises ends the first process."""
+class FailAt(Callback):
+    """Ends the first process by an exception of a callback."""
 
     def __init__(self, step):
         self.left = step
@@ -61,7 +61,7 @@ class FailAt(Watch):
 
 
 def fail(where):
-    """Make this process fail at a place, in its 5th step where that is one."""
+    """Make this process fail: while loading the data, or in its 5th step."""
     from torch_feather.training import loop
     from torch_feather.training.data import TrainLoader
     from torch_feather.training.errors import DataError
@@ -88,15 +88,15 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch_feather as feather
 from test_distributed import NETWORKS, FailAt, fail
-from training_watches import StopAt
+from training_callbacks import StopAt
 from torch_feather.training import load_config, train
 
 feather.models._MODELS |= NETWORKS
 config, folder, stop, failing, where = sys.argv[2:]
-watch = StopAt(int(stop))
+callback = StopAt(int(stop))
 if failing == os.environ["RANK"]:
-    watch = FailAt(5) if where == "watch" else fail(where)
-train(load_config(Path(config)), folder, resume=True, watch=watch)
+    callback = FailAt(5) if where == "callback" else fail(where)
+train(load_config(Path(config)), folder, resume=True, callback=callback)
 """
 
 
@@ -112,7 +112,7 @@ def digits(**changes):
 
 
 def together(config, folder, ranks=2, stop=0, failing=("", "")):
-    """Train with `ranks` processes, of which one may fail; their exit codes and errors."""
+    """Train with `ranks` processes, one of which may fail; return exit codes and errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -137,10 +137,10 @@ def together(config, folder, ranks=2, stop=0, failing=("", "")):
 
 
 def outcome(folder):
-    """Everything that a run computes and leaves."""
+    """Return all results of a run."""
     run = RunDirectory(folder)
     report = run.read_report()
-    for key in ("seconds", "commit"):  # someone may commit meanwhile
+    for key in ("seconds", "commit"):  # a commit may be made meanwhile
         report.pop(key)
     metrics = [{k: v for k, v in m.items() if k != "images_per_s"} for m in run.read_metrics()]
     return run.model_file.read_bytes(), metrics, report
@@ -148,15 +148,15 @@ def outcome(folder):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A run of two processes, of a network in which the ranks differ."""
+    """A run of two processes with a network that differs between ranks."""
     folder = tmp_path_factory.mktemp("pair") / "run"
     codes, errors = together(digits(network="noisy"), folder)
     assert codes == [0, 0], errors
     return folder
 
 
-@pytest.mark.parametrize("batch_size", [100, 431])  # of 1294: the last has 94, and 1
-def test_two_processes_train_what_one_trains(tmp_path, batch_size):
+@pytest.mark.parametrize("batch_size", [100, 431])  # of 1294 images; the last batch has 94, and 1
+def test_two_processes_train_the_same_network_as_one(tmp_path, batch_size):
     config = digits(network="plain", batch_size=batch_size)
     codes, errors = together(config, tmp_path / "two")
     assert codes == [0, 0], errors
@@ -172,8 +172,8 @@ def test_two_processes_train_what_one_trains(tmp_path, batch_size):
         assert b["val_acc"] == pytest.approx(a["val_acc"], abs=0.01)
 
 
-def test_what_two_processes_report_is_what_their_file_gives(pair):
-    from torch_feather.cli import app  # noqa: F401 - the extra is there
+def test_the_report_of_two_processes_matches_their_stored_network(pair):
+    from torch_feather.cli import app  # noqa: F401 - the extra is installed
     from torch_feather.training.data import eval_loader, load_dataset
     from torch_feather.training.evaluation import evaluate
 
@@ -184,12 +184,12 @@ def test_what_two_processes_report_is_what_their_file_gives(pair):
     RunDirectory(pair).load_model(model)
     loader = eval_loader(data, data.test, config, torch.device("cpu"), Ranks())
     loss, accuracy = evaluate(model, loader)
-    assert report["test_accuracy"] == accuracy  # so every image was counted once
+    assert report["test_accuracy"] == accuracy  # every image was counted once
     assert report["test_loss"] == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("step", [7, 30])
-def test_stopped_processes_go_on_bit_for_bit(pair, tmp_path, step):
+def test_stopped_processes_resume_bitwise_identically(pair, tmp_path, step):
     config = digits(network="noisy")
     codes, errors = together(config, tmp_path / "run", stop=step)
     assert all(codes), errors
@@ -199,7 +199,7 @@ def test_stopped_processes_go_on_bit_for_bit(pair, tmp_path, step):
     assert outcome(tmp_path / "run") == outcome(pair)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+def test_a_run_resumes_with_another_number_of_processes(tmp_path):
     config = digits(network="noisy")
     together(config, tmp_path / "run", stop=20)
     results = train(config, tmp_path / "run", resume=True)
@@ -215,29 +215,29 @@ def test_an_error_of_the_first_process_ends_all(tmp_path):
     assert all("a resumed run keeps its settings; epochs was 1, not 3" in e for e in errors)
 
 
-@pytest.mark.parametrize(("rank", "where"), [(1, "data"), (1, "step"), (0, "watch")])
+@pytest.mark.parametrize(("rank", "where"), [(1, "data"), (1, "step"), (0, "callback")])
 def test_an_error_of_one_process_ends_all(tmp_path, rank, where):
     codes, errors = together(digits(), tmp_path / "run", failing=(str(rank), where))
     assert all(codes)
     assert "went away" in errors[rank].splitlines()[-1]
     others = "went away" if where == "data" else "RunError: another process of this run has ended"
-    # Gloo's threads may have a word after it, where the other process died first.
+    # Gloo's threads may print a line after it if the other process died first.
     said = [line for line in errors[1 - rank].splitlines() if not line.startswith("terminate")]
     assert others in said[-1]
 
 
-def test_the_parts_of_all_ranks_are_a_range_and_nearly_alike():
+def test_the_parts_of_all_ranks_are_a_partition_of_nearly_equal_sizes():
     for start, images in itertools.product((0, 5), range(12)):
         for count in (1, 2, 3, 5):
-            places = list(range(start + images))
+            indices = list(range(start + images))
             parts = [Ranks(r, count).part(start, start + images) for r in range(count)]
-            assert [i for part in parts for i in places[part]] == places[start:]
+            assert [i for part in parts for i in indices[part]] == indices[start:]
             sizes = [part.stop - part.start for part in parts]
             assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize("micro_batch", [100, 40, 7])
-def test_a_step_in_parts_is_the_step_of_the_whole_batch(tmp_path, micro_batch):
+def test_a_step_in_parts_equals_the_step_of_the_whole_batch(tmp_path, micro_batch):
     config = digits(network="plain", epochs=2)
     parts = replace(config, system=replace(config.system, micro_batch=micro_batch))
     train(config, tmp_path / "whole")

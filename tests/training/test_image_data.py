@@ -23,7 +23,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FEATHER_CACHE", str(tmp_path / "cache"))
 
 
-def pictures(count, seed, size=32):
+def random_images(count, seed, size=32):
     return np.random.RandomState(seed).randint(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
@@ -42,13 +42,13 @@ def write_parquet(file, pixels, labels, column="fine_label"):
 def folder(tmp_path):
     folder = tmp_path / "cifar100"
     folder.mkdir()
-    train = pictures(30, 0)
+    train = random_images(30, 0)
     for i in range(3):
         part = slice(10 * i, 10 * i + 10)
         write_parquet(
             folder / f"train-0000{i}-of-00003.parquet", train[part], list(range(30))[part]
         )
-    write_parquet(folder / "test-00000-of-00001.parquet", pictures(7, 1), list(range(7)))
+    write_parquet(folder / "test-00000-of-00001.parquet", random_images(7, 1), list(range(7)))
     return folder
 
 
@@ -63,17 +63,17 @@ def identity(images):
 def test_parquet_shards_are_read_in_order_and_without_loss(folder):
     for _ in range(2):  # decoded, then from the cache
         data = load_dataset(cifar(folder), seed=0)
-        assert np.array_equal(data.train.pixels.numpy(), pictures(30, 0))
+        assert np.array_equal(data.train.pixels.numpy(), random_images(30, 0))
         assert data.train.labels.tolist() == list(range(30))
-        assert np.array_equal(data.test.pixels.numpy(), pictures(7, 1))
+        assert np.array_equal(data.test.pixels.numpy(), random_images(7, 1))
         assert len(data.validation) == 0
         assert data.classes == 100
     assert len(list(cache_folder().glob("*.npz"))) == 2
 
 
-def test_a_changed_file_is_decoded_anew(folder):
+def test_a_changed_file_is_decoded_again(folder):
     load_dataset(cifar(folder), seed=0)
-    write_parquet(folder / "test-00000-of-00001.parquet", pictures(8, 2), list(range(8)))
+    write_parquet(folder / "test-00000-of-00001.parquet", random_images(8, 2), list(range(8)))
     assert len(load_dataset(cifar(folder), seed=0).test) == 8
 
 
@@ -82,20 +82,20 @@ def test_a_damaged_cache_is_replaced(folder):
     for file in cache_folder().glob("*.npz"):
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
-    assert np.array_equal(load_dataset(cifar(folder), 0).test.pixels.numpy(), pictures(7, 1))
+    assert np.array_equal(load_dataset(cifar(folder), 0).test.pixels.numpy(), random_images(7, 1))
     assert all(f.stat().st_size > 7 * 32 * 32 * 3 for f in cache_folder().glob("*.npz"))
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(folder, monkeypatch):
     (folder / "file").write_text("")
     monkeypatch.setenv("TORCH_FEATHER_CACHE", str(folder / "file" / "below"))
-    with pytest.warns(FeatherWarning, match="not kept"):
+    with pytest.warns(FeatherWarning, match="cannot be cached"):
         assert len(load_dataset(cifar(folder), seed=0).test) == 7
 
 
 def test_lower_resolution_is_the_rounded_mean_of_blocks(folder):
     data = load_dataset(cifar(folder, resolution=16), seed=0)
-    exact = pictures(7, 1).reshape(7, 16, 2, 16, 2, 3).mean(axis=(2, 4))
+    exact = random_images(7, 1).reshape(7, 16, 2, 16, 2, 3).mean(axis=(2, 4))
     assert np.abs(data.test.pixels.numpy() - exact).max() <= 0.5
     with pytest.raises(DataError, match="divisor"):
         load_dataset(cifar(folder, resolution=15), seed=0)
@@ -111,7 +111,7 @@ def test_official_archive_is_read_and_checked(tmp_path, monkeypatch):
     folder.mkdir()
     lists = {}
     for name, count in (("train", 9), ("test", 4)):
-        pixels = pictures(count, len(name)).transpose(0, 3, 1, 2).reshape(count, -1)
+        pixels = random_images(count, len(name)).transpose(0, 3, 1, 2).reshape(count, -1)
         content = pickle.dumps({"data": pixels, "fine_labels": list(range(count))})
         (folder / name).write_bytes(content)
         lists[f"{name}_list"] = [[name, hashlib.md5(content).hexdigest()]]
@@ -123,7 +123,7 @@ def test_official_archive_is_read_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": hashlib.md5(meta).hexdigest()})
     for path in (tmp_path, folder):
         data = load_dataset(cifar(path), seed=0)
-        assert np.array_equal(data.train.pixels.numpy(), pictures(9, 5))
+        assert np.array_equal(data.train.pixels.numpy(), random_images(9, 5))
         assert data.test.labels.tolist() == [0, 1, 2, 3]
     (folder / "test").write_bytes(b"damaged")
     with pytest.raises(DataError, match="incomplete or damaged"):
@@ -136,7 +136,7 @@ def _truncate(folder):
 
 
 def _undecodable(folder):
-    cells = [encode(p) for p in pictures(3, 3)]
+    cells = [encode(p) for p in random_images(3, 3)]
     cells[1]["bytes"] = cells[1]["bytes"][:100]
     table = pyarrow.table({"img": cells, "fine_label": [0, 1, 2]})
     pyarrow.parquet.write_table(table, folder / "test-00000-of-00001.parquet")
@@ -162,17 +162,23 @@ def _test_file(*arguments, **options):
     [
         (_truncate, "train-00001-of-00003.parquet: not a readable parquet file"),
         (_undecodable, "test-00000-of-00001.parquet: the image in row 1 cannot be decoded"),
-        (_remove("train-00001*"), "says that there are 3; fetch the missing ones"),
-        (_remove("test*"), "no test.*parquet"),
+        (
+            _remove("train-00001*"),
+            "has 2 of 3 train files, according to .*Download the missing files",
+        ),
+        (_remove("test*"), "has no test.*parquet"),
         (_remove("*"), "found neither train"),
-        (_test_file(pictures(2, 0), [0, 100]), "whole numbers from 0 to 99"),
-        (_test_file(pictures(2, 0), [0.0, 1.0]), "whole numbers from 0 to 99"),
-        (_test_file(pictures(2, 0), [0, 1], column="label"), "expected the columns img and fine_l"),
-        (_test_file(pictures(2, 0, size=31)[:, :30], [0, 1]), "row 0 has 31x30 pixels"),
-        (_test_file([], []), "holds no image"),
+        (_test_file(random_images(2, 0), [0, 100]), "integers from 0 to 99"),
+        (_test_file(random_images(2, 0), [0.0, 1.0]), "integers from 0 to 99"),
+        (
+            _test_file(random_images(2, 0), [0, 1], column="label"),
+            "expected the columns img and fine_l",
+        ),
+        (_test_file(random_images(2, 0, size=31)[:, :30], [0, 1]), "row 0 has 31x30 pixels"),
+        (_test_file([], []), "has no images"),
     ],
 )
-def test_bad_files_end_in_one_line_that_says_which(folder, damage, message):
+def test_bad_files_are_a_one_line_error_that_names_them(folder, damage, message):
     damage(folder)
     with pytest.raises(DataError, match=message) as caught:
         load_dataset(cifar(folder), seed=0)
@@ -182,7 +188,7 @@ def test_bad_files_end_in_one_line_that_says_which(folder, damage, message):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         load_dataset(cifar(tmp_path / "nowhere"), seed=0)
-    with pytest.raises(DataError, match="needs --data-path"):
+    with pytest.raises(DataError, match="requires --data-path"):
         load_dataset(DataConfig(name="cifar10"), seed=0)
 
 
@@ -195,8 +201,10 @@ def test_the_split_depends_on_the_seed_and_is_a_partition():
         together = torch.cat([data.train.pixels, data.validation.pixels]).flatten(1)
         assert torch.equal(
             together.long().sum(0), whole.train.pixels.flatten(1).long().sum(0)
-        )  # the same images, each once
-        assert torch.equal(data.test.pixels, whole.test.pixels)  # the test set never moves
+        )  # the same images, each exactly once
+        assert torch.equal(
+            data.test.pixels, whole.test.pixels
+        )  # the test set does not depend on the seed
     assert torch.equal(first.validation.pixels, again.validation.pixels)
     assert not torch.equal(first.validation.pixels, other.validation.pixels)
     assert not identity(whole.test) & identity(first.validation)
@@ -226,7 +234,7 @@ def test_every_augmented_image_is_a_shift_and_mirror_of_its_own(folder):
     grey = epoch.normalize(torch.zeros(1, 1, 1, 3, dtype=torch.uint8))
     seen = set()
     for x, y, _ in epoch:
-        for image, label in zip(x, y.tolist(), strict=True):  # labels number the images
+        for image, label in zip(x, y.tolist(), strict=True):  # labels are the indices of the images
             plain = epoch.normalize(data.train.pixels[label : label + 1])
             padded = torch.empty(1, 3, 36, 36).copy_(grey.expand(1, 3, 36, 36))
             padded[:, :, 2:-2, 2:-2] = plain
@@ -257,7 +265,7 @@ def test_the_ranks_together_train_on_the_batches_of_one_process(ranks):
             assert {part.total for part in parts} == {whole.total} == {len(whole.y)}
             sizes = [len(part.x) for part in parts]
             assert max(sizes) - min(sizes) <= 1
-            assert all(part.x.shape[1:] == whole.x.shape[1:] for part in parts)  # empty ones, too
+            assert all(part.x.shape[1:] == whole.x.shape[1:] for part in parts)  # empty parts too
     assert {str(one.state_dict()) for one in together} == {str(alone.state_dict())}
 
 
@@ -275,7 +283,7 @@ def test_the_ranks_together_evaluate_every_image_once(ranks):
 
 
 @pytest.mark.parametrize("position", [0, 3, 13])
-def test_a_loader_continues_inside_an_epoch_bit_for_bit(position):
+def test_a_loader_resumes_within_an_epoch_bitwise_identically(position):
     config = DataConfig(shift=1)
     reference, interrupted = loader(config, seed=3), loader(config, seed=3)
     expected = [*reference, *reference]
@@ -298,7 +306,7 @@ def test_the_random_numbers_of_an_epoch_do_not_depend_on_the_device(crop):
     config = DataConfig(shift=1, crop=crop)
     data = load_dataset(config, 0)
     here = TrainLoader(data, config, 100, 3, CPU)
-    # nothing can be read from this device, so making batches never waits for one
+    # This device has no data, so loading a batch cannot synchronize with it.
     there = TrainLoader(data, config, 100, 3, torch.device("meta"))
     for _ in range(2):
         assert [b.x.shape for b in there] == [b.x.shape for b in here]
@@ -307,7 +315,7 @@ def test_the_random_numbers_of_an_epoch_do_not_depend_on_the_device(crop):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
-def test_a_loader_continues_on_another_device(devices):
+def test_a_loader_resumes_on_another_device(devices):
     config = DataConfig(shift=1)
     data = load_dataset(config, 0)
     first, second = (TrainLoader(data, config, 100, 3, torch.device(d)) for d in devices)
@@ -321,23 +329,27 @@ def test_a_loader_continues_on_another_device(devices):
         torch.testing.assert_close(batch.x.cpu(), other.x)
 
 
-def test_small_images_may_be_cropped_and_scaled_too(folder):
+def test_small_images_can_be_cropped_and_scaled(folder):
     config = cifar(folder, crop="resized", smallest_crop=0.3)
     data = load_dataset(config, 0)
     for batch in loader(config, batch_size=10, data=data):
         assert batch.x.shape == (10, 3, 32, 32)
-        plain = loader(config, data=data).normalize(data.train.pixels[batch.y])  # labels count
-        assert ((batch.x - plain).abs().amax((1, 2, 3)) > 0).sum() > 5  # not all boxes are whole
+        plain = loader(config, data=data).normalize(
+            data.train.pixels[batch.y]
+        )  # labels are indices
+        assert (
+            (batch.x - plain).abs().amax((1, 2, 3)) > 0
+        ).sum() > 5  # most boxes are not the whole image
         assert (batch.x.mean((2, 3)) - plain.mean((2, 3))).abs().max() < 0.5
 
 
-def test_drop_last_leaves_out_the_smaller_batch():
+def test_drop_last_omits_the_smaller_batch():
     config = DataConfig(shift=0)
     sizes = [len(batch.y) for batch in loader(config, batch_size=100)]
     whole = [b.total for b in loader(replace(config, drop_last=True), batch_size=100)]
     assert set(whole) == {100}
     assert sizes[:-1] == whole
-    with pytest.raises(DataError, match="fill no batch"):
+    with pytest.raises(DataError, match="do not fill a batch"):
         loader(replace(config, drop_last=True), batch_size=10**6)
 
 

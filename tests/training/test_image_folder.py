@@ -39,7 +39,7 @@ def png(seed, size=(24, 24)):
 
 
 def collection(sizes=lambda i: (24, 24)):
-    """Path to content: 18 images to train on and 9 to evaluate on, in 3 classes."""
+    """Return contents by path: 18 training and 9 evaluation images, in 3 classes."""
     return {
         f"{part}/{CLASSES[i % 3]}/{i:03}.png": png(first + i, sizes(i))
         for part, first, count in (("train", 0, 18), ("val", 100, 9))
@@ -137,7 +137,7 @@ def _numbered_pairs(tmp_path):
         for name, content in collection().items():
             _, kind, base = name.split("/")
             if name.startswith(part):
-                # numbers, not names, are in order: 9 before 10
+                # classes are sorted by number, not as text: 9 before 10
                 members[base] = content
                 members[base.replace(".png", ".cls")] = f"{9 + CLASSES.index(kind)}\n".encode()
                 members[base.replace(".png", ".json")] = b"{}"
@@ -149,7 +149,7 @@ LAYOUTS = {
     "nested once more": _deeper,
     "validation": _named("validation"),
     "test": _named("test"),
-    "other files beside": _with_other_files,
+    "with other files": _with_other_files,
     "one tar": _one_tar(""),
     "one tar with a prefix": _one_tar("./some/images/"),
     "one tar with other files": lambda tmp_path: write_tar(
@@ -209,7 +209,7 @@ def test_both_storages_hold_the_same_images_for_evaluation(folder, crop):
 
 @pytest.mark.parametrize("storage", ["memory", "stream"])
 @pytest.mark.parametrize("crop", ["shift", "resized"])
-def test_images_held_out_are_seen_as_evaluation_sees_them(folder, crop, storage):
+def test_validation_images_are_prepared_as_for_evaluation(folder, crop, storage):
     settings = config(folder, crop=crop, resolution=16, validation=0.5, storage=storage)
     held_out = load_dataset(settings, seed=0).validation
     pixels = held_out.pixels if storage == "memory" else of_stream(held_out)
@@ -229,38 +229,40 @@ def test_the_split_is_a_partition_that_depends_on_the_seed_alone(folder, storage
     whole = load_dataset(replace(settings, validation=0.0), seed=0).train
     first, again, other = (load_dataset(settings, seed) for seed in (1, 1, 2))
 
-    def identity(images):
+    def content(images):
         if storage == "memory":
             return [tuple(image.flatten().tolist()) for image in images.pixels]
         return images.files.names.tolist()
 
     for data in (first, other):
-        parts = identity(data.train) + identity(data.validation)
-        assert sorted(parts) == sorted(identity(whole))
+        parts = content(data.train) + content(data.validation)
+        assert sorted(parts) == sorted(content(whole))
         assert len(data.validation) == 6
-    assert identity(first.validation) == identity(again.validation)
-    assert identity(first.validation) != identity(other.validation)
+    assert content(first.validation) == content(again.validation)
+    assert content(first.validation) != content(other.validation)
 
 
 def mixed(folder):
     return write_folder(folder, collection(lambda i: [(24, 24), (30, 40), (50, 26)][i % 3]))
 
 
-def test_auto_keeps_images_of_one_size_that_fit_and_streams_others(tmp_path, monkeypatch, folder):
+def test_auto_keeps_images_of_one_size_in_memory_if_they_fit_and_streams_others(
+    tmp_path, monkeypatch, folder
+):
     for crop in ("shift", "resized"):
         assert isinstance(load_dataset(config(folder, crop=crop), 0).train, Images)
     several = mixed(tmp_path / "mixed")
     data = load_dataset(config(several, crop="resized", resolution=16), 0)
     assert isinstance(data.train, EncodedImages)
     shifted = load_dataset(config(several, crop="shift", resolution=16), 0)
-    assert shifted.train.pixels.shape == (18, 16, 16, 3)  # one size, once they are scaled
+    assert shifted.train.pixels.shape == (18, 16, 16, 3)  # scaled to one size
     monkeypatch.setattr(imagefolder, "MEMORY", 27 * 24 * 24 * 3 - 1)
     assert isinstance(load_dataset(config(folder, crop="resized"), 0).train, EncodedImages)
     asked = load_dataset(config(folder, crop="resized", storage="memory"), 0)
     assert isinstance(asked.train, Images)
 
 
-def test_without_a_resolution_it_is_the_stored_one_in_memory_and_224_in_a_stream(folder):
+def test_the_default_resolution_is_the_stored_one_in_memory_and_224_in_a_stream(folder):
     memory, stream = (
         load_dataset(config(folder, crop="resized", storage=storage), 0)
         for storage in ("memory", "stream")
@@ -269,7 +271,7 @@ def test_without_a_resolution_it_is_the_stored_one_in_memory_and_224_in_a_stream
     assert stream.example().shape == (1, 3, 224, 224)
 
 
-def test_images_brought_to_a_resolution_for_shifts_lose_only_their_longer_ends(tmp_path):
+def test_images_scaled_for_shifts_are_cropped_only_along_their_longer_side(tmp_path):
     folder = mixed(tmp_path / "mixed")
     data = load_dataset(config(folder, resolution=12), 0)
     first = np.asarray(Image.open(folder / "train" / "bee" / "001.png"))
@@ -290,7 +292,7 @@ def test_images_are_decoded_once_per_version(folder, monkeypatch):
     assert len(decoded) >= 27
     decoded.clear()
     again = load_dataset(settings, 1)
-    assert len(decoded) <= 1  # looked at for its size
+    assert len(decoded) <= 1  # decoded for its size
     assert torch.equal(first.train.pixels, again.train.pixels)
     (folder / "val" / "ape" / "000.png").write_bytes(png(999))
     changed = load_dataset(settings, 0)
@@ -327,7 +329,7 @@ def adding(**more):
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_what_is_hidden_is_no_image_and_no_class(tmp_path, kind):
+def test_hidden_files_and_folders_are_ignored(tmp_path, kind):
     hidden = dict.fromkeys(
         ("train/.checkpoints/1.png", "train/ape/.trash/1.png", "val/bee/._001.png"), png(0)
     )
@@ -345,7 +347,7 @@ def test_what_is_hidden_is_no_image_and_no_class(tmp_path, kind):
     ("change", "message"),
     [
         (without("val"), "no images in val, validation or test"),
-        (without("train"), "no images to train on; expected a folder with train/"),
+        (without("train"), "no training images; expected a folder with train/"),
         (without("val/bee"), "train and val have different classes; only in train: bee"),
         (without("train/cat"), "train and val have different classes; only in val: cat"),
         (adding(train__eel__1=png(0)), "only in train: eel"),
@@ -357,14 +359,14 @@ def test_what_is_hidden_is_no_image_and_no_class(tmp_path, kind):
             adding(**{f"train__k{i}__1": png(0) for i in range(9)}),
             "only in train: k0, k1, k2, k3, k4 and 4 more",
         ),
-        (adding(val__flat=png(0)), "flat.png: neither in a class's folder"),
+        (adding(val__flat=png(0)), "flat.png: is neither in the folder of a class"),
         (adding(train__bee__0005=png(5)[:200]), "bee/0005.png: cannot be decoded as an image"),
         (adding(val__bee__0005=b"text"), "bee/0005.png: cannot be decoded as an image"),
         (adding(train__bee__0005=b""), "bee/0005.png: cannot be decoded as an image"),
-        (adding(train__bee__0005=png(5, (24, 25))), "bee/0005.png has 25x24 pixels and .*24x24"),
+        (adding(train__bee__0005=png(5, (24, 25))), "bee/0005.png has 25x24 pixels, but .*24x24"),
     ],
 )
-def test_bad_images_end_in_one_line_that_says_which(tmp_path, kind, change, message):
+def test_bad_images_are_a_one_line_error_that_names_them(tmp_path, kind, change, message):
     images = change(collection())
     if kind == "folder":
         path = write_folder(tmp_path / "bad", images)
@@ -377,7 +379,7 @@ def test_bad_images_end_in_one_line_that_says_which(tmp_path, kind, change, mess
 
 
 def test_a_missing_path_is_named(tmp_path):
-    with pytest.raises(DataError, match="needs --data-path"):
+    with pytest.raises(DataError, match="requires --data-path"):
         load_dataset(DataConfig(name="imagefolder"), seed=0)
     with pytest.raises(DataError, match="nowhere: no such file or folder"):
         load_dataset(config(tmp_path / "nowhere"), seed=0)
@@ -393,7 +395,9 @@ def test_a_tar_file_that_cannot_be_read_is_named(tmp_path, damage):
             tar.addfile(tarfile.TarInfo("train/ape/1.png"))
     else:
         file.write_bytes(file.read_bytes()[:-12_000])
-    with pytest.raises(DataError, match=r"one\.tar: not a whole, uncompressed tar file") as caught:
+    with pytest.raises(
+        DataError, match=r"one\.tar: not a complete, uncompressed tar file"
+    ) as caught:
         load_dataset(config(file), seed=0)
     assert "\n" not in str(caught.value)
 
@@ -403,10 +407,10 @@ def test_a_tar_file_that_cannot_be_read_is_named(tmp_path, damage):
     [
         (
             {"x.png": png(0), "x.cls": b"cat"},
-            "x.cls: must hold the number of a class, holds b'cat'",
+            "x.cls: must contain the number of a class, got b'cat'",
         ),
-        ({"x.png": png(0)}, "x.png: neither in a class's folder nor in a tar file with its .cls"),
-        ({"ape/x.png": png(0)}, "different classes|some images are in a class's folder"),
+        ({"x.png": png(0)}, "x.png: is neither in the folder of a class nor has a .cls file"),
+        ({"ape/x.png": png(0)}, "different classes|some images are in the folder of a class"),
     ],
 )
 def test_bad_pairs_are_named(tmp_path, more, message):
@@ -417,16 +421,16 @@ def test_bad_pairs_are_named(tmp_path, more, message):
         load_dataset(config(tmp_path), seed=0)
 
 
-def test_an_image_that_is_no_square_needs_a_resolution(tmp_path):
+def test_images_that_are_not_square_need_a_resolution(tmp_path):
     folder = write_folder(tmp_path / "wide", collection(lambda i: (20, 30)))
-    with pytest.raises(DataError, match=r"30x20 pixels are no square; set data\.resolution"):
+    with pytest.raises(DataError, match=r"30x20 pixels are not square\. Set data\.resolution"):
         load_dataset(config(folder, storage="memory"), seed=0)
     data = load_dataset(config(folder, storage="memory", crop="resized", resolution=16), seed=0)
     assert data.train.pixels.shape == (18, 20, 30, 3)
     assert {batch.x.shape for batch in TrainLoader(data, config(folder, crop="resized"), 9, 0, CPU)}
 
 
-def test_images_of_every_kind_become_three_channels(tmp_path):
+def test_images_of_every_mode_are_converted_to_three_channels(tmp_path):
     images = collection()
     for name, mode in zip(images, ("L", "RGBA", "P", "1", "CMYK", "I;16"), strict=False):
         stream = io.BytesIO()
@@ -488,7 +492,7 @@ def test_ranks_together_give_the_batches_of_one_process(settings, storage, ranks
 
 
 @pytest.mark.parametrize("position", [0, 2, 4])
-def test_a_resumed_epoch_goes_on_bit_for_bit(settings, storage, position):
+def test_a_resumed_epoch_is_bitwise_identical(settings, storage, position):
     data = load_dataset(settings, 0)
     reference, interrupted = (loader(data, settings, storage) for _ in range(2))
     expected = [*reference, *reference]
@@ -502,7 +506,7 @@ def test_a_resumed_epoch_goes_on_bit_for_bit(settings, storage, position):
     assert all(map(equal, got, expected[position:]))
 
 
-def test_an_epoch_that_was_left_is_taken_up_again(settings, storage):
+def test_an_epoch_that_was_left_is_resumed(settings, storage):
     data = load_dataset(settings, 0)
     expected = list(loader(data, settings, storage))
     batches = loader(data, settings, storage)
@@ -511,7 +515,7 @@ def test_an_epoch_that_was_left_is_taken_up_again(settings, storage):
     assert all(not equal(a, b) for a, b in zip(batches, expected, strict=True))  # the next epoch
 
 
-def test_a_loader_draws_nothing_from_the_random_numbers_of_the_network(settings, storage):
+def test_a_loader_does_not_use_the_global_random_state(settings, storage):
     data = load_dataset(settings, 0)
     batches = loader(data, settings, storage)
     before = torch.get_rng_state()
@@ -519,7 +523,7 @@ def test_a_loader_draws_nothing_from_the_random_numbers_of_the_network(settings,
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_smaller_last_batch_is_left_out_where_asked_for(settings, storage):
+def test_a_smaller_last_batch_is_omitted_if_requested(settings, storage):
     settings = replace(settings, drop_last=True)
     batches = loader(load_dataset(settings, 0), settings, storage)
     assert [batch.total for batch in batches] == [5, 5, 5]
@@ -549,7 +553,7 @@ def test_crops_of_images_in_memory_are_parts_of_their_own_image(folder):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("crop", ["shift", "resized"])
-def test_batches_are_made_without_waiting_for_the_device(folder, crop):
+def test_batches_are_made_without_synchronizing_the_device(folder, crop):
     settings = config(folder, crop=crop, resolution=16, storage="memory")
     data = load_dataset(settings, 0)
     here = TrainLoader(data, settings, 5, 3, CPU)

@@ -1,4 +1,4 @@
-"""`--init`: a training that starts from the network of another run, or of a file."""
+"""`--init`: training from the weights of another run or of a file."""
 
 import json
 import shutil
@@ -7,17 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_distributed import NETWORKS
-from training_watches import StopAt
+from training_callbacks import StopAt
 
 import torch_feather as feather
 from torch_feather import models
 from torch_feather.cli import main
 from torch_feather.errors import ConfigurationError
-from torch_feather.export.run import about, export_run
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import apply, resolve_config
 from torch_feather.training.data import load_dataset
 from torch_feather.training.errors import Interrupted, RunError
+from torch_feather.training.export_run import export_run, run_metadata
 from torch_feather.training.loop import train
 from torch_feather.training.task import Task
 
@@ -39,18 +39,18 @@ def digits(**changes):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run at 90 %."""
+    """A finished run at 90% sparsity."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     train(digits(), folder)
     return folder
 
 
 @pytest.mark.parametrize("source", ["run", "sparse", "safetensors"])
-def test_it_starts_from_the_network_as_it_is_and_from_its_sparsity(trained, tmp_path, source):
-    place = trained
+def test_a_run_starts_from_the_given_weights_and_their_sparsity(trained, tmp_path, source):
+    path = trained
     if source != "run":
-        place = export_run(RunDirectory(trained), source, tmp_path / "file.safetensors")
-    config = digits(init=str(place), sparsity=0.95, seed=5)
+        path = export_run(RunDirectory(trained), source, tmp_path / "file.safetensors")
+    config = digits(init=str(path), sparsity=0.95, seed=5)
     task = Task(config, load_dataset(config.data, config.seed), CPU)
     stored = load_file(RunDirectory(trained).model_file)
     assert all(
@@ -59,14 +59,14 @@ def test_it_starts_from_the_network_as_it_is_and_from_its_sparsity(trained, tmp_
     assert task.sparsifier.sparsity == feather.sparsity(task.model) > 0.899
 
 
-def test_a_run_goes_on_without_what_it_started_from(trained, tmp_path):
+def test_a_run_resumes_without_the_file_of_its_initial_weights(trained, tmp_path):
     start = tmp_path / "start"
     shutil.copytree(trained, start)
     config = digits(init=str(start), sparsity=0.95)
     train(config, tmp_path / "whole")
 
     with pytest.raises(Interrupted):
-        train(config, tmp_path / "run", watch=StopAt(3))
+        train(config, tmp_path / "run", callback=StopAt(3))
     shutil.rmtree(start)
     train(config, tmp_path / "run", resume=True)
     for folder in ("whole", "run"):
@@ -76,7 +76,7 @@ def test_a_run_goes_on_without_what_it_started_from(trained, tmp_path):
         assert sparse[0] > 0.9
     files = [RunDirectory(tmp_path / f).model_file.read_bytes() for f in ("whole", "run")]
     assert files[0] == files[1]
-    assert about(RunDirectory(tmp_path / "run"))["config"]["init"] == "start"
+    assert run_metadata(RunDirectory(tmp_path / "run"))["config"]["init"] == "start"
 
 
 def test_another_network_or_number_of_classes_is_an_error_that_names_the_layer(trained, tmp_path):
@@ -92,7 +92,7 @@ def test_another_network_or_number_of_classes_is_an_error_that_names_the_layer(t
         Task(digits(init=str(tmp_path / "nowhere")), data, CPU)
 
 
-def test_the_command_line_takes_it(trained, tmp_path, monkeypatch):
+def test_the_command_line_accepts_initial_weights(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(trained.parent)
     out = tmp_path / "out"
     arguments = ["train", "--network", "plain", "--init", trained.name, "--epochs", "1",

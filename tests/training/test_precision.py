@@ -1,4 +1,4 @@
-"""Autocast of the trainer."""
+"""Autocast in the trainer."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
     ],
 )
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_depthwise_convolutions_alone_stay_in_float32_on_cpus(layer, dtype, compiled):
+def test_only_depthwise_convolutions_stay_in_float32_on_cpus(layer, dtype, compiled):
     network = torch.compile(layer) if compiled else layer
     with autocast(CPU, True):
         y = network(torch.randn(2, 8, 6, 6))
@@ -29,7 +29,7 @@ def test_depthwise_convolutions_alone_stay_in_float32_on_cpus(layer, dtype, comp
     assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
-def test_a_depthwise_convolution_is_that_of_the_layer_alone():
+def test_a_depthwise_convolution_equals_that_of_the_layer_without_autocast():
     layer = nn.Conv2d(8, 8, 3, groups=8)
     x = torch.randn(2, 8, 6, 6).bfloat16()
     with autocast(CPU, True):
@@ -37,7 +37,7 @@ def test_a_depthwise_convolution_is_that_of_the_layer_alone():
     assert torch.equal(y, layer(x.float()))
 
 
-def test_one_channel_is_no_depthwise_convolution():
+def test_a_convolution_of_one_channel_is_not_depthwise():
     with autocast(CPU, True):
         assert nn.Conv2d(1, 8, 3)(torch.randn(2, 1, 6, 6)).dtype == torch.bfloat16
 
@@ -47,7 +47,7 @@ def test_without_autocast_nothing_changes():
         assert nn.Conv2d(8, 8, 3)(torch.randn(2, 8, 6, 6)).dtype == torch.float32
 
 
-def test_afterwards_autocast_is_as_it_was():
+def test_autocast_is_restored_afterwards():
     with pytest.raises(ZeroDivisionError), autocast(CPU, True):
         raise ZeroDivisionError
     assert not torch.is_autocast_enabled("cpu")

@@ -16,7 +16,7 @@ from torch_feather.training.config import (
 
 
 @pytest.mark.parametrize("recipe", sorted(available_recipes()))
-def test_every_recipe_survives_the_way_through_yaml(recipe, tmp_path):
+def test_every_recipe_survives_a_round_trip_through_yaml(recipe, tmp_path):
     config = resolve_config(recipe, None, {"options.p": 2, "data.path": "here"})
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
@@ -87,21 +87,21 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(key, nearest):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"epochs": 2.5}, "epochs must be a whole number, got 2.5"),
-        ({"epochs": True}, "epochs must be a whole number"),
+        ({"epochs": 2.5}, "epochs must be an integer, got 2.5"),
+        ({"epochs": True}, "epochs must be an integer"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"seed": -1}, "seed must not be negative"),
-        ({"sparsity": 1.0}, "sparsity is a share"),
+        ({"sparsity": 1.0}, "sparsity must be a fraction"),
         ({"sparsity": "much"}, "sparsity must be a number"),
-        ({"exclude": [3]}, "exclude must be text, or a list of texts"),
+        ({"exclude": [3]}, "exclude must be a string or a list of strings"),
         ({"data.flip": "yes please"}, "data.flip must be true or false"),
         ({"data.name": "mnist"}, "not one of digits"),
-        ({"data.validation": 1.0}, "share in"),
+        ({"data.validation": 1.0}, "must be a fraction in"),
         ({"data": 3}, "unknown key 'data'"),
         ({"optimizer.lr": None}, "optimizer.lr must be a number"),
         ({"optimizer.clip": 0}, "clip must be positive"),
-        ({"optimizer": {"momentum": 0, "nesterov": True}}, "nesterov needs momentum"),
-        ({"select": "best", "data.validation": 0}, "needs validation images"),
+        ({"optimizer": {"momentum": 0, "nesterov": True}}, "nesterov requires optimizer.momentum"),
+        ({"select": "best", "data.validation": 0}, "requires validation images"),
         ({"method": "dense", "options.p": 2}, "dense has no options"),
         ({"system.checkpoint_steps": 0}, "at least 1"),
     ],
@@ -111,7 +111,7 @@ def test_a_wrong_value_is_an_error_that_says_where(values, message):
         apply(Config(), values, "here")
 
 
-def test_a_dense_run_has_no_target_and_no_twin(tmp_path):
+def test_a_dense_run_has_no_target_and_no_dense_baseline(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("method: dense\n")
     given = parse_assignments(["method=dense"])
@@ -131,7 +131,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
     assert config.options == {"theta": 0.5}
 
 
-def test_null_switches_off_what_may_be_off():
+def test_null_disables_optional_settings():
     assert apply(Config(), {"optimizer.clip": None}, "x").optimizer.clip is None
 
 
@@ -148,11 +148,27 @@ def test_assignments_are_read_as_yaml():
 
 
 def test_patterns_and_globs_are_text():
-    """YAML reads 2:4 as 2 minutes and 4 seconds, and what follows a * as a name for a value."""
+    """YAML would read 2:4 as 2 minutes and 4 seconds, and *.fc as an alias."""
     given = parse_assignments(["options.pattern=2:4", "exclude=*.fc.*", 'include=[a, "*b"]'])
     config = apply(Config(), given, "command line")
     assert config.options == {"pattern": "2:4"}
     assert (config.include, config.exclude) == (["a", "*b"], ["*.fc.*"])
+
+
+def test_a_schedule_of_an_option_stays_text(tmp_path):
+    """The method parses it; the configuration stores it unchanged."""
+    given = parse_assignments(["options.theta=linear(1, 0)", "options.p=3"])
+    config = apply(Config(), given, "command line")
+    assert config.options == {"theta": "linear(1, 0)", "p": 3}
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_mapping_as_value_of_an_option_survives_a_round_trip_through_yaml(tmp_path):
+    config = apply(Config(), {"options": {"costs": {"conv1.weight": 2.0}}}, "test")
+    assert config.options == {"costs": {"conv1.weight": 2.0}}
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def state(step):
     return {"step": step, "tensor": torch.full((1000,), float(step))}
 
 
-def test_the_newest_checkpoint_is_loaded_and_the_previous_kept(run):
+def test_the_newest_checkpoint_is_loaded_and_the_previous_one_kept(run):
     assert run.load() is None
     for step in (1, 2, 3):
         run.save(state(step))
@@ -46,7 +46,7 @@ def _empty(path):
 
 
 def _noise(path):
-    path.write_bytes(b"\x80\x04 no pickle of ours" * 99)
+    path.write_bytes(b"\x80\x04 not a checkpoint" * 99)
 
 
 def _flip_a_byte(path):
@@ -85,11 +85,11 @@ def test_two_damaged_checkpoints_are_an_error_that_says_what_to_do(run):
     run.save(state(2))
     _halve(run.last)
     _halve(run.previous)
-    with pytest.raises(CheckpointError, match="start anew"):
+    with pytest.raises(CheckpointError, match="Start again"):
         run.load()
 
 
-def test_a_checkpoint_of_another_format_is_not_guessed_at(run):
+def test_a_checkpoint_of_another_format_is_an_error(run):
     torch.save({"format": 99}, run.path / "x")
     run.save(state(1))
     os.replace(run.path / "x", run.last)
@@ -104,7 +104,7 @@ def test_a_kill_between_the_renames_loses_nothing(run, monkeypatch, renames_done
     real, calls = os.replace, []
 
     def replace(source, target):
-        # the first call puts new.pt in place, the other two rotate
+        # The first call writes new.pt, the other two rotate the checkpoints.
         if len(calls) == 1 + renames_done:
             raise SystemExit
         calls.append(target)
@@ -149,8 +149,8 @@ def test_a_disk_that_fills_up_inside_torch_save_is_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writers_of_one_file_do_not_meet(tmp_path):
-    """Two threads at once, and nobody's link is followed."""
+def test_concurrent_writers_of_one_file_do_not_interfere(tmp_path):
+    """Two threads write at once; each has its own temporary file."""
     target, inside = tmp_path / "x", threading.Barrier(2)
 
     def write(text):
@@ -166,7 +166,7 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_link_stays_one_and_leads_to_the_new_content(tmp_path):
+def test_a_symbolic_link_is_kept_and_its_target_replaced(tmp_path):
     (tmp_path / "there").mkdir()
     file, link = tmp_path / "there" / "file", tmp_path / "link"
     file.write_text("old")
@@ -198,7 +198,7 @@ def test_the_lock_ends_with_its_holder(tmp_path):
             pass
 
 
-def test_what_a_killed_writer_left_is_swept_when_the_next_one_begins(tmp_path):
+def test_temporary_files_of_a_killed_writer_are_deleted_by_the_next_one(tmp_path):
     write = """
 import os, signal, sys
 from pathlib import Path
@@ -224,7 +224,7 @@ write_atomically(Path(sys.argv[1]), lambda file: os.kill(os.getpid(), signal.SIG
 def test_a_system_without_kernel_locks_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
     with (
-        pytest.raises(RunError, match="run directories need a POSIX system") as caught,
+        pytest.raises(RunError, match="run directories require a POSIX system") as caught,
         RunDirectory(tmp_path / "run").locked(),
     ):
         pytest.fail("held without a lock")
@@ -241,7 +241,7 @@ def test_a_file_in_the_way_is_named(tmp_path):
 
 
 def test_a_run_is_never_overwritten(run):
-    assert run.begin(Config(), resume=False) is None  # only a configuration so far
+    assert run.begin(Config(), resume=False) is None  # it has only a configuration
     run.save(state(1))
     with pytest.raises(RunError, match="already holds a run"):
         run.begin(Config(), resume=False)
@@ -259,7 +259,7 @@ def test_a_run_is_never_overwritten(run):
         ("system.threads", 2, True),
     ],
 )
-def test_a_resumed_run_keeps_what_decides_its_numbers(run, key, value, may_change):
+def test_a_resumed_run_keeps_the_settings_that_determine_its_results(run, key, value, may_change):
     run.save(state(1))
     changed = apply(Config(), {key: value}, "test")
     if may_change:
@@ -270,7 +270,7 @@ def test_a_resumed_run_keeps_what_decides_its_numbers(run, key, value, may_chang
             run.begin(changed, resume=True)
 
 
-def test_a_model_comes_back_with_the_same_bits(run):
+def test_a_stored_model_is_bitwise_identical(run):
     model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     run.save_model(model)
     other = torch.nn.Conv2d(3, 4, 3)

@@ -48,7 +48,7 @@ def equal(one, other):
     return torch.equal(one.x, other.x) and torch.equal(one.y, other.y) and one.total == other.total
 
 
-def test_the_number_of_workers_changes_no_bit(folder):
+def test_batches_are_bitwise_identical_for_any_number_of_workers(folder):
     alone = training(folder)
     expected = [*alone, *alone]
     for workers in (1, 2):
@@ -68,7 +68,7 @@ def test_batches_decoded_ahead_do_not_count(folder):
     resumed = training(folder, workers=1)
     resumed.load_state_dict(state)
     assert all(map(equal, [*given, *resumed], expected))
-    # the same loader, with its workers in the middle of what is not wanted any more
+    # The same loader, whose workers are busy with batches that are not needed any more.
     batches.close()
     ahead.load_state_dict(state)
     again = list(ahead)
@@ -101,11 +101,11 @@ def test_every_image_is_evaluated_once(folder, workers, ranks):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_image_ends_in_one_line_that_names_it(folder, workers):
+def test_a_damaged_image_is_a_one_line_error_that_names_it(folder, workers):
     damaged = folder / "train" / "b" / "007.png"
     batches = training(folder, workers)
     damaged.write_bytes(damaged.read_bytes()[:100])
-    for _ in range(2):  # and again, when it is tried again
+    for _ in range(2):  # the second attempt too
         with pytest.raises(DataError, match=r"b/007\.png: cannot be decoded") as caught:
             list(batches)
         assert "\n" not in str(caught.value)
@@ -115,17 +115,17 @@ def test_a_damaged_image_ends_in_one_line_that_names_it(folder, workers):
 
 
 @pytest.mark.parametrize("request_to_stop", [signal.SIGINT, signal.SIGTERM])
-def test_workers_leave_requests_to_stop_to_the_main_process(folder, request_to_stop):
+def test_workers_ignore_signals_to_stop(folder, request_to_stop):
     expected = list(training(folder))
     ahead = training(folder, workers=2)
     batches = iter(ahead)
-    given = [next(batches), next(batches)]  # so both have begun
+    given = [next(batches), next(batches)]  # both workers have begun
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, request_to_stop)
     assert all(map(equal, [*given, *batches], expected))
 
 
-def test_a_worker_that_dies_ends_in_one_line(folder):
+def test_a_worker_that_dies_is_a_one_line_error(folder):
     ahead = training(folder, workers=1)
     batches = iter(ahead)
     next(batches)
@@ -147,7 +147,7 @@ def test_workers_share_the_cores_of_a_machine(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_gpu_gets_the_batches_of_the_cpu(folder, workers):
+def test_batches_on_a_gpu_equal_those_on_the_cpu(folder, workers):
     config = settings(folder, workers)
     data = load_dataset(config.data, 0)
     there = train_loader(data, config, torch.device("cuda"))

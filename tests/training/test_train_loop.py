@@ -11,20 +11,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_watches import StopAt
+from training_callbacks import StopAt
 
 import torch_feather as feather
 from torch_feather import cli
 from torch_feather.errors import ConfigurationError
 from torch_feather.training import loop
+from torch_feather.training.callbacks import Callback
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import Config, apply, load_config, resolve_config, to_yaml
+from torch_feather.training.console import percent
 from torch_feather.training.data import EvalLoader, Images, load_dataset
 from torch_feather.training.errors import Interrupted, RunError, TrainingDiverged
 from torch_feather.training.evaluation import evaluate
 from torch_feather.training.loop import train
 from torch_feather.training.task import Task, make_optimizer
-from torch_feather.training.watch import Watch
 
 CPU = torch.device("cpu")
 BLOBS = {"epochs": 4, "batch_size": 32, "system.threads": 1, "optimizer.lr": 0.05}
@@ -35,7 +36,7 @@ class TinyNetwork(torch.nn.Module):
         super().__init__()
         self.conv = torch.nn.Conv2d(channels, 8, 3, padding=1, bias=False)
         self.norm = torch.nn.BatchNorm2d(8)
-        self.dropout = torch.nn.Dropout(0.1)  # its random numbers are part of the state, too
+        self.dropout = torch.nn.Dropout(0.1)  # its random state is part of the checkpoint
         self.fc = torch.nn.Linear(8 * 64, classes)
 
     def forward(self, x):
@@ -62,7 +63,7 @@ def without_times(history):
 def results_of(folder):
     run = RunDirectory(folder)
     report = run.read_report()
-    for key in ("seconds", "commit"):  # someone may commit meanwhile
+    for key in ("seconds", "commit"):  # a commit may be made meanwhile
         report.pop(key)
     return run.model_file.read_bytes(), without_times(run.read_metrics()), report
 
@@ -76,7 +77,7 @@ def finished(tmp_path_factory):
     return folder, results
 
 
-def test_a_run_leaves_what_its_directory_promises(finished):
+def test_a_run_directory_has_all_its_files(finished):
     folder, results = finished
     names = {p.name for p in folder.iterdir()} - {".lock"}
     assert names == {
@@ -124,36 +125,36 @@ def test_the_stored_network_has_exactly_the_zeros_and_accuracy_reported(finished
     assert accuracy == results["test_accuracy"]
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, tmp_path):
+def test_runs_are_bitwise_identical_for_the_same_seed_only(finished, tmp_path):
     train(tiny(), tmp_path / "again")
     assert results_of(tmp_path / "again") == results_of(finished[0])
     train(tiny(seed=1), tmp_path / "other")
     assert results_of(tmp_path / "other")[0] != results_of(finished[0])[0]
 
 
-@pytest.mark.parametrize("step", [1, 40, 41, 100])  # an epoch has 41
-def test_ctrl_c_saves_and_the_run_goes_on_bit_for_bit(finished, tmp_path, step):
+@pytest.mark.parametrize("step", [1, 40, 41, 100])  # an epoch has 41 steps
+def test_after_ctrl_c_a_run_resumes_bitwise_identically(finished, tmp_path, step):
     folder, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match=f"stopped at step {step} of 164; go on with .*--resume"):
-        train(tiny(), folder, watch=StopAt(step))
+    with pytest.raises(Interrupted, match=f"stopped at step {step} of 164; resume with .*--resume"):
+        train(tiny(), folder, callback=StopAt(step))
     assert signal.getsignal(signal.SIGINT) is before
     train(tiny(), folder, resume=True)
     assert results_of(folder) == results_of(finished[0])
 
 
 @pytest.mark.parametrize("before", range(4))
-def test_whenever_a_stop_is_requested_the_checkpoint_of_that_step_is_there(tmp_path, before):
+def test_a_stop_request_always_leaves_the_checkpoint_of_that_step(tmp_path, before):
     config = tiny()
     run = RunDirectory(tmp_path / "run")
     answers = iter([False] * before + [True] * 4)
     task = Task(config, load_dataset(config.data, config.seed), CPU)
     with run.locked(), pytest.raises(Interrupted, match=f"stopped at step {before + 1} "):
-        task.fit(run, Watch(), lambda: next(answers))
+        task.fit(run, Callback(), lambda: next(answers))
     assert run.load()["step"] == before + 1
 
 
-def test_a_failing_step_keeps_the_checkpoint_from_before(finished, tmp_path, monkeypatch):
-    class Failing(Watch):
+def test_a_failing_step_keeps_the_checkpoint_before_it(finished, tmp_path, monkeypatch):
+    class Failing(Callback):
         def __init__(self):
             self.left = 60
 
@@ -163,7 +164,7 @@ def test_a_failing_step_keeps_the_checkpoint_from_before(finished, tmp_path, mon
                 raise OSError("the disk went away")
 
     with pytest.raises(OSError, match="went away"):
-        train(tiny(**{"system.checkpoint_steps": 7}), tmp_path / "run", watch=Failing())
+        train(tiny(**{"system.checkpoint_steps": 7}), tmp_path / "run", callback=Failing())
     train(tiny(), tmp_path / "run", resume=True)
     assert results_of(tmp_path / "run") == results_of(finished[0])
 
@@ -172,14 +173,14 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from torch_feather.training import checkpoint, load_config, train
-from torch_feather.training.watch import Watch
+from torch_feather.training.callbacks import Callback
 
 folder, where = Path(sys.argv[1]), sys.argv[2]
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
-class Kill(Watch):
+class Kill(Callback):
     steps = 0
     def step(self, images):
         self.steps += 1
@@ -197,7 +198,7 @@ def replace(source, target):
             kill()
     real(source, target)
 checkpoint.os.replace = replace
-train(load_config(folder.with_suffix(".yaml")), folder, watch=Kill())
+train(load_config(folder.with_suffix(".yaml")), folder, callback=Kill())
 """
 
 
@@ -221,7 +222,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("where", ["step", "save", "epoch"])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, where):
+def test_a_killed_run_resumes_bitwise_identically(tmp_path, whole, where):
     config, expected = whole
     killed = tmp_path / "killed"
     killed.with_suffix(".yaml").write_text(to_yaml(config))
@@ -250,7 +251,9 @@ def test_resume_without_a_run_starts_one(finished, tmp_path):
 
 
 @pytest.mark.parametrize("storage", ["memory", "stream"])
-def test_a_run_on_an_image_folder_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys, storage):
+def test_a_run_on_an_image_folder_resumes_bitwise_identically(
+    tmp_path, monkeypatch, capsys, storage
+):
     monkeypatch.setenv("TORCH_FEATHER_CACHE", str(tmp_path / "cache"))
     random = np.random.RandomState(0)
     for part, i in itertools.product(("train", "val"), range(20)):
@@ -272,21 +275,21 @@ def test_a_run_on_an_image_folder_goes_on_bit_for_bit(tmp_path, monkeypatch, cap
     )
     results = train(config, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        train(config, tmp_path / "run", watch=StopAt(5))  # of 3 steps an epoch
+        train(config, tmp_path / "run", callback=StopAt(5))  # an epoch has 3 steps
     train(config, tmp_path / "run", resume=True)
     assert results_of(tmp_path / "run") == results_of(tmp_path / "whole")
     cli.evaluate(tmp_path / "run", device="cpu")
-    accuracy = f"20 test images of imagefolder: accuracy {100 * results['test_accuracy']:.2f} %"
+    accuracy = f"20 test images of imagefolder: accuracy {percent(results['test_accuracy'])}"
     assert accuracy in capsys.readouterr().out
 
 
 class Scripted(Task):
-    """Validation accuracies as a test wants them: the densest epoch would win."""
+    """Given validation accuracies, of which the densest epoch has the best."""
 
     accuracies = (0.9, 0.8, 0.3, 0.5, 0.4, 0.5)
 
-    def _consider(self, val_acc):
-        super()._consider(self.accuracies[self.epoch - 1])
+    def _update_best(self, val_acc):
+        super()._update_best(self.accuracies[self.epoch - 1])
 
 
 @pytest.mark.parametrize(("method", "expected"), [("feather", 4), ("dense", 1)])
@@ -300,13 +303,13 @@ def test_best_is_chosen_only_at_the_final_sparsity(tmp_path, method, expected):
     assert all(line["sparsity"] < 0.95 for line in history[:2]) or method == "dense"
 
 
-def test_the_report_says_what_the_method_reached_by_itself(tmp_path):
+def test_the_report_contains_the_learned_sparsity(tmp_path):
     results = train(tiny(epochs=1, method="asl"), tmp_path / "run")
     assert results["report"]["own_sparsity"] == results["own_sparsity"]
     assert results["own_sparsity"] < results["report"]["sparsity"]
 
 
-def test_the_test_images_choose_nothing(tmp_path, monkeypatch):
+def test_test_images_do_not_influence_the_choice_of_the_epoch(tmp_path, monkeypatch):
     real = load_dataset
 
     def other_test_images(config, seed):
@@ -324,7 +327,7 @@ def test_the_test_images_choose_nothing(tmp_path, monkeypatch):
     assert a[2]["test_accuracy"] != b[2]["test_accuracy"]
 
 
-def test_without_validation_images_the_test_images_are_recorded_and_choose_nothing(tmp_path):
+def test_without_validation_images_test_images_are_recorded_and_the_last_epoch_is_used(tmp_path):
     results = train(tiny(epochs=2, data={"validation": 0.0}), tmp_path / "run")
     assert results["validation_accuracy"] is None
     assert results["chosen_epoch"] == 2
@@ -333,16 +336,16 @@ def test_without_validation_images_the_test_images_are_recorded_and_choose_nothi
     assert history[-1]["test_acc"] == results["test_accuracy"]
 
 
-def test_with_validation_images_the_test_images_are_looked_at_once(finished):
+def test_with_validation_images_the_test_images_are_evaluated_once(finished):
     history = RunDirectory(finished[0]).read_metrics()
     assert all(line["test_acc"] is None and line["val_acc"] > 0 for line in history)
 
 
-def test_the_dense_comparison_has_the_same_budget_and_survives_a_stop(tmp_path):
+def test_the_dense_baseline_has_the_same_training_budget_and_survives_a_stop(tmp_path):
     config = tiny(compare_dense=True, epochs=1)
     whole = f"--resume --compare-dense --out {tmp_path / 'run'}'"
     with pytest.raises(Interrupted, match=re.escape(whole)):
-        train(config, tmp_path / "run", watch=StopAt(41 + 20))
+        train(config, tmp_path / "run", callback=StopAt(41 + 20))
     with pytest.raises(RunError, match=re.escape(whole)):
         RunDirectory(tmp_path / "run" / "dense").read_report()
     results = train(config, tmp_path / "run", resume=True)
@@ -353,18 +356,18 @@ def test_the_dense_comparison_has_the_same_budget_and_survives_a_stop(tmp_path):
     assert RunDirectory(tmp_path / "run").read_report()["dense"] == results["dense"]
 
 
-def test_a_run_of_its_own_named_dense_is_resumed_itself(tmp_path):
+def test_a_standalone_run_named_dense_is_resumed_itself(tmp_path):
     folder = tmp_path / "dense"
     with pytest.raises(Interrupted, match=re.escape(f"--resume --out {folder}'")):
-        train(tiny(method="dense"), folder, watch=StopAt(3))
+        train(tiny(method="dense"), folder, callback=StopAt(3))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")])
-def test_a_run_goes_on_on_another_device(tmp_path, devices):
+def test_a_run_resumes_on_another_device(tmp_path, devices):
     first, second = (tiny(**{"system.device": device}) for device in devices)
     with pytest.raises(Interrupted):
-        train(first, tmp_path / "run", watch=StopAt(60))
+        train(first, tmp_path / "run", callback=StopAt(60))
     results = train(second, tmp_path / "run", resume=True)
     assert results["report"]["sparsity"] == pytest.approx(0.95, abs=1e-3)
     assert results["test_accuracy"] > 0.5
@@ -372,7 +375,7 @@ def test_a_run_goes_on_on_another_device(tmp_path, devices):
 
 def test_a_diverging_run_is_an_error_that_says_so(tmp_path):
     config = tiny(method="dense", sparsity=0.0, **{"optimizer.lr": 1e20, "optimizer.clip": None})
-    with pytest.raises(TrainingDiverged, match=r"epoch 1; try a smaller optimizer\.lr"):
+    with pytest.raises(TrainingDiverged, match=r"epoch 1\. Try a smaller optimizer\.lr"):
         train(config, tmp_path / "run")
 
 
@@ -404,7 +407,7 @@ def test_norms_and_biases_do_not_decay():
     assert {id(p) for g in (decayed, free) for p in g["params"]} == set(names)
 
 
-def test_global_switches_are_put_back(tmp_path):
+def test_global_switches_are_restored(tmp_path):
     torch.set_num_threads(2)
     try:
         train(tiny(epochs=1), tmp_path / "run")
@@ -414,7 +417,7 @@ def test_global_switches_are_put_back(tmp_path):
         torch.set_num_threads(1)
 
 
-def test_what_is_excluded_stays_dense_and_is_not_counted(tmp_path, monkeypatch, capsys):
+def test_excluded_weights_stay_dense_and_are_not_counted(tmp_path, monkeypatch, capsys):
     config = tiny(epochs=1, sparsity=0.5, exclude="conv.*", **{"options.pattern": "2:4"})
     report = train(config, tmp_path / "run")["report"]
     assert [layer["name"] for layer in report["layers"]] == ["fc.weight"]
@@ -425,10 +428,10 @@ def test_what_is_excluded_stays_dense_and_is_not_counted(tmp_path, monkeypatch, 
     monkeypatch.setattr("sys.argv", ["feather", "evaluate", str(run.path)])
     with pytest.raises(SystemExit):
         cli.main()
-    assert "50.00 % of the weights are zero" in " ".join(capsys.readouterr().out.split())
+    assert f"{percent(0.5)} of the weights are zero" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_method_that_counts_multiply_adds_gets_an_image_to_count_with(tmp_path):
+def test_a_method_that_counts_multiply_adds_receives_an_example_input(tmp_path):
     biased = tiny(epochs=2, method="feather-flops", **{"options.gamma": 0.3})
     results = [train(biased, tmp_path / "biased"), train(tiny(epochs=2), tmp_path / "plain")]
     assert results[0]["report"]["zeros"] == results[1]["report"]["zeros"]
@@ -443,11 +446,13 @@ def test_any_allocation_can_be_biased_by_multiply_adds_by_name(tmp_path):
     )
     assert biased["report"]["zeros"] == plain["report"]["zeros"]
     assert biased["macs"]["sparse"] < plain["macs"]["sparse"]
-    with pytest.raises(ConfigurationError, match=r"'flops\^x' is not 'flops\^' and a number"):
+    with pytest.raises(
+        ConfigurationError, match=r"'flops\^x' must be 'flops\^' followed by a number"
+    ):
         train(tiny(**common, **{"options.allocation": "flops^x"}), tmp_path / "other")
 
 
-def test_costs_of_a_method_can_be_milliseconds_of_this_machine(tmp_path):
+def test_costs_of_a_method_can_be_milliseconds_on_this_machine(tmp_path):
     options = {"options.costs": "milliseconds", "options.gamma": 0.3}
     results = train(tiny(epochs=1, method="feather-flops", **options), tmp_path / "run")
     assert results["report"]["zeros"] == round(0.95 * results["report"]["weights"])
@@ -455,16 +460,16 @@ def test_costs_of_a_method_can_be_milliseconds_of_this_machine(tmp_path):
         train(tiny(method="feather-flops", **{"options.costs": "hours"}), tmp_path / "other")
 
 
-def test_a_device_that_is_not_there_is_one_line():
+def test_a_missing_device_is_a_one_line_error():
     with pytest.raises(RunError, match="device 'tpu' cannot be used") as caught:
         loop.resolve_device("tpu")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("switch", ["amp", "compile"])
-def test_a_faster_way_trains_the_same_network(tmp_path, switch, finished):
+def test_a_speed_switch_trains_the_same_network(tmp_path, switch, finished):
     if switch == "compile":
-        # the plain interpreter of the compiler: what is tested is the wiring, not code generation
+        # The eager backend of the compiler: the test covers the wiring, not code generation.
         real = torch.compile
         torch.compile = lambda model, **how: real(model, backend="eager", **how)
     try:
@@ -502,38 +507,38 @@ def test_a_compiled_model_evaluates_all_but_a_smaller_last_batch():
 
 
 def test_new_tensors_are_not_filled_before_they_are_written(tmp_path):
-    """Which PyTorch does in deterministic mode, some 700 times in a step of a ResNet-20."""
+    """PyTorch fills them in deterministic mode, about 700 times per step of a ResNet-20."""
     seen = []
 
-    class Look(Watch):
+    class Inspect(Callback):
         def step(self, images):
             seen.append(torch.utils.deterministic.fill_uninitialized_memory)
             assert torch.are_deterministic_algorithms_enabled()
 
-    train(tiny(epochs=1), tmp_path / "run", watch=Look())
+    train(tiny(epochs=1), tmp_path / "run", callback=Inspect())
     assert not any(seen)
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_a_captured_step_needs_a_gpu(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"system\.graph needs a CUDA device"):
-        train(tiny(**{"system.graph": True, "system.device": "cpu"}), tmp_path / "run")
+def test_a_cuda_graph_requires_a_gpu(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"system\.cuda_graph requires a CUDA device"):
+        train(tiny(**{"system.cuda_graph": True, "system.device": "cpu"}), tmp_path / "run")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("also", [{}, {"system.compile": True}], ids=["alone", "compiled"])
-def test_captured_steps_train_the_same_network(tmp_path, also):
-    """Through the schedule's end, with a smaller last batch in every epoch, and a resume."""
+def test_a_cuda_graph_trains_the_same_network(tmp_path, also):
+    """Beyond the end of the schedule, with a smaller last batch per epoch, and a resume."""
     usual = {"system.device": "cuda", "system.deterministic": True, "epochs": 6} | also
     eager = train(tiny(**usual), tmp_path / "eager")
-    config = tiny(**usual | {"system.graph": True})
-    captured = train(config, tmp_path / "captured")
+    config = tiny(**usual | {"system.cuda_graph": True})
+    captured = train(config, tmp_path / "graph")
     assert captured["report"]["zeros"] == eager["report"]["zeros"]
-    ours, theirs = (RunDirectory(tmp_path / n).read_metrics() for n in ("captured", "eager"))
-    assert ours[0]["train_loss"] == pytest.approx(theirs[0]["train_loss"], rel=0.05)
-    assert [line["sparsity"] for line in ours] == [line["sparsity"] for line in theirs]
+    graph, plain = (RunDirectory(tmp_path / n).read_metrics() for n in ("graph", "eager"))
+    assert graph[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=0.05)
+    assert [line["sparsity"] for line in graph] == [line["sparsity"] for line in plain]
     with pytest.raises(Interrupted):
-        train(config, tmp_path / "again", watch=StopAt(60))
+        train(config, tmp_path / "again", callback=StopAt(60))
     again = train(config, tmp_path / "again", resume=True)
     assert again["report"]["zeros"] == captured["report"]["zeros"]
     assert again["test_accuracy"] == pytest.approx(captured["test_accuracy"], abs=0.03)

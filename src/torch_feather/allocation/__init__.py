@@ -1,7 +1,7 @@
-"""Which threshold for which tensor: how a target is shared among the layers.
+"""Allocations: how a target is divided among the layers.
 
 Methods with a schedule take them as `allocation=`, by name or as an object. Methods that learn
-their thresholds have a `Law` instead (`torch_feather.methods.learned.base`).
+their thresholds have a `ThresholdParametrization` instead.
 """
 
 from .base import Allocation

@@ -1,88 +1,105 @@
-"""What an allocation is, and what those that decide layer by layer share."""
+"""What an allocation is, and what allocations that decide layer by layer share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..methods.base import Setting
-from ..weights.latent import LatentWeights, Segment
+from ..context import MethodContext
+from ..weights.latent import LatentWeights
+from ..weights.segments import Segment
+from ..weights.selecting import select_each
+
+State = Mapping[str, Tensor]
+"""Entries of a method's state with one number per weight tensor, by name."""
+
+NO_STATE: State = {}
 
 
 class Allocation(ABC):
-    """How a target is shared among the layers; `repr` is its identity.
+    """Divides a target among the layers; its `repr` is part of a method's fingerprint.
 
     Attributes:
-        on_shards: whether its cuts are those of the whole where weights are spread over processes.
+        on_shards: whether its cutoffs are global if the weights are sharded over processes.
     """
 
     on_shards: ClassVar[bool] = False
 
     @abstractmethod
-    def fit(self, setting: Setting) -> Fitted:
-        """This allocation for one model: checked, and with all that it needs of the model.
+    def fit(self, context: MethodContext) -> FittedAllocation:
+        """Return this allocation for one model: checked, and with all that it needs of the model.
 
         Raises:
             ConfigurationError: the layers cannot meet the target.
         """
 
 
-class Fitted(Allocation):
-    """An allocation that finds cuts; most need nothing of the model, and fit any.
+class FittedAllocation(Allocation):
+    """An allocation that finds cutoffs. Most need nothing of the model and fit any.
 
     Attributes:
-        follows: whether `follow` has anything to do.
+        follows: whether `next_state` depends on the weights of each step.
     """
 
     follows: ClassVar[bool] = False
 
-    def fit(self, setting: Setting) -> Fitted:
-        """See `Allocation`."""
+    def fit(self, context: MethodContext) -> FittedAllocation:
         return self
 
     @abstractmethod
-    def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
-        """Segments that cover all weights once, and make them as sparse as asked.
+    def cutoffs(
+        self, weights: LatentWeights, sparsity: Tensor, state: State = NO_STATE
+    ) -> list[Segment]:
+        """Return segments that cover all weights once and have the target sparsity.
 
         Args:
             weights: the latent weights; their `spans` are the layers.
-            sparsity: share of zeros wanted, 0-dimensional float64 in [0, 1). Never read by the
-                host on accelerators. A count is round(sparsity * n), half to even.
+            sparsity: target fraction of zeros, 0-dimensional float64 in [0, 1). The host does not
+                read it on accelerators. A count is round(sparsity * n), half to even.
+            state: the method's state, see `initial_state`.
         """
 
-    @property
-    def state(self) -> dict[str, Tensor | list[Tensor]]:
-        """What cannot be computed anew after a restart, see `Reparametrization.state`."""
+    def initial_state(self, context: MethodContext) -> dict[str, Tensor]:
+        """Return what cannot be computed again after a restart: a number per weight tensor each."""
         return {}
 
-    def follow(self, weights: LatentWeights, sparsity: float, taken: bool | Tensor) -> None:
-        """The state becomes that of stepped weights.
+    def next_state(
+        self, weights: LatentWeights, sparsity: float, state: State
+    ) -> dict[str, Tensor]:
+        """Return the entries of the state that change after a step, without writing any.
 
         Args:
-            weights: as for `cuts`.
-            sparsity: the final one.
-            taken: see `Reparametrization.advance`.
+            weights: the latent weights after the step.
+            sparsity: the final sparsity.
+            state: the present state.
         """
+        return {}
 
-    def excess(self, weights: LatentWeights, kept: Tensor) -> str | None:
-        """What this allocation promises and does not keep, as the end of a sentence.
+    def violation(self, weights: LatentWeights, kept: Tensor, state: State) -> str | None:
+        """Return a promise of this allocation that is not kept, as the end of a sentence.
 
         Args:
-            weights: as for `cuts`.
-            kept: the share that is kept of each tensor, float64.
+            weights: the latent weights.
+            kept: density of each tensor, float64.
+            state: the present state.
         """
         return None
 
 
-def counts_of(amounts: Tensor, total: Tensor) -> Tensor:
-    """Whole numbers near `amounts`, each less than one off, whose sum is round(total).
+def round_counts(amounts: Tensor, total: Tensor) -> Tensor:
+    """Return integers near `amounts`, each less than 1 off, whose sum is round(total).
 
     Args:
-        amounts: how many weights of each layer to prune, float64, not rounded; they sum to total.
+        amounts: unrounded numbers of weights to prune per layer, float64; they sum to total.
         total: 0-dimensional float64.
+
+    Example:
+        >>> round_counts(torch.tensor([1.5, 1.5]).double(), torch.tensor(3.0).double()).tolist()
+        [2, 1]
     """
     reached = torch.minimum(amounts.cumsum(0), total)
     reached[-1] = total
@@ -90,7 +107,7 @@ def counts_of(amounts: Tensor, total: Tensor) -> Tensor:
     return reached.diff(prepend=torch.zeros_like(reached[:1]))
 
 
-def cut_layers(weights: LatentWeights, counts: Tensor) -> list[Segment]:
-    """In each layer the `counts` smallest magnitudes lie below its cut."""
-    pairs = zip(weights.spans, weights.select_each(counts), strict=True)
-    return [Segment(start, stop, cut) for (start, stop), cut in pairs]
+def layer_cutoffs(weights: LatentWeights, counts: Tensor) -> list[Segment]:
+    """Return cutoffs that prune the `counts` smallest magnitudes of each layer."""
+    pairs = zip(weights.spans, select_each(weights, counts), strict=True)
+    return [Segment(start, stop, cutoff) for (start, stop), cutoff in pairs]

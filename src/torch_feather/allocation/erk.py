@@ -1,4 +1,4 @@
-"""Erdos-Renyi kernel: large layers are sparser."""
+"""Erdos-Renyi kernel (ERK): large layers are sparser."""
 
 from __future__ import annotations
 
@@ -7,38 +7,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..weights.latent import LatentWeights, Segment
-from .base import Fitted, counts_of, cut_layers
+from ..weights.latent import LatentWeights
+from ..weights.segments import Segment
+from .base import NO_STATE, FittedAllocation, State, layer_cutoffs, round_counts
 
 
 @dataclass(frozen=True)
-class ERK(Fitted):
-    """Each layer keeps a share in proportion to (sum of its dimensions) / (their product).
+class ERK(FittedAllocation):
+    """Gives each layer a density in proportion to (sum of its dimensions) / (their product).
 
-    Layers whose share would exceed 1 are dense, the others make up for it. The shares follow the
-    target at each step; each layer is met to less than one weight, the total exactly.
+    Layers whose density would exceed 1 are dense, and the others are sparser for it. The densities
+    follow the scheduled sparsity. Each layer's count is less than 1 off; the total is exact.
     Source: Evci et al., Rigging the Lottery (2020), section 3.
     """
 
     on_shards = True
 
-    def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
-        """See `Fitted`."""
-        sizes, shares, order = weights.constant(self, self._shares)
+    def cutoffs(
+        self, weights: LatentWeights, sparsity: Tensor, state: State = NO_STATE
+    ) -> list[Segment]:
+        sizes, densities, order = weights.constant(self, self._densities)
         total = sparsity * weights.size
-        n, share = sizes[order], shares[order]
-        # If the first m layers are dense, the factor is (kept - their weights) / (rest's weights
-        # by share). The sum kept grows with the factor and is no more than this bound for any m:
+        n, density = sizes[order], densities[order]
+        # If the first m layers are dense, the factor is (kept - their weights) / (sum of n * density
+        # over the rest). The kept sum grows with the factor and is at most this bound for every m,
         # so the right factor is the largest of them.
         dense = n.cumsum(0) - n
-        rest = (share * n).flip(0).cumsum(0).flip(0)
+        rest = (density * n).flip(0).cumsum(0).flip(0)
         factor = ((weights.size - total - dense) / rest).amax()
-        density = (factor * shares).clamp(max=1.0)
-        return cut_layers(weights, counts_of((1.0 - density) * sizes, total))
+        scaled = (factor * densities).clamp(max=1.0)
+        return layer_cutoffs(weights, round_counts((1.0 - scaled) * sizes, total))
 
-    def _shares(self, weights: LatentWeights) -> tuple[Tensor, Tensor, Tensor]:
-        """Sizes and unscaled shares of the layers, float64, and their order by falling share."""
-        share = torch.tensor([sum(s) / s.numel() for s in weights.shapes], dtype=torch.float64)
-        order = share.argsort(descending=True)
-        tensors = (weights.sizes.double(), share, order)
+    def _densities(self, weights: LatentWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """Return sizes and unscaled densities, float64, and their order by falling density."""
+        density = torch.tensor([sum(s) / s.numel() for s in weights.shapes], dtype=torch.float64)
+        order = density.argsort(descending=True)
+        tensors = (weights.sizes.double(), density, order)
         return tuple(tensor.to(weights.device) for tensor in tensors)  # type: ignore[return-value]

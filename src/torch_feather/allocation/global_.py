@@ -9,24 +9,31 @@ import torch
 from torch import Tensor
 
 from .. import devices
+from ..context import MethodContext
 from ..errors import ConfigurationError
-from ..methods.base import Setting
-from ..weights.latent import LatentWeights, Segment
-from .base import Fitted, cut_layers
+from ..weights.latent import LatentWeights
+from ..weights.passes import count_pruned
+from ..weights.segments import Segment
+from ..weights.selecting import select_weights
+from .base import NO_STATE, FittedAllocation, State, layer_cutoffs
 
 
 @dataclass(frozen=True)
-class Global(Fitted):
-    """The weights of smallest magnitude, wherever they are, are pruned.
+class Global(FittedAllocation):
+    """Prunes the weights of smallest magnitude in the whole network.
 
-    Nothing is exempt. The share kept in each layer can be bounded, for networks of which a
-    global ranking would empty a layer; the total stays exact, other layers make up for it.
+    All layers are pruned. Bounds on the density of each layer prevent a global ranking from
+    emptying a layer; the total stays exact.
 
-    Source: Feather (BMVC 2023), section 3, the global pruning backbone; the bounds are ours.
+    Source: Feather (BMVC 2023), section 3, the global pruning backbone. The bounds are an addition
+    of this package.
 
     Attributes:
-        min_density: every layer keeps at least this share of its weights, rounded up.
-        max_density: every layer keeps at most this share once the target is reached, rounded up.
+        min_density: every layer keeps at least this fraction of its weights, rounded up.
+        max_density: every layer keeps at most this fraction at the target, rounded up.
+
+    Raises:
+        ConfigurationError: not 0 <= min_density <= max_density <= 1.
     """
 
     on_shards = True
@@ -37,65 +44,64 @@ class Global(Fitted):
     def __post_init__(self) -> None:
         if not 0.0 <= self.min_density <= self.max_density <= 1.0:
             raise ConfigurationError(
-                "Bounds on the share kept per layer must satisfy 0 <= min_density <= max_density "
+                "Bounds on the density of each layer must satisfy 0 <= min_density <= max_density "
                 f"<= 1, got min_density={self.min_density}, max_density={self.max_density}."
             )
         object.__setattr__(self, "min_density", float(self.min_density))
         object.__setattr__(self, "max_density", float(self.max_density))
 
-    def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
-        """See `Fitted`."""
+    def cutoffs(
+        self, weights: LatentWeights, sparsity: Tensor, state: State = NO_STATE
+    ) -> list[Segment]:
         k = (sparsity * weights.size).round().long()
         if self.min_density == 0.0 and self.max_density == 1.0:
-            return [Segment(0, weights.size, weights.select(k))]
+            return [Segment(0, weights.size, select_weights(weights, k))]
         if not devices.synchronizes(k.device):
-            # Bounds that do not bind cost one look; elsewhere looking would make the host wait.
-            cut = weights.select(k)
-            counts = weights.counts_pruned([Segment(0, weights.size, cut)])
-            low, high = self._bounds_on_the_way(weights.sizes, k)
+            # Try without bounds first. On a device the check would synchronize the host.
+            unbounded = [Segment(0, weights.size, select_weights(weights, k))]
+            counts = count_pruned(weights, unbounded)
+            low, high = self._bounds_at(weights.sizes, k)
             if bool(((low <= counts) & (counts <= high)).all()):
-                return [Segment(0, weights.size, cut)]
-        return cut_layers(weights, self._bounded_counts(weights, k))
+                return unbounded
+        return layer_cutoffs(weights, self._bounded_counts(weights, k))
 
-    def fit(self, setting: Setting) -> Global:
-        """See `Fitted`."""
-        sizes = [shape.numel() for shape in setting.weights.shapes]
+    def fit(self, context: MethodContext) -> Global:
+        sizes = [shape.numel() for shape in context.weights.shapes]
         low = sum(n - math.ceil(n * self.max_density) for n in sizes)
         high = sum(n - math.ceil(n * self.min_density) for n in sizes)
-        k = round(setting.sparsity * sum(sizes))
+        k = round(context.sparsity * sum(sizes))
         if not low <= k <= high:
             raise ConfigurationError(
                 f"With min_density={self.min_density} and max_density={self.max_density} between "
                 f"{low} and {high} of {sum(sizes)} weights can be pruned, but sparsity="
-                f"{setting.sparsity} asks for {k}. Widen the bounds or change the target."
+                f"{context.sparsity} asks for {k}. Widen the bounds or change the target."
             )
         return self
 
     def _bounds(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """Least and most weights that may be pruned in each layer."""
+        """Return the least and most weights that may be pruned in each layer."""
         least_kept = (sizes.double() * self.min_density).ceil().long()
         most_kept = (sizes.double() * self.max_density).ceil().long()
         return sizes - most_kept, sizes - least_kept
 
-    def _bounds_on_the_way(self, sizes: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The bounds while only k weights are pruned: the cap tightens in step with k."""
+    def _bounds_at(self, sizes: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the bounds while k weights are pruned: max_density tightens with k."""
         low, high = self._bounds(sizes)
         whole = low.sum().clamp_min(1)
-        # low * k may exceed 64 bits. What is left after a near quotient does not, modulo 2^64.
+        # low * k may exceed 64 bits. The remainder of a near quotient does not, modulo 2^64.
         near = (low * (k.double() / whole)).long()
         return torch.minimum(low, near + (low * k - near * whole) // whole), high
 
     def _bounded_counts(self, weights: LatentWeights, k: Tensor) -> Tensor:
-        """Weights to prune per layer: the clamped counts below one common magnitude, sum k.
+        """Return weights to prune per layer: clamped counts below one common magnitude, sum k.
 
-        The common magnitude is found bit by bit: the largest v for which fewer than k weights,
-        after clamping per layer, lie below v. What is still missing are weights equal to v, taken
-        layer by layer.
+        The common magnitude v is found bit by bit: the largest one below which fewer than k
+        weights lie, after clamping per layer. The missing ones equal v and are taken layer by layer.
         """
         integer = torch.int64 if weights.wide == torch.float64 else torch.int32
         bits = [weights.magnitudes(a, b).view(integer) for a, b in weights.spans]
-        low, high = self._bounds_on_the_way(weights.sizes, k)
-        k = k.minimum(high.sum())  # a model may begin with more zeros than its target
+        low, high = self._bounds_at(weights.sizes, k)
+        k = k.minimum(high.sum())  # a model may start with more zeros than its target
 
         def below(v: Tensor) -> Tensor:
             counts = weights.total(torch.stack([(layer < v).sum() for layer in bits]))

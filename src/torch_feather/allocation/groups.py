@@ -1,4 +1,4 @@
-"""A target of its own for each group of layers."""
+"""A separate target for each group of layers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..context import MethodContext
 from ..errors import ConfigurationError
-from ..methods.base import Setting
-from ..selection import Cut
-from ..weights.latent import LatentWeights, Segment, first_of_cut
-from .base import Allocation, Fitted
+from ..selection import Cutoff
+from ..weights.latent import LatentWeights
+from ..weights.segments import Segment, first_with_cutoff, position_of
+from .base import NO_STATE, Allocation, FittedAllocation, State
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Grouped(Allocation):
-    """Within each group another allocation finds the cuts; round(s n) of its n weights are pruned.
+    """Applies another allocation within each group and prunes round(s n) of its n weights.
 
-    All groups follow one schedule. Made by `sparsify` where `sparsity` is a mapping.
+    All groups follow one schedule. `sparsify` makes it if `sparsity` is a mapping.
 
     Attributes:
         within: the allocation; it sees a group as if that were the network.
@@ -38,116 +39,110 @@ class Grouped(Allocation):
     within: Allocation
     groups: tuple[Group, ...]
 
-    def fit(self, setting: Setting) -> FittedGroups:
-        """See `Allocation`."""
+    def fit(self, context: MethodContext) -> FittedGroups:
         if getattr(self.within, "budget", None) is not None:
             raise ConfigurationError(
-                "A budget for the whole network and targets per group contradict each other: give "
-                "the bias gamma instead of the budget, or one sparsity."
+                "A budget for the whole network contradicts targets per group. Give the bias gamma "
+                "instead of the budget, or one sparsity."
             )
         parts = []
         for group in self.groups:
-            members = tuple(setting.names.index(name) for name in group.names)
-            inner = replace(
-                setting,
-                names=group.names,
-                weights=setting.weights.part(members),
-                sparsity=group.sparsity,
-            )
+            members = tuple(context.names.index(name) for name in group.names)
+            inner = _inner(context, members, group)
             try:
-                parts.append(_Part(members, group.sparsity, self.within.fit(inner)))
+                parts.append(_Part(group, members, self.within.fit(inner)))
             except ConfigurationError as error:
                 names = ", ".join(group.names[:2]) + (", ..." if len(group.names) > 2 else "")
                 raise ConfigurationError(f"In the group of {names}: {error}") from None
-        return FittedGroups(parts, setting)
+        return FittedGroups(parts, context)
 
 
 class _Part(NamedTuple):
-    """A group at work: which tensors, its target, and the cuts within it."""
+    """A group on one model: its tensors, and the allocation within it."""
 
+    group: Group
     members: tuple[int, ...]
-    sparsity: float
-    within: Fitted
+    within: FittedAllocation
 
 
-class FittedGroups(Fitted):
-    """A `Grouped` that knows its model."""
+def _inner(context: MethodContext, members: tuple[int, ...], group: Group) -> MethodContext:
+    """Return the context of a group as if it were the network."""
+    weights = context.weights.subset(members)
+    return replace(context, names=group.names, weights=weights, sparsity=group.sparsity)
 
-    def __init__(self, parts: Sequence[_Part], setting: Setting):
-        self._parts, self._target = parts, setting.sparsity
-        self._state: dict[str, Tensor | list[Tensor]] = {}
-        for part in parts:
-            for key, value in part.within.state.items():
-                assert isinstance(value, Tensor)
-                whole = self._state.setdefault(key, value.new_zeros(len(setting.names)))
-                assert isinstance(whole, Tensor)
-                whole[list(part.members)] = value
+
+class FittedGroups(FittedAllocation):
+    """A `Grouped` for one model."""
+
+    def __init__(self, parts: Sequence[_Part], context: MethodContext):
+        self._parts, self._target = parts, context.sparsity
 
     @property
     def on_shards(self) -> bool:  # type: ignore[override]
-        """See `Allocation`."""
         return all(part.within.on_shards for part in self._parts)
 
-    @property
-    def state(self) -> dict[str, Tensor | list[Tensor]]:
-        """See `Fitted`; the entries of all groups in one.
+    def initial_state(self, context: MethodContext) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for group, members, within in self._parts:
+            for key, value in within.initial_state(_inner(context, members, group)).items():
+                whole = state.setdefault(key, value.new_zeros(len(context.names)))
+                whole[list(members)] = value
+        return state
 
-        Each group goes from the zeros that it has to those that it is to have: of these read are
-        the `zeros` that `Scheduled` adds.
-        """
-        return self._state
-
-    def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
-        """See `Fitted`."""
-        zeros = self._of(weights, "zeros", range(len(weights.views)))
-        first = zeros.sum().double() / weights.size
+    def cutoffs(
+        self, weights: LatentWeights, sparsity: Tensor, state: State = NO_STATE
+    ) -> list[Segment]:
+        # Each group goes from its zeros at the start of training to its own target.
+        first = state["zeros"].sum().double() / weights.size
         way = self._target - first
-        share = torch.where(way == 0, 1.0, (sparsity - first) / way)
+        fraction = torch.where(way == 0, 1.0, (sparsity - first) / way)
         segments: list[Segment] = []
-        for members, target, within in self._parts:
-            inner = weights.part(members)
-            begin = self._of(weights, "zeros", members).sum().double() / inner.size
-            for key in within.state:
-                within.state[key] = self._of(weights, key, members)
-            cuts = within.cuts(inner, target * share + begin * (1 - share))
-            segments += _placed(cuts, inner, weights, members)
+        for group, members, within in self._parts:
+            inner = weights.subset(members)
+            own = {key: _select(weights, entry, members) for key, entry in state.items()}
+            begin = own["zeros"].sum().double() / inner.size
+            target = group.sparsity * fraction + begin * (1 - fraction)
+            found = within.cutoffs(inner, target, own)
+            segments += _in_whole(found, inner, weights, members)
         return sorted(segments, key=lambda segment: segment.start)
 
-    def _of(self, weights: LatentWeights, key: str, members: Sequence[int]) -> Tensor:
-        """The entries of the state that belong to some of the weight tensors."""
-        entry = self._state[key]
-        assert isinstance(entry, Tensor)
-        where = weights.constant(
-            ("members", *members), lambda _: torch.tensor(list(members), device=weights.device)
-        )
-        return entry.index_select(0, where)
+
+def _select(weights: LatentWeights, entry: Tensor, members: Sequence[int]) -> Tensor:
+    """Return the entries of the state that belong to some of the weight tensors."""
+    index = weights.constant(
+        ("members", *members), lambda _: torch.tensor(list(members), device=weights.device)
+    )
+    return entry.index_select(0, index)
 
 
-def _placed(
+def _in_whole(
     segments: Sequence[Segment],
     inner: LatentWeights,
     weights: LatentWeights,
     members: Sequence[int],
 ) -> list[Segment]:
-    """Segments of a part as those of the whole, one for each tensor; what shared a cut still does.
+    """Return segments of a subset as segments of all weights, one per tensor.
 
-    The part keeps the order of the whole, so `last`, an index among the weights that are here,
-    moves with the tensor that it lies in.
+    Segments that shared a cutoff still share one. The subset keeps the order of the whole, so
+    `last`, an index among the local weights, moves with the tensor that it lies in.
     """
 
     def offsets(_: LatentWeights) -> tuple[Tensor, Tensor]:
-        places = sorted((inner.places[j][0], weights.places[i][0]) for j, i in enumerate(members))
-        first, there = torch.tensor(places, device=weights.device).unbind(1)
-        return first.contiguous(), there - first
+        pairs = [
+            (inner.local_spans[j][0], weights.local_spans[i][0]) for j, i in enumerate(members)
+        ]
+        first, moved = torch.tensor(sorted(pairs), device=weights.device).unbind(1)
+        return first.contiguous(), moved - first
 
     first, shift = inner.constant("offsets", offsets)
-    moved: list[Cut] = []
-    for j, same in enumerate(first_of_cut(segments)):
-        cut = segments[j].cut
-        at = torch.bucketize(cut.last, first, right=True).sub(1).clamp(min=0)
-        moved.append(moved[same] if same < j else cut._replace(last=cut.last + shift.take(at)))
-    places = [inner.place_of(j, segments) for j in range(len(members))]
+    cutoffs: list[Cutoff] = []
+    for j, same in enumerate(first_with_cutoff(segments)):
+        cutoff = segments[j].cutoff
+        at = torch.bucketize(cutoff.last, first, right=True).sub(1).clamp(min=0)
+        moved = cutoffs[same] if same < j else cutoff._replace(last=cutoff.last + shift.take(at))
+        cutoffs.append(moved)
+    positions = [position_of(inner, segments, j) for j in range(len(members))]
     return [
-        Segment(*weights.spans[i], moved[place], segments[place].scale)
-        for i, place in zip(members, places, strict=True)
+        Segment(*weights.spans[i], cutoffs[position], segments[position].scale)
+        for i, position in zip(members, positions, strict=True)
     ]

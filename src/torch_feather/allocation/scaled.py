@@ -1,4 +1,4 @@
-"""One ranking for the whole network, in which each layer's magnitudes are scaled."""
+"""One ranking for the whole network in which each layer's magnitudes are scaled."""
 
 from __future__ import annotations
 
@@ -11,39 +11,41 @@ import torch
 from torch import Tensor
 
 from .. import devices
+from ..context import MethodContext
 from ..errors import ConfigurationError, nearest
 from ..measure.flops import count_flops
-from ..methods.base import Setting
-from ..methods.own_parameters import write_if
 from ..prunable import unwrap
-from ..weights.latent import LatentWeights, Segment
-from .base import Allocation, Fitted
+from ..weights.latent import LatentWeights
+from ..weights.passes import count_pruned
+from ..weights.segments import Segment
+from ..weights.selecting import select_weights
+from .base import NO_STATE, Allocation, FittedAllocation, State
 
-# A bias that is solved for is a multiple of 1 / 256, so that it often stays what it was.
+# A bias that is solved for is a multiple of 1 / 256, so that it often stays the same.
 UNIT = 2.0**-8
 STRONGEST = 32 * 256
-# Biases that are tried after a step where the host may not read what comes out.
+# Biases tried after a step if reading the result would synchronize the host.
 TRIALS = 8
 # Largest exponent of a scale: float32 holds its product with any weight.
 LARGEST = 50.0
 
 
-def cut_scaled(weights: LatentWeights, scale: Tensor, sparsity: Tensor) -> list[Segment]:
-    """The weights of smallest |w| times the scale of their layer are pruned; the total is exact.
+def scaled_cutoffs(weights: LatentWeights, scale: Tensor, sparsity: Tensor) -> list[Segment]:
+    """Return cutoffs that prune the smallest |w| times the scale of its layer; exact in total.
 
     Args:
-        weights, sparsity: as for `Allocation.cuts`.
-        scale: positive, one for each weight tensor.
+        weights, sparsity: as for `FittedAllocation.cutoffs`.
+        scale: positive, one per weight tensor.
     """
     scales = list(scale.to(weights.wide))
     k = (sparsity * weights.size).round().long()
-    cut = weights.select(k, scales)
+    cutoff = select_weights(weights, k, scales)
     pairs = zip(weights.spans, scales, strict=True)
-    return [Segment(start, stop, cut, scale) for (start, stop), scale in pairs]
+    return [Segment(start, stop, cutoff, scale) for (start, stop), scale in pairs]
 
 
 @dataclass(frozen=True)
-class Sigma(Fitted):
+class Sigma(FittedAllocation):
     """Ranks |w| sqrt(sum of the dimensions of its tensor), so that large layers keep more.
 
     Source: ST-3 (Vanderschueren and De Vleeschouwer, WACV 2023), variant sigma.
@@ -51,9 +53,10 @@ class Sigma(Fitted):
 
     on_shards = True
 
-    def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
-        """See `Allocation`."""
-        return cut_scaled(weights, weights.constant(self, self._scale), sparsity)
+    def cutoffs(
+        self, weights: LatentWeights, sparsity: Tensor, state: State = NO_STATE
+    ) -> list[Segment]:
+        return scaled_cutoffs(weights, weights.constant(self, self._scale), sparsity)
 
     def _scale(self, weights: LatentWeights) -> Tensor:
         sums = [sum(shape) for shape in weights.shapes]
@@ -62,19 +65,22 @@ class Sigma(Fitted):
 
 @dataclass(frozen=True)
 class FlopsBiased(Allocation):
-    """Ranks |w| / c^gamma, with c what each weight of its layer costs: multiply-adds, or time.
+    """Ranks |w| / c^gamma, with c the cost of a weight of its layer: multiply-adds, or time.
 
-    Layers that work at high resolution, mostly early ones, lose more. gamma = 0 is `Global`.
-    Source: the Feather supplement (section 6) says only that the global backbone was biased
-    towards pruning earlier layers; this formula is ours.
+    Layers at high resolution, mostly early ones, lose more. gamma = 0 is `Global`. Source: the
+    Feather supplement (section 6) says only that the global backbone was biased towards pruning
+    earlier layers; this formula is an addition of this package.
 
     Attributes:
-        gamma: the bias, >= 0; None: after every step the least one, in units of 1 / 256, with
-            which the weights of that moment would cost at most `budget` at the final sparsity.
-        budget: what the prunable weights may cost at the final sparsity, in the unit of the costs:
-            multiply-adds per sample with `example_input`.
-        costs: of a weight, by weight name: such as `runtime.layer_milliseconds`.
+        gamma: the bias, >= 0. None: after every step the smallest one, in units of 1 / 256, for
+            which the present weights would cost at most `budget` at the final sparsity.
+        budget: maximum cost of the prunable weights at the final sparsity, in the unit of the
+            costs: multiply-adds per sample with `example_input`.
+        costs: cost of a weight, by weight name, such as `runtime.layer_milliseconds` returns.
         example_input: or an input to count multiply-adds with, as for `count_flops`.
+
+    Raises:
+        ConfigurationError: not exactly one of gamma and budget, or of costs and example_input.
     """
 
     gamma: float | None = None
@@ -90,38 +96,40 @@ class FlopsBiased(Allocation):
             )
         if (self.costs is None) == (self.example_input is None):
             raise ConfigurationError(
-                "What a weight costs is needed once: example_input=, an input of the network to "
-                "count multiply-adds with, or costs={name: of each weight}."
+                "Give the cost of a weight once: example_input=, an input of the network to count "
+                "multiply-adds with, or costs={name: cost of each weight}."
             )
         if self.costs is not None and not isinstance(self.costs, Mapping):
-            raise ConfigurationError(f"costs must be a number by weight name, got {self.costs!r}.")
+            raise ConfigurationError(f"costs must map weight names to numbers, got {self.costs!r}.")
         if self.gamma is not None and not 0 <= self.gamma < math.inf:
             raise ConfigurationError(f"gamma must be a number >= 0, got {self.gamma!r}.")
 
-    def fit(self, setting: Setting) -> Biased:
-        """See `Allocation`."""
-        costs = self._costs(setting)
+    def fit(self, context: MethodContext) -> FittedBias:
+        costs = self._costs(context)
         if self.gamma is not None:
-            return Biased(setting.weights, costs, self.gamma)
+            return FittedBias(costs, self.gamma)
         assert self.budget is not None
-        return Budgeted(setting, costs, self.budget)
+        model = unwrap(context.model)
+        # With a pattern, `context.weights` are units of several weights.
+        sizes = [model.get_parameter(name).numel() for name in context.names]
+        return FittedBudget(costs, sizes, self.budget)
 
-    def _costs(self, setting: Setting) -> list[float]:
-        costs = self._counted(setting) if self.costs is None else self.costs
-        for name in setting.names:
+    def _costs(self, context: MethodContext) -> list[float]:
+        costs = self._counted(context) if self.costs is None else self.costs
+        for name in context.names:
             if not costs.get(name, 0) > 0:
-                known = f"costs names no cost above 0 of {name}{nearest(name, costs)}"
+                known = f"costs has no cost above 0 for {name}{nearest(name, costs)}"
                 unused = f"{name} makes no multiply-add for this example_input."
                 raise ConfigurationError(
                     f"{known if self.costs is not None else unused} Every prunable weight needs "
-                    f"a cost above 0; leave it out of pruning otherwise: exclude={name!r}."
+                    f"a cost above 0. Give one, or exclude the weight: exclude={name!r}."
                 )
-        return [float(costs[name]) for name in setting.names]
+        return [float(costs[name]) for name in context.names]
 
-    def _counted(self, setting: Setting) -> dict[str, float]:
-        """Multiply-adds of a weight, by name; a tied one makes those of all its uses."""
-        model = unwrap(setting.model)
-        names = {id(model.get_parameter(name)): name for name in setting.names}
+    def _counted(self, context: MethodContext) -> dict[str, float]:
+        """Return multiply-adds per weight, by name; a tied weight has the sum over its uses."""
+        model = unwrap(context.model)
+        names = {id(model.get_parameter(name)): name for name in context.names}
         costs: dict[str, float] = {}
         for layer in count_flops(model, self.example_input).layers:
             name = names.get(id(model.get_parameter(layer.name)))
@@ -131,126 +139,136 @@ class FlopsBiased(Allocation):
         return costs
 
 
-class Biased(Fitted):
-    """A `FlopsBiased` whose costs and bias are known.
+class FittedBias(FittedAllocation):
+    """A `FlopsBiased` with known costs and bias.
 
-    State: `costs`, of a weight of each tensor: what was measured would be another next time, and
-    another example input has other counts.
+    State: `costs`, of a weight of each tensor. Another measurement, or another example input, would
+    give others after a restart.
+
+    Args:
+        costs: of a weight of each tensor.
+        gamma: the bias.
     """
 
     on_shards = True
 
-    def __init__(self, weights: LatentWeights, costs: Sequence[float], gamma: float = 0.0):
-        self._gamma = gamma
-        measured = torch.tensor(costs, dtype=torch.float64).to(weights.device, weights.wide)
-        self._state: dict[str, Tensor | list[Tensor]] = {"costs": measured}
+    def __init__(self, costs: Sequence[float], gamma: float = 0.0):
+        self._costs, self._gamma = costs, gamma
 
-    @property
-    def state(self) -> dict[str, Tensor | list[Tensor]]:
-        """See `Fitted`."""
-        return self._state
+    def initial_state(self, context: MethodContext) -> dict[str, Tensor]:
+        costs = torch.tensor(self._costs, dtype=torch.float64)
+        return {"costs": costs.to(context.weights.device, context.weights.wide)}
 
-    @property
-    def costs(self) -> Tensor:
-        """Of a weight of each tensor, float64."""
-        costs = self._state["costs"]
-        assert isinstance(costs, Tensor)
-        return costs.double()
-
-    def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
-        """See `Fitted`."""
-        return self.cuts_with(self._gamma, weights, sparsity)
-
-    def cuts_with(
-        self, gamma: float | Tensor, weights: LatentWeights, sparsity: Tensor
+    def cutoffs(
+        self, weights: LatentWeights, sparsity: Tensor, state: State = NO_STATE
     ) -> list[Segment]:
-        """The cuts of a ranking with this bias."""
-        logs = self.costs.log()
-        exponents = -gamma * (logs - logs.mean())
-        # A bias beyond all measure prunes the dear layers first, in the order of their costs.
-        exponents *= (LARGEST / exponents.abs().amax()).clamp(max=1.0)
-        return cut_scaled(weights, exponents.exp(), sparsity)
+        return biased_cutoffs(weights, sparsity, state["costs"], self._gamma)
 
 
-class Budgeted(Biased):
-    """A `FlopsBiased` whose bias follows the weights, so that the kept ones meet a budget.
+def biased_cutoffs(
+    weights: LatentWeights, sparsity: Tensor, costs: Tensor, gamma: float | Tensor
+) -> list[Segment]:
+    """Return the cutoffs of a ranking by |w| / costs^gamma.
 
-    A larger bias exchanges dear weights for cheaper ones, never the other way: so the cost falls
-    with it, and the least bias that meets the budget can be searched for.
+    Args:
+        weights, sparsity: as for `FittedAllocation.cutoffs`.
+        costs: of a weight of each tensor.
+        gamma: the bias, a number or one per tensor.
+    """
+    logs = costs.double().log()
+    exponents = -gamma * (logs - logs.mean())
+    # A bias without bound prunes the expensive layers first, in the order of their costs.
+    exponents *= (LARGEST / exponents.abs().amax()).clamp(max=1.0)
+    return scaled_cutoffs(weights, exponents.exp(), sparsity)
 
-    State: `gamma` too, the same for all tensors.
+
+class FittedBudget(FittedBias):
+    """A `FlopsBiased` with a bias that follows the weights, so that kept weights meet a budget.
+
+    A larger bias exchanges expensive weights for cheaper ones, never the reverse. So the cost falls
+    with the bias, and the smallest bias that meets the budget can be searched for.
+
+    State: also `gamma`, the same for all tensors.
+
+    Args:
+        costs: of a weight of each tensor.
+        sizes: number of weights of each tensor.
+        budget: maximum cost of the kept weights.
     """
 
     follows = True
 
-    def __init__(self, setting: Setting, costs: Sequence[float], budget: float):
-        weights, model = setting.weights, unwrap(setting.model)
-        super().__init__(weights, costs)
-        self._budget = budget
-        # Where there is a pattern, `weights` are units of several.
-        self._sizes = tuple(model.get_parameter(name).numel() for name in setting.names)
-        self._state["gamma"] = weights.sizes.to(weights.wide).zero_()
-        self._gammas.copy_(self._search(weights, setting.sparsity, look=True))
-        if excess := self.excess(weights, self._kept(self._gammas[0], weights, setting.sparsity)):
+    def __init__(self, costs: Sequence[float], sizes: Sequence[int], budget: float):
+        super().__init__(costs)
+        self._sizes, self._budget = tuple(sizes), budget
+
+    def initial_state(self, context: MethodContext) -> dict[str, Tensor]:
+        weights, sparsity = context.weights, context.sparsity
+        state = super().initial_state(context)
+        state["gamma"] = weights.sizes.to(weights.wide).zero_()
+        state["gamma"].copy_(self._search(weights, sparsity, state, read=True))
+        kept = self._density(state["gamma"][0], weights, sparsity, state)
+        if violation := self.violation(weights, kept, state):
             raise ConfigurationError(
-                f"No bias keeps the network within the budget at sparsity={setting.sparsity}: "
-                f"with the strongest {excess} Raise the budget or the sparsity."
+                f"No bias keeps the network within the budget at sparsity={sparsity}: with the "
+                f"strongest {violation} Raise the budget or the sparsity."
             )
+        return state
 
-    @property
-    def _gammas(self) -> Tensor:
-        gammas = self._state["gamma"]
-        assert isinstance(gammas, Tensor)
-        return gammas
+    def cutoffs(
+        self, weights: LatentWeights, sparsity: Tensor, state: State = NO_STATE
+    ) -> list[Segment]:
+        return biased_cutoffs(weights, sparsity, state["costs"], state["gamma"].double())
 
-    def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
-        """See `Fitted`."""
-        return self.cuts_with(self._gammas.double(), weights, sparsity)
+    def next_state(
+        self, weights: LatentWeights, sparsity: float, state: State
+    ) -> dict[str, Tensor]:
+        read = not devices.synchronizes(weights.device)
+        gamma = self._search(weights, sparsity, state, read)
+        return {"gamma": gamma.to(weights.wide).expand_as(state["gamma"])}
 
-    def excess(self, weights: LatentWeights, kept: Tensor) -> str | None:
-        """See `Fitted`."""
-        cost = self._cost(weights, kept)
-        if not bool(self._is_over(cost)):
+    def violation(self, weights: LatentWeights, kept: Tensor, state: State) -> str | None:
+        cost = self._cost(weights, kept, state)
+        if not bool(self._exceeds(cost)):
             return None
         return f"its weights cost {float(cost):,.6g}, more than the budget of {self._budget:,.6g}."
 
-    def follow(self, weights: LatentWeights, sparsity: float, taken: bool | Tensor) -> None:
-        """See `Fitted`."""
-        found = self._search(weights, sparsity, look=not devices.synchronizes(weights.device))
-        write_if(taken, [self._gammas], [found.to(weights.wide).expand_as(self._gammas)])
+    def _search(self, weights: LatentWeights, sparsity: float, state: State, read: bool) -> Tensor:
+        """Return the smallest bias within the budget, or the strongest; 0-dimensional.
 
-    def _search(self, weights: LatentWeights, sparsity: float, look: bool) -> Tensor:
-        """The least bias within the budget, or the strongest; 0-dimensional.
-
-        From the present one outwards until the answer is passed, then halving. Where the host may
-        not look, the number of trials is fixed: an answer that is far away takes some more steps.
+        From the present bias outwards until the answer is passed, then by bisection. If the host may
+        not read, the number of trials is fixed: a distant answer takes several steps.
         """
-        here = (self._gammas[0] / UNIT).round().long()
-        low, high, reach = torch.full_like(here, -1), torch.full_like(here, STRONGEST + 1), 1
-        for _ in range(2 * STRONGEST if look else TRIALS):
-            over = self._is_over(self._cost(weights, self._kept(here * UNIT, weights, sparsity)))
-            low, high = torch.where(over, here, low), torch.where(over, high, here)
-            if look and high - low <= 1:
+        trial = (state["gamma"][0] / UNIT).round().long()
+        low, high, reach = torch.full_like(trial, -1), torch.full_like(trial, STRONGEST + 1), 1
+        for _ in range(2 * STRONGEST if read else TRIALS):
+            kept = self._density(trial * UNIT, weights, sparsity, state)
+            over = self._exceeds(self._cost(weights, kept, state))
+            low, high = torch.where(over, trial, low), torch.where(over, high, trial)
+            if read and high - low <= 1:
                 break
-            outward = torch.where(over, here + reach, here - reach).clamp(0, STRONGEST)
+            outward = torch.where(over, trial + reach, trial - reach).clamp(0, STRONGEST)
             passed = (low >= 0) & (high <= STRONGEST)
-            here = torch.where(passed, (low + high + 1) // 2, outward)
+            trial = torch.where(passed, (low + high + 1) // 2, outward)
             reach *= 4
-        return torch.where(high <= STRONGEST, high, here) * UNIT
+        return torch.where(high <= STRONGEST, high, trial) * UNIT
 
-    def _kept(self, gamma: Tensor, weights: LatentWeights, sparsity: float) -> Tensor:
-        """The share of each tensor that is kept at a sparsity with a bias, float64."""
-        share = torch.full((), sparsity, dtype=torch.float64, device=weights.device)
-        pruned = weights.counts_pruned(self.cuts_with(gamma.double(), weights, share))
-        return 1 - pruned.double() / weights.sizes.clamp_min(1)
+    def _density(
+        self, gamma: Tensor, weights: LatentWeights, sparsity: float, state: State
+    ) -> Tensor:
+        """Return the density of each tensor at a sparsity with a bias, float64."""
+        target = torch.full((), sparsity, dtype=torch.float64, device=weights.device)
+        found = biased_cutoffs(weights, target, state["costs"], gamma.double())
+        return 1 - count_pruned(weights, found).double() / weights.sizes.clamp_min(1)
 
-    def _cost(self, weights: LatentWeights, kept: Tensor) -> Tensor:
-        """What is kept of all tensors costs so much, 0-dimensional float64."""
+    def _cost(self, weights: LatentWeights, kept: Tensor, state: State) -> Tensor:
+        """Return the cost of the kept weights of all tensors, 0-dimensional float64."""
 
         def make(_: LatentWeights) -> Tensor:
             return torch.tensor(self._sizes, dtype=torch.float64, device=weights.device)
 
-        return (kept * weights.constant(("sizes", *self._sizes), make) * self.costs).sum()
+        sizes = weights.constant(("sizes", *self._sizes), make)
+        return (kept * sizes * state["costs"].double()).sum()
 
-    def _is_over(self, cost: Tensor) -> Tensor:
-        return cost > self._budget * (1 + 1e-9)  # which is rounding
+    def _exceeds(self, cost: Tensor) -> Tensor:
+        return cost > self._budget * (1 + 1e-9)  # 1e-9: rounding

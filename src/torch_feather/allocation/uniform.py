@@ -8,24 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..context import MethodContext
 from ..errors import ConfigurationError
-from ..methods.base import Setting
 from ..prunable import convolutions
-from ..weights.latent import LatentWeights, Segment
-from .base import Allocation, Fitted, counts_of, cut_layers
+from ..weights.latent import LatentWeights
+from ..weights.segments import Segment
+from .base import NO_STATE, Allocation, FittedAllocation, State, layer_cutoffs, round_counts
 
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
-    """Every layer is equally sparse, to less than one weight; the total is exact.
+    """Gives every layer the same sparsity, to less than one weight; the total is exact.
 
-    Source: Zhu and Gupta (2017). What dense layers keep, the others make up for.
+    If some layers stay dense, the others are sparser for it. Source: Zhu and Gupta (2017).
 
     Attributes:
         dense_first: the first convolution stays dense, as in Feather's experiments with this
-            backbone (supplement, section 4). A network without convolutions has none.
-        dense_depthwise: depthwise convolutions stay dense, as in Zhu and Gupta's MobileNet: they
-            have few weights, of which each channel needs some.
+            backbone (supplement, section 4).
+        dense_depthwise: depthwise convolutions stay dense, as in Zhu and Gupta's MobileNet.
     """
 
     on_shards = True
@@ -33,41 +33,45 @@ class Uniform(Allocation):
     dense_first: bool = False
     dense_depthwise: bool = False
 
-    def fit(self, setting: Setting) -> Equal:
-        """See `Allocation`. Layers that take no part are dense anyway."""
-        found = convolutions(setting.model)
+    def fit(self, context: MethodContext) -> FittedUniform:
+        found = convolutions(context.model)
         dense = [name for name, _ in found[:1] if self.dense_first]
         if self.dense_depthwise:
             dense += [name for name, layer in found if layer.groups == layer.in_channels > 1]
         prunable = [
             0 if name in dense else shape.numel()
-            for name, shape in zip(setting.names, setting.weights.shapes, strict=True)
+            for name, shape in zip(context.names, context.weights.shapes, strict=True)
         ]
-        wanted = round(setting.sparsity * setting.weights.size)
-        if wanted > sum(prunable):
+        target = round(context.sparsity * context.weights.size)
+        if target > sum(prunable):
             raise ConfigurationError(
-                f"sparsity={setting.sparsity} asks for {wanted} zeros, but only {sum(prunable)} of "
-                f"{setting.weights.size} weights are outside of the convolutions that are to stay "
-                "dense. Prune them too (allocation='uniform', which is "
-                "Uniform(dense_first=False)), or change the target."
+                f"sparsity={context.sparsity} means {target} zeros, but only {sum(prunable)} of "
+                f"{context.weights.size} weights are outside of the convolutions that stay dense. "
+                "Prune them too (allocation='uniform', which is Uniform(dense_first=False)), or "
+                "lower the target."
             )
-        return Equal(prunable)
+        return FittedUniform(prunable)
 
 
-class Equal(Fitted):
-    """A `Uniform` that knows how many weights of each tensor may be pruned."""
+class FittedUniform(FittedAllocation):
+    """A `Uniform` for one model.
+
+    Args:
+        prunable: how many weights of each tensor may be pruned.
+    """
 
     on_shards = True
 
     def __init__(self, prunable: Sequence[int]) -> None:
         self._prunable = tuple(prunable)
 
-    def cuts(self, weights: LatentWeights, sparsity: Tensor) -> list[Segment]:
-        """See `Fitted`."""
+    def cutoffs(
+        self, weights: LatentWeights, sparsity: Tensor, state: State = NO_STATE
+    ) -> list[Segment]:
         prunable = weights.constant(("prunable", *self._prunable), self._on_device)
-        # A model may begin with more zeros than its target, more even than these layers can have.
+        # A model may start with more zeros than its target, even more than these layers can have.
         total = (sparsity * weights.size).minimum(prunable.sum())
-        return cut_layers(weights, counts_of(prunable * (total / prunable.sum()), total))
+        return layer_cutoffs(weights, round_counts(prunable * (total / prunable.sum()), total))
 
     def _on_device(self, weights: LatentWeights) -> Tensor:
         return torch.tensor(self._prunable, dtype=torch.float64, device=weights.device)

@@ -1,8 +1,8 @@
-"""Where the model and its optimizers hold the prunable weights, and which of them are handled."""
+"""Where the model and its optimizers hold the prunable weights, and which of them are supported."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,27 +11,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import ConfigurationError, some
-from ..prunable import Prunable
-from ..weights.shards import is_sharded, local
+from ..errors import ConfigurationError, StateError, some
+from ..methods.base import Rate
+from ..prunable import Prunable, unwrap
+from ..weights.shards import fsdp_units, is_sharded, local
 
-# Optimizers that write parameters outside of step(), where latent and sparse weights would mix.
+# Optimizers that write parameters outside of step(), where latent and effective weights would mix.
 WRITE_OUTSIDE_STEP = ("ScheduleFree", "Lookahead")
-# Optimizers that hold or step the parameters in a way that is not handled, and what does instead.
-NOT_HANDLED = {
-    "ZeroRedundancyOptimizer": "has a state dict of its own, without latent weights. fully_shard "
-    "with a plain optimizer spreads the optimizer's state and the latent weights alike",
-    "CPUOffloadOptimizer": "trains copies of the weights that are its own. fully_shard with "
-    "CPUOffloadPolicy and a plain optimizer keeps weights, latent weights and state on the CPU",
+# Optimizers that hold or step the parameters in an unsupported way, with an alternative.
+UNSUPPORTED = {
+    "ZeroRedundancyOptimizer": "has a state dict of its own, without latent weights. Use "
+    "fully_shard with a plain optimizer, which shards the optimizer's state and the latent weights",
+    "CPUOffloadOptimizer": "trains copies of the weights. Use fully_shard with CPUOffloadPolicy and "
+    "a plain optimizer, which keeps weights, latent weights and state on the CPU",
 }
 
-# Optimizers and parameters that a sparsifier is attached to.
+# Optimizers and parameters that have a sparsifier.
 attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(eq=False)
-class Slot:
-    """A prunable weight, and where the model and the optimizer hold it."""
+class BoundWeight:
+    """A prunable weight, and where the model and the optimizers hold it."""
 
     name: str
     module: nn.Module
@@ -43,40 +44,130 @@ class Slot:
 
     @property
     def local(self) -> Tensor:
-        """What this process holds of the parameter: all of it, or its shard."""
+        """The local shard of the parameter; all of it if it is not sharded."""
         return local(self.parameter)
+
+
+class Binding:
+    """The prunable weights of a model in one or several optimizers.
+
+    Attributes:
+        weights: the prunable weights, by position.
+        optimizers: the optimizers, in the order in which they step.
+    """
+
+    def __init__(self, weights: Sequence[BoundWeight], optimizers: Sequence[Optimizer]):
+        self.weights, self.optimizers = list(weights), list(optimizers)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the weights."""
+        return [weight.name for weight in self.weights]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters."""
+        return [weight.parameter for weight in self.weights]
+
+    @property
+    def local(self) -> list[Tensor]:
+        """The local shards of the parameters."""
+        return [weight.local for weight in self.weights]
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """The local shards of the gradients."""
+        return [None if p.grad is None else local(p.grad) for p in self.parameters]
+
+    def held_by(self, optimizer: int) -> list[int]:
+        """Return the positions of the weights that an optimizer holds."""
+        return [i for i, weight in enumerate(self.weights) if weight.optimizer == optimizer]
+
+    def learning_rate(self) -> Rate:
+        """Return the present learning rate of the first prunable weight; None without one."""
+        first = self.weights[0]
+        return self.optimizers[first.optimizer].param_groups[first.group].get("lr")
+
+    def current(self) -> list[nn.Parameter]:
+        """Return what the optimizers hold now in the place of each parameter."""
+        return [self._current(weight) for weight in self.weights]
+
+    def _current(self, weight: BoundWeight) -> nn.Parameter:
+        try:
+            groups = self.optimizers[weight.optimizer].param_groups
+            return groups[weight.group]["params"][weight.position]
+        except IndexError:
+            raise StateError(
+                f"The optimizer no longer holds {weight.name}: a parameter group was removed. "
+                "Call detach() before you remove a group, and sparsify again after it."
+            ) from None
+
+    def lost(self, model: nn.Module, current: Sequence[Tensor]) -> list[str]:
+        """Return the names of weights whose current parameter the model does not hold."""
+        return [
+            weight.name
+            for weight, parameter in zip(self.weights, current, strict=True)
+            if _lookup(model, weight.name) is not parameter
+            and not any(parameter is other for other in model.parameters())
+        ]
+
+    def leaves(self, model: nn.Module) -> Iterator[tuple[int, Tensor]]:
+        """Yield the tensor that autograd sees of each weight, with its position.
+
+        `fully_shard` gathers the parameters of a unit into other tensors, which the network uses.
+        Hooks on its sharded parameters are never called.
+        """
+        gathered: dict[int, Tensor] = {}
+        for unit in fsdp_units(model):
+            unit.unshard()
+            for i, weight in enumerate(self.weights):
+                seen = weight.module._parameters.get(weight.attribute)
+                if seen is not None and seen is not weight.parameter:
+                    gathered[i] = seen
+            unit.reshard()
+        for i, weight in enumerate(self.weights):
+            yield i, gathered.get(i, weight.parameter)
 
 
 def bind(
     model: nn.Module,
     prunable: Sequence[Prunable],
     optimizer: Optimizer | Sequence[Optimizer],
-) -> tuple[list[Slot], list[Optimizer]]:
-    """Finds each prunable weight in the optimizers, by (optimizer, group, position)."""
+) -> Binding:
+    """Find each prunable weight in the optimizers.
+
+    Args:
+        model: the model.
+        prunable: its prunable weights.
+        optimizer: one or several optimizers; wrappers are looked through.
+
+    Raises:
+        ConfigurationError: a weight is held by no optimizer, or more than once, or is unsupported.
+    """
     given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     optimizers = [_checked(one) for one in given]
-    places: dict[int, list[tuple[int, int, int]]] = {}
+    found: dict[int, list[tuple[int, int, int]]] = {}
     for o, one in enumerate(optimizers):
         for g, group in enumerate(one.param_groups):
             for i, parameter in enumerate(group["params"]):
-                places.setdefault(id(parameter), []).append((o, g, i))
+                found.setdefault(id(parameter), []).append((o, g, i))
     if not prunable:
         raise ConfigurationError(
-            f"{type(model).__name__} has no prunable weights: no trainable weight of a "
-            "convolution, linear layer or attention projection is left by include and exclude "
-            "(frozen weights are left alone). Name what should take part with include=."
+            f"{type(model).__name__} has no prunable weights: include and exclude leave no trainable "
+            "weight of a convolution, linear layer or attention projection (frozen weights are not "
+            "pruned). Name the weights to prune with include=."
         )
-    missing = [p.name for p in prunable if id(p.parameter) not in places]
+    missing = [p.name for p in prunable if id(p.parameter) not in found]
     if missing:
         raise ConfigurationError(
-            f"No optimizer holds {some(missing)}. Give sparsify all optimizers that train the "
-            "model, after any move that replaces parameters, or leave these weights out: exclude=."
+            f"No optimizer holds {some(missing)}. Pass all optimizers that train the model to "
+            "sparsify, after any move that replaces parameters, or exclude these weights (exclude=)."
         )
-    shared = [p.name for p in prunable if len(places[id(p.parameter)]) > 1]
+    shared = [p.name for p in prunable if len(found[id(p.parameter)]) > 1]
     if shared:
         raise ConfigurationError(
-            f"{some(shared)} is held more than once by the optimizers: each step would update it "
-            "twice. Give every parameter to one optimizer."
+            f"The optimizers hold {some(shared)} more than once, so each step would update it twice. "
+            "Give every parameter to one optimizer."
         )
     check_storage([p.name for p in prunable], [p.parameter for p in prunable])
     if isinstance(model, nn.parallel.DistributedDataParallel) and any(
@@ -84,29 +175,29 @@ def bind(
     ):
         raise ConfigurationError(
             "DistributedDataParallel steps optimizers of _apply_optimizer_in_backward while it "
-            "averages gradients, unseen. Step the optimizer after the backward pass."
+            "averages gradients, which no hook sees. Step the optimizer after the backward pass."
         )
     for p in prunable:
         if p.parameter in attached:
             raise ConfigurationError(
                 f"{p.name} already has a sparsifier. Call its detach() or finalize() first."
             )
-    slots = [
-        Slot(p.name, p.module, p.attribute, p.parameter, *places[id(p.parameter)][0])
+    weights = [
+        BoundWeight(p.name, p.module, p.attribute, p.parameter, *found[id(p.parameter)][0])
         for p in prunable
     ]
-    return slots, optimizers
+    return Binding(weights, optimizers)
 
 
 def plain_optimizer(optimizer: Any) -> Any:
-    """The optimizer behind the wrappers of Accelerate and Lightning."""
+    """Return the optimizer inside wrappers such as those of Accelerate and Lightning."""
     while hasattr(optimizer, "optimizer") and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def _checked(optimizer: Any) -> Optimizer:
-    """The torch optimizer behind wrappers, if it can be used."""
+    """Return the torch optimizer inside wrappers if it is supported."""
     optimizer = plain_optimizer(optimizer)
     kinds = [kind.__name__ for kind in type(optimizer).__mro__]
     wrapped = getattr(optimizer, "optimizer", None) or getattr(optimizer, "base_optimizer", None)
@@ -116,13 +207,13 @@ def _checked(optimizer: Any) -> Optimizer:
         name = next((kind for kind in kinds if refused in kind), None)
         if name:
             raise ConfigurationError(
-                f"{name} writes parameters outside of step(), where they hold the sparse weights "
-                "and not the latent ones it means. Use a plain optimizer; for an average of the "
-                "weights see torch_feather.LatentAverage."
+                f"{name} writes parameters outside of step(), where they hold effective weights "
+                "instead of latent ones. Use a plain optimizer; for averaged weights use "
+                "torch_feather.LatentAverage."
             )
-    for refused, why in NOT_HANDLED.items():
+    for refused, why in UNSUPPORTED.items():
         if refused in kinds:
-            raise ConfigurationError(f"{refused} is not handled: it {why}.")
+            raise ConfigurationError(f"{refused} is not supported: it {why}.")
     if not isinstance(optimizer, Optimizer):
         raise ConfigurationError(
             "optimizer must be a torch.optim.Optimizer or a sequence of them, got "
@@ -137,51 +228,53 @@ def _checked(optimizer: Any) -> Optimizer:
 
 
 def check_storage(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
-    """Raises ConfigurationError where the engine cannot exchange the values of parameters."""
+    """Raise ConfigurationError if the engine cannot exchange the values of a parameter."""
     for name, parameter in zip(names, parameters, strict=True):
-        out = f"Leave it out: exclude={name!r}."
-        if not parameter.is_floating_point():
-            raise ConfigurationError(
-                f"{name} is {parameter.dtype}; only floating-point weights can be pruned. {out}"
-            )
-        if parameter.dim() == 0:
-            raise ConfigurationError(
-                f"{name} is a single number, of which no share can be pruned. {out}"
-            )
-        if is_sharded(parameter):
-            if any(p.is_partial() for p in parameter.placements):  # type: ignore[attr-defined]
-                raise ConfigurationError(
-                    f"{name} is a sum over processes (a Partial placement): its values are "
-                    f"nowhere. Redistribute it. {out}"
-                )
-            whole, parameter = parameter, local(parameter)
-            if not parameter.is_contiguous():
-                raise ConfigurationError(
-                    f"The shard of {name} is not contiguous in memory. Shard it by "
-                    f"fully_shard, parallelize_module or distribute_tensor. {out}"
-                )
-            if parameter.numel() == 0 < whole.numel():
-                continue
-        if parameter.layout != torch.strided or parameter.device.type not in ("cpu", "cuda"):
-            raise ConfigurationError(
-                f"{name} lies on {parameter.device} with layout {parameter.layout}; weights must "
-                "be ordinary (strided) tensors on a CPU or a CUDA device."
-            )
-        if parameter.numel() == 0 or not _is_dense(parameter):
-            raise ConfigurationError(
-                f"{name} is empty or does not fill its memory (shape {tuple(parameter.shape)}, "
-                f"strides {parameter.stride()}). Make it contiguous. {out}"
-            )
+        _check_one(name, parameter)
     devices = sorted({str(local(parameter).device) for parameter in parameters})
     if len(devices) > 1:
         raise ConfigurationError(
-            f"The prunable weights lie on several devices ({', '.join(devices)}); a common "
+            f"The prunable weights are on several devices ({', '.join(devices)}). A common "
             "threshold needs them on one."
         )
 
 
+def _check_one(name: str, parameter: Tensor) -> None:
+    fix = f"Exclude it: exclude={name!r}."
+    if not parameter.is_floating_point():
+        raise ConfigurationError(
+            f"{name} is {parameter.dtype}. Only floating-point weights can be pruned. {fix}"
+        )
+    if parameter.dim() == 0:
+        raise ConfigurationError(f"{name} is a single number and cannot be pruned. {fix}")
+    if is_sharded(parameter):
+        if any(p.is_partial() for p in parameter.placements):  # type: ignore[attr-defined]
+            raise ConfigurationError(
+                f"{name} is a sum over processes (a Partial placement), so no process holds its "
+                f"values. Redistribute it. {fix}"
+            )
+        whole, parameter = parameter, local(parameter)
+        if not parameter.is_contiguous():
+            raise ConfigurationError(
+                f"The shard of {name} is not contiguous in memory. Shard it by fully_shard, "
+                f"parallelize_module or distribute_tensor. {fix}"
+            )
+        if parameter.numel() == 0 < whole.numel():
+            return
+    if parameter.layout != torch.strided or parameter.device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(
+            f"{name} is on {parameter.device} with layout {parameter.layout}. Weights must be "
+            "strided tensors on a CPU or a CUDA device."
+        )
+    if parameter.numel() == 0 or not _is_dense(parameter):
+        raise ConfigurationError(
+            f"{name} is empty or does not fill its memory (shape {tuple(parameter.shape)}, "
+            f"strides {parameter.stride()}). Make it contiguous. {fix}"
+        )
+
+
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory without gaps or overlap."""
+    """Return whether the elements fill one block of memory without gaps or overlap."""
     expected = 1
     for stride, size in sorted(
         (stride, size)
@@ -192,3 +285,22 @@ def _is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def _lookup(model: nn.Module, name: str) -> Tensor | None:
+    """Return the parameter with this name, None if there is none."""
+    module = unwrap(model)
+    *path, attribute = name.split(".")
+    for part in path:
+        child = module._modules.get(part)
+        if child is None:
+            return None
+        compiled = child._modules.get("_orig_mod")
+        module = child if compiled is None else compiled
+    return module._parameters.get(attribute)
+
+
+def layout(parameter: Tensor) -> tuple[Any, ...]:
+    """Return type, device, shapes and strides of a parameter and its local shard."""
+    held = local(parameter)
+    return parameter.dtype, held.device, parameter.shape, held.shape, held.stride()

@@ -1,7 +1,7 @@
-"""What others write into parameters between steps: checksums that tell, and when to look closer.
+"""Detection of external writes: values that others wrote into parameters between two steps.
 
-Writes may come from anywhere (`load_state_dict` of the model, an average swapped in, `.data`), so
-they are looked for: parameters are compared with what the engine gave them last.
+Writes may come from anywhere (`load_state_dict` of the model, an average swapped in, `.data`).
+Checksums and versions tell on a CPU which parameters to compare with what they were given.
 """
 
 from __future__ import annotations
@@ -16,50 +16,54 @@ from ..weights.checksum import checksum, checksum_of
 from ..weights.latent import LatentWeights
 
 
-class Watch:
-    """Tells which parameters may hold something else than they were given.
+class WriteDetector:
+    """Names the parameters that may hold other values than they were given.
 
-    On CPUs versions and checksums say it. Elsewhere reading them would make the host wait, so there
-    all of them may.
+    On accelerators, reading a checksum would synchronize the host, so there all of them may.
 
     Attributes:
-        loaded: checksums, by number, of what a checkpoint says that parameters were given. It may
-            be the image that another device has made, so it is no write from outside.
+        loaded: checksums of effective weights that a checkpoint names, by position. They may have
+            been computed on another device, so they are not external writes.
     """
 
     def __init__(self) -> None:
         self.loaded: dict[int, int] = {}
         self._marks: list[tuple[int, int]] = []
 
-    def note(self, weights: LatentWeights, here: Sequence[Tensor]) -> None:
-        """The parameters, of which this is what is here, were given their values just now."""
-        self._marks = [] if devices.synchronizes(weights.device) else _marks(here)
+    def record(self, weights: LatentWeights, local: Sequence[Tensor]) -> None:
+        """Record the present values of the parameters.
 
-    def doubt(self) -> None:
-        """All processes are to look closer next time; this one alone knows why."""
+        Args:
+            weights: the latent weights.
+            local: local shards of the parameters.
+        """
+        self._marks = [] if devices.synchronizes(weights.device) else _marks(local)
+
+    def invalidate(self) -> None:
+        """Make all parameters suspect, for a reason that this process alone knows."""
         self._marks = []
 
-    def suspects(self, weights: LatentWeights, here: Sequence[Tensor]) -> list[int]:
-        """Which of the parameters to compare with what they were given; alike on all processes."""
-        found = list(range(len(here)))
+    def suspects(self, weights: LatentWeights, local: Sequence[Tensor]) -> list[int]:
+        """Return the positions of parameters to compare; the same on all processes."""
+        found = list(range(len(local)))
         if not devices.synchronizes(weights.device):
-            pairs = enumerate(zip(_marks(here), self._marks, strict=True))
+            pairs = enumerate(zip(_marks(local), self._marks, strict=True))
             named = [i for i, (now, then) in pairs if now != then] if self._marks else found
             found = _on_any(weights, named)
         if self.loaded:
-            found = [i for i in found if checksum_of(weights, i, here[i]) != self.loaded.get(i)]
+            found = [i for i in found if checksum_of(weights, i, local[i]) != self.loaded.get(i)]
         return found
 
 
-def _marks(here: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Versions and checksums: one of them changes with every write."""
-    return [(part._version, checksum(part)) for part in here]
+def _marks(local: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return versions and checksums; every write changes one of them."""
+    return [(part._version, checksum(part)) for part in local]
 
 
-def _on_any(weights: LatentWeights, indices: list[int]) -> list[int]:
-    """The weights that some process names: all must do the same."""
+def _on_any(weights: LatentWeights, positions: list[int]) -> list[int]:
+    """Return the positions that any process names, so that all processes act alike."""
     if weights.shards is None:
-        return indices
+        return positions
     named = torch.zeros(len(weights.views), dtype=torch.int32)
-    named[indices] = 1
+    named[positions] = 1
     return weights.common(named).nonzero().flatten().tolist()

@@ -1,6 +1,6 @@
-"""What the engine looks for while it trains: NaN, layers that lost every weight, zeros by chance.
+"""Checks during training: NaN, layers without weights, unexpected zeros.
 
-Nothing here makes the host wait for a device: there, what is counted is read when it has arrived.
+On a device nothing here synchronizes the host: counts are read when they have been copied.
 """
 
 from __future__ import annotations
@@ -12,96 +12,103 @@ from torch import Tensor
 
 from .. import devices
 from ..errors import FILL_LAYERS, NonFiniteWeightError, some, warn
-from ..methods.base import Reparametrization
+from ..methods.base import BoundMethod, Pruning
 from ..weights.latent import LatentWeights
 
-# Steps between two looks at what costs a pass over the weights, or a transfer, to look at.
+# Steps between two checks that need a pass over the weights, or a transfer.
 POLL = 100
 
 
 class Health:
-    """Watches over the weights of one training.
+    """Checks the weights of one training run.
 
     Args:
-        names: of the weight tensors.
-        total_steps: of the whole training.
+        names: names of the weight tensors.
+        total_steps: optimizer steps of the whole training.
     """
 
     def __init__(self, names: Sequence[str], total_steps: int) -> None:
         self._names = names
         self._total_steps = total_steps
-        self._steps = 0  # seen here, those of before a restart not among them
+        self._steps = 0  # of this process, without those before a restart
         self._warned: set[str] = set()
-        self._awaited: tuple[Tensor, torch.cuda.Event] | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def look(
+    def check(
         self,
         weights: LatentWeights,
-        here: Sequence[Tensor],
-        method: Reparametrization,
+        local: Sequence[Tensor],
+        method: BoundMethod,
+        pruning: Pruning,
         step: Tensor,
-        total: Tensor,
     ) -> None:
-        """Raises for NaN and warns of empty layers, after a step.
+        """Raise for NaN and warn of empty layers, after a step.
 
         Args:
             weights: the latent weights.
-            here: what this process holds of the parameters, which hold the image.
-            method: what made the image.
-            step: steps taken so far; on a device it is not read.
-            total: the sum of the whole image: not finite if one of it is NaN.
+            local: local shards of the parameters, which hold effective weights.
+            method: the method.
+            pruning: of this step.
+            step: steps taken; on a device the host does not read it.
         """
         self._steps += 1
         if not devices.synchronizes(weights.device):
-            if not weights.common(total).isfinite() or _count_broken(weights, method):
-                self.raise_if_nan(weights, here, method)
-            if self._steps % POLL == 0 or int(step) in (method.arrival, self._total_steps):
-                self.inspect(weights, here, method)
+            total = torch.stack([part.sum(dtype=weights.wide) for part in local]).sum()
+            if not weights.common(total).isfinite() or not _learned_finite(method):
+                self.raise_if_nan(weights, local, method, pruning)
+            if self._steps % POLL == 0 or int(step) in (method.target_step, self._total_steps):
+                self.inspect(weights, local, method, pruning)
         elif not torch.cuda.is_current_stream_capturing():
-            if self._awaited is None and self._steps % POLL == 0:
+            if self._pending is None and self._steps % POLL == 0:
                 with torch.cuda.device(weights.device):
-                    counts = _counts(weights, here, method)
+                    counts = _counts(weights, local, method, pruning)
                     pinned = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
                     event = torch.cuda.Event()
                     pinned.copy_(counts, non_blocking=True)
                     event.record()
-                self._awaited = pinned, event
-            elif self._awaited is not None and self._has_arrived(weights, self._awaited[1]):
-                counts, self._awaited = self._awaited[0], None
-                self._tell(weights, here, method, counts)
+                self._pending = pinned, event
+            elif self._pending is not None and self._is_copied(weights, self._pending[1]):
+                counts, self._pending = self._pending[0], None
+                self._report(weights, local, method, pruning, counts)
 
     def inspect(
-        self, weights: LatentWeights, here: Sequence[Tensor], method: Reparametrization
+        self,
+        weights: LatentWeights,
+        local: Sequence[Tensor],
+        method: BoundMethod,
+        pruning: Pruning,
     ) -> None:
-        """Looks at once, waiting for a device where need be."""
-        self._tell(weights, here, method, _counts(weights, here, method).cpu())
+        """Check at once, and synchronize with a device if needed; arguments as for `check`."""
+        counts = _counts(weights, local, method, pruning).cpu()
+        self._report(weights, local, method, pruning, counts)
 
     def raise_if_nan(
         self,
         weights: LatentWeights,
-        here: Sequence[Tensor],
-        method: Reparametrization | None = None,
+        local: Sequence[Tensor],
+        method: BoundMethod | None = None,
+        pruning: Pruning = None,
     ) -> None:
-        """Raises NonFiniteWeightError with the names of weights, or thresholds, that are NaN."""
-        advice = "Lower the learning rate, clip gradients, or go back to a checkpoint."
-        broken = None if method is None else method.broken(weights)
-        names = [] if broken is None else self._where(broken)
-        if names and not self._where(_count_nan(weights, weights.views)):
+        """Raise NonFiniteWeightError with the names of weights or thresholds that are NaN."""
+        advice = "Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
+        broken = None if method is None else _broken(weights, method, pruning)
+        names = [] if broken is None else self._named(broken)
+        if names and not self._named(_count_nan(weights, weights.views)):
             raise NonFiniteWeightError(
-                f"The learned thresholds of {some(names)} are not finite, as a weight or a "
-                f"gradient there was not: these layers cannot be pruned. {advice}"
+                f"The learned thresholds of {some(names)} are not finite, because a weight or a "
+                f"gradient was not. These layers cannot be pruned. {advice}"
             )
-        if names := self._where(_count_nan(weights, here)):
+        if names := self._named(_count_nan(weights, local)):
             raise NonFiniteWeightError(
                 f"Weights of {some(names)} are NaN. They are kept in the network, so that its loss "
                 f"shows them. {advice}"
             )
 
-    def _where(self, found: Tensor) -> list[str]:
+    def _named(self, found: Tensor) -> list[str]:
         return [name for name, n in zip(self._names, found.tolist(), strict=True) if n]
 
-    def _has_arrived(self, weights: LatentWeights, event: torch.cuda.Event) -> bool:
-        """Whether what was counted lies on the host; on shards all ranks must look at one time."""
+    def _is_copied(self, weights: LatentWeights, event: torch.cuda.Event) -> bool:
+        """Return whether the counts are on the host; on shards all ranks answer at one time."""
         if weights.shards is None:
             return event.query()
         if self._steps % POLL != POLL // 2:
@@ -109,46 +116,72 @@ class Health:
         event.synchronize()
         return True
 
-    def _tell(
+    def _report(
         self,
         weights: LatentWeights,
-        here: Sequence[Tensor],
-        method: Reparametrization,
+        local: Sequence[Tensor],
+        method: BoundMethod,
+        pruning: Pruning,
         counts: Tensor,
     ) -> None:
         nan, zeros, *kept = counts.tolist()
         if nan:
-            self.raise_if_nan(weights, here, method)
+            self.raise_if_nan(weights, local, method, pruning)
         for name, left in zip(self._names, kept, strict=True):
             if left == 0 and name not in self._warned:
                 self._warned.add(name)
                 warn(
-                    f"Every weight of {name} is pruned, so the layer gives nothing but its "
-                    f"bias. {FILL_LAYERS}"
+                    f"Every weight of {name} is pruned, so the layer returns only its bias. "
+                    f"{FILL_LAYERS}"
                 )
         if zeros > 0 and "" not in self._warned:
             self._warned.add("")
             warn(
                 f"{zeros} latent weights that should be kept are exactly 0: the network has more "
-                "zeros than asked for. Initialise these weights, or leave them out (exclude=)."
+                "zeros than the target. Initialize these weights, or exclude them (exclude=)."
             )
 
 
 @torch.no_grad()
-def _counts(weights: LatentWeights, here: Sequence[Tensor], method: Reparametrization) -> Tensor:
-    """Weights and thresholds that are NaN, kept weights that are 0, and kept ones of each layer."""
-    nan = _count_nan(weights, here).sum() + _count_broken(weights, method)
-    zero = weights.total(torch.stack([(part == 0).sum() for part in here])).sum()
-    pruned = method.counts_pruned(weights)
+def _counts(
+    weights: LatentWeights, local: Sequence[Tensor], method: BoundMethod, pruning: Pruning
+) -> Tensor:
+    """Return NaN among weights and thresholds, kept weights that are 0, and kept ones per layer."""
+    broken = _broken(weights, method, pruning)
+    nan = _count_nan(weights, local).sum() + (0 if broken is None else broken.sum())
+    zero = weights.total(torch.stack([(part == 0).sum() for part in local])).sum()
+    pruned = count_pruned_by(method, weights, pruning)
     return torch.cat([torch.stack([nan, zero - pruned.sum()]), weights.sizes - pruned])
 
 
-def _count_nan(weights: LatentWeights, here: Sequence[Tensor]) -> Tensor:
-    """NaN in each weight tensor, in whichever copy of it."""
-    return weights.common(torch.stack([part.isnan().sum() for part in here]))
+def count_pruned_by(method: BoundMethod, weights: LatentWeights, pruning: Pruning) -> Tensor:
+    """Return the pruned weights of each tensor, int64 of shape (tensors,)."""
+    counts = [method.pruned(weights, pruning, i).sum() for i in range(len(weights.views))]
+    return weights.total(torch.stack(counts))
 
 
-def _count_broken(weights: LatentWeights, method: Reparametrization) -> Tensor | int:
-    """Weight tensors for which the method learned what is not finite."""
-    broken = method.broken(weights)
-    return 0 if broken is None else broken.sum()
+def _count_nan(weights: LatentWeights, local: Sequence[Tensor]) -> Tensor:
+    """Return the NaN of each weight tensor, in every copy of it."""
+    return weights.common(torch.stack([part.isnan().sum() for part in local]))
+
+
+def _thresholds_learned(method: BoundMethod) -> list[Tensor]:
+    """Return the learned entries of the state with one number per weight tensor."""
+    entries = [method.state[name] for name in method.facts.learned]
+    return [entry.flat for entry in entries if not entry.per_weight]
+
+
+def _learned_finite(method: BoundMethod) -> bool:
+    return all(bool(entry.isfinite().all()) for entry in _thresholds_learned(method))
+
+
+def _broken(weights: LatentWeights, method: BoundMethod, pruning: Pruning) -> Tensor | None:
+    """Return the mask of tensors with a learned threshold that is not finite; None without any."""
+    learned = _thresholds_learned(method)
+    if not learned:
+        return None
+    tau = torch.stack([method.threshold(weights, pruning, i) for i in range(len(weights.views))])
+    finite = tau.isfinite()
+    for entry in learned:
+        finite &= entry.isfinite()
+    return ~finite

@@ -1,29 +1,59 @@
-"""GradScaler where several optimizers step one after another.
+"""GradScaler with several optimizers that step one after another.
 
-`scaler.step(optimizer)` divides the gradients of this optimizer by the scale, and leaves those of
-the next as they are. Methods that complete gradients need those of all in one scale, before the
-first step: so the scaler is asked to divide the others' then, as a loop may do itself.
+`scaler.step(optimizer)` divides the gradients of this optimizer by the loss scale and leaves those
+of the next one unchanged. Methods that complete gradients need all of them at one scale before the
+first step. So the scaler is asked to unscale the other optimizers then, as a loop may do itself.
 """
 
 from __future__ import annotations
 
-import sys
+import functools
 from collections.abc import Iterable
+from contextvars import ContextVar
+from typing import Any
 
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from ..errors import StateError
 
+_stepping: ContextVar[GradScaler | None] = ContextVar("stepping", default=None)
+
+
+def watch_scalers() -> None:
+    """Let `unscale_others` know the GradScaler that calls an optimizer's step.
+
+    GradScaler tells an optimizer that is not fused nothing about itself, and has no hook. So
+    `GradScaler.step` is wrapped once per process, when it is first needed.
+    """
+    step = GradScaler.step
+    if hasattr(step, "_tells_feather"):
+        return
+
+    @functools.wraps(step)
+    def watched(self: GradScaler, *args: Any, **kwargs: Any) -> Any:
+        token = _stepping.set(self)
+        try:
+            return step(self, *args, **kwargs)
+        finally:
+            _stepping.reset(token)
+
+    watched._tells_feather = True  # type: ignore[attr-defined]
+    GradScaler.step = watched  # type: ignore[method-assign]
+
 
 def unscale_others(optimizer: Optimizer, others: Iterable[Optimizer]) -> None:
-    """Brings the gradients of the others to the scale of those of `optimizer`, which steps now.
+    """Bring the gradients of other optimizers to the scale of those of `optimizer`.
+
+    Args:
+        optimizer: the optimizer that steps now.
+        others: the optimizers that step later.
 
     Raises:
-        StateError: it cannot be, as a fused optimizer is yet to divide by the scale itself.
+        StateError: impossible, because a fused optimizer divides by the scale later, itself.
     """
     others = list(others)
-    scaler = _caller() if others else None
+    scaler = _stepping.get() if others else None
     if scaler is None or not scaler.is_enabled():
         return
     divides_itself = getattr(optimizer, "grad_scale", None) is not None
@@ -31,22 +61,10 @@ def unscale_others(optimizer: Optimizer, others: Iterable[Optimizer]) -> None:
         divided = scaler._per_optimizer_states[id(other)]["stage"] is not OptState.READY
         if divides_itself and divided:
             raise StateError(
-                f"Of several optimizers, {type(other).__name__} was unscaled before the step of "
-                f"{type(optimizer).__name__}, and this one was not: the method completes gradients "
-                "of all weights together, which must be of one scale. Call scaler.unscale_ on "
-                "every optimizer before the first step, or on none."
+                f"{type(other).__name__} was unscaled before the step of "
+                f"{type(optimizer).__name__}, which was not. The method completes the gradients of "
+                "all weights together, so they must have one scale. Call scaler.unscale_ on every "
+                "optimizer before the first step, or on none."
             )
         if not divides_itself and not divided:
             scaler.unscale_(other)
-
-
-def _caller() -> GradScaler | None:
-    """The scaler whose `step` led here; it tells an optimizer that is not fused nothing of it."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "step":
-            scaler = frame.f_locals.get("self")
-            if isinstance(scaler, GradScaler):
-                return scaler
-        frame = frame.f_back  # type: ignore[assignment]
-    return None

@@ -1,10 +1,10 @@
-"""Optimizers that step within the backward pass, each as soon as its gradients are there.
+"""Optimizers that step inside the backward pass, each as soon as it has its gradients.
 
-A common threshold needs all of them. So the steps of one backward pass are a round, which ends when
-every optimizer with prunable weights has stepped, in whatever order: only then the schedule
-advances, thresholds move and parameters become R(w). Until then parameters hold what they held in
-the forward pass, since layers that are still to come may read them, recomputed ones too. The
-trajectory is that of a loop that steps after the backward pass.
+A common threshold needs all weights. So the steps of one backward pass form one step, which ends
+when every optimizer with prunable weights has stepped, in any order. Only then does the schedule
+advance and do the parameters become R(w). Until then parameters keep the values of the forward
+pass, since layers that come later may still read them, recomputed ones too. The trajectory equals
+that of a loop that steps after the backward pass.
 """
 
 from __future__ import annotations
@@ -17,15 +17,25 @@ from ..errors import StateError
 
 
 def in_backward() -> bool:
-    """Whether this thread is within a backward pass."""
+    """Return whether this thread is inside a backward pass.
+
+    Example:
+        >>> in_backward()
+        False
+    """
     return torch._C._current_graph_task_id() != -1
 
 
-class Round:
+class InBackwardStep:
     """Which optimizers have stepped in this backward pass.
 
     Args:
-        holders: the number of the optimizer that holds each prunable weight.
+        holders: number of the optimizer that holds each prunable weight.
+
+    Example:
+        >>> step = InBackwardStep([0, 1])
+        >>> step.add(0), step.is_open, step.add(1), step.is_open
+        (False, True, True, False)
     """
 
     def __init__(self, holders: Sequence[int]):
@@ -34,11 +44,11 @@ class Round:
 
     @property
     def is_open(self) -> bool:
-        """Whether some have stepped, and others not yet."""
+        """Whether some optimizers have stepped and others have not."""
         return bool(self._stepped)
 
     def add(self, optimizer: int) -> bool:
-        """Notes a step; returns whether it was the last, and the round is over."""
+        """Record a step; return whether it was the last one, which ends the step."""
         self._stepped.add(optimizer)
         if self._stepped != self._holders:
             return False
@@ -46,32 +56,31 @@ class Round:
         return True
 
     def abandon(self) -> None:
-        """The round ends although some have not stepped."""
+        """End the step although some optimizers have not stepped."""
         self._stepped.clear()
 
     def has(self, optimizer: int) -> bool:
-        """Whether this optimizer has stepped."""
+        """Return whether this optimizer has stepped."""
         return optimizer in self._stepped
 
     def missing(self) -> frozenset[int]:
-        """Those that have not stepped."""
+        """Return the optimizers that have not stepped."""
         return self._holders - self._stepped
 
 
 def half_done() -> StateError:
-    """The error for a look at the whole while a round is open, within the backward pass."""
+    """Return the error for a read of the model while a step inside the backward pass is open."""
     return StateError(
-        "Some optimizers have stepped in this backward pass, others not yet: what could be read or "
-        "saved here is half of a step. Do it after the backward pass."
+        "Some optimizers have stepped in this backward pass and others have not, so the model is "
+        "between two steps. Read or save it after the backward pass."
     )
 
 
 def incomplete(names: str) -> StateError:
-    """The error for a backward pass that left a round open; `names` are of weights."""
+    """Return the error for a backward pass that left a step open; `names` are of weights."""
     return StateError(
-        f"The optimizers of {names} did not step within the backward pass, others did. Such a step "
-        "is whole when all optimizers with prunable weights have stepped once. Leave out weights "
-        "without a gradient in every backward pass (exclude=), or step after it; where the pass "
-        "itself raised an error, go on. This step did not count; the updates that were made are "
-        "kept."
+        "All optimizers with prunable weights must step once per backward pass, but the optimizers "
+        f"of {names} did not. The step was not counted; completed updates were kept. Exclude "
+        "weights that do not always receive gradients (exclude=), or step after backward(). If "
+        "backward() itself failed, no action is needed."
     )

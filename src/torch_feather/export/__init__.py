@@ -1,5 +1,8 @@
-"""What leaves the library: sparse files, ONNX, the Hugging Face hub."""
+"""File formats of networks: sparse files, ONNX, and the Hugging Face hub."""
 
-from .sparse_file import Entry, SparseFile, load_sparse, save_sparse
+from .manifest import Entry
+from .onnx import export_onnx
+from .reader import SparseFile, load_sparse
+from .writer import save_sparse
 
-__all__ = ["Entry", "SparseFile", "load_sparse", "save_sparse"]
+__all__ = ["Entry", "SparseFile", "export_onnx", "load_sparse", "save_sparse"]

@@ -1,10 +1,13 @@
-"""Where the nonzeros of a sparse tensor are, in few bits: the gaps between them.
+"""Compact encoding of the positions of nonzero values, as gaps between them.
 
-A code of `width` bits below the largest one, `escape` = 2^width - 1, says: skip that many zeros,
-then comes a value. The escape itself says: skip `escape` zeros, no value. So width 1 is a bitmask
-(a 0 for each value), and wider codes are run lengths; the width is chosen per tensor so that the
-codes are shortest. With a share d of random nonzeros they take 1 bit per weight at d = 0.5, 6.2
-bits per nonzero at d = 0.05 and 8.7 at d = 0.01; 16-bit columns of CSR take 16 and row pointers.
+Codes have `width` bits. The largest code, `escape` = 2^width - 1, means: skip `escape` zeros; no
+value follows. Any other code means: skip that many zeros; a value follows. So width 1 is a bitmask
+in which 0 marks a value, and larger widths are run lengths. The width with the shortest encoding is
+chosen for each tensor.
+
+For random nonzeros of density d the codes take 1 bit per weight at d = 0.5, 6.2 bits per nonzero at
+d = 0.05, and 8.7 bits at d = 0.01. CSR with 16-bit columns takes 16 bits per nonzero and the row
+pointers.
 """
 
 from __future__ import annotations
@@ -17,15 +20,24 @@ Array = np.ndarray
 
 
 def encode(positions: Array) -> tuple[Array, int]:
-    """The codes of rising `positions` (int64), packed into uint8 from the lowest bit on; width.
+    """Encode positions of nonzero values.
 
-    What is left of the last byte is filled with ones, which a reader takes for escapes.
+    Args:
+        positions: int64, in ascending order.
+
+    Returns:
+        The codes, packed into uint8 from the lowest bit on, and their width. The unused bits of the
+        last byte are ones, which readers take for escapes.
+
+    Example:
+        >>> encode(np.array([0, 1, 5]))
+        (array([220], dtype=uint8), 1)
     """
     gaps = np.diff(positions, prepend=-1) - 1
     width = _best_width(gaps)
     escape = 2**width - 1
     escapes, rest = np.divmod(gaps, escape)
-    last = np.cumsum(escapes + 1) - 1  # where each position's own code stands
+    last = np.cumsum(escapes + 1) - 1  # index of the code that precedes each value
     codes = np.full(last[-1] + 1 if len(last) else 0, escape, dtype="<u2")
     codes[last] = rest
     bits = np.unpackbits(
@@ -41,19 +53,32 @@ def _best_width(gaps: Array) -> int:
 
 
 def decode(packed: Array, width: int, count: int, size: int) -> Array:
-    """The rising positions (int64) of `count` nonzeros among `size` weights.
+    """Decode positions of nonzero values.
+
+    Args:
+        packed: codes as uint8.
+        width: bits of a code.
+        count: number of nonzero values.
+        size: number of weights.
+
+    Returns:
+        int64 positions in ascending order.
 
     Raises:
-        ValueError: these bytes do not say that.
+        ValueError: the codes contain another number of positions, or positions beyond `size`.
+
+    Example:
+        >>> decode(np.array([220], dtype=np.uint8), width=1, count=3, size=10)
+        array([0, 1, 5])
     """
     bits = np.unpackbits(packed, bitorder="little")
     whole = bits[: len(bits) // width * width].reshape(-1, width)
     codes = np.packbits(whole, axis=1, bitorder="little").view("u1" if width <= 8 else "<u2")[:, 0]
     escape = 2**width - 1
-    ends = codes != escape
-    positions = np.cumsum(codes + ends, dtype=np.int64)[ends] - 1
+    is_value = codes != escape
+    positions = np.cumsum(codes + is_value, dtype=np.int64)[is_value] - 1
     if len(positions) != count:
         raise ValueError(f"{len(positions)} positions for {count} values")
     if count and positions[-1] >= size:
-        raise ValueError(f"position {positions[-1]} in a tensor of {size}")
+        raise ValueError(f"position {positions[-1]} in a tensor of {size} weights")
     return positions

@@ -7,46 +7,78 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from .packages import import_huggingface_hub
+
 FILE = "model.sparse.safetensors"
 SCHEME = "hf://"
 
 
 def is_address(path: str | PathLike[str]) -> bool:
-    """Whether it is `hf://USER/NAME`, not a file here."""
+    """Return whether a path is an address on the hub.
+
+    Example:
+        >>> is_address("hf://USER/NAME"), is_address("model.sparse.safetensors")
+        (True, False)
+    """
     return isinstance(path, str) and path.startswith(SCHEME)
 
 
 def download(address: str) -> Path:
-    """The sparse file of `hf://USER/NAME` or `hf://USER/NAME@REVISION`, from the client's cache."""
+    """Download a sparse file, or find it in the client's cache.
+
+    Args:
+        address: `hf://USER/NAME` or `hf://USER/NAME@REVISION`.
+
+    Returns:
+        The local file.
+
+    Raises:
+        ImportError: huggingface_hub is not installed.
+    """
     repository, _, revision = address.removeprefix(SCHEME).partition("@")
-    return Path(_client().hf_hub_download(repository, FILE, revision=revision or None))
+    client = import_huggingface_hub()
+    return Path(client.hf_hub_download(repository, FILE, revision=revision or None))
 
 
 def upload(folder: Path, repository: str) -> str:
-    """Put all files of `folder` there, into a repository that is made if need be; its address."""
-    hub = _client()
-    hub.create_repo(repository, exist_ok=True)
-    hub.upload_folder(repo_id=repository, folder_path=folder)
+    """Upload all files of a folder.
+
+    Args:
+        folder: what to upload.
+        repository: `USER/NAME`, created if it does not exist.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ImportError: huggingface_hub is not installed.
+    """
+    client = import_huggingface_hub()
+    client.create_repo(repository, exist_ok=True)
+    client.upload_folder(repo_id=repository, folder_path=folder)
     return SCHEME + repository
 
 
 def model_card(repository: str, run: Mapping[str, Any], file: str) -> str:
-    """README.md of a repository.
+    """Return README.md of a repository.
 
     Args:
         repository: `USER/NAME`.
-        run: what `export.run.about` tells of it.
+        run: metadata of the sparse file: network, data, method, accuracy and counts.
         file: a line about the file and its size.
+
+    Raises:
+        ImportError: huggingface_hub is not installed.
     """
-    hub = _client()
+    client = import_huggingface_hub()
     name = repository.split("/")[-1]
     accuracy, sparsity = run["test_accuracy"], run["zeros"] / run["weights"]
-    data = hub.ModelCardData(
+    data = client.ModelCardData(
         library_name="torch-feather",
         tags=["sparse", "pruning", run["method"]],
         model_name=name,
         eval_results=[
-            hub.EvalResult(
+            client.EvalResult(
                 task_type="image-classification",
                 dataset_type=run["data"],
                 dataset_name=run["data"],
@@ -55,7 +87,7 @@ def model_card(repository: str, run: Mapping[str, Any], file: str) -> str:
             )
         ],
     )
-    # What report.json of an older version does not tell is left to the reader.
+    # Reports of early versions lack these; the reader of the card has to fill them in.
     classes, channels = run.get("classes", "CLASSES"), run.get("input_shape", ["CHANNELS"])[0]
     return f"""---
 {data.to_yaml()}
@@ -63,17 +95,16 @@ def model_card(repository: str, run: Mapping[str, Any], file: str) -> str:
 
 # {name}
 
-`{run["network"]}`, trained sparse on {run["data"]} with the method `{run["method"]}` of
-torch-feather.
+`{run["network"]}`, trained on {run["data"]} with torch-feather, method `{run["method"]}`.
 
 | | |
 |---|---|
-| test accuracy | {100 * accuracy:.2f} % |
-| weights that are zero | {100 * sparsity:.2f} % of {run["weights"]:,} |
-| multiply-adds | {run["macs"]["sparse"]:,} of {run["macs"]["dense"]:,} |
+| test accuracy | {100 * accuracy:.2f}% |
+| sparsity | {100 * sparsity:.2f}% of {run["weights"]:,} weights are zero |
+| multiply-adds (MACs) | {run["macs"]["sparse"]:,}; dense: {run["macs"]["dense"]:,} |
 | file | {file} |
 
-Use it, with `pip install 'torch-feather[files,hub]'`:
+To use it, run `pip install 'torch-feather[files,hub]'`, then:
 
 ```python
 import torch_feather as feather
@@ -82,17 +113,7 @@ model = feather.models.create("{run["network"]}", {classes}, {channels})
 feather.load_sparse("{SCHEME}{repository}", model)
 ```
 
-Train it again, with this repository's config.yaml:
+To repeat the training, use config.yaml of this repository:
 
     feather train --config config.yaml --data-path DATA
 """
-
-
-def _client() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(
-            "the Hugging Face hub needs its client: pip install 'torch-feather[hub]'"
-        ) from error
-    return huggingface_hub

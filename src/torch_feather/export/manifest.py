@@ -1,15 +1,15 @@
-"""What a sparse file says about itself, written and read with suspicion.
+"""The header of a sparse file: written, read and validated.
 
-The header is the one entry `torch-feather` of the file's safetensors metadata: the CRC-32 of what
-follows as 8 hexadecimal digits, and JSON:
+The header is the entry `torch-feather` of the file's safetensors metadata. It consists of a CRC-32
+checksum as 8 hexadecimal digits, followed by the JSON object that it covers:
 
     version   1
-    sparsity  share of zeros among the floating-point tensors with two or more dimensions
+    sparsity  fraction of zeros among the floating-point tensors with two or more dimensions
     tensors   by name, see LAYOUTS:
-              {"layout": "dense", "crc": ..., "zeros": count, if any}
+              {"layout": "dense", "crc": ..., "zeros": number of zeros, if any}
               {"layout": "gaps", "crc": ..., "shape": [...], "width": bits}
-    tied      name: the name that its values are stored under
-    metadata  whatever the writer wanted to be known: method, config, ...
+    tied      by name, the name under which the values of a tied tensor are stored
+    metadata  what the caller of `save_sparse` passed: method, config, ...
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .gaps import WIDTHS
 
 KEY = "torch-feather"
 VERSION = 1
-VALUES, GAPS = ":values", ":gaps"  # what follows a tensor's name in the names of its two parts
+VALUES, GAPS = ":values", ":gaps"  # suffixes of the names of a tensor's two parts
 
-# Of safetensors; a name that is not in here is no tensor of ours.
+# Types by their names in safetensors. Other types are not supported.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -56,52 +56,60 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a sparse file, as the header tells it."""
+    """A tensor of a sparse file, as described by the header."""
 
     name: str
-    """Under which its values are stored: another one where it is tied."""
+    """Name under which the values are stored. It differs from the tensor's name if it is tied."""
     shape: tuple[int, ...]
+    """Shape of the tensor."""
     dtype: torch.dtype
+    """Type of the values in the file."""
     nonzeros: int
-    """Values other than zero; in the layout `gaps` those stored, -0.0 among them."""
+    """Number of nonzero values. In the layout `gaps`, -0.0 counts as nonzero."""
     width: int | None
-    """Bits of a code in the layout `gaps`, None where all values are stored."""
+    """Bits of a code in the layout `gaps`; None in the layout `dense`."""
     bytes: int
-    """That its values and positions take in the file."""
+    """Size of values and positions in the file."""
     crc: int
-    """See `checksum`."""
+    """Checksum of the tensor, see `checksum`."""
 
     @property
     def layout(self) -> str:
-        """`gaps` or `dense`."""
+        """Layout in the file: `gaps` or `dense`."""
         return "dense" if self.width is None else "gaps"
 
     @property
     def size(self) -> int:
-        """Number of weights, zeros included."""
+        """Number of values, including zeros."""
         return prod(self.shape)
 
     @property
     def dense_bytes(self) -> int:
-        """That it takes in memory."""
+        """Size of the dense tensor in memory."""
         return self.size * self.dtype.itemsize
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros (0 for a tensor without elements)."""
+        """Fraction of zeros; 0 for an empty tensor."""
         return (self.size - self.nonzeros) / self.size if self.size else 0.0
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that is known before any data is read."""
+    """The contents of a header.
+
+    Attributes:
+        entries: tensors by name.
+        sparsity: fraction of zeros among the floating-point tensors with two or more dimensions.
+        metadata: what the caller of `save_sparse` passed.
+    """
 
     entries: dict[str, Entry]
     sparsity: float
     metadata: dict[str, Any]
 
 
-Part = tuple[str, tuple[int, ...]]  # a tensor as safetensors has it: name of its type, shape
+Part = tuple[str, tuple[int, ...]]  # a tensor in safetensors: name of its type, shape
 
 
 def write(
@@ -110,7 +118,17 @@ def write(
     sparsity: float,
     metadata: Mapping[str, Any],
 ) -> dict[str, str]:
-    """The safetensors metadata of a file."""
+    """Return the safetensors metadata of a sparse file.
+
+    Args:
+        tensors: descriptions by name, see LAYOUTS.
+        tied: by name, the name under which the values of a tied tensor are stored.
+        sparsity: fraction of zeros.
+        metadata: any JSON object.
+
+    Raises:
+        ConfigurationError: JSON cannot represent the metadata.
+    """
     document = {"version": VERSION, "sparsity": sparsity, "tensors": tensors, "tied": tied}
     try:
         text = json.dumps(
@@ -118,15 +136,20 @@ def write(
         )
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigurationError(
-            f"metadata must be what JSON can hold: finite numbers, strings, lists, dicts ({error})"
+            f"metadata must consist of JSON types: finite numbers, strings, lists, dicts ({error})"
         ) from None
     return {KEY: f"{zlib.crc32(text.encode()):08x}{text}"}
 
 
 def checksum(dtype: torch.dtype, shape: Iterable[int], parts: Iterable[Tensor]) -> int:
-    """CRC-32 of a tensor as it is stored: its type and shape in words, then the bytes of its parts.
+    """Return the CRC-32 of a tensor in a file.
 
-    For example of "float32 [10, 64]", then of the values, then of the gaps.
+    It covers the type and shape as text, such as "float32 [10, 64]", then the bytes of the parts.
+
+    Args:
+        dtype: type of the tensor.
+        shape: shape of the tensor.
+        parts: its values; in the layout `gaps` followed by the codes.
     """
     crc = zlib.crc32(f"{str(dtype).removeprefix('torch.')} {list(shape)}".encode())
     for part in parts:
@@ -135,80 +158,90 @@ def checksum(dtype: torch.dtype, shape: Iterable[int], parts: Iterable[Tensor]) 
 
 
 def as_integers(tensor: Tensor) -> Tensor:
-    """The bits of a tensor's values; its own memory."""
+    """Return a view of a tensor that has an integer type of the same size.
+
+    Example:
+        >>> as_integers(torch.tensor([0.0, -0.0]))
+        tensor([          0, -2147483648], dtype=torch.int32)
+    """
     return tensor.view(INTEGERS[tensor.dtype.itemsize])
 
 
 def read(metadata: Mapping[str, str] | None, parts: Mapping[str, Part]) -> Manifest:
-    """Everything that can be checked without the data is checked here.
+    """Read and validate a header. All checks that do not need the data are done here.
 
     Args:
-        metadata: of the safetensors file.
-        parts: all its tensors.
+        metadata: metadata of the safetensors file.
+        parts: type and shape of all its tensors, by name.
 
     Raises:
-        FileFormatError: the header is not what this version writes, or contradicts the tensors.
+        FileFormatError: the header is invalid, has another version, or contradicts the tensors.
     """
     if KEY not in (metadata or {}):
         raise FileFormatError(
-            "a safetensors file, but none that save_sparse wrote; plain ones are read with "
-            "safetensors.torch.load_file"
+            "not written by save_sparse. Read plain safetensors files with "
+            "safetensors.torch.load_file."
         )
     document = _parse((metadata or {})[KEY])
     version = document.get("version")
     if type(version) is int and version > VERSION:
         raise FileFormatError(
-            f"its format version is {version}, this library reads version {VERSION}: update it "
-            "with pip install --upgrade torch-feather"
+            f"format version {version} is newer than version {VERSION}, which this release reads. "
+            "Update it: pip install --upgrade torch-feather"
         )
-    _require(type(version) is int and version == VERSION, f"format version {version!r:.40}")
-    described, tied = _dict(document, "tensors"), _dict(document, "tied")
+    _require(type(version) is int and version == VERSION, f"invalid format version {version!r:.40}")
+    described, tied = _object(document, "tensors"), _object(document, "tied")
     entries: dict[str, Entry] = {}
     left = dict(parts)
     for name, description in described.items():
-        _require(isinstance(description, dict), f"{name:.80}: its description is no object")
+        _require(isinstance(description, dict), f"{name:.80}: the description is not an object")
         layout = description.get("layout")
         reader = LAYOUTS.get(layout) if isinstance(layout, str) else None
         if reader is None:
             raise FileFormatError(
-                f"{name:.80}: layout {layout!r:.40}, known are {', '.join(LAYOUTS)}"
+                f"{name:.80}: unknown layout {layout!r:.40}; known layouts: {', '.join(LAYOUTS)}"
             )
         entries[name] = reader(name, description, left)
-    _require(not left, f"tensors that its header does not know: {', '.join(left):.80}")
+    _require(not left, f"tensors that the header does not describe: {', '.join(left):.80}")
     stored = dict(entries)
     for alias, name in tied.items():
-        right = alias not in stored and isinstance(name, str) and name in stored
-        _require(right, f"{alias:.80}: tied to {name!r:.80}")
+        valid = alias not in stored and isinstance(name, str) and name in stored
+        _require(valid, f"{alias:.80}: invalid tie to {name!r:.80}")
         entries[alias] = stored[name]
     sparsity = document.get("sparsity")
     if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
-        raise FileFormatError(f"sparsity {sparsity!r:.40}")
-    return Manifest(entries, float(sparsity), _dict(document, "metadata"))
+        raise FileFormatError(f"invalid sparsity {sparsity!r:.40}")
+    return Manifest(entries, float(sparsity), _object(document, "metadata"))
 
 
-def _gaps(name: str, description: dict[str, Any], left: dict[str, Part]) -> Entry:
+def _read_gaps(name: str, description: dict[str, Any], left: dict[str, Part]) -> Entry:
     values, codes = left.pop(name + VALUES, None), left.pop(name + GAPS, None)
     if values is None or codes is None:
-        raise FileFormatError(f"{name:.80}: its values or positions are missing")
+        raise FileFormatError(f"{name:.80}: values or positions are missing")
     shape, width = description.get("shape"), description.get("width")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise FileFormatError(f"{name:.80}: shape {shape!r:.80}")
+        raise FileFormatError(f"{name:.80}: invalid shape {shape!r:.80}")
     size = prod(shape) if len(shape) <= 64 else 2**63
-    _require(size < 2**63, f"{name:.80}: shape {shape!r:.80} is more than a tensor can have")
-    _require(type(width) is int and width in WIDTHS, f"{name:.80}: width {width!r:.40}")
+    _require(size < 2**63, f"{name:.80}: shape {shape!r:.80} is too large for a tensor")
+    _require(type(width) is int and width in WIDTHS, f"{name:.80}: invalid width {width!r:.40}")
     _require(len(values[1]) == 1 and values[1][0] <= size, f"{name:.80}: more values than weights")
-    _require(codes[0] == "U8" and len(codes[1]) == 1, f"{name:.80}: positions of another type")
+    _require(
+        codes[0] == "U8" and len(codes[1]) == 1, f"{name:.80}: positions are not a uint8 vector"
+    )
     dtype, count = _dtype(name, values), values[1][0]
     stored = count * dtype.itemsize + codes[1][0]
     return Entry(name, tuple(shape), dtype, count, width, stored, _crc(name, description))
 
 
-def _dense(name: str, description: dict[str, Any], left: dict[str, Part]) -> Entry:
+def _read_dense(name: str, description: dict[str, Any], left: dict[str, Part]) -> Entry:
     part, zeros = left.pop(name, None), description.get("zeros", 0)
     if part is None:
-        raise FileFormatError(f"{name:.80}: its values are missing")
+        raise FileFormatError(f"{name:.80}: values are missing")
     dtype, size = _dtype(name, part), prod(part[1])
-    _require(type(zeros) is int and 0 <= zeros <= size, f"{name:.80}: zeros {zeros!r:.40}")
+    _require(
+        type(zeros) is int and 0 <= zeros <= size,
+        f"{name:.80}: invalid number of zeros {zeros!r:.40}",
+    )
     stored = size * dtype.itemsize
     return Entry(name, part[1], dtype, size - zeros, None, stored, _crc(name, description))
 
@@ -216,27 +249,27 @@ def _dense(name: str, description: dict[str, Any], left: dict[str, Part]) -> Ent
 def _crc(name: str, description: dict[str, Any]) -> int:
     crc = description.get("crc")
     if type(crc) is not int:
-        raise FileFormatError(f"{name:.80}: checksum {crc!r:.40}")
+        raise FileFormatError(f"{name:.80}: invalid checksum {crc!r:.40}")
     return crc
 
 
-# The name of a layout is looked up in here, and nowhere else.
-LAYOUTS = {"gaps": _gaps, "dense": _dense}
+# Readers by layout. A layout name from a file is only looked up in this table.
+LAYOUTS = {"gaps": _read_gaps, "dense": _read_dense}
 
 
 def _dtype(name: str, part: Part) -> torch.dtype:
-    _require(part[0] in DTYPES, f"{name:.80}: values of type {part[0]!r}")
+    _require(part[0] in DTYPES, f"{name:.80}: unsupported type {part[0]!r}")
     return DTYPES[part[0]]
 
 
 def _parse(text: str) -> dict[str, Any]:
     crc, text = text[:8], text[8:]
-    _require(crc == f"{zlib.crc32(text.encode()):08x}", "its header does not have its checksum")
+    _require(crc == f"{zlib.crc32(text.encode()):08x}", "the checksum of the header is wrong")
     try:
-        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"its header cannot be read ({error!s:.80})") from None
-    _require(isinstance(document, dict), "its header is no object")
+        raise FileFormatError(f"the header cannot be read ({error!s:.80})") from None
+    _require(isinstance(document, dict), "the header is not an object")
     return document
 
 
@@ -244,22 +277,32 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{key:.40} twice")
+            raise ValueError(f"duplicate key {key:.40}")
         found[key] = value
     return found
 
 
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number")
+def _reject_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a number in JSON")
 
 
-def _dict(document: Mapping[str, Any], key: str) -> dict[str, Any]:
+def _object(document: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = document.get(key)
     if not isinstance(value, dict):
-        raise FileFormatError(f"its header has no object {key!r}")
+        raise FileFormatError(f"the header has no object {key!r}")
     return value
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise FileFormatError(message)
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a tensor without the prefixes that torch.compile adds.
+
+    Example:
+        >>> plain_name("encoder._orig_mod.weight")
+        'encoder.weight'
+    """
+    return name.replace("_orig_mod.", "")

@@ -1,4 +1,4 @@
-"""ONNX files, for runtimes that know nothing of sparsity: zeros are stored like other weights."""
+"""ONNX files. They store zeros like other weights: a sparse model is as large as a dense one."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from ..errors import FeatherError
 from ..files import replace_file
 from ..prunable import unwrap
 
-TOLERANCE = 1e-5  # of the largest output
+TOLERANCE = 1e-5  # relative to the largest output
 
 
 def export_onnx(model: nn.Module, example: Tensor, path: str | PathLike[str]) -> None:
-    """Store `model` in evaluation mode as ONNX, for batches of any size; checked by running it.
+    """Save a model in eval mode as ONNX, for batches of any size.
+
+    Before the file is written, its outputs in onnxruntime are compared with PyTorch's.
 
     Args:
-        model: takes one tensor, gives one.
-        example: one input, (1, ...); only its shape and type matter.
-        path: the file; what it held is replaced in one stroke or, on any failure, kept.
+        model: takes one tensor and returns one tensor.
+        example: an input (1, ...); only its shape and type matter.
+        path: the file, which is replaced atomically; on any error it is unchanged.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        FeatherError: onnxruntime's outputs differ from PyTorch's by more than 1e-5 of the largest.
+        FeatherError: the outputs differ by more than 1e-5 of the largest output.
         torch.onnx.OnnxExporterError: PyTorch cannot express the model in ONNX.
         OSError: the file cannot be written.
     """
@@ -34,9 +36,11 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | PathLike[str]) ->
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"ONNX needs {error.name}: pip install 'torch-feather[onnx]'") from error
+        raise ImportError(
+            f"ONNX export requires {error.name}: pip install 'torch-feather[onnx]'"
+        ) from error
     model = copy.deepcopy(unwrap(model)).cpu().eval()
-    # Two inputs: a batch of one would be taken for a constant.
+    # Two samples: torch.export specializes the graph for a batch of one.
     inputs = torch.randn(2, *example.shape[1:], generator=torch.Generator().manual_seed(0))
     inputs = inputs.to(example.dtype)
     batches = ({0: torch.export.Dim("batch")},)
@@ -52,10 +56,10 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | PathLike[str]) ->
         found = torch.from_numpy(
             session.run(None, {session.get_inputs()[0].name: batch.numpy()})[0]
         )
-        off = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
-        if not off <= TOLERANCE:
+        difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+        if not difference <= TOLERANCE:
             raise FeatherError(
-                f"onnxruntime's outputs differ from PyTorch's by {off:.1e} of the largest; "
-                f"{path} was not written"
+                f"Outputs in onnxruntime differ from PyTorch's by {difference:.1e} of the largest. "
+                f"{path} was not written."
             )
     replace_file(Path(path), lambda file: file.write(data))

@@ -44,7 +44,7 @@ class Report:
 
     `dense_macs` and `sparse_macs` are those of the whole model, also of layers that are not
     listed; None without an example input. `parameters` counts all of the model's, prunable or not.
-    `own_sparsity` is what the method prunes by itself (see `Sparsifier`); None where no method is
+    `learned_sparsity` is what the method prunes by itself (see `Sparsifier`); None where no method is
     asked.
     """
 
@@ -52,7 +52,7 @@ class Report:
     dense_macs: int | None = None
     sparse_macs: int | None = None
     parameters: int | None = None
-    own_sparsity: float | None = None
+    learned_sparsity: float | None = None
 
     @property
     def weights(self) -> int:
@@ -85,7 +85,7 @@ class Report:
             "weights": self.weights,
             "zeros": self.zeros,
             "sparsity": self.sparsity,
-            "own_sparsity": self.own_sparsity,
+            "learned_sparsity": self.learned_sparsity,
             "parameters": self.parameters,
             "sparsity_of_all": self.sparsity_of_all,
             "dense_macs": self.dense_macs,
@@ -233,7 +233,7 @@ def _notes(report: Report) -> list[str]:
             f"Of all {report.parameters:,} parameters of the model, these zeros are "
             f"{percent(report.zeros, report.parameters)}."
         )
-    own = report.own_sparsity
+    own = report.learned_sparsity
     if own is not None and round(own * report.weights) != report.zeros:
         notes.append(
             f"By itself the method prunes {percent(round(own * report.weights), report.weights)}."

@@ -1,200 +1,245 @@
-"""What the engine asks of a method at work: u = R(w), and how gradients come back through it."""
+"""What a method is: the contract between the engine and everything that prunes.
+
+A method comes in two steps. A frozen description, such as `feather(...)`, has `bind(context)`; it
+returns a `BoundMethod`, the method on one model. In one step the engine calls, in this order:
+
+    pull_back            for each new gradient, elementwise: dL/du becomes dL/dw
+    complete             once, when all gradients are there: what needs sums over them
+    (the optimizer steps)
+    after_step           own parameters step; latent weights may be changed
+    update               thresholds or masks of the new latent weights
+    effective_weights    u = R(w)
+
+`update` returns a value, the *pruning* of the step, which the engine passes to all other calls.
+`update` and `effective_weights` depend on nothing but their arguments and `state`, so the engine
+can apply them to other weights too, such as an average. Everything that outlives a step is in
+`state`, in fixed tensors that are written in place: a step can be captured in a CUDA graph.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..weights.latent import LatentWeights
+from ..context import MethodContext
+from ..errors import ConfigurationError
+from ..weights.latent import LatentWeights, PerTensor
 
 Rate = float | Tensor | None
-"""The optimizer's learning rate now; None where it has none."""
+"""The optimizer's present learning rate; None if it has none."""
+
+Gradients = Sequence[Tensor | None]
+"""dL/dw of each weight tensor, its local shard; None without a gradient."""
+
+Pruning = Any
+"""What `update` returns: masks, thresholds or both, as tensors in tuples, lists and objects with
+`tensors()`. The engine looks at the tensors alone, to keep them in fixed memory."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Where a method is put to work: the model, its prunable weights by position, the target."""
-
-    model: nn.Module
-    names: Sequence[str]
-    weights: LatentWeights
-    sparsity: float
-    total_steps: int
-
-
-class Reparametrization(ABC):
-    """A method at work on one model. Subclasses say what the network sees of latent weights.
-
-    In one step the engine calls, in this order: `pull_back` for each gradient that arrives,
-    `complete` once all are there, then (the optimizer has stepped) `advance`, `refresh`, `images`.
-
-    All that outlives a step lies in fixed tensors on the device of the weights, which are written
-    in place, and nothing in a step is read by the host where `devices.synchronizes` the device:
-    then a step may be replayed as a captured graph. `refresh` and `images` depend on nothing but their
-    arguments and the state, so random numbers are drawn in `advance` and kept in the state.
+class Facts:
+    """What the engine has to know of a bound method.
 
     Attributes:
-        state: what cannot be computed anew, by name: checkpoints hold it bit by bit, and it moves
-            with the weights, numbers with a point as their `wide` type. Entry i, along the first
-            dimension or in the list, belongs to weight tensor i.
-        learned: the names of those entries of `state` that are parameters of the method.
-        completes: whether `complete` has anything to do.
-        pulls_back: whether dL/dw, as far as a hook can say, differs from dL/du.
-        passes: how many passes with random numbers of their own a step wants, see `enter_pass`.
-        follows_rate: whether its parameters step at a multiple of the optimizer's learning rate.
-        clips_own: whether a recipe that clips the norm of all gradients means its parameters' too.
-        arrival: optimizer steps from which on the network is as sparse as in the end.
-        exact: whether exactly round(s N) weights are zero from then on.
-        on_shards: whether it works where the weights are spread over processes: then `weights` and
-            parameters are what is here, and all that belongs to the whole is summed over them.
+        pulls_back: `pull_back` changes gradients.
+        completes: `complete` has something to add.
+        learned: names of the entries of `state` that are parameters of the method.
+        follows_lr: they step at a multiple of the optimizer's learning rate.
+        clips_own: their gradients belong in a norm that is clipped over all gradients.
+        random: the entry of `state` that counts draws of random numbers; the engine advances it by
+            1 after each pass and each step.
+        passes: forward and backward passes per step, each with random numbers of its own.
+        exact: exactly round(s N) weights are zero from `target_step` on.
+        on_shards: works if the weights are sharded over processes.
     """
 
-    on_shards = False
-    completes = False
-    pulls_back = False
-    passes = 1
-    follows_rate = False
-    clips_own = True
-    exact = True
-    arrival: int
+    pulls_back: bool = False
+    completes: bool = False
+    learned: tuple[str, ...] = ()
+    follows_lr: bool = False
+    clips_own: bool = True
+    random: str | None = None
+    passes: int = 1
+    exact: bool = True
+    on_shards: bool = False
 
-    def __init__(self, setting: Setting):
-        self.sparsity = setting.sparsity
-        self.state: dict[str, Tensor | list[Tensor]] = {}
-        self.learned: tuple[str, ...] = ()
 
-    # What the network sees
+@dataclass(frozen=True)
+class Completion:
+    """What `complete` returns.
+
+    Attributes:
+        terms: added to dL/dw of each weight tensor; None for nothing.
+        own: gradients of the method's own parameters, by name of the learned entry.
+    """
+
+    terms: Gradients | None = None
+    own: Mapping[str, PerTensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a method says of the network that it made, beyond the count of zeros.
+
+    Attributes:
+        learned_counts: pruned weights of each tensor, int64, without the final exact-count
+            pruning; None if there is none.
+        violation: a promise beside the sparsity that is not kept, as the end of a sentence.
+    """
+
+    learned_counts: Tensor | None = None
+    violation: str | None = None
+
+
+class BoundMethod(ABC):
+    """A method on one model. Subclasses define the effective weights of latent weights.
+
+    The defaults serve a method whose pruning is one boolean mask per weight tensor, True for kept
+    weights. Such a method overrides `fingerprint` and `update`, and sets `target_step`.
+
+    If the weights are sharded, all arguments are the local shards. Sum over processes with
+    `weights.total` and `weights.common`.
+
+    Attributes:
+        facts: what the engine has to know.
+        target_step: the step from which on the sparsity is the final one.
+        state: everything that cannot be computed again, by name. Checkpoints hold it bit for bit.
+
+    Args:
+        context: the model, its weights, the target.
+
+    Example:
+        >>> from torch import nn
+        >>> class Random(BoundMethod):  # a fixed random mask
+        ...     facts = Facts(exact=False)
+        ...     target_step = 0
+        ...     fingerprint = "random"
+        ...     def update(self, weights, step):
+        ...         generator = torch.Generator().manual_seed(0)
+        ...         return [torch.rand(w.shape, generator=generator) < 0.5 for w in weights.views]
+        >>> weights = LatentWeights([torch.ones(4)])
+        >>> method = Random(MethodContext(nn.Linear(1, 1), ["w"], weights, 0.5, 10))
+        >>> masks = method.update(weights, torch.tensor(0))
+        >>> method.effective_weights(weights, masks)[0].shape
+        torch.Size([4])
+    """
+
+    facts = Facts()
+    target_step: int
+
+    def __init__(self, context: MethodContext):
+        self.sparsity = context.sparsity
+        self.total_steps = context.total_steps
+        self.state: dict[str, PerTensor] = {}
 
     @property
     @abstractmethod
-    def identity(self) -> str:
-        """Tells this method and its options from others, in checkpoints."""
-
-    def reached(self, step: int) -> bool:
-        """Whether the network is as sparse after `step` steps as in the end."""
-        return step >= self.arrival
+    def fingerprint(self) -> str:
+        """Text that differs between methods and between their options; hashed in checkpoints."""
 
     @abstractmethod
-    def refresh(self, weights: LatentWeights, step: Tensor) -> None:
-        """Thresholds or masks become those of these latent weights after `step` steps."""
-
-    @abstractmethod
-    def images(self, weights: LatentWeights) -> tuple[list[Tensor], Tensor]:
-        """u of each weight tensor, new tensors laid out like them, and their sum.
-
-        At the thresholds or masks of the last `refresh`. The sum (0-dimensional) is not finite if
-        a weight is NaN.
-        """
-
-    @abstractmethod
-    def images_of(self, weights: LatentWeights, step: Tensor) -> list[Tensor]:
-        """u of other latent weights, laid out like the model's, without touching any state."""
-
-    def admits(self, weights: LatentWeights, step: Tensor) -> bool:
-        """Whether the zeros among these weights, as many as are due, are where it may put them."""
-        return True
-
-    @abstractmethod
-    def pruned(self, weights: LatentWeights, i: int) -> Tensor:
-        """Mask of the pruned weights of tensor i, shaped like it."""
-
-    def counts_pruned(self, weights: LatentWeights) -> Tensor:
-        """Pruned weights of each tensor, int64."""
-        counts = [self.pruned(weights, i).sum() for i in range(len(weights.views))]
-        return weights.total(torch.stack(counts))
-
-    def own_counts_pruned(self, weights: LatentWeights) -> Tensor:
-        """What the method prunes by itself, without the last step that makes the count exact."""
-        return self.counts_pruned(weights)
-
-    def broken(self, weights: LatentWeights) -> Tensor | None:
-        """For which tensors what was learned is not finite, so that they cannot be pruned.
-
-        A mask with an entry for each; None where a method learns nothing that could become so
-        without the image being NaN.
-        """
-        return None
-
-    def excess(self, weights: LatentWeights) -> str | None:
-        """What was promised of the end beside the sparsity and is not kept, for a warning."""
-        return None
-
-    @abstractmethod
-    def threshold(self, weights: LatentWeights, i: int) -> Tensor:
-        """The magnitude up to which weights of tensor i are pruned, 0-dimensional."""
-
-    # How gradients come back
-
-    def pull_back(self, weights: LatentWeights, i: int, gradient: Tensor, image: Tensor) -> Tensor:
-        """What is elementwise of dL/dw, given dL/du and u of tensor i; linear in the gradient."""
-        return gradient
-
-    def complete(
-        self, weights: LatentWeights, parameters: Sequence[nn.Parameter], scale: Tensor | None
-    ) -> None:
-        """Adds what needs all gradients of a step, once they are there.
-
-        Cross terms are added to `parameter.grad`, in place; the method's own parameters get their
-        `.grad`, penalties included.
+    def update(self, weights: LatentWeights, step: Tensor) -> Pruning:
+        """Return the pruning of these latent weights after `step` steps.
 
         Args:
             weights: the latent weights w.
-            parameters: hold u, and in `.grad` (None: no gradient) what `pull_back` made.
-            scale: factor on these gradients that a fused optimizer is yet to divide by, 0-dim.
-                The gradients of the method's own parameters come without it.
+            step: 0-dimensional int64. The host does not read it if `devices.synchronizes`.
         """
 
-    def leave_pass(self, weights: LatentWeights, parameters: Sequence[nn.Parameter]) -> None:
-        """A forward and backward pass, one of several in this step, is over; as `complete`.
+    def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
+        """Return u of each weight tensor, as new tensors in its shape and layout."""
+        pairs = zip(weights.views, pruning, strict=True)
+        return [torch.where(kept, w, torch.zeros_like(w)) for w, kept in pairs]
 
-        Until the last one is left, nothing rescales the gradients; before `complete` it may.
-        """
+    def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
+        """Return the mask of the pruned weights of tensor i, in its shape."""
+        return ~pruning[i]
 
-    def enter_pass(
-        self, weights: LatentWeights, parameters: Sequence[nn.Parameter], step: Tensor
-    ) -> None:
-        """Another pass of the same step begins: what is random is drawn anew, and refreshed."""
+    def threshold(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
+        """Return the magnitude up to which weights of tensor i are pruned, 0-dimensional."""
+        return torch.zeros((), dtype=weights.wide, device=weights.device)
 
-    def advance(
-        self, weights: LatentWeights, step: Tensor, rate: Rate, taken: bool | Tensor
-    ) -> None:
-        """The method's own parameters take their step, after the optimizer has.
+    def pull_back(
+        self, weights: LatentWeights, pruning: Pruning, i: int, gradient: Tensor, effective: Tensor
+    ) -> Tensor:
+        """Return the elementwise part of dL/dw of tensor i, linear in the gradient.
 
         Args:
-            weights: the latent weights, stepped.
+            weights: the latent weights w.
+            pruning: of this step.
+            i: position of the weight tensor.
+            gradient: dL/du.
+            effective: u.
+        """
+        return gradient
+
+    def complete(
+        self,
+        weights: LatentWeights,
+        pruning: Pruning,
+        gradients: Gradients,
+        effective: Sequence[Tensor],
+        scale: Tensor | None,
+    ) -> Completion:
+        """Return what needs all gradients of a step: cross terms, gradients of own parameters.
+
+        Args:
+            weights: the latent weights w.
+            pruning: of this step.
+            gradients: the results of `pull_back`, accumulated.
+            effective: u of each tensor.
+            scale: loss scale that `gradients` still contain, 0-dimensional; None for 1. Gradients of
+                own parameters are returned without it, penalties included.
+        """
+        return Completion()
+
+    def after_step(
+        self,
+        weights: LatentWeights,
+        pruning: Pruning,
+        gradients: Gradients,
+        step: Tensor,
+        lr: Rate,
+        taken: bool | Tensor,
+    ) -> None:
+        """Step the method's own parameters, and change latent weights in place if wanted.
+
+        Called after the optimizer's step and before `update`. Own parameters have their `.grad`.
+
+        Args:
+            weights: the latent weights after the step, which may be written (`weights.views`).
+            pruning: the pruning that the gradients belong to.
+            gradients: dL/dw, as the optimizer saw them.
             step: optimizer steps taken, this one included.
-            rate: the optimizer's learning rate.
-            taken: whether the step was taken; a tensor where only the device knows (gradients
-                may then be infinite or NaN, and must leave no trace).
+            lr: the optimizer's learning rate.
+            taken: whether the step was taken; a tensor if only the device knows. Then gradients may
+                be infinite or NaN, and nothing may change unless it is True (see `write_if`).
         """
 
-    # The method's own parameters
+    def summary(self, weights: LatentWeights, pruning: Pruning) -> Summary:
+        """Return what the method says of the network beyond the count of zeros."""
+        return Summary()
 
-    def parameters(self) -> list[Tensor]:
-        """Those entries of the state that are learned."""
-        found: list[Tensor] = []
-        for name in self.learned:
-            entry = self.state[name]
-            found += [entry] if isinstance(entry, Tensor) else entry
-        return found
 
-    def forget_gradients(self) -> None:
-        """The gradients of the method's own parameters are void."""
-        for parameter in self.parameters():
-            parameter.grad = None
+class AnyMethod(Protocol):
+    """A description of a method: what `sparsify` takes as `method`."""
 
-    def move(self, weights: LatentWeights) -> None:
-        """The weights are now these, on another device or of another type."""
+    def bind(self, context: MethodContext) -> BoundMethod:
+        """Return the method on one model.
 
-        def moved(entry: Tensor) -> Tensor:
-            return entry.to(weights.device, weights.wide if entry.is_floating_point() else None)
+        Raises:
+            ConfigurationError: it does not fit; the message says why and what to do.
+        """
 
-        for name, entry in self.state.items():
-            if isinstance(entry, Tensor):
-                self.state[name] = moved(entry)
-            else:
-                self.state[name] = [moved(tensor) for tensor in entry]
+
+def no_learning_rate() -> ConfigurationError:
+    """Return the error for an optimizer without a learning rate to follow."""
+    return ConfigurationError(
+        "The optimizer has no learning rate (lr), which the method's own parameters follow. Give "
+        "its parameter groups an 'lr', or use a method without learned thresholds."
+    )

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..allocation import FlopsBiased
+from ..gradient_rules import Schedule as ThetaSchedule
 from ..schedules import Schedule
-from .feather import power, scaled_gradient
-from .magnitude import Method, make_schedule
+from .magnitude import Method
+from .options import make_gradient, make_operator, make_schedule
 
 GAMMA = 0.25
 
@@ -21,34 +22,36 @@ def feather_flops(
     costs: Mapping[str, float] | None = None,
     example_input: Any = None,
     p: float = 3.0,
-    theta: float | str = "auto",
+    theta: float | str | ThetaSchedule = "auto",
     schedule: str | Schedule = "cubic",
     begin: int = 0,
     end: int | None = None,
 ) -> Method:
-    """`feather` that ranks |w| / c^gamma, with c the multiply-adds that each weight makes.
+    """Return `feather` with the ranking |w| / c^gamma, c the multiply-adds of a weight.
 
-    Source: the Feather supplement, section 6, names the idea; the formula is ours.
+    Source: the Feather supplement, section 6, names the idea. The formula is an addition of this
+    package.
 
     Args:
-        sparsity: final share of zeros.
-        gamma: the bias, >= 0; 0 is `feather`. The default is our choice: a bias of 0.5 can leave
-            little more than the classifier at 98 %.
-        budget: instead, what the prunable weights may cost at the final sparsity: multiply-adds per
-            sample, or the unit of `costs`. gamma is then the least that meets it, with the weights
-            of each step. Another gamma beside it is an error; 0.25, the default, is taken for not
-            given.
-        costs: of a weight, by weight name: multiply-adds, or what
-            `torch_feather.runtime.layer_milliseconds` measures.
+        sparsity: final fraction of zeros.
+        gamma: the bias, >= 0; 0 is `feather`. With a bias of 0.5, little more than the classifier
+            can remain at 98%.
+        budget: maximum cost of the prunable weights at the final sparsity, in multiply-adds per
+            sample or the unit of `costs`. gamma is then the smallest one that meets it with the
+            weights of each step. Leave gamma at its default beside a budget.
+        costs: cost of a weight, by weight name, in multiply-adds or as
+            `torch_feather.runtime.layer_milliseconds` measures it.
         example_input: or an input of the network to count multiply-adds with.
-        p, theta: as for `feather`.
-        schedule, begin, end: as for `feather`.
+        p, theta, schedule, begin, end: as for `feather`.
+
+    Raises:
+        ConfigurationError: options that contradict each other.
     """
     if budget is not None and gamma == GAMMA:
         gamma = None
     return Method(
-        operator=power(p),
-        gradient=scaled_gradient(theta, sparsity),
+        operator=make_operator(p),
+        gradient=make_gradient(theta, sparsity),
         allocation=FlopsBiased(gamma, budget, costs, example_input),
         schedule=make_schedule(schedule, begin, end),
     )

@@ -1,4 +1,4 @@
-"""Gradual magnitude pruning: every layer equally sparse; alone, and as a backbone for Feather."""
+"""Gradual magnitude pruning with the same sparsity in every layer, alone and as a backbone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from ..operators import Hard
 from ..patterns import Pattern
 from ..schedules import Schedule, Stairs
 from .feather import feather
-from .magnitude import Method, make_allocation, make_method, make_schedule
+from .magnitude import Method
+from .options import make_allocation, make_method, make_schedule
 
 
 def gmp(
@@ -23,19 +24,23 @@ def gmp(
     end: int | None = None,
     pattern: str | Pattern | None = None,
 ) -> Method:
-    """The smallest weights of each layer are zero; pruned weights get no gradient.
+    """Return gradual magnitude pruning: the smallest weights of each layer are zero.
 
-    They keep their value, decay, and return when the mask moves. Source: Zhu and Gupta (2017).
+    Pruned weights get no gradient. They keep their value, move by momentum, decay, and return when
+    the mask moves. Source: Zhu and Gupta (2017).
 
     Args:
-        sparsity: final share of zeros in the whole network.
-        every: steps between two changes of the sparsity. The mask follows the magnitudes at
-            every step.
+        sparsity: final fraction of zeros in the whole network.
+        every: steps between two changes of the sparsity. The mask follows the magnitudes at every
+            step.
         allocation: as for `feather`. By default the first convolution stays dense and the other
-            layers make up for it, as in Feather's experiments; 'uniform' prunes it like them,
-            'uniform-dense-depthwise' spares depthwise convolutions, too, as its authors do.
-        schedule, begin, end: as for `feather`.
-        pattern: as for `feather`.
+            layers are sparser for it, as in Feather's experiments. 'uniform' prunes it too;
+            'uniform-dense-depthwise' also keeps depthwise convolutions dense, as Zhu and Gupta do.
+        schedule, begin, end, pattern: as for `feather`.
+
+    Example:
+        >>> gmp(sparsity=0.9).operator
+        Hard()
     """
     smooth = make_schedule(schedule, begin, end)
     return make_method(
@@ -48,7 +53,7 @@ def gmp(
 
 
 feather_gmp = partial(feather, allocation="uniform-dense-first")
-feather_gmp.__doc__ = """`feather` with the layers of `gmp`: equally sparse, the first one dense.
+feather_gmp.__doc__ = """Return `feather` with the allocation of `gmp`: uniform, the first convolution dense.
 
 Source: the Feather supplement, section 4.
 """

@@ -1,123 +1,207 @@
-"""What every method is made of."""
+"""Methods that prune by magnitude: operator, gradient rule, allocation, schedule.
+
+Weights below their cutoff are 0; the operator gives the effective value of the others.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from ..allocation import ERK, Allocation, Global, Sigma, Uniform
-from ..errors import ConfigurationError, nearest
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import devices
+from ..allocation import Allocation
+from ..context import MethodContext
 from ..gradient_rules import GradientRule
 from ..operators import Operator
-from ..patterns import Pattern, Patterned, make_pattern
-from ..schedules import Constant, Cubic, Linear, OneShot, Schedule
-from .base import Reparametrization, Setting
-from .thresholded import Scheduled
+from ..schedules import Schedule, make_table
+from ..weights.latent import LatentWeights, PerTensor, write_if
+from ..weights.passes import effective_weights, pruned_mask
+from ..weights.segments import Segment, segment_of
+from .base import BoundMethod, Facts, Gradients, Pruning, Rate, Summary
 
 
 @dataclass(frozen=True)
 class Method:
-    """Four independent parts; `repr` of a method identifies it in checkpoints."""
+    """Four independent parts.
+
+    Attributes:
+        operator: the effective value of a kept weight.
+        gradient: how dL/du becomes dL/dw.
+        allocation: how the target is divided among the layers.
+        schedule: the sparsity over time.
+
+    Example:
+        >>> from torch_feather.allocation import Global
+        >>> from torch_feather.gradient_rules import Masked
+        >>> from torch_feather.operators import Hard
+        >>> from torch_feather.schedules import Cubic
+        >>> Method(Hard(), Masked(), Global(), Cubic()).schedule
+        Cubic(begin=0, end=None)
+    """
 
     operator: Operator
     gradient: GradientRule
     allocation: Allocation
     schedule: Schedule
 
-    def attach(self, setting: Setting) -> Reparametrization:
-        """Puts the method to work on a model."""
-        return Scheduled(setting, self)
+    def bind(self, context: MethodContext) -> BoundMethod:
+        """Return the method on one model."""
+        return MagnitudePruning(context, self)
 
 
-@dataclass(frozen=True)
-class PatternedMethod(Method):
-    """A `Method` that prunes by a pattern, such as 2 of 4 neighbours or blocks."""
+class Cutoffs(NamedTuple):
+    """The pruning of a method with thresholds."""
 
-    pattern: Pattern
-
-    def attach(self, setting: Setting) -> Patterned:
-        """See `AnyMethod`."""
-        return Patterned(setting, self)
+    segments: list[Segment]
+    """Cover all weights once."""
+    progress: Tensor
+    """Completed fraction of training, 0-dimensional float64."""
 
 
-def make_method(
-    operator: Operator,
-    gradient: GradientRule,
-    allocation: Allocation,
-    schedule: Schedule,
-    pattern: str | Pattern | None,
-) -> Method:
-    """A method of these parts, by a pattern where one is given."""
-    if pattern is None:
-        return Method(operator, gradient, allocation, schedule)
-    return PatternedMethod(operator, gradient, allocation, schedule, make_pattern(pattern))
+class Thresholded(BoundMethod):
+    """Prunes weights below a cutoff; subclasses find the cutoffs."""
 
+    def __init__(self, context: MethodContext, operator: Operator, gradient: GradientRule):
+        super().__init__(context)
+        self.operator, self.gradient = operator, gradient
+        self.facts = Facts(pulls_back=not getattr(gradient, "is_identity", False))
 
-class AnyMethod(Protocol):
-    """All that the engine needs of a method; `Method` and `LearnedMethod` are two."""
+    @abstractmethod
+    def cutoffs(self, weights: LatentWeights, step: Tensor) -> list[Segment]:
+        """Return the cutoffs through these latent weights after `step` steps."""
 
-    def attach(self, setting: Setting) -> Reparametrization:
-        """Puts the method to work on a model.
+    def update(self, weights: LatentWeights, step: Tensor) -> Pruning:
+        return Cutoffs(self.cutoffs(weights, step), self.progress(step))
 
-        Raises:
-            ConfigurationError: it cannot be; the message says why and what to do.
+    def progress(self, step: Tensor) -> Tensor:
+        """Return the completed fraction of training after `step` steps, 0-dimensional float64."""
+        return (step.double() / self.total_steps).clamp(max=1.0)
+
+    def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
+        return effective_weights(weights, pruning.segments, self.operator)
+
+    def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
+        return pruned_mask(weights, pruning.segments, i)
+
+    def threshold(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
+        return segment_of(weights, pruning.segments, i).threshold
+
+    def pull_back(
+        self, weights: LatentWeights, pruning: Pruning, i: int, gradient: Tensor, effective: Tensor
+    ) -> Tensor:
+        value = segment_of(weights, pruning.segments, i).cutoff.value
+        return self.apply_rule(weights.views[i], value, pruning.progress, gradient, effective)
+
+    def apply_rule(
+        self, latent: Tensor, cutoff: Tensor, progress: Tensor, gradient: Tensor, effective: Tensor
+    ) -> Tensor:
+        """Return dL/dw by the gradient rule.
+
+        With a cutoff at 0 or below, only zeros are pruned. They count as kept, so that a layer that
+        is initialized to zero learns: the rule sees the smallest positive number in their place.
         """
+        if not self.facts.pulls_back:
+            return gradient
+        on_device = devices.synchronizes(cutoff.device)
+        if on_device or not cutoff > 0:
+            kept = effective.masked_fill(effective == 0, torch.finfo(effective.dtype).tiny)
+            effective = torch.where(cutoff > 0, effective, kept) if on_device else kept
+        return self.gradient(gradient, latent, effective, progress)
 
 
-ALLOCATIONS: dict[str, Allocation] = {
-    "global": Global(),
-    "uniform": Uniform(),
-    "uniform-dense-first": Uniform(dense_first=True),
-    "uniform-dense-depthwise": Uniform(dense_first=True, dense_depthwise=True),
-    "erk": ERK(),
-    "sigma": Sigma(),
-}
+class Timetable:
+    """The target sparsity after each step.
+
+    Attributes:
+        fractions: fraction of the final target after 0 .. total_steps steps, on the host.
+        target_step: the step from which on the target is the final one.
+
+    Args:
+        schedule: the sparsity over time.
+        context: the final sparsity, the number of steps, the device.
+    """
+
+    def __init__(self, schedule: Schedule, context: MethodContext):
+        self.fractions = make_table(schedule, context.total_steps)
+        self.target_step = int(np.flatnonzero(self.fractions != 1).max(initial=-1)) + 1
+        table, self._target = torch.from_numpy(self.fractions), context.sparsity
+        self._table = table.to(context.weights.device)
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that identifies the timetable in checkpoints."""
+        return self.fractions.tobytes().hex()
+
+    def at(self, step: Tensor, begin: Tensor | float = 0.0) -> Tensor:
+        """Return the target sparsity after `step` steps, 0-dimensional float64.
+
+        Args:
+            step: 0-dimensional; the last value holds beyond the table.
+            begin: the sparsity that the schedule starts from.
+        """
+        if self._table.device != step.device:  # the weights were moved
+            self._table = self._table.to(step.device)
+        # take, not an index: an index would read the step on the host.
+        fraction = self._table.take(step.clamp(max=len(self.fractions) - 1))
+        return fraction * self._target + begin * (1 - fraction)
 
 
-def make_allocation(
-    allocation: str | Allocation, min_density: float = 0.0, max_density: float = 1.0
-) -> Allocation:
-    """An allocation by name, or the object itself; the bounds are those of `Global`."""
-    if allocation == "global":
-        return Global(min_density, max_density)
-    if (min_density, max_density) != (0.0, 1.0):
-        raise ConfigurationError(
-            f"min_density and max_density belong to allocation='global', not to {allocation!r}; "
-            "leave them out, or set them on a Global object."
-        )
-    if isinstance(allocation, Allocation):
-        return allocation
-    if allocation not in ALLOCATIONS:
-        raise ConfigurationError(
-            f"There is no allocation {allocation!r}{nearest(str(allocation), ALLOCATIONS)} There "
-            f"are: {', '.join(ALLOCATIONS)}, or any object of torch_feather.allocation, such as "
-            "FlopsBiased(gamma=0.5, example_input=x), which is 'flops^0.5' in feather train."
-        )
-    return ALLOCATIONS[allocation]
+class MagnitudePruning(Thresholded):
+    """A `Method` on one model: the allocation finds cutoffs for the scheduled count.
 
+    State: `zeros`, the number of zeros of each tensor when training began. The schedule starts from
+    them, so a model that is already sparse keeps its mask.
 
-SCHEDULES = ("cubic", "linear", "constant", "one-shot")
+    Attributes:
+        keeps_zeros: whether it does; otherwise `zeros` are 0.
+    """
 
+    keeps_zeros = True
 
-def make_schedule(schedule: str | Schedule, begin: int, end: int | None) -> Schedule:
-    """A schedule by name; `begin` and `end` are optimizer steps (see `schedules`)."""
-    if not isinstance(schedule, str):
-        if (begin, end) != (0, None):
-            raise ConfigurationError(
-                "begin and end belong to schedules given by name; set them on the Schedule object."
-            )
-        return schedule
-    if schedule in ("one-shot", "constant"):
-        if end is not None or (schedule == "constant" and begin != 0):
-            raise ConfigurationError(
-                f"schedule={schedule!r} does not rise over a while: 'constant' takes neither begin "
-                f"nor end, 'one-shot' begin alone; got begin={begin}, end={end}."
-            )
-        return OneShot(begin) if schedule == "one-shot" else Constant()
-    ramps = {"cubic": Cubic, "linear": Linear}
-    if schedule not in ramps:
-        raise ConfigurationError(
-            f"There is no schedule {schedule!r}{nearest(schedule, SCHEDULES)} There are: "
-            f"{', '.join(SCHEDULES)}, or any object of torch_feather.schedules."
-        )
-    return ramps[schedule](begin, end)
+    def __init__(self, context: MethodContext, method: Method):
+        super().__init__(context, method.operator, method.gradient)
+        self.method = method
+        self.allocation = method.allocation.fit(context)
+        zeros = context.weights.zeros()
+        initial = self.allocation.initial_state(context)
+        initial["zeros"] = zeros if self.keeps_zeros else torch.zeros_like(zeros)
+        self.state = {name: PerTensor.of(entry) for name, entry in initial.items()}
+        self.timetable = Timetable(method.schedule, context)
+        self.target_step = self.timetable.target_step
+        self.facts = replace(self.facts, on_shards=self.allocation.on_shards)
+
+    @property
+    def fingerprint(self) -> str:
+        m = self.method
+        return f"{m.operator!r} {m.gradient!r} {m.allocation!r} {self.timetable.fingerprint}"
+
+    def cutoffs(self, weights: LatentWeights, step: Tensor) -> list[Segment]:
+        begin = self.state["zeros"].flat.sum().double() / weights.size
+        return self.allocation.cutoffs(weights, self.timetable.at(step, begin), self._entries())
+
+    def _entries(self) -> dict[str, Tensor]:
+        """Return the state as tensors with one number per weight tensor."""
+        return {name: entry.flat for name, entry in self.state.items() if not entry.per_weight}
+
+    def after_step(
+        self,
+        weights: LatentWeights,
+        pruning: Pruning,
+        gradients: Gradients,
+        step: Tensor,
+        lr: Rate,
+        taken: bool | Tensor,
+    ) -> None:
+        changed = self.allocation.next_state(weights, self.sparsity, self._entries())
+        for name, value in changed.items():
+            write_if(taken, [self.state[name].flat], [value])
+
+    def summary(self, weights: LatentWeights, pruning: Pruning) -> Summary:
+        counts = [self.pruned(weights, pruning, i).sum() for i in range(len(weights.views))]
+        kept = 1 - weights.total(torch.stack(counts)).double() / weights.sizes.clamp_min(1)
+        return Summary(violation=self.allocation.violation(weights, kept, self._entries()))

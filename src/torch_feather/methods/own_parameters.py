@@ -1,30 +1,42 @@
-"""The small optimizers of a method's own parameters.
+"""Optimizers of a method's own parameters, such as learned thresholds.
 
-They step after the user's optimizer, in fixed tensors, and also where only the device knows
-whether the step is taken.
+They step after the user's optimizer, in fixed tensors, also if only the device knows whether the
+step is taken.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .base import Rate
+from ..weights.latent import write_if
+from .base import Rate, no_learning_rate
 
 
 @dataclass(frozen=True)
 class Momentum:
-    """SGD with momentum, as in torch: v <- momentum v + g + decay x, x <- x - lr v.
+    """SGD with momentum, as in PyTorch: v <- momentum v + g + decay x, x <- x - lr v.
 
     Attributes:
-        rate: lr as a multiple of the user's present one.
-        momentum, decay: as in torch.
-        low, high: x is brought back between them.
+        rate: multiplier of the user's present learning rate.
+        momentum: as in `torch.optim.SGD`.
+        decay: weight decay, as in `torch.optim.SGD`.
+        low, high: x is clamped between them.
+
+    Raises:
+        ConfigurationError: a negative rate or decay, or a momentum outside of [0, 1).
+
+    Example:
+        >>> x, velocity = torch.zeros(1, requires_grad=True), torch.zeros(1)
+        >>> x.grad = torch.ones(1)
+        >>> with torch.no_grad():
+        ...     Momentum(rate=0.1).step(x, velocity, 1.0, True)
+        >>> x.detach()
+        tensor([-0.1000])
     """
 
     rate: float = 1.0
@@ -36,37 +48,41 @@ class Momentum:
     def __post_init__(self) -> None:
         if not self.rate >= 0 or not 0 <= self.momentum < 1 or not self.decay >= 0:
             raise ConfigurationError(
-                "Of a method's own parameters the rate (a multiple of the optimizer's lr) and "
-                f"decay are >= 0 and the momentum is in [0, 1), got {self}."
+                "For a method's own parameters, lr_multiplier and decay must be >= 0 and momentum "
+                f"in [0, 1); got lr_multiplier={self.rate}, decay={self.decay}, "
+                f"momentum={self.momentum}."
             )
 
-    def step(self, x: Tensor, velocity: Tensor, rate: Rate, taken: bool | Tensor) -> None:
-        """Steps `x` along its `.grad`, in place; without one it stays.
+    def step(self, x: Tensor, velocity: Tensor, lr: Rate, taken: bool | Tensor) -> None:
+        """Step `x` along its `.grad`, in place; without a gradient it stays.
 
         Args:
-            x, velocity: of one shape and type.
-            rate: the optimizer's learning rate.
-            taken: see `Reparametrization.advance`.
+            x, velocity: tensors of one shape and type.
+            lr: the optimizer's learning rate.
+            taken: see `BoundMethod.after_step`.
         """
         if x.grad is None or taken is False:
             return
-        if rate is None:
-            raise no_rate()
+        if lr is None:
+            raise no_learning_rate()
         v = velocity * self.momentum + x.grad
         if self.decay:
             v += self.decay * x
-        stepped = (x - v * (rate * self.rate)).clamp(self.low, self.high)
+        stepped = (x - v * (lr * self.rate)).clamp(self.low, self.high)
         write_if(taken, [x, velocity], [stepped, v])
 
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam without decay, as in torch (Kingma & Ba, ICLR 2015).
+    """Adam without weight decay, as in PyTorch (Kingma and Ba, ICLR 2015).
 
     Attributes:
-        rate: the learning rate, not a multiple of the user's.
+        rate: the learning rate; it does not depend on the user's.
         mean_decay, square_decay: beta_1 and beta_2.
         epsilon: added to the root of the mean square.
+
+    Raises:
+        ConfigurationError: a negative rate or epsilon, or a decay outside of [0, 1).
     """
 
     rate: float = 0.001
@@ -78,41 +94,26 @@ class Adam:
         decays = self.mean_decay, self.square_decay
         if not self.rate >= 0 or not self.epsilon >= 0 or not all(0 <= d < 1 for d in decays):
             raise ConfigurationError(
-                "Of Adam for a method's own parameters the rate and epsilon are >= 0 and both "
-                f"decays in [0, 1), got {self}."
+                "For Adam on a method's own parameters, lr and epsilon must be >= 0 and both "
+                f"decays in [0, 1); got {self}."
             )
 
     def step(
         self, gradient: Tensor, x: Tensor, mean: Tensor, square: Tensor, step: Tensor,
         factor: Tensor,
     ) -> None:  # fmt: skip
-        """Steps `x` along `gradient`, in place.
+        """Step `x` along `gradient`, in place.
 
         Args:
-            gradient, x, mean, square: of one shape and type; the last two start at 0.
+            gradient, x, mean, square: tensors of one shape and type; mean and square start at 0.
             step: steps taken, this one included.
-            factor: on the rate.
+            factor: multiplier of the learning rate.
         """
         mean.lerp_(gradient, 1 - self.mean_decay)
         square.mul_(self.square_decay).addcmul_(gradient, gradient, value=1 - self.square_decay)
-        # 1 - beta^t, the share of the sum of weights that an average from 0 has by now.
+        # Bias correction, 1 - beta^t.
         of_mean, of_square = (
             1 - torch.pow(decay, step.double()) for decay in (self.mean_decay, self.square_decay)
         )
         root = (square / of_square).sqrt_().add_(self.epsilon)
         x.sub_((mean / root).mul_(factor * self.rate / of_mean))
-
-
-def no_rate() -> ConfigurationError:
-    """The error where there is none to follow."""
-    return ConfigurationError(
-        "The optimizer has no learning rate (lr), of which that of the method's own parameters is "
-        "a multiple. Give its parameter groups an 'lr' that follows the one in use, or take a "
-        "method that learns no thresholds."
-    )
-
-
-def write_if(taken: bool | Tensor, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copies values into targets if `taken`, which may be known to the device alone."""
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value if isinstance(taken, bool) else torch.where(taken, value, target))

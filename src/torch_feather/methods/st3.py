@@ -1,23 +1,23 @@
-"""ST-3: soft thresholds whose shrinkage is made good channel by channel."""
+"""ST-3: soft thresholds with a rescaling of each output channel."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..allocation import Allocation
+from ..context import MethodContext
 from ..gradient_rules import StraightThrough
 from ..operators import Soft
 from ..prunable import output_groups, unwrap
 from ..schedules import Schedule
-from ..weights.latent import LatentWeights, Segment
-from .base import Setting
-from .magnitude import Method, make_allocation, make_schedule
-from .thresholded import Scheduled
+from ..weights.latent import LatentWeights
+from .base import Pruning
+from .magnitude import MagnitudePruning, Method
+from .options import make_allocation, make_schedule
 
 
 def st3(
@@ -28,14 +28,18 @@ def st3(
     begin: int = 0,
     end: int | None = None,
 ) -> Method:
-    """Soft threshold, output channels rescaled; pruned weights get their gradient too.
+    """Return ST-3: soft thresholds, rescaled output channels, straight-through gradients.
 
     Source: Vanderschueren and De Vleeschouwer (WACV 2023). Their sparsity rises from epoch 5 on:
     set `begin` to its steps.
 
     Args:
-        sparsity: final share of zeros.
+        sparsity: final fraction of zeros.
         allocation, schedule, begin, end: as for `feather`.
+
+    Example:
+        >>> st3(sparsity=0.9).operator
+        Power(p=1.0)
     """
     return RescaledMethod(
         operator=Soft(),
@@ -46,62 +50,57 @@ def st3(
 
 
 st3_sigma = partial(st3, allocation="sigma")
-st3_sigma.__doc__ = """`st3` that ranks |w| times the root of the sum of its tensor's dimensions."""
+st3_sigma.__doc__ = (
+    """Return `st3` ranked by |w| times the root of the sum of its tensor's dimensions."""
+)
 
 
 @dataclass(frozen=True)
 class RescaledMethod(Method):
-    """A `Method` whose kept weights are scaled up channel by channel."""
+    """A `Method` with kept weights rescaled by output channel."""
 
-    def attach(self, setting: Setting) -> Rescaled:
-        """See `AnyMethod`."""
-        return Rescaled(setting, self)
+    def bind(self, context: MethodContext) -> Rescaled:
+        return Rescaled(context, self)
 
 
-class Rescaled(Scheduled):
-    """Per output channel, kept weights times 1.01 / (r + .01), with r their share of the sum |w|.
+class Rescaled(MagnitudePruning):
+    """Multiplies the kept weights of an output channel by 1.01 / (r + .01).
 
-    With r = (mean of |w| over kept weights, pruned ones as 0, + 1e-6) / (mean of |w| + 1e-6). The
-    factor is not differentiated.
+    r is the kept fraction of the channel's sum of |w|: r = (mean of |w| over kept weights, pruned
+    ones as 0, + 1e-6) / (mean of |w| + 1e-6). The factor is not differentiated.
     """
 
-    def __init__(self, setting: Setting, method: Method):
-        super().__init__(setting, method)
-        model = unwrap(setting.model)
-        paths = [name.rpartition(".")[0] for name in setting.names]
+    def __init__(self, context: MethodContext, method: Method):
+        super().__init__(context, method)
+        model = unwrap(context.model)
+        paths = [name.rpartition(".")[0] for name in context.names]
         self._groups = [output_groups(unwrap(model.get_submodule(path))) for path in paths]
+        # If outputs are not dimension 0, a shard holds parts of all output channels.
+        first = all(groups is None for groups in self._groups)
+        self.facts = replace(self.facts, on_shards=self.facts.on_shards and first)
 
     @property
-    def on_shards(self) -> bool:  # type: ignore[override]
-        """See `Reparametrization`. Shards are of inputs where outputs are not the first."""
-        return super().on_shards and all(groups is None for groups in self._groups)
+    def fingerprint(self) -> str:
+        return f"rescaled {super().fingerprint}"
 
-    @property
-    def identity(self) -> str:
-        """See `Reparametrization`."""
-        return f"rescaled {super().identity}"
-
-    def apply(
-        self, weights: LatentWeights, segments: Sequence[Segment]
-    ) -> tuple[list[Tensor], Tensor]:
-        """See `Thresholded`."""
-        images, total = super().apply(weights, segments)
-        for i, (w, image) in enumerate(zip(weights.views, images, strict=True)):
+    def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
+        found = super().effective_weights(weights, pruning)
+        for i, (w, u) in enumerate(zip(weights.views, found, strict=True)):
             magnitude = self._by_channel(i, w.abs().to(weights.wide))
-            kept = magnitude * (self._by_channel(i, image) != 0)
+            kept = magnitude * (self._by_channel(i, u) != 0)
             means = torch.stack([kept.mean(1), magnitude.mean(1)], 1)
-            part, whole = weights.row_means(i, means).unbind(1)
-            share = (part + 1e-6) / (whole + 1e-6)
-            # NaN or infinite weights leave their channel as it is.
-            factor = (1.01 / (share + 0.01)).nan_to_num_(nan=1.0)
+            part, total = weights.row_means(i, means).unbind(1)
+            ratio = (part + 1e-6) / (total + 1e-6)
+            # NaN or infinite weights leave their channel unchanged.
+            factor = (1.01 / (ratio + 0.01)).nan_to_num_(nan=1.0)
             if (groups := self._groups[i]) is not None:
-                image = image.unflatten(0, (groups, -1))
+                u = u.unflatten(0, (groups, -1))
                 factor = factor.view(groups, 1, -1)
-            image.mul_(factor.view(*factor.shape, *[1] * (image.dim() - factor.dim())))
-        return images, total
+            u.mul_(factor.view(*factor.shape, *[1] * (u.dim() - factor.dim())))
+        return found
 
     def _by_channel(self, i: int, x: Tensor) -> Tensor:
-        """What is here of tensor i as (output channels, weights of each)."""
+        """Return the local values of tensor i in shape (output channels, weights of each)."""
         if (groups := self._groups[i]) is not None:
             x = x.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
         return x.reshape(len(x), x.shape[1:].numel())

@@ -1,4 +1,4 @@
-"""The paper's CIFAR networks; all others come from timm by name."""
+"""The CIFAR networks of the Feather paper, and access to the models of timm by name."""
 
 from typing import Any
 
@@ -32,43 +32,69 @@ _MODELS = {
 
 
 def available_models() -> list[str]:
-    """Names that `create` knows by itself; `timm/NAME` reaches every model of timm."""
+    """Return the names of the networks of this module, for `create`.
+
+    `create` also accepts `timm/NAME` for each model of timm.
+
+    Example:
+        >>> available_models()
+        ['resnet20', 'resnet8', 'mobilenet_v1', 'densenet40_24']
+    """
     return list(_MODELS)
 
 
 def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
-    """Build a freshly initialised network by name: one of `available_models()`, or `timm/NAME`.
+    """Create a network by name, with random initial weights.
+
+    Args:
+        name: one of `available_models()`, or `timm/NAME`.
+        num_classes: number of classes.
+        in_channels: channels of an image.
 
     Raises:
-        ConfigurationError: a name that nobody knows (the nearest known one is told), or a
-            count below 1.
-        ImportError: `timm/NAME` was asked for and timm is not installed.
+        ConfigurationError: the name is unknown, or a number is below 1.
+        ImportError: the name is `timm/NAME` and timm is not installed.
+
+    Example:
+        >>> import torch
+        >>> model = create("resnet8", num_classes=10, in_channels=1)
+        >>> model(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
     """
-    for what, count in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if count < 1:
-            raise ConfigurationError(f"{what} must be at least 1, got {count}")
+    for option, number in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if number < 1:
+            raise ConfigurationError(f"{option} must be at least 1, got {number}.")
     if name.startswith(TIMM):
         return create_timm(name, num_classes=num_classes, in_chans=in_channels)
     if name not in _MODELS:
         raise ConfigurationError(
             f"unknown network {name!r}{nearest(name, _MODELS)} "
-            f"Known are {', '.join(_MODELS)}, and timm/NAME."
+            f"Available: {', '.join(_MODELS)}, and timm/NAME."
         )
     return _MODELS[name](num_classes, in_channels)
 
 
 def create_timm(name: str, **options: Any) -> nn.Module:
-    """Build `timm/NAME` with the options of `timm.create_model`; raises what `create` does."""
+    """Create a model of timm.
+
+    Args:
+        name: `timm/NAME`.
+        options: keyword arguments of `timm.create_model`.
+
+    Raises:
+        ConfigurationError: timm has no model of this name.
+        ImportError: timm is not installed.
+    """
     try:
         import timm
     except ImportError as error:
         raise ImportError(
-            f"network {name!r} needs timm: pip install 'torch-feather[vision]'"
+            f"network {name!r} requires timm: pip install 'torch-feather[vision]'"
         ) from error
     name = name.removeprefix(TIMM)
     if not timm.is_model(name):
         raise ConfigurationError(
             f"timm has no model {name!r}{nearest(name, timm.list_models())} "
-            "timm.list_models() shows all."
+            "timm.list_models() lists all models."
         )
     return timm.create_model(name, **options)

@@ -17,7 +17,13 @@ BLOCKS = (
 
 
 class SeparableBlock(nn.Sequential):
-    """A 3x3 convolution of each channel alone, then a 1x1 convolution (with bias) across them."""
+    """A depthwise 3x3 convolution, then a pointwise (1x1) convolution with bias.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        stride: stride of the depthwise convolution.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -32,10 +38,13 @@ class SeparableBlock(nn.Sequential):
 
 
 class MobileNetV1(nn.Module):
-    """Stem with stride 1, thirteen separable blocks, global average pool, linear.
+    """Stem with stride 1, thirteen separable blocks, global average pooling, linear layer.
 
-    Takes `(B, in_channels, H, W)` of any H and W, and gives logits `(B, num_classes)`.
-    Weights start as PyTorch's layers set them.
+    Weights have the default initialization of PyTorch's layers.
+
+    Args:
+        num_classes: number of classes.
+        in_channels: channels of an image.
     """
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
@@ -57,5 +66,16 @@ class MobileNetV1(nn.Module):
 
 
 def mobilenet_v1(num_classes: int = 100, in_channels: int = 3) -> MobileNetV1:
-    """MobileNetV1: 3,287,488 prunable weights with 100 classes, 46.4 M MACs at 32x32."""
+    """Create MobileNetV1.
+
+    With 100 classes it has 3,287,488 prunable weights, and 46.4 M multiply-adds (MACs) at 32x32.
+
+    Args:
+        num_classes: number of classes.
+        in_channels: channels of an image.
+
+    Example:
+        >>> sum(p.numel() for p in mobilenet_v1(num_classes=100).parameters())
+        3315428
+    """
     return MobileNetV1(num_classes, in_channels)

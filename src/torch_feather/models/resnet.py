@@ -1,4 +1,4 @@
-"""Residual networks for small images (He et al., 2016), in the widths of the Feather paper."""
+"""Residual networks for small images (He et al., 2016) with the widths of the Feather paper."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,15 @@ WIDTHS = (32, 64, 128)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; `(B, in, H, W)` to `(B, out, H/stride, W/stride)`.
+    """Two 3x3 convolutions and a shortcut.
 
-    The shortcut is the identity where the shape stays, a 1x1 convolution with norm elsewhere.
+    The shortcut is the identity if the shape does not change; otherwise it is a 1x1 convolution
+    with batch norm.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        stride: stride of the first convolution and of the shortcut.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -34,9 +40,12 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, three stages of basic blocks at widths 32, 64 and 128, global average pool, linear.
+    """Stem, three stages of basic blocks (32, 64 and 128 channels), average pooling, linear layer.
 
-    Takes `(B, in_channels, H, W)` of any H and W, and gives logits `(B, num_classes)`.
+    Args:
+        blocks: blocks of each stage.
+        num_classes: number of classes.
+        in_channels: channels of an image.
     """
 
     def __init__(self, blocks: Sequence[int], num_classes: int, in_channels: int) -> None:
@@ -71,10 +80,29 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
 
 
 def resnet20(num_classes: int = 100, in_channels: int = 3) -> ResNet:
-    """ResNet-20: 1,092,960 prunable weights with 100 classes, 162.4 M MACs at 32x32."""
+    """Create ResNet-20.
+
+    With 100 classes it has 1,092,960 prunable weights, and 162.4 M multiply-adds (MACs) at 32x32.
+
+    Args:
+        num_classes: number of classes.
+        in_channels: channels of an image.
+    """
     return ResNet((3, 3, 3), num_classes, in_channels)
 
 
 def resnet8(num_classes: int = 100, in_channels: int = 3) -> ResNet:
-    """One block per stage: 318,816 prunable weights with 100 classes, 49.1 M MACs at 32x32."""
+    """Create ResNet-8: one block per stage.
+
+    With 100 classes it has 318,816 prunable weights, and 49.1 M multiply-adds (MACs) at 32x32.
+
+    Args:
+        num_classes: number of classes.
+        in_channels: channels of an image.
+
+    Example:
+        >>> model = resnet8(num_classes=10)
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
     return ResNet((1, 1, 1), num_classes, in_channels)

@@ -1,4 +1,4 @@
-"""The paper's settings, and two small ones, as data: one YAML file each."""
+"""Recipes: the paper's training settings, and two small ones, one YAML file each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from ..errors import ConfigurationError, nearest
 
 
 def available_recipes() -> dict[str, str]:
-    """Name to one line of description (the file's first comment)."""
+    """Return the recipes by name, each with the first comment of its file.
+
+    Example:
+        >>> list(available_recipes())
+        ['cifar10', 'cifar100-small', 'cifar100', 'digits', 'imagenet']
+    """
     found = {}
     for file in sorted(resources.files(__package__).iterdir(), key=lambda f: f.name):
         if file.name.endswith(".yaml"):
@@ -21,12 +26,20 @@ def available_recipes() -> dict[str, str]:
 
 
 def recipe_values(name: str) -> dict[str, Any]:
-    """The settings of the recipe `name`; `ConfigurationError` names the nearest known one."""
+    """Return the settings of a recipe, as nested sections.
+
+    Raises:
+        ConfigurationError: no recipe has this name; the message names the nearest one.
+
+    Example:
+        >>> recipe_values("cifar100")["optimizer"]["lr"]
+        0.1
+    """
     known = available_recipes()
     if name not in known:
         raise ConfigurationError(
-            f"unknown recipe {name!r}{nearest(name, known)} Known are {', '.join(known)} "
-            "(a file of your own goes to --config)."
+            f"unknown recipe {name!r}{nearest(name, known)} Known are {', '.join(known)}. "
+            "Pass a file of your own with --config."
         )
     text = resources.files(__package__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)

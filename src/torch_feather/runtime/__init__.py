@@ -1,17 +1,30 @@
-"""Sparse networks that are really faster on CPUs (needs llvmlite)."""
+"""Sparse inference on CPUs: `compile_sparse`, and measured costs of weights (needs llvmlite)."""
 
-from .capture import CaptureError
-from .choose import Choice
+import warnings
+from typing import Any
+
 from .costs import layer_milliseconds
-from .kernels import RuntimeMissingError
-from .module import InputError, SparseModule, compile_sparse
+from .errors import CaptureError, InputError, RuntimeMissingError
+from .module import SparseModule, compile_sparse
+from .tuning import LayerTuning
 
 __all__ = [
     "CaptureError",
-    "Choice",
     "InputError",
+    "LayerTuning",
     "RuntimeMissingError",
     "SparseModule",
     "compile_sparse",
     "layer_milliseconds",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Choice":
+        message = (
+            "torch_feather.runtime.Choice is deprecated and will be removed in the next release. "
+            "Use LayerTuning."
+        )
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return LayerTuning
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

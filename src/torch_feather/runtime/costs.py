@@ -1,4 +1,4 @@
-"""What weights cost in milliseconds, for training that aims at latency."""
+"""The cost of a weight in milliseconds, for training that targets latency."""
 
 from __future__ import annotations
 
@@ -12,38 +12,47 @@ from torch.fx import Node
 from ..errors import ConfigurationError
 from ..prunable import unwrap
 from .capture import capture
-from .choose import choose
 from .kernels import llvm
 from .layer import Layer, MaxPool
-from .plan import suits
+from .plan import can_run_sparse
+from .tuning import tune_layer
 
 
 def layer_milliseconds(
     model: nn.Module, example_input: Tensor, sparsity: float, threads: int = 1
 ) -> dict[str, float]:
-    """Milliseconds that a weight which is kept costs, by weight name, measured on this CPU.
+    """Measure the cost of each nonzero weight in milliseconds on this CPU.
 
-    Every layer runs alone as `compile_sparse` would run it, with the given share of zeros at random
-    places, and once more with nothing but zeros. What is left of its time then (writing the result)
-    no pruning saves; the rest is divided by the number of weights. For `feather-flops` and
-    `FlopsBiased(costs=...)`, whose budget then is in milliseconds of the kept weights.
+    Each layer runs alone, as `compile_sparse` would run it: once with the given sparsity, zeros at
+    random positions, and once with zeros only. The second time (writing the result) is not saved by
+    pruning. The difference, divided by the number of nonzero weights, is the cost of a weight.
+
+    Pass the result to `feather-flops` or `FlopsBiased(costs=...)`. A cost budget is then in
+    milliseconds.
 
     Args:
-        model: on any device; only the shapes of its weights matter, and it is not changed.
+        model: on any device. Only the shapes of its weights matter; it is not changed.
         example_input: (batch, ...) float32; the times are those of one call with it.
-        sparsity: share of zeros in every layer, in [0, 1).
-        threads: of the sparse layers.
+        sparsity: fraction of zeros in each layer, in [0, 1).
+        threads: number of threads of the sparse layers.
 
     Returns:
-        Costs above 0. Weights of layers that cannot run sparse are not in it.
+        Positive costs by weight name. Weights of layers that cannot run sparse are missing.
 
     Raises:
-        ConfigurationError: no such sparsity.
-        CaptureError: torch.export cannot follow the model.
+        ConfigurationError: the sparsity is not in [0, 1).
+        CaptureError: torch.export cannot capture the model.
         RuntimeMissingError: llvmlite is not installed.
+
+    Example:
+        >>> import torch
+        >>> from torch_feather.runtime import layer_milliseconds
+        >>> costs = layer_milliseconds(torch.nn.Linear(64, 8), torch.zeros(1, 64), sparsity=0.9)
+        >>> list(costs)
+        ['weight']
     """
     if not 0 <= sparsity < 1:
-        raise ConfigurationError(f"sparsity is a share of zeros in [0, 1), got {sparsity!r}.")
+        raise ConfigurationError(f"sparsity must be in [0, 1), got {sparsity!r}.")
     llvm()
     model = copy.deepcopy(unwrap(model)).float().cpu().eval()
     names = {id(p): name for name, p in model.named_parameters()}
@@ -53,28 +62,31 @@ def layer_milliseconds(
         batch = next(n for n in graph.nodes if n.op == "placeholder").meta["val"].shape[0]
         for node in graph.nodes:
             layer = node.target
-            if isinstance(layer, Layer) and not isinstance(layer, MaxPool) and suits(node, batch):
-                used = layer.name.partition("@")[0]  # of a weight that is used again
-                try:
-                    name = names[id(model.get_parameter(used))]
-                except AttributeError:  # computed from other parameters
-                    continue
-                cost = _cost(node, layer, len(example_input), sparsity, threads)
-                costs[name] = costs.get(name, 0.0) + cost
+            if not isinstance(layer, Layer) or isinstance(layer, MaxPool):
+                continue
+            if not can_run_sparse(node, batch):
+                continue
+            used = layer.name.partition("@")[0]  # without the number of a repeated use
+            try:
+                name = names[id(model.get_parameter(used))]
+            except AttributeError:  # computed from other parameters
+                continue
+            cost = _cost(node, layer, len(example_input), sparsity, threads)
+            costs[name] = costs.get(name, 0.0) + cost
     return costs
 
 
 def _cost(node: Node, layer: Layer, batch: int, sparsity: float, threads: int) -> float:
     kept = max(1, round((1 - sparsity) * layer.weight.numel()))
-    generator = torch.Generator().manual_seed(0)  # the user's stays as it is
+    generator = torch.Generator().manual_seed(0)  # leave the global generator unchanged
     order = torch.randperm(layer.weight.numel(), generator=generator)
     zeros = torch.zeros(layer.weight.numel())
     some = zeros.index_fill(0, order[:kept], 1.0)
     times = []
     for flat in (some, zeros):
         pruned = replace(layer, weight=flat.reshape(layer.weight.shape))
-        time = choose(node, pruned, batch, threads).sparse_ms
+        time = tune_layer(node, pruned, batch, threads).sparse_ms
         assert time is not None
         times.append(time)
-    whole, empty = times
-    return max(whole - empty, 0.1 * whole) / kept  # a short layer's difference may be all noise
+    sparse, empty = times
+    return max(sparse - empty, 0.1 * sparse) / kept  # for short layers the difference may be noise

@@ -1,4 +1,4 @@
-"""A convolution or linear layer with all that is fused into it."""
+"""Convolution, linear and max-pooling layers with the operations that are fused into them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Layer:
-    """y = clamp(conv(x) + bias + residual, low, high); calling it computes that densely.
+    """A convolution or linear layer: y = clamp(conv(x) + bias + residual, low, high).
+
+    Calling it computes y densely, with PyTorch.
 
     Args:
-        name: of the weight in the model.
-        weight: (out, in / groups, height, width), or (out, in) of a linear layer.
+        name: name of the weight in the model.
+        weight: (out, in / groups, height, width); (out, in) for a linear layer.
         bias: (out,).
-        stride, padding, dilation: rows and columns.
-        low, high: bounds of the result: 0 and inf for ReLU.
+        stride: of rows and columns.
+        padding: of rows and columns.
+        dilation: of rows and columns.
+        groups: groups of channels, as in `torch.nn.Conv2d`.
+        low: lower bound of the result; 0 for ReLU.
+        high: upper bound of the result.
     """
 
     name: str
@@ -33,16 +39,16 @@ class Layer:
     low: float = -math.inf
     high: float = math.inf
     _packed: Tensor | bool | None = field(default=None, init=False, repr=False)
-    combine: ClassVar[str] = "fma"
-    outside: ClassVar[float] = 0.0  # what is seen around an image
-    __name__: ClassVar[str] = "layer"  # what torch.fx calls a function by
+    combine: ClassVar[str] = "fma"  # see kernels.Variant
+    padding_value: ClassVar[float] = 0.0
+    __name__: ClassVar[str] = "layer"  # torch.fx names functions by it
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """See the class.
+        """Compute the layer densely.
 
         Args:
-            x: (batch, in, height, width), or (..., in) of a linear layer.
-            residual: of the result's shape.
+            x: (batch, in, height, width); (..., in) for a linear layer.
+            residual: a tensor of the shape of the result.
         """
         y = self._combined(x)
         if residual is not None:
@@ -53,8 +59,8 @@ class Layer:
             return y.clamp_(self.low, self.high)
         return y
 
-    def unpack(self) -> None:
-        """Give back the memory of what only dense calls need; another call takes it again."""
+    def free_packed(self) -> None:
+        """Free the packed copy of the weights. The next dense call creates it again."""
         self._packed = None
 
     def _combined(self, x: Tensor) -> Tensor:
@@ -73,21 +79,28 @@ class Layer:
 
     @property
     def linear(self) -> bool:
-        """Whether the channels are the last dimension, not the second."""
+        """Whether channels are the last dimension; otherwise they are the second."""
         return self.weight.dim() == 2
 
     @property
     def channels(self) -> tuple[int, int]:
-        """Of the input and of the result."""
+        """Number of channels of the input and of the result."""
         return self.weight.shape[1] * self.groups, self.weight.shape[0]
 
     @property
     def sparsity(self) -> float:
-        """Share of the weights that is zero."""
+        """Fraction of the weights that is zero."""
         return 1.0 - int(torch.count_nonzero(self.weight)) / max(1, self.weight.numel())
 
     def scaled(self, factor: Tensor, shift: Tensor | None = None) -> Layer:
-        """With the result times `factor` plus `shift`, both (out,); rounded once."""
+        """Return a layer whose result is multiplied by `factor`, then shifted by `shift`.
+
+        The new weights are computed in float64 and rounded once.
+
+        Args:
+            factor: (out,).
+            shift: (out,); None for no shift.
+        """
         weight, bias, factor = self.weight.double(), self.bias.double(), factor.double()
         bias = bias * factor + (0.0 if shift is None else shift.double())
         weight = weight * factor.view(-1, *[1] * (weight.dim() - 1))
@@ -96,14 +109,14 @@ class Layer:
 
 
 class MaxPool(Layer):
-    """The largest pixel of each window; the weights say nothing but its size."""
+    """Max pooling as a layer. Only the shape of its weight has a meaning: the window size."""
 
     combine = "max"
-    outside = -math.inf
+    padding_value = -math.inf
     __name__ = "max_pool"
 
     @classmethod
-    def of(
+    def create(
         cls,
         name: str,
         channels: int,
@@ -112,7 +125,7 @@ class MaxPool(Layer):
         padding: tuple[int, int],
         dilation: tuple[int, int],
     ) -> MaxPool:
-        """Of each channel by itself."""
+        """Return a pooling layer for a number of channels; see `torch.nn.MaxPool2d`."""
         weight = torch.ones(channels, 1, *kernel, dtype=torch.float32, device="cpu")
         lowest = weight.new_full((channels,), -math.inf)
         return cls(name, weight, lowest, stride, padding, dilation, channels)
@@ -123,15 +136,18 @@ class MaxPool(Layer):
 
 
 def pack(layer: Layer) -> Tensor | bool:
-    """The weights as oneDNN wants them, so that it need not bring them there at every call.
+    """Return the weights in oneDNN's own order, so that it does not reorder them at every call.
 
-    PyTorch has this for its own compiler, without a promise to keep it; False where it is not.
+    PyTorch has this operator for its compiler and may remove it.
+
+    Returns:
+        The packed weights, or False if they cannot be packed.
     """
     if not torch.backends.mkldnn.is_available():
         return False
     reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.weight.shape[2:], strict=True)]
     if any(p > r for p, r in zip(layer.padding, reach, strict=True)):
-        return False  # it may crash where a window sees nothing but padding
+        return False  # oneDNN may crash if a window contains padding only
     try:
         return torch.ops.mkldnn._reorder_convolution_weight(
             layer.weight, layer.padding, layer.stride, layer.dilation, layer.groups, []

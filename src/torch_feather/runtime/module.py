@@ -1,33 +1,38 @@
-"""The compiled network as a module."""
+"""Compilation of a network, and the compiled network as a module."""
 
 from __future__ import annotations
 
 import copy
-import json
 import threading
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.utils._pytree import tree_map
 
-from ..errors import FileFormatError, StateError
-from ..files import replace_file
+from ..errors import StateError
 from ..prunable import unwrap
-from .bound import Bound, InputError
-from .capture import CaptureError, attributes, capture
-from .choose import Choice, choose
+from .batch import BatchPlan
+from .capture import capture
+from .errors import CaptureError, InputError
+from .fusion import attributes
 from .kernels import Tile
 from .layer import Layer
-from .plan import Plan, Sparse, Torch, suits
+from .plan import Plan, Sparse, Torch, can_run_sparse
 from .timing import milliseconds
+from .tuning import LayerTuning, load_tuning, save_tuning, tune_layer
+from .workspace import WorkspacePool
 
-BATCH_SIZES = 4  # for which tables are kept
+MAX_BATCH_SIZES = 4  # number of batch sizes for which tables and memory are kept
+
+Tuning = Mapping[str, LayerTuning]
 
 
 def compile_sparse(
@@ -35,40 +40,73 @@ def compile_sparse(
     example_input: Tensor,
     *,
     threads: int | None = None,
-    choices: Mapping[str, Choice] | str | Path | None = None,
+    tuning: Tuning | str | Path | None = None,
+    chunk_size: int | None = None,
+    choices: Tuning | str | Path | None = None,
     at_a_time: int | None = None,
 ) -> SparseModule:
-    """A network that computes what `model` does in eval mode, its sparse layers really sparse.
+    """Compile a network for inference on this CPU, with layers that skip zero weights.
+
+    Without `tuning`, each layer is timed densely and sparsely. Then the whole network is timed with
+    the faster way of each layer, with all layers sparse, and with all layers dense. The fastest of
+    the three is used, so a layer may run in the way that is slower for the layer alone.
+
+    Any batch size is accepted if `torch.export` can show that the model's behavior is independent
+    of the batch size. Otherwise, other sizes raise `InputError`; compile another module for them.
 
     Args:
-        model: on the CPU, in float32; takes one tensor. It is not changed, and the result does
-            not change with it.
-        example_input: (batch, ...); other batch sizes will do too. Layers are timed with it.
-        threads: for the sparse layers; all others run with PyTorch's own number.
+        model: on the CPU, in float32; takes one tensor. It is not changed. Later changes of the
+            model do not affect the compiled network.
+        example_input: (batch, ...), float32. Layers are timed with its batch size.
+        threads: number of threads of the sparse layers; the others use PyTorch's number.
             [default: torch.get_num_threads()]
-        choices: those of another module or `save_choices`, of any machine; layers that they do
-            not name are timed. [default: every layer is timed]
-        at_a_time: samples that go through the network together, for networks that treat the
-            samples of a batch by themselves. A few at a time stay in the caches, where whole
-            batches do not. [default: all of a batch]
+        tuning: results of another compiled network (`SparseModule.tuning`), or a file that
+            `SparseModule.save_tuning` wrote, also on another machine. Layers that it does not name
+            are timed. [default: all layers are timed]
+        chunk_size: number of samples that the network processes together. Only for networks that
+            process the samples of a batch independently. Activations of small chunks fit into the
+            caches. [default: the whole batch]
+        choices: deprecated name of `tuning`.
+        at_a_time: deprecated name of `chunk_size`.
+
+    Returns:
+        A module that computes what `model` computes in eval mode.
 
     Raises:
-        InputError: the example is no batch of float32 tensors on the CPU, or the model is not.
-        FileFormatError: the file of choices is damaged.
-        CaptureError: torch.export cannot follow the model.
+        InputError: the example is not a batch of float32 on the CPU, the model is not float32 on
+            the CPU, or `threads` or `chunk_size` is invalid.
+        FileFormatError: the tuning file is damaged.
+        CaptureError: torch.export cannot capture the model.
         RuntimeMissingError: llvmlite is not installed.
+
+    Example:
+        >>> import torch
+        >>> import torch_feather as feather
+        >>> model = torch.nn.Linear(64, 8)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.mul_(torch.rand(8, 64) < 0.05)
+        >>> sparse = feather.compile_sparse(model, torch.zeros(1, 64), threads=1)
+        >>> sparse(torch.zeros(3, 64)).shape
+        torch.Size([3, 8])
     """
+    tuning = _renamed("choices", choices, "tuning", tuning)
+    chunk_size = _renamed("at_a_time", at_a_time, "chunk_size", chunk_size)
     threads = torch.get_num_threads() if threads is None else threads
-    return SparseModule(model, example_input, threads, choices, at_a_time)
+    return SparseModule(model, example_input, threads, tuning, chunk_size)
 
 
 class SparseModule(nn.Module):
-    """See `compile_sparse`. Calls may come from several threads at a time.
+    """A network that `compile_sparse` compiled.
 
-    It is made for this machine and process, and has no parameters to train or save.
+    Several threads may call it concurrently. It works on this machine and in this process only, and
+    has no parameters to train or save. Its `repr` is a table of its layers.
 
     Attributes:
-        choices: how each layer runs, by the name of its weight.
+        tuning: how each layer runs, by the name of its weight.
+        threads: number of threads of the sparse layers.
+        chunk_size: number of samples that are processed together; None for whole batches.
+        shape: shape of one sample of the input.
+        plan: the steps of the network.
     """
 
     @torch.inference_mode(False)
@@ -77,72 +115,48 @@ class SparseModule(nn.Module):
         model: nn.Module,
         example: Tensor,
         threads: int,
-        choices: Mapping[str, Choice] | str | Path | None,
-        at_a_time: int | None,
+        tuning: Tuning | str | Path | None,
+        chunk_size: int | None,
     ) -> None:
         super().__init__()
-        for name, number in (("threads", threads), ("at_a_time", at_a_time)):
+        for name, number in (("threads", threads), ("chunk_size", chunk_size)):
             if number is not None and (not isinstance(number, int) or number < 1):
-                raise InputError(f"{name} must be a whole number of at least 1, not {number!r}")
-        self.at_a_time = at_a_time
+                raise InputError(f"{name} must be an integer of at least 1, got {number!r}.")
         batch = isinstance(example, Tensor) and example.dim() > 0 and example.numel() > 0
         if not batch or example.dtype != torch.float32:
-            raise InputError("the example must be a batch (batch, ...) of float32, not empty")
-        if isinstance(choices, str | Path):
-            choices = load_choices(choices)
-        self.threads, self.shape = threads, tuple(example.shape[1:])
-        try:
-            model = copy.deepcopy(unwrap(model)).eval()
-        except RuntimeError as error:
-            raise CaptureError(
-                f"{type(model).__name__} cannot be copied ({error}). Masks of torch.nn.utils.prune "
-                "must be made permanent first: prune.remove(module, name)"
-            ) from error
-        for tensor in (*model.parameters(), *model.buffers(), example):
-            if tensor.device.type != "cpu":
-                raise InputError(
-                    f"compile_sparse is for the CPU, but something is on {tensor.device}; move "
-                    "the model and the example there first"
-                )
-        for name, weight in model.named_parameters():
-            if weight.dtype != torch.float32 and weight.is_floating_point():
-                raise InputError(
-                    f"compile_sparse computes in float32, but {name} is of {weight.dtype}; "
-                    "give it copy.deepcopy(model).float()"
-                )
+            raise InputError("The example must be a non-empty batch (batch, ...) of float32.")
+        known = load_tuning(tuning) if isinstance(tuning, str | Path) else tuning
+        self.threads, self.chunk_size, self.shape = threads, chunk_size, tuple(example.shape[1:])
+        self._batch = len(example)
+        model = _copy_in_eval_mode(model)
+        _check_types(model, example)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self._captured = capture(model, example)
-            self._of_none = _of_none(model, example)
-            read = attributes(self._captured.module)
-            self._constants = {node.name: value for node, value in read.items()}
-            graph = self._captured.module.graph
-            self._batch = len(example)
-            given = next(n for n in graph.nodes if n.op == "placeholder").meta["val"]
-            found = {
-                n: n.target
-                for n in graph.nodes
-                if isinstance(n.target, Layer) and suits(n, given.shape[0])
-            }
-            known, layers = choices or {}, list(found.values())
-            steps = (s for s in Plan.of(graph, layers).steps if isinstance(s, Sparse))
-            grids = {step.layer: step.out.grid.root() for step in steps}
-            self.choices = {
-                layer.name: known.get(layer.name)
-                or choose(node, layer, self._batch, threads, grids.get(layer))
-                for node, layer in found.items()
-            }
-            if choices is None:
-                self.choices = self._fastest(layers, example)
-            self.plan = self._plan(layers, self.choices)
-            for layer in layers:
-                if self.choices[layer.name].sparse:
-                    layer.unpack()
-        self._bound: OrderedDict[int, Bound] = OrderedDict()
+            self._empty_result = _result_of_empty_batch(model, example)
+            values = attributes(self._captured.module)
+            self._constants = {node.name: value for node, value in values.items()}
+            nodes = self._layer_nodes()
+            self.tuning = self._tune(nodes, known or {})
+            if known is None:
+                self.tuning = self._fastest(list(nodes.values()), example)
+            self.plan = self._plan(list(nodes.values()), self.tuning)
+            for layer in nodes.values():
+                if self.tuning[layer.name].sparse:
+                    layer.free_packed()
+        self._pools: OrderedDict[int, WorkspacePool] = OrderedDict()
         self._lock = threading.Lock()
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
-        """What the model computes, in float32."""
+        """Compute the model's output in float32.
+
+        Args:
+            x: (batch, ...), float32 on the CPU.
+
+        Raises:
+            InputError: the input has another shape or type, or a batch size for which the model may
+                behave differently.
+        """
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return self.forward(x)
@@ -151,130 +165,199 @@ class SparseModule(nn.Module):
             or x.device.type != "cpu"
             or x.dim() == 0
         ):
-            wanted = ("batch", *self.shape)
+            expected = ", ".join(map(str, ("batch", *self.shape)))
             given = type(x).__name__
             if isinstance(x, Tensor):
                 given = f"{x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
             raise InputError(
-                f"the network was compiled for float32 inputs ({', '.join(map(str, wanted))}) on "
-                f"the CPU, this is {given}"
+                f"The network was compiled for float32 inputs ({expected}) on the CPU, got {given}."
             )
         if not len(x):
-            return self._of_none()
-        if self.at_a_time is not None and len(x) > self.at_a_time:
-            parts = [self.forward(part) for part in x.split(self.at_a_time)]
-            return tree_map(_joined, *parts)
+            return self._empty_result()
+        if self.chunk_size is not None and len(x) > self.chunk_size:
+            parts = [self.forward(part) for part in x.split(self.chunk_size)]
+            return tree_map(_concatenated, *parts)
         return self._captured.unflatten(self._for_batch(x)(x))
 
-    def _plan(self, layers: Sequence[Layer], choices: Mapping[str, Choice]) -> Plan:
-        sparse = [layer for layer in layers if choices[layer.name].sparse]
-        return Plan.of(self._captured.module.graph, sparse)
+    def _layer_nodes(self) -> dict[Node, Layer]:
+        """Return the layers that can run sparse."""
+        graph = self._captured.module.graph
+        given = next(n for n in graph.nodes if n.op == "placeholder").meta["val"]
+        return {
+            n: n.target
+            for n in graph.nodes
+            if isinstance(n.target, Layer) and can_run_sparse(n, given.shape[0])
+        }
 
-    def _fastest(self, layers: Sequence[Layer], example: Tensor) -> dict[str, Choice]:
-        """The choices, or all that can be sparse, or nothing: what it costs to go to and fro
-        between sparse and dense layers shows in the whole network only."""
-        tried = {n: replace(c, sparse=c.sparse_ms is not None) for n, c in self.choices.items()}
-        none = {n: replace(c, sparse=False) for n, c in self.choices.items()}
+    def _tune(self, nodes: Mapping[Node, Layer], known: Tuning) -> dict[str, LayerTuning]:
+        """Return how each layer runs; time those that are not known."""
+        steps = self._plan_all(list(nodes.values())).steps
+        layouts = {s.layer: s.out.layout.root() for s in steps if isinstance(s, Sparse)}
+        return {
+            layer.name: known.get(layer.name)
+            or tune_layer(node, layer, self._batch, self.threads, layouts.get(layer))
+            for node, layer in nodes.items()
+        }
+
+    def _plan_all(self, layers: Sequence[Layer]) -> Plan:
+        return Plan.build(self._captured.module.graph, layers)
+
+    def _plan(self, layers: Sequence[Layer], tuning: Tuning) -> Plan:
+        return self._plan_all([layer for layer in layers if tuning[layer.name].sparse])
+
+    def _batch_plan(self, plan: Plan, tuning: Tuning, batch: int) -> BatchPlan:
+        tiles: dict[str, Tile] = {name: layer.tile for name, layer in tuning.items()}
+        return BatchPlan(plan, self._constants, batch, tiles, self.threads)
+
+    def _fastest(self, layers: Sequence[Layer], example: Tensor) -> dict[str, LayerTuning]:
+        """Time the whole network tuned, with all layers sparse, and with all layers dense.
+
+        The conversion between the layouts of sparse and dense layers takes time, too. The times of
+        single layers do not include it.
+        """
+        tuned = self.tuning
+        sparse = {n: replace(t, sparse=t.sparse_ms is not None) for n, t in tuned.items()}
+        dense = {n: replace(t, sparse=False) for n, t in tuned.items()}
         times = []
-        for choices in (self.choices, tried, none):
-            plan = self._plan(layers, choices)
-            bound = Bound(plan, self._constants, self._batch, _tiles(choices), self.threads)
-            times.append((milliseconds(partial(bound, example), enough=100.0), choices))
+        for tuning in (tuned, sparse, dense):
+            plan = self._plan(layers, tuning)
+            run = WorkspacePool(self._batch_plan(plan, tuning, self._batch))
+            times.append((milliseconds(partial(run, example), min_total=100.0), tuning))
         return min(times, key=lambda item: item[0])[1]
 
-    def _for_batch(self, x: Tensor) -> Bound:
+    def _for_batch(self, x: Tensor) -> WorkspacePool:
+        """Return the function that executes the plan for the batch size of `x`."""
         batch = len(x)
         with self._lock:
-            if batch not in self._bound:
-                if not self._captured.takes(x):
+            if batch not in self._pools:
+                if not self._captured.accepts(x):
                     raise InputError(
-                        "what this model does depends on the batch size, and is known for one of "
-                        f"{self._batch}, not of {batch}; compile it with such an example too"
+                        "The behavior of this model depends on the batch size. It was captured for "
+                        f"a batch of {self._batch}, not of {batch}. Compile another module with "
+                        "an example of this size."
                     )
-                self._bound[batch] = Bound(
-                    self.plan, self._constants, batch, _tiles(self.choices), self.threads
-                )
-                while len(self._bound) > BATCH_SIZES:
-                    self._bound.popitem(last=False)
-            self._bound.move_to_end(batch)
-            return self._bound[batch]
+                self._pools[batch] = WorkspacePool(self._batch_plan(self.plan, self.tuning, batch))
+                while len(self._pools) > MAX_BATCH_SIZES:
+                    self._pools.popitem(last=False)
+            self._pools.move_to_end(batch)
+            return self._pools[batch]
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise StateError(_NOT_SAVED)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """There is none.
+        """Raise an error: a compiled network has no state.
 
         Raises:
             StateError: always.
         """
         raise StateError(_NOT_SAVED)
 
-    def save_choices(self, path: str | Path) -> None:
-        """Write how each layer runs, as JSON, for `compile_sparse(..., choices=path)`."""
-        text = json.dumps({name: asdict(choice) for name, choice in self.choices.items()}, indent=1)
-        replace_file(Path(path), lambda file: file.write(f"{text}\n".encode()))
+    def save_tuning(self, path: str | Path) -> None:
+        """Write the tuning results as JSON, for `compile_sparse(..., tuning=path)`.
+
+        Args:
+            path: the file, which is replaced atomically.
+        """
+        save_tuning(self.tuning, path)
 
     def extra_repr(self) -> str:
-        """The table of choices."""
+        """Return a table of the layers, their times, and how they run."""
         lines = [f"{'layer':40} sparsity   dense ms  sparse ms  runs"]
-        for name, c in self.choices.items():
-            times = (c.dense_ms, c.sparse_ms)
+        for name, layer in self.tuning.items():
+            times = (layer.dense_ms, layer.sparse_ms)
             dense, sparse = (" " * 10 if t is None else f"{t:10.3f}" for t in times)
-            how = f"sparse, {' x '.join(map(str, c.tile))}" if c.sparse else "dense"
-            lines.append(f"{name:40} {100 * c.sparsity:6.2f} % {dense} {sparse}  {how}")
+            how = f"sparse, {' x '.join(map(str, layer.tile))}" if layer.sparse else "dense"
+            percent = f"{100 * layer.sparsity:.2f}%"
+            lines.append(f"{name:40} {percent:>8} {dense} {sparse}  {how}")
         others = Counter(
             str(step.node.target).removeprefix("aten.")
             for step in self.plan.steps
             if isinstance(step, Torch) and not isinstance(step.node.target, Layer)
         )
         if others:
-            told = ", ".join(f"{n} x {name}" if n > 1 else name for name, n in others.items())
-            lines.append(f"in PyTorch: {told}")
+            counts = ", ".join(f"{n} x {name}" if n > 1 else name for name, n in others.items())
+            lines.append(f"in PyTorch: {counts}")
         return "\n".join(lines)
 
+    # Names of version 0.1
 
-def load_choices(path: str | Path) -> dict[str, Choice]:
-    """What `save_choices` wrote.
+    @property
+    def choices(self) -> dict[str, LayerTuning]:
+        """Deprecated name of `tuning`."""
+        _warn_renamed("SparseModule.choices", "tuning")
+        return self.tuning
 
-    Raises:
-        FileFormatError: it did not write this.
-    """
-    try:
-        found = json.loads(Path(path).read_text())
-        choices = {name: Choice(**(c | {"tile": Tile(*c["tile"])})) for name, c in found.items()}
-        for choice in choices.values():
-            times = (t for t in (choice.dense_ms, choice.sparse_ms) if t is not None)
-            if min(choice.tile) < 1 or not isinstance(choice.sparse, bool):
-                raise ValueError(choice)
-            [float(n) for n in (choice.sparsity, *times)]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise FileFormatError(
-            f"{path} holds no choices of compile_sparse, or is damaged ({error!r}); compile "
-            "without it, and save them anew"
-        ) from error
-    return choices
+    @property
+    def at_a_time(self) -> int | None:
+        """Deprecated name of `chunk_size`."""
+        _warn_renamed("SparseModule.at_a_time", "chunk_size")
+        return self.chunk_size
+
+    def save_choices(self, path: str | Path) -> None:
+        """Deprecated name of `save_tuning`."""
+        _warn_renamed("SparseModule.save_choices", "save_tuning")
+        self.save_tuning(path)
 
 
 _NOT_SAVED = (
-    "a compiled network is made for this machine and process, and can be neither saved nor copied: "
-    "save the model (feather.save_sparse) and how its layers run (save_choices), and compile again"
+    "A compiled network works on this machine and in this process only and cannot be saved or "
+    "copied. Save the model (feather.save_sparse) and the tuning results (save_tuning), then "
+    "compile again."
 )
 
 
-def _of_none(model: nn.Module, example: Tensor) -> Callable[[], Any]:
-    """Gives what the model returns for a batch of 0, which is always the same.
+def _warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
+    message = f"{old} is deprecated and will be removed in the next release. Use {new}."
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
 
-    The graph cannot be asked: torch.export takes it for given that a batch is not empty, and does
-    not note which branches of the model it left out for that.
+
+def _renamed(old: str, old_value: Any, new: str, value: Any) -> Any:
+    """Return the value of an argument of `compile_sparse`, also if it has its old name."""
+    if old_value is None:
+        return value
+    _warn_renamed(f"compile_sparse({old}=)", f"{new}=", stacklevel=4)
+    return old_value
+
+
+def _copy_in_eval_mode(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(unwrap(model)).eval()
+    except RuntimeError as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({error}). Make masks of "
+            "torch.nn.utils.prune permanent first: prune.remove(module, name)."
+        ) from error
+
+
+def _check_types(model: nn.Module, example: Tensor) -> None:
+    for tensor in (*model.parameters(), *model.buffers(), example):
+        if tensor.device.type != "cpu":
+            raise InputError(
+                f"compile_sparse requires the model and the example on the CPU, got a tensor on "
+                f"{tensor.device}. Move both to the CPU first."
+            )
+    for name, weight in model.named_parameters():
+        if weight.dtype != torch.float32 and weight.is_floating_point():
+            raise InputError(
+                f"compile_sparse requires float32, got {name} of {weight.dtype}. Pass "
+                "copy.deepcopy(model).float()."
+            )
+
+
+def _result_of_empty_batch(model: nn.Module, example: Tensor) -> Callable[[], Any]:
+    """Return a function that returns the model's output for a batch of 0.
+
+    The graph cannot compute it: torch.export assumes that a batch is not empty, and does not report
+    which branches of the model it removed for that reason.
     """
     try:
-        with torch.compiler.set_stance("force_eager"):  # nothing is compiled for one call
+        with torch.compiler.set_stance("force_eager"):  # compiling for one call would be slow
             found = model(example[:0])
-    except Exception as error:  # whatever the model does
+    except Exception as error:  # any error of the model
         message = (
             f"{type(model).__name__} fails on a batch of 0 ({error}), and so does the compiled "
-            "network; give it at least one sample"
+            "network. Pass at least one sample."
         )
 
         def fail() -> Any:
@@ -284,17 +367,13 @@ def _of_none(model: nn.Module, example: Tensor) -> Callable[[], Any]:
     return lambda: tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, found)
 
 
-def _joined(*values: Any) -> Any:
-    """What the parts of a batch gave, as the whole gives it."""
+def _concatenated(*values: Any) -> Any:
+    """Return one output of the whole batch from those of its chunks."""
     if isinstance(values[0], Tensor):
         return torch.cat(values)
     if any(value != values[0] for value in values):
         raise InputError(
-            f"the model returned {', '.join(map(repr, values))} for parts of a batch, which says "
-            "nothing about the whole; compile it without at_a_time"
+            f"The model returned {', '.join(map(repr, values))} for the chunks of a batch, which "
+            "does not determine the output for the whole batch. Compile it without chunk_size."
         )
     return values[0]
-
-
-def _tiles(choices: Mapping[str, Choice]) -> dict[str, Tile]:
-    return {name: choice.tile for name, choice in choices.items()}

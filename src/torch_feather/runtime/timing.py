@@ -1,4 +1,4 @@
-"""How long something takes."""
+"""Measuring how long calls take."""
 
 from __future__ import annotations
 
@@ -9,39 +9,57 @@ from collections.abc import Callable, Sequence
 
 
 def milliseconds(
-    call: Callable[[], object], enough: float = 10.0, most: int = 30, hopeless: float = math.inf
+    call: Callable[[], object],
+    min_total: float = 10.0,
+    max_calls: int = 30,
+    give_up: float = math.inf,
 ) -> float:
-    """Median time of a call: of as many as take `enough` milliseconds, of at least 3.
+    """Return the median time of a call, of at least 3 calls.
 
-    A first call that takes more than `hopeless` milliseconds is the only one.
+    Args:
+        call: function to time.
+        min_total: milliseconds that all calls take together at least.
+        max_calls: number of calls after which timing ends in any case.
+        give_up: if the first call takes longer than this, it is the only one.
+
+    Example:
+        >>> milliseconds(lambda: None, min_total=0.0) < 1000
+        True
     """
-    if (first := _once(call)) > hopeless:
+    if (first := _time(call)) > give_up:
         return first
     times: list[float] = []
-    while len(times) < 3 or (sum(times) < enough and len(times) < most):
-        times.append(_once(call))
+    while len(times) < 3 or (sum(times) < min_total and len(times) < max_calls):
+        times.append(_time(call))
     return statistics.median(times)
 
 
 def alternate(
     calls: Sequence[Callable[[], object]], rounds: int = 7, burst: int = 3
 ) -> list[float]:
-    """Median milliseconds of each of several calls that take turns.
+    """Return the median milliseconds of each of several functions, called alternately.
+
+    Alternating spreads a change of the machine's speed evenly over all functions.
 
     Args:
-        calls: what to time.
-        rounds: turns of each.
-        burst: calls in a turn that count; one before finds what the others left in the caches.
+        calls: functions to time.
+        rounds: turns of each function.
+        burst: timed calls in a turn. One call before them is not timed, since it finds the data of
+            the other functions in the caches.
+
+    Example:
+        >>> len(alternate([lambda: 1, lambda: 2], rounds=1))
+        2
     """
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
-        for mine, call in zip(times, calls, strict=True):
+        for own, call in zip(times, calls, strict=True):
             call()
-            mine += [_once(call) for _ in range(burst)]
-    return [statistics.median(mine) for mine in times]
+            own += [_time(call) for _ in range(burst)]
+    return [statistics.median(own) for own in times]
 
 
-def _once(call: Callable[[], object]) -> float:
+def _time(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)

@@ -1,7 +1,7 @@
 """The exact k-th magnitude: which weights are the k smallest, ties included.
 
-`select` finds the cut on any device, `select_shards` over several processes; `reference.py` says
-what they must find.
+`select` finds the cutoff on any device, `select_sharded` over several processes. `reference.py`
+defines the result.
 """
 
 from __future__ import annotations
@@ -12,22 +12,29 @@ from torch import Tensor
 
 from .. import devices
 from .cpu import select_cpu
-from .cut import Cut
+from .cutoff import Cutoff
 from .device import select_device
-from .shards import select_shards
+from .sharded import select_sharded
 
-__all__ = ["Cut", "select", "select_shards"]
+__all__ = ["Cutoff", "select", "select_sharded"]
 
 
-def select(fill: Callable[[], Tensor], k: Tensor) -> Cut:
-    """The cut that prunes exactly the k smallest scores, in the order of (score, flat index).
+def select(fill: Callable[[], Tensor], k: Tensor) -> Cutoff:
+    """Return the cutoff that prunes exactly the k smallest scores.
+
+    Scores are ordered by (score, flat index).
 
     Args:
-        fill: returns the scores: a flat float32 or float64 tensor of numbers >= 0 (NaN ranks
-            above infinity). Its memory belongs to the selection, which may overwrite it, and may
-            call `fill` a second time to get the scores back.
+        fill: returns the scores: a flat float32 or float64 tensor of numbers >= 0. NaN ranks above
+            infinity. The selection may overwrite this memory, and may call `fill` a second time.
         k: number of scores to prune, 0-dimensional int64, 0 <= k <= number of scores, on the
-            device of the scores. On accelerators it is never read by the host.
+            device of the scores. It is not read by the host on accelerators.
+
+    Example:
+        >>> import torch
+        >>> cutoff = select(lambda: torch.tensor([3.0, 1.0, 2.0]), torch.tensor(2))
+        >>> float(cutoff.value)
+        2.0
     """
     if devices.synchronizes(k.device):
         return select_device(fill(), k)

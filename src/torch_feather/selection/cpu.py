@@ -1,4 +1,4 @@
-"""Selection on CPU: a sample brackets the k-th score, one pivot places it within the bracket."""
+"""Selection on a CPU: a sample brackets the k-th score, one pivot finds it in the bracket."""
 
 from __future__ import annotations
 
@@ -8,29 +8,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cut import Cut
+from .cutoff import Cutoff
 
 SMALL = 1 << 16
-"""Below so many scores a sample gains nothing."""
+"""Below this number of scores a sample gains nothing."""
 BLOCK = 1 << 16
-"""Scores compared at a time, which bounds the transient memory."""
+"""Scores compared at a time, which bounds the temporary memory."""
 MARGIN = 4.0
 """Half-width of the bracket in standard deviations of the sampled rank; it misses 1 in 16000."""
 
 
-def select_cpu(fill: Callable[[], Tensor], k: int) -> Cut:
-    """`select` for CPU tensors: a partition around the k-th score instead of a sort."""
+def select_cpu(fill: Callable[[], Tensor], k: int) -> Cutoff:
+    """Return the cutoff of the k smallest scores, by a partition around the k-th one.
+
+    Args:
+        fill: see `select`.
+        k: number of scores to prune.
+
+    Example:
+        >>> float(select_cpu(lambda: torch.tensor([3.0, 1.0, 2.0]), 2).value)
+        2.0
+    """
     scores = fill()
     if k == 0:
-        return Cut(scores.new_tensor(-1.0), torch.tensor(-1), scores.new_tensor(0.0))
+        return Cutoff(scores.new_tensor(-1.0), torch.tensor(-1), scores.new_tensor(0.0))
     array = scores.numpy()
     near, rank = _bracket(array, k)
     if near.min() != near.max():  # a pivot splits many equal scores slowly (zeros, at first)
         near.partition(rank - 1)
     value, kept = near[rank - 1], near[rank:]
-    if np.isnan(value):  # more NaN than may be kept: all else is pruned, NaN never is
+    if np.isnan(value):  # more NaN than kept weights: all else is pruned, NaN never is
         infinity = scores.new_tensor(np.inf)
-        return Cut(infinity, torch.tensor(scores.numel() - 1), infinity)
+        return Cutoff(infinity, torch.tensor(scores.numel() - 1), infinity)
     # fmin, not min: NaN must not hide a tie.
     tied = kept.size > 0 and bool(np.fmin.reduce(kept) == value)
     if not tied:
@@ -40,18 +49,18 @@ def select_cpu(fill: Callable[[], Tensor], k: int) -> Cut:
         in_order = fill().numpy() if near is array else array
         last = int(np.flatnonzero(in_order == value)[needed - 1])
         threshold = np.nextafter(value, value.dtype.type(0))
-    return Cut(
+    return Cutoff(
         scores.new_tensor(value.item()), torch.tensor(last), scores.new_tensor(threshold.item())
     )
 
 
 def _bracket(scores: np.ndarray, k: int) -> tuple[np.ndarray, int]:
-    """Few scores, among them all that equal the k-th smallest, and the rank that it has in them.
+    """Return few scores with all that equal the k-th smallest, and its rank among them.
 
-    A sample says between which two values the k-th lies, as in Floyd and Rivest's SELECT (1975);
-    counting what is below confirms it. If it is not confirmed, all scores are returned.
-    (Partitioning all at once is as fast where NumPy sorts by AVX2, but takes seven times as long
-    by AVX-512 on AMD's Zen 4, whose compressing stores are slow.)
+    A sample brackets the k-th score between two values, as in SELECT (Floyd and Rivest, 1975), and
+    a count of the scores below confirms the bracket. If it does not hold, all scores are returned.
+    Partitioning all scores at once is as fast with NumPy's AVX2 code, but seven times slower with
+    its AVX-512 code on AMD's Zen 4, where compressing stores are slow.
     """
     size = scores.size
     if size < SMALL:

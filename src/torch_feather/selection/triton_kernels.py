@@ -1,6 +1,6 @@
-"""The passes of `device.py` as Triton kernels: each reads the scores once and writes only counts.
+"""`Passes` as Triton kernels: each reads the scores once and writes only counts.
 
-Imported for CUDA tensors only, since Triton does not exist everywhere that PyTorch does.
+Imported for CUDA tensors only, since Triton is not available on every platform of PyTorch.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import FLOAT_BITS
+from .float_bits import FLOAT_BITS
 
 BLOCK = 8192
 """Scores that a program holds in registers at a time."""
 PROGRAMS = 512
-"""At most so many programs count digits: each costs one round of atomic additions at its end."""
+"""Maximum number of programs that count digits: each ends with one round of atomic additions."""
 CHUNK = 2048
 """Counts that `descend` sums at a time."""
 
@@ -68,15 +68,15 @@ def _count_ties(
     bin = tl.program_id(0).to(tl.int64) * BINS + tl.arange(0, BINS)
     position = tl.load(start) + bin[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (position >= 0) & (position < size)
-    wanted = tl.load(code).to(scores.dtype.element_ty)
-    tie = inside & (_load_codes(scores, position, inside, INFINITY) == wanted)
+    target = tl.load(code).to(scores.dtype.element_ty)
+    tie = inside & (_load_codes(scores, position, inside, INFINITY) == target)
     tl.store(counts + bin, tl.sum(tie.to(tl.int64), 1), mask=bin < bins)
 
 
-# One binary for every call: it is not worth compiling apart for aligned or round arguments.
+# One binary for every call: specializing on aligned or round arguments gains nothing here.
 @triton.jit(do_not_specialize=["bins", "shift"], do_not_specialize_on_alignment=["rank", "prefix"])
 def _descend(counts, bins, rank, prefix, found, shift, CHUNK: tl.constexpr):
-    wanted = tl.load(rank)
+    target = tl.load(rank)
     digit = tl.zeros([], tl.int64)
     below = tl.zeros([], tl.int64)
     seen = tl.zeros([], tl.int64)
@@ -85,18 +85,18 @@ def _descend(counts, bins, rank, prefix, found, shift, CHUNK: tl.constexpr):
         bin = start + tl.arange(0, CHUNK)
         count = tl.load(counts + bin, mask=bin < bins, other=0)
         running = seen + tl.cumsum(count, 0)
-        short = running < wanted
+        short = running < target
         digit += tl.sum((short & (bin < bins)).to(tl.int64), 0)
         below += tl.sum(tl.where(short, count, 0), 0)
         reached = tl.minimum(reached, tl.min(tl.where(short, 0x7FFFFFFFFFFFFFFF, running), 0))
         seen += tl.sum(count, 0)
     tl.store(found, tl.load(prefix) | (digit << shift))
-    tl.store(found + 1, wanted - below)
+    tl.store(found + 1, target - below)
     tl.store(found + 2, tl.minimum(reached, seen) - below)
 
 
 class TritonPasses:
-    """`Passes` of `device.py` on a CUDA device."""
+    """`Passes` on a CUDA device."""
 
     def __init__(self, scores: Tensor) -> None:
         bits = FLOAT_BITS[scores.dtype]
@@ -104,7 +104,6 @@ class TritonPasses:
         self.infinity = bits.infinity
 
     def count_digits(self, prefix: Tensor, shift: int, width: int) -> Tensor:
-        """See `Passes`."""
         counts = self.bits.new_zeros(1 << width, dtype=torch.int64)
         size = self.bits.numel()
         grid = (min(PROGRAMS, triton.cdiv(size, BLOCK)),)
@@ -116,7 +115,6 @@ class TritonPasses:
         return counts
 
     def count_ties(self, code: Tensor, start: Tensor, block: int, bins: int) -> Tensor:
-        """See `Passes`."""
         counts = self.bits.new_empty(bins, dtype=torch.int64)
         size, per_program = self.bits.numel(), max(1, BLOCK // block)
         grid = (triton.cdiv(bins, per_program),)
@@ -138,9 +136,8 @@ class TritonPasses:
     def descend(
         self, counts: Tensor, rank: Tensor, prefix: Tensor, shift: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Passes`."""
         found = counts.new_empty(3)
         with torch.cuda.device_of(counts):
             _descend[(1,)](counts, counts.numel(), rank, prefix, found, shift, CHUNK, num_warps=8)
-        code, left, here = found.unbind()
-        return code, left, here
+        code, left, count = found.unbind()
+        return code, left, count

@@ -1,7 +1,7 @@
-"""The trainer behind `feather train`: configuration, data, loop, checkpoints.
+"""The trainer behind `feather train`: configuration, data, training loop and checkpoints.
 
-It is a user of the library like any other: `loop.py` attaches a sparsifier with the same two
-lines that the README shows.
+The trainer uses only the documented parts of the library: `task.py` attaches a sparsifier with the
+same two lines that the README shows.
 """
 
 from .config import Config, load_config, resolve_config

@@ -1,4 +1,4 @@
-"""A run directory that survives: atomic files, the previous checkpoint kept, one writer at a time.
+"""Run directories: atomic files, two checkpoints, one writer at a time.
 
 config.yaml  metrics.jsonl  checkpoints/last.pt  checkpoints/previous.pt
 model.safetensors  report.json  *.png  masks/*.npy
@@ -19,28 +19,38 @@ import torch
 
 from ..files import replace_file
 from .config import Config, flatten, load_config, to_dict, to_yaml
+from .deprecation import renamed_names, warn_renamed
 from .errors import CheckpointError, InUse, RunError
 
 FORMAT = 2
-TWIN = "dense"  # the folder, in a run's own, of the dense run that it is compared with
+DENSE_BASELINE = "dense"  # folder of the dense baseline within a run directory
+
+__getattr__ = renamed_names(__name__, {"TWIN": "DENSE_BASELINE", "sweep": "remove_temporary_files"})
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary file, force it to disk, then put it in place of `path`.
+    """Write a temporary file, force it to disk, then move it to `path`.
 
-    A full disk leaves the old content, a kill also the temporary file (`sweep` removes it).
-    `RunError` where it cannot be written.
+    If the disk is full, `path` keeps its old content. If the process is killed, the temporary file
+    remains too; `remove_temporary_files` deletes it.
+
+    Args:
+        path: the file to replace or create.
+        write: writes the new content into a binary file.
+
+    Raises:
+        RunError: the file cannot be written.
     """
     try:
         replace_file(path, write)
     except (OSError, RuntimeError) as error:  # torch.save wraps OSError in RuntimeError
-        raise RunError(f"{path}: cannot be written ({_reason(error)}); what it held is kept") from (
-            error
-        )
+        raise RunError(
+            f"{path}: cannot be written ({_reason(error)}); its old content is kept"
+        ) from error
 
 
-def sweep(folder: Path) -> None:
-    """Remove the temporary files of killed writers; nobody else may be writing into `folder`."""
+def remove_temporary_files(folder: Path) -> None:
+    """Delete the temporary files of killed writers. No other process may write into `folder`."""
     for temporary in folder.glob(".*.[0-9]*.tmp"):
         with suppress(OSError):
             temporary.unlink()
@@ -50,18 +60,35 @@ def _reason(error: BaseException) -> str:
     if not isinstance(error, OSError) and error.__context__ is not None:
         return _reason(error.__context__)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full: free some space, then go on with --resume"
+        return "the disk is full: free some space, then continue with --resume"
     return str(error).splitlines()[0]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def _ignore(message: str) -> None:
+    """Do nothing with a message."""
+
+
 class RunDirectory:
-    """The files of one run."""
+    """The files of one run.
+
+    Args:
+        path: the directory; it need not exist.
+
+    Example:
+        >>> run = RunDirectory("runs/a")
+        >>> run.report_file.as_posix(), run.dense_baseline().path.as_posix()
+        ('runs/a/report.json', 'runs/a/dense')
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -74,16 +101,19 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory, swept of what killed writers left.
+        """Lock the directory, and delete what killed writers left in it.
 
-        The lock is the kernel's, so it ends with its process, however that ends.
-        `RunError` where another process holds it, or where the system has no such locks.
+        The kernel holds the lock, so it ends with its process, however the process ends.
+
+        Raises:
+            InUse: another process holds the lock.
+            RunError: the system has no such locks, or the directory cannot be created.
         """
         try:
             import fcntl
         except ImportError:
             raise RunError(
-                f"{self.path}: run directories need a POSIX system (Linux, macOS, WSL)"
+                f"{self.path}: run directories require a POSIX system (Linux, macOS, WSL)"
             ) from None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -95,57 +125,84 @@ class RunDirectory:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InUse(
-                    f"{self.path}: another process is training into it; wait for it, "
-                    "or choose another --out"
+                    f"{self.path}: another process is training into this directory. Wait for it, "
+                    "or choose another --out."
                 ) from None
-            sweep(self.path)
-            sweep(self.last.parent)
-            sweep(self.path / "masks")
+            for folder in (self.path, self.last.parent, self.path / "masks"):
+                remove_temporary_files(folder)
             yield
 
+    def dense_baseline(self) -> RunDirectory:
+        """Return the directory of the dense baseline of this run."""
+        return RunDirectory(self.path / DENSE_BASELINE)
+
     def dense_twin(self) -> RunDirectory:
-        """Where the dense run goes that this one is compared with."""
-        return RunDirectory(self.path / TWIN)
+        """Return `dense_baseline()`. Deprecated."""
+        warn_renamed("RunDirectory.dense_twin", "dense_baseline")
+        return self.dense_baseline()
+
+    def resume_hint(self) -> str:
+        """Return how to complete this run, as the end of a sentence.
+
+        A dense baseline is completed by the run that it belongs to.
+
+        Example:
+            >>> RunDirectory("runs/a").resume_hint()
+            "resume with 'feather train --resume --out runs/a'"
+        """
+        if self.path.name == DENSE_BASELINE and RunDirectory(self.path.parent).config_file.exists():
+            return f"resume with 'feather train --resume --compare-dense --out {self.path.parent}'"
+        return f"resume with 'feather train --resume --out {self.path}'"
 
     def go_on(self) -> str:
-        """What to do to complete this run; a dense twin is completed by the run it belongs to."""
-        if self.path.name == TWIN and RunDirectory(self.path.parent).config_file.exists():
-            return f"go on with 'feather train --resume --compare-dense --out {self.path.parent}'"
-        return f"go on with 'feather train --resume --out {self.path}'"
+        """Return `resume_hint()`. Deprecated."""
+        warn_renamed("RunDirectory.go_on", "resume_hint")
+        return self.resume_hint()
 
     def begin(
-        self, config: Config, resume: bool, warn: Callable[[str], object] = lambda message: None
+        self, config: Config, resume: bool, warn: Callable[[str], object] = _ignore
     ) -> dict[str, Any] | None:
-        """Check that `config` may train here; the checkpoint to go on from, if there is one.
+        """Check that `config` may train here, and load the checkpoint to resume from.
 
-        A run that has finished needs none.
+        Args:
+            config: the configuration of the run.
+            resume: whether the directory may hold a run already.
+            warn: called with a message for each damaged checkpoint.
+
+        Returns:
+            The checkpoint; None if there is none, or if the run has finished.
+
+        Raises:
+            RunError: the directory holds a run and `resume` is false, or the run has other
+                settings.
+            CheckpointError: no checkpoint can be read.
         """
         if not self.holds_a_run():
             return None
         if not resume:
             raise RunError(
-                f"{self.path}: already holds a run; continue it with --resume, "
-                "or choose another --out"
+                f"{self.path}: already holds a run. Continue it with --resume, "
+                "or choose another --out."
             )
-        if differences := changed_keys(load_config(self.config_file), config.written_out()):
+        if differences := changed_keys(load_config(self.config_file), config):
             raise RunError(f"{self.path}: a resumed run keeps its settings; {differences}")
         return None if self.report_file.exists() else self.load(warn)
 
     def holds_a_run(self) -> bool:
-        """Whether there is anything here that a new run would overwrite."""
+        """Return whether the directory holds anything that a new run would overwrite."""
         return any(p.exists() for p in (*self._checkpoints(), self.metrics_file, self.report_file))
 
     def _checkpoints(self) -> list[Path]:
-        # new.pt is whole whenever it exists: a kill came between the two renames of `save`
+        # new.pt is complete if it exists: the process was killed between the renames of `save`.
         return [self.last.with_name("new.pt"), self.last, self.previous]
 
     def write_config(self, config: Config) -> None:
-        """Everything that decides what the run computes."""
+        """Write config.yaml, with the method's default options filled in."""
         text = to_yaml(config.written_out())
         write_atomically(self.config_file, lambda file: file.write(text.encode()))
 
     def save(self, state: dict[str, Any]) -> None:
-        """Make `state` the last checkpoint, and keep the one before."""
+        """Store `state` as the last checkpoint, and keep the one before it."""
         new = self.last.with_name("new.pt")
         new.parent.mkdir(exist_ok=True)
         write_atomically(new, lambda file: torch.save({"format": FORMAT, **state}, file))
@@ -153,48 +210,62 @@ class RunDirectory:
             os.replace(self.last, self.previous)
         os.replace(new, self.last)
 
-    def load(self, warn: Callable[[str], object] = lambda message: None) -> dict[str, Any] | None:
-        """The newest readable checkpoint, or None where there never was one."""
+    def load(self, warn: Callable[[str], object] = _ignore) -> dict[str, Any] | None:
+        """Return the newest readable checkpoint; None if there is none.
+
+        Args:
+            warn: called with a message for each damaged checkpoint.
+
+        Raises:
+            CheckpointError: all checkpoints are damaged, or one has an unknown format.
+        """
         present = [path for path in self._checkpoints() if path.exists()]
         for path in present:
             try:
-                with zipfile.ZipFile(path) as archive:  # torch.load does not look at checksums
+                with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
                     if bad := archive.testzip():
                         raise zipfile.BadZipFile(bad)
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 if state["format"] != FORMAT:
                     raise CheckpointError(
-                        f"{path}: format {state['format']}, this version reads {FORMAT}"
+                        f"{path}: has format {state['format']}, but this version reads {FORMAT}"
                     )
             except CheckpointError:
                 raise
-            except Exception as error:
-                # Whatever bytes do to the reader, the answer is the same: use the one before.
+            except Exception as error:  # damaged bytes may raise anything
                 damage = f"{path}: damaged ({type(error).__name__})"
                 if path == present[-1]:
                     raise CheckpointError(
-                        f"{damage}, and so is every other one; start anew in another --out"
+                        f"{damage}, as are all other checkpoints. Start again in another --out."
                     ) from None
-                warn(f"{damage}; going on from the checkpoint before it")
+                warn(f"{damage}; resuming from the checkpoint before it")
                 path.rename(path.with_suffix(".damaged"))
                 continue
             return state
         return None
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
-        """One JSON line per epoch, and never the same epoch twice."""
+        """Write metrics.jsonl: one line of JSON per epoch."""
         lines = "".join(json.dumps(line) + "\n" for line in history)
         write_atomically(self.metrics_file, lambda file: file.write(lines.encode()))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
+        """Return the lines of metrics.jsonl.
+
+        Raises:
+            RunError: the file cannot be read.
+        """
         try:
             return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
         except (OSError, ValueError) as error:
             raise RunError(f"{self.metrics_file}: cannot be read ({error})") from None
 
     def read_report(self) -> dict[str, Any]:
-        """report.json of a finished run."""
+        """Return the content of report.json.
+
+        Raises:
+            RunError: the run has not finished, or the file cannot be read.
+        """
         try:
             return json.loads(self.report_file.read_text())
         except FileNotFoundError:
@@ -203,7 +274,12 @@ class RunDirectory:
             raise RunError(f"{self.report_file}: cannot be read ({error})") from None
 
     def read_config(self) -> Config:
-        """config.yaml of a run."""
+        """Return the configuration of the run, from config.yaml.
+
+        Raises:
+            RunError: this is no run directory.
+            ConfigurationError: the file cannot be read.
+        """
         if not self.config_file.exists():
             raise RunError(self._unfinished())
         return load_config(self.config_file)
@@ -213,10 +289,10 @@ class RunDirectory:
             return f"{self.path}: no such run directory"
         if not self.config_file.exists():
             return f"{self.path}: not a run directory (no config.yaml in it)"
-        return f"{self.path}: this run has not finished; {self.go_on()}"
+        return f"{self.path}: this run has not finished; {self.resume_hint()}"
 
     def save_model(self, model: torch.nn.Module) -> None:
-        """model.safetensors: plain keys, plain dense layout."""
+        """Write model.safetensors: the state dict with plain keys and dense tensors."""
         from safetensors.torch import save
 
         tensors = {
@@ -226,7 +302,11 @@ class RunDirectory:
         write_atomically(self.model_file, lambda file: file.write(save(tensors)))
 
     def load_model(self, model: torch.nn.Module) -> None:
-        """Fill `model` from model.safetensors."""
+        """Load model.safetensors into `model`.
+
+        Raises:
+            RunError: the run has not finished, or the file is damaged or of another network.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -240,14 +320,22 @@ class RunDirectory:
 
 
 def changed_keys(old: Config, new: Config) -> str:
-    """What differs between two configurations, machine and place aside; empty if nothing does."""
-    before, after = flatten(to_dict(old)), flatten(to_dict(new))
+    """Return the settings that differ and change the results, as text; empty if none differ.
+
+    The machine, paths and the name of the recipe are ignored. Options that `old` does not name
+    have their defaults: version 0.1 did not know them.
+
+    Example:
+        >>> changed_keys(Config(epochs=3), Config(epochs=5))
+        'epochs was 3, not 5'
+    """
+    before, after = (flatten(to_dict(config.written_out())) for config in (old, new))
     return ", ".join(
         f"{key} was {before.get(key)!r}, not {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and not key.startswith("system.")
         and key not in ("data.path", "recipe", "compare_dense", "track_masks")
-        # A place, like data.path; the checkpoint knows which teacher it was.
+        # A path, like data.path; the checkpoint identifies the teacher by a hash.
         and not (key == "distillation.teacher" and before[key] and after[key])
     )

@@ -1,4 +1,4 @@
-"""What `feather` shows in a terminal."""
+"""Terminal output of `feather`: progress bars and result tables."""
 
 from __future__ import annotations
 
@@ -17,28 +17,38 @@ from rich.text import Text
 
 from ..measure.report import EMPTY_MARK, LayerReport, Report
 from ..measure.report import percent as percent_of
+from .callbacks import Callback
 from .checkpoint import RunDirectory
 from .config import Config
-from .watch import Watch
+from .deprecation import renamed_names
+
+__getattr__ = renamed_names(__name__, {"ConsoleWatch": "ConsoleCallback"})
+
+# Keys of report.json in version 0.1, by their present names.
+OLD_KEYS = {"learned_sparsity": "own_sparsity"}
 
 
 class Pace:
-    """How fast this process trains: of late, on a clock that stands still between epochs."""
+    """The recent training speed of this process. Time between epochs does not count.
 
-    WINDOW = 30.0  # seconds of training that the rates look back on
-    EVERY = 0.1  # seconds between two looks at the clock's history
+    Args:
+        clock: returns the time in seconds.
+    """
+
+    WINDOW = 30.0  # seconds of training that the rates cover
+    EVERY = 0.1  # seconds between two samples
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
-        self.trained = 0.0  # seconds of training in the epochs that ended
-        self.between = 0.0  # seconds between their last steps and the next one's first: evaluation
+        self.trained = 0.0  # seconds of training in completed epochs
+        self.between = 0.0  # seconds between completed epochs and the next ones, as for evaluation
         self.epochs = self.steps = self.images = 0
-        self.epoch_images = 0  # of the running epoch
+        self.epoch_images = 0  # images of the present epoch
         self.samples = deque([(0.0, 0, 0)])  # seconds, steps, images
         self.epoch_began = clock()
 
     def step(self, images: int) -> bool:
-        """Count a step; whether it is time to show it."""
+        """Count a step, and return whether the display is due for an update."""
         self.steps += 1
         self.images += images
         self.epoch_images += images
@@ -49,10 +59,10 @@ class Pace:
         return True
 
     def end_epoch(self, images_per_s: float) -> None:
-        """Set the clock right by the epoch's measured rate.
+        """Correct the duration of the epoch by its measured rate.
 
-        That rate knows when the device was done. The steps here are seen when they are put into
-        its queue, which can be long before.
+        The rate is measured after the device has finished. `step` is called when a step enters the
+        device's queue, which can be much earlier.
         """
         seconds = self.epoch_images / images_per_s if self.epoch_images else 0.0
         now = self.clock()
@@ -69,23 +79,27 @@ class Pace:
             self.samples.popleft()
 
     def rates(self) -> tuple[float, float] | None:
-        """Steps and images a second of training, or None as long as nothing is known."""
+        """Return steps and images per second of training; None before the first sample."""
         (t0, steps0, images0), (t1, steps1, images1) = self.samples[0], self.samples[-1]
         if t1 <= t0 or steps1 == steps0:
             return None
         return (steps1 - steps0) / (t1 - t0), (images1 - images0) / (t1 - t0)
 
     def seconds_left(self, steps: int, epoch_ends: int = 0) -> float | None:
-        """For that many steps, and what followed the steps of this process's epochs each time."""
+        """Return the estimated time for `steps` steps and the ends of `epoch_ends` epochs."""
         if (rates := self.rates()) is None:
             return None
         return steps / rates[0] + epoch_ends * self.between / max(self.epochs, 1)
 
 
-class ConsoleWatch(Watch):
-    """A bar for the run and one for the epoch, with the last epoch's numbers beside them.
+class ConsoleCallback(Callback):
+    """Shows a progress bar for the run and one for the epoch, with the metrics of the last epoch.
 
-    Where the output is no terminal, each epoch is a line.
+    If the output is not a terminal, prints a line per epoch.
+
+    Args:
+        console: where to print.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -94,11 +108,9 @@ class ConsoleWatch(Watch):
         self.progress: Progress | None = None
 
     def message(self, text: str) -> None:
-        """Print it above the bars."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, config: Config, steps: int, done: int, run: RunDirectory) -> None:
-        """Show the bars."""
         self.name, self.epochs = config.method, config.epochs
         self.steps, self.epoch_steps = steps, steps // config.epochs
         self.done, self.ended = done, done // self.epoch_steps
@@ -120,13 +132,11 @@ class ConsoleWatch(Watch):
         self.progress.start()
 
     def step(self, images: int) -> None:
-        """Count it, and advance the bars every now and then."""
         self.done += 1
         if self.pace.step(images):
             self._show()
 
     def epoch(self, metrics: dict[str, Any]) -> None:
-        """Show the epoch's numbers."""
         self.ended = metrics["epoch"]
         self.pace.end_epoch(metrics["images_per_s"])
         accuracy = ""
@@ -145,7 +155,6 @@ class ConsoleWatch(Watch):
             )
 
     def end(self, results: dict[str, Any] | None = None) -> None:
-        """Leave the bars as they are."""
         if self.progress is not None:
             self._show()
             self.progress.stop()
@@ -181,43 +190,54 @@ def _duration(seconds: float | None) -> str:
     return "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
-def percent(share: float) -> str:
-    """A share as reports show it: `0.95` is 95.00 %, and 0.99996 is not yet 100.00 %."""
-    return percent_of(*share.as_integer_ratio())
+def percent(fraction: float) -> str:
+    """Return a fraction as reports show it; only 0 and 1 are shown as 0% and 100%."""
+    return percent_of(*fraction.as_integer_ratio())
 
 
 def layer_table(report: dict[str, Any]) -> Text:
-    """The per-layer part of report.json as `Report` shows it; empty layers are red."""
+    """Return the layers of report.json as `Report` prints them, with empty layers in red.
+
+    Args:
+        report: the value of `report` in report.json, also of version 0.1.
+    """
     keys = [field.name for field in fields(LayerReport)]
     layers = [LayerReport(**{key: row[key] for key in keys}) for row in report["layers"]]
     others = [field.name for field in fields(Report) if field.name != "layers"]
-    text = Text(str(Report(layers, **{key: report.get(key) for key in others})))
+    values = {key: report.get(key, report.get(OLD_KEYS.get(key, ""))) for key in others}
+    text = Text(str(Report(layers, **values)))
     text.highlight_regex(r"\A.*", "bold")
     text.highlight_regex(re.compile(f"^.*{EMPTY_MARK}$", re.MULTILINE), "bold red")
     return text
 
 
 def print_results(console: Console, results: dict[str, Any], run: object) -> None:
-    """The per-layer report, then the numbers that matter."""
+    """Print the table of layers, then accuracy, size and duration.
+
+    Args:
+        console: where to print.
+        results: the content of report.json.
+        run: the run directory, printed last.
+    """
     console.print()
     console.print(layer_table(results["report"]), soft_wrap=True)
     console.print()
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
-    for heading in ("test accuracy", "weights left", "multiply-adds", "training"):
+    for heading in ("test accuracy", "non-zero weights", "multiply-adds", "training time"):
         table.add_column(heading, justify="right")
     report, macs = results["report"], results["macs"]
-    left = report["weights"] - report["zeros"]
+    nonzero = report["weights"] - report["zeros"]
     table.add_row(
         f"{results['method']} {percent(report['sparsity'])} sparse",
         percent(results["test_accuracy"]),
-        f"{left:,}",
+        f"{nonzero:,}",
         f"{macs['sparse']:,}",
         f"{results['seconds']:.0f} s",
     )
     if dense := results.get("dense"):
         table.add_row(
-            "dense, same budget",
+            "dense baseline",
             percent(dense["test_accuracy"]),
             f"{report['weights']:,}",
             f"{macs['dense']:,}",

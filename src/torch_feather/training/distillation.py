@@ -1,4 +1,4 @@
-"""Knowledge distillation: a trained network, the teacher, says what the classes of an image are.
+"""Knowledge distillation: training on the outputs of a trained teacher network.
 
 Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, section 2.
 """
@@ -21,11 +21,16 @@ from .weights import read_weights
 
 
 class Distillation:
-    """The loss of a network that learns from labels and from a teacher.
+    """The loss of a student network that is trained on labels and on a teacher's outputs.
+
+    Args:
+        teacher: the teacher network.
+        options: weight and temperature of the loss.
+        compiled: whether to compile the teacher.
 
     Attributes:
-        teacher: in evaluation mode; nothing changes it.
-        digest: of all that it computes with, to tell one teacher from another.
+        teacher: the teacher in evaluation mode; its weights do not change.
+        digest: a hash of the teacher's state dict, which identifies it.
     """
 
     def __init__(
@@ -38,20 +43,22 @@ class Distillation:
             self.network = torch.compile(teacher, dynamic=False)  # type: ignore[assignment]
 
     def __call__(self, loss: Tensor, logits: Tensor, x: Tensor, whole: bool = True) -> Tensor:
-        """(1 - a) loss + a T^2 KL(teacher || student), both softened by the temperature T.
+        """Return (1 - a) loss + a T^2 KL(teacher || student), with logits divided by T.
+
+        a is the weight and T the temperature of the options.
 
         Args:
-            loss: on the labels, 0-dimensional.
-            logits: of the student, (B, classes).
-            x: the images that gave them, (B, C, H, W).
-            whole: whether these are as many as most times; for others nothing is compiled.
+            loss: loss on the labels, 0-dimensional.
+            logits: outputs of the student, (B, classes).
+            x: the images, (B, C, H, W).
+            whole: whether the batch has the usual size; others use the uncompiled teacher.
         """
         temperature = self.options.temperature
         with torch.no_grad():
-            wanted = (self.network if whole else self.teacher)(x).float() / temperature
+            target = (self.network if whole else self.teacher)(x).float() / temperature
         divergence = F.kl_div(
             (logits.float() / temperature).log_softmax(1),
-            wanted.log_softmax(1),
+            target.log_softmax(1),
             reduction="batchmean",
             log_target=True,
         )
@@ -59,14 +66,19 @@ class Distillation:
 
 
 def load_teacher(config: Config, data: Dataset) -> nn.Module:
-    """The network that `config.distillation.teacher` names, on the CPU.
+    """Load the network that `config.distillation.teacher` names, on the CPU.
 
-    What a run or a file says of itself decides which network it is; weights that say nothing are
-    those of the network in training. The random numbers of the caller stay what they are.
+    A run or a sparse file names its own network. Other files are assumed to hold weights of
+    `config.network`. The caller's random state does not change.
+
+    Args:
+        config: the configuration of the run.
+        data: the data set of the run.
 
     Raises:
-        ConfigurationError: it does not take the images of `data`, or knows other classes.
-        FeatherError: it cannot be read.
+        ConfigurationError: the teacher does not accept the images of `data`, or has another
+            number of classes.
+        FeatherError: the teacher cannot be read.
     """
     source = str(config.distillation.teacher)
     with torch.random.fork_rng(devices=[]):
@@ -81,7 +93,14 @@ def load_teacher(config: Config, data: Dataset) -> nn.Module:
 
 
 class Renormalized(nn.Module):
-    """A network that is used to images of another mean and deviation than it is given."""
+    """A network that expects another normalization than that of the data set.
+
+    Args:
+        network: the network.
+        data: the data set, with the mean and standard deviation of its normalization.
+        mean: the mean that `network` expects, per channel.
+        std: the standard deviation that `network` expects, per channel.
+    """
 
     scale: Tensor
     offset: Tensor
@@ -94,16 +113,16 @@ class Renormalized(nn.Module):
         self.register_buffer("offset", ((given - mean) / std).reshape(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of images as the data set normalises them."""
+        """Return the logits of images in the data set's normalization."""
         return self.network(x * self.scale + self.offset)
 
 
 def _pretrained(source: str, data: Dataset) -> nn.Module:
-    """A network of timm with the classes and weights that it was published with."""
+    """Return a timm network with its published classes and weights."""
     network: Any = models.create_timm(source, pretrained=True)
     mean, std = (torch.tensor(network.pretrained_cfg[key]) for key in ("mean", "std"))
     if len(mean) != data.channels:
-        raise _unfit(source, data, f"it wants {len(mean)} channels")
+        raise _unfit(source, data, f"it expects {len(mean)} channels")
     return Renormalized(network, data, mean, std)
 
 
@@ -116,15 +135,15 @@ def _try(teacher: nn.Module, source: str, data: Dataset) -> None:
         raise _unfit(source, data, first) from None
     if logits.shape != (1, data.classes):
         raise ConfigurationError(
-            f"distillation.teacher: {source} tells {logits.shape[-1]} classes apart, {data.name} "
-            f"has {data.classes}; a teacher must have been trained on the same classes"
+            f"distillation.teacher: {source} has {logits.shape[-1]} classes, but {data.name} has "
+            f"{data.classes}. The teacher must be trained on the same classes."
         )
 
 
 def _unfit(source: str, data: Dataset, reason: str) -> ConfigurationError:
     size = "x".join(map(str, data.example().shape[1:]))
     return ConfigurationError(
-        f"distillation.teacher: {source} does not take images of {size}: {reason}"
+        f"distillation.teacher: {source} does not accept images of {size}: {reason}"
     )
 
 

@@ -1,7 +1,7 @@
-"""Several processes that train one network, as `torchrun` starts them.
+"""Data-parallel training with several processes, as `torchrun` starts them.
 
 All ranks hold the same network and draw the same random order; each takes its part of every batch.
-The first one alone writes files and speaks to the user.
+Only the first rank writes files and prints messages.
 """
 
 from __future__ import annotations
@@ -16,18 +16,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .deprecation import renamed_names
 from .errors import RunError
 
 T = TypeVar("T")
 
+__getattr__ = renamed_names(__name__, {"joined": "process_group"})
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together; alone, nothing is exchanged."""
+    """The rank of this process and the number of processes. With one, nothing is communicated.
+
+    Attributes:
+        rank: index of this process.
+        count: number of processes.
+        local: rank within this machine.
+
+    Example:
+        >>> Ranks().first
+        True
+    """
 
     rank: int = 0
     count: int = 1
-    local: int = 0  # rank within this machine
+    local: int = 0
 
     @property
     def first(self) -> bool:
@@ -35,18 +48,23 @@ class Ranks:
         return self.rank == 0
 
     def part(self, start: int, stop: int) -> slice:
-        """This rank's part of a range; parts follow each other and differ by at most 1."""
+        """Return this rank's part of a range. The sizes of the parts differ by at most 1.
+
+        Example:
+            >>> Ranks(0, 2).part(0, 5), Ranks(1, 2).part(0, 5)
+            (slice(0, 2, None), slice(2, 5, None))
+        """
         bounds = (start + r * (stop - start) // self.count for r in (self.rank, self.rank + 1))
         return slice(*bounds)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
+        """Sum `tensor` over all ranks in place, and return it."""
         if self.count > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def agree(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether it is set on any rank. The device is not waited for."""
+        """Return for each flag whether it is set on any rank. Does not synchronize the device."""
         if self.count == 1:
             return flags
         votes = torch.tensor(flags, dtype=torch.uint8)
@@ -54,7 +72,7 @@ class Ranks:
         return tuple(bool(vote) for vote in votes)
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in their order."""
+        """Return the values of all ranks, ordered by rank."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -62,7 +80,10 @@ class Ranks:
         return values
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """What `action` gives on the first rank, given to all; raises there what it raises."""
+        """Call `action` on the first rank, and return its result on all ranks.
+
+        An exception of `action` is raised on all ranks.
+        """
         if self.count == 1:
             return action()
         outcome: list[Any] = [None, None]
@@ -76,10 +97,11 @@ class Ranks:
             raise outcome[1]
         return outcome[0]
 
-    def one_after_another(self, action: Callable[[], T]) -> T:
-        """What `action` gives here; all raise what it raises on any rank.
+    def local_first(self, action: Callable[[], T]) -> T:
+        """Call `action` on one rank per machine, then on the others, which find its files.
 
-        One rank per machine goes before the others, who find what it left on disk.
+        Returns:
+            The result of `action` on this rank. An exception on any rank is raised on all ranks.
         """
         result: Any = None
         for turn in (True, False):
@@ -93,19 +115,26 @@ class Ranks:
                 raise first
         return result
 
-    def same_buffers(self, model: nn.Module) -> None:
-        """All ranks take the first one's buffers, such as the statistics of batch norms."""
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Copy the first rank's buffers, such as batch norm statistics, to all ranks."""
         if self.count > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """The ranks that `torchrun` started, or this process alone; may be nested.
+def process_group() -> Iterator[Ranks]:
+    """Join the processes that `torchrun` started; without `torchrun`, yield a single rank.
+
+    The context may be nested: an existing process group is used.
 
     Raises:
-        RunError: another rank has ended, which makes every exchange with it fail.
+        RunError: another rank has ended, so that communication with it fails.
+
+    Example:
+        >>> with process_group() as ranks:
+        ...     ranks.count
+        1
     """
     if dist.is_available() and dist.is_initialized():
         yield _ranks()
@@ -114,12 +143,10 @@ def joined() -> Iterator[Ranks]:
         try:
             yield _ranks()
         except RuntimeError as error:
-            if "by peer" not in str(error):  # Connection closed, or reset
+            if "by peer" not in str(error):  # "Connection closed by peer" or "reset by peer"
                 raise
-            raise RunError(
-                "another process of this run has ended; its own message says why"
-            ) from None
-        # Not after an error: it would wait for ranks that are waiting for this one.
+            raise RunError("another process of this run has ended; see its own message") from None
+        # Not after an error: it would wait for ranks that wait for this one.
         dist.destroy_process_group()
     else:
         yield Ranks()

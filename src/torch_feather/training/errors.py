@@ -1,21 +1,21 @@
-"""What can go wrong around a run; each message says where, and what to do."""
+"""Errors of training runs. Each message says where the problem is and how to solve it."""
 
 from ..errors import FeatherError
 
 
 class DataError(FeatherError):
-    """Data that is missing, corrupt, truncated or of the wrong kind."""
+    """Data is missing, corrupt, truncated or of the wrong kind."""
 
 
 class RunError(FeatherError):
-    """A run directory, or a file in it, that cannot be used as asked."""
+    """A run directory, or a file in it, cannot be used as requested."""
 
 
 class CheckpointError(RunError):
-    """A checkpoint that cannot be read, or belongs to another run."""
+    """A checkpoint cannot be read, or belongs to another run."""
 
 
-class TrainingDiverged(FeatherError):  # noqa: N818  (it names what happened)
+class TrainingDiverged(FeatherError):  # noqa: N818  (the name describes the event)
     """The training loss became infinite or NaN."""
 
 
@@ -24,4 +24,4 @@ class InUse(RunError):  # noqa: N818
 
 
 class Interrupted(RunError):  # noqa: N818
-    """Ctrl-C or SIGTERM: a checkpoint was written, the run can be resumed."""
+    """Ctrl-C or SIGTERM stopped the run. A checkpoint was written; the run can be resumed."""

@@ -20,15 +20,23 @@ def evaluate(
     ranks: Ranks | None = None,
     compiled: nn.Module | None = None,
 ) -> tuple[float, float]:
-    """Mean cross-entropy and share of right answers, with the model in evaluation mode.
+    """Return the mean cross-entropy and the accuracy, with the model in evaluation mode.
 
-    With `ranks`, each has batches of its own, and the means are over the images of all.
-    `compiled`, the model compiled for one shape, is called on all batches but a smaller last one.
+    Args:
+        model: the network; its training mode is restored.
+        batches: images (B, C, H, W) and labels (B,).
+        amp: whether to use bfloat16 autocast.
+        ranks: the processes, each with its own batches; the means are over all of their images.
+        compiled: the model compiled for one shape; called for all batches of the first one's size.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> loss, accuracy = evaluate(model, [(torch.zeros(3, 1, 2, 2), torch.tensor([0, 1, 1]))])
     """
     training, size = model.training, 0
     model.eval()
     device = next(model.parameters()).device
-    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, images
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
     for x, y in batches:
         size = size or len(y)
         network = compiled if compiled is not None and len(y) == size else model
@@ -38,5 +46,5 @@ def evaluate(
         totals[1] += (logits.argmax(1) == y).sum()
         totals[2] += len(y)
     model.train(training)
-    loss, right, images = (ranks or Ranks()).sum(totals).tolist()
-    return loss / images, right / images
+    loss, correct, images = (ranks or Ranks()).sum(totals).tolist()
+    return loss / images, correct / images

@@ -1,6 +1,6 @@
-"""Observers that are services of others: TensorBoard, and Weights & Biases.
+"""Callbacks that log to TensorBoard and to Weights & Biases.
 
-Neither is imported before it is needed, and a run goes on without one that fails.
+Neither package is imported unless it is used. A run continues if logging fails.
 """
 
 from __future__ import annotations
@@ -11,29 +11,39 @@ from typing import Any
 from uuid import uuid4
 
 from ..errors import ConfigurationError
+from .callbacks import Callback
 from .checkpoint import RunDirectory, write_atomically
 from .config import Config, to_dict
-from .watch import Watch
+from .deprecation import renamed_names
 
-UPLOAD_SECONDS = 120.0  # how long the end of a run waits for Weights & Biases
+UPLOAD_SECONDS = 120.0  # how long the end of a run waits for the upload to Weights & Biases
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "observers": "logging_callbacks",
+        "TensorBoardWatch": "TensorBoardCallback",
+        "WandbWatch": "WandbCallback",
+    },
+)
 
 
-def observers(config: Config) -> list[Watch]:
-    """Those that `config.system` asks for.
+def logging_callbacks(config: Config) -> list[Callback]:
+    """Return the callbacks that `config.system` requests.
 
     Raises:
-        ConfigurationError: `system.wandb` is set, and wandb is not installed.
+        ConfigurationError: `system.wandb` is set, but wandb is not installed.
     """
-    found: list[Watch] = []
+    found: list[Callback] = []
     if config.system.tensorboard and find_spec("tensorboard") is not None:
-        found.append(TensorBoardWatch())
+        found.append(TensorBoardCallback())
     if config.system.wandb is not None:
         if find_spec("wandb") is None:
             raise ConfigurationError(
-                "system.wandb: wandb is not installed; pip install 'torch-feather[logging]', "
-                "or leave the setting out"
+                "system.wandb is set, but wandb is not installed. Run "
+                "pip install 'torch-feather[logging]', or remove the setting."
             )
-        found.append(WandbWatch(config.system.wandb))
+        found.append(WandbCallback(config.system.wandb))
     return found
 
 
@@ -45,50 +55,50 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
-class TensorBoardWatch(Watch):
-    """Every number of an epoch as a scalar over steps, in event files under RUN/tensorboard."""
+class TensorBoardCallback(Callback):
+    """Writes the numbers of each epoch as scalars into event files in RUN/tensorboard."""
 
-    dispensable = True
+    optional = True
 
     def begin(self, config: Config, steps: int, done: int, run: RunDirectory) -> None:
-        """Remember where to write."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.open = partial(SummaryWriter, run.path / "tensorboard")
         self.writer: Any = None
 
     def epoch(self, metrics: dict[str, Any]) -> None:
-        """Write the epoch's scalars.
+        """Write the scalars of an epoch.
 
-        The first epoch of a resumed run may have been written before the run was stopped:
-        TensorBoard then drops what it has from that step on.
+        An interrupted run may have written the first epoch after its checkpoint already.
+        TensorBoard discards all scalars from that step on.
         """
         if self.writer is None:
             self.writer = self.open(purge_step=metrics["step"])
         for name, value in _numbers(metrics).items():
             self.writer.add_scalar(name, value, metrics["step"])
-        self.writer.flush()  # a run that is killed in the next epoch does not write this one again
+        self.writer.flush()  # a run killed in the next epoch does not write this epoch again
 
     def end(self, results: dict[str, Any] | None = None) -> None:
-        """Close the event file."""
         if self.writer is not None:
             self.writer.close()
 
 
-class WandbWatch(Watch):
-    """Settings, the numbers of every epoch and the results, in a project of Weights & Biases.
+class WandbCallback(Callback):
+    """Logs the settings, the numbers of each epoch and the results to Weights & Biases.
 
-    RUN/wandb-id keeps the identity under which a resumed run goes on. wandb itself ignores a step
-    that is not beyond those it has.
+    RUN/wandb-id stores the identifier under which a resumed run continues. wandb ignores steps
+    that it has already received.
+
+    Args:
+        project: the project to log to.
     """
 
-    dispensable = True
+    optional = True
 
     def __init__(self, project: str) -> None:
         self.project = project
 
     def begin(self, config: Config, steps: int, done: int, run: RunDirectory) -> None:
-        """Start the run there, or go on with it."""
         import wandb
 
         id_file = run.path / "wandb-id"
@@ -101,18 +111,17 @@ class WandbWatch(Watch):
             name="/".join(run.path.absolute().parts[-2:]),
             config=to_dict(config),
             dir=run.path,
-            reinit="create_new",  # a run of the calling program stays what it is
+            reinit="create_new",  # do not end a run that the calling program has started
             settings=wandb.Settings(
                 console="off", finish_timeout=UPLOAD_SECONDS, finish_timeout_raises=True
             ),
         )
 
     def epoch(self, metrics: dict[str, Any]) -> None:
-        """Log the epoch's numbers at its step."""
         self.run.log(_numbers(metrics), step=metrics["step"], commit=True)
 
     def end(self, results: dict[str, Any] | None = None) -> None:
-        """Put the results into the summary, the report of the layers aside, and finish."""
+        """Log the results, without the report of the layers, and finish the run."""
         if results is not None:
             self.run.summary.update({k: v for k, v in results.items() if k != "report"})
         self.run.finish(exit_code=1 if results is None else 0)

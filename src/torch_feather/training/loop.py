@@ -1,4 +1,4 @@
-"""A training run: a network trained into a run directory."""
+"""Training runs: from a configuration to a run directory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any, cast
 
 import torch
 
+from .callbacks import Callback
 from .checkpoint import RunDirectory, write_json
 from .config import Config, SystemConfig
 from .data import load_dataset
-from .distributed import Ranks, joined
+from .deprecation import warn_renamed
+from .distributed import Ranks, process_group
 from .errors import RunError
 from .task import Task
-from .watch import Watch
 
 
 def train(
@@ -27,35 +28,50 @@ def train(
     out: Path | str,
     *,
     resume: bool = False,
-    watch: Watch | None = None,
+    callback: Callback | None = None,
     make_task: Callable[..., Task] = Task,
+    watch: Callback | None = None,
 ) -> dict[str, Any]:
-    """Train one network into the run directory `out`; returns what report.json holds.
+    """Train one network into a run directory.
 
-    With `resume`, a run that was killed goes on from its last checkpoint and ends with the same
-    bits; one that has finished is only read. With `config.compare_dense` the dense network is
-    trained with the same budget into `out`/dense. Started by `torchrun`, all processes train one
-    network; the first one alone writes files and calls `watch`. `make_task` stands in for `Task`,
-    for a run that differs in one of its methods.
+    A run that was killed and is resumed ends bitwise identical to one that was not. Under
+    `torchrun`, all processes train one network; only the first one writes files and calls
+    `callback`.
+
+    Args:
+        config: the configuration. With `compare_dense`, a dense baseline is trained with the same
+            training budget into `out`/dense.
+        out: the run directory.
+        resume: whether to continue the run in `out` from its last checkpoint, if there is one. A
+            run that has finished is only read.
+        callback: informed about the progress.
+        make_task: creates the `Task`; pass a subclass to change a part of the training.
+        watch: deprecated name of `callback`.
+
+    Returns:
+        The content of report.json.
 
     Raises:
-        FeatherError: settings, data or files that cannot be used; a loss that is not finite.
-        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
+        FeatherError: settings, data or files cannot be used, or the loss is not finite.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    with joined() as ranks:
-        watch = watch if watch is not None and ranks.first else Watch()
+    if watch is not None:
+        warn_renamed("train(watch=...)", "train(callback=...)")
+        callback = watch
+    with process_group() as ranks:
+        callback = callback if callback is not None and ranks.first else Callback()
         run = RunDirectory(out)
-        results = _train_one(config, run, resume, watch, make_task, ranks)
+        results = _train_one(config, run, resume, callback, make_task, ranks)
         if config.compare_dense and "dense" not in results:
-            twin = run.dense_twin()
-            dense = _train_one(config.dense(), twin, True, watch, make_task, ranks)
+            baseline = run.dense_baseline()
+            dense = _train_one(config.dense(), baseline, True, callback, make_task, ranks)
             keys = ("test_accuracy", "test_loss", "macs", "seconds")
             results["dense"] = {key: dense[key] for key in keys}
             if ranks.first:
                 with run.locked():
                     write_json(run.report_file, results)
         if ranks.first:
-            _draw(run, results, watch)
+            _plot(run, results, callback)
     return results
 
 
@@ -63,7 +79,7 @@ def _train_one(
     config: Config,
     run: RunDirectory,
     resume: bool,
-    watch: Watch,
+    callback: Callback,
     make_task: Callable[..., Task],
     ranks: Ranks,
 ) -> dict[str, Any]:
@@ -71,33 +87,45 @@ def _train_one(
 
         def begin() -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
             held.enter_context(run.locked())
-            saved = run.begin(config, resume, watch.message)
+            saved = run.begin(config, resume, callback.message)
             return saved, run.read_report() if run.report_file.exists() else None
 
         saved, results = ranks.on_first(begin)
         if results is not None:
             return results
-        data = ranks.one_after_another(lambda: load_dataset(config.data, config.seed))
-        # A checkpoint has all that followed from the weights that the run began with.
-        begun = config if saved is None else replace(config, init=None)
-        task = make_task(begun, data, device, ranks)
+        data = ranks.local_first(lambda: load_dataset(config.data, config.seed))
+        # A checkpoint replaces the initial weights, whose file need not exist any more.
+        task = make_task(
+            config if saved is None else replace(config, init=None), data, device, ranks
+        )
         ranks.on_first(lambda: run.write_config(config))
         if saved is not None:
             task.load_state_dict(saved)
-            watch.message(f"resuming {run.path} at step {task.step} of {task.total_steps}")
-        watch.begin(config, task.total_steps, task.step, run)
+            callback.message(f"resuming {run.path} at step {task.step} of {task.total_steps}")
+        callback.begin(config, task.total_steps, task.step, run)
         try:
             with _stop_requests() as stop_requested:
-                task.fit(run, watch, stop_requested)
+                task.fit(run, callback, stop_requested)
             results = task.finish(run)
         finally:
-            watch.end(results)
+            callback.end(results)
         return results
 
 
 @contextmanager
 def settings(system: SystemConfig, ranks: Ranks) -> Iterator[torch.device]:
-    """PyTorch's global switches as a run wants them, put back afterwards; and its device."""
+    """Set PyTorch's global switches for a run, and restore them afterwards.
+
+    Args:
+        system: the settings.
+        ranks: the processes that train together.
+
+    Yields:
+        The device of the run.
+
+    Raises:
+        RunError: the device does not exist.
+    """
     cudnn, memory = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
     before = (
         torch.get_num_threads(),
@@ -110,10 +138,11 @@ def settings(system: SystemConfig, ranks: Ranks) -> Iterator[torch.device]:
     if system.threads is not None:
         torch.set_num_threads(system.threads)
     if system.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
     torch.use_deterministic_algorithms(system.deterministic, warn_only=True)
     cudnn.deterministic, cudnn.benchmark = system.deterministic, not system.deterministic
-    # Else every tensor is written twice, in hundreds of calls a step; nothing reads it unwritten.
+    # Filling would write each new tensor twice, in hundreds of calls per step; no code reads a
+    # tensor before it is written.
     memory.fill_uninitialized_memory = False
     try:
         device = resolve_device(system.device, ranks)
@@ -126,9 +155,18 @@ def settings(system: SystemConfig, ranks: Ranks) -> Iterator[torch.device]:
 
 
 def resolve_device(name: str, ranks: Ranks | None = None) -> torch.device:
-    """`auto` is cuda where there is one, else cpu. `RunError` for one that does not exist.
+    """Return the device of a name.
 
-    Of several ranks on a machine, each has a GPU of its own.
+    Args:
+        name: as for `torch.device`; `auto` is cuda if available, otherwise cpu.
+        ranks: the processes that train together; each uses another GPU of its machine.
+
+    Raises:
+        RunError: the device does not exist.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -139,16 +177,16 @@ def resolve_device(name: str, ranks: Ranks | None = None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise RunError(f"device {name!r} cannot be used here ({first})") from None
+        raise RunError(f"device {name!r} cannot be used on this machine ({first})") from None
     return device
 
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a request that the loop answers between two steps.
+    """Turn Ctrl-C and SIGTERM into a request that the loop checks after each step.
 
-    An exception in the middle of a step would leave a state that no run without it passes
-    through. A second Ctrl-C interrupts at once.
+    An exception within a step would leave a state that an uninterrupted run never has. A second
+    Ctrl-C interrupts at once.
     """
     requested = False
     if threading.current_thread() is not threading.main_thread():
@@ -169,10 +207,12 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _draw(run: RunDirectory, results: dict[str, Any], watch: Watch) -> None:
+def _plot(run: RunDirectory, results: dict[str, Any], callback: Callback) -> None:
     try:
-        from ..analysis.plots import draw_run
+        from ..analysis.plots import plot_run
     except ImportError as error:
-        watch.message(f"no plots: {error.name} is missing (pip install 'torch-feather[train]')")
+        callback.message(
+            f"no plots: {error.name} is not installed. Run pip install 'torch-feather[train]'."
+        )
         return
-    draw_run(run.path, run.read_metrics(), results)
+    plot_run(run.path, run.read_metrics(), results)

@@ -1,4 +1,4 @@
-"""The mask at the end of every epoch, for `analysis.stability`."""
+"""The mask after each epoch, for `torch_feather.analysis.stability`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .checkpoint import write_atomically
 
 
 def record_masks(masks: Iterable[Tensor], run: Path, epoch: int) -> None:
-    """Write which weights are kept, a bit for each, into the run directory `run`.
+    """Write the mask of an epoch into a run directory, one bit per weight.
 
-    A run that is killed and resumed passes through the same masks again, and writes the same file.
+    A run that is killed and resumed computes the same masks and writes the same file again.
 
     Args:
-        masks: of the prunable weights, bool, in the order of `Sparsifier.masks()`.
+        masks: masks of the prunable weights, bool, in the order of `Sparsifier.masks()`.
         run: the run directory.
-        epoch: that ended, counted from 1.
+        epoch: the epoch that ended, from 1.
     """
     kept = torch.cat([mask.flatten() for mask in masks]).cpu().numpy()
     path = mask_file(run, epoch)

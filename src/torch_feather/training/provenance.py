@@ -1,4 +1,4 @@
-"""What a number needs beside it to be believed later: versions, commit, hardware."""
+"""Versions, commit and hardware, stored with every result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ import torch
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """`versions`, `commit` (None outside a checkout) and `hardware`, as plain values."""
+    """Return `versions`, `commit` and `hardware` as plain values.
+
+    Args:
+        device: the device that computes.
+
+    Returns:
+        A dict; `commit` is None if this package is not in a git checkout, and ends with `+` if
+        tracked files were edited.
+
+    Example:
+        >>> sorted(provenance(torch.device("cpu")))
+        ['commit', 'hardware', 'versions']
+    """
     return {"versions": _versions(), "commit": _commit(), "hardware": _hardware(device)}
 
 
@@ -22,13 +34,13 @@ def _versions() -> dict[str, str]:
     for package in ("torch-feather", "torch", "numpy"):
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # used from a source folder without being installed
+        except PackageNotFoundError:  # a source folder that is not installed
             found[package] = "unknown"
     return found
 
 
 def _commit() -> str | None:
-    """Of the checkout that holds this very file, with `+` appended where it was edited since."""
+    """Return the commit of the checkout that this file is in."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -1,6 +1,6 @@
-"""One training step, and ways to run it faster that train the same network.
+"""One training step: forward, backward, gradient clipping and optimizer.
 
-Nothing in a step waits for the device: the loss is added up there, and read once per epoch.
+A step never synchronizes with the device: the loss accumulates there and is read once per epoch.
 """
 
 from __future__ import annotations
@@ -17,16 +17,28 @@ from ..errors import ConfigurationError
 from ..sparsifier import Sparsifier
 from .config import Config
 from .data import Batch
+from .deprecation import renamed_names
 from .distillation import Distillation
 from .distributed import Ranks
 from .precision import autocast
 
+__getattr__ = renamed_names(__name__, {"Captured": "CudaGraphStep"})
+
 
 class Step:
-    """Forward, backward, clip, optimizer; sparsification rides on the optimizer.
+    """A training step. Sparsification needs no code here: it is attached to the optimizer.
+
+    Args:
+        model: the network.
+        optimizer: the optimizer of its parameters.
+        sparsifier: what `sparsify` returned; None for dense training.
+        config: the configuration of the run.
+        device: the device of the network.
+        ranks: the processes that train together.
+        distillation: the loss with a teacher, if there is one.
 
     Attributes:
-        network: the model as it is called, compiled where that was asked for.
+        network: the model as it is called: distributed and compiled as configured.
         loss_sum: sum of the losses of this rank's images since it was last set to 0.
     """
 
@@ -46,37 +58,42 @@ class Step:
         self.distillation = distillation
         self.batch_size = config.batch_size
         part = ranks.part(0, config.batch_size)
-        share = part.stop - part.start
-        self.size = min(config.system.micro_batch or share, share)
-        self.plain: nn.Module = model
+        images = part.stop - part.start
+        self.size = min(config.system.micro_batch or images, images)
+        self.uncompiled: nn.Module = model
         if ranks.count > 1:
-            self.plain = DistributedDataParallel(model)
-        self.network = self.plain
+            self.uncompiled = DistributedDataParallel(model)
+        self.network = self.uncompiled
         if config.system.compile:
-            self.network = torch.compile(self.plain, dynamic=False)  # type: ignore[assignment]
+            self.network = torch.compile(self.uncompiled, dynamic=False)  # type: ignore[assignment]
         self.loss_sum = torch.zeros((), device=device)
-        self.captured = Captured(self, device, ranks) if config.system.graph else None
+        self.cuda_graph = CudaGraphStep(self, device, ranks) if config.system.cuda_graph else None
 
     def __call__(self, batch: Batch, lr: float) -> None:
-        """Train on this rank's part of a batch."""
-        if self.captured is not None:
-            self.captured(batch, lr)
+        """Train on this rank's part of a batch.
+
+        Args:
+            batch: the part.
+            lr: the learning rate.
+        """
+        if self.cuda_graph is not None:
+            self.cuda_graph(batch, lr)
             return
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.run(batch)
 
     def run(self, batch: Batch) -> None:
-        """The step itself, at the learning rate that the optimizer holds.
+        """Train on this rank's part of a batch at the optimizer's present learning rate.
 
-        Methods that train by random masks may take several passes, see `Sparsifier.passes`.
+        Methods that train with random masks may use several passes, see `Sparsifier.passes`.
         """
-        shares = [1.0] if self.sparsifier is None else self.sparsifier.passes()
-        for share in shares:
-            self._backward(batch, share)
+        fractions = [1.0] if self.sparsifier is None else self.sparsifier.passes()
+        for fraction in fractions:
+            self._backward(batch, fraction)
         if self.options.clip is not None:
             clipped: list[Tensor] = [*self.model.parameters()]
-            if self.sparsifier is not None and self.sparsifier.reparametrization.clips_own:
+            if self.sparsifier is not None and self.sparsifier.clips_own_parameters:
                 self.sparsifier.complete_gradients()
                 clipped += self.sparsifier.parameters()
             nn.utils.clip_grad_norm_(clipped, self.options.clip)
@@ -84,61 +101,69 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, batch: Batch, weight: float) -> None:
-        """Adds up the gradients of a batch, times `weight`.
+        """Add `weight` times the gradient of the mean loss over all images of all ranks.
 
-        Parts of at most `size` images go through the network one after another. The gradient is
-        the mean over all images of all ranks.
+        The batch is processed in parts of at most `size` images, one after another.
         """
         if len(batch.y) == 0:
             self._exchange_only(batch.x)
         parts = list(zip(batch.x.split(self.size), batch.y.split(self.size), strict=True))
         parts = [(x, y) for x, y in parts if len(y)]
         for i, (x, y) in enumerate(parts):
-            # Compiled for one shape: a smaller part would be compiled anew.
+            # The network is compiled for one shape: a smaller part would compile it again.
             whole = len(y) == self.size
-            network = self.network if whole else self.plain
-            with self._alone(i < len(parts) - 1):
+            network = self.network if whole else self.uncompiled
+            with self._no_exchange(i < len(parts) - 1):
                 with autocast(self.device, self.amp):
                     smoothing = self.options.label_smoothing
                     logits = network(x)
                     loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
                     if self.distillation is not None:
                         loss = self.distillation(loss, logits, x, whole)
-                # Ranks are averaged by what wraps the network.
-                share = weight * len(y) * self.ranks.count / batch.total
-                (loss if share == 1 else loss * share).backward()
+                # DistributedDataParallel averages over the ranks; this makes it a sum.
+                fraction = weight * len(y) * self.ranks.count / batch.total
+                (loss if fraction == 1 else loss * fraction).backward()
             self.loss_sum += loss.detach() * (weight * len(y))
 
-    def _exchange_only(self, nothing: Tensor) -> None:
-        """For a rank that no image of the batch came to; batch norms must not count it."""
+    def _exchange_only(self, empty: Tensor) -> None:
+        """Exchange gradients on a rank without images; batch norms must not count the batch."""
         self.model.eval()
-        self.plain(nothing).sum().backward()
+        self.uncompiled(empty).sum().backward()
         self.model.train()
 
-    def _alone(self, more: bool) -> AbstractContextManager[None]:
-        """Gradients are exchanged once per step, with the last part."""
-        if more and isinstance(self.plain, DistributedDataParallel):
-            return self.plain.no_sync()
+    def _no_exchange(self, more: bool) -> AbstractContextManager[None]:
+        """Skip the exchange of gradients if more parts follow: once per step is enough."""
+        if more and isinstance(self.uncompiled, DistributedDataParallel):
+            return self.uncompiled.no_sync()
         return nullcontext()
 
 
-class Captured:
-    """Whole steps, recorded once as a CUDA graph and replayed: the host only starts them.
+class CudaGraphStep:
+    """A training step recorded once as a CUDA graph and replayed, without work on the host.
 
-    Steps on batches of another size, such as an epoch's last, run as they are.
+    Batches of another size, such as the last of an epoch, are processed without the graph.
+
+    Args:
+        step: the step to record.
+        device: the device of the network.
+        ranks: the processes that train together.
+
+    Raises:
+        ConfigurationError: `device` is not a CUDA device, or there are several processes.
     """
 
-    WARM_UP = 3  # steps in which libraries and allocators settle; they train like all others
+    WARM_UP = 3  # steps before the recording, in which libraries and allocators settle; they count
 
     def __init__(self, step: Step, device: torch.device, ranks: Ranks) -> None:
         if device.type != "cuda":
             raise ConfigurationError(
-                f"system.graph needs a CUDA device, this is {device}; set it to false"
+                f"system.cuda_graph requires a CUDA device, got {device}. "
+                "Set system.cuda_graph=false."
             )
         if ranks.count > 1:
             raise ConfigurationError(
-                "system.graph captures the steps of one process alone; set it to false, or start "
-                "one process"
+                f"system.cuda_graph supports one process, got {ranks.count}. "
+                "Set system.cuda_graph=false, or start one process."
             )
         self.step = step
         self.lr = torch.zeros((), device=device)
@@ -147,7 +172,7 @@ class Captured:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Batch, lr: float) -> None:
-        """Like `Step.__call__`."""
+        """Train on a batch, as `Step` does."""
         self.lr.fill_(lr)
         for group in self.step.optimizer.param_groups:
             group["lr"] = self.lr
@@ -166,10 +191,10 @@ class Captured:
             self.graph.replay()
 
     def _capture(self, batch: Batch) -> torch.cuda.CUDAGraph:
-        """Record a step; nothing is computed, so no step is taken."""
+        """Record a step. Recording computes nothing, so no step is taken."""
         self.batch = Batch(batch.x.clone(), batch.y.clone(), batch.total)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that pins memory, may go on using the device.
+        # thread_local: other threads, such as the one that pins memory, may use the device.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.step.run(self.batch)
         return graph

@@ -47,7 +47,7 @@ def local(tensor: Any) -> Tensor:
 
 
 @torch.no_grad()
-def spread_like(part: Tensor, like: Any) -> Tensor:
+def shard_like(part: Tensor, like: Any) -> Tensor:
     """`part` as the local tensor of a DTensor laid out like another; itself where that is plain."""
     if not is_sharded(like):
         return part
@@ -60,17 +60,17 @@ def spread_like(part: Tensor, like: Any) -> Tensor:
 
 
 @torch.no_grad()
-def part_of(value: Any, like: Any) -> Tensor:
+def local_part(value: Any, like: Any) -> Tensor:
     """Of a whole tensor, plain or spread in any way, what this process holds of `like`."""
     if is_sharded(value):
         if is_sharded(like):
             value = value.redistribute(like.device_mesh, like.placements)
             return value.to_local()
         return value.full_tensor()
-    return value[box_of(like).slices] if is_sharded(like) else value
+    return value[local_box(like).slices] if is_sharded(like) else value
 
 
-def box_of(tensor: Any) -> Box:
+def local_box(tensor: Any) -> Box:
     """Which part of a tensor this process holds."""
     if not is_sharded(tensor):
         return Box((0,) * tensor.dim(), tuple(tensor.shape))
@@ -142,7 +142,7 @@ class Shards:
             )
         self.groups = [group for group in mesh.get_all_groups() if group.size() > 1]
         self._device = mesh.device_type
-        self.boxes = [box_of(p) for p in parameters]
+        self.boxes = [local_box(p) for p in parameters]
         holders = sorted(gather((dist.get_rank(), self.boxes), self.groups))
         self.counted = [self._counts(i, p, holders) for i, p in enumerate(parameters)]
         # Whether rows are split over processes, by any dimension after the first.

@@ -1,4 +1,4 @@
-"""ASL: thresholds in units of each layer's spread, learned against a budget of weights."""
+"""ASL: thresholds as multiples of each layer's standard deviation, learned against a budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...weights.latent import LatentWeights
 from ..own_parameters import Momentum
 from .base import LearnedMethod, Present
 
-# Share of training after which the count is exact: what is left lets the network adapt.
+# Fraction of training after which the count is exact, so that the network can adapt to it.
 EXACT_FROM = 0.9
 
 
@@ -25,29 +25,33 @@ def asl(
     *,
     sparsity: float,
     budget_weight: float = 10.0,
-    rate: float = 0.01,
+    lr_multiplier: float = 0.01,
     momentum: float = 0.9,
     dense_below: int = 1000,
 ) -> LearnedMethod:
-    """Hard threshold in each layer at its weights' standard deviation times a learned r.
+    """Return ASL: a hard threshold per layer at r times the standard deviation of its weights.
 
     Source: Retsinas et al., Online Weight Pruning via Adaptive Sparsity Loss (ICIP 2021), and its
-    public code for the start, the rates and the layers left dense. The public code also takes the
-    mean off each layer at every forward pass; this does not.
+    public code for the initial r, the learning rates and the layers left dense. The public code
+    also subtracts the mean of each layer at every forward pass; this method does not.
 
     Args:
-        sparsity: final share of zeros. The loss pulls towards it, under the assumption that the
-            weights of a layer are normal; exact in the last tenth of training (see `learned`).
+        sparsity: final fraction of zeros. The loss pulls towards it, assuming normally distributed
+            weights; the count is exact in the last tenth of training (see `learned.base`).
         budget_weight: lambda, the weight of (density - target density)^2 in the loss.
-        rate: the learning rate of r as a multiple of the optimizer's.
-        momentum: of r; it does not decay.
+        lr_multiplier: learning rate of r as a multiple of the optimizer's.
+        momentum: momentum of r. r has no weight decay.
         dense_below: layers of fewer weights stay dense.
+
+    Example:
+        >>> asl(sparsity=0.9).dense_below
+        1000
     """
     return LearnedMethod(
         operator=Hard(),
         gradient=StraightThrough(1.0),
         law=StandardDeviations(budget_weight),
-        optimizer=Momentum(rate, momentum),
+        optimizer=Momentum(lr_multiplier, momentum),
         schedule=Constant(),
         dense_below=dense_below,
         exact_from=EXACT_FROM,
@@ -58,8 +62,14 @@ def asl(
 class StandardDeviations:
     """tau = clamp(r, 0, 5) std(w) + 1e-6, and a penalty on the density of normal weights.
 
-    The penalty is budget_weight (D - (1 - s))^2, with D = sum n (1 - erf(r / sqrt 2)) / N the
-    share of weights that normal layers would keep; dense layers count as 1.
+    The penalty is budget_weight (D - (1 - s))^2. D = sum n (1 - erf(r / sqrt 2)) / N is the density
+    of layers with normally distributed weights; dense layers count as 1.
+
+    Attributes:
+        budget_weight: lambda.
+
+    Raises:
+        ConfigurationError: budget_weight is negative or infinite.
     """
 
     budget_weight: float = 10.0
@@ -70,25 +80,25 @@ class StandardDeviations:
             raise ConfigurationError(f"budget_weight must be >= 0, got {self.budget_weight!r}.")
 
     def start(self, weights: LatentWeights, sparsity: float) -> float:
-        """See `Law`."""
+        """Return the r at which normally distributed weights have 0.6 of the sparsity."""
         return NormalDist().inv_cdf((1 + 0.6 * sparsity) / 2)  # sqrt(2) erfinv(.6 s)
 
     def thresholds(self, r: Tensor, weights: LatentWeights) -> tuple[Tensor, Tensor]:
-        """See `Law`."""
-        deviation = spreads(weights)
+        """Return tau and d tau / d r."""
+        deviation = standard_deviations(weights)
         inside = (r >= 0) & (r <= 5)
         return r.clamp(0, 5) * deviation + 1e-6, deviation * inside
 
     def penalty(self, r: Tensor, weights: LatentWeights, now: Present) -> Tensor:
-        """See `Law`."""
-        share = weights.sizes.to(r.dtype) / weights.size
-        density = (share * torch.erfc(r / math.sqrt(2)).masked_fill(now.dense, 1.0)).sum()
+        """Return the gradient of the penalty in r."""
+        fraction = weights.sizes.to(r.dtype) / weights.size
+        density = (fraction * torch.erfc(r / math.sqrt(2)).masked_fill(now.dense, 1.0)).sum()
         slope = -math.sqrt(2 / math.pi) * torch.exp(-(r**2) / 2)
-        return 2 * self.budget_weight * (density - (1 - now.sparsity)) * share * slope
+        return 2 * self.budget_weight * (density - (1 - now.sparsity)) * fraction * slope
 
 
-def spreads(weights: LatentWeights) -> Tensor:
-    """The standard deviation of each weight tensor; that of a single weight is 0."""
+def standard_deviations(weights: LatentWeights) -> Tensor:
+    """Return the standard deviation of each weight tensor; 0 for a single weight."""
     wide = [w.to(weights.wide) for w in weights.views]
     if weights.shards is None:
         return torch.stack([w.std() if w.numel() > 1 else w.new_zeros(()) for w in wide])

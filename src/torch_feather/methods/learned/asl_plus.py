@@ -1,4 +1,4 @@
-"""ASL+: a reading of ASL with a model of each layer's weights, alone and as Feather's backbone."""
+"""ASL+: ASL with a model of each layer's weights, alone and as Feather's backbone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...gradient_rules import Schedule as ThetaSchedule
 from ...schedules import Schedule
 from ...weights.latent import LatentWeights
-from ..feather import power, scaled_gradient
-from ..magnitude import make_schedule
+from ..options import make_gradient, make_operator, make_schedule
 from ..own_parameters import Momentum
 from .asl import EXACT_FROM, StandardDeviations
 from .base import LearnedMethod, Present
@@ -22,33 +22,37 @@ def feather_asl_plus(
     *,
     sparsity: float,
     p: float = 3.0,
-    theta: float | str = "auto",
+    theta: float | str | ThetaSchedule = "auto",
     budget_weight: float = 30.0,
-    rate: float = 0.01,
+    lr_multiplier: float = 0.01,
     momentum: float = 0.9,
     dense_below: int = 1000,
     schedule: str | Schedule = "cubic",
     begin: int = 0,
     end: int | None = None,
 ) -> LearnedMethod:
-    """`feather`'s threshold and gradient, at the thresholds that `asl+` learns.
+    """Return Feather's operator and gradient rule at the thresholds that ASL+ learns.
 
-    Source: the Feather supplement, section 4, names the combination, and ASL+ without a definition;
-    see `FittedDeviations` for what is ours.
+    Source: the Feather supplement, section 4, names the combination, and ASL+ without a definition.
+    `FittedDeviations` states the definition used here.
 
     Args:
-        sparsity: final share of zeros; exact in the last tenth of training (see `learned`).
+        sparsity: final fraction of zeros; exact in the last tenth of training (see `learned.base`).
         p, theta: as for `feather`.
         budget_weight: lambda, the weight of the penalty.
-        rate: the learning rate of r as a multiple of the optimizer's.
+        lr_multiplier: learning rate of r as a multiple of the optimizer's.
         momentum, dense_below: as for `asl`.
-        schedule, begin, end: as for `feather`, of the budget.
+        schedule, begin, end: as for `feather`, for the budget.
+
+    Example:
+        >>> feather_asl_plus(sparsity=0.9).operator
+        Power(p=3.0)
     """
     return LearnedMethod(
-        operator=power(p),
-        gradient=scaled_gradient(theta, sparsity),
+        operator=make_operator(p),
+        gradient=make_gradient(theta, sparsity),
         law=FittedDeviations(budget_weight),
-        optimizer=Momentum(rate, momentum, low=0.0, high=5.0),
+        optimizer=Momentum(lr_multiplier, momentum, low=0.0, high=5.0),
         schedule=make_schedule(schedule, begin, end),
         dense_below=dense_below,
         exact_from=EXACT_FROM,
@@ -56,10 +60,10 @@ def feather_asl_plus(
 
 
 asl_plus = partial(feather_asl_plus, p=math.inf, theta=1.0)
-asl_plus.__doc__ = """`asl` that measures how sparse it is, and models each layer's weights better.
+asl_plus.__doc__ = """Return ASL+: ASL with the measured density and a better model of each layer's weights.
 
-Feather's supplement names an ASL+ and cites ASL; no text that we could reach defines the plus.
-This is our reading: see `FittedDeviations`.
+Feather's supplement names an ASL+ and cites ASL; no available text defines the plus.
+`FittedDeviations` states the interpretation used here.
 """
 
 # mean|w| / std(w) below which a Laplace density is likelier than a normal one: sqrt(pi / 2e).
@@ -68,38 +72,38 @@ LAPLACE_BELOW = math.sqrt(math.pi / (2 * math.e))
 
 @dataclass(frozen=True)
 class FittedDeviations(StandardDeviations):
-    """The thresholds of ASL, and a penalty on the density that is measured.
+    """The thresholds of ASL, and a penalty on the measured density.
 
-    The penalty is budget_weight log^2(D / (1 - s)), with D the share of weights that is kept now
-    and s the sparsity wanted now. A count has no derivative, so a model of the layer's weights
-    gives it: d D_l / d r_l = D_l d log q_l / d r_l, with q_l the share that the model keeps. The
-    logarithm keeps the penalty strong where few weights are left; ASL's (D - (1 - s))^2 has next
-    to no force there. Both also spare a layer in proportion to what it has lost.
+    The penalty is budget_weight log^2(D / (1 - s)), with the present density D and the scheduled
+    sparsity s. A count has no derivative, so a model of the layer's weights gives it:
+    d D_l / d r_l = D_l d log q_l / d r_l, with q_l the density of the model. The logarithm keeps
+    the penalty strong at low densities, where ASL's (D - (1 - s))^2 nearly vanishes. Both spare a
+    layer in proportion to what it has lost.
     """
 
     def start(self, weights: LatentWeights, sparsity: float) -> float:
-        """See `Law`."""
+        """Return 0: training starts dense."""
         return 0.0
 
     def penalty(self, r: Tensor, weights: LatentWeights, now: Present) -> Tensor:
-        """See `Law`. As r stays within its range, d tau / d r is the standard deviation."""
+        """Return the gradient of the penalty in r; r stays in its range, so `slope` is std(w)."""
         kept = now.kept().to(r.dtype)
         total = kept.sum().clamp_min(1)
-        excess = (total / weights.size / (1 - now.sparsity)).log()
+        violation = (total / weights.size / (1 - now.sparsity)).log()
         sums = torch.stack([w.abs().sum(dtype=weights.wide) for w in weights.views])
         concentration = weights.total(sums) / weights.sizes / now.slope
         slope = log_density_slope(r, concentration)
-        return 2 * self.budget_weight * excess * (kept / total) * slope
+        return 2 * self.budget_weight * violation * (kept / total) * slope
 
 
 def log_density_slope(r: Tensor, concentration: Tensor) -> Tensor:
-    """d log q / dr, with q(r) the share of weights beyond r standard deviations of their layer.
+    """Return d log q / dr, with q(r) the fraction of weights beyond r standard deviations.
 
-    A layer is normal, with q = erfc(r / sqrt 2), or, where its weights concentrate around 0,
-    Laplacian, with q = exp(-r sqrt 2): whichever is likelier.
+    A layer is normal, q = erfc(r / sqrt 2), or Laplacian, q = exp(-r sqrt 2), whichever is
+    likelier; weights that concentrate around 0 are Laplacian.
 
     Args:
-        r: multiples of the standard deviation, >= 0, one for each layer.
+        r: multiples of the standard deviation, >= 0, one per layer.
         concentration: mean|w| / std(w) of each layer.
     """
     normal = -math.sqrt(2 / math.pi) / torch.special.erfcx(r / math.sqrt(2))

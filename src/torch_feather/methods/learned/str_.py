@@ -1,4 +1,4 @@
-"""STR: soft thresholds that are learned layer by layer, and raised until the network is sparse."""
+"""STR: one learned soft threshold per layer, raised until the network is sparse."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...context import MethodContext
 from ...errors import ConfigurationError
 from ...gradient_rules import Masked
 from ...operators import Soft
 from ...schedules import Constant, Schedule
-from ...weights.latent import LatentWeights
-from ..base import Rate, Setting
-from ..magnitude import make_schedule
-from ..own_parameters import Momentum, write_if
+from ...weights.latent import LatentWeights, write_if
+from ..base import Gradients, Pruning, Rate
+from ..options import make_schedule
+from ..own_parameters import Momentum
 from .base import LearnedMethod, LearnedThresholds, Present
 
 
@@ -24,52 +25,66 @@ def str_(
     sparsity: float,
     decay: float | None = None,
     s_init: float = -100.0,
-    rate: float = 1.0,
+    lr_multiplier: float = 1.0,
     momentum: float = 0.9,
     exact: bool = True,
     schedule: str | Schedule = "cubic",
     begin: int = 0,
     end: int | None = None,
 ) -> LearnedMethod:
-    """Soft threshold in each layer at sigmoid(s) with a learned s; pruned weights get no gradient.
+    """Return STR: a soft threshold sigmoid(s) per layer with a learned s.
 
-    Source: Kusupati et al., Soft Threshold Weight Reparameterization for Learnable Sparsity (ICML
-    2020), where the weight decay of s alone decides how sparse the network becomes. The control
-    that meets a target instead is ours (see `ControlledThresholds`).
+    Pruned weights get no gradient. Source: Kusupati et al., Soft Threshold Weight
+    Reparameterization for Learnable Sparsity (ICML 2020), where the weight decay of s alone sets
+    the sparsity. The control that meets a target is an addition of this package (see
+    `ControlledThresholds`).
 
     Args:
-        sparsity: final share of zeros; the last step makes it exact (see `learned`).
-        decay: None: the thresholds are controlled so that the sparsity follows its schedule. A
-            number: as published, with this weight decay on s and no control.
-        s_init: s before training; -100 is what the authors advise for CIFAR. The control soon
-            finds its own.
-        rate: the learning rate of s as a multiple of the optimizer's; published: 1.
-        momentum: of s; published: that of the weights.
-        exact: with `decay`, whether the last step makes the count that of `sparsity`. False: the
-            end is what the decay leads to, as published, and `sparsity` means nothing.
-        schedule, begin, end: as for `feather`, of the control.
+        sparsity: final fraction of zeros; the last step makes it exact (see `learned.base`).
+        decay: None: the thresholds are controlled to follow the schedule. A number: as published,
+            with this weight decay on s and no control.
+        s_init: s before training. The authors advise -100 for CIFAR. The control soon replaces it.
+        lr_multiplier: learning rate of s as a multiple of the optimizer's; published: 1.
+        momentum: momentum of s; published: that of the weights.
+        exact: with `decay`, whether the last step makes the count exact. False: the decay alone
+            sets the final sparsity, as published, and `sparsity` has no effect.
+        schedule, begin, end: as for `feather`, for the control.
+
+    Raises:
+        ConfigurationError: options that contradict each other.
+
+    Example:
+        >>> str_(sparsity=0.9).law
+        Sigmoid(s_init=-100.0)
     """
     law = Sigmoid(s_init)
     if decay is None:
         if not exact:
             raise ConfigurationError(
-                "exact=False belongs to STR as published, with decay=: without it the thresholds "
-                "are controlled to meet the target."
+                "exact=False belongs to STR as published, with decay=. Without decay the thresholds "
+                "are controlled to meet the target; leave out exact."
             )
-        when = make_schedule(schedule, begin, end)
-        return ControlledMethod(Soft(), Masked(), law, Momentum(rate, momentum), when)
+        ramp = make_schedule(schedule, begin, end)
+        return ControlledMethod(Soft(), Masked(), law, Momentum(lr_multiplier, momentum), ramp)
     if (schedule, begin, end) != ("cubic", 0, None):
         raise ConfigurationError(
-            "With decay the sparsity follows no schedule: leave out schedule, begin and end, or "
+            "With decay the sparsity follows no schedule. Leave out schedule, begin and end, or "
             "leave out decay."
         )
-    inner, exact_from = Momentum(rate, momentum, decay), 1.0 if exact else None
-    return LearnedMethod(Soft(), Masked(), law, inner, Constant(), exact_from=exact_from)
+    optimizer, exact_from = Momentum(lr_multiplier, momentum, decay), 1.0 if exact else None
+    return LearnedMethod(Soft(), Masked(), law, optimizer, Constant(), exact_from=exact_from)
 
 
 @dataclass(frozen=True)
 class Sigmoid:
-    """tau = sigmoid(s), without a penalty."""
+    """tau = sigmoid(s), without a penalty.
+
+    Attributes:
+        s_init: s before training.
+
+    Raises:
+        ConfigurationError: s_init is not finite.
+    """
 
     s_init: float
     unit = "logit"
@@ -79,45 +94,48 @@ class Sigmoid:
             raise ConfigurationError(f"s_init must be a finite number, got {self.s_init!r}.")
 
     def start(self, weights: LatentWeights, sparsity: float) -> float:
-        """See `Law`."""
+        """Return `s_init`."""
         return self.s_init
 
     def thresholds(self, s: Tensor, weights: LatentWeights) -> tuple[Tensor, Tensor]:
-        """See `Law`."""
+        """Return tau and d tau / d s."""
         tau = s.sigmoid()
         return tau, tau * (1 - tau)
 
     def penalty(self, s: Tensor, weights: LatentWeights, now: Present) -> Tensor:
-        """See `Law`."""
+        """Return 0."""
         return torch.zeros_like(s)
 
 
 class ControlledMethod(LearnedMethod):
-    """Learned thresholds whose common level follows a schedule of the sparsity."""
+    """Learned thresholds with a common factor that follows a schedule of the sparsity."""
 
-    def attach(self, setting: Setting) -> ControlledThresholds:
-        """See `AnyMethod`."""
-        return ControlledThresholds(setting, self)
+    def bind(self, context: MethodContext) -> ControlledThresholds:
+        return ControlledThresholds(context, self)
 
 
 class ControlledThresholds(LearnedThresholds):
-    """After every step all thresholds sigmoid(s) are multiplied by one factor.
+    """Multiplies all thresholds sigmoid(s) by one factor after every step.
 
-    It is the one with which as many weights lie below them as the schedule wants. So what the loss
-    moves is how the layers' thresholds relate. Where tau is small, a factor on it is a summand on
-    s: the same push for all layers, where decay pushes by lambda |s|.
+    With this factor the scheduled number of weights lies below the thresholds. So the loss moves
+    only the ratios between the layers' thresholds. At small tau a factor on tau is a term added to
+    s, the same for all layers; weight decay would add lambda |s| instead.
     """
 
-    def advance(
-        self, weights: LatentWeights, step: Tensor, rate: Rate, taken: bool | Tensor
+    def after_step(
+        self,
+        weights: LatentWeights,
+        pruning: Pruning,
+        gradients: Gradients,
+        step: Tensor,
+        lr: Rate,
+        taken: bool | Tensor,
     ) -> None:
-        """See `Reparametrization`."""
-        super().advance(weights, step, rate, taken)
-        wanted = self.timetable.at(step)
+        super().after_step(weights, pruning, gradients, step, lr, taken)
         scale = self.scale(self.method.law.thresholds(self.r, weights)[0], weights)
-        cut = self.cut_at(wanted, scale, weights)
+        cutoff = self.exact_cutoff(self.timetable.at(step), scale, weights)
         limits = torch.finfo(weights.wide)
-        # A little more, so that rounding does not bring the last pruned weight back.
-        tau = cut.value / scale * (1 + 32 * limits.eps)
+        # Slightly more, so that rounding does not bring the last pruned weight back.
+        tau = cutoff.value / scale * (1 + 32 * limits.eps)
         s = tau.clamp(limits.tiny, 1 - limits.eps).logit()
-        write_if(taken, [self.r], [torch.where(cut.value > 0, s, self.r)])
+        write_if(taken, [self.r], [torch.where(cutoff.value > 0, s, self.r)])

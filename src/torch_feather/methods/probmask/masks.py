@@ -1,8 +1,8 @@
-"""Methods that learn the probability of each weight to be kept, through random soft masks.
+"""Learned probabilities of keeping each weight, trained through random soft masks.
 
-The network sees u = w m with a mask m in (0, 1) that is drawn anew for each step: between steps
-the parameters hold what the next step trains. From the last phase on the mask is frozen at the
-round((1 - s) N) most probable weights, and u = w m is exactly sparse.
+The network sees u = w m with a mask m in (0, 1) that is drawn again for each step. In the last
+phase the mask is frozen at the round((1 - s) N) most probable weights, and u = w m is exactly
+sparse.
 """
 
 from __future__ import annotations
@@ -10,38 +10,43 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import devices
-from ...errors import ConfigurationError, warn
+from ...context import MethodContext
+from ...errors import ConfigurationError
 from ...selection import select
-from ...weights.latent import DEVICE_BLOCK, LatentWeights, Numbers, copy_all
-from ..base import Rate, Reparametrization, Setting
-from ..own_parameters import Adam, write_if
+from ...weights.latent import DEVICE_BLOCK, LatentWeights, PerTensor, copy_all, write_if
+from ..base import BoundMethod, Completion, Facts, Gradients, Pruning, Rate, Summary
+from ..own_parameters import Adam
 from .projection import project_
 from .random_numbers import uniform
 
-# Probabilities keep this distance from 0 and 1 in logits, or the gradient were 0/0 at the start.
+# Distance of probabilities from 0 and 1 in logits; otherwise the gradient is 0/0 at the start.
 MARGIN = 2.0**-21
-# Shares of the epochs at which pruning begins and ends.
+# Fractions of the epochs at which pruning begins and ends.
 BEGIN, END = 0.16, 0.6
-# Weights for which masks are drawn together on the CPU.
+# Weights per block of a mask that is drawn on a CPU.
 BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
 class ProbabilisticMethod:
-    """Learned probabilities of keeping each weight; `repr` is its identity.
+    """Learned probabilities of keeping each weight; its `repr` is the fingerprint.
 
     Attributes:
-        optimizer: how the probabilities step; its rate falls to 0 as a cosine over the epochs.
-        epochs: in which temperature, sparsity and rate change; they fill the steps before the
-            last phase.
-        finetune: share of the steps in the last phase.
-        passes: forward and backward passes per step, each with a mask of its own.
-        seed: of the masks.
+        optimizer: how the probabilities step; its learning rate falls to 0 as a cosine over epochs.
+        epochs: number of changes of temperature, sparsity and learning rate; they fill the steps
+            before the last phase.
+        finetune: fraction of the steps in the last phase.
+        passes: forward and backward passes per step, each with its own mask.
+        seed: seed of the masks.
+
+    Raises:
+        ConfigurationError: a value out of range.
     """
 
     optimizer: Adam
@@ -53,242 +58,195 @@ class ProbabilisticMethod:
     def __post_init__(self) -> None:
         if not self.epochs >= 2 or not 0 <= self.finetune < 1 or not self.passes >= 1:
             raise ConfigurationError(
-                "epochs must be at least 2, finetune a share of the steps in [0, 1) and passes at "
-                f"least 1, got epochs={self.epochs!r}, finetune={self.finetune!r}, "
+                "epochs must be at least 2, finetune a fraction of the steps in [0, 1) and passes "
+                f"at least 1; got epochs={self.epochs!r}, finetune={self.finetune!r}, "
                 f"passes={self.passes!r}."
             )
 
-    def attach(self, setting: Setting) -> ProbabilisticMasks:
-        """Puts the method to work."""
-        return ProbabilisticMasks(setting, self)
+    def bind(self, context: MethodContext) -> ProbabilisticMasks:
+        """Return the method on one model."""
+        return ProbabilisticMasks(context, self)
 
 
-class ProbabilisticMasks(Reparametrization):
-    """A `ProbabilisticMethod` at work."""
+class SoftMask(NamedTuple):
+    """The pruning of ProbMask."""
 
-    completes = True
-    pulls_back = True
+    mask: PerTensor
+    sharpness: Tensor
+    """The inverse temperature T, 0-dimensional."""
 
-    def __init__(self, setting: Setting, method: ProbabilisticMethod):
-        super().__init__(setting)
-        self.method, self.passes = method, method.passes
-        self.arrival = max(1, setting.total_steps - round(method.finetune * setting.total_steps))
-        weights = setting.weights
-        self._pruned = round(setting.sparsity * weights.size)
-        self._probability, self._mean, self._square, self._mask = (
-            weights.numbers(0.0) for _ in range(4)
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of the pruning, each once."""
+        return [self.mask.flat, self.sharpness]
+
+
+class ProbabilisticMasks(BoundMethod):
+    """A `ProbabilisticMethod` on one model.
+
+    State: `probability` of each weight, Adam's `mean` and `square` of it, and `draws`, the number of
+    masks drawn.
+    """
+
+    def __init__(self, context: MethodContext, method: ProbabilisticMethod):
+        super().__init__(context)
+        self.method = method
+        self.facts = Facts(
+            pulls_back=True,
+            completes=True,
+            learned=("probability",),
+            random="draws",
+            passes=method.passes,
         )
-        self._probability.flat.fill_(1.0)
-        self._draws = torch.zeros(len(weights.views), dtype=torch.int64, device=weights.device)
-        self._sharpness = torch.ones((), dtype=torch.float64, device=weights.device)
-        self._name_state()
-        self.learned = ("probability",)
-        self._gradient: Numbers | None = None
-        self._size_left: Tensor | None = None
-        self._told = False  # that passes were asked for, and not taken
-
-    def _name_state(self) -> None:
+        last_phase = round(method.finetune * context.total_steps)
+        self.target_step = max(1, context.total_steps - last_phase)
+        weights = context.weights
+        self._zeros = round(context.sparsity * weights.size)
+        draws = torch.zeros(len(weights.views), dtype=torch.int64, device=weights.device)
         self.state = {
-            "probability": self._probability.views,
-            "mean": self._mean.views,
-            "square": self._square.views,
-            "draws": self._draws,
+            "probability": weights.per_weight(1.0),
+            "mean": weights.per_weight(0.0),
+            "square": weights.per_weight(0.0),
+            "draws": PerTensor.of(draws),
         }
 
     @property
-    def identity(self) -> str:
-        """See `Reparametrization`."""
+    def fingerprint(self) -> str:
         return repr(self.method)
 
     # Schedules, by epochs as published
 
     def _epoch(self, step: Tensor) -> Tensor:
-        epoch = (step * self.method.epochs).div(self.arrival, rounding_mode="floor")
+        epoch = (step * self.method.epochs).div(self.target_step, rounding_mode="floor")
         return epoch.clamp(max=self.method.epochs).double()
 
-    def _sharpness_in(self, epoch: Tensor) -> Tensor:
-        """The inverse temperature T, from 1 to about 30."""
+    def _sharpness(self, epoch: Tensor) -> Tensor:
+        """Return the inverse temperature T, from 1 to about 30."""
         return 1 / (0.97 * (1 - epoch / self.method.epochs) + 0.03)
 
-    def _budget_in(self, epoch: Tensor, size: int) -> Tensor:
-        """How many of `size` weights may be kept."""
-        begin, end = (math.floor(share * self.method.epochs) for share in (BEGIN, END))
+    def _budget(self, epoch: Tensor, size: int) -> Tensor:
+        """Return how many of `size` weights may be kept."""
+        begin, end = (math.floor(fraction * self.method.epochs) for fraction in (BEGIN, END))
         left = (1 - (epoch - begin) / (end - begin)).clamp(0, 1) ** 3
-        return size - self._pruned * (1 - left)
+        return size - self._zeros * (1 - left)
 
-    # What the network sees
+    # Masks
 
-    def refresh(self, weights: LatentWeights, step: Tensor) -> None:
-        """See `Reparametrization`."""
-        self._sharpness.copy_(self._sharpness_in(self._epoch(step)))
-        frozen = step >= self.arrival
+    def update(self, weights: LatentWeights, step: Tensor) -> Pruning:
+        sharpness, frozen = self._sharpness(self._epoch(step)), step >= self.target_step
+        mask = weights.per_weight(0.0)
         if devices.synchronizes(weights.device):
-            self._draw(weights.size, DEVICE_BLOCK)
-            exact = self._most_probable(step)
-            self._mask.flat.copy_(torch.where(frozen, exact, self._mask.flat))
+            self._draw(mask.flat, sharpness, DEVICE_BLOCK)
+            mask.flat.copy_(torch.where(frozen, self._most_probable(step), mask.flat))
         elif frozen:
-            self._mask.flat.copy_(self._most_probable(step))
+            mask.flat.copy_(self._most_probable(step))
         else:
-            self._draw(weights.size, BLOCK)
+            self._draw(mask.flat, sharpness, BLOCK)
+        return SoftMask(mask, sharpness)
 
-    def _draw(self, size: int, block: int) -> None:
-        """Mask = sigmoid(T (logit(pi) + logistic noise)), with one logarithm for both logits."""
-        for a in range(0, size, block):
-            mask = self._mask.flat[a : a + block]
-            place = self._draws[0] * size + a
-            u = uniform(self.method.seed, place, mask.numel(), mask.dtype)
-            p = _inside(self._probability.flat[a : a + block])
+    def _draw(self, out: Tensor, sharpness: Tensor, block: int) -> None:
+        """Write sigmoid(T (logit(pi) + logistic noise)), with one logarithm for both logits."""
+        probability, draws = self.state["probability"].flat, self.state["draws"].flat
+        for a in range(0, out.numel(), block):
+            mask = out[a : a + block]
+            u = uniform(self.method.seed, draws[0] * out.numel() + a, mask.numel(), mask.dtype)
+            p = _inside(probability[a : a + block])
             odds = (p * u).div_((1 - p).mul_(1 - u))
-            torch.sigmoid(odds.log_().mul_(self._sharpness), out=mask)
+            torch.sigmoid(odds.log_().mul_(sharpness), out=mask)
 
     def _most_probable(self, step: Tensor) -> Tensor:
-        """Mask of all but the least probable, exactly as many as the target asks for.
+        """Return the mask of all but the least probable weights, exactly at the target.
 
-        Many probabilities are 0 or 1: which of equal ones are pruned is drawn, at places of the
-        sequence before all that masks are drawn from.
+        Many probabilities are 0 or 1. Which of equal ones are pruned is drawn, from a part of the
+        sequence before that of the masks.
         """
-        scores, k = self._probability.flat, torch.full_like(step, self._pruned)
+        scores, k = self.state["probability"].flat, torch.full_like(step, self._zeros)
         last = select(scores.clone, k).value
         lots = uniform(self.method.seed, -torch.full_like(step, scores.numel()), scores.numel(),
                        scores.dtype)  # fmt: skip
         lots.masked_fill_(scores < last, 0.0).masked_fill_(scores > last, 1.0)
         return (~select(lots.clone, k).pruned(lots)).to(scores.dtype)
 
-    def images(self, weights: LatentWeights) -> tuple[list[Tensor], Tensor]:
-        """See `Reparametrization`."""
-        flats = []
-        total = torch.zeros((), dtype=weights.wide, device=weights.device)
-        for w, part in _parts(weights):
-            # Adding 0 turns -0 into 0.
-            u = (self._mask.flat[part] * w).to(w.dtype).add_(0.0)
-            flats.append(u)
-            total += u.sum(dtype=weights.wide)
-        return weights.like(flats).views, total
+    def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
+        # Adding 0 turns -0 into 0.
+        flats = [(pruning.mask.flat[part] * w).to(w.dtype).add_(0.0) for w, part in _parts(weights)]
+        return weights.like(flats).views
 
-    def images_of(self, weights: LatentWeights, step: Tensor) -> list[Tensor]:
-        """See `Reparametrization`."""
-        return self.images(weights)[0]
-
-    def pruned(self, weights: LatentWeights, i: int) -> Tensor:
-        """Sharp masks vanish in rounding, and images: what counts is that the network has a 0."""
-        w, mask = weights.views[i], self._mask.views[i]
+    def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
+        # Sharp masks, and effective weights, vanish in rounding: a zero in the network counts.
+        w, mask = weights.views[i], pruning.mask.rows[i]
         return (mask == 0) | (((mask * w).to(w.dtype) == 0) & (w != 0))
 
-    def own_counts_pruned(self, weights: LatentWeights) -> Tensor:
-        """How many a mask prunes on average that keeps each weight with its probability."""
-        counts = [(1 - p).sum(dtype=torch.float64).round() for p in self._probability.views]
-        return torch.stack(counts).long()
-
-    def threshold(self, weights: LatentWeights, i: int) -> Tensor:
-        """No magnitude decides: 0."""
-        return torch.zeros((), dtype=weights.wide, device=weights.device)
+    def summary(self, weights: LatentWeights, pruning: Pruning) -> Summary:
+        # The mean count of a mask that keeps each weight with its probability.
+        rows = self.state["probability"].rows
+        counts = [(1 - p).sum(dtype=torch.float64).round() for p in rows]
+        return Summary(learned_counts=torch.stack(counts).long())
 
     # Gradients
 
-    def pull_back(self, weights: LatentWeights, i: int, gradient: Tensor, image: Tensor) -> Tensor:
-        """dL/dw = g m."""
-        return (gradient * self._mask.views[i]).to(gradient.dtype)
+    def pull_back(
+        self, weights: LatentWeights, pruning: Pruning, i: int, gradient: Tensor, effective: Tensor
+    ) -> Tensor:
+        """Return dL/dw = g m."""
+        return (gradient * pruning.mask.rows[i]).to(gradient.dtype)
 
     def complete(
-        self, weights: LatentWeights, parameters: Sequence[nn.Parameter], scale: Tensor | None
-    ) -> None:
-        """dL/dpi of the passes that were left is there; else that of the only one is added."""
-        if self._size_left is None:
-            if self.passes > 1 and not self._told:
-                self._told = True
-                warn(
-                    f"passes={self.passes} is asked for, but this step took one: let its forward "
-                    "and backward pass run in `for share in sparsifier.passes():`."
-                )
-            self._collect(weights, parameters, 1.0)
-        assert self._gradient is not None
-        if self._size_left is not None:
-            # The gradients may have been divided since, by GradScaler.unscale_.
-            now = _total_size(parameters)
-            self._gradient.flat.mul_(torch.where(self._size_left > 0, now / self._size_left, 1.0))
-        if scale is not None:
-            self._gradient.flat.div_(scale)
-        # Where gradients overflowed, GradScaler skips the optimizer of those weights, and no other.
-        self._gradient.flat.nan_to_num_(0.0, 0.0, 0.0)
+        self,
+        weights: LatentWeights,
+        pruning: Pruning,
+        gradients: Gradients,
+        effective: Sequence[Tensor],
+        scale: Tensor | None,
+    ) -> Completion:
+        """Return dL/dpi = dL/dw w T (1 - m) / (pi~ (1 - pi~)), with dL/dw = g m.
 
-    def leave_pass(self, weights: LatentWeights, parameters: Sequence[nn.Parameter]) -> None:
-        """See `Reparametrization`."""
-        self._collect(weights, parameters, 1.0)
-        self._size_left = _total_size(parameters)
-
-    def enter_pass(
-        self, weights: LatentWeights, parameters: Sequence[nn.Parameter], step: Tensor
-    ) -> None:
-        """What the gradients hold so far was collected with the old mask, not with the new one."""
-        self._draws += 1
-        self.refresh(weights, step)
-        self._collect(weights, parameters, -1.0)
-        self._size_left = None
-
-    def _collect(
-        self, weights: LatentWeights, parameters: Sequence[nn.Parameter], sign: float
-    ) -> None:
-        """Adds sign dL/dw w T (1 - m) / (pi~ (1 - pi~)) to dL/dpi, with all of dL/dw = g m.
-
-        As du/dpi = w T m (1 - m) / (pi~ (1 - pi~)), by the derivatives of sigmoid and logit.
+        du/dpi = w T m (1 - m) / (pi~ (1 - pi~)), by the derivatives of sigmoid and logit.
         """
-        found = weights.numbers(0.0)
-        pairs = zip(found.views, parameters, strict=True)
-        given = [(view, p.grad) for view, p in pairs if p.grad is not None]
-        copy_all([view for view, _ in given], [gradient for _, gradient in given])
+        own = weights.per_weight(0.0)
+        pairs = zip(own.rows, gradients, strict=True)
+        given = [(row, gradient) for row, gradient in pairs if gradient is not None]
+        copy_all([row for row, _ in given], [gradient for _, gradient in given])
         for w, part in _parts(weights):
-            found.flat[part].mul_(w)
-        p = _inside(self._probability.flat)
-        found.flat.mul_(1 - self._mask.flat).div_(p * (1 - p)).mul_(sign * self._sharpness)
-        if self._gradient is not None:
-            self._gradient.flat.add_(found.flat)
-            return
-        self._gradient = found
-        for parameter, gradient in zip(self._probability.views, found.views, strict=True):
-            parameter.grad = gradient
-
-    def forget_gradients(self) -> None:
-        """See `Reparametrization`."""
-        super().forget_gradients()
-        self._gradient = self._size_left = None
+            own.flat[part].mul_(w)
+        p = _inside(self.state["probability"].flat)
+        own.flat.mul_(1 - pruning.mask.flat).div_(p * (1 - p)).mul_(pruning.sharpness)
+        if scale is not None:
+            own.flat.div_(scale)
+        # If gradients overflowed, GradScaler skips the optimizer of those weights, and no other.
+        own.flat.nan_to_num_(0.0, 0.0, 0.0)
+        return Completion(own={"probability": own})
 
     # The probabilities' own step
 
-    def advance(
-        self, weights: LatentWeights, step: Tensor, rate: Rate, taken: bool | Tensor
+    def after_step(
+        self,
+        weights: LatentWeights,
+        pruning: Pruning,
+        gradients: Gradients,
+        step: Tensor,
+        lr: Rate,
+        taken: bool | Tensor,
     ) -> None:
-        """Adam, then the projection onto the budget of the epoch, up to the last phase."""
-        self._draws += taken
-        learning = step <= self.arrival
+        """Step by Adam, then project onto the budget of the epoch, up to the last phase."""
+        learning = step <= self.target_step
         if devices.synchronizes(weights.device):
             taken = learning & taken
         elif not learning:
             return
-        if self._gradient is None or taken is False:
+        grads = [row.grad for row in self.state["probability"].rows]
+        given = [gradient for gradient in grads if gradient is not None]
+        if len(given) < len(grads):
             return
-        own = [self._probability.flat, self._mean.flat, self._square.flat]
-        new = own if taken is True else [tensor.clone() for tensor in own]
+        gradient = weights.per_weight(0.0)
+        copy_all(gradient.rows, given)
+        own = [self.state[name].flat for name in ("probability", "mean", "square")]
+        p, mean, square = own if taken is True else [tensor.clone() for tensor in own]
         epoch = self._epoch(step - 1)
         factor = (1 + torch.cos(epoch * (math.pi / self.method.epochs))) / 2
-        p, mean, square = new
-        self.method.optimizer.step(self._gradient.flat, p, mean, square, step, factor)
-        project_(p, self._budget_in(epoch, weights.size))
+        self.method.optimizer.step(gradient.flat, p, mean, square, step, factor)
+        project_(p, self._budget(epoch, weights.size))
         if taken is not True:
-            write_if(taken, own, new)
-
-    def move(self, weights: LatentWeights) -> None:
-        """See `Reparametrization`."""
-        self.forget_gradients()
-        before = self._probability, self._mean, self._square
-        self._probability, self._mean, self._square, self._mask = (
-            weights.numbers(0.0) for _ in range(4)
-        )
-        for old, new in zip(before, (self._probability, self._mean, self._square), strict=True):
-            for source, target in zip(old.views, new.views, strict=True):
-                target.copy_(source)
-        self._draws = self._draws.to(weights.device)
-        self._sharpness = self._sharpness.to(weights.device)
-        self._name_state()
+            write_if(taken, own, [p, mean, square])
 
 
 def _inside(p: Tensor) -> Tensor:
@@ -296,14 +254,8 @@ def _inside(p: Tensor) -> Tensor:
 
 
 def _parts(weights: LatentWeights) -> Iterator[tuple[Tensor, slice]]:
-    """The weights of each type, and where they stand in the flat order."""
+    """Yield the weights of each type, and their range in the flat order."""
     start = 0
     for flat in weights.flats:
         yield flat, slice(start, start + flat.numel())
         start += flat.numel()
-
-
-def _total_size(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Sum of |dL/dw|."""
-    gradients = [p.grad.abs().sum(dtype=torch.float64) for p in parameters if p.grad is not None]
-    return torch.stack(gradients).sum() if gradients else torch.zeros(())

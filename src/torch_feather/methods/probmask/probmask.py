@@ -1,4 +1,4 @@
-"""ProbMask: the probability of keeping each weight is learned, within a global budget."""
+"""ProbMask: learned probabilities of keeping each weight, within a global budget."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ def probmask(
     sparsity: float,
     epochs: int = 300,
     finetune: float = 0.0625,
-    rate: float = 0.006,
+    lr: float = 0.006,
     passes: int = 1,
     seed: int = 0,
 ) -> ProbabilisticMethod:
-    """Random soft masks from learned probabilities, which are projected onto the budget.
+    """Return ProbMask: random soft masks from learned probabilities, projected onto the budget.
 
     Source: Zhou et al., Effective Sparsification of Neural Networks with Global Sparsity
-    Constraint (CVPR 2021), and its public code for the margin at 0 and 1. There the last phase
-    fine-tunes the best of ten masks drawn at random, of about the wanted sparsity; here that of
-    the most probable weights, of exactly the wanted one.
+    Constraint (CVPR 2021), and its public code for the margin at 0 and 1. Their last phase
+    fine-tunes the best of ten random masks, with approximately the target sparsity. This method
+    takes the mask of the most probable weights, with exactly the target sparsity.
 
     Args:
-        sparsity: final share of zeros; the budget falls to it between 16 and 60 % of the epochs.
-        epochs: in which temperature, budget and learning rate change, whatever the length of
-            training: they are stretched over the steps before the last phase.
-        finetune: share of the steps in the last phase, where the mask is frozen: 20 of 320 epochs.
-        rate: Adam's learning rate for the probabilities, on its own cosine.
-        passes: how many masks each step averages over in a loop with `Sparsifier.passes`; the
-            paper takes 2.
-        seed: of the masks, the same on all ranks of a distributed training.
+        sparsity: final fraction of zeros; the budget falls to it between 16% and 60% of the epochs.
+        epochs: number of changes of temperature, budget and learning rate. They are spread over the
+            steps before the last phase, whatever the length of training.
+        finetune: fraction of the steps in the last phase, with a frozen mask; published: 20 of 320
+            epochs.
+        lr: Adam's learning rate for the probabilities, with its own cosine schedule.
+        passes: masks that each step averages over in a loop with `Sparsifier.passes`; the paper
+            uses 2.
+        seed: seed of the masks, the same on all ranks of a distributed training run.
+
+    Example:
+        >>> probmask(sparsity=0.9).epochs
+        300
     """
-    return ProbabilisticMethod(Adam(rate), epochs, finetune, passes, seed)
+    return ProbabilisticMethod(Adam(lr), epochs, finetune, passes, seed)

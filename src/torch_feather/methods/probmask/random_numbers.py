@@ -1,7 +1,7 @@
-"""Random numbers by their place in a sequence, on any device, without a generator to keep.
+"""Counter-based random numbers: number i of a seed, on any device, without a generator.
 
-A generator's state would have to be saved for every device, and a captured graph would replay
-one draw for ever. Number i of a seed needs no state but i.
+A generator's state would have to be saved for every device, and a captured graph would repeat one
+draw. Number i of a seed needs no state but i.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _WEYL = _signed(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
-def uniform(seed: int, place: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Numbers `place`, `place` + 1, ... of the sequence of a seed, uniform in (0, 1).
+def uniform(seed: int, position: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Return numbers `position`, `position` + 1, ... of the sequence of a seed, uniform in (0, 1).
 
     They are multiples of 2^-24 between 2^-24 and 1 - 2^-24, so that their logit is finite in
     float32, and the same in every type. Source: SplitMix64 (Steele et al., Fast splittable
@@ -27,13 +27,17 @@ def uniform(seed: int, place: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
     Args:
         seed: selects the sequence.
-        place: 0-dimensional int64.
+        position: 0-dimensional int64.
         count: how many numbers.
         dtype: float32 or float64.
+
+    Example:
+        >>> uniform(0, torch.tensor(0), 2, torch.float32).shape
+        torch.Size([2])
     """
-    z = torch.arange(1, count + 1, device=place.device)
-    z.add_(place).mul_(_WEYL).add_(_signed(seed % 2**64))
-    # A shift of signed integers brings in copies of the sign: they are masked off.
+    z = torch.arange(1, count + 1, device=position.device)
+    z.add_(position).mul_(_WEYL).add_(_signed(seed % 2**64))
+    # A shift of signed integers brings in copies of the sign, which are masked off.
     z.bitwise_xor_((z >> 30).bitwise_and_(2**34 - 1)).mul_(_MIX_1)
     z.bitwise_xor_((z >> 27).bitwise_and_(2**37 - 1)).mul_(_MIX_2)
     upper = z.bitwise_right_shift_(41).bitwise_and_(2**23 - 1)

@@ -1,5 +1,5 @@
 """Spartan: soft top-k masks."""
 
-from .spartan import spartan
+from .spartan import Spartan, SpartanMethod, spartan
 
-__all__ = ["spartan"]
+__all__ = ["Spartan", "SpartanMethod", "spartan"]

@@ -3,9 +3,9 @@
     m = sigmoid(beta (v / c - h) + mu),    with mu such that sum c m = k
 
 for values v >= 0, costs c > 0, the hard threshold h of v / c and the cost k of what lies above it.
-This is the optimal transport of a mass k to places of capacity c, regularised by entropy; for
+This is the optimal transport of a mass k to bins of capacity c, regularized by entropy; for
 beta -> infinity it is the hard top-k. Source: Tai, Tian and Lim, Spartan (NeurIPS 2022), section 3.
-They iterate Sinkhorn's updates, of which the root mu is the fixed point.
+They iterate Sinkhorn's updates, whose fixed point is the root mu.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 from ... import devices
-from ...weights.latent import BLOCK, DEVICE_BLOCK, LatentWeights, Segment, first_of_cut
+from ...weights.latent import BLOCK, DEVICE_BLOCK, LatentWeights
+from ...weights.segments import Segment, first_with_cutoff
 
 PASSES = 16
-"""Most passes over the weights in one solution; three to five are usual, see `_root`."""
+"""Maximum number of passes over the weights per solution; three to five are usual, see `_root`."""
 SATURATED = 100.0
-"""A logit at which m is 1 for every mu in question, for values that are NaN."""
+"""Logit of NaN values, at which m is 1 for every possible mu."""
 
 
 class SoftTopK(NamedTuple):
-    """The soft masks of several segments of the weights; the last three have an entry for each.
+    """The soft masks of several segments; the last three fields have one entry per segment.
 
-    Segments that share one cut share one budget.
+    Segments that share a cutoff share a budget.
     """
 
     beta: Tensor
@@ -36,22 +37,22 @@ class SoftTopK(NamedTuple):
     scale: Tensor
     """1 / c."""
     threshold: Tensor
-    """h, the largest v / c below the cut."""
+    """h, the largest v / c below the cutoff."""
     shift: Tensor
-    """mu; infinite where a segment is kept, or pruned, as a whole."""
+    """mu; infinite if a segment is entirely kept or entirely pruned."""
 
     def logits(self, magnitudes: Tensor, j: int) -> Tensor:
-        """beta (v / c - h) of values in segment j, of any shape, as a new tensor."""
+        """Return beta (v / c - h) of values in segment j, of any shape, as a new tensor."""
         x = (magnitudes * self.scale[j]).sub_(self.threshold[j]).mul_(self.beta)
         return x.nan_to_num_(nan=SATURATED)
 
     def mask(self, magnitudes: Tensor, j: int) -> Tensor:
-        """m of values in segment j, of any shape, as a new tensor."""
+        """Return m of values in segment j, of any shape, as a new tensor."""
         return self.logits(magnitudes, j).add_(self.shift[j]).sigmoid_()
 
 
 def soft_top_k(weights: LatentWeights, segments: Sequence[Segment], beta: Tensor) -> SoftTopK:
-    """The soft masks around hard cuts through |w| / c; their cost is that of the weights kept.
+    """Return the soft masks around cutoffs through |w| / c; their cost is that of the kept weights.
 
     Args:
         weights: the latent weights w.
@@ -60,7 +61,7 @@ def soft_top_k(weights: LatentWeights, segments: Sequence[Segment], beta: Tensor
     """
     one = torch.ones((), dtype=torch.float64, device=weights.device)
     scale = torch.stack([one if s.scale is None else s.scale.double() for s in segments])
-    threshold = torch.stack([s.cut.value.double() for s in segments])
+    threshold = torch.stack([s.cutoff.value.double() for s in segments])
     soft = SoftTopK(beta, scale, threshold, torch.zeros_like(scale))
     logits, signs, counts = [], [], scale.new_zeros(len(segments), 2)
     for j, segment in enumerate(segments):
@@ -74,39 +75,38 @@ def soft_top_k(weights: LatentWeights, segments: Sequence[Segment], beta: Tensor
         counts[j, 1] = sign.numel() - counts[j, 0]
         logits.append(soft.logits(magnitudes, j))
         signs.append(sign.mul_(2).sub_(1))
-    shift = _root(logits, signs, counts, 1 / scale, sharing(weights, segments))
+    shift = _root(logits, signs, counts, 1 / scale, shared_budgets(weights, segments))
     return soft._replace(shift=shift)
 
 
-def sharing(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
-    """Which segments share a cut: 1.0 or 0.0, of shape (segments, segments)."""
-    groups = first_of_cut(segments)
+def shared_budgets(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
+    """Return 1.0 for pairs of segments that share a cutoff, else 0.0: (segments, segments)."""
+    groups = first_with_cutoff(segments)
 
     def make(weights: LatentWeights) -> Tensor:
         group = torch.tensor(groups, device=weights.device)
         return (group[:, None] == group).double()
 
-    return weights.constant(("sharing", groups), make)
+    return weights.constant(("shared budgets", groups), make)
 
 
 def _root(
     logits: Sequence[Tensor], signs: Sequence[Tensor], counts: Tensor, cost: Tensor, same: Tensor
 ) -> Tensor:
-    """mu of each segment: what is missing among its kept weights is what pruned ones have.
+    """Return mu of each segment: the sum of c m over pruned weights equals that of c (1 - m) over kept.
 
-    That is, the sum of c m over pruned weights equals the sum of c (1 - m) over kept ones, both in
-    the segments that share its budget. Newton's method on the difference of their logarithms, which
-    is linear in mu where all logits are alike and where a gap parts the kept from the pruned, and
-    bisection where that leaves the bracket. As logits are 0 at the largest pruned value, the root
-    lies below log(2 sum c / min c); where it lies more than 40 below minus that, the sums there are
-    0 to rounding. Each evaluation is a pass over the weights.
+    Both sums run over the segments that share a budget. Newton's method on the difference of their
+    logarithms, which is linear in mu if all logits are equal or if a gap separates kept and pruned
+    weights, with bisection outside of the bracket. Logits are 0 at the largest pruned value, so the
+    root lies below log(2 sum c / min c). More than 40 below minus that, the sums are 0 to rounding.
+    Each evaluation is a pass over the weights.
 
     Args:
-        logits: beta (v / c - h), one flat tensor for each segment.
+        logits: beta (v / c - h), one flat tensor per segment.
         signs: 1 for pruned weights, -1 for kept ones.
         counts: pruned and kept weights of each segment, of shape (segments, 2), float64.
         cost: c of each segment, float64.
-        same: see `sharing`.
+        same: see `shared_budgets`.
     """
     pruned, kept = (same @ (cost[:, None] * counts)).unbind(1)
     trivial = (kept == 0) | (pruned == 0)
@@ -129,9 +129,9 @@ def _root(
 
 
 def _sums(x: Tensor, sign: Tensor, mu: Tensor) -> Tensor:
-    """Sums of e and of e (1 - e), over pruned and over kept weights; float64 of shape (4,).
+    """Return the sums of e and of e (1 - e) over pruned and over kept weights; float64, shape (4,).
 
-    With e = m for pruned weights and 1 - m for kept ones, which keeps the digits of small ones.
+    e is m for pruned weights and 1 - m for kept ones, which keeps the digits of small values.
     """
     total = x.new_zeros(4, dtype=torch.float64)
     for part, s in zip(x.split(_block(x)), sign.split(_block(x)), strict=True):
@@ -145,5 +145,5 @@ def _sums(x: Tensor, sign: Tensor, mu: Tensor) -> Tensor:
 
 
 def _block(flat: Tensor) -> int:
-    """Weights to look at together."""
+    """Return the number of weights per block."""
     return DEVICE_BLOCK if devices.synchronizes(flat.device) else BLOCK

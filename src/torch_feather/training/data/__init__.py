@@ -1,7 +1,7 @@
-"""Images and batches of them.
+"""Data sets and loaders.
 
-Small images are decoded once into one uint8 tensor that stays on the device; large ones are
-decoded and augmented by worker processes while the network trains.
+Small data sets are decoded once into a uint8 tensor on the device. Images of large data sets are
+decoded and augmented by worker processes during training.
 """
 
 from .cache import cache_folder

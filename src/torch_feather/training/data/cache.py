@@ -1,4 +1,4 @@
-"""What is slow to read, such as decoded images, kept between runs."""
+"""A cache on disk for data that is slow to compute, such as decoded images."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ...errors import FeatherWarning
 
 
 def cache_folder() -> Path:
-    """`$TORCH_FEATHER_CACHE`, else `torch-feather` in the user's cache folder."""
+    """Return `$TORCH_FEATHER_CACHE`, or `torch-feather` in the user's cache folder."""
     if own := os.environ.get("TORCH_FEATHER_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch-feather"
 
 
 def version(file: Path) -> tuple[str, int, int]:
-    """What changes when a file does: its path, size and time of change."""
+    """Return path, size and modification time of a file, which identify its content."""
     stat = file.stat()
     return str(file.resolve()), stat.st_size, stat.st_mtime_ns
 
@@ -31,14 +31,20 @@ def version(file: Path) -> tuple[str, int, int]:
 def cached(
     name: str, versions: Sequence[object], make: Callable[[], Mapping[str, Any]]
 ) -> Mapping[str, Any]:
-    """What `make` gives, made once per `name` and `versions` of what it reads."""
+    """Return the arrays of `make`, from the cache if they were computed before.
+
+    Args:
+        name: prefix of the cache file.
+        versions: the versions of everything that `make` reads.
+        make: computes the arrays, by name.
+    """
     key = hashlib.sha256(repr((1, name, list(versions))).encode()).hexdigest()[:20]
     target = cache_folder() / f"{name}-{key}.npz"
     if target.exists():
         try:
             with np.load(target, allow_pickle=False) as stored:  # the zip checks its CRC
                 return {key: stored[key] for key in stored.files}
-        except Exception:  # damaged in any way: make it anew and overwrite
+        except Exception:  # damaged: compute it again and overwrite it
             pass
     arrays = make()
     temporary = None
@@ -48,9 +54,9 @@ def cached(
             temporary = file.name
             np.savez(file, **arrays)
         os.replace(temporary, target)
-    except OSError as error:  # only slower next time
+    except OSError as error:  # the next run computes it again
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        message = f"{name} not kept in {target.parent}: {error}"
+        message = f"{name}: cannot be cached in {target.parent} ({error})"
         warnings.warn(message, FeatherWarning, stacklevel=2)
     return arrays

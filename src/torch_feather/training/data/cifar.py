@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, from parquet files or from their authors' archive."""
+"""CIFAR-10 and CIFAR-100, from parquet files or from the official archive."""
 
 from __future__ import annotations
 
@@ -16,15 +16,23 @@ from .dataset import Arrays
 
 
 def cifar(name: str, label: str, classes: int) -> Callable[[str | None], tuple[Arrays, Arrays]]:
-    """What reads the training and the test part from a folder."""
+    """Return a function that reads the training and the test images from a folder.
+
+    Args:
+        name: `cifar10` or `cifar100`.
+        label: name of the labels' column in parquet files.
+        classes: number of classes.
+    """
     archive = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
 
     def read(path: str | None) -> tuple[Arrays, Arrays]:
         if path is None:
-            raise DataError(f"{name} needs --data-path: a folder with its parquet files or archive")
+            raise DataError(
+                f"{name} requires --data-path: the folder of its parquet files or archive"
+            )
         folder = Path(path).expanduser()
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; --data-path names the folder of {name}")
+            raise DataError(f"{folder}: no such folder. Set --data-path to the folder of {name}.")
         if folder.name == archive:
             folder = folder.parent
         if any(folder.glob("*.parquet")):
@@ -33,8 +41,8 @@ def cifar(name: str, label: str, classes: int) -> Callable[[str | None], tuple[A
         if (folder / archive).is_dir():
             return _read_archive(folder, name)
         raise DataError(
-            f"{folder}: found neither train*.parquet and test*.parquet nor {archive}/; "
-            f"is it the folder of {name}?"
+            f"{folder}: found neither train*.parquet and test*.parquet nor {archive}/. "
+            f"Set --data-path to the folder of {name}."
         )
 
     return read
@@ -43,13 +51,13 @@ def cifar(name: str, label: str, classes: int) -> Callable[[str | None], tuple[A
 def _shards(folder: Path, split: str) -> list[Path]:
     files = sorted(folder.glob(f"{split}*.parquet"))
     if not files:
-        raise DataError(f"{folder}: no {split}*.parquet in it")
+        raise DataError(f"{folder}: has no {split}*.parquet")
     for file in files:
         numbered = re.search(r"-of-(\d+)\.parquet$", file.name)
         if numbered and int(numbered.group(1)) != len(files):
             raise DataError(
-                f"{folder}: {len(files)} {split} file(s), but {file.name} says that there are "
-                f"{int(numbered.group(1))}; fetch the missing ones"
+                f"{folder}: has {len(files)} of {int(numbered.group(1))} {split} files, according "
+                f"to {file.name}. Download the missing files."
             )
     return files
 
@@ -61,14 +69,14 @@ def _parquet(name: str, files: list[Path], label: str, classes: int) -> Arrays:
 
 
 def _read_parquet(files: list[Path], label: str, classes: int) -> dict[str, np.ndarray]:
-    """Columns `img` {bytes, path} and `label`, as on the Hugging Face hub."""
+    """Read the columns `img` {bytes, path} and `label`, as on the Hugging Face hub."""
     try:
         import pyarrow
         import pyarrow.parquet
         from PIL import Image
     except ImportError as error:
         raise DataError(
-            f"parquet files need {error.name}: pip install 'torch-feather[train]'"
+            f"parquet files require {error.name}. Run pip install 'torch-feather[train]'."
         ) from None
     pixels: list[np.ndarray] = []
     labels: list[np.ndarray] = []
@@ -91,33 +99,33 @@ def _read_parquet(files: list[Path], label: str, classes: int) -> dict[str, np.n
             pixels.append(np.asarray(image))
             if pixels[-1].shape != pixels[0].shape or image.width != image.height:
                 raise DataError(
-                    f"{file}: the image in row {row} has {image.width}x{image.height} pixels; "
-                    "all must be squares of one size"
+                    f"{file}: the image in row {row} has {image.width}x{image.height} pixels, "
+                    "but all images must be squares of one size"
                 )
         if table.num_rows == 0:
-            raise DataError(f"{file}: holds no image")
+            raise DataError(f"{file}: has no images")
         column = table.column(label).to_numpy()
         if column.dtype.kind not in "iu" or ((column < 0) | (column >= classes)).any():
-            raise DataError(f"{file}: {label} must hold whole numbers from 0 to {classes - 1}")
+            raise DataError(f"{file}: {label} must hold integers from 0 to {classes - 1}")
         labels.append(column.astype(np.int64))
     return {"pixels": np.stack(pixels), "labels": np.concatenate(labels)}
 
 
 def _read_archive(folder: Path, name: str) -> tuple[Arrays, Arrays]:
-    """The authors' own archive, unpacked, read and checked (MD5) by torchvision."""
+    """Read the unpacked official archive with torchvision, which verifies MD5 checksums."""
     try:
         from torchvision.datasets import CIFAR10, CIFAR100
     except ImportError:
         raise DataError(
-            "the CIFAR archive needs torchvision: pip install 'torch-feather[vision]'"
+            "the CIFAR archive requires torchvision. Run pip install 'torch-feather[vision]'."
         ) from None
     cls = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     try:
         parts = [cls(str(folder), train=train, download=False) for train in (True, False)]
-    except Exception:  # it unpickles, so a damaged file may raise anything
+    except Exception:  # unpickling a damaged file may raise anything
         raise DataError(
-            f"{folder}: the {name} archive is incomplete or damaged (by torchvision's checksums); "
-            "unpack it anew"
+            f"{folder}: the {name} archive is incomplete or damaged (torchvision's checksums). "
+            "Unpack it again."
         ) from None
     train, test = ((p.data, np.asarray(p.targets, dtype=np.int64)) for p in parts)
     return train, test

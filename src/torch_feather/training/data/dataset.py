@@ -1,4 +1,4 @@
-"""Three disjoint sets of images, and what a network needs to know about them."""
+"""Training, validation and test images, and the facts about them that a network needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ Arrays = tuple[np.ndarray, np.ndarray]  # pixels (N, H, W, C), labels (N,)
 
 @dataclass(frozen=True)
 class Images:
-    """`pixels`: uint8 (N, H, W, C); `labels`: int64 (N,)."""
+    """Decoded images in memory.
+
+    Attributes:
+        pixels: uint8 (N, H, W, C).
+        labels: int64 (N,).
+    """
 
     pixels: Tensor
     labels: Tensor
@@ -28,22 +33,28 @@ class Images:
 
     @property
     def resolution(self) -> int:
-        """Rows of an image: of a square one, pixels a side."""
+        """Height of the images."""
         return self.pixels.shape[1]
 
     def take(self, index: np.ndarray) -> Images:
-        """The images at `index`, in that order."""
+        """Return the images at `index`, in that order."""
         chosen = torch.from_numpy(index)
         return Images(self.pixels[chosen], self.labels[chosen])
 
     def first(self) -> Tensor:
-        """One image: uint8 (1, H, W, C)."""
+        """Return one image: uint8 (1, H, W, C)."""
         return self.pixels[:1]
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images that are decoded each time they are used, and prepared in one way."""
+    """Images that are decoded and prepared each time they are used.
+
+    Attributes:
+        files: the encoded images.
+        prepare: crops and scales a decoded image.
+        resolution: height and width after preparation.
+    """
 
     files: ImageFiles
     prepare: Center | Augment
@@ -54,15 +65,23 @@ class EncodedImages:
 
     @property
     def labels(self) -> Tensor:
-        """int64 (N,)."""
+        """Labels of the images, int64 (N,)."""
         return torch.from_numpy(self.files.labels)
 
     def first(self) -> Tensor:
-        """One image: uint8 (1, H, W, C)."""
+        """Return one image: uint8 (1, H, W, C)."""
         return self.load(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
 
     def load(self, index: np.ndarray, seeds: np.ndarray) -> Tensor:
-        """uint8 (B, H, W, C); what is random about an image follows from its seed alone."""
+        """Decode and prepare images.
+
+        Args:
+            index: indices of the images, int64 (B,).
+            seeds: seeds of their random augmentations, int64 (B,).
+
+        Returns:
+            uint8 (B, H, W, C).
+        """
         pixels = torch.empty(len(index), self.resolution, self.resolution, 3, dtype=torch.uint8)
         for target, i, seed in zip(pixels, index.tolist(), seeds.tolist(), strict=True):
             target.copy_(self.prepare(self.files.decode(i), seed))
@@ -71,31 +90,55 @@ class EncodedImages:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training, validation and test images."""
+    """A data set.
+
+    Attributes:
+        name: its name.
+        train: training images.
+        validation: validation images; empty if the whole training set is used for training.
+        test: test images.
+        classes: number of classes.
+        mean: mean per channel, of pixels scaled to [0, 1].
+        std: standard deviation per channel.
+    """
 
     name: str
     train: Images | EncodedImages
-    validation: Images | EncodedImages  # empty where the whole training set is used
+    validation: Images | EncodedImages
     test: Images | EncodedImages
     classes: int
-    mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
+    mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @property
     def channels(self) -> int:
-        """Channels of an image."""
+        """Number of channels of the images."""
         return len(self.mean)
 
     def example(self) -> Tensor:
-        """One image as the network sees it: float32 (1, C, H, W)."""
+        """Return one image as the network receives it: float32 (1, C, H, W)."""
         return Normalize(self.mean, self.std)(self.test.first())
 
 
-def split(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the images to train on, and of those that are held out; by `seed` alone."""
-    # RandomState: NumPy promises that its streams never change
+def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of the training images, and of those held out for validation.
+
+    Args:
+        count: number of images.
+        fraction: fraction of them to hold out.
+        seed: determines the choice.
+
+    Raises:
+        DataError: no image is left for training.
+
+    Example:
+        >>> kept, held_out = split(10, 0.2, seed=0)
+        >>> len(kept), len(held_out)
+        (8, 2)
+    """
+    # RandomState: NumPy guarantees that its streams do not change between versions.
     order = np.random.RandomState(seed % 2**32).permutation(count)
-    held_out = round(share * count)
+    held_out = round(fraction * count)
     if held_out == count:
-        raise DataError(f"data.validation {share} leaves no image to train on")
+        raise DataError(f"data.validation={fraction} leaves no image for training")
     return (order[held_out:] if held_out else np.arange(count)), order[:held_out]

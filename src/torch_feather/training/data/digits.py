@@ -1,4 +1,4 @@
-"""Scanned digits, which come with scikit-learn."""
+"""The digits data set of scikit-learn."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ from .dataset import Arrays
 
 
 def read_digits(path: str | None) -> tuple[Arrays, Arrays]:
-    """1,797 scans of 8x8 pixels; a fifth, the same whatever the seed, is the test set."""
+    """Return training and test images: 1,797 scans of 8x8 pixels, a fifth of them for testing.
+
+    Args:
+        path: not used.
+
+    Raises:
+        DataError: scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise DataError(
-            "the digits data needs scikit-learn: pip install 'torch-feather[train]'"
+            "digits requires scikit-learn. Run pip install 'torch-feather[train]'."
         ) from None
     bunch = load_digits()
     pixels = (bunch.images * 15).astype(np.uint8)[..., None]  # 0..16 to 0..240
     labels = bunch.target.astype(np.int64)
+    # A fixed seed: the test set is the same for all runs.
     order = np.random.RandomState(0).permutation(len(labels))
-    cut = len(labels) // 5
-    test, train = order[:cut], order[cut:]
+    test_images = len(labels) // 5
+    test, train = order[:test_images], order[test_images:]
     return (pixels[train], labels[train]), (pixels[test], labels[test])

@@ -1,8 +1,8 @@
-"""The order of batches, and where a run stands in it.
+"""Base classes of the loaders: the order of batches, and a position that can be resumed.
 
-All randomness of an epoch is drawn at its beginning, on the CPU whatever device trains, so the
-state of one generator and a position say everything that a resumed run has to know. Every rank
-draws the same and takes its own part of each batch.
+All random numbers of an epoch are drawn on the CPU when it begins. The state of one generator and a
+position are therefore enough to resume. All ranks draw the same numbers, and each takes its part of
+every batch.
 """
 
 from __future__ import annotations
@@ -22,18 +22,36 @@ from .normalize import Normalize
 
 
 class Batch(NamedTuple):
-    """One rank's part of a training batch; it may be empty."""
+    """One rank's part of a training batch; it may be empty.
 
-    x: Tensor  # float32 (B, C, H, W)
-    y: Tensor  # int64 (B,)
-    total: int  # images of the whole batch, over all ranks
+    Attributes:
+        x: images, float32 (B, C, H, W).
+        y: labels, int64 (B,).
+        total: number of images of the whole batch, over all ranks.
+    """
+
+    x: Tensor
+    y: Tensor
+    total: int
 
 
 class Epochs(ABC):
-    """Shuffled batches, one epoch per iteration.
+    """Shuffled training batches; each iteration is an epoch.
 
-    Iterating goes on in the middle of an epoch where the last iteration, or the one whose state was
-    loaded, was left.
+    An iteration that was left is resumed at its position by the next one, also after
+    `load_state_dict`.
+
+    Args:
+        data: the data set.
+        config: crops and mirroring.
+        batch_size: images per batch, over all ranks.
+        seed: determines order and augmentation.
+        device: where the batches are needed.
+        channels_last: memory format of the images.
+        ranks: the processes that train together.
+
+    Raises:
+        DataError: no batch is full, or crops are shifted beyond the image.
     """
 
     def __init__(
@@ -54,12 +72,12 @@ class Epochs(ABC):
             self.batches += 1
         if self.batches == 0:
             raise DataError(
-                f"{self.count} training images fill no batch of {batch_size}; choose a smaller "
-                "batch_size, or set data.drop_last to false"
+                f"{self.count} training images do not fill a batch of {batch_size}. Choose a "
+                "smaller batch_size, or set data.drop_last=false."
             )
         size = data.train.resolution
         if config.crop == "shift" and config.shift >= size:
-            raise DataError(f"data.shift {config.shift} moves all of {size} pixels away")
+            raise DataError(f"data.shift must be below the resolution {size}, got {config.shift}")
         self.labels = data.train.labels.to(device)
         self.normalize = Normalize(data.mean, data.std, device, channels_last)
         self.generator = torch.Generator().manual_seed(seed)
@@ -85,25 +103,34 @@ class Epochs(ABC):
 
     @abstractmethod
     def _draw(self) -> Any:
-        """Everything random of an epoch, from `self.generator`."""
+        """Draw all random numbers of an epoch from `self.generator`."""
 
     @abstractmethod
     def _load(self, drawn: Any, parts: list[slice]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images and labels of each of `parts`, which are slices of the epoch's order."""
+        """Yield images and labels of each part, a slice of the order of the epoch."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator at the beginning of the current epoch, and the batches given since."""
+        """Return the generator's state at the start of the epoch, and the batches since then."""
         return {"generator": self.epoch_start, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
+        """Continue at the position of `state`."""
         self.generator.set_state(state["generator"])
         self.epoch_start = self.generator.get_state()
         self.position = state["position"]
 
 
 class InOrder(ABC):
-    """The images of one set in order, unchanged, as batches (x, y); each rank has its own part."""
+    """Evaluation batches (x, y): images in order, without augmentation, a part for each rank.
+
+    Args:
+        data: the data set.
+        images: its images to evaluate.
+        device: where the batches are needed.
+        batch_size: images per batch of a rank.
+        channels_last: memory format of the images.
+        ranks: the processes that evaluate together.
+    """
 
     def __init__(
         self,
@@ -129,4 +156,4 @@ class InOrder(ABC):
 
     @abstractmethod
     def _load(self) -> Iterator[Tensor]:
-        """The pixels of each of `parts`, on the device."""
+        """Yield the pixels of each of `parts`, on the device."""

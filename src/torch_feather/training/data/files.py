@@ -1,4 +1,4 @@
-"""Encoded images on disk: files of a folder, or byte ranges of tar files."""
+"""Encoded images on disk: files in a folder, or byte ranges of tar files."""
 
 from __future__ import annotations
 
@@ -20,32 +20,39 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Where N images lie; tar files are read in place, at any order."""
+    """The locations of N images. Tar files are read in place, in any order.
 
-    containers: tuple[Path, ...]  # one folder, or tar files
-    names: np.ndarray  # bytes (N,): path in the container
-    spans: np.ndarray  # int64 (N, 3): number of the container, offset and size in a tar file
-    labels: np.ndarray  # int64 (N,)
+    Attributes:
+        containers: one folder, or tar files.
+        names: path within the container, bytes (N,).
+        spans: index of the container, then offset and size in a tar file, int64 (N, 3).
+        labels: int64 (N,).
+    """
+
+    containers: tuple[Path, ...]
+    names: np.ndarray
+    spans: np.ndarray
+    labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, index: np.ndarray) -> ImageFiles:
-        """The images at `index`, in that order."""
+        """Return the images at `index`, in that order."""
         return replace(
             self, names=self.names[index], spans=self.spans[index], labels=self.labels[index]
         )
 
     def path(self, i: int) -> Path:
-        """Of an image, for messages; in a tar file, as if that were a folder."""
+        """Return the path of an image, for messages; a tar file counts as a folder."""
         return self.containers[self.spans[i, 0]] / os.fsdecode(self.names[i])
 
     def read(self, i: int) -> bytes:
-        """An image as it is stored."""
+        """Return the encoded bytes of an image."""
         container, offset, size = self.spans[i].tolist()
         if self.containers[container].is_dir():
             return self.path(i).read_bytes()
-        # Opened for each image: shards can be more than a process may hold open.
+        # Opened for each image: there can be more shards than a process may keep open.
         descriptor = os.open(self.containers[container], os.O_RDONLY)
         try:
             return os.pread(descriptor, size, offset)
@@ -53,11 +60,17 @@ class ImageFiles:
             os.close(descriptor)
 
     def decode(self, i: int) -> Tensor:
-        """uint8 (H, W, 3). Raises `DataError` that names the image."""
+        """Return the pixels of an image, uint8 (H, W, 3).
+
+        Raises:
+            DataError: the image cannot be decoded; the message names it.
+        """
         try:
             from PIL import Image
         except ImportError:
-            raise DataError("images need Pillow: pip install 'torch-feather[train]'") from None
+            raise DataError(
+                "images require Pillow. Run pip install 'torch-feather[train]'."
+            ) from None
         try:
             with Image.open(io.BytesIO(self.read(i))) as image:
                 return torch.from_numpy(np.array(image.convert("RGB")))
@@ -66,7 +79,7 @@ class ImageFiles:
             raise DataError(f"{self.path(i)}: cannot be decoded as an image ({first})") from None
 
     def version(self) -> str:
-        """What changes when an image does, or which ones there are."""
+        """Return a hash that changes if an image is changed, added or removed."""
         digest = hashlib.sha256(self.names.tobytes() + self.spans.tobytes())
         if self.containers[0].is_dir():
             stats = (self.path(i).stat() for i in range(len(self)))

@@ -1,8 +1,8 @@
-"""Finding images and their classes in folders and tar files.
+"""Find images and their classes in folders and tar files.
 
-Paths read `train/CLASS/IMAGE` and `val/CLASS/IMAGE`, in a folder or in one tar file; or there are
-tar files train*.tar and val*.tar with `CLASS/IMAGE` or with pairs `KEY.jpg`, `KEY.cls` (the
-class's number). For `val`, `validation` and `test` do as well.
+A folder or tar file has the paths `train/CLASS/IMAGE` and `val/CLASS/IMAGE`. Alternatively, a
+folder has the tar files train*.tar and val*.tar with paths `CLASS/IMAGE`, or with pairs `KEY.jpg`
+and `KEY.cls` (the number of the class). `validation` and `test` are accepted in place of `val`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,28 @@ from ..errors import DataError
 from .cache import cached, version
 from .files import SUFFIXES, ImageFiles
 
-HELD_BACK = ("val", "validation", "test")  # what the part for evaluation may be called
+HELD_BACK = ("val", "validation", "test")  # accepted names of the evaluation images
 PARTS = ("train", *HELD_BACK)
 LAYOUT = (
-    "a folder with train/ and val/, each with a folder of images per class; a tar file of that; "
-    "or a folder with train*.tar and val*.tar"
+    "a folder with train/ and val/, each with a folder of images per class; a tar file of such a "
+    "folder; or a folder with train*.tar and val*.tar"
 )
 
 
 class Entry(NamedTuple):
-    """One image, ordered by class and path so that folders and tar files give the same order."""
+    """One image. Entries are sorted by class and path, alike in folders and tar files.
 
-    kind: str | int  # its class, by name (the first step of `below`) or number
-    below: tuple[str, ...]  # path within the part
+    Attributes:
+        kind: its class: a name, the first step of `below`, or a number.
+        below: path within the part.
+        container: index of the folder or tar file.
+        name: path within the container.
+        offset: first byte in a tar file.
+        size: bytes in a tar file.
+    """
+
+    kind: str | int
+    below: tuple[str, ...]
     container: int
     name: str
     offset: int = 0
@@ -39,19 +48,22 @@ class Entry(NamedTuple):
 
 
 def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
-    """The images to train on, those to evaluate on, and the number of classes.
+    """Return the training images, the evaluation images and the number of classes.
+
+    Args:
+        path: a folder or tar file with one of the layouts above.
 
     Raises:
-        DataError: a layout that is not one of the above; parts whose classes differ.
+        DataError: the layout is not supported, or the parts have different classes.
     """
     if path is None:
-        raise DataError(f"imagefolder needs --data-path: {LAYOUT}")
+        raise DataError(f"imagefolder requires --data-path: {LAYOUT}")
     root = Path(path).expanduser()
     containers: tuple[Path, ...] = (root,)
     if root.is_file():
         found = _in_tar(root, 0)
     elif not root.is_dir():
-        raise DataError(f"{root}: no such file or folder; --data-path names {LAYOUT}")
+        raise DataError(f"{root}: no such file or folder. Set --data-path to {LAYOUT}.")
     elif (root / "train").is_dir():
         found = (pair for part in PARTS for pair in _in_folder(root, part))
     else:
@@ -62,14 +74,14 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
     for part, entry in found:
         parts.setdefault(part, []).append(entry)
     if "train" not in parts:
-        raise DataError(f"{root}: no images to train on; expected {LAYOUT}")
+        raise DataError(f"{root}: no training images; expected {LAYOUT}")
     held_back = next((part for part in HELD_BACK if part in parts), None)
     if held_back is None:
         raise DataError(f"{root}: no images in {', '.join(HELD_BACK[:-1])} or {HELD_BACK[-1]}")
     for entry in parts["train"] + parts[held_back]:
         if len(entry.below) == 1 and entry.kind == entry.below[0]:
             stray = containers[entry.container] / entry.name
-            raise DataError(f"{stray}: neither in a class's folder nor in a tar file with its .cls")
+            raise DataError(f"{stray}: is neither in the folder of a class nor has a .cls file")
     classes = _common_classes(root, held_back, parts["train"], parts[held_back])
     train, test = (_to_files(containers, parts[part], classes) for part in ("train", held_back))
     return train, test, len(classes)
@@ -78,15 +90,17 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
 def _common_classes(
     root: Path, name: str, train: Iterable[Entry], test: Iterable[Entry]
 ) -> dict[str | int, int]:
-    """Class to label, in the order of names (of numbers, where classes are numbered)."""
-    ours, theirs = ({entry.kind for entry in part} for part in (train, test))
-    if ours != theirs:
-        only = {"train": ours - theirs, name: theirs - ours}
-        told = [f"only in {part}: {_some(kinds)}" for part, kinds in only.items() if kinds]
-        raise DataError(f"{root}: train and {name} have different classes; {'; '.join(told)}")
-    if len({type(kind) for kind in ours}) > 1:
-        raise DataError(f"{root}: some images are in a class's folder, others have a .cls")
-    return {kind: label for label, kind in enumerate(sorted(ours))}
+    """Return labels by class, in the order of the names or numbers of the classes."""
+    trained, tested = ({entry.kind for entry in part} for part in (train, test))
+    if trained != tested:
+        only = {"train": trained - tested, name: tested - trained}
+        only_in = [f"only in {part}: {_some(kinds)}" for part, kinds in only.items() if kinds]
+        raise DataError(f"{root}: train and {name} have different classes; {'; '.join(only_in)}")
+    if len({type(kind) for kind in trained}) > 1:
+        raise DataError(
+            f"{root}: some images are in the folder of a class, others have a .cls file"
+        )
+    return {kind: label for label, kind in enumerate(sorted(trained))}
 
 
 def _some(kinds: set[str | int]) -> str:
@@ -107,7 +121,7 @@ def _to_files(
 
 
 def _is_image(*path: str) -> bool:
-    """By its name; what is hidden, or in a hidden folder, does not count."""
+    """Whether the name is that of an image that is neither hidden nor in a hidden folder."""
     return path[-1].lower().endswith(SUFFIXES) and not any(s.startswith(".") for s in path)
 
 
@@ -121,7 +135,7 @@ def _in_folder(root: Path, part: str) -> Iterator[tuple[str, Entry]]:
 
 
 def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tuple[str, Entry]]:
-    """Images of a tar file with their parts: `part`, or the first folder named like one."""
+    """Yield images of a tar file with their part: `part`, or the first folder that names one."""
     index = cached("tar-index", [version(file)], lambda: _index(file))
     members = zip(index["names"], index["spans"].tolist(), index["classes"].tolist(), strict=True)
     for raw, (offset, size), number in members:
@@ -136,14 +150,14 @@ def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tup
 
 
 def _index(file: Path) -> dict[str, Any]:
-    """Names and places of the images in a tar file; classes by .cls files, elsewhere -1."""
+    """Return names and byte ranges of the images in a tar file; classes by .cls files, or -1."""
     names: list[str] = []
     spans: list[tuple[int, int]] = []
     numbers: dict[str, int] = {}
     try:
         with tarfile.open(file, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all it has seen
+                tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps every member
                 stem, suffix = os.path.splitext(member.name)
                 if not member.isfile():
                     continue
@@ -153,7 +167,7 @@ def _index(file: Path) -> dict[str, Any]:
                 elif suffix == ".cls" and (content := tar.extractfile(member)):
                     numbers[stem] = _number(file / member.name, content.read())
     except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{file}: not a whole, uncompressed tar file ({error})") from None
+        raise DataError(f"{file}: not a complete, uncompressed tar file ({error})") from None
     return {
         "names": np.array([os.fsencode(name) for name in names]),
         "spans": np.array(spans, dtype=np.int64).reshape(-1, 2),
@@ -167,5 +181,5 @@ def _steps(name: str) -> tuple[str, ...]:
 
 def _number(path: Path, content: bytes) -> int:
     if not content.strip().isdigit():
-        raise DataError(f"{path}: must hold the number of a class, holds {content[:20]!r}")
+        raise DataError(f"{path}: must contain the number of a class, got {content[:20]!r}")
     return int(content)

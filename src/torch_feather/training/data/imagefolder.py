@@ -1,4 +1,4 @@
-"""Image folders and tar files, in memory where they fit, else decoded as they are needed."""
+"""Image folders and tar files: kept in memory if they fit, otherwise decoded during training."""
 
 from __future__ import annotations
 
@@ -13,31 +13,35 @@ from .files import ImageFiles
 from .find import find_images
 from .prepare import Augment, Center
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as is usual
-RESOLUTION = 224  # where nothing else is asked for
-MEMORY = 4 * 2**30  # bytes of pixels that `auto` keeps
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+RESOLUTION = 224  # default of streamed images
+MEMORY = 4 * 2**30  # largest number of bytes that `auto` keeps in memory
 
 Parts = tuple[Images, Images, Images] | tuple[EncodedImages, EncodedImages, EncodedImages]
 
 
-class CannotKeep(DataError):  # noqa: N818
-    """Images that do not go into one array in memory."""
+class MemoryStorageError(DataError):
+    """The images cannot be stored in one array in memory."""
 
 
 def load_image_folder(config: DataConfig, seed: int) -> Dataset:
-    """The part for evaluation is the test set; validation images are held out of the other.
+    """Load an image folder. Validation images are held out of its training images.
+
+    Args:
+        config: path, resolution, crop and storage.
+        seed: determines the validation images.
 
     Raises:
-        DataError: a layout that is not understood, an image that cannot be decoded, images of
-            several sizes that are to be kept at their stored size.
+        DataError: the layout is not supported, an image cannot be decoded, or images of several
+            sizes should be kept in memory without scaling.
     """
     train, test, classes = find_images(config.path)
     kept, held_out = split(len(train), config.validation, seed)
     try:
         if config.storage == "stream":
-            raise CannotKeep
+            raise MemoryStorageError
         parts: Parts = _in_memory(config, train, kept, held_out, test)
-    except CannotKeep:
+    except MemoryStorageError:
         if config.storage == "memory":
             raise
         parts = _streamed(config, train.take(kept), train.take(held_out), test)
@@ -46,9 +50,9 @@ def load_image_folder(config: DataConfig, seed: int) -> Dataset:
 
 
 def _center(config: DataConfig, resolution: int) -> Center:
-    """What evaluation sees."""
-    share = config.center or (0.875 if config.crop == "resized" else 1.0)
-    return Center(round(resolution / share), resolution)
+    """Return the preparation for evaluation."""
+    fraction = config.center or (0.875 if config.crop == "resized" else 1.0)
+    return Center(round(resolution / fraction), resolution)
 
 
 def _streamed(
@@ -66,25 +70,25 @@ def _streamed(
 def _in_memory(
     config: DataConfig, train: ImageFiles, kept: np.ndarray, held_out: np.ndarray, test: ImageFiles
 ) -> tuple[Images, Images, Images]:
-    """Training images ready for their crop; the others as evaluation sees them."""
+    """Decode training images before their crop, and the others as for evaluation."""
     height, width, channels = train.decode(0).shape
     resolution = config.resolution
     if resolution is None:
         if height != width:
-            raise CannotKeep(
-                f"{train.path(0)}: {width}x{height} pixels are no square; set data.resolution"
+            raise MemoryStorageError(
+                f"{train.path(0)}: {width}x{height} pixels are not square. Set data.resolution."
             )
         resolution = height
-    ready = None  # at the stored size
+    ready = None  # keep the stored size
     if config.crop == "shift" and config.resolution is not None:
         ready = Center(resolution, resolution)
         height = width = resolution
     needed = (len(train) * height * width + len(test) * resolution**2) * channels
     if config.storage == "auto" and needed > MEMORY:
-        raise CannotKeep
+        raise MemoryStorageError
     center = _center(config, resolution)
     every = Images(_kept("train", train, ready), torch.from_numpy(train.labels))
-    # Those held out come from the files again: they see what evaluation does.
+    # Validation images are decoded again: evaluation prepares them in another way.
     held = train.take(held_out)
     validation = Images(torch.from_numpy(_decode(held, center)), torch.from_numpy(held.labels))
     return (
@@ -95,7 +99,7 @@ def _in_memory(
 
 
 def _kept(part: str, files: ImageFiles, ready: Center | None) -> torch.Tensor:
-    """Decoded once, then from the cache."""
+    """Return decoded images, from the cache if possible."""
     arrays = cached(
         f"imagefolder-{part}",
         [files.version(), repr(ready)],
@@ -105,7 +109,7 @@ def _kept(part: str, files: ImageFiles, ready: Center | None) -> torch.Tensor:
 
 
 def _decode(files: ImageFiles, ready: Center | None) -> np.ndarray:
-    """uint8 (N, H, W, C)."""
+    """Decode images to uint8 (N, H, W, C)."""
     shape = (ready.resolution, ready.resolution, 3) if ready else tuple(files.decode(0).shape)
     pixels = np.empty((len(files), *shape), dtype=np.uint8)
     for i in range(len(files)):
@@ -114,9 +118,10 @@ def _decode(files: ImageFiles, ready: Center | None) -> np.ndarray:
             image = ready(image)
         elif image.shape != shape:
             sizes = [f"{width}x{height}" for height, width, _ in (image.shape, shape)]
-            raise CannotKeep(
-                f"{files.path(i)} has {sizes[0]} pixels and {files.path(0)} {sizes[1]}; images of "
-                "several sizes need data.storage stream, or data.crop shift and a data.resolution"
+            raise MemoryStorageError(
+                f"{files.path(i)} has {sizes[0]} pixels, but {files.path(0)} has {sizes[1]}. For "
+                "images of several sizes set data.storage=stream, or data.crop=shift and "
+                "data.resolution."
             )
         pixels[i] = image
     return pixels

@@ -1,4 +1,4 @@
-"""The loaders of a run, as its configuration asks for them."""
+"""Create the loaders of a run from its configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,22 @@ from .stream import StreamEvalLoader, StreamTrainLoader
 def train_loader(
     data: Dataset, config: Config, device: torch.device, ranks: Ranks | None = None
 ) -> Epochs:
-    """Augmented batches of the training images; of each, this rank's part."""
+    """Return a loader of shuffled and augmented training batches.
+
+    Args:
+        data: the data set.
+        config: the configuration of the run.
+        device: the device to train on.
+        ranks: the processes that train together; the loader yields this rank's part of a batch.
+
+    Example:
+        >>> from ..config import DataConfig
+        >>> from .load import load_dataset
+        >>> data = load_dataset(DataConfig("digits"), seed=0)
+        >>> batch = next(iter(train_loader(data, Config(batch_size=32), torch.device("cpu"))))
+        >>> batch.x.shape
+        torch.Size([32, 1, 8, 8])
+    """
     arguments = (data, config.data, config.batch_size, config.seed, device)
     options: dict[str, Any] = {"channels_last": config.system.channels_last, "ranks": ranks}
     if isinstance(data.train, Images):
@@ -33,7 +48,15 @@ def eval_loader(
     device: torch.device,
     ranks: Ranks | None = None,
 ) -> EvalLoader | StreamEvalLoader:
-    """This rank's part of `images`, as evaluation sees them: batches (x, y)."""
+    """Return a loader of evaluation batches (x, y): images in order, without augmentation.
+
+    Args:
+        data: the data set.
+        images: its images to evaluate, such as `data.test`.
+        config: the configuration of the run.
+        device: the device to evaluate on.
+        ranks: the processes that evaluate together; the loader yields this rank's part.
+    """
     options: dict[str, Any] = {"channels_last": config.system.channels_last, "ranks": ranks}
     if isinstance(images, Images):
         return EvalLoader(data, images, device, **options)
@@ -41,9 +64,9 @@ def eval_loader(
 
 
 def workers(system: SystemConfig) -> int:
-    """Processes that decode for this one: by default its share of the cores, at most 8."""
+    """Return the number of decoding processes: by default 1 per core of this process, at most 8."""
     if system.workers is not None:
         return system.workers
-    here = getattr(os, "sched_getaffinity", None)  # where cores are assigned to processes
-    cores = len(here(0)) if here else os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux assigns cores to processes
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -1,7 +1,7 @@
-"""Batches of images that lie decoded in memory, on the device that trains.
+"""Loaders of images that are decoded in memory, on the training device.
 
-An epoch needs no worker processes: a batch is one gather that picks, shifts and mirrors its images,
-each by its own random numbers, or a gather and two matrix products that crop and scale them.
+No worker processes are needed. A batch is one gather that selects, shifts and mirrors its images,
+or a gather and two matrix products that crop and scale them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .epochs import Epochs, InOrder
 
 
 class TrainLoader(Epochs):
-    """Shuffled batches, cropped and mirrored."""
+    """Shuffled training batches with random crops and mirroring; arguments as for `Epochs`."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class TrainLoader(Epochs):
         self.pixels = pixels.to(device)
 
     def _draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Order, places of the crops, and which images are mirrored."""
+        """Draw the order, the crops, and which images are mirrored."""
 
         def integers(high: int) -> Tensor:
             return torch.randint(high, (self.count,), generator=self.generator)
@@ -48,40 +48,40 @@ class TrainLoader(Epochs):
         order = torch.randperm(self.count, generator=self.generator)
         if self.config.crop == "shift":
             shifts = 2 * self.config.shift + 1
-            places = torch.stack([integers(shifts), integers(shifts)], 1)
+            crops = torch.stack([integers(shifts), integers(shifts)], 1)
         else:
             uniform = torch.rand(self.count, DRAWS, dtype=torch.float64, generator=self.generator)
             height, width = self.pixels.shape[1:3]
-            places = random_boxes(uniform, height, width, self.config.smallest_crop)
+            crops = random_boxes(uniform, height, width, self.config.smallest_crop)
         mirrored = integers(2 if self.config.flip else 1).bool()
         device = self.labels.device
         return (
             order.to(device, non_blocking=True),
-            places.to(device, non_blocking=True),
+            crops.to(device, non_blocking=True),
             mirrored.to(device, non_blocking=True),
         )
 
     def _load(
         self, drawn: tuple[Tensor, Tensor, Tensor], parts: list[slice]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        order, places, mirrored = drawn
+        order, crops, mirrored = drawn
         grid = torch.arange(self.size, device=order.device)
         for part in parts:
             index = order[part]
             if self.config.crop == "shift":
-                rows = places[part, :1] + grid
+                rows = crops[part, :1] + grid
                 columns = torch.where(mirrored[part, None], self.size - 1 - grid, grid)
-                columns = columns + places[part, 1:]
+                columns = columns + crops[part, 1:]
                 pixels = self.pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
             else:
                 pixels = resize_boxes(
-                    self.pixels[index], places[part], mirrored[part], self.resolution
+                    self.pixels[index], crops[part], mirrored[part], self.resolution
                 )
             yield self.normalize(pixels), self.labels[index]
 
 
 class EvalLoader(InOrder):
-    """The images of one set in order."""
+    """Evaluation batches; arguments as for `InOrder`."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""From pixels to what a network sees."""
+"""Conversion of pixels to the input of a network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from torch import Tensor
 
 
 class Normalize:
-    """(B, H, W, C) in 0..255 to float32 (B, C, H, W) of mean 0 and std 1."""
+    """Converts pixels (B, H, W, C) in 0..255 to float32 (B, C, H, W) of mean 0 and std 1.
+
+    Args:
+        mean: mean per channel, of pixels scaled to [0, 1].
+        std: standard deviation per channel.
+        device: the device of the pixels.
+        channels_last: memory format of the result.
+
+    Example:
+        >>> Normalize((0.5,), (0.5,))(torch.full((1, 1, 1, 1), 255)).round()
+        tensor([[[[1.]]]])
+    """
 
     def __init__(
         self,
@@ -22,6 +33,6 @@ class Normalize:
         self.offset = -torch.tensor(mean, device=device) / deviation
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Map a batch."""
+        """Convert a batch."""
         images = torch.addcmul(self.offset, pixels.float(), self.scale).permute(0, 3, 1, 2)
         return images.contiguous(memory_format=self.layout)

@@ -1,4 +1,4 @@
-"""What happens to a decoded image on its way to the network; uint8 (H, W, C) in and out."""
+"""Crops of a decoded image, for evaluation and for training; uint8 (H, W, C) in and out."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from .crops import DRAWS, random_boxes, resize
 
 @dataclass(frozen=True)
 class Center:
-    """Scaled so that the shorter side has `side` pixels; of that, the central square."""
+    """Scales an image to `side` pixels on its shorter side, and takes the center crop.
+
+    Attributes:
+        side: length of the shorter side after scaling.
+        resolution: height and width of the crop.
+
+    Example:
+        >>> Center(8, 6)(torch.zeros(20, 16, 3, dtype=torch.uint8)).shape
+        torch.Size([6, 6, 3])
+    """
 
     side: int
     resolution: int
 
     def __call__(self, pixels: Tensor, seed: int = 0) -> Tensor:
-        """Nothing is random here."""
+        """Return the crop. `seed` is not used."""
         height, width, _ = pixels.shape
         short = min(height, width)
         high, wide = (self.side * length // short for length in (height, width))
@@ -31,13 +40,18 @@ class Center:
 
 @dataclass(frozen=True)
 class Augment:
-    """Cropped and mirrored by random numbers that follow from a seed."""
+    """Crops and mirrors an image at random.
+
+    Attributes:
+        config: the kind of crop.
+        resolution: height and width of the result.
+    """
 
     config: DataConfig
     resolution: int
 
     def __call__(self, pixels: Tensor, seed: int) -> Tensor:
-        """The same seed gives the same pixels."""
+        """Return the augmented image. `seed` determines all random numbers."""
         uniform = torch.rand(
             DRAWS + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
         )

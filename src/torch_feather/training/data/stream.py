@@ -1,7 +1,7 @@
-"""Batches of images that worker processes decode and augment while the network trains.
+"""Loaders of images that worker processes decode and augment during training.
 
-What is random about an image follows from a seed that the main process draws for it, so neither
-the number of workers nor the place where a run was resumed changes a bit. Pixels travel as uint8.
+The main process draws a seed for the augmentation of each image. Batches are therefore bitwise
+identical for any number of workers, and after a resume. Pixels are transferred as uint8.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ Order = tuple[np.ndarray, np.ndarray]  # indices and seeds of the images of a ba
 
 
 class StreamTrainLoader(Epochs):
-    """Shuffled batches, cropped and mirrored."""
+    """Shuffled training batches with random crops and mirroring.
+
+    Arguments are as for `Epochs`; `workers` is the number of decoding processes.
+    """
 
     def __init__(
         self,
@@ -56,7 +59,10 @@ class StreamTrainLoader(Epochs):
 
 
 class StreamEvalLoader(InOrder):
-    """The images of one set in order."""
+    """Evaluation batches.
+
+    Arguments are as for `InOrder`; `workers` is the number of decoding processes.
+    """
 
     def __init__(
         self,
@@ -71,12 +77,19 @@ class StreamEvalLoader(InOrder):
         self.decoder = Decoder(images, workers, device, keep_workers=False)
 
     def _load(self) -> Iterator[Tensor]:
-        places = [np.arange(part.start, part.stop) for part in self.parts]
-        return self.decoder([(index, np.zeros_like(index)) for index in places])
+        indices = [np.arange(part.start, part.stop) for part in self.parts]
+        return self.decoder([(index, np.zeros_like(index)) for index in indices])
 
 
 class Decoder:
-    """Batches of pixels on the device, decoded ahead in the order in which they are asked for."""
+    """Decodes batches ahead of their use, in the order in which they are requested.
+
+    Args:
+        images: the encoded images.
+        workers: number of decoding processes; 0 decodes in this process.
+        device: where the batches are needed.
+        keep_workers: whether the processes live on for the next epoch.
+    """
 
     def __init__(
         self, images: EncodedImages, workers: int, device: torch.device, keep_workers: bool
@@ -85,17 +98,24 @@ class Decoder:
         self.orders: list[Order] = []
         self.loader = DataLoader(
             _Batches(images),
-            batch_size=None,  # a batch is decoded by one worker, in one piece
+            batch_size=None,  # one worker decodes a whole batch
             sampler=self.orders,
             num_workers=workers,
             persistent_workers=keep_workers and workers > 0,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # else it would draw from the network's
-            worker_init_fn=_leave_requests,
+            generator=torch.Generator(),  # otherwise it draws from the global random state
+            worker_init_fn=_ignore_signals,
         )
 
     def __call__(self, orders: list[Order]) -> Iterator[Tensor]:
-        """uint8 (B, H, W, C) for each of `orders`. Raises `DataError`."""
+        """Yield the pixels of each batch, uint8 (B, H, W, C).
+
+        Args:
+            orders: indices and seeds of the images of each batch.
+
+        Raises:
+            DataError: an image cannot be decoded, or a process has ended.
+        """
         self.orders[:] = orders
         if not orders:
             return
@@ -109,13 +129,13 @@ class Decoder:
                 raise
             first = str(error).splitlines()[0]
             raise DataError(
-                f"a process that decodes images has ended ({first}); if memory is short, take "
-                "fewer system.workers"
+                f"a process that decodes images has ended ({first}). If memory is low, set fewer "
+                "system.workers."
             ) from None
 
 
 class _Batches(TorchDataset[Tensor | DataError]):
-    """What workers do. An error is handed over rather than raised, to arrive without its stack."""
+    """Decodes batches in a worker. Errors are returned: raised, they would carry a traceback."""
 
     def __init__(self, images: EncodedImages) -> None:
         self.images = images
@@ -127,10 +147,10 @@ class _Batches(TorchDataset[Tensor | DataError]):
             return error
 
 
-def _leave_requests(worker: int) -> None:
-    """Ctrl-C and SIGTERM may reach all processes; what to do about it is up to the main one.
+def _ignore_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which may reach all processes, to the main process.
 
-    A second SIGTERM is obeyed: it may be the main process that ends a worker.
+    A second SIGTERM ends the worker: it may come from the main process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

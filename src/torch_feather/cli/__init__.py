@@ -1,0 +1,102 @@
+"""The command `feather`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Annotated
+
+try:
+    import rich  # noqa: F401
+    import typer
+    import yaml  # noqa: F401
+except ImportError as error:
+    raise SystemExit(
+        f"feather: the command line needs {error.name}. Run pip install 'torch-feather[train]'."
+    ) from None
+
+from .files import bench, export
+from .lists import methods, recipes
+from .runs import evaluate, report
+from .studies import studies
+from .training import EXAMPLES, train
+
+__all__ = ["app", "bench", "evaluate", "export", "main", "methods", "recipes", "report", "train"]
+
+app = typer.Typer(
+    name="feather",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.command(epilog=EXAMPLES)(train)
+app.add_typer(studies, name="study")
+for _command in (evaluate, report, export, bench, methods, recipes):
+    app.command()(_command)
+
+
+def _show_version(requested: bool) -> None:
+    if requested:
+        from .. import __version__
+
+        typer.echo(f"torch-feather {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Sparse training for PyTorch: train networks in which 90% to 99.5% of the weights are zero.
+
+    Start with `feather train`. It takes a minute and downloads nothing.
+    """
+
+
+def main() -> None:
+    """Run the command line. Errors that the user can correct are printed in one line.
+
+    `FEATHER_TRACEBACK=1` shows the traceback instead.
+    """
+    import torch
+
+    from ..errors import FeatherError
+    from ..training.errors import Interrupted
+
+    # A method of the user, --method module:factory, may be a file in the current folder.
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            # Python hides these by default; they concern options and files of the user.
+            warnings.filterwarnings("default", category=DeprecationWarning, module="torch_feather")
+            app()
+    except Interrupted as error:
+        _fail(str(error), 130)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except torch.OutOfMemoryError:
+        _fail("GPU out of memory. Try a smaller --batch-size, or --set system.amp=true.", 1)
+    except (FeatherError, OSError, ValueError, ImportError) as error:
+        if os.environ.get("FEATHER_TRACEBACK"):
+            raise
+        _fail(str(error) or type(error).__name__, 1)
+
+
+def _show_warning(message: Warning | str, *details: object, **more: object) -> None:
+    print(f"feather: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _fail(message: str, code: int) -> None:
+    rank = os.environ.get("RANK", "0")
+    prefix = "feather" if rank == "0" else f"feather, rank {rank}"
+    print(f"{prefix}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,108 @@
+"""`feather export` and `feather bench`: using the network of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .runs import RunArgument
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def export(
+    run: RunArgument,
+    format: Annotated[
+        str, typer.Option(help="sparse (small), safetensors (dense tensors) or onnx.")
+    ] = "sparse",
+    out: Annotated[Path | None, typer.Option(help="The file. [default: one in RUN]")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="For --format sparse: store weights as float16, bfloat16 or float32."),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="USER/NAME", help="Upload to the Hugging Face Hub, with a card."),
+    ] = None,
+    data_path: Annotated[
+        str | None,
+        typer.Option(help="Folder of the data, if it has moved. Only for ONNX and old runs."),
+    ] = None,
+) -> None:
+    """Export the network of RUN to a file."""
+    import torch
+
+    from ..training import export_run as exports
+    from ..training.checkpoint import RunDirectory
+
+    if dtype is not None and dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype {dtype}: float16, bfloat16 or float32 is required")
+    if push is not None and format != "sparse":
+        raise typer.BadParameter("--push puts the format sparse on the hub. Remove --format.")
+    directory = RunDirectory(run)
+    torch_dtype = getattr(torch, dtype) if dtype else None
+    file = exports.export_run(directory, format, out, torch_dtype, data_path)
+    typer.echo(f"{file}: {exports.describe(directory, file, format)}")
+    if push is not None:
+        typer.echo(f"on the hub: {exports.push(directory, file, push)}")
+
+
+def bench(
+    run: RunArgument,
+    batch: Annotated[int, typer.Option(help="Images per call.")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    tuning: Annotated[
+        Path | None,
+        typer.Option(
+            "--tuning",
+            help="File of tuning results (how each layer runs): read if it exists, otherwise "
+            "written.",
+        ),
+    ] = None,
+    choices: Annotated[
+        Path | None, typer.Option(hidden=True, help="Deprecated name of --tuning.")
+    ] = None,
+    data_path: Annotated[
+        str | None, typer.Option(help="Folder of the data, if it has moved. Only for old runs.")
+    ] = None,
+) -> None:
+    """Time the network of RUN on this CPU: dense in PyTorch, and compiled sparse.
+
+    Prints the times of each layer, dense and sparse, and which of the two is used.
+    """
+    import torch
+
+    from ..runtime import compile_sparse
+    from ..runtime.timing import alternate
+    from ..training.checkpoint import RunDirectory
+    from ..training.export_run import load_network
+
+    if choices is not None:
+        _warn_choices()
+        tuning = choices
+    torch.set_num_threads(threads)
+    model, example = load_network(RunDirectory(run), data_path)
+    model.eval()
+    x = torch.randn(batch, *example.shape[1:])
+    known = tuning if tuning is not None and tuning.exists() else None
+    sparse = compile_sparse(model, x, threads=threads, tuning=known)
+    if tuning is not None and known is None:
+        sparse.save_tuning(tuning)
+    with torch.inference_mode():
+        dense_ms, sparse_ms = alternate([lambda: model(x), lambda: sparse(x)])
+        expected, found = model(x), sparse(x)
+    error = float((expected - found).abs().max() / expected.abs().max())
+    typer.echo(f"{sparse}\n")
+    typer.echo(
+        f"batch {batch}, {threads} thread(s): PyTorch {dense_ms:.3f} ms, sparse {sparse_ms:.3f} "
+        f"ms, {dense_ms / sparse_ms:.2f}× as fast; largest difference {error:.1e} of the largest "
+        "output"
+    )
+
+
+def _warn_choices() -> None:
+    from ..training.deprecation import warn_renamed
+
+    warn_renamed("--choices", "--tuning")

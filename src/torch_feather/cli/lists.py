@@ -1,0 +1,54 @@
+"""`feather methods` and `feather recipes`."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import starmap
+
+from .output import make_console
+
+
+def methods() -> None:
+    """List the values of --method, with the options of each method and their defaults."""
+    from rich.table import Table
+
+    from ..errors import ConfigurationError
+    from ..methods import available_methods, method_options
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    table.add_column("description")
+    table.add_column("options (--set options.NAME=VALUE)")
+    for name in available_methods():
+        try:
+            options = ", ".join(starmap(_format, method_options(name).items()))
+            table.add_row(name, _describe(name), options)
+        except ConfigurationError as error:  # a method of another package that cannot be imported
+            table.add_row(name, f"not available: {error}", "")
+    table.add_row("dense", "No sparsity: trains all weights.", "")
+    table.add_row("package.module:factory", "A method of your own, imported by its name.", "")
+    make_console().print(table)
+
+
+def _format(option: str, default: object) -> str:
+    return option if default is inspect.Parameter.empty else f"{option}={default}"
+
+
+def _describe(name: str) -> str:
+    """Return the first line of the docstring of a method's factory."""
+    from ..methods import find_method
+
+    lines = (inspect.getdoc(find_method(name)) or "").splitlines()
+    return lines[0] if lines else ""
+
+
+def recipes() -> None:
+    """List the values of --recipe."""
+    from rich.table import Table
+
+    from ..recipes import available_recipes
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, about in available_recipes().items():
+        table.add_row(name, about)
+    make_console().print(table)

@@ -1,0 +1,13 @@
+"""The terminal that the commands print to."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def make_console() -> Any:
+    """Return a rich console; 120 columns wide if the output is not a terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)

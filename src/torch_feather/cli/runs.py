@@ -1,0 +1,70 @@
+"""`feather evaluate` and `feather report`: the results of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import make_console
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+
+
+def evaluate(
+    run: RunArgument,
+    data_path: Annotated[
+        str | None, typer.Option(help="Folder of the data, if it has moved.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Evaluate the stored network of RUN on its test images.
+
+    Reads RUN/model.safetensors, so the result is that of the file.
+    """
+    from dataclasses import replace
+
+    import torch_feather as feather
+
+    from .. import models
+    from ..training.checkpoint import RunDirectory
+    from ..training.console import percent
+    from ..training.data import eval_loader, load_dataset
+    from ..training.evaluation import evaluate as measure
+    from ..training.loop import resolve_device
+
+    directory = RunDirectory(run)
+    config = directory.read_config()
+    data = load_dataset(replace(config.data, path=data_path or config.data.path), config.seed)
+    model = models.create(config.network, data.classes, data.channels)
+    directory.load_model(model)
+    target = resolve_device(device)
+    model.to(target)
+    test = eval_loader(data, data.test, config, target)
+    loss, accuracy = measure(model, test, config.system.amp)
+    macs = feather.count_flops(model, data.example().to(target))
+    zeros = feather.sparsity(model, config.include, config.exclude)
+    make_console().print(
+        f"{len(data.test):,} test images of {data.name}: accuracy {percent(accuracy)}, "
+        f"loss {loss:.4f}; {percent(zeros)} of the weights are zero, "
+        f"{macs.sparse:,} of {macs.dense:,} multiply-adds",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def report(
+    run: RunArgument,
+    json: Annotated[bool, typer.Option("--json", help="Print the file report.json.")] = False,
+) -> None:
+    """Show the results of RUN: accuracy, and zeros and multiply-adds per layer."""
+    from ..training.checkpoint import RunDirectory
+    from ..training.console import print_results
+
+    directory = RunDirectory(run)
+    results = directory.read_report()
+    if json:
+        typer.echo(directory.report_file.read_text(), nl=False)
+    else:
+        print_results(make_console(), results, run)

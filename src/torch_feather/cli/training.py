@@ -1,0 +1,197 @@
+"""`feather train`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import make_console
+
+if TYPE_CHECKING:
+    from ..training import Config
+
+EXAMPLES = """
+**Examples**
+
+- `feather train` trains a small network on scikit-learn's digits, sparse and dense
+
+- `feather train --recipe cifar100-small --data-path DATA/cifar100 --out runs/a`
+
+- `feather train --recipe cifar100 --data-path DATA/cifar100 --network mobilenet_v1 --sparsity 0.98`
+
+- `feather train --data cifar10 --data-path DATA/cifar10 --set optimizer.lr=0.05 --set options.p=2`
+
+- `feather train --recipe imagenet --data-path DATA/imagenet --set system.compile=true`
+
+- `feather train --method package.module:factory` uses a method of your own
+
+- `feather train --init runs/a --sparsity 0.98` starts from the network of another run
+
+- `feather train --teacher runs/a/dense` also learns from the network of another run
+
+- `torchrun --nproc-per-node 8 --no-python feather train --recipe imagenet --data-path ...`
+
+- `feather train --resume --out runs/a` resumes an interrupted run
+"""
+
+
+# Above 60 lines because of its options: each is a parameter.
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings to start from, see `feather recipes`. "
+            "[default: the recipe of --data, or digits]"
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file that overrides the recipe, such as config.yaml.")
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="resnet8, resnet20, mobilenet_v1, ..., or timm/NAME.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="digits, cifar10, cifar100 or imagefolder.")
+    ] = None,
+    data_path: Annotated[
+        str | None,
+        typer.Option(
+            help="CIFAR: folder with train*.parquet and test*.parquet, or the unpacked archive. "
+            "imagefolder: folder with train/ and val/, or tar files."
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="See `feather methods`; package.module:factory for a method of your own; or dense."
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Final fraction of weights that are zero, such as 0.95.")
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="Initial weights: a run directory or a file. [default: random]"),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Teacher network: a run directory, a file, or timm/NAME."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of initial weights, validation split, order and augmentation."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory. [default: a new one in runs/]")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume the run in --out from its checkpoint.")
+    ] = False,
+    compare_dense: Annotated[
+        bool | None,
+        typer.Option(
+            "--compare-dense/--no-compare-dense", help="Also train a dense baseline, in RUN/dense."
+        ),
+    ] = None,
+    track_masks: Annotated[
+        bool | None,
+        typer.Option(
+            "--track-masks/--no-track-masks", help="Store the mask of each epoch in RUN/masks."
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any key of config.yaml, such as optimizer.lr=0.05."
+        ),
+    ] = None,
+) -> None:
+    """Train a sparse network into a run directory.
+
+    The recipe is overridden by --config, and both by the options below. Under `torchrun`, all
+    processes train one network together.
+    """
+    from ..models import TIMM
+    from ..training.callbacks import Callbacks
+    from ..training.config import parse_assignments
+    from ..training.console import ConsoleCallback, print_results
+    from ..training.distributed import process_group
+    from ..training.loggers import logging_callbacks
+    from ..training.loop import train as run_training
+
+    given: dict[str, Any] = {
+        "network": network,
+        "data.name": data,
+        "data.path": _absolute(data_path),
+        "method": method,
+        "sparsity": sparsity,
+        "init": _absolute(init),
+        "distillation.teacher": teacher if (teacher or "").startswith(TIMM) else _absolute(teacher),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "compare_dense": compare_dense,
+        "track_masks": track_masks,
+    }
+    overrides = {key: value for key, value in given.items() if value is not None}
+    overrides |= parse_assignments(settings or [])
+    if resume and out is None:
+        raise typer.BadParameter("--resume requires --out RUN, the run to resume")
+    start = _configuration(recipe, config, data, overrides, out if resume else None)
+    console = make_console()
+    with process_group() as ranks:
+        folder = ranks.on_first(lambda: out or free_directory(start))
+        # The console comes last, so that its progress bars cover the training alone.
+        callback = Callbacks([*logging_callbacks(start), ConsoleCallback(console)])
+        results = run_training(start, folder, resume=resume, callback=callback)
+        if ranks.first:
+            print_results(console, results, folder)
+
+
+def _configuration(
+    recipe: str | None,
+    file: Path | None,
+    data: str | None,
+    overrides: dict[str, Any],
+    resumed: Path | None,
+) -> Config:
+    """Return the configuration to train; without recipe and file, that of the resumed run."""
+    from ..training.checkpoint import RunDirectory
+    from ..training.config import apply, default_recipe, load_config, resolve_config
+    from ..training.errors import RunError
+
+    if recipe is not None or file is not None or resumed is None:
+        return resolve_config(recipe or default_recipe(data), file, overrides)
+    stored = RunDirectory(resumed).config_file
+    if not stored.exists():
+        raise RunError(f"{resumed}: no run to resume. Add --recipe to start one there.")
+    return apply(load_config(stored), overrides, "command line")
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
+
+
+def free_directory(config: Config) -> Path:
+    """Return a run directory that is not in use, named after the configuration.
+
+    Args:
+        config: the configuration of the run.
+    """
+    from ..training.checkpoint import RunDirectory
+
+    name = f"{config.data.name}-{config.network}-{config.method}"
+    name = re.sub(r"[^\w.+-]", "_", name)  # timm/NAME, package.module:factory
+    if config.sparsity:
+        name += f"-{100 * config.sparsity:g}"
+    base = Path("runs") / f"{name}-seed{config.seed}"
+    candidate, number = base, 1
+    while RunDirectory(candidate).holds_a_run():
+        number += 1
+        candidate = base.with_name(f"{base.name}-{number}")
+    return candidate

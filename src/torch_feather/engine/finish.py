@@ -1,0 +1,82 @@
+"""The end of training: which values the model keeps, and whether their count is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError, warn
+from ..methods.base import BoundMethod, Pruning
+from ..weights.latent import LatentWeights, copy_all
+from .health import count_pruned_by
+
+
+def final_values(
+    weights: LatentWeights,
+    method: BoundMethod,
+    pruning: Pruning,
+    step: Tensor,
+    written: Sequence[Tensor],
+    effective: Sequence[Tensor],
+) -> Sequence[Tensor]:
+    """Return the values that the model keeps: written ones if they are valid, else effective ones.
+
+    A model of the target sparsity that was written from outside, such as the best checkpoint that a
+    framework loads after training, is kept as it was written.
+
+    Args:
+        weights: the latent weights.
+        method: the method.
+        pruning: its thresholds or masks.
+        step: optimizer steps taken.
+        written: what the parameters held when training ended, local shards.
+        effective: the effective weights.
+    """
+    zeros, left = (_count_zeros(weights, parts) for parts in (written, effective))
+    expected = int(count_pruned_by(method, weights, pruning).sum())
+    if zeros == expected and _admits(weights, method, step, written):
+        return written
+    if zeros != left or zeros == expected:
+        reason = "at invalid positions" if zeros == expected else f"expected {expected}"
+        warn(
+            f"The model was modified before finalize(): {zeros} zeros, {reason}. It was pruned "
+            "again; unchanged weights kept their latent values. If you loaded a complete "
+            "checkpoint, call sparsifier.reset_latents() before finalize()."
+        )
+    return effective
+
+
+def check_count(
+    weights: LatentWeights, method: BoundMethod, pruning: Pruning, sparsity: float
+) -> None:
+    """Raise StateError unless exactly round(s N) weights are pruned."""
+    pruned = int(count_pruned_by(method, weights, pruning).sum())
+    target = round(sparsity * weights.size)
+    if pruned != target:
+        raise StateError(
+            f"Sparsity {sparsity} means {target} zeros among {weights.size} weights, but the method "
+            f"left {pruned}. To keep the model as it is, call finalize(force=True)."
+        )
+
+
+def _count_zeros(weights: LatentWeights, parts: Sequence[Tensor]) -> int:
+    return int(weights.total(torch.stack([(part == 0).sum() for part in parts])).sum())
+
+
+def _admits(
+    weights: LatentWeights, method: BoundMethod, step: Tensor, parts: Sequence[Tensor]
+) -> bool:
+    """Return whether the zeros among these values are where the method would put them.
+
+    A method that keeps a mask, or whose count is not exact, may put them anywhere.
+    """
+    if not method.facts.exact or any(entry.per_weight for entry in method.state.values()):
+        return True
+    other = weights.like([flat.clone() for flat in weights.flats])
+    copy_all(other.views, parts)
+    pruning = method.update(other, step)
+    pairs = enumerate(other.views)
+    wrong = [((w == 0) != method.pruned(other, pruning, i)).sum() for i, w in pairs]
+    return not bool(weights.total(torch.stack(wrong)).sum())

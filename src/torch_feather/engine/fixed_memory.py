@@ -1,0 +1,64 @@
+"""Values in fixed memory, so that a step can be captured in a CUDA graph and replayed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import devices
+from ..methods.base import BoundMethod, Pruning
+from ..weights.latent import LatentWeights, PerTensor, copy_all
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in nested tuples and lists, and of objects with `tensors()`.
+
+    Example:
+        >>> len(tensors_in((torch.zeros(1), [torch.zeros(2), 3])))
+        2
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if hasattr(value, "tensors"):
+        return value.tensors()
+    if isinstance(value, tuple | list):
+        return [tensor for one in value for tensor in tensors_in(one)]
+    return []
+
+
+def outline(value: Any) -> Any:
+    """Return the structure of a value: where its tensors are, and which are the same object."""
+    first: dict[int, int] = {}
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return "tensor", first.setdefault(id(value), len(first)), value.shape, value.dtype
+        if hasattr(value, "tensors"):
+            return type(value), [walk(tensor) for tensor in value.tensors()]
+        if isinstance(value, tuple | list):
+            return type(value), [walk(one) for one in value]
+        return value
+
+    return walk(value)
+
+
+def keep_memory(old: Pruning, new: Pruning, device: torch.device) -> Pruning:
+    """Return `new`, on a device in the memory of `old` if their structures are equal."""
+    if old is None or not devices.synchronizes(device) or outline(old) != outline(new):
+        return new
+    copy_all(tensors_in(old), tensors_in(new))
+    return old
+
+
+def move_state(method: BoundMethod, weights: LatentWeights) -> None:
+    """Move the state of a method to the device and types of `weights`."""
+    for name, entry in method.state.items():
+        if entry.per_weight:
+            moved = weights.per_weight(0.0)
+            copy_all(moved.rows, entry.rows)
+        else:
+            dtype = weights.wide if entry.flat.is_floating_point() else None
+            moved = PerTensor.of(entry.flat.to(weights.device, dtype))
+        method.state[name] = moved

@@ -1,0 +1,148 @@
+"""Saving and loading: latent weights, the method's state and the step in state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..weights.checksum import checksum_of
+from ..weights.shards import local_part, shard_like
+from . import checkpoint
+from .checkpoint import Entries, Expected, Header, Loaded
+from .training import Training
+
+
+class StateDicts:
+    """Reads and writes the state of a training run in state dicts.
+
+    Args:
+        sparsity: final target.
+        total_steps: optimizer steps of the whole training.
+        fingerprint: the method's fingerprint.
+
+    Attributes:
+        strict: raise for a state of another run; otherwise load what fits.
+    """
+
+    def __init__(self, sparsity: float, total_steps: int, fingerprint: str):
+        self._sparsity, self._total_steps = round(sparsity * 1e12), total_steps
+        self._method, self.strict = checkpoint.digest(fingerprint), True
+
+    def header(self, training: Training, i: int | None, image: int = 0) -> Header:
+        """Return the header of weight tensor i; None for a parameter that is not prunable.
+
+        Args:
+            training: the training run.
+            i: position of the weight tensor.
+            image: checksum of its effective weights.
+        """
+        shape = 0
+        if i is not None:
+            shape = checkpoint.digest(str(tuple(training.binding.weights[i].parameter.shape)))
+        return Header(
+            checkpoint.FORMAT,
+            int(training.count),
+            self._total_steps,
+            self._sparsity,
+            self._method,
+            shape,
+            image,
+        )
+
+    def export(self, training: Training, i: int | None) -> dict[str, Tensor]:
+        """Return the entries of weight tensor i, copies; None for one that is not prunable."""
+        if i is None:
+            return checkpoint.exported(torch.zeros(()), self.header(training, None))
+        weight = training.binding.weights[i]
+        header = self.header(training, i, checksum_of(training.weights, i, weight.local))
+        latent = shard_like(training.weights.views[i].clone(), weight.parameter)
+        return checkpoint.exported(latent, header, training.method, i)
+
+    def save(
+        self,
+        training: Training,
+        optimizer: Optimizer,
+        held: Sequence[int],
+        state_dict: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Return an optimizer's state dict with the entries of its weights."""
+        position_at = _positions(training, held)
+        frozen = {
+            (g, i)
+            for g, i, parameter in checkpoint.parameters_of(optimizer)
+            if (g, i) not in position_at and not parameter.requires_grad
+        }
+
+        def entries(g: int, i: int) -> dict[str, Tensor] | None:
+            return None if (g, i) in frozen else self.export(training, position_at.get((g, i)))
+
+        return checkpoint.with_entries(state_dict, optimizer, entries)
+
+    def check(
+        self,
+        training: Training,
+        found: Mapping[int, Entries],
+        positions: Iterable[int],
+        foreign: Sequence[str] = (),
+        hint: str = checkpoint.RELAXED,
+    ) -> dict[int, Loaded]:
+        """Return what can be loaded; arguments and errors as for `checkpoint.check_loaded`."""
+        expected = Expected(
+            training.binding.names,
+            [parameter.shape for parameter in training.binding.parameters],
+            lambda i: self.header(training, i),
+            training.method.state,
+            self.strict,
+        )
+        return checkpoint.check_loaded(expected, found, positions, foreign, hint)
+
+    def read(
+        self, training: Training, held: Sequence[int], state_dict: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[int, Loaded]]:
+        """Return a state dict without our entries, and the entries that can be loaded."""
+        plain, entries = checkpoint.split(state_dict)
+        found, foreign = checkpoint.by_position(entries, _positions(training, held))
+        return plain, self.check(training, found, held, foreign)
+
+    def adopt(self, training: Training, optimizer: Optimizer, held: Sequence[int]) -> None:
+        """Take over entries that were loaded into an optimizer before `sparsify` was called."""
+        entries = checkpoint.take_live_entries(optimizer)
+        if not entries:
+            return
+        found, foreign = checkpoint.by_position(entries, _positions(training, held))
+        loaded = self.check(training, found, held, foreign, checkpoint.RELAXED_EARLY)
+        self.load(training, loaded, held)
+        checkpoint.drop_live_entries(optimizer)
+
+    @torch.no_grad()
+    def load(
+        self, training: Training, loaded: Mapping[int, Loaded], positions: Iterable[int]
+    ) -> None:
+        """Take over checked entries; the other `positions` restart from their parameters."""
+        checksums = dict(training.written.loaded)
+        if training.in_backward.is_open:
+            training.recover()
+        training.absorb_external_writes()
+        weights, binding = training.weights, training.binding
+        for i in positions:
+            if i not in loaded:
+                weights.views[i].copy_(binding.weights[i].local)
+        for i, (header, latent, state) in loaded.items():
+            training.count.fill_(header.step)
+            checksums[i] = header.image
+            weights.views[i].copy_(local_part(latent, binding.weights[i].parameter))
+            for key, value in state.items():
+                training.method.state[key].rows[i].copy_(value)
+        training.forget_own_gradients()
+        training.write_effective()
+        training.written.loaded = checksums
+
+
+def _positions(training: Training, held: Sequence[int]) -> dict[tuple[int, int], int]:
+    """Return the positions of an optimizer's weights by (group, position in the group)."""
+    weights = training.binding.weights
+    return {(weights[i].group, weights[i].position): i for i in held}

@@ -1,0 +1,292 @@
+"""One optimizer step of sparse training, composed of the pieces of this package.
+
+    forward, backward         parameters hold u = R(w); dL/du becomes dL/dw for each new gradient
+    optimizer.step, before    gradients are completed; parameters become w
+    optimizer.step            any optimizer updates w
+    optimizer.step, after     the schedule advances; thresholds move; parameters become u = R(w)
+
+The pieces take values and return values, and never call back. Only this file composes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import devices
+from ..errors import StateError, some, warn
+from ..prunable import Filters, find_prunable
+from ..weights.latent import copy_all
+from .binding import attached
+from .health import Health
+from .hooks import Handlers, OptimizerHooks, only_initializes
+from .loss_scale import watch_scalers
+from .state_dict import StateDicts
+from .step_in_backward import half_done, in_backward, incomplete
+from .training import Training
+
+
+@dataclass
+class OneOptimizer:
+    """One optimizer in the step.
+
+    Attributes:
+        number: its position among the optimizers.
+        optimizer: the optimizer.
+        held: positions of its prunable weights.
+        last: whether the schedule advances when it has stepped.
+        groups: number of its parameter groups that are known.
+        holds_latent: whether its parameters hold latent weights now.
+        initializes: whether the present step only initializes its state.
+        in_backward: whether the present step is inside a backward pass.
+        forward_values: then, the values of its parameters in the forward pass.
+    """
+
+    number: int
+    optimizer: Optimizer
+    held: list[int]
+    last: bool
+    groups: int
+    holds_latent: bool = False
+    initializes: bool = False
+    in_backward: bool = False
+    forward_values: list[Tensor] = field(default_factory=list)
+
+
+class Step:
+    """Composes hooks, weights, method and checks into the step of one or several optimizers.
+
+    Args:
+        training: the weights and the method on them.
+        health: the checks after a step.
+        states: reads and writes state dicts.
+        filters: include and exclude, for parameters that are added to an optimizer later.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        health: Health,
+        states: StateDicts,
+        filters: tuple[Filters, Filters],
+    ):
+        self.training, self.health, self.states = training, health, states
+        self._filters, self._stepped, self.attached = filters, False, True
+        binding = training.binding
+        if training.method.facts.completes and len(binding.optimizers) > 1:
+            watch_scalers()
+        last = len(binding.optimizers) - 1
+        self.optimizers = [
+            OneOptimizer(o, one, binding.held_by(o), o == last, len(one.param_groups))
+            for o, one in enumerate(binding.optimizers)
+        ]
+        self._hooks = [
+            OptimizerHooks(one.optimizer, self._handlers(one)) for one in self.optimizers
+        ]
+        self._bound = [*binding.optimizers, *binding.parameters]
+        for thing in self._bound:
+            attached[thing] = True
+        training.write_effective()
+
+    def _handlers(self, one: OneOptimizer) -> Handlers:
+        return Handlers(
+            before=partial(self.before, one),
+            after=partial(self.after, one),
+            closure=partial(self._inside_closure, one),
+            failed=partial(self._failed, one),
+            save=partial(self._save, one),
+            load=partial(self._load, one),
+        )
+
+    @torch.no_grad()
+    def before(self, one: OneOptimizer, closure: bool) -> None:
+        """Before a step of an optimizer: complete gradients; its parameters become w."""
+        self._warn_of_new_groups(one)
+        one.initializes = only_initializes(one.optimizer)
+        one.in_backward = self.training.in_backward.is_open or in_backward()
+        if one.in_backward:
+            self._before_in_backward(one, closure)
+            return
+        if not closure:
+            self.training.complete_gradients(one.optimizer)
+        self._check_sparse_start()
+        self.training.absorb_external_writes()
+        self._write_latent(one)
+
+    @torch.no_grad()
+    def after(self, one: OneOptimizer) -> None:
+        """After a step of an optimizer: its parameters become u; the last one advances time."""
+        if one.in_backward:
+            self._after_in_backward(one)
+            return
+        self._read_latent(one)
+        # A fused optimizer under GradScaler decides on the device whether it steps.
+        skipped = getattr(one.optimizer, "found_inf", None)
+        taken = not one.initializes if skipped is None else skipped == 0
+        self._advance(taken if one.last else False)
+
+    def _advance(self, taken: bool | Tensor) -> None:
+        """Advance the schedule if the step was taken; thresholds move; parameters become u."""
+        training = self.training
+        training.advance(taken)
+        training.written.loaded = {}
+        training.write_effective()
+        self._stepped = True
+        self.health.check(
+            training.weights, training.binding.local, training.method, training.pruning,
+            training.count,
+        )  # fmt: skip
+
+    def _write_latent(self, one: OneOptimizer) -> None:
+        self.training.write_latent(one.held)
+        one.holds_latent = True
+
+    def _read_latent(self, one: OneOptimizer) -> None:
+        self.training.read_latent(one.held)
+        one.holds_latent = False
+
+    @contextmanager
+    def _inside_closure(self, one: OneOptimizer) -> Iterator[None]:
+        """Around a closure: the network uses effective weights."""
+        self._read_latent(one)
+        self.training.write_effective()
+        try:
+            yield
+            self.training.complete_gradients(one.optimizer)
+        finally:
+            self._write_latent(one)
+
+    def _failed(self, one: OneOptimizer) -> None:
+        if one.holds_latent:
+            self._read_latent(one)
+        self.training.recover()
+
+    def sync(self) -> None:
+        """Outside of a step: latent and effective weights follow external writes."""
+        if self.training.in_backward.is_open:
+            if in_backward():
+                raise half_done()
+            self._raise_incomplete()
+        in_step = any(one.holds_latent for one in self.optimizers)
+        if self.attached and not in_step and self.training.absorb_external_writes():
+            self.training.write_effective()
+
+    def release(self) -> None:
+        """Remove all hooks from optimizers and parameters."""
+        self.attached = False
+        self.training.release()
+        for hooks in self._hooks:
+            hooks.release()
+        for thing in [*self._bound, *self.training.binding.parameters]:
+            attached.pop(thing, None)
+
+    def require_attached(self) -> None:
+        """Raise StateError after `release`."""
+        if not self.attached:
+            raise StateError(
+                "This sparsifier was finalized or detached. Call sparsify again for a new one."
+            )
+
+    # Optimizers that step inside the backward pass
+
+    def _before_in_backward(self, one: OneOptimizer, closure: bool) -> None:
+        if not one.held:
+            return
+        fix = "Step after the backward pass: this optimizer steps inside it, and "
+        if self.training.method.facts.completes:
+            raise StateError(fix + "the method needs the gradients of all weights at once.")
+        if closure or getattr(one.optimizer, "found_inf", None) is not None:
+            raise StateError(fix + "neither closures nor GradScaler are supported there.")
+        if isinstance(self.training.model, nn.parallel.DistributedDataParallel):
+            raise StateError(fix + "DistributedDataParallel has not averaged the gradients yet.")
+        if self.training.in_backward.has(one.number):
+            self._raise_incomplete()
+        self.training.absorb_external_writes()
+        held = self.training.binding.local
+        one.forward_values = [held[i].detach().clone() for i in one.held]
+        self._write_latent(one)
+
+    def _after_in_backward(self, one: OneOptimizer) -> None:
+        if not one.held:
+            return
+        self._read_latent(one)
+        held = self.training.binding.local
+        copy_all([held[i] for i in one.held], one.forward_values)
+        one.forward_values = []
+        if self.training.in_backward.add(one.number):
+            self._advance(True)
+
+    def _raise_incomplete(self) -> None:
+        missing = self.training.in_backward.missing()
+        self.training.recover()
+        weights = self.training.binding.weights
+        raise incomplete(some([w.name for w in weights if w.optimizer in missing]))
+
+    # State dicts
+
+    def _save(self, one: OneOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self.sync()
+        return self.states.save(self.training, one.optimizer, one.held, state_dict)
+
+    def _load(
+        self, one: OneOptimizer, load_state_dict: Callable[..., Any], state_dict: dict[str, Any]
+    ) -> Any:
+        plain, entries = self.states.read(self.training, one.held, state_dict)
+        result = load_state_dict(plain)
+        self.states.load(self.training, entries, one.held)
+        return result
+
+    def adopt_loaded_state(self) -> None:
+        """Take over latent weights that were loaded into the optimizers before `sparsify`."""
+        for one in self.optimizers:
+            self.states.adopt(self.training, one.optimizer, one.held)
+
+    # What others did
+
+    def _check_sparse_start(self) -> None:
+        """Raise if another process's effective weights replaced ours before the first step.
+
+        Its latent weights did not come with them, so ours would continue with its zeros.
+        """
+        alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+        if self._stepped or alone or self.training.weights.shards is not None:
+            return
+        if (
+            devices.synchronizes(self.training.weights.device)
+            and torch.cuda.is_current_stream_capturing()
+        ):
+            return
+        training = self.training
+        every = range(len(training.weights.views))
+        pruned = [training.method.pruned(training.weights, training.pruning, i) for i in every]
+        zeros = [parameter.detach() == 0 for parameter in training.binding.parameters]
+        counts = [sum(int(mask.sum()) for mask in masks) for masks in (pruned, zeros)]
+        if 0 < counts[0] == counts[1] and not all(map(torch.equal, pruned, zeros)):
+            raise StateError(
+                "Between sparsify and the first step, the effective weights of another process "
+                "replaced those of this one, as DistributedDataParallel does when it wraps a model. "
+                "The latent weights were not replaced. Wrap the model first, then call sparsify. "
+                "If the weights were loaded deliberately, call sparsifier.reset_latents()."
+            )
+
+    def _warn_of_new_groups(self, one: OneOptimizer) -> None:
+        groups, known = one.optimizer.param_groups, one.groups
+        if len(groups) == known:
+            return
+        one.groups = len(groups)
+        new = {id(p) for group in groups[known:] for p in group["params"]}
+        found = find_prunable(self.training.model, *self._filters)
+        late = [p.name for p in found if id(p.parameter) in new]
+        if late:
+            warn(
+                f"{some(late)} was added to the optimizer after sparsify, so it is trained dense. "
+                "To prune it, add all parameter groups before calling sparsify."
+            )

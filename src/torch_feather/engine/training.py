@@ -1,0 +1,314 @@
+"""What exists between two optimizer steps: latent weights, method, pruning, and their exchange.
+
+`step.py` composes this with the hooks of the optimizers. Nothing here knows of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import ConfigurationError, StateError, warn
+from ..methods.base import BoundMethod, Completion, Pruning
+from ..weights.latent import LatentWeights, copy_all
+from ..weights.passes import adopt_written
+from ..weights.shards import fsdp_units, is_sharded, local, local_part, reshard
+from .binding import Binding, check_storage, layout
+from .external_writes import WriteDetector
+from .fixed_memory import keep_memory, move_state
+from .gradients import (
+    PassGradients,
+    PendingGradients,
+    add_terms,
+    clear_own_gradients,
+    hook_for,
+    register_hooks,
+    set_own_gradients,
+)
+from .loss_scale import unscale_others
+from .step_in_backward import InBackwardStep, in_backward
+
+ONE_PROCESS = (
+    "This method needs whole weight tensors in one process, but the weights are sharded over "
+    "several. On shards use feather, feather-gmp, feather-flops, hard-ste, soft-ste, gmp, st3 or "
+    "st3-sigma without patterns (st3 not for transposed convolutions and Conv1D, whose shards hold "
+    "parts of all output channels), asl, asl+, feather-asl+ or str. All other methods work with "
+    "DistributedDataParallel."
+)
+
+
+class Training:
+    """The weights of a training run, and the method on them.
+
+    Attributes:
+        model: the model.
+        binding: where model and optimizers hold its prunable weights.
+        weights: the latent weights.
+        method: the method, bound to them.
+        pruning: its thresholds or masks now.
+        count: optimizer steps taken, a 0-dimensional tensor on the device.
+        written: detects external writes.
+        pending: gradients that are not completed.
+        in_backward: optimizers that step inside the backward pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, binding: Binding, weights: LatentWeights, method: BoundMethod
+    ):
+        self.model, self.binding, self.weights, self.method = model, binding, weights, method
+        require_shards_supported(method, weights)
+        # Everything that changes with time is on the device: only there a skipped step is known,
+        # and reading it would synchronize the host.
+        self.count = torch.zeros((), dtype=torch.int64, device=weights.device)
+        self.pruning: Pruning = None
+        self.pending, self.written = PendingGradients(), WriteDetector()
+        self.in_backward = InBackwardStep([weight.optimizer for weight in binding.weights])
+        self._passes: PassGradients | None = None
+        self._layout = [layout(p) for p in binding.parameters]
+        self._warned_of_passes = False
+        self._gradient_hooks: list[Any] = []
+        self._hook_gradients()
+
+    # The exchange of values
+
+    @torch.no_grad()
+    def write_effective(self) -> None:
+        """Parameters become u = R(w): thresholds or masks of the latent weights, then their values."""
+        new = self.method.update(self.weights, self.count)
+        self.pruning = keep_memory(self.pruning, new, self.weights.device)
+        self.write(self.method.effective_weights(self.weights, self.pruning))
+
+    @torch.no_grad()
+    def write(self, values: Sequence[Tensor]) -> None:
+        """Write values into the parameters, and record them."""
+        held = self.binding.local
+        copy_all(held, values)
+        self.written.record(self.weights, held)
+
+    @torch.no_grad()
+    def advance(self, taken: bool | Tensor) -> None:
+        """Advance the schedule and step the method's own parameters, if the step was taken.
+
+        Args:
+            taken: whether it was; a tensor if only the device knows.
+        """
+        method, binding = self.method, self.binding
+        self.count += taken
+        if taken is False:
+            return
+        if method.facts.random is not None:
+            method.state[method.facts.random].flat.add_(taken)
+        method.after_step(
+            self.weights,
+            self.pruning,
+            binding.gradients,
+            self.count,
+            binding.learning_rate(),
+            taken,
+        )
+        self.forget_own_gradients()
+        if method.facts.completes:
+            self.pending.consume(binding.parameters)
+
+    @torch.no_grad()
+    def recover(self) -> None:
+        """Parameters become u again after something failed, perhaps on this process alone.
+
+        So nothing is communicated, as the others may not answer: on shards the thresholds stay
+        unchanged until all processes check next.
+        """
+        self.in_backward.abandon()
+        if self.weights.shards is None:
+            self.write_effective()
+            return
+        self.write(self.method.effective_weights(self.weights, self.pruning))
+        self.written.invalidate()
+
+    @torch.no_grad()
+    def write_latent(self, positions: Sequence[int]) -> None:
+        """Parameters become latent weights."""
+        held = self.binding.local
+        copy_all([held[i] for i in positions], [self.weights.views[i] for i in positions])
+
+    @torch.no_grad()
+    def read_latent(self, positions: Sequence[int]) -> None:
+        """Latent weights become what the parameters hold."""
+        held = self.binding.local
+        copy_all([self.weights.views[i] for i in positions], [held[i] for i in positions])
+
+    # Gradients
+
+    def _hook_gradients(self) -> None:
+        """Register a hook on every weight, unless there is nothing to do."""
+        for handle in self._gradient_hooks:
+            handle.remove()
+        facts = self.method.facts
+        active = facts.pulls_back or facts.completes
+        leaves = self.binding.leaves(self.model) if active else ()
+        self._gradient_hooks = register_hooks(leaves, self._pull_back)
+
+    def _pull_back(self, i: int, gradient: Tensor, effective: Tensor) -> Tensor:
+        if self.pending.report():
+            self.forget_own_gradients()
+        return self.method.pull_back(self.weights, self.pruning, i, gradient, effective)
+
+    def forget_own_gradients(self) -> None:
+        """Set the gradients of the method's own parameters to None."""
+        clear_own_gradients(self.method)
+        self._passes = None
+
+    @torch.no_grad()
+    def complete_gradients(self, stepping: Optimizer | None = None) -> None:
+        """Complete new gradients, once; `stepping` is the optimizer that steps next."""
+        if not self.method.facts.completes:
+            return
+        self.follow_parameters()  # gradients may belong to parameters that replaced ours
+        if not self.pending.are_due(self.binding.parameters):
+            return
+        scale = None
+        if stepping is not None:
+            numbers = {weight.optimizer for weight in self.binding.weights}
+            others = [self.binding.optimizers[number] for number in numbers]
+            unscale_others(stepping, [one for one in others if one is not stepping])
+            # A fused optimizer under GradScaler divides by the scale itself.
+            scale = getattr(stepping, "grad_scale", None)
+        self.absorb_external_writes()
+        gradients = self.binding.gradients
+        if self._passes is not None and self._passes.complete:
+            own = self._passes.at_step(gradients, scale)
+        else:
+            self._warn_of_passes()
+            completion = self._completion(gradients, scale)
+            add_terms(gradients, completion)
+            own = dict(completion.own)
+        set_own_gradients(self.method, own)
+        self.pending.complete()
+
+    def _completion(self, gradients: Sequence[Tensor | None], scale: Tensor | None) -> Completion:
+        effective = [held.detach() for held in self.binding.local]
+        return self.method.complete(self.weights, self.pruning, gradients, effective, scale)
+
+    def _warn_of_passes(self) -> None:
+        passes = self.method.facts.passes
+        if passes > 1 and not self._warned_of_passes:
+            self._warned_of_passes = True
+            warn(
+                f"The option passes={passes} is set, but this step took one pass. Run forward and "
+                "backward pass in `for fraction in sparsifier.passes():`."
+            )
+
+    @torch.no_grad()
+    def begin_pass(self, number: int) -> None:
+        """Begin one of several passes of a step, with random numbers of its own."""
+        if number == 0:
+            self.forget_own_gradients()
+            return
+        self.absorb_external_writes()
+        name = self.method.facts.random
+        if name is None:
+            return
+        self.method.state[name].flat.add_(1)
+        self.write_effective()
+        if self._passes is not None:
+            self._passes.begin(self._completion(self.binding.gradients, None))
+
+    @torch.no_grad()
+    def end_pass(self) -> None:
+        """End one of several passes of a step."""
+        if self.method.facts.random is None:
+            return
+        if self._passes is None:
+            self._passes = PassGradients()
+        gradients = self.binding.gradients
+        self._passes.end(gradients, self._completion(gradients, None))
+
+    # What others did to the parameters
+
+    @torch.no_grad()
+    def absorb_external_writes(self) -> bool:
+        """Take over written values as latent weights; return whether there may be any."""
+        if self.in_backward.is_open:
+            return False  # parameters hold the values of the forward pass
+        self.follow_parameters()
+        held = self.binding.local
+        suspects = self.written.suspects(self.weights, held)
+        if suspects:
+            effective = self.method.effective_weights(self.weights, self.pruning)
+            adopt_written(self.weights, suspects, held, effective)
+        return bool(suspects)
+
+    @torch.no_grad()
+    def follow_parameters(self) -> None:
+        """Follow parameters that were replaced, moved or cast since the last check."""
+        current = self.binding.current()
+        self._check_held(current)
+        found = [layout(parameter) for parameter in current]
+        pairs = zip(self.binding.parameters, current, strict=True)
+        if all(old is new for old, new in pairs) and found == self._layout:
+            return
+        before = self.weights
+        effective = self.method.effective_weights(before, self.pruning)
+        check_storage(self.binding.names, current)
+        check_shards(before, current)
+        for i, (weight, parameter) in enumerate(zip(self.binding.weights, current, strict=True)):
+            replaced, weight.parameter = weight.parameter is not parameter, parameter
+            if replaced and parameter.grad is not None and self._gradient_hooks:
+                # The gradient was computed without our hook.
+                parameter.grad = hook_for(i, parameter, self._pull_back)(parameter.grad)
+        self.weights, self._layout = LatentWeights(current), found
+        require_shards_supported(self.method, self.weights)
+        whole = before.shards is None  # then `fully_shard` may have been applied since
+        for p, u, old, new in zip(
+            current, effective, before.views, self.weights.views, strict=True
+        ):
+            if whole:
+                u, old = local_part(u, p), local_part(old, p)
+            held = local(p)
+            new.copy_(torch.where(held == u.to(held), old.to(held), held))
+        self.forget_own_gradients()
+        move_state(self.method, self.weights)
+        self.count = self.count.to(self.weights.device)
+        self.pruning = None
+        self._hook_gradients()
+        self.write_effective()
+
+    def _check_held(self, current: Sequence[Tensor]) -> None:
+        lost = self.binding.lost(self.model, current)
+        if lost and fsdp_units(self.model):
+            # `fully_shard` may show gathered parameters instead, also after an evaluation.
+            if not in_backward():
+                reshard(self.model)
+            lost = [] if in_backward() else self.binding.lost(self.model, current)
+        if lost:
+            raise StateError(
+                f"The model's {lost[0]} is no longer the parameter that the optimizer trains, as "
+                "after load_state_dict(assign=True). Load with assign=False, or create optimizer "
+                "and sparsifier again."
+            )
+
+    def release(self) -> None:
+        """Remove the hooks on gradients."""
+        for handle in self._gradient_hooks:
+            handle.remove()
+
+
+def require_shards_supported(method: BoundMethod, weights: LatentWeights) -> None:
+    """Raise ConfigurationError if the weights are sharded and the method needs all of them."""
+    if weights.shards is not None and not method.facts.on_shards:
+        raise ConfigurationError(ONE_PROCESS)
+
+
+def check_shards(before: LatentWeights, current: Sequence[Tensor]) -> None:
+    """Raise StateError if parameters were sharded in one way and are now in another."""
+    if before.shards is not None and not all(
+        is_sharded(p) and local(p).shape == old.shape
+        for p, old in zip(current, before.views, strict=True)
+    ):
+        raise StateError(
+            "The shards of the model changed after sparsify. Create optimizer and sparsifier again, "
+            "and load their state dicts by torch.distributed.checkpoint."
+        )

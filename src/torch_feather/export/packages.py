@@ -1,0 +1,35 @@
+"""Optional packages, imported when they are needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def import_safetensors() -> Any:
+    """Return the package safetensors.
+
+    Raises:
+        ImportError: it is not installed; the message says how to install it.
+    """
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "Sparse files require safetensors: pip install 'torch-feather[files]'"
+        ) from error
+    return safetensors
+
+
+def import_huggingface_hub() -> Any:
+    """Return the package huggingface_hub.
+
+    Raises:
+        ImportError: it is not installed; the message says how to install it.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(
+            "The Hugging Face hub requires its client: pip install 'torch-feather[hub]'"
+        ) from error
+    return huggingface_hub

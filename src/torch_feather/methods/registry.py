@@ -1,0 +1,216 @@
+"""Methods by name: the package's own, registered ones, entry points, and import paths."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from ..errors import ConfigurationError, nearest
+from .base import AnyMethod
+from .feather import feather
+from .feather_flops import feather_flops
+from .gmp import feather_gmp, gmp
+from .learned import asl, asl_plus, feather_asl_plus, str_
+from .probmask import probmask
+from .spartan import spartan
+from .st3 import st3, st3_sigma
+from .ste import hard_ste, soft_ste
+
+Factory = Callable[..., AnyMethod]
+"""Called with the keyword `sparsity`, if it takes it, and the method's options."""
+
+ENTRY_POINTS = "torch_feather.methods"
+
+METHODS: dict[str, Factory] = {
+    "feather": feather,
+    "feather-gmp": feather_gmp,
+    "feather-flops": feather_flops,
+    "feather-asl+": feather_asl_plus,
+    "hard-ste": hard_ste,
+    "soft-ste": soft_ste,
+    "gmp": gmp,
+    "st3": st3,
+    "st3-sigma": st3_sigma,
+    "probmask": probmask,
+    "spartan": spartan,
+    "asl": asl,
+    "asl+": asl_plus,
+    "str": str_,
+}
+_OWN = frozenset(METHODS)
+
+# Options of version 0.1 by method, and their present names.
+RENAMED_OPTIONS = dict.fromkeys(
+    ("asl", "asl+", "feather-asl+", "str"), {"rate": "lr_multiplier"}
+) | {"probmask": {"rate": "lr"}}
+
+
+def available_methods() -> list[str]:
+    """Return the names that `sparsify` and `feather train --method` accept.
+
+    They also accept `package.module:factory` for a factory that has no name.
+
+    Example:
+        >>> "feather" in available_methods()
+        True
+    """
+    return [*METHODS, *(name for name in _entry_points() if name not in METHODS)]
+
+
+def register_method(name: str, factory: Factory) -> None:
+    """Make a method available by name.
+
+    A package can do the same with an entry point of the group `torch_feather.methods`.
+
+    Args:
+        name: the name for `sparsify` and `feather train --method`.
+        factory: called with the keyword `sparsity` (if it takes it) and the method's options;
+            returns an object with `bind(context)`, such as `methods.Method`.
+
+    Raises:
+        ConfigurationError: the name belongs to another method, contains ':', or the factory is not
+            callable.
+
+    Example:
+        >>> from torch_feather.methods import feather
+        >>> register_method("feather-p2", lambda *, sparsity: feather(sparsity=sparsity, p=2.0))
+        >>> "feather-p2" in available_methods()
+        True
+    """
+    if not isinstance(name, str) or not name or ":" in name:
+        raise ConfigurationError(f"A method's name is text without ':', got {name!r}.")
+    if not callable(factory):
+        raise ConfigurationError(f"factory must be callable, got {factory!r}.")
+    if name in _OWN:
+        raise ConfigurationError(f"{name!r} is a method of torch-feather. Choose another name.")
+    METHODS[name] = factory
+
+
+def find_method(name: str) -> Factory:
+    """Return the factory of a method.
+
+    Args:
+        name: a registered name, the name of an entry point, or `package.module:factory`.
+
+    Raises:
+        ConfigurationError: there is none; the message says what to import.
+
+    Example:
+        >>> find_method("torch_feather.methods:feather").__name__
+        'feather'
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if isinstance(name, str) and ":" in name:
+        return _imported(name)
+    found = _entry_points().get(name)
+    if found is not None:
+        return found.load()
+    names = available_methods()
+    raise ConfigurationError(
+        f"There is no method {name!r}{nearest(name, names)} There are: {', '.join(names)}. If your "
+        "code registers it, import that module first (feather.register_method), or name its factory: "
+        "'package.module:factory'."
+    )
+
+
+def method_options(name: str) -> dict[str, Any]:
+    """Return the options of a method and their defaults.
+
+    Args:
+        name: as for `find_method`.
+
+    Example:
+        >>> method_options("gmp")["every"]
+        1
+    """
+    parameters = inspect.signature(find_method(name)).parameters.values()
+    kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
+    return {p.name: p.default for p in parameters if p.name != "sparsity" and p.kind not in kinds}
+
+
+def current_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with present names in place of those of version 0.1.
+
+    Args:
+        name: name of the method.
+        options: its options, old names included.
+
+    Example:
+        >>> current_options("str", {"rate": 0.5})
+        {'lr_multiplier': 0.5}
+    """
+    renamed = RENAMED_OPTIONS.get(name, {})
+    return {renamed.get(option, option): value for option, value in options.items()}
+
+
+def build_method(name: str, *, sparsity: float, **options: Any) -> AnyMethod:
+    """Return the method called `name` for a final sparsity.
+
+    Args:
+        name: as for `find_method`.
+        sparsity: final fraction of zeros.
+        **options: see `method_options`.
+
+    Raises:
+        ConfigurationError: an unknown name or option (the message names the nearest), or an invalid
+            value.
+
+    Example:
+        >>> build_method("feather", sparsity=0.9, p=2.0).operator
+        Power(p=2.0)
+    """
+    factory, known = find_method(name), method_options(name)
+    for old, new in RENAMED_OPTIONS.get(name, {}).items():
+        if old in options:
+            warnings.warn(
+                f"Option {old!r} of method {name!r} is now called {new!r}.",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+    options = current_options(name, options)
+    parameters = inspect.signature(factory).parameters
+    free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for option in options:
+        if option not in known and not free:
+            raise ConfigurationError(
+                f"Method {name!r} has no option {option!r}{nearest(option, known)} "
+                f"Its options: {', '.join(known) or 'none'}."
+            )
+    if "sparsity" in parameters or free:
+        options["sparsity"] = sparsity
+    method = factory(**options)
+    if not hasattr(method, "bind"):
+        raise ConfigurationError(
+            f"The factory of method {name!r} returned {type(method).__name__}, which has no "
+            "bind(context). Return a torch_feather.methods.Method or an object with bind(context)."
+        )
+    return method
+
+
+def _entry_points() -> dict[str, Any]:
+    """Return the entry points of installed packages, by name."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def _imported(path: str) -> Factory:
+    """Return the factory at `package.module:factory`."""
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(
+            f"Method {path!r}: module {module!r} cannot be imported ({error}). Install it, or add "
+            "its folder to PYTHONPATH."
+        ) from error
+    except AttributeError:
+        raise ConfigurationError(
+            f"Method {path!r}: module {module!r} has no {attribute!r}."
+        ) from None
+    if not callable(found):
+        raise ConfigurationError(f"Method {path!r}: {attribute!r} is not callable.")
+    return found

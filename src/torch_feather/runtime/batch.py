@@ -1,0 +1,110 @@
+"""A plan for one batch size: the tables of its layers, and where activations are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+from .kernels import Tile, Variant, library, tiles, vector_widths
+from .memory import round_up
+from .plan import Plan, Sparse, Torch
+from .planes import Planes
+
+
+class BatchPlan:
+    """A plan for one batch size, shared by all calls with a batch of this size.
+
+    Attributes:
+        plan: the steps.
+        constants: values of the `get_attr` nodes of the graph, by name.
+        batch: number of samples.
+        tiles: requested tile of each layer, by the name of its weight.
+        threads: number of threads of sparse layers.
+        offsets: first float32 value of each activation in a workspace.
+        size: number of float32 values in a workspace.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        constants: Mapping[str, Any],
+        batch: int,
+        tiles: Mapping[str, Tile],
+        threads: int,
+    ) -> None:
+        self.plan, self.constants, self.batch, self.threads = plan, constants, batch, threads
+        self.tiles = tiles
+        self._tables: dict[tuple[Sparse, int], dict[str, np.ndarray]] = {}
+        self.offsets, self.size = self._allocate()
+
+    def tables(self, step: Sparse) -> dict[str, np.ndarray]:
+        """Return the arrays that the record of a layer points to, by the name of the field.
+
+        Raises:
+            InputError: the batch is too large for offsets of 32 bits.
+        """
+        channels = self.tile(step).channels
+        if (step, channels) not in self._tables:
+            grouped, layout = step.taps.grouped(channels), step.out.layout.root()
+            try:
+                taps = grouped.table(layout, self.batch)
+            except OverflowError:
+                raise InputError(
+                    f"{step.layer.name}: a batch of {self.batch} needs planes of more than 2^31 "
+                    "values. Split the batch."
+                ) from None
+            tables = {
+                "taps": taps,
+                "rows": grouped.rows,
+                "channels": grouped.order,
+                "bias": np.ascontiguousarray(step.layer.bias.numpy()),
+                "blocks": grouped.blocks(self.threads),
+            }
+            mask = step.out.mask(self.batch)
+            if mask is not None:
+                tables["mask"] = mask
+            # If two threads create the tables at once, both use those that were stored first.
+            return self._tables.setdefault((step, channels), tables)
+        return self._tables[step, channels]
+
+    def tile(self, step: Sparse) -> Tile:
+        """Return the tile of a layer: the requested one, or the closest one that fits."""
+        plane, channels = step.out.layout.root().channel_stride(self.batch), step.layer.channels[1]
+        requested = Tile(*self.tiles[step.layer.name])
+        width = requested.width
+        if width not in vector_widths():  # tuned on another machine
+            width = vector_widths()[0]
+        alike = [t for t in tiles() if t.width == width and t.vectors * width <= plane]
+        most = requested.channels if step.layer.combine == "fma" else 1
+        shared = max(t.channels for t in alike if t.channels <= most and not channels % t.channels)
+        fitting = [t for t in alike if t.channels == shared]
+        smaller = [t for t in fitting if t.vectors <= requested.vectors]
+        return max(smaller) if smaller else min(fitting)
+
+    def kernel(self, step: Sparse) -> tuple[Tile, int]:
+        """Return the tile of a layer and the address of its kernel."""
+        tile, masks = self.tile(step), "mask" in self.tables(step)
+        variant = Variant(tile, step.layer.combine, step.residual is not None, masks)
+        return tile, library().convolutions[variant]
+
+    def _allocate(self) -> tuple[dict[Planes, int], int]:
+        """Assign memory to activations, so that those in use at the same time do not overlap."""
+        offsets: dict[Planes, int] = {}
+        live: list[Planes] = []
+        total = 0
+        for i, step in enumerate(self.plan.steps):
+            live = [planes for planes in live if self.plan.last_use[planes] >= i]
+            if isinstance(step, Torch):
+                continue
+            size, start = round_up(step.out.size(self.batch)), 0
+            for taken in sorted(live, key=offsets.__getitem__):
+                if offsets[taken] - start >= size:
+                    break
+                start = max(start, offsets[taken] + round_up(taken.size(self.batch)))
+            offsets[step.out] = start
+            live.append(step.out)
+            total = max(total, start + size)
+        return offsets, total

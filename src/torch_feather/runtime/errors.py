@@ -1,0 +1,17 @@
+"""Errors of the CPU runtime."""
+
+from __future__ import annotations
+
+from ..errors import FeatherError
+
+
+class CaptureError(FeatherError):
+    """The model cannot be captured as a graph."""
+
+
+class InputError(FeatherError, ValueError):
+    """A model, option or input that the compiled network does not support."""
+
+
+class RuntimeMissingError(FeatherError, ImportError):
+    """The package that generates machine code is not installed."""

@@ -1,0 +1,290 @@
+"""Fusion: layers with constant weights, and the operations after them, become one node each.
+
+A batch norm, a constant factor per channel, a residual addition and a clamp are fused into the
+convolution or linear layer before them. The target of the new node is a `Layer`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from .layer import Layer, MaxPool
+
+aten = torch.ops.aten
+BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+# Functions that depend on the strides of their input, which differ in planes.
+NEEDS_CONTIGUOUS = (
+    aten.as_strided.default,
+    aten.view_as_complex.default,
+    aten.view.dtype,
+)
+
+Constants = dict[Node, Tensor]
+
+
+def fuse(module: GraphModule) -> GraphModule:
+    """Replace layers with constant weights, and the operations after them, by `Layer` nodes.
+
+    Args:
+        module: an exported model, which is modified.
+
+    Returns:
+        The module.
+    """
+    for part in graphs_of(module):
+        _normalize(part.graph)
+        part.recompile()
+    graph, constants = module.graph, _constants(module)
+    alive, uses = set(graph.nodes), Counter[str]()
+    for node in list(graph.nodes):
+        if node in alive and (layer := _layer(node, constants)):
+            uses[layer.name] += 1
+            if uses[layer.name] > 1:  # shared weights, maybe at another input size
+                layer = replace(layer, name=f"{layer.name}@{uses[layer.name]}")
+            _fuse_layer(graph, node, layer, constants)
+            alive = set(graph.nodes)
+    graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module
+
+
+def graphs_of(module: GraphModule) -> list[GraphModule]:
+    """Return the graph of a model and those of its branches (torch.cond)."""
+    return [part for part in module.modules() if isinstance(part, GraphModule)]
+
+
+def attributes(module: GraphModule) -> dict[Node, Any]:
+    """Return the values of the `get_attr` nodes: weights, buffers, and branches of torch.cond."""
+    found: dict[Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(module)
+            found[node] = value.detach() if isinstance(value, Tensor) else value
+    return found
+
+
+def _normalize(graph: Graph) -> None:
+    """Remove guards and dropout, and adapt functions that depend on strides."""
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.name.startswith("_guards"):
+            graph.erase_node(node)  # `Captured.accepts` evaluates them
+        elif node.target is aten.dropout.default and not node.args[2]:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.op == "call_function" and node.target is aten.view.default:
+            node.target = aten.reshape.default  # planes have strides that view may not support
+        elif node.target in NEEDS_CONTIGUOUS:
+            _make_contiguous(graph, node)
+
+
+def _make_contiguous(graph: Graph, node: Node) -> None:
+    x = node.args[0]
+    assert isinstance(x, Node)
+    with graph.inserting_before(node):
+        clone = graph.call_function(
+            aten.clone.default, (x,), {"memory_format": torch.contiguous_format}
+        )
+    clone.meta["val"] = x.meta["val"]
+    node.replace_input_with(x, clone)
+
+
+def _constants(module: GraphModule) -> Constants:
+    """Compute all tensors that do not depend on the input."""
+    known = {n: value for n, value in attributes(module).items() if isinstance(value, Tensor)}
+    for node in module.graph.nodes:
+        if (
+            node.op == "call_function"
+            and node.all_input_nodes
+            and all(n in known for n in node.all_input_nodes)
+            and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+            and isinstance(node.meta.get("val"), Tensor)
+        ):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+            known[node] = node.target(*args, **kwargs)
+    return known
+
+
+# Layers
+
+
+def _layer(node: Node, constants: Constants) -> Layer | None:
+    """Return the layer that a node computes; None if it is no layer with constant weights."""
+    if node.op != "call_function":
+        return None
+    read = LAYERS.get(node.target)
+    if read is None:
+        return None
+    x = node.args[0].meta["val"]  # type: ignore[union-attr]
+    images = x.dim() == 4
+    if x.dtype != torch.float32 or not (images or node.target is aten.linear.default):
+        return None
+    return read(node, constants)
+
+
+def _max_pool(node: Node, constants: Constants) -> Layer | None:
+    args: list[Any] = list(node.args) + [None] * 7
+    kernel, stride = _pair(args[1], 1), _pair(args[2] or args[1], 1)
+    padding, dilation = _pair(args[3], 0), _pair(args[4], 1)
+    if args[5]:  # ceil_mode
+        return None
+    channels = args[0].meta["val"].shape[1]
+    return MaxPool.create(node.name, channels, kernel, stride, padding, dilation)
+
+
+def _batch_norm(node: Node, constants: Constants) -> Layer | None:
+    x = node.args[0].meta["val"]  # type: ignore[union-attr]
+    channels = x.shape[1]
+    ones = torch.ones(channels, 1, 1, 1, dtype=x.dtype, device="cpu")
+    identity = Layer(node.name, ones, ones.new_zeros(channels), groups=channels)
+    return _folded(node, identity, constants)
+
+
+def _weighted(node: Node, constants: Constants) -> Layer | None:
+    """Return a convolution or linear layer."""
+    args: list[Any] = list(node.args) + [None] * 7
+    weight, bias = constants.get(args[1]), constants.get(args[2])
+    if weight is None or (bias is None and args[2] is not None) or weight.dim() < 2:
+        return None
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    if bias.shape != weight.shape[:1] or {weight.dtype, bias.dtype} != {torch.float32}:
+        return None
+    name = str(args[1].target) if args[1].op == "get_attr" else args[1].name
+    if node.target is aten.linear.default:
+        return Layer(name, weight, bias)
+    stride, dilation = _pair(args[3], 1), _pair(args[5], 1)
+    if isinstance(args[4], str):
+        reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if args[4] == "same" and any(r % 2 for r in reach):
+            return None  # more padding at one side
+        padding = (reach[0] // 2, reach[1] // 2) if args[4] == "same" else (0, 0)
+    else:
+        padding = _pair(args[4], 0)
+    return Layer(name, weight, bias, stride, padding, dilation, args[6] or 1)
+
+
+LAYERS: dict[Any, Any] = {
+    aten.max_pool2d.default: _max_pool,
+    BATCH_NORM: _batch_norm,
+    aten.conv2d.default: _weighted,
+    aten.conv2d.padding: _weighted,
+    aten.linear.default: _weighted,
+}
+
+
+def _pair(value: Any, default: int) -> tuple[int, int]:
+    if value is None:
+        return default, default
+    values = list(value) * (2 // len(value))
+    return values[0], values[1]
+
+
+# Operations after a layer
+
+
+def _fuse_layer(graph: Graph, node: Node, layer: Layer, constants: Constants) -> None:
+    """Replace a node, and the operations after it that can be fused, by `layer`."""
+    residual: Node | None = None
+    chain = [node, *node.users] if node.target is BATCH_NORM else [node]
+    while (user := _only_user(chain[-1])) is not None:
+        linear_so_far = layer.combine == "fma" and residual is None
+        if linear_so_far and (factor := _factor(user, chain[-1], layer, constants)) is not None:
+            layer = layer.scaled(factor)
+        elif linear_so_far and (folded := _folded(user, layer, constants)) is not None:
+            layer = folded
+            chain.append(user)
+            (user,) = user.users
+        elif linear_so_far and (other := _addend(user, chain[-1])) is not None:
+            residual = other
+        else:
+            if (bounds := _bounds(user)) is not None:
+                layer = replace(layer, low=bounds[0], high=bounds[1])
+                chain.append(user)
+            break
+        chain.append(user)
+    with graph.inserting_before(chain[-1]):
+        inputs = (node.args[0],) if residual is None else (node.args[0], residual)
+        fused = graph.call_function(layer, inputs)
+    fused.meta["val"] = chain[-1].meta["val"]
+    chain[-1].replace_all_uses_with(fused)
+    for replaced in reversed(chain):
+        graph.erase_node(replaced)
+
+
+def _only_user(node: Node) -> Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].op == "call_function" else None
+
+
+def _folded(user: Node, layer: Layer, constants: Constants) -> Layer | None:
+    """Return the layer with a batch norm folded in; None if `user` is none that can be folded."""
+    if user.target is not BATCH_NORM or layer.linear:
+        return None
+    if any(u.target is not operator.getitem or u.args[1] != 0 for u in user.users):
+        return None  # the model uses the statistics
+    weight, bias, mean, var = (constants.get(a) for a in user.args[1:5])  # type: ignore[arg-type]
+    if mean is None or var is None or len(user.users) != 1:
+        return None
+    factor = (var.double() + user.args[6]).rsqrt()  # type: ignore[operator]
+    if weight is not None:
+        factor = factor * weight.double()
+    shift = -mean.double() * factor
+    return layer.scaled(factor, shift if bias is None else shift + bias.double())
+
+
+def _factor(user: Node, last: Node, layer: Layer, constants: Constants) -> Tensor | None:
+    """Return the constant factors per channel by which `user` multiplies the result."""
+    if user.target is not aten.mul.Tensor or last not in user.args:
+        return None
+    other = user.args[1] if user.args[0] is last else user.args[0]
+    factor = constants.get(other) if isinstance(other, Node) else None
+    if factor is None:
+        return None
+    out = layer.channels[1]
+    shape = (out,) if layer.linear else (out, 1, 1)
+    matches = factor.numel() == out and tuple(factor.shape[-len(shape) :]) == shape
+    return factor.reshape(-1) if matches and _is_alike(user, last) else None
+
+
+def _addend(user: Node, last: Node) -> Node | None:
+    """Return the value of the same shape that `user` adds to the result."""
+    if user.target is not aten.add.Tensor or user.kwargs or len(user.args) != 2:
+        return None
+    a, b = user.args
+    if not (isinstance(a, Node) and isinstance(b, Node)) or a is b:
+        return None
+    other = b if a is last else a
+    return other if _is_alike(other, last) else None
+
+
+def _is_alike(a: Node, b: Node) -> bool:
+    """Return whether two values have the same shape and type."""
+    return _shape(a) == _shape(b) and a.meta["val"].dtype == b.meta["val"].dtype
+
+
+def _shape(node: Node) -> tuple[Any, ...] | None:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _bounds(user: Node) -> tuple[float, float] | None:
+    """Return the bounds to which `user` clamps the result."""
+    if user.target is aten.relu.default:
+        return 0.0, math.inf
+    if user.target in (aten.hardtanh.default, aten.clamp.default):
+        bounds = [-1.0, 1.0] if user.target is aten.hardtanh.default else [-math.inf, math.inf]
+        for i, given in enumerate(user.args[1:3]):
+            if isinstance(given, Node):
+                return None
+            if given is not None:
+                bounds[i] = float(given)  # type: ignore[arg-type]
+        return None if user.kwargs else (bounds[0], bounds[1])
+    return None

@@ -1,0 +1,34 @@
+"""Machine code for the host processor, generated with LLVM.
+
+A kernel computes a range of work items of one operation. An operation consists of a kernel, the
+address of its arguments (a record) and its number of work items. The function `run` executes a
+list of operations on all threads, with a barrier after each operation.
+
+`records` defines the tables that Python and machine code share, `tiles` the shapes of the
+convolution kernels. `convolution`, `plane_copy` and `schedule` emit LLVM IR as text, and `build`
+compiles it.
+"""
+
+from .build import KernelLibrary, emit_module, library
+from .convolution import Variant
+from .host import llvm, machine, openmp, vector_widths
+from .plane_copy import CHANNEL_BLOCK
+from .records import CONVOLUTION, COPY, OPERATION
+from .tiles import Tile, tiles
+
+__all__ = [
+    "CHANNEL_BLOCK",
+    "CONVOLUTION",
+    "COPY",
+    "OPERATION",
+    "KernelLibrary",
+    "Tile",
+    "Variant",
+    "emit_module",
+    "library",
+    "llvm",
+    "machine",
+    "openmp",
+    "tiles",
+    "vector_widths",
+]

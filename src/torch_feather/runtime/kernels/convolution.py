@@ -1,0 +1,247 @@
+"""LLVM IR of the sparse convolution kernels.
+
+A tap is a nonzero weight: a constant offset in pixels from an output pixel to an input pixel, and
+the weight's value. A work item is one tile of pixels of one block of groups of output channels:
+
+    if i0 == 0:
+        set the memory before and after the output to 0
+    for i in range(i0, i1):
+        tile, block = divmod(i, n_blocks)
+        p = min(tile * tile_pixels, last)
+        for g in range(blocks[block], blocks[block + 1]):
+            o = channels[g * tile_channels : (g + 1) * tile_channels]
+            y = bias[o]                                       # stays in registers
+            for k in range(rows[g], rows[g + 1]):
+                offset, weights = taps[k]
+                y = combine(y, weights, x[p + offset])
+            out[o, p] = clamp(y + residual[o, p], low, high) & mask[p]
+
+where `p` stands for `tile_pixels` consecutive pixels. Each function below emits one level of this
+loop nest. Comparisons propagate NaN, as in PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .records import CONVOLUTION, fields
+from .tiles import Tile
+
+# Types of the fields of a record that are not pointers.
+FIELD_TYPES = {
+    "low": "float",
+    "high": "float",
+    **dict.fromkeys(("n_blocks", "plane", "last", "lead_bytes", "trail_bytes"), "i64"),
+}
+
+
+class Variant(NamedTuple):
+    """A convolution kernel.
+
+    Attributes:
+        tile: output that it keeps in registers.
+        combine: "fma" adds pixel times weight; "max" takes the larger of pixel and sum and ignores
+            the weight.
+        residual: whether it adds a residual.
+        mask: whether it sets pixels between images to 0.
+    """
+
+    tile: Tile
+    combine: str
+    residual: bool
+    mask: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the function."""
+        size = "x".join(map(str, self.tile))
+        return f"{self.combine}_{size}" + "_residual" * self.residual + "_mask" * self.mask
+
+    @property
+    def floats(self) -> str:
+        """LLVM type of a vector of pixels."""
+        return f"<{self.tile.width} x float>"
+
+    @property
+    def ints(self) -> str:
+        """LLVM type of a vector of int32."""
+        return f"<{self.tile.width} x i32>"
+
+    @property
+    def cells(self) -> list[tuple[int, int]]:
+        """Channel and vector of each register of the tile."""
+        return [(r, j) for r in range(self.tile.channels) for j in range(self.tile.vectors)]
+
+
+def declare_intrinsics(width: int) -> Iterator[str]:
+    """Yield the declarations that the kernels of one vector width need."""
+    v = f"<{width} x float>"
+    yield f"declare {v} @llvm.fma.v{width}f32({v}, {v}, {v})"
+    yield f"declare {v} @llvm.maximum.v{width}f32({v}, {v})"
+
+
+def emit_convolution(variant: Variant) -> Iterator[str]:
+    """Yield the lines of the function `variant.name(record, i0, i1)`."""
+    yield f"define void @{variant.name}(ptr %record, i64 %i0, i64 %i1) {{"
+    yield "entry:"
+    yield from _load_record(variant)
+    yield from _clear_edges()
+    yield from _begin_item(variant)
+    yield from _begin_group(variant)
+    yield from _combine_taps(variant)
+    yield from _end_group(variant)
+    yield from _end_item()
+    yield "}"
+
+
+def _splat(variant: Variant, name: str, scalar: str) -> Iterator[str]:
+    """Copy a scalar into all elements of a vector."""
+    v = variant.floats
+    yield f"  %{name}.one = insertelement {v} poison, float {scalar}, i32 0"
+    yield f"  %{name} = shufflevector {v} %{name}.one, {v} poison, {variant.ints} zeroinitializer"
+
+
+def _load_record(variant: Variant) -> Iterator[str]:
+    for name, offset in fields(CONVOLUTION):
+        yield f"  %{name}.field = getelementptr i8, ptr %record, i64 {offset}"
+        yield f"  %{name}.value = load {FIELD_TYPES.get(name, 'ptr')}, ptr %{name}.field"
+    yield from _splat(variant, "low", "%low.value")
+    yield from _splat(variant, "high", "%high.value")
+
+
+def _clear_edges() -> Iterator[str]:
+    yield "  %first = icmp eq i64 %i0, 0"
+    yield "  br i1 %first, label %edges, label %begin"
+    yield "edges:"
+    for edge in ("lead", "trail"):
+        yield (
+            f"  call void @llvm.memset.p0.i64(ptr %{edge}.value, i8 0, i64 %{edge}_bytes.value, "
+            "i1 false)"
+        )
+    yield "  br label %begin"
+    yield "begin:"
+    yield "  %some = icmp ult i64 %i0, %i1"
+    yield "  br i1 %some, label %item, label %exit"
+
+
+def _begin_item(variant: Variant) -> Iterator[str]:
+    yield "item:"
+    yield "  %i = phi i64 [ %i0, %begin ], [ %i.next, %item.end ]"
+    yield "  %t = udiv i64 %i, %n_blocks.value"
+    yield "  %t.first = mul i64 %t, %n_blocks.value"
+    yield "  %block = sub i64 %i, %t.first"
+    yield "  %block.at = getelementptr i64, ptr %blocks.value, i64 %block"
+    yield "  %g0 = load i64, ptr %block.at"
+    yield "  %block.after = getelementptr i64, ptr %block.at, i64 1"
+    yield "  %g1 = load i64, ptr %block.after"
+    yield f"  %p.unbound = mul i64 %t, {variant.tile.vectors * variant.tile.width}"
+    yield "  %p.over = icmp ugt i64 %p.unbound, %last.value"
+    yield "  %p = select i1 %p.over, i64 %last.value, i64 %p.unbound"
+    yield "  %x = getelementptr float, ptr %x.value, i64 %p"
+    if variant.mask:
+        yield "  %mask = getelementptr i32, ptr %mask.value, i64 %p"
+    yield "  %filled = icmp ult i64 %g0, %g1"
+    yield "  br i1 %filled, label %group, label %item.end"
+
+
+def _begin_group(variant: Variant) -> Iterator[str]:
+    channels = variant.tile.channels
+    yield "group:"
+    yield "  %g = phi i64 [ %g0, %item ], [ %g.next, %group.end ]"
+    yield "  %row = getelementptr i32, ptr %rows.value, i64 %g"
+    yield "  %row.after = getelementptr i32, ptr %row, i64 1"
+    for name, at in (("k0", "row"), ("k1", "row.after")):
+        yield f"  %{name}.short = load i32, ptr %{at}"
+        yield f"  %{name} = zext i32 %{name}.short to i64"
+    yield f"  %g.first = mul i64 %g, {channels}"
+    for r in range(channels):
+        yield f"  %place.{r} = add i64 %g.first, {r}"
+        yield f"  %o.at.{r} = getelementptr i32, ptr %channels.value, i64 %place.{r}"
+        yield f"  %o.short.{r} = load i32, ptr %o.at.{r}"
+        yield f"  %o.{r} = zext i32 %o.short.{r} to i64"
+        yield f"  %bias.at.{r} = getelementptr float, ptr %bias.value, i64 %o.{r}"
+        yield f"  %bias.here.{r} = load float, ptr %bias.at.{r}"
+        yield from _splat(variant, f"bias.{r}", f"%bias.here.{r}")
+    yield "  %tapped = icmp ult i64 %k0, %k1"
+    yield "  br i1 %tapped, label %tap, label %group.end"
+
+
+def _combine_taps(variant: Variant) -> Iterator[str]:
+    (vectors, width, channels), v = variant.tile, variant.floats
+    yield "tap:"
+    yield "  %k = phi i64 [ %k0, %group ], [ %k.next, %tap ]"
+    for r, j in variant.cells:
+        yield f"  %sum.{r}.{j} = phi {v} [ %bias.{r}, %group ], [ %new.{r}.{j}, %tap ]"
+    yield f"  %tap.place = mul i64 %k, {1 + channels}"
+    yield "  %tap.at = getelementptr i32, ptr %taps.value, i64 %tap.place"
+    yield "  %offset.short = load i32, ptr %tap.at"
+    yield "  %offset = sext i32 %offset.short to i64"
+    for r in range(channels):
+        yield f"  %weight.at.{r} = getelementptr float, ptr %tap.at, i64 {1 + r}"
+        yield f"  %weight.here.{r} = load float, ptr %weight.at.{r}"
+        yield from _splat(variant, f"weight.{r}", f"%weight.here.{r}")
+    yield "  %x.here = getelementptr float, ptr %x, i64 %offset"
+    for j in range(vectors):
+        yield f"  %x.at.{j} = getelementptr float, ptr %x.here, i64 {j * width}"
+        yield f"  %x.{j} = load {v}, ptr %x.at.{j}, align 4"
+    for r, j in variant.cells:
+        if variant.combine == "fma":
+            intrinsic, operands = "fma", f"{v} %weight.{r}, {v} %x.{j}, {v} %sum.{r}.{j}"
+        else:
+            intrinsic, operands = "maximum", f"{v} %x.{j}, {v} %sum.{r}.{j}"
+        yield f"  %new.{r}.{j} = call {v} @llvm.{intrinsic}.v{width}f32({operands})"
+    yield "  %k.next = add i64 %k, 1"
+    yield "  %k.more = icmp ult i64 %k.next, %k1"
+    yield "  br i1 %k.more, label %tap, label %group.end"
+
+
+def _end_group(variant: Variant) -> Iterator[str]:
+    yield "group.end:"
+    for r, j in variant.cells:
+        yield f"  %y.{r}.{j} = phi {variant.floats} [ %bias.{r}, %group ], [ %new.{r}.{j}, %tap ]"
+    for r in range(variant.tile.channels):
+        yield f"  %plane.first.{r} = mul i64 %o.{r}, %plane.value"
+        yield f"  %q.{r} = add i64 %plane.first.{r}, %p"
+        yield f"  %out.{r} = getelementptr float, ptr %out.value, i64 %q.{r}"
+        if variant.residual:
+            yield f"  %residual.{r} = getelementptr float, ptr %residual.value, i64 %q.{r}"
+    for r, j in variant.cells:
+        yield from _store(variant, r, j)
+    yield "  %g.next = add i64 %g, 1"
+    yield "  %g.more = icmp ult i64 %g.next, %g1"
+    yield "  br i1 %g.more, label %group, label %item.end"
+
+
+def _store(variant: Variant, r: int, j: int) -> Iterator[str]:
+    """Add the residual, clamp, mask and store one register."""
+    v, iv, bv = variant.floats, variant.ints, f"<{variant.tile.width} x i1>"
+    c, skip = f"{r}.{j}", j * variant.tile.width
+    y = f"%y.{c}"
+    if variant.residual:
+        yield f"  %r.at.{c} = getelementptr float, ptr %residual.{r}, i64 {skip}"
+        yield f"  %r.{c} = load {v}, ptr %r.at.{c}, align 4"
+        yield f"  %yr.{c} = fadd {v} {y}, %r.{c}"
+        y = f"%yr.{c}"
+    for bound, test in (("low", "olt"), ("high", "ogt")):
+        yield f"  %{bound}.is.{c} = fcmp {test} {v} {y}, %{bound}"
+        yield f"  %{bound}.y.{c} = select {bv} %{bound}.is.{c}, {v} %{bound}, {v} {y}"
+        y = f"%{bound}.y.{c}"
+    if variant.mask:
+        yield f"  %m.at.{c} = getelementptr i32, ptr %mask, i64 {skip}"
+        yield f"  %m.{c} = load {iv}, ptr %m.at.{c}, align 4"
+        yield f"  %bits.{c} = bitcast {v} {y} to {iv}"
+        yield f"  %masked.{c} = and {iv} %bits.{c}, %m.{c}"
+        yield f"  %ym.{c} = bitcast {iv} %masked.{c} to {v}"
+        y = f"%ym.{c}"
+    yield f"  %out.at.{c} = getelementptr float, ptr %out.{r}, i64 {skip}"
+    yield f"  store {v} {y}, ptr %out.at.{c}, align 4"
+
+
+def _end_item() -> Iterator[str]:
+    yield "item.end:"
+    yield "  %i.next = add i64 %i, 1"
+    yield "  %i.more = icmp ult i64 %i.next, %i1"
+    yield "  br i1 %i.more, label %item, label %exit"
+    yield "exit:"
+    yield "  ret void"

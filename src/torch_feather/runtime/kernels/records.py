@@ -1,0 +1,76 @@
+"""Tables that Python fills and machine code reads.
+
+Each field takes 8 bytes. A float32 value is stored in the lower half; a field whose name ends in
+an underscore is the unused upper half of the field before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+# Arguments of a convolution kernel. All pointers are addresses.
+CONVOLUTION = np.dtype(
+    [
+        ("x", "i8"),  # first pixel of the input
+        ("taps", "i8"),  # for each tap an int32 offset in pixels, then a weight per channel
+        ("rows", "i8"),  # int32 (groups + 1,): first tap of each group of output channels
+        ("channels", "i8"),  # int32 (out,): output channels in the order of the groups
+        ("bias", "i8"),
+        ("out", "i8"),
+        ("residual", "i8"),
+        ("mask", "i8"),  # int32: all bits set at pixels of an image, 0 between images
+        ("blocks", "i8"),  # int64 (n_blocks + 1,): first group of each block of groups
+        ("n_blocks", "i8"),
+        ("plane", "i8"),  # pixels between consecutive channels of out and residual
+        ("last", "i8"),  # first pixel of the last tile, which may overlap the previous tile
+        ("lead", "i8"),  # memory before the first pixel of out, which is set to 0
+        ("lead_bytes", "i8"),
+        ("trail", "i8"),  # memory after the last pixel of out, which is set to 0
+        ("trail_bytes", "i8"),
+        ("low", "f4"),  # lower bound of the result
+        ("low_", "f4"),
+        ("high", "f4"),  # upper bound of the result
+        ("high_", "f4"),
+    ]
+)
+
+# Arguments of a kernel that copies a tensor into planes, split into phases. Strides of the source
+# are in float32 values.
+COPY = np.dtype(
+    [
+        ("source", "i8"),  # address of the first pixel
+        ("source_image", "i8"),  # stride between images
+        ("source_channel", "i8"),
+        ("source_row", "i8"),  # stride between rows of one phase
+        ("source_column", "i8"),
+        ("phases", "i8"),  # int64 (n, 3): first pixel in the source, rows and columns of a phase
+        ("out", "i8"),  # address of the first pixel
+        ("images", "i8"),
+        ("channels", "i8"),  # of the source
+        ("plane", "i8"),  # pixels between consecutive channels of out
+        ("image", "i8"),  # pixels between consecutive images
+        ("pitch", "i8"),  # pixels between consecutive rows
+        ("rows", "i8"),  # rows of an image, including padding
+        ("edge", "i8"),  # pixels before the first and after the last channel
+        ("all_channels", "i8"),  # of out
+        ("fill", "f4"),  # value of the padding
+        ("fill_", "f4"),
+    ]
+)
+
+# One operation of a program: addresses of a kernel and its record, and the number of work items.
+OPERATION = np.dtype([("kernel", "i8"), ("record", "i8"), ("items", "i8")])
+
+
+def fields(record: np.dtype) -> Iterator[tuple[str, int]]:
+    """Yield the name and byte offset of each field of a record, without the unused halves.
+
+    Example:
+        >>> list(fields(OPERATION))
+        [('kernel', 0), ('record', 8), ('items', 16)]
+    """
+    for name in record.names or ():
+        if not name.endswith("_"):
+            yield name, record.fields[name][1]  # type: ignore[index]

@@ -1,0 +1,36 @@
+"""Memory aligned to cache lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+LINE = 16  # float32 values in a cache line, and in the widest vector
+
+
+def round_up(n: int) -> int:
+    """Round a number of float32 values up to whole cache lines.
+
+    Example:
+        >>> round_up(17)
+        32
+    """
+    return -(-n // LINE) * LINE
+
+
+def aligned_zeros(count: int, dtype: Any = np.float32) -> np.ndarray:
+    """Return a one-dimensional array of zeros that starts at a cache line.
+
+    Args:
+        count: number of elements.
+        dtype: their type.
+
+    Example:
+        >>> aligned_zeros(100).ctypes.data % 64
+        0
+    """
+    size = count * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype)

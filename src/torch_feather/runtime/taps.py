@@ -1,0 +1,162 @@
+"""The nonzero weights of a layer as taps: what the convolution kernels read.
+
+A tap combines one input channel, at a constant distance in rows and columns from the output pixel,
+with a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .layer import Layer
+from .memory import aligned_zeros
+from .planes import PlaneLayout
+
+# Work of a group of channels without taps (bias, bounds, stores), in taps.
+GROUP_COST = 4
+
+
+@dataclass(frozen=True)
+class Taps:
+    """The taps of a layer.
+
+    The input of a layer with stride is split into phases: phase (a, b) consists of every stride-th
+    row from row a on and every stride-th column from column b on. Each phase has its own channels.
+
+    Attributes:
+        values: weights, ordered by output channel.
+        out: output channel of each tap.
+        key: a number that identifies (input channel, row, column) in the kernel of the layer.
+        channel: channel of the split input.
+        dy: distance from the output pixel in rows of the split input.
+        dx: distance in columns.
+        phases: first row and column of each phase; ((0, 0),) for stride 1.
+        channels: number of output channels.
+    """
+
+    values: np.ndarray
+    out: np.ndarray
+    key: np.ndarray
+    channel: np.ndarray
+    dy: np.ndarray
+    dx: np.ndarray
+    phases: tuple[tuple[int, int], ...]
+    channels: int
+
+    @classmethod
+    def from_layer(cls, layer: Layer) -> Taps:
+        """Return the taps of a layer.
+
+        Example:
+            >>> import torch
+            >>> layer = Layer("weight", torch.eye(3), torch.zeros(3))
+            >>> taps = Taps.from_layer(layer)
+            >>> taps.values, taps.channel
+            (array([1., 1., 1.], dtype=float32), array([0, 1, 2]))
+        """
+        weight = layer.weight.reshape(*layer.weight.shape[:2], *layer.weight.shape[2:] or (1, 1))
+        out, per_group, *kernel = weight.shape
+        o, c, ky, kx = weight.numpy().nonzero()
+        values = weight.numpy()[o, c, ky, kx].astype(np.float32)
+        c = c + o // (out // layer.groups) * per_group
+        y = ky * layer.dilation[0] - layer.padding[0]
+        x = kx * layer.dilation[1] - layer.padding[1]
+        (dy, a), (dx, b) = np.divmod(y, layer.stride[0]), np.divmod(x, layer.stride[1])
+        used, phase = np.unique(a * layer.stride[1] + b, return_inverse=True)
+        phases = tuple(divmod(int(p), layer.stride[1]) for p in used) or ((0, 0),)
+        channel = phase * layer.channels[0] + c
+        key = (c * kernel[0] + ky) * kernel[1] + kx
+        return cls(values, o, key, channel, dy, dx, phases, out)
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Largest distance of an input pixel from its output pixel, in rows and in columns."""
+        return int(np.abs(self.dy).max(initial=0)), int(np.abs(self.dx).max(initial=0))
+
+    def grouped(self, size: int) -> GroupedTaps:
+        """Return the taps of groups of output channels.
+
+        A group processes the union of the taps of its channels, so channels with similar numbers
+        of taps are grouped.
+
+        Args:
+            size: channels of a group; a divisor of the number of output channels.
+        """
+        counts = np.bincount(self.out, minlength=self.channels)
+        order = np.argsort(counts, kind="stable") if size > 1 else np.arange(self.channels)
+        position = np.empty(self.channels, np.int64)
+        position[order] = np.arange(self.channels)
+        group, member = np.divmod(position[self.out], size)
+        keys = int(self.key.max(initial=0)) + 1
+        found, first, tap = np.unique(
+            group * keys + self.key, return_index=True, return_inverse=True
+        )
+        values = np.zeros((len(found), size), np.float32)
+        values[tap, member] = self.values
+        rows = np.zeros(self.channels // size + 1, np.int32)
+        np.cumsum(np.bincount(group[first], minlength=len(rows) - 1), out=rows[1:])
+        source = self.channel[first], self.dy[first], self.dx[first]
+        return GroupedTaps(order.astype(np.int32), rows, values, *source)
+
+
+@dataclass(frozen=True)
+class GroupedTaps:
+    """The taps of groups of output channels.
+
+    Attributes:
+        order: (out,), the output channels in the order of the groups.
+        rows: (groups + 1,), the first tap of each group.
+        values: (taps, channels of a group), the weights.
+        channel: channel of the split input.
+        dy: distance from the output pixel in rows of the split input.
+        dx: distance in columns.
+    """
+
+    order: np.ndarray
+    rows: np.ndarray
+    values: np.ndarray
+    channel: np.ndarray
+    dy: np.ndarray
+    dx: np.ndarray
+
+    def table(self, layout: PlaneLayout, batch: int) -> np.ndarray:
+        """Return the table that a convolution kernel reads.
+
+        Args:
+            layout: of input and output.
+            batch: number of samples.
+
+        Returns:
+            int32 of shape (taps, 1 + channels of a group): the offset from output to input pixel,
+            then the bits of the weights.
+
+        Raises:
+            OverflowError: an offset does not fit into 32 bits.
+        """
+        layout = layout.root()
+        offsets = (
+            self.channel * layout.channel_stride(batch) + self.dy * layout.row_stride + self.dx
+        )
+        if offsets.max(initial=0) > np.iinfo(np.int32).max - 2 * layout.edge:
+            raise OverflowError
+        size = 1 + self.values.shape[1]
+        table = aligned_zeros(size * len(offsets), np.int32).reshape(len(offsets), size)
+        table[:, 0] = offsets
+        table[:, 1:] = self.values.view(np.int32)
+        return table
+
+    def blocks(self, count: int) -> np.ndarray:
+        """Return where to split the groups into blocks of about equal work.
+
+        Args:
+            count: number of blocks.
+
+        Returns:
+            int64 of shape (count + 1,), the first group of each block.
+        """
+        groups = len(self.rows) - 1
+        work = self.rows[1:] + np.arange(1, groups + 1) * GROUP_COST
+        targets = work[-1] * np.arange(1, count) / count
+        return np.array([0, *np.searchsorted(work, targets), groups], np.int64)

@@ -1,0 +1,143 @@
+"""Tuning: which layers run sparse, with which tiles, as measured on this machine."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from ..errors import FileFormatError
+from ..files import replace_file
+from .batch import BatchPlan
+from .kernels import Tile, tiles
+from .layer import Layer
+from .plan import Plan, Sparse
+from .planes import PlaneLayout
+from .timing import milliseconds
+from .workspace import Workspace
+
+
+@dataclass(frozen=True)
+class LayerTuning:
+    """How a layer runs, and the times that this is based on.
+
+    Attributes:
+        sparse: whether the layer runs sparse; otherwise it runs densely in PyTorch.
+        tile: tile of the sparse kernel: vectors of pixels, float32 values in a vector, and output
+            channels.
+        sparsity: fraction of the layer's weights that is zero.
+        dense_ms: milliseconds of the dense layer; None if it was not timed.
+        sparse_ms: milliseconds of the sparse layer; None if it was not timed.
+    """
+
+    sparse: bool
+    tile: Tile
+    sparsity: float
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+
+
+def tune_layer(
+    node: Node, layer: Layer, batch: int, threads: int, layout: PlaneLayout | None = None
+) -> LayerTuning:
+    """Time a layer densely and with each tile, on random input.
+
+    Args:
+        node: node of the layer.
+        layer: the layer.
+        batch: number of samples.
+        threads: number of threads of the sparse kernels.
+        layout: layout of its result in the network, which may have more padding than the layer
+            needs.
+
+    Returns:
+        The faster of both ways for this layer alone. The time of the whole network may favor the
+        other one.
+    """
+    sparsity = layer.sparsity
+    x, *residual = (_random_input(n, batch) for n in node.args if isinstance(n, Node))
+    dense = milliseconds(lambda: layer(x, *residual))
+    plan = _plan_of_layer(node, layer)
+    (step,) = (s for s in plan.steps if isinstance(s, Sparse))
+    if layout is not None:
+        step.out.layout.require(layout.height, layout.width, layout.pad_y, layout.pad_x)
+    requested = {layer.name: tiles()[0]}
+    batch_plan = BatchPlan(plan, {}, batch, requested, threads)
+    workspace = Workspace(batch_plan)
+    workspace(x, *residual)
+    times: dict[Tile, float] = {}
+    for tile in tiles():
+        requested[layer.name] = tile
+        if batch_plan.kernel(step)[0] == tile:  # it fits
+            run = partial(workspace.native([step]), workspace.values)
+            best = min(times.values(), default=math.inf)
+            times[tile] = milliseconds(run, min_total=2.0, give_up=1.5 * best)
+    fastest = min(times, key=times.__getitem__)
+    return LayerTuning(times[fastest] < dense, fastest, sparsity, dense, times[fastest])
+
+
+def save_tuning(tuning: Mapping[str, LayerTuning], path: str | Path) -> None:
+    """Write tuning results as JSON.
+
+    Args:
+        tuning: by the name of the layer's weight.
+        path: the file, which is replaced atomically.
+    """
+    text = json.dumps({name: asdict(layer) for name, layer in tuning.items()}, indent=1)
+    replace_file(Path(path), lambda file: file.write(f"{text}\n".encode()))
+
+
+def load_tuning(path: str | Path) -> dict[str, LayerTuning]:
+    """Read tuning results that `save_tuning` wrote.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileFormatError: it is damaged or holds something else.
+        OSError: the file cannot be read.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        tuning = {
+            name: LayerTuning(**(layer | {"tile": Tile(*layer["tile"])}))
+            for name, layer in found.items()
+        }
+        for layer in tuning.values():
+            times = (t for t in (layer.dense_ms, layer.sparse_ms) if t is not None)
+            if min(layer.tile) < 1 or not isinstance(layer.sparse, bool):
+                raise ValueError(layer)
+            [float(n) for n in (layer.sparsity, *times)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FileFormatError(
+            f"{path} holds no tuning results of compile_sparse, or is damaged ({error!r}). Compile "
+            "without it and save them again."
+        ) from error
+    return tuning
+
+
+def _plan_of_layer(node: Node, layer: Layer) -> Plan:
+    """Return the plan of a network that consists of one layer."""
+    graph = Graph()
+    inputs = []
+    for i, given in enumerate(node.args):
+        assert isinstance(given, Node)
+        inputs.append(graph.placeholder(f"x{i}"))
+        inputs[-1].meta["val"] = given.meta["val"]
+    only = graph.call_function(layer, tuple(inputs))
+    only.meta["val"] = node.meta["val"]
+    graph.output(only)
+    return Plan.build(graph, [layer])
+
+
+def _random_input(node: Node, batch: int) -> Tensor:
+    shape = (batch, *(int(n) for n in node.meta["val"].shape[1:]))
+    generator = torch.Generator().manual_seed(0)  # leave the global generator unchanged
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")

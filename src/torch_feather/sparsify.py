@@ -1,0 +1,93 @@
+"""`sparsify`: checks its arguments and attaches sparse training to an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from .errors import ConfigurationError
+from .methods import AnyMethod, build_method
+from .prunable import Filters, find_prunable, list_filters
+from .sparsifier import Sparsifier
+from .targets import Sparsity, Target, check_fraction
+from .weights.shards import reshard
+
+
+def sparsify(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    method: str | AnyMethod = "feather",
+    *,
+    sparsity: Sparsity,
+    total_steps: int,
+    include: Filters = None,
+    exclude: Filters = None,
+    count: str = "prunable",
+    **options: Any,
+) -> Sparsifier:
+    """Attach sparse training to an optimizer. The training loop does not change.
+
+    From now on, outside of `optimizer.step`, the model is the sparse model: everything evaluated,
+    saved or copied has exact zeros. `model.state_dict()` and `optimizer.state_dict()` are enough to
+    resume exactly.
+
+    Args:
+        model: the network; none of its modules or keys change.
+        optimizer: the optimizer that trains it, or several that each hold a part, in the order in
+            which they step. The schedule advances when the last one has stepped.
+        method: a name from `available_methods()`, an import path `package.module:factory`, or an
+            object with `bind(context)` such as `methods.Method`.
+        sparsity: final fraction of zeros among the prunable weights, in [0, 1); or one per group of
+            them, by a filter as for `include`: ``{"*.attn.*": 0.9, "*": 0.95}``. The first filter
+            that matches a weight counts, and each group is met exactly.
+        total_steps: optimizer steps of the whole training. The schedule stays at its end beyond.
+        include, exclude: which weights are prunable, see `prunable.find_prunable`.
+        count: reference of one `sparsity`: 'prunable' weights, or 'all' parameters of the model
+            (zeros are still among the prunable ones; `Sparsifier.target` is their fraction).
+        **options: options of the method, see `methods.method_options(name)`.
+
+    Returns:
+        The `Sparsifier`.
+
+    Raises:
+        ConfigurationError: an impossible request; the message says why and what to do.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(10, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sparsifier = sparsify(model, optimizer, sparsity=0.9, total_steps=2)
+        >>> for _ in range(2):
+        ...     model(torch.randn(4, 10)).square().sum().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> sparsifier.finalize()
+        Linear(in_features=10, out_features=10, bias=True)
+        >>> int((model.weight == 0).sum())
+        90
+    """
+    if not isinstance(sparsity, Mapping):
+        sparsity = check_fraction(sparsity)
+    if not isinstance(total_steps, Integral) or isinstance(total_steps, bool) or total_steps < 1:
+        raise ConfigurationError(
+            "total_steps must be the number of optimizer steps of the whole training (epochs times "
+            f"steps per epoch), an integer >= 1; got {total_steps!r}."
+        )
+    if options and not isinstance(method, str):
+        raise ConfigurationError(
+            f"Options ({', '.join(options)}) belong to methods given by name. Set them on the "
+            "method object."
+        )
+    if isinstance(model, nn.Module):
+        reshard(model)
+    include, exclude = list_filters(include), list_filters(exclude)
+    prunable = find_prunable(model, include, exclude, frozen=False)
+    target = Target.of(model, prunable, sparsity, count)
+    if isinstance(method, str):
+        method = build_method(method, sparsity=target.requested, **options)
+    method, fraction = target.given_to(method)
+    return Sparsifier(model, optimizer, method, fraction, int(total_steps), include, exclude)

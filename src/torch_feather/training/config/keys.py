@@ -1,0 +1,167 @@
+"""Setting the fields of a configuration by dotted keys, with typed values."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ...errors import ConfigurationError, nearest
+from ...methods import RENAMED_OPTIONS
+from .schema import Config
+
+# Keys of version 0.1 that have another name now.
+RENAMED_KEYS = {"system.graph": "system.cuda_graph"}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted keys. Mappings that are values of options stay as they are.
+
+    Example:
+        >>> flatten({"epochs": 3, "optimizer": {"lr": 1}})
+        {'epochs': 3, 'optimizer.lr': 1}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and not name.startswith("options."):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every dotted key of a configuration with its type.
+
+    Example:
+        >>> dict(known_keys())["optimizer.lr"]
+        <class 'float'>
+    """
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from known_keys(hints[item.name], f"{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", hints[item.name]
+
+
+def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return stored values, flattened, with the keys of version 0.1 replaced by today's.
+
+    Use it for stored configurations. `apply` accepts old keys too, but warns.
+
+    Example:
+        >>> upgrade({"system": {"graph": True}})
+        {'system.cuda_graph': True}
+    """
+    flat = flatten(values)
+    renamed = _renamed(flat, Config().method)
+    return {renamed.get(key, key): value for key, value in flat.items()}
+
+
+def _renamed(flat: Mapping[str, Any], method: str) -> dict[str, str]:
+    """Return the old keys among those of `flat`, with their new names."""
+    renamed = {old: new for old, new in RENAMED_KEYS.items() if old in flat}
+    options = RENAMED_OPTIONS.get(str(flat.get("method", method)), {})
+    for old, new in options.items():
+        if f"options.{old}" in flat:
+            renamed[f"options.{old}"] = f"options.{new}"
+    return renamed
+
+
+def apply(config: Config, values: Mapping[str, Any], where: str) -> Config:
+    """Return `config` with `values` set.
+
+    Args:
+        config: the configuration to start from; it is not changed.
+        values: nested sections or dotted keys. Keys of version 0.1 are accepted with a
+            `DeprecationWarning`.
+        where: the source of the values, for messages.
+
+    Raises:
+        ConfigurationError: a key that does not exist (the message names the nearest one), or a
+            value of the wrong type or out of range.
+
+    Example:
+        >>> apply(Config(), {"optimizer.lr": "5e-2", "epochs": 3}, "example").optimizer.lr
+        0.05
+    """
+    flat = flatten(values)
+    renamed = _renamed(flat, config.method)
+    for old, new in renamed.items():
+        warnings.warn(f"{where}: {old} is deprecated. Use {new}.", DeprecationWarning, stacklevel=2)
+    types_of = dict(known_keys())
+    top: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
+    for old, value in flat.items():
+        key = renamed.get(old, old)
+        if key == "options" and value in (None, {}):  # an empty mapping is a leaf of `flatten`
+            continue
+        section, dot, name = key.partition(".")
+        fields = sections.setdefault(section, {}) if dot else top
+        if section == "options":
+            fields[name] = _parse_number(value)
+        elif key in types_of:
+            fields[name if dot else key] = _convert(f"{where}: {key}", value, types_of[key])
+        else:
+            raise ConfigurationError(f"{where}: unknown key {key!r}{_hint(key, types_of)}")
+    try:
+        for section, fields in sections.items():
+            before = getattr(config, section)
+            top[section] = before | fields if section == "options" else replace(before, **fields)
+        return replace(config, **top)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}: {error}") from None
+
+
+def _hint(key: str, known: Collection[str]) -> str:
+    """Like `nearest`, but also finds a key given without its section or in a wrong one."""
+    by_name = {k.rpartition(".")[2]: k for k in known}
+    name = key.rpartition(".")[2]
+    hint = nearest(key, known)
+    if name in by_name or hint == ".":
+        hint = re.sub("'(.+)'", lambda match: repr(by_name[match[1]]), nearest(name, by_name))
+    return f"; known are {', '.join(known)}" if hint == "." else hint
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """Convert `value` to its field's type; YAML reads 5e-4 as text and 1 as an int."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    kind = next(t for t in allowed if t is not type(None))
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is float and not isinstance(value, bool) and isinstance(value, int | float | str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    if kind == list[str]:
+        values = [value] if isinstance(value, str) else value
+        if isinstance(values, list) and all(isinstance(one, str) for one in values):
+            return values
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a string",
+             list[str]: "a string or a list of strings"}  # fmt: skip
+    expected = names.get(kind, "a section with its own keys")
+    raise ConfigurationError(f"{key} must be {expected}, got {value!r}")
+
+
+def _parse_number(value: Any) -> Any:
+    """Convert text that reads as a number; YAML reads 5e-1 as text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,90 @@
+"""From a recipe, a file and the command line to one configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...errors import ConfigurationError
+from ...recipes import recipe_values
+from .files import read_yaml
+from .keys import apply
+from .schema import Config
+
+
+def resolve_config(
+    recipe: str | None = None,
+    file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return the defaults, overridden by the recipe, the file and `overrides`, in this order.
+
+    Args:
+        recipe: a name of `torch_feather.recipes.available_recipes()`.
+        file: a YAML file.
+        overrides: nested sections or dotted keys, as for `apply`.
+
+    Raises:
+        ConfigurationError: an unknown recipe or key, a wrong value, or an unreadable file.
+
+    Example:
+        >>> config = resolve_config("digits", overrides={"sparsity": 0.9})
+        >>> config.network, config.sparsity
+        ('resnet8', 0.9)
+    """
+    config = Config()
+    if recipe is not None:
+        config = apply(config, recipe_values(recipe), f"recipe {recipe}")
+        config = replace(config, recipe=recipe)
+    if file is not None:
+        config = apply(config, read_yaml(file), str(file))
+    if overrides:
+        config = apply(config, overrides, "command line")
+    return config
+
+
+def default_recipe(data: str | None) -> str:
+    """Return the recipe for a data set; the recipe for digits if `data` is None.
+
+    Example:
+        >>> default_recipe("imagefolder"), default_recipe("cifar10"), default_recipe(None)
+        ('imagenet', 'cifar10', 'digits')
+    """
+    return {"imagefolder": "imagenet", None: "digits"}.get(data, data or "digits")
+
+
+def parse_assignments(assignments: list[str], source: str = "--set") -> dict[str, Any]:
+    """Parse `key=value` texts. Values are YAML.
+
+    Args:
+        assignments: such as `optimizer.lr=0.05`.
+        source: the option that they come from, for messages.
+
+    Raises:
+        ConfigurationError: a text without `=`, or a value that is not valid YAML.
+
+    Example:
+        >>> parse_assignments(["optimizer.lr=0.05", "options.theta=linear(1, 0)"])
+        {'optimizer.lr': 0.05, 'options.theta': 'linear(1, 0)'}
+    """
+    values: dict[str, Any] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigurationError(
+                f"{source} {text!r}: write key=value, such as optimizer.lr=0.05"
+            )
+        # YAML would read the pattern 2:4 as 124 seconds, and a glob such as *.mlp.* as an alias.
+        if re.fullmatch(r"\d+:\d+|\*.*", value):
+            values[key.strip()] = value
+            continue
+        try:
+            values[key.strip()] = yaml.safe_load(value) if value else None
+        except yaml.YAMLError:
+            raise ConfigurationError(f"{source} {text!r}: the value is not valid YAML") from None
+    return values

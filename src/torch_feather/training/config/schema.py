@@ -1,0 +1,256 @@
+"""The fields of a configuration, with their defaults and limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigurationError
+from ...methods import method_options
+from ..deprecation import renamed_fields
+
+DENSE = "dense"
+DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigurationError(message)
+
+
+def _choice(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigurationError(f"{key}: {value!r} is not one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data set, and how its images are prepared.
+
+    Example:
+        >>> DataConfig(name="imagefolder", path="DATA/flowers").title
+        'flowers'
+    """
+
+    name: str = "digits"
+    path: str | None = None  # folder of the files, or a tar file; not used for digits
+    validation: float = 0.1  # fraction of the training set held out for validation; 0: none
+    resolution: int | None = None  # height and width of the network's input; null: as stored
+    crop: str = "shift"  # training crops: shift, or resized (random area and aspect ratio)
+    shift: int = 4  # shift: padding in pixels before the random crop
+    smallest_crop: float = 0.08  # resized: smallest crop as a fraction of the image's area
+    flip: bool = True  # mirror each training image with probability 1/2
+    # Center-crop fraction of the shorter side for imagefolder evaluation; null: 1.0 with
+    # crop=shift, 0.875 with crop=resized.
+    center: float | None = None
+    storage: str = "auto"  # imagefolder: memory (decoded once), stream (by workers), or auto
+    drop_last: bool = False  # drop the last, smaller batch of an epoch
+
+    @property
+    def title(self) -> str:
+        """Display name of the data set; for imagefolder the name of its folder."""
+        if self.name == "imagefolder" and self.path is not None:
+            return Path(self.path).name
+        return self.name
+
+    def __post_init__(self) -> None:
+        _choice("data.name", self.name, DATASETS)
+        _require(
+            0 <= self.validation < 1,
+            f"data.validation must be a fraction in [0, 1), got {self.validation}",
+        )
+        _require(
+            self.resolution is None or self.resolution >= 1,
+            f"data.resolution must be at least 1, got {self.resolution}",
+        )
+        _choice("data.crop", self.crop, ("shift", "resized"))
+        _choice("data.storage", self.storage, ("auto", "memory", "stream"))
+        _require(self.shift >= 0, f"data.shift must not be negative, got {self.shift}")
+        for key in ("smallest_crop", "center"):
+            fraction = getattr(self, key)
+            _require(
+                fraction is None or 0 < fraction <= 1,
+                f"data.{key} must be a fraction in (0, 1], got {fraction}",
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """SGD. The learning rate warms up linearly, then follows a cosine to 0, step by step."""
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4  # of weights; norm parameters and biases do not decay
+    clip: float | None = 3.0  # maximum gradient norm; null: no clipping
+    label_smoothing: float = 0.0
+    warmup_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optimizer.lr must be positive, got {self.lr}")
+        _require(
+            0 <= self.momentum < 1, f"optimizer.momentum must be in [0, 1), got {self.momentum}"
+        )
+        _require(
+            not self.nesterov or self.momentum > 0,
+            "optimizer.nesterov requires optimizer.momentum above 0",
+        )
+        _require(
+            self.weight_decay >= 0,
+            f"optimizer.weight_decay must not be negative, got {self.weight_decay}",
+        )
+        _require(
+            self.clip is None or self.clip > 0,
+            f"optimizer.clip must be positive, or null for no clipping; got {self.clip}",
+        )
+        _require(
+            0 <= self.label_smoothing < 1,
+            f"optimizer.label_smoothing must be in [0, 1), got {self.label_smoothing}",
+        )
+        _require(
+            self.warmup_epochs >= 0,
+            f"optimizer.warmup_epochs must not be negative, got {self.warmup_epochs}",
+        )
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Knowledge distillation from a trained teacher network (Hinton et al., 2015)."""
+
+    # A run directory, a file of weights, or timm/NAME with its published weights.
+    teacher: str | None = None
+    weight: float = 0.5  # weight of the teacher's loss; 1 - weight is that of the labels' loss
+    temperature: float = 4.0  # divides the logits of teacher and student
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.weight <= 1,
+            f"distillation.weight must be in [0, 1], got {self.weight}",
+        )
+        _require(
+            self.temperature > 0,
+            f"distillation.temperature must be positive, got {self.temperature}",
+        )
+
+
+@renamed_fields(graph="cuda_graph")
+@dataclass(frozen=True)
+class SystemConfig:
+    """Device, speed and logging. Only these settings may change when a run is resumed."""
+
+    device: str = "auto"  # auto: cuda if available, otherwise cpu
+    threads: int | None = None  # CPU threads; null: PyTorch's default
+    amp: bool = False  # bfloat16 autocast
+    channels_last: bool = True  # memory format; faster convolutions on CPUs and with amp
+    compile: bool = False  # torch.compile
+    cuda_graph: bool = False  # replay each training step as one CUDA graph
+    micro_batch: int | None = None  # images per forward pass and process; null: the whole batch
+    workers: int | None = None  # processes that decode streamed images; null: 1 per core, at most 8
+    deterministic: bool = True  # bitwise identical results for the same seed and machine
+    checkpoint_seconds: float = 60.0  # time between two checkpoints
+    checkpoint_steps: int | None = None  # also write a checkpoint every so many steps
+    tensorboard: bool = True  # log to TensorBoard if it is installed
+    wandb: str | None = None  # Weights & Biases project to log to
+
+    def __post_init__(self) -> None:
+        for key, least in (("threads", 1), ("micro_batch", 1), ("workers", 0)):
+            value = getattr(self, key)
+            _require(
+                value is None or value >= least,
+                f"system.{key} must be at least {least}, got {value}",
+            )
+        _require(
+            self.checkpoint_seconds >= 0,
+            f"system.checkpoint_seconds must not be negative, got {self.checkpoint_seconds}",
+        )
+        _require(
+            self.checkpoint_steps is None or self.checkpoint_steps >= 1,
+            f"system.checkpoint_steps must be at least 1, got {self.checkpoint_steps}",
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """The configuration of one training run.
+
+    Raises:
+        ConfigurationError: a value out of range, or values that exclude each other.
+
+    Example:
+        >>> config = Config(sparsity=0.9, epochs=10)
+        >>> config.method, config.optimizer.lr
+        ('feather', 0.1)
+    """
+
+    recipe: str | None = None  # name of the recipe that the settings started from; for reference
+    network: str = "resnet20"  # a name in torch_feather.models, or timm/NAME
+    method: str = "feather"  # see `feather methods`; package.module:factory; or dense
+    sparsity: float = 0.95  # final fraction of prunable weights that are zero; dense: 0
+    include: list[str] | None = None  # name patterns of prunable weights; null: the default choice
+    exclude: list[str] | None = None  # name patterns of weights that stay dense
+    init: str | None = None  # initial weights: a run directory or a file; null: random
+    options: dict[str, Any] = field(default_factory=dict)  # of the method, such as p or theta
+    epochs: int = 160
+    batch_size: int = 128
+    seed: int = 0
+    evaluate_every: int = 1  # epochs between two evaluations during training
+    select: str = "last"  # last epoch; or best: by validation, among epochs at the final sparsity
+    track_masks: bool = False  # store the mask after each epoch in RUN/masks
+    compare_dense: bool = False  # then train a dense baseline with the same training budget
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    system: SystemConfig = field(default_factory=SystemConfig)
+
+    def __post_init__(self) -> None:
+        if self.method == DENSE:  # a dense run has a fixed target and needs no dense baseline
+            object.__setattr__(self, "sparsity", 0.0)
+            object.__setattr__(self, "compare_dense", False)
+        _require(
+            0 <= self.sparsity < 1,
+            f"sparsity must be a fraction in [0, 1), such as 0.95; got {self.sparsity}",
+        )
+        for key in ("epochs", "batch_size", "evaluate_every"):
+            _require(getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _choice("select", self.select, ("last", "best"))
+        _require(
+            self.select == "last" or self.data.validation > 0,
+            "select=best requires validation images. Set data.validation above 0.",
+        )
+        _require(
+            not (self.method == DENSE and self.options),
+            f"method dense has no options, got {', '.join(self.options)}",
+        )
+
+    def dense(self) -> Config:
+        """Return the configuration of the dense baseline: the same training budget, no sparsity.
+
+        Example:
+            >>> Config(epochs=10).dense().method
+            'dense'
+        """
+        return replace(self, method=DENSE, options={})
+
+    def written_out(self) -> Config:
+        """Return this configuration with the method's default options filled in.
+
+        A stored configuration must not change its meaning when a later version changes a default.
+        Defaults that a file cannot hold, such as objects, are left out.
+
+        Raises:
+            ConfigurationError: the method is not known or cannot be imported.
+
+        Example:
+            >>> Config(method="st3").written_out().options
+            {'allocation': 'global', 'schedule': 'cubic', 'begin': 0}
+        """
+        defaults = {} if self.method == DENSE else method_options(self.method)
+        defaults = {option: value for option, value in defaults.items() if _is_plain(value)}
+        return replace(self, options=defaults | self.options)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a YAML file can hold `value`; None is left out because it means the default."""
+    return isinstance(value, bool | int | float | str)

@@ -1,0 +1,168 @@
+"""Export of a trained network: from a run directory to files for its users."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import models
+from ..errors import ConfigurationError
+from ..export import SparseFile, export_onnx, hub, save_sparse
+from ..files import replace_file
+from .checkpoint import RunDirectory
+from .config import Config, to_dict, to_yaml
+from .data import load_dataset
+from .weights import read_weights
+
+FORMATS = {"sparse": hub.FILE, "safetensors": "model.safetensors", "onnx": "model.onnx"}
+
+
+def export_run(
+    run: RunDirectory,
+    format: str = "sparse",
+    out: Path | None = None,
+    dtype: torch.dtype | None = None,
+    data_path: str | None = None,
+) -> Path:
+    """Write the network of a completed run to a file.
+
+    Args:
+        run: run directory.
+        format: `sparse`; `safetensors` (plain keys, all zeros stored); or `onnx`.
+        out: the file. [default: a file in the run directory, see FORMATS]
+        dtype: type of the values in a sparse file, see `save_sparse`.
+        data_path: path of the data. Only needed for ONNX files of early runs, whose report lacks
+            the input shape.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigurationError: the format is unknown, or does not support `dtype`.
+        RunError: the run is not complete, or cannot be read.
+    """
+    if format not in FORMATS:
+        raise ConfigurationError(f"format {format!r} is not one of {', '.join(FORMATS)}.")
+    if dtype is not None and format != "sparse":
+        raise ConfigurationError("dtype is supported for the sparse format only.")
+    path = out or run.path / FORMATS[format]
+    run.read_report()  # raises RunError if the run is not complete
+    if format == "sparse":
+        tensors = read_weights(run.path).tensors
+        save_sparse(tensors, path, dtype=dtype, metadata=run_metadata(run))
+    elif format == "onnx":
+        export_onnx(*load_network(run, data_path), path)
+    elif path.resolve() != run.model_file.resolve():
+        with open(run.model_file, "rb") as file:
+            replace_file(path, lambda new: shutil.copyfileobj(file, new))
+    return path
+
+
+def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Module, Tensor]:
+    """Load the network of a completed run.
+
+    Args:
+        run: run directory.
+        data_path: path of the data, see `export_run`.
+
+    Returns:
+        The network, and an input of zeros (1, ...).
+
+    Raises:
+        RunError: the run is not complete, or cannot be read.
+    """
+    config, results = run.read_config(), run.read_report()
+    if "input_shape" in results:
+        shape, classes = results["input_shape"], results["classes"]
+    else:
+        source = replace(config.data, path=data_path or config.data.path)
+        data = load_dataset(source, config.seed)
+        shape, classes = list(data.example().shape[1:]), data.classes
+    model = models.create(config.network, classes, shape[0])
+    run.load_model(model)
+    return model, torch.zeros(1, *shape)
+
+
+def run_metadata(run: RunDirectory) -> dict[str, Any]:
+    """Return the metadata of a sparse file: network, data, accuracy, counts and configuration.
+
+    Args:
+        run: directory of a completed run.
+
+    Raises:
+        RunError: the run is not complete, or cannot be read.
+    """
+    results = run.read_report()
+    keys = ("network", "data", "classes", "input_shape", "method", "test_accuracy", "macs")
+    metadata = {key: results[key] for key in keys if key in results}
+    return metadata | {
+        "weights": results["report"]["weights"],
+        "zeros": results["report"]["zeros"],
+        "config": to_dict(_without_local_paths(run.read_config())),
+    }
+
+
+def _without_local_paths(config: Config) -> Config:
+    teacher = config.distillation.teacher
+    if teacher is not None and not teacher.startswith(models.TIMM):
+        teacher = Path(teacher).name
+    return replace(
+        config,
+        init=config.init and Path(config.init).name,
+        data=replace(config.data, path=None),
+        distillation=replace(config.distillation, teacher=teacher),
+    )
+
+
+def describe(run: RunDirectory, path: Path, format: str) -> str:
+    """Return one line about the size and contents of a file.
+
+    Args:
+        run: run directory.
+        path: file that `export_run` wrote.
+        format: its format.
+    """
+    size = path.stat().st_size
+    if format != "sparse":
+        return f"{size:,} bytes, all zeros stored"
+    with SparseFile(path) as file:
+        entries = {entry.name: entry for entry in file.entries.values()}.values()
+    dense = run.model_file.stat().st_size
+    layouts = []
+    for layout in ("gaps", "dense"):
+        sizes = [entry.bytes for entry in entries if entry.layout == layout]
+        layouts.append(f"{len(sizes)} as {layout} ({sum(sizes):,} bytes)")
+    return (
+        f"{size:,} bytes, 1/{dense / size:.1f} of the dense file ({dense:,}); tensors stored "
+        f"{' and '.join(layouts)}; {100 * file.sparsity:.2f}% of the weights are zero"
+    )
+
+
+def push(run: RunDirectory, path: Path, repository: str) -> str:
+    """Upload a sparse file to the Hugging Face hub, with a model card and config.yaml.
+
+    Args:
+        run: run directory.
+        path: the sparse file.
+        repository: `USER/NAME`. It is created if it does not exist, and is public unless the
+            default of the account is different.
+
+    Returns:
+        The address, for `load_sparse`.
+
+    Raises:
+        ImportError: huggingface_hub is not installed.
+    """
+    with TemporaryDirectory() as folder:
+        shutil.copyfile(path, Path(folder) / hub.FILE)
+        config = to_yaml(_without_local_paths(run.read_config()))
+        (Path(folder) / "config.yaml").write_text(config)
+        card = hub.model_card(repository, run_metadata(run), describe(run, path, "sparse"))
+        (Path(folder) / "README.md").write_text(card)
+        return hub.upload(Path(folder), repository)

@@ -1,0 +1,63 @@
+"""The optimizer of a run, and its learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from .config import OptimizerConfig
+
+
+def make_optimizer(
+    model: nn.Module, options: OptimizerConfig, fused: bool | None = None
+) -> torch.optim.SGD:
+    """Return SGD for `model`, without weight decay for vectors and scalars (biases, norms).
+
+    Args:
+        model: the network.
+        options: learning rate, momentum and weight decay.
+        fused: as for `torch.optim.SGD`.
+
+    Example:
+        >>> optimizer = make_optimizer(nn.Linear(2, 2), OptimizerConfig(weight_decay=0.1))
+        >>> [group["weight_decay"] for group in optimizer.param_groups]
+        [0.1, 0.0]
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {
+            "params": [p for p in trainable if p.ndim > 1],
+            "weight_decay": options.weight_decay,
+        },
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=options.lr,
+        momentum=options.momentum,
+        nesterov=options.nesterov,
+        fused=fused,
+    )
+
+
+def learning_rate(options: OptimizerConfig, step: int, total_steps: int, epoch_steps: int) -> float:
+    """Return the learning rate of a step: a linear warm-up, then a cosine to 0.
+
+    Args:
+        options: the maximum learning rate and the length of the warm-up.
+        step: the number of the step, from 0.
+        total_steps: steps of the whole run.
+        epoch_steps: steps of an epoch.
+
+    Example:
+        >>> options = OptimizerConfig(lr=1.0, warmup_epochs=1)
+        >>> [round(learning_rate(options, step, 8, 4), 2) for step in range(8)]
+        [0.25, 0.5, 0.75, 1.0, 1.0, 0.85, 0.5, 0.15]
+    """
+    warmup = round(options.warmup_epochs * epoch_steps)
+    if step < warmup:
+        return options.lr * ((step + 1) / warmup)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return options.lr * 0.5 * (1 + math.cos(math.pi * progress))
