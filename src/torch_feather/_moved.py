@@ -42,10 +42,18 @@ NAMES = {"ZeroKeeper": ("finetune", "FixedMask")}
 
 
 def attribute(name: str) -> Any:
-    """Return the present object for an attribute of the package that moved.
+    """Return the object that now has the role of a moved attribute of the package.
+
+    Args:
+        name: name in version 0.1.
 
     Raises:
         AttributeError: no attribute of that name moved.
+
+    Example:
+        >>> attribute("nothing")
+        Traceback (most recent call last):
+        AttributeError: module 'torch_feather' has no attribute 'nothing'
     """
     if name in NAMES:
         module, new = NAMES[name]

@@ -125,7 +125,7 @@ def power_threshold(w: Tensor, tau: Tensor | float, p: float = 3.0) -> Tensor:
 
     Example:
         >>> power_threshold(torch.tensor([0.5, -2.0]), 1.0, p=1.0)
-        tensor([0., -1.])
+        tensor([ 0., -1.])
     """
     operator: Operator = Hard() if p == math.inf else Power(float(p))
     wide = w if w.dtype == torch.float64 else w.float()
