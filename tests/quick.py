@@ -33,17 +33,17 @@ ONLY = {
         "test_layers_are_timed",
         "test_calls_from_several_threads",
     ],
-    "studies/test_grid.py": ["test_a_run_that_an_earlier_study_has_is_not_trained_again"],
-    "test_cli.py": ["test_a_mistake_ends_in_one_line"],
-    "training/test_init.py": ["test_it_starts_from_the_network_as_it_is_and_from_its_sparsity"],
-    "training/test_train_loop.py": ["test_a_run_leaves_what_its_directory_promises"],
+    "studies/test_runner.py": ["test_a_run_in_the_rows_of_an_earlier_study_is_not_trained"],
+    "test_cli.py": ["test_a_mistake_is_a_one_line_error"],
+    "training/test_init.py": ["test_a_run_starts_from_the_given_weights_and_their_sparsity"],
+    "training/test_train_loop.py": ["test_a_run_directory_has_all_its_files"],
 }
 
 # All tests of a file but these.
 EXCEPT = {
     "analysis/test_stability.py": [
-        "test_a_run_is_drawn_with_its_masks_only_if_it_has_them",
-        "test_a_run_that_is_killed_and_resumed_leaves_the_masks_of_one_that_was_not",
+        "test_the_figure_of_masks_requires_masks",
+        "test_an_interrupted_and_resumed_run_records_the_same_masks",
     ],
     "conformance/test_finalize.py": [
         "test_a_sparsifier_that_nobody_holds_works_on",
@@ -60,20 +60,20 @@ EXCEPT = {
         "test_a_step_that_is_compiled_whole_takes_the_plain_steps",
         "test_forward_and_loss_compile_to_one_graph_that_stays",
     ],
-    "export/test_damaged_files.py": ["test_random_forgeries_are_refused_or_harmless"],
-    "export/test_run_files.py": ["test_the_onnx_file_computes_the_logits_of_batches_of_any_size"],
-    "runtime/test_memory.py": ["test_memory_goes_with_its_batch_size"],
+    "export/test_damaged_files.py": ["test_random_forgeries_are_rejected_or_harmless"],
+    "export/test_run_files.py": ["test_the_onnx_file_computes_the_logits_for_any_batch_size"],
+    "runtime/test_memory.py": ["test_memory_is_freed_with_its_batch_size"],
     "selection/test_selection_triton.py": ["test_interpreted_kernels_find_the_reference_cut"],
     "studies/test_answers.py": ["test_the_same_runs_give_the_same_files"],
     "studies/test_plans.py": [
-        "test_masks_are_recorded_where_they_are_asked_about_and_only_there",
+        "test_masks_are_recorded_by_the_stability_study_only",
         "test_no_two_recipes_share_a_run",
         "test_studies_share_the_runs_that_they_have_in_common",
     ],
     "test_benchmarks.py": [
         "test_a_run_records_every_contestant",
         "test_every_method_is_measured_once",
-        "test_the_official_one_is_trained_by_the_same_trainer",
+        "test_both_implementations_use_the_same_trainer",
     ],
     "test_learned.py": [
         "test_asl_plus_comes_near_its_budget_by_itself",
@@ -86,15 +86,15 @@ EXCEPT = {
         "test_the_control_of_str_leaves_the_layers_thresholds_to_the_loss",
     ],
     "training/test_distillation.py": [
-        "test_a_run_does_not_go_on_with_another_teacher",
-        "test_a_stopped_run_goes_on_bit_for_bit_wherever_its_teacher_is_now",
-        "test_the_command_takes_a_teacher_from_where_it_is_called",
-        "test_two_processes_distil_what_one_distils",
-        "test_weight_0_trains_bit_for_bit_as_without_a_teacher",
+        "test_a_run_does_not_resume_with_another_teacher",
+        "test_a_resumed_run_is_bitwise_identical_if_its_teacher_has_moved",
+        "test_the_command_resolves_a_relative_path_of_the_teacher",
+        "test_two_processes_distill_the_same_network_as_one",
+        "test_weight_0_is_bitwise_identical_to_training_without_a_teacher",
     ],
-    "training/test_loggers.py": ["test_neither_is_imported_before_it_is_needed"],
+    "training/test_loggers.py": ["test_neither_is_imported_before_it_is_used"],
     "training/test_run_directory.py": [
-        "test_what_a_killed_writer_left_is_swept_when_the_next_one_begins"
+        "test_temporary_files_of_a_killed_writer_are_deleted_by_the_next_one"
     ],
 }
 
