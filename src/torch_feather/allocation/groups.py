@@ -49,8 +49,9 @@ class Grouped(Allocation):
         >>> from torch_feather import sparsify
         >>> model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> targets = {"0.*": 0.25, "*": 0.6}
         >>> sparsifier = sparsify(
-        ...     model, optimizer, sparsity={"0.*": 0.25, "*": 0.6}, total_steps=1, schedule="constant"
+        ...     model, optimizer, sparsity=targets, total_steps=1, schedule="constant"
         ... )
         >>> {name: int((~mask).sum()) for name, mask in sparsifier.masks().items()}
         {'0.weight': 5, '1.weight': 6}
