@@ -44,7 +44,7 @@ METHODS: dict[str, Factory] = {
 _OWN = frozenset(METHODS)
 
 # Options of version 0.1 by method, and their present names.
-RENAMED_OPTIONS = {
+RENAMED_OPTIONS: dict[str, dict[str, str]] = {
     "asl": {"rate": "lr_multiplier"},
     "asl+": {"rate": "lr_multiplier"},
     "feather-asl+": {"rate": "lr_multiplier"},
@@ -117,8 +117,8 @@ def find_method(name: str) -> Factory:
     names = available_methods()
     raise ConfigurationError(
         f"There is no method {name!r}{nearest(name, names)} There are: {', '.join(names)}. If your "
-        "code registers it, import that module first (feather.register_method), or name its factory: "
-        "'package.module:factory'."
+        "code registers it, import that module first (feather.register_method), or name its "
+        "factory: 'package.module:factory'."
     )
 
 

@@ -16,7 +16,7 @@ from .float_bits import FLOAT_BITS
 BLOCK = 8192
 """Scores that a program holds in registers at a time."""
 PROGRAMS = 512
-"""Maximum number of programs that count digits: each ends with one round of atomic additions."""
+"""Maximum number of programs that count digits; each ends with atomic additions to all bins."""
 CHUNK = 2048
 """Counts that `descend` sums at a time."""
 
@@ -73,7 +73,7 @@ def _count_ties(
     tl.store(counts + bin, tl.sum(tie.to(tl.int64), 1), mask=bin < bins)
 
 
-# One binary for every call: specializing on aligned or round arguments gains nothing here.
+# One binary for all calls: specializing on aligned or round arguments gains nothing here.
 @triton.jit(do_not_specialize=["bins", "shift"], do_not_specialize_on_alignment=["rank", "prefix"])
 def _descend(counts, bins, rank, prefix, found, shift, CHUNK: tl.constexpr):
     target = tl.load(rank)

@@ -1,4 +1,4 @@
-"""Spartan: weights times a soft top-k mask, cut hard, and differentiated through the mask."""
+"""Spartan: weights times a soft top-k mask that is 0 on pruned weights and is differentiated."""
 
 from __future__ import annotations
 
@@ -58,10 +58,18 @@ def spartan(
 
 @dataclass(frozen=True)
 class SpartanMethod:
-    """The parts of Spartan; see `spartan`.
+    """The parts of Spartan.
+
+    Attributes:
+        beta, allocation, end, freeze: as for `spartan`.
 
     Raises:
         ConfigurationError: beta is not a positive number, or a step is not an integer.
+
+    Example:
+        >>> from torch_feather.allocation import Global
+        >>> SpartanMethod(beta=10, allocation=Global(), freeze=80.0)  # doctest: +ELLIPSIS
+        SpartanMethod(beta=10.0, allocation=..., end=None, freeze=80)
     """
 
     beta: float
@@ -100,7 +108,7 @@ class SoftMasks(NamedTuple):
     frozen: Tensor
     """Whether the masks are constants, 0-dimensional."""
     soft: SoftTopK | None
-    """The masks before the hard cut; None if they are frozen and the host knows it."""
+    """The masks before pruned weights are set to 0; None if the host knows that they are frozen."""
     segments: list[Segment]
     """The scheduled cutoffs."""
     positions: tuple[int, ...]
@@ -110,7 +118,8 @@ class SoftMasks(NamedTuple):
 class Spartan(MagnitudePruning):
     """u = w m on kept weights, with m the soft top-k mask around the scheduled cutoff.
 
-    The hard cut is straight-through, the mask is not: with v = |w|, G = g w and g = dL/du,
+    The gradient passes straight through the hard threshold, but not through the mask. With v = |w|,
+    g = dL/du and G = g w,
 
         dL/dw = g m + sign(w) beta m (1 - m) (G / c - X),   X = sum G m (1 - m) / sum c m (1 - m)
 
@@ -119,13 +128,24 @@ class Spartan(MagnitudePruning):
     constant, 0 on pruned weights: dL/dw = g m.
 
     State, per tensor: `mask` and `threshold` of a frozen mask (see `SoftMasks`), and `frozen`.
+
+    Example:
+        >>> from torch import nn
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> bound = spartan(sparsity=0.5).bind(context)
+        >>> u = bound.effective_weights(weights, bound.update(weights, torch.tensor(2)))
+        >>> u[0] / weights.views[0]
+        tensor([[0.0000, 0.0000, 0.9466, 0.9998]])
     """
 
-    keeps_zeros = False  # soft masks of that budget would shrink all other weights at once
+    keeps_zeros = False  # soft masks at the budget of a sparse start would shrink all weights
 
     def __init__(self, context: MethodContext, method: Method, beta: float, freeze: int):
         super().__init__(context, method)
         self.beta, self.freeze = beta, freeze
+        # What `after_step` solved for, which the next `update` returns: a solution takes time.
+        self._solved: tuple[LatentWeights, list[int], SoftMasks] | None = None
         weights, n = context.weights, len(context.weights.views)
         self.state |= {
             "mask": weights.per_weight(1.0),
@@ -141,6 +161,9 @@ class Spartan(MagnitudePruning):
     # The mask
 
     def update(self, weights: LatentWeights, step: Tensor) -> Pruning:
+        solved, self._solved = self._solved, None
+        if solved is not None and solved[0] is weights and solved[1] == _versions(weights, step):
+            return solved[2]
         done = step >= self.freeze
         stays, masks = self.state["frozen"].flat & done, self.state["mask"].rows
         threshold = self.state["threshold"].flat
@@ -156,7 +179,7 @@ class Spartan(MagnitudePruning):
             m = soft.mask(w.abs().to(weights.wide), j)
             new.append(m.masked_fill_(pruned_mask(weights, segments, i), 0.0))
         found = torch.stack([segments[j].threshold for j in positions])
-        if not read or stays.any():  # a state of several optimizers is loaded part by part
+        if not read or stays.any():  # states of several optimizers are loaded one after another
             new = [torch.where(*pair) for pair in zip(stays, masks, new, strict=True)]
             found = torch.where(stays, threshold, found)
         return SoftMasks(new, found, done, soft, segments, positions)
@@ -176,7 +199,7 @@ class Spartan(MagnitudePruning):
     def _mask_and_gain(
         self, weights: LatentWeights, pruning: SoftMasks, i: int
     ) -> tuple[Tensor, Tensor]:
-        """Return m before the hard cut and 1 + beta (1 - m) v / c, for all weights of tensor i."""
+        """Return the soft mask m and 1 + beta (1 - m) v / c, for all weights of tensor i."""
         assert pruning.soft is not None
         j, magnitudes = pruning.positions[i], weights.views[i].abs().to(weights.wide)
         m = pruning.soft.mask(magnitudes, j)
@@ -240,16 +263,20 @@ class Spartan(MagnitudePruning):
     ) -> None:
         super().after_step(weights, pruning, gradients, step, lr, taken)
         frozen = self.state["frozen"].flat
-        if not devices.synchronizes(weights.device):
-            if step < self.freeze or frozen.all():
-                return
-            pruning = self.update(weights, step)
-        # The first frozen mask stays. On a device it is written one step later, since solving for
-        # it here too would double the cost of every step.
+        if not devices.synchronizes(weights.device) and (step < self.freeze or frozen.all()):
+            return
+        # The first frozen mask stays. That of `pruning` is no candidate: with several optimizers it
+        # was made when only some of them had stepped.
+        next_ = self.update(weights, step)
         old = [*self.state["mask"].rows, self.state["threshold"].flat]
-        new = [*pruning.masks, pruning.thresholds]
-        write_if(pruning.frozen & taken, old, new)
-        write_if(taken, [frozen], [frozen | pruning.frozen])
+        write_if(next_.frozen & taken, old, [*next_.masks, next_.thresholds])
+        write_if(taken, [frozen], [frozen | next_.frozen])
+        self._solved = weights, _versions(weights, step), next_
+
+
+def _versions(weights: LatentWeights, step: Tensor) -> list[int]:
+    """Return what changes whenever weights or step are written."""
+    return [tensor._version for tensor in (*weights.flats, step)]
 
 
 def _effective(w: Tensor, mask: Tensor) -> Tensor:
