@@ -51,8 +51,13 @@ class Schedule(Protocol):
         tensor(0.5000)
     """
 
-    start: float
-    end: float
+    @property
+    def start(self) -> float:
+        """The value at progress 0."""
+
+    @property
+    def end(self) -> float:
+        """The value at progress 1."""
 
     def at(self, progress: Tensor) -> Tensor:
         """Return the value at a progress in [0, 1], 0-dimensional."""

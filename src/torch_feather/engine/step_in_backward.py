@@ -2,9 +2,9 @@
 
 A common threshold needs all weights. So the steps of one backward pass form one step, which ends
 when every optimizer with prunable weights has stepped, in any order. Only then the schedule
-advances and the parameters become R(w). Until then they keep the values of the forward pass, because the
-backward pass of other layers may still read them (activation checkpointing included). The
-trajectory equals that of a loop that steps after the backward pass.
+advances and the parameters become R(w). Until then they keep the values of the forward pass: the
+backward pass of other layers may still read them, as with activation checkpointing. The trajectory
+equals that of a loop that steps after the backward pass.
 """
 
 from __future__ import annotations
