@@ -1,9 +1,10 @@
-"""How large is a sparse network as a file, and how long does it take to write and to read it?
+"""Size of a sparse network's file, and the time to write and read it.
 
-Networks as they are initialised, but for norms and biases that differ as trained ones do, pruned by
-global magnitude. Beside ours: the dense safetensors file; that file compressed by zlib, as in .zip
-and .npz; and what the best of dense, bitmask and CSR (16- or 32-bit columns) would take for each
-tensor, without any header. `weights`: of ours, all but the values of other than prunable tensors.
+Networks have initial weights, pruned by global magnitude, and perturbed norms and biases, because
+initial ones compress better than trained ones. Compared are the sparse file of torch-feather, the
+dense safetensors file, that file compressed by zlib (as in .zip and .npz), and the smallest of
+dense, bitmask and CSR (16- or 32-bit columns) for each tensor without headers. The column `weights`
+is the ratio for the prunable weights alone: the sparse file without the values of other tensors.
 
     python benchmarks/file_size.py --json results/file_size.json
 """
@@ -43,14 +44,14 @@ def prune(model: nn.Module, sparsity: float) -> None:
 
 
 def vary_norms(model: nn.Module) -> None:
-    """Initial norms are all 0 or 1, which compresses better than any trained network."""
+    """Perturb norms and biases: their initial values, all 0 or 1, compress too well."""
     for tensor in model.state_dict().values():
         if tensor.is_floating_point() and tensor.dim() == 1:
             tensor.add_(0.1 * torch.rand_like(tensor))
 
 
 def classic(tensor: Tensor) -> int:
-    """Bytes of the best of dense, bitmask and CSR, its rows those of the tensor's first axis."""
+    """Return the bytes of the smallest of dense, bitmask and CSR (rows: the first axis)."""
     dense = tensor.nbytes
     if tensor.dim() < 2:
         return dense
@@ -62,7 +63,7 @@ def classic(tensor: Tensor) -> int:
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median of `repeats` calls."""
+    """Return the median duration of `repeats` calls."""
     found = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -76,17 +77,18 @@ def measure(network: str, sparsity: float, folder: Path, repeats: int) -> dict[s
     prune(model, sparsity)
     vary_norms(model)
     state = model.state_dict()
-    dense, ours, half = (folder / name for name in ("dense", "ours", "half"))
+    # "ours" is the key of the sparse file in earlier records.
+    dense, sparse, half = (folder / name for name in ("dense", "ours", "half"))
     row: dict[str, Any] = {"network": network, "sparsity": feather.sparsity(model)}
     row["prunable_bytes"] = sum(item.parameter.nbytes for item in find_prunable(model))
     row["dense_write"] = seconds(lambda: safetensors.torch.save_file(state, dense), repeats)
     row["dense_read"] = seconds(
         lambda: model.load_state_dict(safetensors.torch.load_file(dense)), repeats
     )
-    row["ours_write"] = seconds(lambda: feather.save_sparse(model, ours), repeats)
-    row["ours_read"] = seconds(lambda: feather.load_sparse(ours, model), repeats)
+    row["ours_write"] = seconds(lambda: feather.save_sparse(model, sparse), repeats)
+    row["ours_read"] = seconds(lambda: feather.load_sparse(sparse, model), repeats)
     feather.save_sparse(model, half, dtype=torch.float16)
-    row |= {f"{path.name}_bytes": path.stat().st_size for path in (dense, ours, half)}
+    row |= {f"{path.name}_bytes": path.stat().st_size for path in (dense, sparse, half)}
     others = sum(tensor.nbytes for tensor in state.values()) - row["prunable_bytes"]
     row["weights_bytes"] = row["ours_bytes"] - others
     row["classic_bytes"] = sum(map(classic, state.values()))
@@ -102,11 +104,11 @@ def measure(network: str, sparsity: float, folder: Path, repeats: int) -> dict[s
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    kinds = {"zlib": "zlib", "classic": "mask/CSR", "ours": "ours", "half": "ours fp16"}
+    kinds = {"zlib": "zlib", "classic": "mask/CSR", "ours": "torch-feather", "half": "fp16 values"}
     lines = [
         f"{'network':<14}{'zeros':>7}{'dense':>13}"
         + "".join(f"{label:>20}" for label in kinds.values())
-        + f"{'weights':>9}{'write / read: dense':>22}{'zlib':>15}{'ours':>15}"
+        + f"{'weights':>9}{'write / read: dense':>22}{'zlib':>15}{'torch-feather':>15}"
     ]
     for row in rows:
         sizes = "".join(
@@ -131,8 +133,8 @@ def main() -> None:
     )
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
-    parser.add_argument("--repeats", type=int, default=5, help="writes and reads, but zlib's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument("--repeats", type=int, default=5, help="writes and reads; zlib: 1")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to FILE")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -140,7 +142,7 @@ def main() -> None:
     facts = provenance(torch.device("cpu"))
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     print(f"{facts['hardware']['cpu']}, 1 thread\n{versions}\ncommit {facts['commit']}")
-    print(f"bytes of a file and share of the dense one; medians of {arguments.repeats}\n")
+    print(f"file size in bytes and relative to the dense file; medians of {arguments.repeats}\n")
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             measure(network, sparsity, Path(folder), arguments.repeats)

@@ -1,25 +1,24 @@
-"""Milliseconds of a network on this CPU: dense systems, and ours at several sparsities.
+"""Latency of a network on this CPU: dense systems, and torch-feather at several sparsities.
 
-The weights are those of a training run (its latent ones, so that every sparsity can be had), pruned
-by global magnitude, or with the layers' densities by ERK (Mocanu et al., 2018; Evci et al., 2020).
-Contestants take turns on the same input, several calls each time; a time is a median, a ratio one
-of medians. Of batches the others get theirs whole and image by image, and the faster way counts.
+The weights are the latent weights of a training run, pruned to each sparsity by global magnitude or
+with ERK densities (Mocanu et al., 2018; Evci et al., 2020). Systems take turns on the same input,
+with several calls per turn. Times are medians, ratios are ratios of medians. Dense systems process
+a batch as a whole and image by image; the faster way counts.
 
     python benchmarks/inference.py --run runs/resnet50 --run runs/mobilenet \\
         --json results/inference.json
 
-The extra packages: pip install openvino onnxruntime onnx onnxscript; what is missing is left out.
+Optional packages: pip install openvino onnxruntime onnx onnxscript. Missing ones are skipped.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import itertools
 import json
 import sys
 import tempfile
-import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,15 +26,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from inference_details import breakdown, multiply_adds, peak
+from renamed_options import current_options
 from torch import Tensor, nn
 
 import torch_feather as feather
 from torch_feather import models
 from torch_feather.allocation import ERK, Global
-from torch_feather.runtime.bound import Workspace
-from torch_feather.runtime.kernels import llvm, machine, vector_widths
-from torch_feather.runtime.layer import MaxPool
-from torch_feather.runtime.plan import Copy, Sparse
 from torch_feather.runtime.timing import alternate
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.provenance import provenance
@@ -43,11 +40,11 @@ from torch_feather.training.provenance import provenance
 Call = Callable[[], object]
 System = Callable[[Tensor], object]
 ALLOCATIONS = {"global": Global, "erk": ERK}
-BOUND = 1e-5  # of the largest output: further from PyTorch's than rounding takes it
+BOUND = 1e-5  # relative to the largest output; rounding differs less from PyTorch
 
 
 def trained(run: RunDirectory, classes: int) -> nn.Module:
-    """The network of a run with its latent weights; a checkpoint of SGD."""
+    """Return the network of a run with its latent weights, from a checkpoint of SGD."""
     model = models.create(run.read_config().network, classes)
     run.load_model(model)
     state = torch.load(run.path / "checkpoints" / "last.pt", weights_only=True)["optimizer"]
@@ -59,6 +56,7 @@ def trained(run: RunDirectory, classes: int) -> nn.Module:
 
 
 def prune(run: RunDirectory, classes: int, sparsity: float, allocation: str) -> nn.Module:
+    """Return the network of a run, pruned from its latent weights."""
     model = trained(run, classes)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     sparsifier = feather.sparsify(
@@ -76,8 +74,8 @@ def prune(run: RunDirectory, classes: int, sparsity: float, allocation: str) -> 
 
 
 def dense_systems(model: nn.Module, x: Tensor, threads: int) -> dict[str, System]:
-    """What else runs the network here, for inputs as large as `x`."""
-    torch._inductor.config.freezing = True  # weights are constants to it, as to the others
+    """Return the dense systems that are installed, for inputs of the size of `x`."""
+    torch._inductor.config.freezing = True  # treat weights as constants, like the others
     systems: dict[str, System] = {"PyTorch": model}
     systems["torch.compile"] = torch.compile(model, dynamic=False)
     try:
@@ -101,7 +99,7 @@ def dense_systems(model: nn.Module, x: Tensor, threads: int) -> dict[str, System
     core = openvino.Core()
     for label, precision in (("OpenVINO f32", "f32"), ("OpenVINO default", None)):
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        settings["ENABLE_CPU_PINNING"] = False  # of threads that others in the process use too
+        settings["ENABLE_CPU_PINNING"] = False  # other systems use the threads too
         if precision:
             settings["INFERENCE_PRECISION_HINT"] = precision
         request = core.compile_model(graph, "CPU", settings).create_infer_request()
@@ -110,7 +108,7 @@ def dense_systems(model: nn.Module, x: Tensor, threads: int) -> dict[str, System
 
 
 def dense_calls(model: nn.Module, x: Tensor, threads: int) -> dict[str, dict[str, Call]]:
-    """By system: the ways to run it on a batch."""
+    """Return the ways to run a batch, by system."""
     calls: dict[str, dict[str, Call]] = {
         name: {"whole": partial(run, x)} for name, run in dense_systems(model, x, threads).items()
     }
@@ -121,7 +119,7 @@ def dense_calls(model: nn.Module, x: Tensor, threads: int) -> dict[str, dict[str
 
 
 def dense_times(calls: dict[str, dict[str, Call]], burst: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each system in each of its ways."""
+    """Return the milliseconds of each system and way."""
     flat = [call for ways in calls.values() for call in ways.values()]
     with torch.inference_mode():
         times = iter(alternate(flat, rounds=3, burst=burst))
@@ -133,95 +131,148 @@ def image_by_image(run: System, x: Tensor) -> None:
         run(image)
 
 
-def peak() -> float:
-    """Multiply-adds in 1e9 per second of one core, on registers alone."""
-    w = vector_widths()[0]
-    v, chains, rounds = f"<{w} x float>", 12, 20_000_000
-    phis = "\n".join(
-        f"  %a{i} = phi {v} [ zeroinitializer, %entry ], [ %b{i}, %loop ]" for i in range(chains)
+def measure(
+    model: nn.Module,
+    x: Tensor,
+    others: list[Call],
+    threads: int,
+    chunk_size: int | None,
+    tuning: dict[str, Any] | None,
+) -> tuple[feather.runtime.SparseModule, list[float], dict[str, float]]:
+    """Compile a sparse network and time it in turns with other calls.
+
+    Args:
+        model: the pruned network.
+        x: a batch.
+        others: other calls to time.
+        threads: CPU threads.
+        chunk_size: images that are processed together, see `compile_sparse`.
+        tuning: tuning results of the same network; None to tune it.
+
+    Returns:
+        The compiled network; milliseconds, its own first; and errors relative to the largest
+        output: `error` against PyTorch, `differs` between two random batches.
+    """
+    module = feather.compile_sparse(
+        model, x[:chunk_size], threads=threads, tuning=tuning, chunk_size=chunk_size
     )
-    fmas = "\n".join(
-        f"  %b{i} = call {v} @llvm.fma.v{w}f32({v} %a{i}, {v} %x, {v} %x)" for i in range(chains)
-    )
-    sums = "\n".join(
-        f"  %s{i} = fadd {v} {f'%s{i - 1}' if i else 'zeroinitializer'}, %b{i}"
-        for i in range(chains)
-    )
-    code = f"""
-declare {v} @llvm.fma.v{w}f32({v}, {v}, {v})
-define void @peak(ptr %p, i64 %n) {{
-entry:
-  %x = load {v}, ptr %p, align 4
-  br label %loop
-loop:
-  %i = phi i64 [ 0, %entry ], [ %j, %loop ]
-{phis}
-{fmas}
-  %j = add i64 %i, 1
-  %more = icmp ult i64 %j, %n
-  br i1 %more, label %loop, label %exit
-exit:
-{sums}
-  store {v} %s{chains - 1}, ptr %p, align 4
-  ret void
-}}"""
-    binding = llvm()
-    module = binding.parse_assembly(code)
-    engine = binding.create_mcjit_compiler(module, machine())
-    engine.finalize_object()
-    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(
-        engine.get_function_address("peak")
-    )
-    memory = np.zeros(w, np.float32)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        function(memory.ctypes.data, rounds)
-        best = min(best, time.perf_counter() - start)
-    return rounds * chains * w / best / 1e9
+    with torch.inference_mode():
+        expected, found, unlike = model(x), module(x), model(torch.randn_like(x))
+        times = alternate([partial(module, x), *others], rounds=7 if len(x) == 1 else 3)
+    largest = expected.abs().max()
+    errors = {
+        "error": float((expected - found).abs().max() / largest),
+        "differs": float((expected - unlike).abs().max() / largest),
+    }
+    return module, times, errors
 
 
-def breakdown(module: feather.runtime.SparseModule, x: Tensor) -> dict[str, float]:
-    """Milliseconds by kind of step, each step timed by itself in the order of the network."""
-    bound = module._for_batch(x)
-    workspace = Workspace(bound)
-    workspace(x)
-    calls: list[tuple[str, Callable[[list[Any]], None]]] = []
-    for call in workspace.calls:
-        if not call.steps:
-            calls.append(("PyTorch", call.run))
-        calls += [(kind(step), workspace.native([step])) for step in call.steps]
-    rounds: dict[str, list[float]] = defaultdict(list)
-    for _ in range(15):
-        spent: Counter[str] = Counter()
-        values = list(workspace.slots)
-        values[workspace.inputs[0]] = x
-        for name, run in calls:
-            start = time.perf_counter()
-            run(values)
-            spent[name] += time.perf_counter() - start
-        for name, seconds in spent.items():
-            rounds[name].append(1e3 * seconds)
-    return {name: float(np.median(times)) for name, times in rounds.items()}
+class Session:
+    """All measurements of one command: its options, tuning results and recorded rows."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.rows: list[dict[str, Any]] = []
+        self.tuning: dict[Any, Any] = {}  # results of the first number of threads
+        self.facts = provenance(torch.device("cpu"))
+        self.peak = peak()
+        self.command = " ".join(["python benchmarks/inference.py", *sys.argv[1:]])
+
+    def header(self) -> str:
+        """Return hardware, versions and command."""
+        return (
+            f"{self.facts['hardware']['cpu']}: {self.peak:.1f} G multiply-adds per second and core "
+            f"at most\n{self.facts['versions']}, commit {self.facts['commit']}\n{self.command}\n"
+        )
+
+    def save(self) -> None:
+        """Write all rows to `--json`."""
+        if self.options.json:
+            result = {
+                "command": self.command,
+                **self.facts,
+                "peak_gmacs_per_s": self.peak,
+                "rows": self.rows,
+            }
+            self.options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    def measure_batch(self, run: RunDirectory, threads: int, batch: int) -> None:
+        """Measure dense systems, then each allocation and sparsity, for one batch size."""
+        options, network = self.options, run.read_config().network
+        torch._dynamo.reset()  # it stops compiling a network after several compilations
+        x = torch.randn(batch, 3, options.size, options.size)
+        head = {"network": network, "threads": threads, "batch": batch}
+        calls = dense_calls(prune(run, options.classes, 0.95, "global"), x, threads)
+        dense = dense_times(calls, burst=3 if batch == 1 else 1)
+        best = {name: min(found, key=found.__getitem__) for name, found in dense.items()}
+        rivals = [name for name in calls if "OpenVINO" in name] or ["PyTorch"]
+        self.rows.append(head | {"system": "dense", "ms": dense})
+        print(f"{network}, {threads} thread(s), batch {batch}:")
+        shown = (f"{n} {dense[n][way]:.2f} ({way})" for n, way in best.items())
+        print("  " + ", ".join(shown) + " ms")
+        rival_calls = {name: calls[name][best[name]] for name in rivals}
+        rivals_ms: dict[str, list[float]] = defaultdict(list)
+        for allocation, sparsity in itertools.product(options.allocation, options.sparsity):
+            model = prune(run, options.classes, sparsity, allocation)
+            row = head | self.measure_sparse(model, x, head, allocation, sparsity, rival_calls)
+            row["ways"] = best
+            self.rows.append(row)
+            for name, ms in row["rivals_ms"].items():
+                rivals_ms[name].append(ms)
+            print(line(row), flush=True)
+            self.save()
+        shown = (f"{name} {np.median(ms):.2f}" for name, ms in rivals_ms.items())
+        print(f"  medians over these measurements: {', '.join(shown)} ms\n")
+
+    def measure_sparse(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        head: dict[str, Any],
+        allocation: str,
+        sparsity: float,
+        rivals: dict[str, Call],
+    ) -> dict[str, Any]:
+        """Measure one sparse network in turns with dense systems; return its row.
+
+        Raises:
+            SystemExit: its output differs from PyTorch's by more than rounding.
+        """
+        chunk = self.options.chunk_size
+        key = (head["network"], len(x[:chunk]), allocation, sparsity)
+        module, (ms, *others), errors = measure(
+            model, x, list(rivals.values()), head["threads"], chunk, self.tuning.get(key)
+        )
+        self.tuning.setdefault(key, module.tuning)
+        if not errors["error"] < BOUND:
+            sys.exit(f"{head['network']} at {sparsity}: relative error {errors['error']:.0e}")
+        rate = multiply_adds(module) * len(x) / ms / 1e6
+        return {
+            "system": "ours",  # as in earlier records
+            "allocation": allocation,
+            "sparsity": sparsity,
+            "ms": ms,
+            "rivals_ms": dict(zip(rivals, others, strict=True)),
+            **errors,
+            "sparse_layers": sum(c.sparse for c in module.tuning.values()),
+            "layers": len(module.tuning),
+            "gmacs_per_s": rate,
+            "of_peak": rate / self.peak / head["threads"],
+            "chunk_size": chunk,
+            "parts_ms": breakdown(module, x[:chunk]),
+        }
 
 
-def kind(step: Sparse | Copy) -> str:
-    if isinstance(step, Copy):
-        return "copies"
-    if isinstance(step.layer, MaxPool):
-        return "pooling"
-    if step.layer.linear:
-        return "linear"
-    size = "x".join(map(str, step.layer.weight.shape[2:]))
-    return f"{'depthwise ' * (step.layer.groups > 1)}{size}"
-
-
-def multiply_adds(module: feather.runtime.SparseModule) -> int:
-    """Those of nonzero weights in layers that run sparse, for one image."""
-    return sum(
-        len(step.taps.values) * step.out.height * step.out.width
-        for step in module.plan.steps
-        if isinstance(step, Sparse) and not isinstance(step.layer, MaxPool)
+def line(row: dict[str, Any]) -> str:
+    """Return the printed line of a sparse network."""
+    faster = ", ".join(f"{ms / row['ms']:.2f}× {name}" for name, ms in row["rivals_ms"].items())
+    parts = ", ".join(f"{name} {ms:.2f}" for name, ms in row["parts_ms"].items())
+    return (
+        f"  torch-feather {row['allocation']:6} {100 * row['sparsity']:5.1f}%: "
+        f"{row['ms']:8.2f} ms, {faster}, error {row['error']:.0e} "
+        f"(outputs of two batches differ by {row['differs']:.0e}), "
+        f"{row['sparse_layers']} of {row['layers']} layers sparse, "
+        f"{row['gmacs_per_s']:5.1f} G/s = {100 * row['of_peak']:.0f}% of peak; {parts}"
     )
 
 
@@ -230,106 +281,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, action="append", required=True)
-    parser.add_argument("--classes", type=int, default=10, help="of the runs")
-    parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
+    parser.add_argument("--classes", type=int, default=10, help="classes of the runs")
+    parser.add_argument("--size", type=int, default=224, help="height and width of images")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.98, 0.99])
     parser.add_argument("--allocation", nargs="+", default=list(ALLOCATIONS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--at-a-time", type=int, help="images of a batch, see compile_sparse")
+    parser.add_argument("--chunk-size", type=int, help="images processed together")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    here = provenance(torch.device("cpu"))
-    rows: list[dict[str, Any]] = []
-    choices: dict[Any, Any] = {}  # made with the first number of threads
-    top = peak()
-    print(f"{here['hardware']['cpu']}: {top:.1f} G multiply-adds per second and core at most")
-    print(f"{here['versions']}, commit {here['commit']}")
-    command = " ".join(["python benchmarks/inference.py", *sys.argv[1:]])
-    print(f"{command}\n")
-    for path in options.run:
-        run = RunDirectory(path)
-        network = run.read_config().network
-        for threads in options.threads:
+    session = Session(parser.parse_args(current_options(None, {"--at-a-time": "--chunk-size"})))
+    print(session.header())
+    for path in session.options.run:
+        for threads in session.options.threads:
             torch.set_num_threads(threads)
-            for batch in options.batch:
-                torch._dynamo.reset()  # it gives up on a network that it has met too often
-                x = torch.randn(batch, 3, options.size, options.size)
-                second = torch.randn_like(x)
-                head = {"network": network, "threads": threads, "batch": batch}
-                reference = prune(run, options.classes, 0.95, "global")
-                calls = dense_calls(reference, x, threads)
-                dense = dense_times(calls, burst=3 if batch == 1 else 1)
-                best = {name: min(found, key=found.__getitem__) for name, found in dense.items()}
-                rivals = [name for name in calls if "OpenVINO" in name] or ["PyTorch"]
-                others_ms: dict[str, list[float]] = defaultdict(list)
-                rows.append(head | {"system": "dense", "ms": dense})
-                print(f"{network}, {threads} thread(s), batch {batch}:")
-                shown = (f"{n} {dense[n][way]:.2f} ({way})" for n, way in best.items())
-                print("  " + ", ".join(shown) + " ms")
-                for allocation in options.allocation:
-                    for sparsity in options.sparsity:
-                        model = prune(run, options.classes, sparsity, allocation)
-                        key = (network, len(x[: options.at_a_time]), allocation, sparsity)
-                        module = feather.compile_sparse(
-                            model,
-                            x[: options.at_a_time],
-                            threads=threads,
-                            choices=choices.get(key),
-                            at_a_time=options.at_a_time,
-                        )
-                        choices.setdefault(key, module.choices)
-                        with torch.inference_mode():
-                            wanted, found, unlike = model(x), module(x), model(second)
-                            turns = [partial(module, x), *(calls[n][best[n]] for n in rivals)]
-                            ms, *others = alternate(turns, rounds=7 if batch == 1 else 3)
-                        for name, took in zip(rivals, others, strict=True):
-                            others_ms[name].append(took)
-                        largest = wanted.abs().max()
-                        error = float((wanted - found).abs().max() / largest)
-                        if not error < BOUND:
-                            sys.exit(f"{network} at {sparsity}: an error of {error:.0e}")
-                        used = multiply_adds(module) * batch / ms / 1e6
-                        row = head | {
-                            "system": "ours",
-                            "allocation": allocation,
-                            "sparsity": sparsity,
-                            "ms": ms,
-                            "rivals_ms": dict(zip(rivals, others, strict=True)),
-                            "ways": best,
-                            "error": error,
-                            "differs": float((wanted - unlike).abs().max() / largest),
-                            "sparse_layers": sum(c.sparse for c in module.choices.values()),
-                            "layers": len(module.choices),
-                            "gmacs_per_s": used,
-                            "of_peak": used / top / threads,
-                            "at_a_time": options.at_a_time,
-                            "parts_ms": breakdown(module, x[: options.at_a_time]),
-                        }
-                        rows.append(row)
-                        faster = ", ".join(
-                            f"{other / ms:.2f} x {name}"
-                            for name, other in zip(rivals, others, strict=True)
-                        )
-                        parts = ", ".join(f"{k} {v:.2f}" for k, v in row["parts_ms"].items())
-                        print(
-                            f"  ours {allocation:6} {100 * sparsity:5.1f} %: {ms:8.2f} ms, "
-                            f"{faster}, error {error:.0e} "
-                            f"where images differ by {row['differs']:.0e}, "
-                            f"{row['sparse_layers']} of {row['layers']} layers sparse, "
-                            f"{used:5.1f} G/s = {100 * row['of_peak']:.0f} % of peak; {parts}",
-                            flush=True,
-                        )
-                        if options.json:
-                            result = {
-                                "command": command,
-                                **here,
-                                "peak_gmacs_per_s": top,
-                                "rows": rows,
-                            }
-                            options.json.write_text(json.dumps(result, indent=1) + "\n")
-                shown = (f"{name} {np.median(ms):.2f}" for name, ms in others_ms.items())
-                print(f"  in these turns, median: {', '.join(shown)} ms\n")
+            for batch in session.options.batch:
+                session.measure_batch(RunDirectory(path), threads, batch)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What does `--track-masks` add to an epoch?
+"""Overhead of `--track-masks` relative to an epoch.
 
-At the end of every epoch the masks are taken from the sparsifier, packed and written to disk. That
-is timed beside training steps on random images; an epoch has as many steps as CIFAR-100's.
+Recording reads the masks from the sparsifier, packs them and writes them to disk once per epoch. It
+is compared with training steps on random images; an epoch has as many steps as on CIFAR-100.
 
     python benchmarks/mask_tracking.py --json results/mask_tracking.json
 """
@@ -30,7 +30,7 @@ STEPS, BATCH = 391, 128  # an epoch of 50,000 images
 
 
 def median(function: Callable[[], object], repeats: int) -> float:
-    """Milliseconds."""
+    """Return the median milliseconds of a call."""
     function()
     times = []
     for _ in range(repeats):
@@ -80,7 +80,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows = []
     print(
-        f"{'network':16}{'weights':>12}{'bytes':>10}{'step, ms':>10}{'masks, ms':>11}{'share':>10}"
+        f"{'network':16}{'weights':>12}{'bytes':>10}{'step, ms':>10}{'masks, ms':>11}"
+        f"{'fraction':>10}"
     )
     for network in arguments.networks:
         row = measure(network, NETWORKS[network])

@@ -1,7 +1,7 @@
-"""The official implementation of Feather, imported at run time from a checkout of it.
+"""The official implementation of Feather, imported at run time from a checkout.
 
 It wraps modules: `Pruner(model, device, final_rate, nbatches, epochs)` replaces every convolution
-and linear layer, `update_thresh()` goes before each step, `desparsify()` unwraps at the end.
+and linear layer, `update_thresh()` is called before each step, `desparsify()` unwraps at the end.
 """
 
 from __future__ import annotations
@@ -20,12 +20,21 @@ from torch import nn
 
 from torch_feather.prunable import find_prunable
 
+RENAMED = {"--peer": "--reference"}  # options of benchmarks that use the official implementation
+REFERENCE_HELP = "checkout of the official implementation"
+
 
 def load_official(checkout: Path) -> ModuleType:
-    """Its module `sparse_utils`. SystemExit where `checkout` does not hold it."""
+    """Import the module `sparse_utils` of a checkout.
+
+    Raises:
+        SystemExit: the folder does not contain it.
+    """
     file = checkout / "sparse_utils.py"
     if not file.is_file():
-        raise SystemExit(f"--peer {checkout}: no sparse_utils.py there; name the checkout's folder")
+        raise SystemExit(
+            f"--reference {checkout}: no sparse_utils.py. Give the folder of the checkout."
+        )
     spec = importlib.util.spec_from_file_location("official_sparse_utils", file)
     assert spec is not None
     assert spec.loader is not None
@@ -43,21 +52,25 @@ def wrap(
     steps_per_epoch: int,
     epochs: int,
 ) -> Any:
-    """Its Pruner around `model`, in place; SystemExit if it would prune other weights than ours."""
-    ours = sum(p.parameter.numel() for p in find_prunable(model))
+    """Wrap a model by the official Pruner, in place.
+
+    Raises:
+        SystemExit: it prunes other weights than torch-feather.
+    """
+    prunable = sum(p.parameter.numel() for p in find_prunable(model))
     pruner = official.Pruner(
         model, device=device, final_rate=sparsity, nbatches=steps_per_epoch, epochs=epochs
     )
-    if pruner.prunable_weights_cnt != ours:
+    if pruner.prunable_weights_cnt != prunable:
         raise SystemExit(
-            f"the official implementation prunes {pruner.prunable_weights_cnt} weights of this "
-            f"network, ours {ours}: the two cannot be compared on it"
+            f"The official implementation prunes {pruner.prunable_weights_cnt} weights of this "
+            f"network, torch-feather {prunable}. They cannot be compared on it."
         )
     return pruner
 
 
 def commit(checkout: Path) -> str | None:
-    """Which version of it this is; None where git cannot tell."""
+    """Return the commit of a checkout; None if git cannot determine it."""
     git = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -66,7 +79,12 @@ def commit(checkout: Path) -> str | None:
 
 
 def recorded_command(argv: Sequence[str] | None, names: Mapping[str, str]) -> str:
-    """The command line for a record, with names in place of one machine's paths (path: name)."""
+    """Return the command line for a record, with names in place of paths of this machine.
+
+    Args:
+        argv: the command line; None for that of the process.
+        names: path to its name.
+    """
     words = sys.argv if argv is None else [sys.argv[0], *argv]
     for path, name in names.items():
         words = [name if word == path else word for word in words]

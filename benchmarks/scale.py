@@ -1,9 +1,9 @@
-"""What a step of sparse training costs where the weights are spread over processes.
+"""Cost of a sparse training step if the weights are sharded over processes.
 
 Processes on this machine (gloo) hold the shards of a synthetic network of equal layers, as
-`fully_shard` makes them. Measured, over sizes: seconds of a step's threshold, image and exchange of
-latent and sparse weights; bytes and calls of its collectives; memory. From these follows a model
-for networks that do not fit here, marked as extrapolated.
+`fully_shard` creates them. For each size, measures the seconds of a step, its threshold and its
+effective weights; bytes and calls of collectives; and memory. A cost model extrapolates to networks
+that do not fit on this machine; its output is marked.
 
     python benchmarks/scale.py --sizes 1e7 1e8 --ranks 1 2
     python benchmarks/scale.py --sizes 1e9 --ranks 1 --dtype bfloat16 --json results/scale.json
@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import engine_parts
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -36,25 +37,25 @@ from torch_feather.training.provenance import provenance
 
 COLUMNS = 4096
 SPARSITY = 0.95
-CHECKED = 10**7  # weights up to which the count is checked
+CHECKED = 10**7  # weights up to which the number of zeros is checked
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WIDTH = {"float32": 4, "bfloat16": 2}
-# What the model is asked about: weights, and processes that share them.
-ASKED = [(1e9, 8), (1e10, 64), (1e11, 512)]
+# Weights and processes that the cost model is evaluated for.
+MODELLED = [(1e9, 8), (1e10, 64), (1e11, 512)]
 LAYERS = 300
 
 
 class AlmostThere:
-    """A schedule that stays just below its end, where the engine would look at all weights."""
+    """A schedule that stays below its end, where the engine would check all weights."""
 
     def table(self, total_steps: int) -> torch.Tensor:
-        shares = torch.full((total_steps + 1,), 0.99, dtype=torch.float64)
-        shares[-1] = 1.0
-        return shares
+        fractions = torch.full((total_steps + 1,), 0.99, dtype=torch.float64)
+        fractions[-1] = 1.0
+        return fractions
 
 
 class Collectives:
-    """Counts the sums over processes, and the bytes that each process puts into them."""
+    """Counts all-reduce calls and the bytes that each process contributes."""
 
     def __init__(self) -> None:
         self.calls, self.bytes, self._inner = 0, 0, dist.all_reduce
@@ -67,7 +68,7 @@ class Collectives:
 
 
 def network(size: int, layers: int, dtype: torch.dtype) -> nn.Module:
-    """About `size` weights in layers of equal width, of which this process makes its shards."""
+    """Create this process's shards of a network with about `size` weights in equal layers."""
     ranks = dist.get_world_size()
     rows = max(1, round(size / layers / COLUMNS / ranks))
     mesh = init_device_mesh("cpu", (ranks,))
@@ -81,7 +82,7 @@ def network(size: int, layers: int, dtype: torch.dtype) -> nn.Module:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One process's part of a measurement."""
+    """Run one process's part of a measurement."""
     torch.set_num_threads(1)
     torch.manual_seed(dist.get_rank())
     model = network(int(arguments.size), arguments.layers, DTYPES[arguments.dtype])
@@ -90,33 +91,26 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     sparsifier = feather.sparsify(
         model, optimizer, sparsity=SPARSITY, total_steps=1000, schedule=AlmostThere()
     )
-    every, method = (
-        range(len(sparsifier.step.training.binding.weights)),
-        sparsifier.step.training.method,
-    )
-    weights, number = sparsifier.step.training.weights, torch.zeros((), dtype=torch.int64)
-    collectives, seconds = Collectives(), {"step": [], "threshold": [], "image": []}
+    parts = engine_parts.step_parts(sparsifier, torch.zeros((), dtype=torch.int64))
+    collectives, seconds = Collectives(), {"step": [], "threshold": [], "effective_weights": []}
     for _ in range(arguments.repeats):
         dist.barrier()
         start, calls, sent = time.perf_counter(), collectives.calls, collectives.bytes
-        sparsifier.before_step(every)
-        sparsifier.capture(every)
-        sparsifier.after_step(True)
+        engine_parts.step(sparsifier)
         seconds["step"].append(time.perf_counter() - start)
         exchanged = {"calls": collectives.calls - calls, "bytes": collectives.bytes - sent}
         dist.barrier()
         with torch.no_grad():
-            start = time.perf_counter()
-            method.refresh(weights, number)
-            seconds["threshold"].append(time.perf_counter() - start)
-            start = time.perf_counter()
-            method.images(weights)
-            seconds["image"].append(time.perf_counter() - start)
-    local = sum(flat.numel() for flat in weights.flats)
+            for name in ("threshold", "effective_weights"):
+                start = time.perf_counter()
+                parts[name]()
+                seconds[name].append(time.perf_counter() - start)
+    local = sum(flat.numel() for flat in engine_parts.latent_weights(sparsifier))
+    size = sum(p.numel() for p in engine_parts.parameters(sparsifier))
     if local <= CHECKED:
-        assert sparsifier.sparsity == round(0.99 * SPARSITY * weights.size) / weights.size
+        assert sparsifier.sparsity == round(0.99 * SPARSITY * size) / size
     return {
-        "size": weights.size,
+        "size": size,
         "ranks": dist.get_world_size(),
         "dtype": arguments.dtype,
         "layers": arguments.layers,
@@ -129,13 +123,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def with_current_keys(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a recorded measurement with the keys of this version: `image` was renamed."""
+    renamed = {"image": "effective_weights"}
+    return row | {
+        kind: {renamed.get(name, name): value for name, value in row[kind].items()}
+        for kind in ("seconds", "ns_per_local_weight")
+    }
+
+
 def peak() -> int:
-    """The most memory that this process has had, in bytes."""
+    """Return the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def launch(size: float, ranks: int, dtype: str, layers: int, repeats: int) -> dict[str, Any]:
-    """Runs the processes of one measurement; returns what the first reports."""
+    """Run the processes of one measurement; return the report of the first one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -148,53 +151,53 @@ def launch(size: float, ranks: int, dtype: str, layers: int, repeats: int) -> di
         )
         for r in range(ranks)
     ]
-    said = [process.communicate()[0] for process in processes]
+    reports = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
-        raise SystemExit(f"A process of {ranks} failed at {size} weights.")
-    return json.loads(said[0])
+        raise SystemExit(f"One of {ranks} processes failed at {size} weights.")
+    return json.loads(reports[0])
 
 
 def model(weights: float, ranks: int, dtype: str, ns: float | None) -> dict[str, Any]:
-    """The cost on each process, by the code: see docs/scale.md for what the terms are."""
-    width, here, bits = WIDTH[dtype], weights / ranks, (int(weights) - 1).bit_length()
-    # Digits of a float32, then of an index, where magnitudes tie; marks of writes; the sum.
+    """Return the cost for each process, derived from the code; docs/scale.md explains the terms."""
+    width, local, bits = WIDTH[dtype], weights / ranks, (int(weights) - 1).bit_length()
+    # Digits of a float32, then of an index for ties; flags of external writes; the sum.
     counts = [2**11, 2**10, 2**10, *[2**11] * (bits // 11), 2 ** (bits % 11)]
     return {
         "weights": weights,
         "ranks": ranks,
         "dtype": dtype,
-        "gib_kept": width * here / 2**30,
-        "gib_for_a_moment": max(4, width) * here / 2**30,
+        "gib_kept": width * local / 2**30,
+        "gib_temporary": max(4, width) * local / 2**30,
         "bytes_exchanged": 8 * sum(counts) + 4 * LAYERS + 4,
         "collectives": len(counts) + 2,
-        "cpu_seconds_extrapolated": None if ns is None else ns * here / 1e9,
+        "cpu_seconds_extrapolated": None if ns is None else ns * local / 1e9,
     }
 
 
 def table(record: dict[str, Any]) -> str:
     hardware = record["hardware"]
     lines = [
-        f"{hardware['cpu']}, one thread a process",
+        f"{hardware['cpu']}, one thread per process",
         ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         f"commit {record['commit'] or 'unknown'}, {record['date']}",
         record["command"],
         "",
-        "measured, medians; per weight of one process",
-        f"{'weights':>14} {'ranks':>5} {'type':>9} {'step s':>8} {'ns':>7} {'threshold ns':>13}"
-        f" {'image ns':>9} {'sums':>5} {'bytes':>8} {'peak B':>7}",
+        "measured medians; step, threshold and effective weights in ns per weight of one process",
+        f"{'weights':>14} {'ranks':>5} {'type':>9} {'step s':>8} {'step ns':>7} {'threshold':>13}"
+        f" {'effective':>9} {'calls':>5} {'bytes':>8} {'peak B':>7}",
     ]
     for row in record["measured"]:
         ns = row["ns_per_local_weight"]
         lines.append(
             f"{row['size']:>14,} {row['ranks']:>5} {row['dtype']:>9} {row['seconds']['step']:>8.3f}"
-            f" {ns['step']:>7.2f} {ns['threshold']:>13.2f} {ns['image']:>9.2f}"
+            f" {ns['step']:>7.2f} {ns['threshold']:>13.2f} {ns['effective_weights']:>9.2f}"
             f" {row['exchanged']['calls']:>5} {row['exchanged']['bytes']:>8,}"
             f" {row['peak_bytes_per_local_weight']:>7.1f}"
         )
     lines += [
         "",
-        f"model, per process; {LAYERS} layers; seconds of one CPU thread, extrapolated",
-        f"{'weights':>16} {'ranks':>5} {'type':>9} {'GiB kept':>9} {'GiB moment':>11} {'sums':>5}"
+        f"cost model per process; {LAYERS} layers; seconds of one CPU thread, extrapolated",
+        f"{'weights':>16} {'ranks':>5} {'type':>9} {'GiB kept':>9} {'GiB temp.':>11} {'calls':>5}"
         f" {'bytes':>8} {'seconds':>8}",
     ]
     for row in record["model"]:
@@ -202,7 +205,7 @@ def table(record: dict[str, Any]) -> str:
         lines.append(
             f"{int(row['weights']):>16,} {row['ranks']:>5} {row['dtype']:>9}"
             f" {row['gib_kept']:>9.2f}"
-            f" {row['gib_for_a_moment']:>11.2f} {row['collectives']:>5}"
+            f" {row['gib_temporary']:>11.2f} {row['collectives']:>5}"
             f" {row['bytes_exchanged']:>8,} {'' if seconds is None else f'{seconds:.2f}':>8}"
         )
     return "\n".join(lines)
@@ -217,7 +220,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add to what is there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the measurements to FILE")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--size", type=float, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -241,9 +244,9 @@ def main(argv: list[str] | None = None) -> None:
         for ranks in arguments.ranks
     ]
     commands = [" ".join(["python", "benchmarks/scale.py", *(argv or sys.argv[1:])])]
-    if arguments.json and arguments.json.exists():  # sizes may be measured one at a time
+    if arguments.json and arguments.json.exists():  # sizes can be measured one at a time
         before = json.loads(arguments.json.read_text())
-        measured = before["measured"] + measured
+        measured = [*map(with_current_keys, before["measured"]), *measured]
         commands = [before["command"], *commands]
     largest = {
         dtype: max(rows, key=lambda row: row["size"])["ns_per_local_weight"]["step"]
@@ -258,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
         "model": [
             model(weights, ranks, dtype, largest.get(dtype))
             for dtype in DTYPES
-            for weights, ranks in ASKED
+            for weights, ranks in MODELLED
         ],
     }
     print(table(record))

@@ -1,17 +1,19 @@
-"""What sparse training adds to a training step, beside the same network trained dense.
+"""Overhead of sparse training per training step, relative to dense training.
 
-All contestants are copies of one network with the same initial weights. In every round each of
-them takes one whole step (forward, backward, clip, optimizer) on the same new random batch, in an
-order drawn for that round. `control` is a second dense copy: its ratio shows what the machine's
-noise alone does. `official` is the official implementation on its own module wrappers.
+All contestants are copies of one network with the same initial weights. In each repetition, every
+contestant takes one complete step (forward, backward, clipping, optimizer) on the same new random
+batch, in random order. `control` is a second dense copy, whose ratio shows the noise of the
+machine. `official` is the official implementation, which wraps modules.
 
     python benchmarks/step_overhead.py --network resnet20 --batch 16 --theta 1 .5
-    python benchmarks/step_overhead.py --suite --peer ../feather --json results/step_overhead.json
+    python benchmarks/step_overhead.py --suite --reference ../feather \\
+        --json results/step_overhead.json
     python benchmarks/step_overhead.py --method all --json results/method_overhead.json
 
-Methods with an option `schedule` are at the final sparsity all the time (but see `--at`); the
-others go through their whole course in the rounds measured. What the engine does in a step is
-measured in the third quarter of a course apart, where no method is in its last phase yet.
+Methods with an option `schedule` are at the final sparsity in all repetitions (but see `--at`).
+Other methods run through their entire schedule in the measured repetitions. The engine's part of a
+step is measured separately, in the third quarter of a schedule, before the last phase of any
+method.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import itertools
 import json
 import os
 import random
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -31,42 +32,42 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import engine_cost
 import numpy as np
 import official
 import torch
 import torch.nn.functional as F
+from renamed_options import current_options
+from step_tables import comparison_table, header, limits_table
+from timed_call import timed
 from torch import Tensor, nn
 
 import torch_feather as feather
 from torch_feather.methods import method_options
 from torch_feather.prunable import find_prunable
 from torch_feather.training.provenance import provenance
-from torch_feather.weights.checksum import checksum
-from torch_feather.weights.latent import copy_all
 
 CLASSES = 100
-WARMUP = 3  # rounds before those that count: memory is allocated, kernels are chosen
-ENOUGH = 40  # rounds; fewer are a trial, not a measurement
-ENGINE_REPEATS = 20
-ENGINE_BATCH = 8  # images, at most: what the engine does in a step does not depend on them
+WARMUP = 3  # repetitions before the measured ones: memory is allocated, kernels are chosen
+ENOUGH = 40  # repetitions; fewer are a trial, not a measurement
+ENGINE_BATCH = 8  # images at most; the engine's cost does not depend on them
 RESAMPLES = 2000
-CACHES = 64 << 20  # bytes; more than the caches hold
 
 SIMD = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
-# What the project promises at 95 %, on two cores. Of feather: by network, batch and theta.
+# Limits of the ratio at 95% on two cores, for feather: by network and batch, then by theta.
 LIMITS = {
     ("resnet20", 128): {1.0: 1.03, 0.5: 1.05},
     ("mobilenet_v1", 128): {1.0: 1.06, 0.5: 1.08},
     ("resnet20", 16): {1.0: 1.08, 0.5: 1.10},
 }
-# Of every other method with its defaults: by network and batch, and where one has its own.
+# Limits for the other methods with default options: by network and batch, and for single methods.
 METHOD_LIMITS = {("resnet20", 128): 1.10}
 OWN_LIMITS = {"spartan": 1.30}
 
 
 class Contestant:
-    """A copy of the network, its optimizer, and whatever makes it sparse."""
+    """A copy of the network with its optimizer and sparse training method."""
 
     def __init__(self, model: nn.Module, amp: bool = False) -> None:
         self.model, self.amp = copy.deepcopy(model), amp
@@ -91,10 +92,21 @@ def build(
     arguments: argparse.Namespace,
     network: str,
     batch: int,
-    peer: ModuleType | None,
+    reference: ModuleType | None,
     total: int | None = None,
 ) -> tuple[nn.Module, dict[str, Contestant]]:
-    """All contestants by name, `dense` first; their course is as long as the race, or `total`."""
+    """Create the network and all contestants.
+
+    Args:
+        arguments: the command line.
+        network: name of the network.
+        batch: batch size.
+        reference: module of the official implementation, if it takes part.
+        total: steps of the schedules; None for the number of repetitions.
+
+    Returns:
+        The network, and contestants by name, `dense` first.
+    """
     device = torch.device(arguments.device)
     torch.manual_seed(arguments.seed)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
@@ -124,62 +136,55 @@ def build(
         effective = one.sparsifier.method.gradient.theta if "theta" in known else None
         if (arguments.sparsity, arguments.device) == (0.95, "cpu"):
             one.limit = limit(method, network, batch, effective)
-        # A method without theta is there once, whatever the list of them.
+        # A method without theta is measured once, for any number of thetas.
         found[method if effective is None else f"{method}, θ {effective:g}"] = one
 
-    if peer is not None:
-        one = found["official"] = Contestant(model, arguments.amp)
-        # At the end: the second half of a schedule, which is at its final sparsity from there on.
-        at_end = arguments.at == "end"
-        pruner = official.wrap(
-            peer,
-            one.model,
-            device,
-            sparsity=arguments.sparsity,
-            steps_per_epoch=2 * total if at_end else total,
-            epochs=1,
-        )
-        pruner.step_idx = total if at_end else 0
-        one.before_forward = pruner.update_thresh
+    if reference is not None:
+        found["official"] = official_contestant(arguments, model, reference, total)
     return model, found
 
 
+def official_contestant(
+    arguments: argparse.Namespace, model: nn.Module, reference: ModuleType, total: int
+) -> Contestant:
+    """Return the official implementation around a copy of the network."""
+    one = Contestant(model, arguments.amp)
+    # At the end: the second half of a schedule, which has the final sparsity.
+    at_end = arguments.at == "end"
+    pruner = official.wrap(
+        reference,
+        one.model,
+        torch.device(arguments.device),
+        sparsity=arguments.sparsity,
+        steps_per_epoch=2 * total if at_end else total,
+        epochs=1,
+    )
+    pruner.step_idx = total if at_end else 0
+    one.before_forward = pruner.update_thresh
+    return one
+
+
 def limit(method: str, network: str, batch: int, theta: float | None) -> float | None:
-    """The promised ratio to the dense step; None where nothing is promised."""
+    """Return the limit of the ratio to the dense step; None without a limit."""
     if method == "feather":
         return LIMITS.get((network, batch), {}).get(theta)
     common = METHOD_LIMITS.get((network, batch))
     return None if common is None else OWN_LIMITS.get(method, common)
 
 
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds until its work is done."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return begin.elapsed_time(end)
-
-
-def race(
+def time_steps(
     contestants: dict[str, Contestant],
-    rounds: int,
+    repetitions: int,
     shape: Sequence[int],
     device: torch.device,
     channels_last: bool,
     seed: int,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each contestant's step in each round."""
+    """Return the milliseconds of each contestant's step in each repetition."""
     draw = random.Random(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for i in range(WARMUP + rounds):
+    for i in range(WARMUP + repetitions):
         x = torch.randn(*shape, device=device).contiguous(memory_format=layout)
         y = torch.randint(CLASSES, (shape[0],), device=device)
         for name in draw.sample(list(contestants), len(contestants)):
@@ -190,16 +195,16 @@ def race(
 
 
 def compare(samples: dict[str, list[float]], seed: int) -> dict[str, dict[str, Any]]:
-    """Medians and their ratios to `dense`.
+    """Return medians and their ratios to `dense`.
 
-    The interval (95 %) resamples whole rounds, so what slows all of a round cancels in it.
+    The 95% CI resamples entire repetitions, so slowdowns that affect all contestants cancel out.
     """
     times = {name: np.asarray(values) for name, values in samples.items()}
     dense = times["dense"]
-    rounds = np.random.default_rng(seed).integers(len(dense), size=(RESAMPLES, len(dense)))
+    resampled = np.random.default_rng(seed).integers(len(dense), size=(RESAMPLES, len(dense)))
     result = {}
     for name, values in times.items():
-        ratios = np.median(values[rounds], axis=1) / np.median(dense[rounds], axis=1)
+        ratios = np.median(values[resampled], axis=1) / np.median(dense[resampled], axis=1)
         result[name] = {
             "median_ms": float(np.median(values)),
             "quartiles_ms": np.quantile(values, [0.25, 0.75]).tolist(),
@@ -210,130 +215,38 @@ def compare(samples: dict[str, list[float]], seed: int) -> dict[str, dict[str, A
     return result
 
 
-def engines(arguments: argparse.Namespace, network: str, batch: int) -> dict[str, dict[str, Any]]:
-    """`engine` of each method, in the third quarter of a course of its own."""
+def engine_costs(
+    arguments: argparse.Namespace, network: str, batch: int
+) -> dict[str, dict[str, Any]]:
+    """Return the engine's cost for each method, in the third quarter of a separate schedule."""
     device, size = torch.device(arguments.device), arguments.size
-    half = 2 * (WARMUP + ENGINE_REPEATS + 1)  # twice the steps that `engine` takes
+    half = 2 * (engine_cost.WARMUP + engine_cost.REPEATS + 1)  # twice the steps of a measurement
     _, contestants = build(arguments, network, batch, None, total=2 * half)
     sparse = {name: one for name, one in contestants.items() if one.sparsifier is not None}
     shape = (min(batch, ENGINE_BATCH), 3, size, size)
-    race(sparse, half - WARMUP, shape, device, arguments.channels_last, arguments.seed)
-    return {name: engine(one.sparsifier, device) for name, one in sparse.items() if one.sparsifier}
-
-
-def engine(sparsifier: feather.Sparsifier, device: torch.device) -> dict[str, Any]:
-    """Milliseconds (medians) of what the engine does in one step, and the memory it takes.
-
-    Measured apart from training, with the caches emptied before each part, as forward and
-    backward leave them. `refresh` (thresholds), `image`, `copy` and `checks` are parts of the calls
-    above.
-    """
-    weights, method = sparsifier.step.training.weights, sparsifier.step.training.method
-    every = range(len(sparsifier.step.training.binding.weights))
-    parameters = [slot.parameter for slot in sparsifier.step.training.binding.weights]
-    step = torch.tensor(sparsifier.step_count, device=device)
-    images, _ = method.images(weights)
-    spare = [torch.empty_like(image) for image in images]
-    hooks = [
-        (hook, torch.randn_like(p))
-        for p in parameters
-        for hook in (p._backward_hooks or {}).values()
-    ]
-
-    calls = {
-        "complete": lambda: sparsifier.complete_at_step(None),
-        "before_step": lambda: sparsifier.before_step(every),
-        "capture": lambda: sparsifier.capture(every),
-        "after_step": lambda: sparsifier.after_step(True),
-        "pull_back": lambda: [hook(gradient) for hook, gradient in hooks],
-    }
-    parts = {
-        "refresh": lambda: method.refresh(weights, step),
-        "image": lambda: method.images(weights),
-        "copy": lambda: copy_all(spare, images),  # into the parameters it would be a foreign write
-    }
-    if device.type == "cpu":
-        parts["checks"] = lambda: [checksum(p) for p in parameters]
-    caches = torch.empty(CACHES // 4, device=device)
-    samples: dict[str, list[float]] = {name: [] for name in calls | parts}
-    with torch.no_grad():
-        for i in range(WARMUP + ENGINE_REPEATS):
-            for name, call in (calls | parts).items():
-                caches.fill_(i)
-                elapsed = timed(call, device)
-                if i >= WARMUP:
-                    samples[name].append(elapsed)
-    medians = {name: float(np.median(values)) for name, values in samples.items()}
+    time_steps(sparse, half - WARMUP, shape, device, arguments.channels_last, arguments.seed)
     return {
-        "ms": {name: medians[name] for name in calls},
-        "sum_ms": sum(medians[name] for name in calls),
-        "parts_ms": {name: medians[name] for name in parts},
-        "memory": memory(sparsifier, device),
+        name: engine_cost.measure(one.sparsifier, device)
+        for name, one in sparse.items()
+        if one.sparsifier
     }
-
-
-def memory(sparsifier: feather.Sparsifier, device: torch.device) -> dict[str, int]:
-    """Bytes of the prunable weights, of their latent copy and of what the method keeps beside it
-    between steps, and of a step's transients."""
-    every = range(len(sparsifier.step.training.binding.weights))
-
-    def step() -> None:
-        sparsifier.before_step(every)
-        sparsifier.capture(every)
-        sparsifier.after_step(True)
-
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        transient = torch.cuda.max_memory_allocated(device) - before
-    else:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on stderr
-        cpu = torch.profiler.ProfilerActivity.CPU
-        with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
-            step()
-        assert profile.profiler is not None
-        events = profile.profiler.kineto_results.events()
-        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        transient = max(np.cumsum([0, *(change for _, change in changes)]).tolist())
-    size = sum(
-        s.parameter.numel() * s.parameter.element_size()
-        for s in sparsifier.step.training.binding.weights
-    )
-    latent = sum(
-        flat.numel() * flat.element_size() for flat in sparsifier.step.training.weights.flats
-    )
-    sparsifier.step.training.method.forget_gradients()  # the next step's are new
-    kept = sum(storages(vars(sparsifier.step.training.method)).values())
-    return {"weights": size, "latent": latent, "method": kept, "transient": int(transient)}
-
-
-def storages(held: object) -> dict[int, int]:
-    """Bytes of each storage, by its address, that tensors in nested containers lie in."""
-    if isinstance(held, Tensor):
-        storage = held.untyped_storage()
-        return {storage.data_ptr(): storage.nbytes()}
-    parts = list(held.values()) if isinstance(held, dict) else held
-    if not isinstance(parts, list | tuple):
-        return {}
-    return {address: size for part in parts for address, size in storages(part).items()}
 
 
 def run(
-    arguments: argparse.Namespace, network: str, batch: int, peer: ModuleType | None
+    arguments: argparse.Namespace, network: str, batch: int, reference: ModuleType | None
 ) -> dict[str, Any]:
-    """One network at one batch size: everything that the record holds of it."""
+    """Measure one network at one batch size; return its part of the record."""
     device = torch.device(arguments.device)
-    model, contestants = build(arguments, network, batch, peer)
+    model, contestants = build(arguments, network, batch, reference)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     shape = (batch, 3, arguments.size, arguments.size)
     with warnings.catch_warnings():
-        # A layer of an untrained network may be empty at the final sparsity.
+        # A layer of an untrained network can be empty at the final sparsity.
         warnings.simplefilter("ignore", feather.FeatherWarning)
-        samples = race(
+        samples = time_steps(
             contestants, arguments.steps, shape, device, arguments.channels_last, arguments.seed
         )
-        engine_rows = engines(arguments, network, batch)
+        engine_rows = engine_costs(arguments, network, batch)
     compared = compare(samples, arguments.seed)
     for name, one in contestants.items():
         compared[name]["limit"] = one.limit
@@ -349,7 +262,7 @@ def run(
 
 
 def vector_units() -> dict[str, Any]:
-    """What vector instructions the CPU has (on Linux), and the set that PyTorch chose."""
+    """Return the vector instructions of the CPU (on Linux), and the set that PyTorch uses."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -360,120 +273,47 @@ def vector_units() -> dict[str, Any]:
     }
 
 
-def header(record: dict[str, Any]) -> str:
-    hardware, settings = record["hardware"], record["settings"]
-    where = (
-        f"{hardware['cpu']}, {hardware['cores']} core(s), {hardware['threads']} thread(s), "
-        f"{' '.join(hardware['simd'])}; PyTorch uses {hardware['simd_used']}"
-    )
-    if "gpu" in hardware:
-        where = f"{hardware['gpu']}; {where}"
-    lines = [
-        where,
-        ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-        f"commit {record['commit'] or 'unknown'}, {record['date']}",
-    ]
-    if record["peer_commit"]:
-        lines.append(f"official implementation at {record['peer_commit']}")
-    where_in_schedule = "at the final" if settings["at"] == "end" else "while rising to the final"
-    lines += [
-        record["command"],
-        f"{settings['steps']} rounds {where_in_schedule} sparsity {settings['sparsity']:.2%}; "
-        "of methods without the option schedule, over their whole course",
-    ]
-    if settings["steps"] < ENOUGH:
-        lines.append(f"(fewer than {ENOUGH} rounds: a trial, not a measurement)")
-    return "\n".join(lines)
-
-
-def comparison_table(result: dict[str, Any]) -> str:
-    load = "" if result["load_before"] is None else f", load before {result['load_before']:.1f}"
-    lines = [
-        f"\n{result['network']}, batch {result['batch']}, {result['prunable']:,} prunable weights"
-        f"{load}",
-        f"  {'':<18} {'median ms':>10} {'quartiles':>17} {'/ dense':>8} {'95 % interval':>15}"
-        f" {'of means':>9} {'limit':>6}",
-    ]
-    for name, row in result["contestants"].items():
-        low, high = row["quartiles_ms"]
-        interval = f"{row['interval'][0]:.3f}-{row['interval'][1]:.3f}"
-        limit = f"{row['limit']:.2f}" if row["limit"] else ""
-        lines.append(
-            f"  {name:<18} {row['median_ms']:>10.1f} {f'{low:.1f}-{high:.1f}':>17}"
-            f" {row['ratio']:>8.3f} {interval:>15} {row['ratio_of_means']:>9.3f} {limit:>6}"
-        )
-    for name, row in result["engine"].items():
-        calls = ", ".join(f"{key} {value:.2f}" for key, value in row["ms"].items())
-        parts = ", ".join(f"{key} {value:.2f}" for key, value in row["parts_ms"].items())
-        copies = {key: value / row["memory"]["weights"] for key, value in row["memory"].items()}
-        lines += [
-            f"  engine of {name}, in mid-course: {row['sum_ms']:.2f} ms a step: {calls}",
-            f"    of which, each time: {parts}",
-            "    memory in copies of the prunable weights: "
-            f"{copies['latent'] + copies['method']:.2f} kept ({copies['method']:.2f} by the "
-            f"method), {copies['transient']:.2f} for a moment",
-        ]
-    return "\n".join(lines)
-
-
-def limits_table(results: list[dict[str, Any]]) -> str:
-    """What was promised, and whether it holds."""
-    lines = [
-        f"\n{'network':<14} {'batch':>5}  {'contestant':<16} {'/ dense':>8} {'limit':>6}"
-        f" {'':<7} {'control':>8} {'official':>9} {'engine ms':>10}"
-    ]
-    for result in results:
-        rows = result["contestants"]
-        peer = f"{rows['official']['ratio']:.3f}" if "official" in rows else ""
-        for name, row in rows.items():
-            if row["limit"] is not None:
-                verdict = "within" if row["ratio"] <= row["limit"] else "OVER"
-                lines.append(
-                    f"{result['network']:<14} {result['batch']:>5}  {name:<16}"
-                    f" {row['ratio']:>8.3f} {row['limit']:>6.2f} {verdict:<7}"
-                    f" {rows['control']['ratio']:>8.3f} {peer:>9}"
-                    f" {result['engine'][name]['sum_ms']:>10.2f}"
-                )
-    return "\n".join(lines)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     theta = lambda text: text if text == "auto" else float(text)  # noqa: E731
-    parser.add_argument("--suite", action="store_true", help="the networks with a promised limit")
-    parser.add_argument("--network", default="resnet20", help="a name, or timm/NAME")
+    parser.add_argument(
+        "--suite", action="store_true", help="measure the networks that have a limit"
+    )
+    parser.add_argument("--network", default="resnet20", help="name, or timm/NAME")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--size", type=int, default=32, help="pixels a side")
+    parser.add_argument("--size", type=int, default=32, help="height and width of images")
     parser.add_argument("--sparsity", type=float, default=0.95)
-    parser.add_argument("--method", nargs="+", default=["feather"], help="names, or all")
-    parser.add_argument("--theta", type=theta, nargs="+", help="[auto; with --suite 1 .5]")
-    parser.add_argument("--steps", type=int, default=ENOUGH, help="rounds that count")
+    parser.add_argument("--method", nargs="+", default=["feather"], help="method names, or all")
+    parser.add_argument("--theta", type=theta, nargs="+", help="default: auto; with --suite 1 .5")
+    parser.add_argument("--steps", type=int, default=ENOUGH, help="measured repetitions")
     parser.add_argument(
         "--at",
         choices=["end", "ramp"],
         default="end",
-        help="at the final sparsity, or over a cubic schedule from its beginning",
+        help="measure at the final sparsity, or over an entire cubic schedule",
     )
-    parser.add_argument("--peer", type=Path, help="a checkout of the official implementation")
+    parser.add_argument("--reference", type=Path, help=official.REFERENCE_HELP)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--channels-last", action="store_true", help="memory layout of the copies")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="use the channels_last memory format"
+    )
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to FILE")
+    arguments = parser.parse_args(current_options(argv, official.RENAMED))
     for name in ("batch", "size", "steps", "threads"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name}: at least 1")
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no CUDA device")
+        parser.error("--device cuda: no CUDA device available")
     if "all" in arguments.method:
         arguments.method = feather.available_methods()
     for name in arguments.method:
         if name not in feather.available_methods():
-            parser.error(f"--method {name}: there are {', '.join(feather.available_methods())}")
+            parser.error(f"--method {name}: choose from {', '.join(feather.available_methods())}")
     if arguments.theta is None:
         arguments.theta = [1.0, 0.5] if arguments.suite else ["auto"]
     if arguments.suite and arguments.json is None:
@@ -484,23 +324,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
-    peer = official.load_official(arguments.peer) if arguments.peer else None
-    device = torch.device(arguments.device)
-    facts = provenance(device)
+    checkout = arguments.reference
+    reference = official.load_official(checkout) if checkout else None
+    facts = provenance(torch.device(arguments.device))
     facts["hardware"] |= vector_units()
-    peer_name = {str(arguments.peer): "OFFICIAL"} if arguments.peer else {}
     record = {
-        "command": official.recorded_command(argv, peer_name),
+        "command": official.recorded_command(argv, {str(checkout): "OFFICIAL"} if checkout else {}),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,
-        "peer_commit": official.commit(arguments.peer) if arguments.peer else None,
-        "settings": {k: v for k, v in vars(arguments).items() if k not in ("json", "peer")},
+        "peer_commit": official.commit(checkout) if checkout else None,
+        "settings": {k: v for k, v in vars(arguments).items() if k not in ("json", "reference")},
         "runs": [],
     }
-    print(header(record), flush=True)
+    print(header(record, ENOUGH), flush=True)
     chosen = list(LIMITS) if arguments.suite else [(arguments.network, arguments.batch)]
     for network, batch in chosen:
-        record["runs"].append(run(arguments, network, batch, peer))
+        record["runs"].append(run(arguments, network, batch, reference))
         print(comparison_table(record["runs"][-1]), flush=True)
     if any(row["limit"] for one in record["runs"] for row in one["contestants"].values()):
         print(limits_table(record["runs"]))

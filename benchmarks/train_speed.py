@@ -1,15 +1,16 @@
-"""Training speed, from stored images to updated weights, beside a plain PyTorch loop.
+"""Training speed from stored images to updated weights, relative to a plain PyTorch loop.
 
 `plain` is the loop of PyTorch's tutorials on the same images: a DataLoader with worker processes,
-torchvision's transforms, the network as it is. `official` is the same loop around the official
-implementation of Feather. All others are this package's trainer, dense and sparse, with the
-switches asked for. In every round each of them trains for some steps, in an order drawn for that
-round; numbers are medians over rounds, ratios are taken within a round. `--jobs` asks how many
-independent runs should share the device: it trains as many at a time, each in its own process.
+torchvision's transforms and the dense network. `official` is the same loop with the official
+implementation of Feather. All others are the trainer of torch-feather, dense and sparse, with the
+given switches. In each repetition, all contestants train for some steps in random order. Numbers
+are medians over repetitions; ratios are formed within a repetition. `--jobs` measures how many
+independent runs should share the device, by training that many concurrently.
 
     python benchmarks/train_speed.py --data-path FOLDER --switches none compile amp compile+amp
     python benchmarks/train_speed.py --data-path FOLDER --device cuda --switches none \
-        compile+graph amp+compile+graph --steps 100 --peer ../feather --json results/speed.json
+        compile+graph amp+compile+graph --steps 100 --reference ../feather \
+        --json results/speed.json
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import official
 import torch
 import torch.nn.functional as F
+from renamed_options import current_options
 from torch import nn
 
 from torch_feather import models
@@ -42,11 +44,11 @@ from torch_feather.training.provenance import provenance
 from torch_feather.training.task import Task, make_optimizer
 
 SWITCHES = ("compile", "amp", "graph")
-WARM_UP = 1  # rounds that do not count: compilers and allocators settle
+WARM_UP = 1  # repetitions that are not measured: compilation, memory allocation
 
 
 class Trainer:
-    """This package's trainer."""
+    """The trainer of torch-feather."""
 
     def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
         self.task = Task(config, data, device, Ranks())
@@ -58,7 +60,7 @@ class Trainer:
             yield from self.task.loader
 
     def train(self, steps: int) -> int:
-        """Take steps, under the settings of a run; the images they saw."""
+        """Take steps with the settings of a run; return the number of images."""
         images = 0
         with settings(self.task.config.system, self.task.ranks):
             for batch in itertools.islice(self.batches, steps):
@@ -67,19 +69,19 @@ class Trainer:
                 images += batch.total
         return images
 
-    def feed(self, steps: int) -> int:
-        """The batches of as many steps, without training on them."""
+    def load(self, steps: int) -> int:
+        """Load the batches of some steps without training; return the number of images."""
         return sum(batch.total for batch in itertools.islice(self.batches, steps))
 
     def evaluate(self, batches: int) -> int:
-        """The first batches of the test images; how many those are."""
+        """Evaluate the first batches of the test images; return the number of images."""
         chosen = list(itertools.islice(self.task.watched_images, batches))
         self.task.evaluate(chosen)
         return sum(len(y) for _, y in chosen)
 
 
 class PlainLoop:
-    """A DataLoader, and the steps as PyTorch's documentation writes them."""
+    """A DataLoader and training steps as in PyTorch's documentation."""
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class PlainLoop:
         data: Dataset,
         device: torch.device,
         workers: int,
-        peer: ModuleType | None = None,
+        reference: ModuleType | None = None,
     ) -> None:
         from PIL import Image
         from torchvision import transforms
@@ -102,16 +104,16 @@ class PlainLoop:
             ]
         )
 
-        class Pictures(torch.utils.data.Dataset):
+        class Images(torch.utils.data.Dataset):
             def __len__(self) -> int:
                 return len(data.train)
 
             def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-                picture = Image.fromarray(data.train.pixels[i].squeeze(-1).numpy())
-                return transform(picture), int(data.train.labels[i])
+                image = Image.fromarray(data.train.pixels[i].squeeze(-1).numpy())
+                return transform(image), int(data.train.labels[i])
 
         self.loader = torch.utils.data.DataLoader(
-            Pictures(),
+            Images(),
             config.batch_size,
             shuffle=True,
             num_workers=workers,
@@ -122,9 +124,9 @@ class PlainLoop:
         self.model = models.create(config.network, data.classes, data.channels).to(device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.before_step: Callable[[], object] = lambda: None
-        if peer is not None:
+        if reference is not None:
             pruner = official.wrap(
-                peer,
+                reference,
                 self.model,
                 device,
                 sparsity=config.sparsity,
@@ -140,7 +142,7 @@ class PlainLoop:
             yield from self.loader
 
     def train(self, steps: int) -> int:
-        """Take steps; the images they saw."""
+        """Take steps; return the number of images."""
         images = 0
         for x, y in itertools.islice(self.batches, steps):
             x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
@@ -156,7 +158,7 @@ class PlainLoop:
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Of a call until the device has done its work, and what it gave."""
+    """Return the seconds of a call, including its work on the device, and its result."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -167,16 +169,19 @@ def seconds(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 
 def contestants(arguments: argparse.Namespace, config: Config, data: Dataset) -> dict[str, Any]:
-    """All by name, the plain loop first."""
+    """Create all contestants by name, the plain loop first."""
     device = torch.device(arguments.device)
     found: dict[str, Any] = {"plain": PlainLoop(config, data, device, arguments.workers)}
-    if arguments.peer:
-        peer = official.load_official(Path(arguments.peer))
-        found["official"] = PlainLoop(config, data, device, arguments.workers, peer)
+    if arguments.reference:
+        reference = official.load_official(Path(arguments.reference))
+        found["official"] = PlainLoop(config, data, device, arguments.workers, reference)
     for switches in arguments.switches:
         on = [] if switches == "none" else switches.split("+")
         if unknown := set(on) - set(SWITCHES):
-            raise SystemExit(f"--switches {switches}: {unknown} not among {', '.join(SWITCHES)}")
+            raise SystemExit(
+                f"--switches {switches}: unknown {', '.join(sorted(unknown))}. "
+                f"Choose from {', '.join(SWITCHES)}."
+            )
         system = replace(config.system, **dict.fromkeys(on, True))
         for method in arguments.methods:
             one = replace(config.dense() if method == "dense" else config, system=system)
@@ -187,25 +192,25 @@ def contestants(arguments: argparse.Namespace, config: Config, data: Dataset) ->
 
 
 def measure(arguments: argparse.Namespace, config: Config, data: Dataset) -> list[dict[str, Any]]:
-    """A row per contestant."""
+    """Measure all contestants; return a row for each."""
     device = torch.device(arguments.device)
     found = contestants(arguments, config, data)
     speeds: dict[str, list[float]] = {name: [] for name in found}
-    feeding: dict[str, list[float]] = {name: [] for name in found}
+    loading: dict[str, list[float]] = {name: [] for name in found}
     order = random.Random(0)
-    for number in range(WARM_UP + arguments.rounds):
+    for number in range(WARM_UP + arguments.repetitions):
         for name in order.sample(list(found), len(found)):
             one = found[name]
-            time.sleep(arguments.pause)  # worker processes fill their queues, and are quiet then
+            time.sleep(arguments.pause)  # worker processes fill their queues
             taken, images = seconds(lambda one=one: one.train(arguments.steps), device)
             if number < WARM_UP:
                 continue
             speeds[name].append(images / taken)
             if isinstance(one, Trainer):
-                alone, fed = seconds(lambda one=one: one.feed(arguments.steps), device)
-                feeding[name].append((alone / fed) / (taken / images))
+                alone, loaded = seconds(lambda one=one: one.load(arguments.steps), device)
+                loading[name].append((alone / loaded) / (taken / images))
         if number >= WARM_UP:
-            print(f"round {number - WARM_UP + 1} of {arguments.rounds}", flush=True)
+            print(f"repetition {number - WARM_UP + 1} of {arguments.repetitions}", flush=True)
     rows = []
     for name, one in found.items():
         ratios = [a / b for a, b in zip(speeds[name], speeds["plain"], strict=True)]
@@ -218,7 +223,7 @@ def measure(arguments: argparse.Namespace, config: Config, data: Dataset) -> lis
             "times_plain_range": [min(ratios), max(ratios)],
         }
         if isinstance(one, Trainer):
-            row["feeding"] = statistics.median(feeding[name])
+            row["feeding"] = statistics.median(loading[name])
             taken, images = seconds(lambda one=one: one.evaluate(4), device)
             row["evaluated_per_s"] = images / taken
             pairs = zip(speeds[dense], speeds[name], strict=True) if dense in speeds else ()
@@ -228,28 +233,30 @@ def measure(arguments: argparse.Namespace, config: Config, data: Dataset) -> lis
     return rows
 
 
-def _one_of(
+def _train_one(
     start: Any, ends: Any, arguments: argparse.Namespace, config: Config, seed: int
 ) -> None:
-    """A process of `together`: train between the common start and its own end."""
+    """Train in one process of `concurrently`, from the common start to its own end."""
     torch.set_num_threads(1)
     config = replace(config, seed=seed)
     one = Trainer(config, load_dataset(config.data, config.seed), torch.device(arguments.device))
     one.train(arguments.steps)
     start.wait()
-    taken, images = seconds(lambda: one.train(arguments.rounds * arguments.steps), one.task.device)
+    taken, images = seconds(
+        lambda: one.train(arguments.repetitions * arguments.steps), one.task.device
+    )
     ends.put((taken, images))
 
 
-def together(arguments: argparse.Namespace, config: Config, jobs: int) -> dict[str, Any]:
-    """Images per second of all of `jobs` sparse runs that share the device."""
+def concurrently(arguments: argparse.Namespace, config: Config, jobs: int) -> dict[str, Any]:
+    """Return the images per second of `jobs` concurrent sparse runs in total."""
     context = multiprocessing.get_context("spawn")
     start, ends = context.Barrier(jobs), context.Queue()
     on = dict.fromkeys((arguments.switches[-1].replace("none", "")).split("+"), True)
     on.pop("", None)
     config = replace(config, system=replace(config.system, **on))
     processes = [
-        context.Process(target=_one_of, args=(start, ends, arguments, config, seed))
+        context.Process(target=_train_one, args=(start, ends, arguments, config, seed))
         for seed in range(jobs)
     ]
     for process in processes:
@@ -265,10 +272,10 @@ def together(arguments: argparse.Namespace, config: Config, jobs: int) -> dict[s
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """What is printed."""
+    """Return the table of all contestants."""
     lines = [
         f"{'':28} {'images/s':>9} {'s/epoch':>8} {'x plain':>8} {'(range)':>13} "
-        f"{'step/dense':>10} {'feeding':>8} {'evaluated/s':>11}"
+        f"{'step/dense':>10} {'loading':>8} {'evaluated/s':>11}"
     ]
     for row in rows:
         low, high = row["times_plain_range"]
@@ -290,16 +297,23 @@ def main() -> None:
     parser.add_argument("--data-path")
     parser.add_argument("--set", nargs="+", default=[], help="settings, such as network=resnet8")
     parser.add_argument("--methods", nargs="+", default=["dense", "feather"])
-    parser.add_argument("--switches", nargs="+", default=["none"], help="such as compile+amp")
+    parser.add_argument(
+        "--switches", nargs="+", default=["none"], help="combinations, such as compile+amp"
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=2, help="of the plain loop's DataLoader")
-    parser.add_argument("--steps", type=int, default=8, help="per round and contestant")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--workers", type=int, default=2, help="worker processes of the plain loop")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="steps of a contestant in a repetition"
+    )
+    parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--pause", type=float, default=0.5, help="seconds between contestants")
-    parser.add_argument("--jobs", nargs="*", type=int, default=[], help="such as 1 2 4")
-    parser.add_argument("--peer", help="a checkout of the official implementation")
+    parser.add_argument(
+        "--jobs", nargs="*", type=int, default=[], help="concurrent runs, such as 1 2 4"
+    )
+    parser.add_argument("--reference", help=official.REFERENCE_HELP)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    renamed = official.RENAMED | {"--rounds": "--repetitions"}
+    arguments = parser.parse_args(current_options(None, renamed))
 
     overrides = {"data.path": arguments.data_path} | parse_assignments(arguments.set)
     config = resolve_config(arguments.recipe, None, overrides)
@@ -307,7 +321,7 @@ def main() -> None:
     data = load_dataset(config.data, config.seed)
     torch.set_num_threads(config.system.threads or torch.get_num_threads())
     facts = provenance(torch.device(arguments.device))
-    names = {str(arguments.data_path): "FOLDER", str(arguments.peer): "OFFICIAL"}
+    names = {str(arguments.data_path): "FOLDER", str(arguments.reference): "OFFICIAL"}
     record: dict[str, Any] = {
         "command": official.recorded_command(None, names),
         "network": config.network,
@@ -315,7 +329,7 @@ def main() -> None:
         **facts,
         "together": [],
         "steps": arguments.steps,
-        "rounds": arguments.rounds,
+        "rounds": arguments.repetitions,
     }
 
     def save() -> None:
@@ -325,11 +339,11 @@ def main() -> None:
     save()
     print(table(record["rows"]), flush=True)
     for jobs in arguments.jobs:
-        row = together(arguments, config, jobs)
+        row = concurrently(arguments, config, jobs)
         record["together"].append(row)
         save()
         speed = f"{row['images_per_s']:9.0f} images/s"
-        print(f"{row['jobs']:3} at once ({row['switches']}): {speed}", flush=True)
+        print(f"{row['jobs']:3} concurrent ({row['switches']}): {speed}", flush=True)
     print(f"\n{facts['hardware']}, PyTorch {facts['versions']['torch']}")
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks run, and compute what they print. What they measure is not judged here."""
+"""The benchmarks run and compute the numbers that they print; measured values are not tested."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ from torch_feather import available_methods
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
-# The interface of the official implementation, with the crudest pruning behind it.
+# The interface of the official implementation with a minimal pruning method.
 STAND_IN = """
 import torch
 
@@ -44,15 +44,15 @@ def step_overhead(monkeypatch):
 
 
 @pytest.fixture
-def peer_accuracy(monkeypatch):
+def reference_accuracy(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return importlib.import_module("peer_accuracy")
+    return importlib.import_module("reference_accuracy")
 
 
 @pytest.fixture
-def peer(tmp_path):
-    folder = tmp_path / "peer"
+def checkout(tmp_path):
+    folder = tmp_path / "official"
     folder.mkdir()
     (folder / "sparse_utils.py").write_text(STAND_IN)
     return folder
@@ -62,8 +62,8 @@ def peer(tmp_path):
 
 
 def test_a_run_records_every_contestant(step_overhead, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(step_overhead, "CACHES", 1 << 16)
-    monkeypatch.setattr(step_overhead, "ENGINE_REPEATS", 2)
+    monkeypatch.setattr(step_overhead.engine_cost, "CACHES", 1 << 16)
+    monkeypatch.setattr(step_overhead.engine_cost, "REPEATS", 2)
     file = tmp_path / "results" / "overhead.json"
     command = "--network resnet8 --batch 2 --size 8 --steps 3 --threads 1 --theta 1 .5 --json"
     step_overhead.main([*command.split(), str(file)])
@@ -75,10 +75,8 @@ def test_a_run_records_every_contestant(step_overhead, tmp_path, monkeypatch, ca
     assert all(len(samples) == 3 for samples in run["samples_ms"].values())
     assert run["contestants"]["dense"]["ratio"] == 1.0
     for engine in run["engine"].values():
-        assert set(engine["ms"]) == {
-            "complete", "before_step", "capture", "after_step", "pull_back"
-        }  # fmt: skip
-        assert set(engine["parts_ms"]) == {"refresh", "image", "copy", "checks"}
+        assert set(engine["ms"]) == {"before", "after", "pull_back"}
+        assert set(engine["parts_ms"]) == {"threshold", "effective_weights", "copy", "checks"}
         assert engine["memory"]["latent"] == engine["memory"]["weights"] == 4 * run["prunable"]
     printed = capsys.readouterr().out
     assert "a trial, not a measurement" in printed
@@ -86,18 +84,18 @@ def test_a_run_records_every_contestant(step_overhead, tmp_path, monkeypatch, ca
 
 
 def test_every_method_is_measured_once(step_overhead, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(step_overhead, "CACHES", 1 << 16)
-    monkeypatch.setattr(step_overhead, "ENGINE_REPEATS", 1)
+    monkeypatch.setattr(step_overhead.engine_cost, "CACHES", 1 << 16)
+    monkeypatch.setattr(step_overhead.engine_cost, "REPEATS", 1)
     monkeypatch.setattr(step_overhead, "METHOD_LIMITS", {("resnet8", 2): 1.1})
-    measure, courses = step_overhead.engine, set()
+    measure, ranges = step_overhead.engine_cost.measure, set()
 
-    def engine(sparsifier, device):
+    def measure_and_note(sparsifier, device):
         begin, total = sparsifier.step_count, sparsifier.total_steps
         row = measure(sparsifier, device)
-        courses.add((begin / total, sparsifier.step_count / total))
+        ranges.add((begin / total, sparsifier.step_count / total))
         return row
 
-    monkeypatch.setattr(step_overhead, "engine", engine)
+    monkeypatch.setattr(step_overhead.engine_cost, "measure", measure_and_note)
     file = tmp_path / "overhead.json"
     command = "--method all --network resnet8 --batch 2 --size 8 --steps 2 --threads 1 --json"
     step_overhead.main([*command.split(), str(file)])
@@ -109,14 +107,14 @@ def test_every_method_is_measured_once(step_overhead, tmp_path, monkeypatch, cap
         name.split(",")[0]: round(row["memory"]["method"] / row["memory"]["weights"], 2)
         for name, row in run["engine"].items()
     }
-    assert courses == {(0.5, 0.75)}  # the earliest last phase begins at 0.8
-    # Probabilities, their two moments and the mask; the soft mask; of others numbers per layer.
+    assert ranges == {(0.5, 0.75)}  # the earliest last phase begins at 0.8
+    # probmask: probabilities, their two moments, the mask; spartan: the soft mask.
     assert kept == dict.fromkeys(available_methods(), 0) | {"probmask": 4, "spartan": 1}
     table = capsys.readouterr().out.split("engine ms\n")[-1].splitlines()
-    assert len(table) == len(available_methods()) - 1  # feather's limits are on other networks
+    assert len(table) == len(available_methods()) - 1  # feather has limits on other networks only
 
 
-def test_what_is_promised(step_overhead):
+def test_limits(step_overhead):
     assert step_overhead.limit("feather", "resnet20", 128, 1.0) == 1.03
     assert step_overhead.limit("feather", "resnet8", 128, 1.0) is None
     assert step_overhead.limit("gmp", "resnet20", 128, None) == 1.1
@@ -125,10 +123,10 @@ def test_what_is_promised(step_overhead):
 
 
 @pytest.mark.parametrize("at", ["end", "ramp"])
-def test_all_contestants_start_alike_and_take_the_same_steps(step_overhead, peer, at):
-    command = f"--steps 4 --at {at} --peer {peer}"
+def test_all_contestants_start_equal_and_take_the_same_steps(step_overhead, checkout, at):
+    command = f"--steps 4 --at {at} --reference {checkout}"
     arguments = step_overhead.parse(command.split())
-    implementation = step_overhead.official.load_official(peer)
+    implementation = step_overhead.official.load_official(checkout)
     model, contestants = step_overhead.build(arguments, "resnet8", 2, implementation)
     assert list(contestants) == ["dense", "control", "feather, θ 1", "official"]
     for name in ("dense", "control", "official"):
@@ -137,7 +135,7 @@ def test_all_contestants_start_alike_and_take_the_same_steps(step_overhead, peer
     latent = contestants["feather, θ 1"].sparsifier.latent_weights()
     assert all(torch.equal(w, model.get_parameter(name)) for name, w in latent.items())
     device = torch.device("cpu")
-    step_overhead.race(contestants, 4, (2, 3, 8, 8), device, False, seed=0)
+    step_overhead.time_steps(contestants, 4, (2, 3, 8, 8), device, False, seed=0)
     steps = step_overhead.WARMUP + 4
     assert contestants["feather, θ 1"].sparsifier.step_count == steps
     assert contestants["feather, θ 1"].sparsifier.sparsity == pytest.approx(0.95, abs=1e-5)
@@ -146,7 +144,7 @@ def test_all_contestants_start_alike_and_take_the_same_steps(step_overhead, peer
     assert pruner.step_idx == (2 * steps if at == "end" else steps)
 
 
-def test_ratios_are_those_of_medians_and_common_noise_cancels(step_overhead):
+def test_ratios_are_of_medians_and_common_noise_cancels_out(step_overhead):
     dense = np.random.default_rng(0).lognormal(3, 1, 41)
     compared = step_overhead.compare({"dense": dense.tolist(), "twice": (2 * dense).tolist()}, 0)
     assert compared["twice"]["ratio"] == pytest.approx(2)
@@ -154,7 +152,7 @@ def test_ratios_are_those_of_medians_and_common_noise_cancels(step_overhead):
     assert compared["dense"]["median_ms"] == pytest.approx(sorted(dense)[20])
 
 
-def test_a_ratio_over_its_limit_is_said_so(step_overhead):
+def test_ratios_above_their_limit_are_marked(step_overhead):
     row = {"ratio": 1.04, "limit": 1.03}
     rows = {"dense": {"ratio": 1.0, "limit": None}, "control": {"ratio": 1.01, "limit": None}}
     result = {
@@ -168,20 +166,27 @@ def test_a_ratio_over_its_limit_is_said_so(step_overhead):
     assert "within" in within
 
 
-def test_records_name_no_path_of_this_machine(step_overhead):
+def test_recorded_commands_have_no_paths_of_this_machine(step_overhead):
     command = step_overhead.official.recorded_command(
-        ["--peer", "/a/place", "--data-path=/b", "--json", "results/b"],
-        {"/a/place": "OFFICIAL", "/b": "DATA"},
+        ["--reference", "/a/b", "--data-path=/b", "--json", "results/b"],
+        {"/a/b": "OFFICIAL", "/b": "DATA"},
     )
-    assert command.endswith("--peer OFFICIAL --data-path=DATA --json results/b")
+    assert command.endswith("--reference OFFICIAL --data-path=DATA --json results/b")
 
 
-def test_a_checkout_without_the_official_code_is_refused(step_overhead, tmp_path):
+def test_a_checkout_without_the_official_code_is_an_error(step_overhead, tmp_path):
     with pytest.raises(SystemExit, match=r"no sparse_utils\.py"):
-        step_overhead.main(["--peer", str(tmp_path)])
+        step_overhead.main(["--reference", str(tmp_path)])
 
 
-# Accuracy beside the official implementation
+def test_options_of_version_0_1_are_deprecated(step_overhead):
+    with pytest.warns(DeprecationWarning, match="--peer is deprecated; use --reference"):
+        assert step_overhead.parse(["--peer=a"]).reference == Path("a")
+    with pytest.warns(DeprecationWarning, match="--peer is deprecated; use --reference"):
+        assert step_overhead.parse(["--batch", "2", "--peer", "a"]).reference == Path("a")
+
+
+# Accuracy of the official implementation
 
 
 def row(who, seed, accuracy, sparsity=0.98, **changes):
@@ -213,8 +218,8 @@ PAIRS = [
 ]
 
 
-def test_means_and_deviations_over_seeds(peer_accuracy):
-    (entry,) = peer_accuracy.aggregate(PAIRS)
+def test_means_and_deviations_over_seeds(reference_accuracy):
+    (entry,) = reference_accuracy.aggregate(PAIRS)
     assert entry["n"] == 3
     assert entry["ours"] == {
         "mean": pytest.approx(37),
@@ -227,68 +232,72 @@ def test_means_and_deviations_over_seeds(peer_accuracy):
     assert entry["interval"] == pytest.approx([1 - 2.4841, 1 + 2.4841], abs=1e-3)
 
 
-def test_only_seeds_that_both_have_are_averaged(peer_accuracy):
+def test_only_seeds_of_both_implementations_are_averaged(reference_accuracy):
     rows = [*PAIRS, row("ours", 3, 0.99), row("ours", 0, 0.5, sparsity=0.95)]
-    (entry,) = peer_accuracy.aggregate(rows)
+    (entry,) = reference_accuracy.aggregate(rows)
     assert entry["seeds"] == [0, 1, 2]
     assert entry["ours"]["mean"] == pytest.approx(37)
 
 
 @pytest.mark.parametrize("rows", [PAIRS[::3], [row("ours", 0, 0.5), row("official", 0, 0.5)]])
-def test_one_pair_has_a_difference_but_no_spread(peer_accuracy, rows):
-    (entry,) = peer_accuracy.aggregate(rows)
+def test_one_pair_has_a_difference_without_an_interval(reference_accuracy, rows):
+    (entry,) = reference_accuracy.aggregate(rows)
     assert entry["ours"]["deviation"] is None
     assert entry["interval"] is None
 
 
-def test_the_table_shows_every_seed_and_what_is_missing(peer_accuracy):
-    text = peer_accuracy.table([*PAIRS, row("ours", 7, 0.4)], "python it")
-    assert "| 98 % | 37.00 ± 1.00 | 36.00 ± 1.00 | +1.00 (-1.48 to +3.48) | 3 | 980 | 979 |" in text
-    assert "| 98 % | 2 | 38.00 | 36.00 | +2.00 | 1.5000 | 1.5000 |" in text
-    assert "| 98 % | 7 | 40.00 |  |  | 1.5000 |  |" in text
+def test_the_table_shows_every_seed_and_missing_runs(reference_accuracy):
+    text = reference_accuracy.table([*PAIRS, row("ours", 7, 0.4)], "python it")
+    assert "| 98% | 37.00 ± 1.00 | 36.00 ± 1.00 | +1.00 (−1.48 to +3.48) | 3 | 980 | 979 |" in text
+    assert "| 98% | 2 | 38.00 | 36.00 | +2.00 | 1.5000 | 1.5000 |" in text
+    assert "| 98% | 7 | 40.00 |  |  | 1.5000 |  |" in text
     assert "bbbbbbbbbb" in text
 
 
 DIGITS = ["--recipe", "digits", "--data", "digits", "--epochs", "2", "--sparsity", ".5"]
 
 
-def test_the_official_one_is_trained_by_the_same_trainer(peer_accuracy, peer, monkeypatch):
-    arguments = peer_accuracy.parse([*DIGITS, "--peer", str(peer), "--set", "batch_size=512"])
-    config = peer_accuracy.configuration(arguments, 0.5, seed=0)
+def test_both_implementations_use_the_same_trainer(reference_accuracy, checkout, monkeypatch):
+    arguments = reference_accuracy.parse(
+        [*DIGITS, "--reference", str(checkout), "--set", "batch_size=512"]
+    )
+    config = reference_accuracy.configuration(arguments, 0.5, seed=0)
     found = []
 
-    class Watched(peer_accuracy.OfficialTask):
+    class Watched(reference_accuracy.OfficialTask):
         def finish(self, run):
             found.append(self.pruner)
             return super().finish(run)
 
-    monkeypatch.setattr(peer_accuracy, "OfficialTask", Watched)
-    monkeypatch.setitem(sys.modules, "torch_feather.analysis.plots", None)  # they take longest
-    official = peer_accuracy.run("official", config, peer)
-    ours = peer_accuracy.run("ours", config, peer)
+    monkeypatch.setattr(reference_accuracy, "OfficialTask", Watched)
+    monkeypatch.setitem(
+        sys.modules, "torch_feather.analysis.plots", None
+    )  # plots take most of the time
+    official = reference_accuracy.run("official", config, checkout)
+    own = reference_accuracy.run("ours", config, checkout)
     (pruner,) = found
     assert pruner.step_idx == 2 * 3  # each step of two epochs of three batches
     assert pruner.ends == 2
-    assert set(official) == set(ours)
-    assert official["settings"] == ours["settings"]
-    assert official["weights"] == ours["weights"]
+    assert set(official) == set(own)
+    assert official["settings"] == own["settings"]
+    assert official["weights"] == own["weights"]
     assert official["zeros"] == pytest.approx(0.5 * official["weights"], rel=1e-3)
-    # The stand-in trains dense; its copy that is measured after an epoch is sparse.
+    # The stand-in trains dense weights; the copy that is measured after an epoch is sparse.
     assert official["curve"]["sparsity"] == pytest.approx([0.5, 0.5], abs=1e-3)
 
 
-def test_runs_that_are_done_are_read_and_not_trained_again(peer_accuracy, peer, tmp_path, capsys):
+def test_completed_runs_are_read_and_not_repeated(reference_accuracy, checkout, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = [*DIGITS, "--peer", str(peer), "--seeds", "0", "--out", str(out)]
-    config = peer_accuracy.configuration(peer_accuracy.parse(arguments), 0.5, seed=0)
+    arguments = [*DIGITS, "--reference", str(checkout), "--seeds", "0", "--out", str(out)]
+    config = reference_accuracy.configuration(reference_accuracy.parse(arguments), 0.5, seed=0)
     out.mkdir()
     for who in ("ours", "official"):
-        done = row(who, 0, 0.4, sparsity=0.5, settings=peer_accuracy.settings(config))
-        peer_accuracy.file_of(out, who, config).write_text(json.dumps(done))
-    peer_accuracy.main(arguments)
-    assert "2 run(s) done before, 0 to do" in capsys.readouterr().out
-    assert "| 50 % | 40.00 | 40.00 | +0.00 | 1 |" in (out / "table.md").read_text()
+        done = row(who, 0, 0.4, sparsity=0.5, settings=reference_accuracy.settings(config))
+        reference_accuracy.file_of(out, who, config).write_text(json.dumps(done))
+    reference_accuracy.main(arguments)
+    assert "2 completed runs found, 0 to train" in capsys.readouterr().out
+    assert "| 50% | 40.00 | 40.00 | +0.00 | 1 |" in (out / "table.md").read_text()
     (entry,) = json.loads((out / "summary.json").read_text())
     assert entry["n"] == 1
     with pytest.raises(SystemExit, match="other settings"):
-        peer_accuracy.main([*arguments, "--set", "optimizer.lr=0.2"])
+        reference_accuracy.main([*arguments, "--set", "optimizer.lr=0.2"])

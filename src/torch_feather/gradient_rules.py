@@ -7,6 +7,7 @@ the progress of training.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Protocol
@@ -99,7 +100,7 @@ class Cosine:
         return self.end + (self.start - self.end) * (1 + torch.cos(torch.pi * progress)) / 2
 
 
-SCHEDULES: dict[str, type[Linear] | type[Cosine]] = {"linear": Linear, "cosine": Cosine}
+SCHEDULES: dict[str, Callable[[float, float], Schedule]] = {"linear": Linear, "cosine": Cosine}
 
 
 def make_theta(theta: float | str | Schedule) -> float | Schedule:
@@ -117,8 +118,8 @@ def make_theta(theta: float | str | Schedule) -> float | Schedule:
     found = re.fullmatch(r"\s*(\w+)\s*\(\s*([^,()]+)\s*,\s*([^,()]+)\s*\)\s*", theta)
     try:
         if found and found[1] in SCHEDULES:
-            make: type[Schedule] = SCHEDULES[found[1]]
-            return make(float(found[2]), float(found[3]))  # type: ignore[call-arg]
+            make: Callable[[float, float], Schedule] = SCHEDULES[found[1]]
+            return make(float(found[2]), float(found[3]))
         return float(theta)
     except ValueError:
         pass

@@ -70,9 +70,9 @@ class Sparsifier:
         self._health = Health(binding.names, total_steps)
         self._health.raise_if_nan(weights, binding.local)
         bound = method.bind(MethodContext(model, binding.names, weights, sparsity, total_steps))
-        training = Training(model, binding, weights, bound)
         if bound.facts.follows_lr and binding.learning_rate() is None:
-            raise no_learning_rate()
+            raise no_learning_rate()  # before hooks are registered
+        training = Training(model, binding, weights, bound)
         self._states = StateDicts(sparsity, total_steps, bound.fingerprint)
         self._fixed_mask: FixedMask | None = None
         self._learned_sparsity, self._reached = 0.0, False  # values at the time of the release
@@ -249,6 +249,12 @@ class Sparsifier:
             yield 1 / count
             if count > 1 and self.step.attached:
                 self._training.end_pass()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "own_sparsity":
+            warn("own_sparsity is now called learned_sparsity.", DeprecationWarning)
+            return self.learned_sparsity
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # The end
 

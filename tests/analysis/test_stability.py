@@ -1,4 +1,4 @@
-"""Masks on disk, and how early they become what they will be."""
+"""Recorded masks, their correlation with the final mask, and the figures of a run."""
 
 import math
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import torch_feather as feather
-from torch_feather.analysis.plots import draw_run, stability
+from torch_feather.analysis import plots
+from torch_feather.analysis.plots import line_style, plot_run, stability
 from torch_feather.analysis.stability import correlations, mask_file, read_masks
 from torch_feather.training import train
 from torch_feather.training.config import apply, resolve_config
@@ -18,7 +19,7 @@ from torch_feather.training.watch import Watch
 @pytest.mark.parametrize("weights", [1, 7, 8, 9, 1000, 4099])
 def test_correlations_are_those_of_numpy(weights):
     rng = np.random.default_rng(weights)
-    masks = [rng.random(weights) < share for share in (0.9, 0.5, 0.1, 0.05)]
+    masks = [rng.random(weights) < density for density in (0.9, 0.5, 0.1, 0.05)]
     masks[-1][0] = ~masks[-1].any() or masks[-1][0]
     found = correlations([np.packbits(mask) for mask in masks], weights)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -41,7 +42,7 @@ def test_opposite_masks_of_many_weights_do_not_overflow():
 
 
 @pytest.mark.parametrize("method", feather.available_methods())
-def test_a_mask_is_kept_bit_for_bit_whatever_the_method(method, tmp_path):
+def test_masks_are_recorded_exactly_for_every_method(method, tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(1, 7, 3), torch.nn.Flatten(), torch.nn.Linear(252, 11)
@@ -58,7 +59,9 @@ def test_a_mask_is_kept_bit_for_bit_whatever_the_method(method, tmp_path):
     (packed,) = read_masks(tmp_path, 1)
     kept = torch.cat([mask.flatten() for mask in masks]).numpy()
     assert (np.unpackbits(packed, count=kept.size).astype(bool) == kept).all()
-    assert mask_file(tmp_path, 1).stat().st_size <= kept.size / 8 + 129  # a bit each, and a header
+    assert (
+        mask_file(tmp_path, 1).stat().st_size <= kept.size / 8 + 129
+    )  # one bit per weight, and a header
 
 
 SMALL = {
@@ -85,7 +88,7 @@ class KilledAt(Watch):
             raise KilledError
 
 
-def test_a_run_that_is_killed_and_resumed_leaves_the_masks_of_one_that_was_not(tmp_path):
+def test_an_interrupted_and_resumed_run_records_the_same_masks(tmp_path):
     config = apply(resolve_config("digits"), SMALL, "test")
     train(config, tmp_path / "whole")
     for step in (5, 3):  # in the second epoch; after resuming at step 4, in the third
@@ -101,12 +104,12 @@ def test_a_run_that_is_killed_and_resumed_leaves_the_masks_of_one_that_was_not(t
     assert final.sum() == 306720 - round(0.95 * 306720)
 
 
-def test_masks_that_are_not_complete_are_none(tmp_path):
+def test_incomplete_masks_are_none(tmp_path):
     record_masks([torch.ones(3, dtype=torch.bool)], tmp_path, 2)
     assert read_masks(tmp_path, 2) is None
 
 
-def test_a_run_is_drawn_with_its_masks_only_if_it_has_them(tmp_path):
+def test_the_figure_of_masks_requires_masks(tmp_path):
     layer = {"name": "a", "weights": 3, "zeros": 2, "sparsity": 2 / 3}
     results = {
         "network": "net",
@@ -116,6 +119,12 @@ def test_a_run_is_drawn_with_its_masks_only_if_it_has_them(tmp_path):
         "report": {"weights": 3, "layers": [layer]},
     }
     line = {"epoch": 1, "val_acc": 0.5, "train_loss": 1.0, "sparsity": 2 / 3}
-    assert "masks.png" not in [file.name for file in draw_run(tmp_path, [line], results)]
+    assert "masks.png" not in [file.name for file in plot_run(tmp_path, [line], results)]
     record_masks([torch.tensor([True, False, False])], tmp_path, 1)
-    assert "masks.png" in [file.name for file in draw_run(tmp_path, [line], results)]
+    assert "masks.png" in [file.name for file in plot_run(tmp_path, [line], results)]
+
+
+@pytest.mark.parametrize(("old", "new"), [("look", line_style), ("draw_run", plot_run)])
+def test_names_of_version_0_1_are_deprecated(old, new):
+    with pytest.warns(DeprecationWarning, match=f"{old} is deprecated; use {new.__name__}"):
+        assert getattr(plots, old) is new

@@ -107,7 +107,7 @@ class Reference:
         """What the method adds to the loss, once in a step."""
         return None
 
-    def inner_optimizer(self, rate: float) -> Optimizer:
+    def inner_optimizer(self, lr: float) -> Optimizer:
         """The optimizer of the method's own parameters, given the learning rate of the weights."""
         raise NotImplementedError
 
@@ -345,19 +345,19 @@ class LearnedThreshold(Reference):
     """
 
     def __init__(
-        self, *args, start: float, rate: float, momentum: float, decay: float = 0.0,
-        dense_below: int = 1000, **kwargs,
+        self, *args, start: float, lr_multiplier: float, momentum: float,
+        decay: float = 0.0, dense_below: int = 1000, **kwargs,
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
         self.arrival = self.total_steps
         self.dense = {name for name, w in self.latent.items() if w.numel() < dense_below}
         [r] = {w.dtype for w in self.wide().values()}
         self.learned = [nn.Parameter(torch.full((len(self.latent),), start, dtype=r))]
-        self.rate, self.momentum, self.decay = rate, momentum, decay
+        self.lr_multiplier, self.momentum, self.decay = lr_multiplier, momentum, decay
 
-    def inner_optimizer(self, rate: float) -> Optimizer:
+    def inner_optimizer(self, lr: float) -> Optimizer:
         return torch.optim.SGD(
-            self.learned, self.rate * rate, self.momentum, weight_decay=self.decay
+            self.learned, self.lr_multiplier * lr, self.momentum, weight_decay=self.decay
         )
 
     def wide(self) -> dict[str, Tensor]:
@@ -400,11 +400,16 @@ class ASL(LearnedThreshold):
     """Hard threshold at r standard deviations; a penalty on the density of normal weights."""
 
     def __init__(
-        self, *args, sparsity: float, rate=0.01, momentum=0.9, budget_weight=10.0, **kwargs
+        self, *args, sparsity: float, lr_multiplier=0.01, momentum=0.9, budget_weight=10.0, **kwargs
     ):
         start = math.sqrt(2) * torch.tensor(0.6 * sparsity, dtype=torch.float64).erfinv().item()
         super().__init__(
-            *args, sparsity=sparsity, start=start, rate=rate, momentum=momentum, **kwargs
+            *args,
+            sparsity=sparsity,
+            start=start,
+            lr_multiplier=lr_multiplier,
+            momentum=momentum,
+            **kwargs,
         )
         self.budget_weight = budget_weight
         self.arrival = math.ceil(0.9 * self.total_steps)
@@ -430,10 +435,16 @@ class ASLPlus(ASL):
     """ASL with a budget that is measured and that rises; each layer has a model for its slope."""
 
     def __init__(
-        self, *args, rate=0.01, momentum=0.9, budget_weight=30.0, schedule="cubic", begin=0,
+        self, *args, lr_multiplier=0.01, momentum=0.9, budget_weight=30.0, schedule="cubic", begin=0,
         end=None, **kwargs,
     ):  # fmt: skip
-        super().__init__(*args, rate=rate, momentum=momentum, budget_weight=budget_weight, **kwargs)
+        super().__init__(
+            *args,
+            lr_multiplier=lr_multiplier,
+            momentum=momentum,
+            budget_weight=budget_weight,
+            **kwargs,
+        )
         self.schedule = schedule, begin, end
         while share_after(self.arrival, self.total_steps, *self.schedule) < 1:
             self.arrival += 1
@@ -479,9 +490,15 @@ class FeatherASLPlus(ASLPlus):
 class STR(LearnedThreshold):
     """u = sign(w) relu(|w| - sigmoid(s)), differentiated as it stands."""
 
-    def __init__(self, *args, s_init=-100.0, rate=1.0, momentum=0.9, decay=0.0, **kwargs):
+    def __init__(self, *args, s_init=-100.0, lr_multiplier=1.0, momentum=0.9, decay=0.0, **kwargs):
         super().__init__(
-            *args, start=s_init, rate=rate, momentum=momentum, decay=decay, dense_below=0, **kwargs
+            *args,
+            start=s_init,
+            lr_multiplier=lr_multiplier,
+            momentum=momentum,
+            decay=decay,
+            dense_below=0,
+            **kwargs,
         )
 
     def tau(self, s: Tensor, w: Tensor) -> Tensor:
@@ -516,10 +533,10 @@ class ProbMask(Reference):
     """Soft masks drawn from learned probabilities; the most probable ones in the last phase."""
 
     def __init__(
-        self, *args, rate=0.006, epochs=300, finetune=1 / 16, passes=1, seed=0, **kwargs
+        self, *args, lr=0.006, epochs=300, finetune=1 / 16, passes=1, seed=0, **kwargs
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
-        self.rate, self.epochs, self.seed, self.draw = rate, epochs, seed, 0
+        self.lr, self.epochs, self.seed, self.draw = lr, epochs, seed, 0
         self.arrival = self.total_steps - round(finetune * self.total_steps)
         self.learned = [
             nn.Parameter(torch.ones(w.shape, dtype=torch.promote_types(w.dtype, torch.float32)))
@@ -575,7 +592,7 @@ class ProbMask(Reference):
     def sparsity(self) -> float:
         return sum(int((u == 0).sum()) for u in self.effective().values()) / self.size
 
-    def inner_optimizer(self, rate: float) -> Optimizer:
+    def inner_optimizer(self, lr: float) -> Optimizer:
         return ProjectedAdam(self)
 
 
@@ -583,7 +600,7 @@ class ProjectedAdam(torch.optim.Adam):
     """Adam on probabilities, then the nearest point within the budget."""
 
     def __init__(self, reference: ProbMask):
-        super().__init__(reference.learned, lr=reference.rate)
+        super().__init__(reference.learned, lr=reference.lr)
         self.reference = reference
 
     @torch.no_grad()
@@ -592,7 +609,7 @@ class ProjectedAdam(torch.optim.Adam):
         if reference.step_count >= reference.arrival:
             return
         cosine = math.cos(math.pi * reference.epoch / reference.epochs)
-        self.param_groups[0]["lr"] = reference.rate * (1 + cosine) / 2
+        self.param_groups[0]["lr"] = reference.lr * (1 + cosine) / 2
         super().step(closure)
         flat = torch.cat([p.flatten() for p in reference.learned])
         projected = project(flat, reference.budget).split([p.numel() for p in reference.learned])
@@ -692,7 +709,7 @@ METHODS = {
         MethodCase("st3-sigma", "st3-sigma", RescaledThreshold, reference_options={"sigma": True}),
         MethodCase("probmask", "probmask", ProbMask, exact=False),
         MethodCase("probmask-fast", "probmask", ProbMask, exact=False, sparsity=0.55,
-                   options={"rate": 0.1, "epochs": 12, "finetune": 0.3}),
+                   options={"lr": 0.1, "epochs": 12, "finetune": 0.3}),
         MethodCase("spartan", "spartan", SoftMask),
         MethodCase("spartan-frozen", "spartan", SoftMask, sparsity=0.6,
                    options={"beta": 50.0, "end": 3, "freeze": 5}),
@@ -708,15 +725,15 @@ METHODS = {
                        "hard_options": lambda c: {"gamma": 1.0, "costs": some_costs(c)}}),
         MethodCase("asl", "asl", ASL, exact=False, options={"dense_below": 0}),
         MethodCase("asl-fast", "asl", ASL, exact=False, sparsity=0.5,
-                   options={"dense_below": 25, "rate": 0.5, "momentum": 0.5,
+                   options={"dense_below": 25, "lr_multiplier": 0.5, "momentum": 0.5,
                             "budget_weight": 2.0}),
         MethodCase("asl+", "asl+", ASLPlus, exact=False,
                    options={"dense_below": 0, "budget_weight": 2.0}),
         MethodCase("asl+-fast", "asl+", ASLPlus, exact=False, sparsity=0.5,
-                   options={"dense_below": 25, "rate": 0.1, "momentum": 0.5,
+                   options={"dense_below": 25, "lr_multiplier": 0.1, "momentum": 0.5,
                             "budget_weight": 1.0, "schedule": "linear", "begin": 1, "end": 10}),
         MethodCase("feather-asl+", "feather-asl+", FeatherASLPlus, exact=False, tolerance=1e-6,
-                   options={"dense_below": 0, "theta": 0.3, "rate": 0.05,
+                   options={"dense_below": 0, "theta": 0.3, "lr_multiplier": 0.05,
                             "budget_weight": 2.0}),
         MethodCase("str", "str", ControlledSTR, exact=False,
                    options={"schedule": "linear", "begin": 1, "end": 10}),

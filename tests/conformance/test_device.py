@@ -13,6 +13,7 @@ from torch_feather import devices
 from torch_feather.operators import Hard, Power
 from torch_feather.selection import select
 from torch_feather.weights.latent import LatentWeights
+from torch_feather.weights.passes import effective_weights
 from torch_feather.weights.segments import Segment
 
 
@@ -36,16 +37,15 @@ def test_a_step_never_makes_the_host_wait(without_gpu, options, dtype):
 @pytest.mark.parametrize("operator", [Power(3.0), Power(1.0), Hard()], ids=str)
 @pytest.mark.parametrize("fill", ["normal", "ties", "zeros"])
 def test_the_device_form_of_the_image_is_that_of_the_cpu(operator, fill, monkeypatch):
-    monkeypatch.setattr("torch_feather.weights.latent.DEVICE_BLOCK", 1000)  # several blocks
+    monkeypatch.setattr("torch_feather.weights.passes.DEVICE_BLOCK", 1000)  # several blocks
     w = {"normal": torch.randn(70, 50), "ties": torch.randint(-4, 5, (70, 50)) / 8.0}
     w["zeros"] = torch.where(w["ties"].abs() < 0.3, 0.0, w["normal"])
     weights = LatentWeights([w[fill]])
     for k in (0, 1, 700, 3400):
         segments = [Segment(0, 3500, select(weights.magnitudes, torch.tensor(k)))]
-        (on_cpu,), total = weights.images(segments, operator)
+        (on_cpu,) = effective_weights(weights, segments, operator)
         with monkeypatch.context() as patch:
             patch.setattr(devices, "synchronizes", lambda _: True)
-            (on_device,), other = weights.images(segments, operator)
+            (on_device,) = effective_weights(weights, segments, operator)
         assert torch.equal(on_cpu == 0, on_device == 0)
         torch.testing.assert_close(on_cpu, on_device)
-        torch.testing.assert_close(total, other, rtol=1e-4, atol=1e-3)

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import torch_feather as feather
 from torch_feather import devices
 from torch_feather.weights.latent import LatentWeights
+from torch_feather.weights.passes import adopt_written
 
 from .harness import TOTAL, assert_exact, assert_same, snapshot, start
 from .models import MODELS
@@ -319,7 +320,7 @@ def test_only_what_was_written_into_named_tensors_becomes_latent(
     which, block, on_device, monkeypatch
 ):
     """However many neighbours are compared at a time, whatever their types and memory layouts."""
-    monkeypatch.setattr("torch_feather.weights.latent.DEVICE_BLOCK", block)
+    monkeypatch.setattr("torch_feather.weights.passes.DEVICE_BLOCK", block)
     monkeypatch.setattr(devices, "synchronizes", lambda _: on_device)
     shapes, types = [(2, 3, 2, 2), (5, 4), (3,), (4, 4), (7,)], ["float32", "bfloat16"]
     parameters = [
@@ -331,7 +332,7 @@ def test_only_what_was_written_into_named_tensors_becomes_latent(
     written = [torch.where(torch.rand(u.shape) < 0.3, 7.0, u).to(u.dtype) for u in images]
     for one in written:
         one[0] = torch.nan
-    weights.adopt(which, written, images)
+    adopt_written(weights, which, written, images)
     for i, view in enumerate(weights.views):
         expected = parameters[i]
         if i in which:

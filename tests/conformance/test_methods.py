@@ -21,12 +21,13 @@ from torch_feather.methods.options import ALLOCATIONS
 from torch_feather.operators import Hard, Soft
 from torch_feather.schedules import Constant, Cubic, Stairs
 from torch_feather.weights.latent import LatentWeights
+from torch_feather.weights.passes import count_pruned, pruned_mask
 
 from .harness import STEPS, TOTAL, Loop, Run, assert_exact, assert_same, snapshot, start
 from .models import MODELS
 from .optimizers import OPTIMIZERS, as_list
 
-ASL = {"method": "asl", "dense_below": 0, "rate": 0.5}
+ASL = {"method": "asl", "dense_below": 0, "lr_multiplier": 0.5}
 
 
 def kept(model: nn.Module, names) -> list[int]:
@@ -70,7 +71,7 @@ def test_a_bias_towards_few_multiply_adds_is_there_for_every_method():
         ({"allocation": "flops"}, r"FlopsBiased\("),
         ({"allocation": 3}, "global, uniform"),
         ({"allocation": ERK}, "global, uniform"),
-        ({"allocation": "erk", "min_density": 0.1}, "'erk'.*leave them out"),
+        ({"allocation": "erk", "min_density": 0.1}, "'erk'.*Leave them out"),
         ({"allocation": Global(0.1), "max_density": 0.9}, "Global object"),
     ],
     ids=str,
@@ -259,7 +260,7 @@ def test_what_training_makes_of_a_budget_is_within_it(way, pattern, monkeypatch)
     budget = 0.5 * macs(start("convnet", schedule="constant"))
     biased = FlopsBiased(budget=budget, example_input=x)
     run = start("convnet", method="feather", allocation=biased, pattern=pattern, total_steps=40)
-    found = run.sparsifier.step.training.method.state["gamma"]
+    found = run.sparsifier.step.training.method.state["gamma"].flat
     before = found.clone()
     run.train(0, 19)
     assert run.sparsifier.step_count + 1 == run.sparsifier.target_step
@@ -289,12 +290,12 @@ def test_a_strong_bias_prunes_the_dear_layers_first_and_none_by_its_place(gamma)
     tensors = [torch.randn(n) for n in (700, 200, 100)]
     costs = {"dear": 12544.0, "fair": 784.0, "cheap": 1.0}
     weights = LatentWeights(tensors)
-    setting = MethodContext(nn.Module(), list(costs), weights, 0.95, 10)
-    segments = FlopsBiased(gamma, costs=costs).fit(setting).cutoffs(
-        weights, torch.tensor(0.95, dtype=torch.float64)
-    )  # fmt: skip
-    assert weights.counts_pruned(segments).tolist() == [700, 200, 50]
-    pruned = weights.pruned(2, segments)
+    context = MethodContext(nn.Module(), list(costs), weights, 0.95, 10)
+    fitted = FlopsBiased(gamma, costs=costs).fit(context)
+    sparsity = torch.tensor(0.95, dtype=torch.float64)
+    segments = fitted.cutoffs(weights, sparsity, fitted.initial_state(context))
+    assert count_pruned(weights, segments).tolist() == [700, 200, 50]
+    pruned = pruned_mask(weights, segments, 2)
     assert tensors[2].abs()[pruned].max() < tensors[2].abs()[~pruned].min()
 
 
@@ -324,7 +325,7 @@ def test_costs_that_were_given_survive_a_restart():
         ({"gamma": 1.0, "budget": 5.0}, "either"),
         ({"gamma": 1.0}, "example_input"),
         ({"gamma": -1.0, "costs": {}}, "gamma"),
-        ({"gamma": 1.0, "costs": "seconds"}, "by weight name"),
+        ({"gamma": 1.0, "costs": "seconds"}, "map weight names to numbers"),
         ({"gamma": 1.0, "costs": {"0.weigth": 1.0, "head": 1.0}}, r"0\.weight.*0\.weigth"),
         ({"gamma": 1.0, "costs": {"0.weight": 0.0, "2.weight": 1.0}}, r"0\.weight"),
         ({"budget": 1.0, "costs": {"0.weight": 5.0, "2.weight": 1.0}}, "Raise the budget"),
@@ -375,7 +376,7 @@ def test_learned_thresholds_end_on_the_exact_count(model):
         assert run.zeros() == round(0.8 * run.case.size)
         run.train(step, step + 1)
     own, report = run.sparsifier.learned_sparsity, run.sparsifier.report()
-    assert own == report.to_dict()["own_sparsity"] != run.sparsifier.sparsity
+    assert own == report.to_dict()["learned_sparsity"] != run.sparsifier.sparsity
     assert f"By itself the method prunes {100 * own:.2f} %" in str(report)
     run.sparsifier.finalize()
     assert run.sparsifier.learned_sparsity == own
@@ -410,7 +411,7 @@ def test_a_target_is_reached_no_earlier_than_its_schedule_arrives(schedule, arri
     for step in range(TOTAL + 1):
         assert run.sparsifier.at_target == (step >= arrival)
         if step < arrival:
-            with pytest.raises(StateError, match="Train on"):
+            with pytest.raises(StateError, match="Continue training"):
                 run.sparsifier.finalize()
         else:
             assert run.zeros() == 96
@@ -428,7 +429,7 @@ def test_finalize_before_the_exact_count_is_refused_or_forced():
 
 
 def test_small_layers_stay_dense():
-    run = start("convnet", method="asl", dense_below=60, rate=0.5).train(0, TOTAL)
+    run = start("convnet", method="asl", dense_below=60, lr_multiplier=0.5).train(0, TOTAL)
     assert kept(run.model, run.case.prunable)[2:] == [48, 24]
     assert run.zeros() == 288
     with pytest.raises(ConfigurationError, match="dense_below=1000"):
@@ -536,18 +537,24 @@ def test_an_optimizer_without_a_learning_rate_cannot_lend_one():
     run = start("mlp", "sgd", **ASL)
     run.loop.gradients(0)
     run.sparsifier.complete_gradients()
-    step = torch.zeros((), dtype=torch.int64)
+    step, training = torch.zeros((), dtype=torch.int64), run.sparsifier.step.training
     with pytest.raises(ConfigurationError, match="no learning rate"):
-        run.sparsifier.step.training.method.advance(
-            run.sparsifier.step.training.weights, step, None, True
+        training.method.after_step(
+            training.weights, training.pruning, training.binding.gradients, step, None, True
         )
 
 
 @pytest.mark.parametrize(
-    "options", [{"rate": -1.0}, {"momentum": 1.0}, {"budget_weight": math.nan}], ids=str
+    ("options", "words"),
+    [
+        ({"lr_multiplier": -1.0}, "lr_multiplier=-1.0"),
+        ({"momentum": 1.0}, "momentum=1.0"),
+        ({"budget_weight": math.nan}, "budget_weight"),
+    ],
+    ids=str,
 )
-def test_options_of_learned_thresholds_that_cannot_be(options):
-    with pytest.raises(ConfigurationError, match=next(iter(options)).split("_")[0]):
+def test_options_of_learned_thresholds_that_cannot_be(options, words):
+    with pytest.raises(ConfigurationError, match=words):
         build_method("asl", sparsity=0.9, **options)
 
 
@@ -558,7 +565,13 @@ def test_the_budget_pulls_towards_the_target():
         nn.init.normal_(layer.weight, std=0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     sparsifier = feather.sparsify(
-        model, optimizer, "asl", sparsity=0.9, total_steps=500, rate=0.2, momentum=0.0
+        model,
+        optimizer,
+        "asl",
+        sparsity=0.9,
+        total_steps=500,
+        lr_multiplier=0.2,
+        momentum=0.0,
     )
     for _ in range(300):
         optimizer.zero_grad()
@@ -651,7 +664,7 @@ def test_layouts_are_shared_by_averages():
     uniform = FittedUniform([12, 5])
     share = torch.tensor(0.5, dtype=torch.float64)
     for one in (weights, weights.like([weights.flats[0].clone()])):
-        assert one.counts_pruned(uniform.cutoffs(one, share)).tolist() == [6, 2]
+        assert count_pruned(one, uniform.cutoffs(one, share)).tolist() == [6, 2]
 
 
 # --- states of other methods ----------------------------------------------------------------
@@ -684,7 +697,7 @@ def test_what_another_method_learned_is_not_mistaken_for_ones_own(before, now):
         run.sparsifier.step.training.weights.flats[0]
     )
     fresh.sparsifier.step.training.count.copy_(run.sparsifier.step.training.count)
-    fresh.sparsifier.show_image()
+    fresh.sparsifier.step.training.write_effective()
     assert_same(run.sparsifier.thresholds(), fresh.sparsifier.thresholds())
 
 

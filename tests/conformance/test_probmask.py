@@ -21,7 +21,7 @@ from .models import MODELS
 from .optimizers import OPTIMIZERS, as_list
 from .test_trajectory import compare, precision
 
-FAST = {"method": "probmask", "rate": 0.1, "epochs": 12, "finetune": 0.3}
+FAST = {"method": "probmask", "lr": 0.1, "epochs": 12, "finetune": 0.3}
 ARRIVAL = 7  # of FAST, in steps
 
 
@@ -122,7 +122,7 @@ def test_masks_sharpen_as_published(step, sharpness):
     sparsifier = at_work(total_steps=320)
     assert sparsifier.target_step == 300
     set_step(sparsifier, step)
-    assert float(sparsifier.step.training.method._sharpness) == pytest.approx(sharpness, rel=1e-4)
+    assert float(sparsifier.step.training.pruning.sharpness) == pytest.approx(sharpness, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,9 @@ def test_masks_sharpen_as_published(step, sharpness):
 )
 @pytest.mark.parametrize("steps", [1, 10])
 def test_the_budget_falls_as_published(epoch, share, steps):
-    method = at_work(total_steps=320 * steps).reparametrization
+    method = at_work(total_steps=320 * steps).step.training.method
     for step in {epoch * steps, epoch * steps + steps - 1}:  # all steps of an epoch alike
-        budget = method._budget_in(method._epoch(torch.tensor(step)), 30)
+        budget = method._budget(method._epoch(torch.tensor(step)), 30)
         assert float(budget) == pytest.approx(30 - 27 * share)
 
 
@@ -310,7 +310,7 @@ def test_a_step_given_up_between_passes_leaves_no_trace_in_the_next():
             break
     # The same masks for both: draws are counted.
     for one in (run, other):
-        one.sparsifier.step.training.method._draws.fill_(9)
+        one.sparsifier.step.training.method.state["draws"].flat.fill_(9)
         one.sparsifier.step.training.write_effective()
     assert_same(
         snapshot(train_by_passes(run, range(2, 5), 2)),
@@ -400,7 +400,7 @@ def test_equal_probabilities_are_pruned_by_lot():
             model, torch.optim.SGD(model.parameters(), 0.0), "probmask", sparsity=0.9,
             total_steps=1, finetune=0.0, seed=seed,
         )  # fmt: skip
-        sparsifier.step.training.method.state["probability"][1][:50].fill_(0.25)
+        sparsifier.step.training.method.state["probability"].rows[1][:50].fill_(0.25)
         frozen = sparsifier.step.training.method._most_probable(torch.ones((), dtype=torch.int64))
         assert int((frozen == 0).sum()) == 9000
         assert (frozen[5000:7500] == 0).all()  # the least probable first
@@ -449,7 +449,7 @@ def test_it_finds_the_weights_that_matter():
     nn.init.normal_(model.weight, generator=generator)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     sparsifier = feather.sparsify(
-        model, optimizer, "probmask", sparsity=0.85, total_steps=1000, rate=0.02
+        model, optimizer, "probmask", sparsity=0.85, total_steps=1000, lr=0.02
     )
     for _ in range(1000):
         x = torch.randn(64, 40, generator=generator)
@@ -543,7 +543,7 @@ def test_no_zero_is_negative():
 
 @pytest.mark.parametrize(
     "options",
-    [{"epochs": 1}, {"finetune": 1.0}, {"finetune": -0.1}, {"passes": 0}, {"rate": -1.0}],
+    [{"epochs": 1}, {"finetune": 1.0}, {"finetune": -0.1}, {"passes": 0}, {"lr": -1.0}],
     ids=str,
 )
 def test_options_that_cannot_be(options):

@@ -14,6 +14,8 @@ from torch_feather.allocation import ERK, Allocation, FlopsBiased, Global, Unifo
 from torch_feather.methods.spartan import soft_top_k as soft_top_k_module
 from torch_feather.methods.spartan.soft_top_k import soft_top_k
 from torch_feather.weights.latent import LatentWeights
+from torch_feather.weights.passes import pruned_mask
+from torch_feather.weights.segments import position_of
 
 from .harness import TOTAL, assert_exact, assert_same, snapshot, start
 from .models import MODELS
@@ -44,16 +46,18 @@ def costs_of(sizes: list[int]) -> dict[str, float]:
 def allocated(weights: LatentWeights, allocation: Allocation, sparsity: float):
     """Segments of an allocation, for weight tensors called 0.weight, 1.weight, ..."""
     names = [f"{i}.weight" for i in range(len(weights.views))]
-    setting = feather.context.MethodContext(nn.Module(), names, weights, sparsity, 10)
+    context = feather.context.MethodContext(nn.Module(), names, weights, sparsity, 10)
     share = torch.tensor(sparsity, dtype=torch.float64)
-    return allocation.fit(setting).cutoffs(weights, share)
+    fitted = allocation.fit(context)
+    return fitted.cutoffs(weights, share, fitted.initial_state(context))
 
 
 def soft_masks(weights: LatentWeights, segments, beta: float) -> list[Tensor]:
     soft = soft_top_k(weights, segments, torch.tensor(beta, dtype=torch.float64))
-    places = [weights.place_of(i, segments) for i in range(len(weights.views))]
+    positions = [position_of(weights, segments, i) for i in range(len(weights.views))]
     return [
-        soft.mask(w.abs().to(weights.wide), j) for w, j in zip(weights.views, places, strict=True)
+        soft.mask(w.abs().to(weights.wide), j)
+        for w, j in zip(weights.views, positions, strict=True)
     ]
 
 
@@ -79,7 +83,7 @@ def test_the_mask_costs_what_the_kept_weights_cost(allocation, dtype, sample):
     for sparsity, beta in product([0.001, 0.5, 0.95, 0.999], [1.5, 20.0, 1e4]):
         segments = allocated(weights, ALLOCATIONS[allocation], sparsity)
         masks = soft_masks(weights, segments, beta)
-        kept = [~weights.pruned(i, segments) for i in range(3)]
+        kept = [~pruned_mask(weights, segments, i) for i in range(3)]
         for group in budgets:
             budget = sum(cost[i] * int(kept[i].sum()) for i in group)
             reached = sum(cost[i] * float(masks[i].double().sum()) for i in group)
@@ -107,7 +111,7 @@ def test_infinite_sharpness_is_the_hard_mask(allocation):
     weights = LatentWeights([torch.randn(40, 30), torch.randn(20, 10), torch.randn(9)])
     segments = allocated(weights, ALLOCATIONS[allocation], 0.8)
     for i, m in enumerate(soft_masks(weights, segments, 1e9)):
-        torch.testing.assert_close(m, (~weights.pruned(i, segments)).float())
+        torch.testing.assert_close(m, (~pruned_mask(weights, segments, i)).float())
 
 
 def test_no_sharpness_is_the_same_share_everywhere():
@@ -127,7 +131,7 @@ def test_the_mask_is_the_fixed_point_of_sinkhorns_updates(costs):
     c = torch.cat([torch.full_like(w, 1 / float(s.scale)) for w, s in zip(tensors, segments,
                                                                          strict=True)])  # fmt: skip
     z = beta * torch.cat(tensors).abs() / c
-    kept = torch.cat([~weights.pruned(i, segments) for i in range(2)])
+    kept = torch.cat([~pruned_mask(weights, segments, i) for i in range(2)])
     mu = torch.zeros((), dtype=torch.float64)
     for _ in range(5000):
         nu = c.log() - F.softplus(z + mu)
@@ -264,7 +268,7 @@ def test_the_sparsity_rises_for_a_fifth_and_the_mask_stays_in_the_last():
     seen, masks = [], []
     for step in range(20):
         seen.append(run.zeros())
-        masks.append([m.clone() for m in run.sparsifier.step.training.method.state["mask"]])
+        masks.append([m.clone() for m in run.sparsifier.step.training.pruning.masks])
         run.train(step, step + 1)
     assert seen == [0, 15, 30, 45, *[60] * 16]
     for step in range(4, 20):
@@ -277,7 +281,7 @@ def test_the_image_is_the_weight_times_the_soft_mask_and_finalize_keeps_it():
     run = start("mlp", method="spartan").train(0, TOTAL)
     latent = run.sparsifier.latent_weights()
     for (name, p), m in zip(
-        run.case.weights(run.model).items(), run.sparsifier.step.training.method.state["mask"],
+        run.case.weights(run.model).items(), run.sparsifier.step.training.pruning.masks,
         strict=True,
     ):  # fmt: skip
         assert torch.equal(p, latent[name] * m)

@@ -3,7 +3,7 @@ import pytest
 
 @pytest.fixture
 def row():
-    """A finished run as a study sees it."""
+    """Makes the row of a finished run."""
 
     def make(method="feather", sparsity=0.9, seed=0, accuracy=0.5, **more):
         return {
@@ -11,7 +11,7 @@ def row():
             "label": method,
             "method": method,
             "sparsity": 0.0 if method == "dense" else sparsity,
-            "own_sparsity": None,
+            "learned_sparsity": None,
             "seed": seed,
             "test_accuracy": accuracy,
             "zeros": round(1000 * sparsity),

@@ -1,18 +1,19 @@
-"""Milliseconds of a study's networks."""
+"""Latency of a study's networks."""
 
 import json
 
 import pytest
 
 from torch_feather.studies import STUDIES, command, latency
-from torch_feather.studies.grid import Outcome, row_of
+from torch_feather.studies.runner import Outcome
+from torch_feather.studies.runs import row_of
 from torch_feather.training import train
 from torch_feather.training.checkpoint import RunDirectory
 
 QUICK = ["epochs=1", "batch_size=256", "system.threads=1"]
 
 
-def test_networks_are_timed_once_and_again_when_they_are_others(tmp_path, monkeypatch):
+def test_a_network_is_timed_again_only_if_its_weights_or_the_cpu_changed(tmp_path, monkeypatch):
     settings = dict(methods="feather", sparsity="0.9", seeds="0", settings=QUICK, out=tmp_path)
     runs = tmp_path / "runs"
 
@@ -22,7 +23,7 @@ def test_networks_are_timed_once_and_again_when_they_are_others(tmp_path, monkey
         for run in plan:
             train(run.config, folder / run.name, resume=True)
             rows[run.name] = row_of(run, RunDirectory(folder / run.name))
-        return Outcome(rows, {}, [])
+        return Outcome(rows)
 
     monkeypatch.setattr(command, "train_all", train_all)
     study = command.command(STUDIES["latency"])
@@ -35,7 +36,7 @@ def test_networks_are_timed_once_and_again_when_they_are_others(tmp_path, monkey
     file = tmp_path / "timings" / f"{row['name']}.json"
     found = json.loads(file.read_text())
     assert found["milliseconds"] == row["milliseconds"]
-    assert (tmp_path / "timings" / f"{row['name']}.choices.json").exists()
+    assert (tmp_path / "timings" / f"{row['name']}.tuning.json").exists()
 
     def no_more(*arguments, **options):
         raise AssertionError("timed again")
@@ -57,12 +58,12 @@ def test_sentences_and_speed_are_in_milliseconds(row):
     ]
     answer = STUDIES["latency"].answer(rows, None)
     (sentence,) = answer.sentences
-    assert "a (0.25 ms, 50.0 %); every other one here is matched or beaten" in sentence
-    (table,) = answer.ours.tables
-    column = table.head.index("times dense")
+    assert "a (0.25 ms, 50.0%). Every other method is matched or exceeded" in sentence
+    (table,) = answer.measured.tables
+    column = table.head.index("speedup")
     assert {line[0]: line[column] for line in table.rows} == {
-        "dense": "1.00",
-        "a": "4.00",
-        "b": "2.00",
+        "dense": "1.00×",
+        "a": "4.00×",
+        "b": "2.00×",
     }
-    assert len(answer.ours.pictures) == 2
+    assert len(answer.measured.figures) == 2

@@ -1,4 +1,4 @@
-"""What each study trains, under which names, and within which budget."""
+"""Plans of studies: runs, their names and settings, and the commands of the documentation."""
 
 import itertools
 import math
@@ -12,19 +12,20 @@ from typer.testing import CliRunner
 from torch_feather import cli
 from torch_feather.errors import ConfigurationError
 from torch_feather.studies import STUDIES
-from torch_feather.studies.command import app, base
-from torch_feather.studies.study import Choices, grid, name_of
+from torch_feather.studies.command import app, base_config
+from torch_feather.studies.planning import grid, run_name
+from torch_feather.studies.study import GridAxes
 from torch_feather.training.config import apply, resolve_config
 
 
 def plan(name, *, recipe=None, settings=(), sparsities=None, seeds=(0, 1, 2), methods=None):
     study = STUDIES[name]
-    config = base(study, recipe, None, None, list(settings))
-    small = config.data.name == "digits"
-    text = study.small_sparsities if small else study.sparsities
+    config = base_config(study, recipe, None, None, list(settings))
+    digits = config.data.name == "digits"
+    text = study.digits_sparsities if digits else study.sparsities
     chosen = [float(s) for s in text.split(",")] if sparsities is None else sparsities
     methods = methods or (study.methods or "").split(",")
-    return study.plan(config, Choices(chosen, seeds, methods))
+    return study.plan(config, GridAxes(chosen, seeds, methods))
 
 
 def test_a_run_of_its_recipe_is_named_by_recipe_method_sparsity_and_seed():
@@ -58,9 +59,9 @@ def test_a_run_of_its_recipe_is_named_by_recipe_method_sparsity_and_seed():
         ({"system.threads": 2, "track_masks": True, "compare_dense": True}, "feather-0.98-3"),
     ],
 )
-def test_a_name_says_in_what_a_run_differs_from_its_recipe(changes, name):
+def test_a_name_shows_how_a_run_differs_from_its_recipe(changes, name):
     config = apply(resolve_config("cifar100-small"), {"seed": 3} | changes, "test")
-    assert name_of(config) == f"cifar100-small-{name}"
+    assert run_name(config) == f"cifar100-small-{name}"
 
 
 def test_no_two_recipes_share_a_run():
@@ -69,17 +70,17 @@ def test_no_two_recipes_share_a_run():
         for name in STUDIES
         for recipe in ("digits", "cifar100-small", "cifar100", "imagenet")
     ]
-    for i, (ours, other) in itertools.product(
+    for i, (first, second) in itertools.product(
         range(len(STUDIES)), itertools.permutations(range(4), 2)
     ):
-        assert not names[4 * i + ours] & names[4 * i + other]
+        assert not names[4 * i + first] & names[4 * i + second]
 
 
-def test_a_default_that_is_written_out_makes_no_other_run():
+def test_an_explicit_default_does_not_make_another_run():
     (run,) = grid(
         resolve_config("cifar100-small"),
         {"p = 3": {"method": "feather", "options": {"p": 3.0}}},
-        Choices([0.98], [0]),
+        GridAxes([0.98], [0]),
     )
     assert (run.name, run.label, run.config.options) == (
         "cifar100-small-feather-0.98-0",
@@ -88,7 +89,7 @@ def test_a_default_that_is_written_out_makes_no_other_run():
     )
 
 
-def test_an_option_goes_to_the_methods_that_have_it():
+def test_an_option_applies_to_the_methods_that_have_it():
     runs = plan("compare", settings=["options.p=2"], sparsities=[0.5], seeds=[0],
                 methods=["dense", "feather", "gmp"])  # fmt: skip
     assert [run.config.options for run in runs] == [{}, {"p": 2.0}, {}]
@@ -96,7 +97,7 @@ def test_an_option_goes_to_the_methods_that_have_it():
         plan("compare", settings=["options.p=2"], methods=["dense", "gmp"])
 
 
-def test_a_method_may_have_options_of_its_own_beside_itself():
+def test_a_method_is_also_planned_with_its_own_options():
     runs = plan("compare", recipe="cifar100-small", sparsities=[0.98], seeds=[0],
                 methods=["feather", "feather:p=2:theta=1", "gmp"])  # fmt: skip
     assert [(run.label, run.name) for run in runs] == [
@@ -106,11 +107,27 @@ def test_a_method_may_have_options_of_its_own_beside_itself():
     ]
 
 
+def test_methods_of_other_packages_are_named_by_module_and_factory():
+    axes = GridAxes([0.9], [0], ["torch_feather.methods:gmp", "torch_feather.methods:gmp:every=2"])
+    assert axes.variants == {
+        "torch_feather.methods:gmp": {"method": "torch_feather.methods:gmp"},
+        "torch_feather.methods:gmp (every = 2)": {
+            "method": "torch_feather.methods:gmp",
+            "options": {"every": 2},
+        },
+    }
+    runs = grid(resolve_config("cifar100"), axes.variants, axes)
+    assert [run.name for run in runs] == [
+        "cifar100-torch_feather.methods_gmp-0.9-0",
+        "cifar100-torch_feather.methods_gmp-every2-0.9-0",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("gmp:p=2", "gmp has no option 'p'"), ("feather:p", "--methods 'p': write key=value")],
 )
-def test_an_option_of_one_method_is_checked_before_anything_is_trained(text, message):
+def test_an_option_of_one_method_is_checked_before_training(text, message):
     with pytest.raises(ConfigurationError, match=message):
         plan("compare", sparsities=[0.5], seeds=[0], methods=[text])
 
@@ -126,8 +143,8 @@ def test_an_option_of_one_method_is_checked_before_anything_is_trained(text, mes
         ("networks", "network=resnet8", "the study"),
     ],
 )
-def test_settings_that_would_have_no_effect_are_refused(name, setting, where):
-    with pytest.raises(ConfigurationError, match=f"{where} decides that here"):
+def test_settings_without_effect_are_errors(name, setting, where):
+    with pytest.raises(ConfigurationError, match=f"{where} determines"):
         plan(name, settings=[setting])
 
 
@@ -151,18 +168,18 @@ def test_studies_share_the_runs_that_they_have_in_common():
     assert f"{small}-feather-flops-0.98-0" in names["flops"]  # with the method's own gamma
 
 
-def test_masks_are_recorded_where_they_are_asked_about_and_only_there():
+def test_masks_are_recorded_by_the_stability_study_only():
     for name in STUDIES:
         assert {run.config.track_masks for run in plan(name)} <= {name == "stability"}
 
 
-def test_the_settings_for_the_digits_give_way_to_those_of_the_command_line():
+def test_the_command_line_overrides_the_settings_for_the_digits():
     assert {run.config.epochs for run in plan("mobilenet")} == {8}
     assert {run.config.epochs for run in plan("mobilenet", settings=["epochs=2"])} == {2}
     assert {run.config.epochs for run in plan("mobilenet", recipe="cifar100-small")} == {10}
 
 
-def test_mobilenet_is_that_of_imagenet_on_folders_of_images():
+def test_on_image_folders_mobilenet_is_the_imagenet_variant():
     networks = [
         {run.config.network for run in plan("mobilenet", recipe=recipe)}
         for recipe in ("cifar100", "imagenet")
@@ -170,13 +187,13 @@ def test_mobilenet_is_that_of_imagenet_on_folders_of_images():
     assert networks == [{"mobilenet_v1"}, {"timm/mobilenetv1_100"}]
 
 
-def test_a_networks_seeds_are_outermost_so_that_all_networks_have_their_first_early():
+def test_all_networks_finish_their_first_seed_before_the_second():
     runs = plan("networks", seeds=[1, 0])
     assert [run.config.seed for run in runs] == sorted((r.config.seed for r in runs), reverse=True)
     assert len({run.config.network for run in runs[: len(runs) // 2]}) == 3
 
 
-# Seconds of one core for an epoch on the digits, dense and sparse, measured; and for the rest.
+# Measured seconds of one core: an epoch on the digits, dense or sparse; everything else of a run.
 EPOCH = {"resnet8": 0.5, "resnet20": 1.4, "mobilenet_v1": 2.5, "densenet40_24": 3.2}
 REST = 3.0
 
@@ -192,7 +209,7 @@ COMMANDS = [line.split("  #")[0] for line in DOCS.splitlines() if line[:18] == "
 
 
 @pytest.mark.parametrize("line", COMMANDS, ids=[line[18:] for line in COMMANDS])
-def test_the_commands_of_the_documentation_can_be_given(line):
+def test_the_commands_of_the_documentation_are_valid(line):
     words = shlex.split(line)[2:]
     if words == ["NAME"]:
         return
@@ -200,8 +217,10 @@ def test_the_commands_of_the_documentation_can_be_given(line):
     command = group.commands[words[0]]
     given = command.make_context(words[0], words[1:]).params
     study = STUDIES[words[0]]
-    config = base(study, given["recipe"], given["data"], given["data_path"], given["settings"])
-    assert study.plan(config, Choices([0.9], [0], (study.methods or "").split(","))) or (
+    config = base_config(
+        study, given["recipe"], given["data"], given["data_path"], given["settings"]
+    )
+    assert study.plan(config, GridAxes([0.9], [0], (study.methods or "").split(","))) or (
         words[0] == "recipe"
     )
 
@@ -219,4 +238,9 @@ def test_help_lists_the_studies_and_their_options():
     assert all(name in listed for name in STUDIES)
     options = CliRunner().invoke(cli.app, ["study", "threshold", "--help"]).output
     assert "--sparsity" in options
-    assert "--methods" not in options  # it is its question that decides
+    assert "--methods" not in options  # the question fixes them
+
+
+def test_help_shows_defaults():
+    output = CliRunner().invoke(cli.app, ["study", "mobilenet", "--help"]).output
+    assert "[default: 0.89,0.941; digits: 0.89,0.941]" in " ".join(output.replace("│", "").split())

@@ -1,1 +1,1 @@
-"""Looking at runs: what there is to see in them, drawn."""
+"""Analysis of runs: mask stability, and figures of a run."""

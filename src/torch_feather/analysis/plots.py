@@ -1,7 +1,8 @@
-"""Pictures of a run and of the operators, and how all pictures look (needs matplotlib)."""
+"""Figures of a run and of the threshold operators, and the style of all figures (matplotlib)."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,22 @@ from matplotlib.figure import Figure
 from ..operators import power_threshold
 from .stability import correlations, read_masks
 
-# Of Okabe and Ito, told apart with all kinds of colour vision; markers and dashes help in grey.
+# Colours of Okabe and Ito, distinct with all kinds of colour vision; dashes and markers in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 MARKERS = "os^DvPX*<>"
 BLUE, ORANGE, GREY = COLOURS[0], COLOURS[1], "#666666"
 
 
-def look(i: int) -> dict[str, Any]:
-    """Colour, dashes and marker of the i-th series; the first 49 differ also without markers."""
+def line_style(i: int) -> dict[str, Any]:
+    """Return colour, dashes and marker of the i-th series as keywords of matplotlib.
+
+    The first 49 styles differ also without markers.
+
+    Example:
+        >>> line_style(0)["color"], line_style(0)["marker"]
+        ('#0072B2', 'o')
+    """
     return {
         "color": COLOURS[i % 7],
         "linestyle": DASHES[(i + i // 7) % 7],
@@ -31,7 +39,7 @@ def look(i: int) -> dict[str, Any]:
 
 
 def panel(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of one pair of axes; sizes in inches."""
+    """Create a figure with one pair of axes; width and height in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -40,8 +48,17 @@ def panel(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def draw_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any]) -> list[Path]:
-    """Write curves.png, layers.png and operator.png into `folder`; masks.png if it has masks."""
+def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any]) -> list[Path]:
+    """Write curves.png, layers.png and operator.png of a run, and masks.png if masks are recorded.
+
+    Args:
+        folder: run directory.
+        history: lines of metrics.jsonl.
+        results: content of report.json.
+
+    Returns:
+        The files written.
+    """
     figures = {
         "curves.png": curves(history, results),
         "layers.png": layers(results["report"]["layers"]),
@@ -55,21 +72,29 @@ def draw_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any
 
 
 def curves(history: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
-    """Accuracy and sparsity over epochs; of the test images where nothing is held out."""
+    """Plot accuracy and sparsity over epochs.
+
+    The accuracy is the validation accuracy, or the test accuracy without validation images, or
+    the training loss if neither was measured.
+
+    Args:
+        history: lines of metrics.jsonl.
+        results: content of report.json.
+    """
     figure, axes = panel(6.4, 4.0)
     epochs = [line["epoch"] for line in history]
     held_out = any(line["val_acc"] is not None for line in history)
     key, name = ("val_acc", "validation") if held_out else ("test_acc", "test")
     measured = [(line["epoch"], 100 * line[key]) for line in history if line.get(key) is not None]
     if measured:
-        axes.plot(*zip(*measured, strict=True), color=BLUE, label=f"{name} accuracy, %")
+        axes.plot(*zip(*measured, strict=True), color=BLUE, label=f"{name} accuracy (%)")
         axes.axhline(
             100 * results["test_accuracy"],
             color=BLUE,
             linestyle=":",
-            label="test accuracy at the end, %",
+            label="final test accuracy (%)",
         )
-        axes.set_ylabel("accuracy, %")
+        axes.set_ylabel("accuracy (%)")
     else:
         losses = [line["train_loss"] for line in history]
         axes.plot(epochs, losses, color=BLUE, label="training loss")
@@ -79,64 +104,90 @@ def curves(history: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
             100 * results["dense"]["test_accuracy"],
             color=GREY,
             linestyle=":",
-            label="test accuracy of the dense network, %",
+            label="test accuracy of the dense network (%)",
         )
     axes.set_xlabel("epoch")
     right = axes.twinx()
     right.plot(
-        epochs, [100 * line["sparsity"] for line in history], color=ORANGE, label="sparsity, %"
+        epochs, [100 * line["sparsity"] for line in history], color=ORANGE, label="sparsity (%)"
     )
-    right.set_ylabel("sparsity, %")
+    right.set_ylabel("sparsity (%)")
     right.set_ylim(0, 102)
     right.spines["top"].set_visible(False)
     handles = [*axes.get_lines(), *right.get_lines()]
     axes.legend(handles, [str(h.get_label()) for h in handles], loc="center right", frameon=False)
     axes.set_title(
         f"{results['network']} on {results['data']}, {results['method']}: "
-        f"{100 * results['test_accuracy']:.1f} % on the test images"
+        f"{100 * results['test_accuracy']:.1f}% test accuracy"
     )
     return figure
 
 
 def layers(rows: list[dict[str, Any]]) -> Figure:
-    """Sparsity per layer, each bar labelled with the weights that are left."""
+    """Plot the sparsity of each layer, each bar labelled with the number of nonzero weights.
+
+    Args:
+        rows: `layers` of a report.
+    """
     figure, axes = panel(7.0, 1.2 + 0.28 * len(rows))
     names = [row["name"] for row in rows]
     axes.barh(names, [100 * row["sparsity"] for row in rows], color=BLUE)
-    for place, row in enumerate(rows):
-        left = row["weights"] - row["zeros"]
-        axes.text(
-            101, place, f"{left:,} of {row['weights']:,}", va="center", fontsize=8, color=GREY
-        )
+    for y, row in enumerate(rows):
+        kept = row["weights"] - row["zeros"]
+        axes.text(101, y, f"{kept:,} of {row['weights']:,}", va="center", fontsize=8, color=GREY)
     axes.set_xlim(0, 100)
     axes.invert_yaxis()
-    axes.set_xlabel("weights that are zero, %")
+    axes.set_xlabel("sparsity (%)")
     return figure
 
 
 def stability(found: list[float]) -> Figure:
-    """Correlation of the mask at the end of each epoch with the final one; nan leaves a gap."""
+    """Plot the correlation of the mask after each epoch with the final mask; NaN leaves a gap.
+
+    Args:
+        found: result of `torch_feather.analysis.stability.correlations`.
+    """
     figure, axes = panel(6.4, 4.0)
     axes.plot(range(1, len(found) + 1), found, color=BLUE)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("correlation of the mask with the final one")
+    axes.set_ylabel("correlation with the final mask")
     return figure
 
 
 def operators(powers: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, float("inf"))) -> Figure:
-    """The threshold family T_p(w; 1): soft at p = 1, hard in the limit."""
+    """Plot the power thresholds T_p(w; 1), which are soft at p = 1 and hard for p = ∞.
+
+    Args:
+        powers: values of p.
+    """
     figure, axes = panel(5.2, 4.2)
     weights = torch.linspace(-3, 3, 1201)
     for i, p in enumerate(powers):
-        image = power_threshold(weights, torch.tensor(1.0), p)
-        style = look(i) | {"marker": ""}
-        axes.plot(weights, image, label=power_name(p), **style)
-    axes.set_xlabel("latent weight, in units of the threshold")
-    axes.set_ylabel("effective weight")
+        effective = power_threshold(weights, torch.tensor(1.0), p)
+        style = line_style(i) | {"marker": ""}
+        axes.plot(weights, effective, label=power_name(p), **style)
+    axes.set_xlabel("latent weight / threshold")
+    axes.set_ylabel("effective weight / threshold")
     axes.legend(frameon=False, handlelength=3.2)
     return figure
 
 
 def power_name(p: float) -> str:
-    """What a threshold of the family is called."""
+    """Return the name of the power threshold with exponent p.
+
+    Example:
+        >>> power_name(1.0), power_name(3.0)
+        ('p = 1 (soft)', 'p = 3')
+    """
     return {1.0: "p = 1 (soft)", float("inf"): "p = ∞ (hard)"}.get(p, f"p = {p:g}")
+
+
+def __getattr__(name: str) -> Any:
+    """Provide the names of version 0.1 with a `DeprecationWarning`."""
+    renamed = {"look": line_style, "draw_run": plot_run}
+    if name in renamed:
+        new = renamed[name]
+        message = f"{__name__}.{name} is deprecated; use {new.__name__} instead."
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return new
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""How early the mask becomes what it will be: its correlation with the final one."""
+"""Stability of the mask during training: its correlation with the final mask."""
 
 from __future__ import annotations
 
@@ -12,12 +12,29 @@ _ONES = np.array([bin(byte).count("1") for byte in range(256)])  # set bits of e
 
 
 def mask_file(run: Path, epoch: int) -> Path:
-    """Where the run directory `run` keeps the mask at the end of that epoch, counted from 1."""
+    """Return the path of the mask at the end of an epoch.
+
+    Args:
+        run: run directory.
+        epoch: epoch, counted from 1.
+
+    Example:
+        >>> mask_file(Path("runs/a"), 3).as_posix()
+        'runs/a/masks/0003.npy'
+    """
     return run / "masks" / f"{epoch:04d}.npy"
 
 
 def read_masks(run: Path, epochs: int) -> list[np.ndarray] | None:
-    """The masks of all epochs as packed bits, uint8; None where not every one was recorded."""
+    """Return the masks of all epochs of a run.
+
+    Args:
+        run: run directory.
+        epochs: number of epochs.
+
+    Returns:
+        Packed bits (uint8) for each epoch, or None if a mask is missing.
+    """
     files = [mask_file(run, epoch) for epoch in range(1, epochs + 1)]
     if not all(file.exists() for file in files):
         return None
@@ -25,18 +42,23 @@ def read_masks(run: Path, epochs: int) -> list[np.ndarray] | None:
 
 
 def correlations(masks: Sequence[np.ndarray], weights: int) -> list[float]:
-    """Pearson correlation of each mask with the last one.
+    """Compute the Pearson correlation of each mask with the last one.
 
-    Of 0/1 variables it follows from three counts: how many weights each mask keeps, and how many
-    both keep. Source of the measure: the Feather supplement, section 3 and figure 2.
+    For 0/1 variables it follows from three counts: the weights that each mask keeps, and the
+    weights that both keep. The measure is that of the Feather supplement (section 3, figure 2).
 
     Args:
-        masks: packed bits (`np.packbits`), uint8, a bit for each weight, set where it is kept.
-        weights: how many there are; the last byte may have bits beyond, which are 0.
+        masks: packed bits (`np.packbits`, uint8), one bit for each weight, set if it is kept.
+        weights: number of weights; further bits of the last byte must be 0.
 
     Returns:
-        A number in [-1, 1] for each mask; nan where a mask keeps all or nothing, since what does
-        not vary correlates with nothing.
+        A number in [-1, 1] for each mask. NaN if a mask keeps all weights or none, because the
+        correlation of a constant is undefined.
+
+    Example:
+        >>> masks = np.packbits([[1, 1, 1, 0], [1, 0, 1, 0]], axis=1)
+        >>> [round(r, 3) for r in correlations(masks, weights=4)]
+        [0.577, 1.0]
     """
     final = masks[-1]
     return [_pearson(_count(m), _count(final), _count(m & final), weights) for m in masks]

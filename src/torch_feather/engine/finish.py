@@ -100,9 +100,12 @@ def _admits(
 ) -> bool:
     """Return whether the zeros among these values are where the method would put them.
 
-    A method that keeps a mask, or whose count is not exact, may put them anywhere.
+    A method that keeps a mask, or learns thresholds, or whose count is not exact, may put them
+    anywhere.
     """
-    if not method.facts.exact or any(entry.per_weight for entry in method.state.values()):
+    facts = method.facts
+    keeps_mask = any(entry.per_weight for entry in method.state.values())
+    if keeps_mask or facts.learned or not facts.exact:
         return True
     other = weights.like([flat.clone() for flat in weights.flats])
     copy_all(other.views, parts)

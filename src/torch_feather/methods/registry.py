@@ -44,7 +44,7 @@ METHODS: dict[str, Factory] = {
 _OWN = frozenset(METHODS)
 
 # Options of version 0.1 by method, and their present names.
-RENAMED_OPTIONS: dict[str, dict[str, str]] = {
+RENAMED_OPTIONS = {
     "asl": {"rate": "lr_multiplier"},
     "asl+": {"rate": "lr_multiplier"},
     "feather-asl+": {"rate": "lr_multiplier"},
@@ -135,6 +135,21 @@ def method_options(name: str) -> dict[str, Any]:
     parameters = inspect.signature(find_method(name)).parameters.values()
     kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
     return {p.name: p.default for p in parameters if p.name != "sparsity" and p.kind not in kinds}
+
+
+def describe_method(name: str) -> str:
+    """Return a method in one sentence: the first line of its factory's docstring.
+
+    Args:
+        name: as for `find_method`.
+
+    Example:
+        >>> describe_method("gmp")
+        'Gradual magnitude pruning: the smallest weights of each layer are zero.'
+    """
+    lines = (inspect.getdoc(find_method(name)) or "").splitlines()
+    text = lines[0].removeprefix("Return ") if lines else ""
+    return text[:1].upper() + text[1:]
 
 
 def current_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

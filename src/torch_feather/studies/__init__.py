@@ -1,4 +1,4 @@
-"""Studies: many trainings that answer one question; most are a table or figure of the paper."""
+"""Studies: training runs that answer one question, mostly a table or figure of the paper."""
 
 from .backbones import BACKBONES
 from .compare import COMPARE

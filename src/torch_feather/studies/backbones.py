@@ -4,45 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..training.config import DENSE, Config
-from .figures import over_sparsity
-from .grid import Row, Run
-from .spread import accuracy_table, against, labels
-from .study import Answer, Choices, Part, Picture, Study, grid
+from ..training import Config
+from ..training.config import DENSE
+from .comparison import compare_pairs
+from .figures import plot_over_sparsity
+from .planning import grid
+from .runs import Row, Run
+from .study import Answer, GridAxes, Section, Study, StudyFigure
+from .summary import accuracy_table, labels
 
 PAIRS = {"gmp": "feather-gmp", "asl+": "feather-asl+"}
 
 
-def plan(config: Config, choices: Choices) -> list[Run]:
-    """Each backbone alone and with Feather."""
+def plan(config: Config, axes: GridAxes) -> list[Run]:
+    """Plan each backbone with and without Feather."""
     methods = [DENSE, *(name for pair in PAIRS.items() for name in pair)]
-    return grid(config, {method: {"method": method} for method in methods}, choices)
+    return grid(config, {method: {"method": method} for method in methods}, axes)
 
 
 def answer(rows: Sequence[Row], config: Config) -> Answer:
-    """Figure 3 a and b."""
-    pictures = []
+    """Return Figure 3 a and b and the comparisons with the backbones."""
+    figures = []
     for alone, joined in PAIRS.items():
         both = [row for row in rows if row["label"] in (alone, joined, DENSE)]
         if not labels(both):
             continue
-        pictures.append(
-            Picture(
+        figures.append(
+            StudyFigure(
                 alone.replace("+", "-plus"),
-                over_sparsity(both),
-                f"{alone} alone and with Feather: mean over seeds; bars: ± one standard deviation.",
+                plot_over_sparsity(both),
+                f"Test accuracy of {alone} with and without Feather: mean over seeds; bars: ± one "
+                "standard deviation.",
             )
         )
-    sentences, differences = against(rows, [(joined, alone) for alone, joined in PAIRS.items()])
-    return Answer(sentences, Part(pictures, [accuracy_table(rows), *differences]))
+    sentences, differences = compare_pairs(
+        rows, [(joined, alone) for alone, joined in PAIRS.items()]
+    )
+    return Answer(sentences, Section(figures, [accuracy_table(rows), *differences]))
 
 
 BACKBONES = Study(
     name="backbones",
     question="Does Feather improve other pruning methods when it is built into them?",
-    reading="gmp prunes every layer to the same sparsity by magnitude; asl+ learns a threshold for "
-    "each layer. With Feather they decide the same things, but weights pass through its threshold, "
-    "and gradients come back as it prescribes.",
+    background="gmp prunes every layer to the same sparsity by magnitude. asl+ learns a threshold "
+    "for each layer. With Feather they make the same pruning decisions, but use its threshold "
+    "operator and its gradient rule.",
     source="Figure 3 of the supplement",
     plan=plan,
     answer=answer,

@@ -1,9 +1,11 @@
-"""`feather study NAME`: the same options for every study, made in one place."""
+"""The command `feather study NAME`, with the same options for every study."""
+
+from __future__ import annotations
 
 import inspect
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,188 +13,211 @@ import typer
 
 from ..errors import ConfigurationError
 from ..methods import available_methods
-from ..training.config import (
-    DENSE,
-    Config,
-    apply,
-    default_recipe,
-    parse_assignments,
-    resolve_config,
-)
+from ..training import Config, resolve_config
+from ..training.config import DENSE, apply, default_recipe, parse_assignments
 from ..training.errors import RunError
 from . import STUDIES
-from .files import Made, read_rows, write
-from .grid import Outcome, train_all
-from .study import Choices, Study
+from .output import RunFacts, write_study
+from .runner import Outcome, train_all
+from .runs import read_rows
+from .study import GridAxes, Study
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode="markdown")  # "rich" would hide text in brackets
 
 
 def command(study: Study) -> Callable[..., None]:
-    """The command line of one study."""
+    """Return the command line function of a study.
 
-    def run(
-        methods: Annotated[
-            str | None,
-            typer.Option(
-                help="Names with commas between them, or `all`; `dense` is one, "
-                "`feather:p=2:theta=1` has options of its own. "
-                f"[default: {study.methods}]"
-            ),
-        ] = None,
-        sparsity: Annotated[
-            str | None,
-            typer.Option(
-                help=f"Shares of zeros. [default: {study.sparsities}; "
-                f"on the digits {study.small_sparsities}]"
-            ),
-        ] = None,
-        seeds: Annotated[str, typer.Option(help="A run of each for every seed.")] = "0,1,2",
-        recipe: Annotated[
-            str | None,
-            typer.Option(
-                help="The budget, see `feather recipes`. [default: that of --data, else digits]"
-            ),
-        ] = None,
-        data: Annotated[
-            str | None, typer.Option(help="digits, cifar10, cifar100 or imagefolder.")
-        ] = None,
-        data_path: Annotated[str | None, typer.Option(help="Folder of the data.")] = None,
-        settings: Annotated[
-            list[str] | None,
-            typer.Option("--set", metavar="KEY=VALUE", help="Any key of config.yaml."),
-        ] = None,
-        jobs: Annotated[
-            int | None,
-            typer.Option(
-                min=1,
-                help="Trainings at a time; with --ray, those that share a GPU. [default: 1; on the "
-                "digits 2, where there are as many cores]",
-            ),
-        ] = None,
-        ray: Annotated[
-            str | None,
-            typer.Option(
-                metavar="ADDRESS", help="Of a Ray cluster; or `local`, to start one here."
-            ),
-        ] = None,
-        minutes: Annotated[
-            float | None,
-            typer.Option(min=0, help="Start no training after that; 0 shows what is done so far."),
-        ] = None,
-        out: Annotated[
-            Path | None,
-            typer.Option(help=f"Page, table, figures, rows. [default: runs/{study.name}-RECIPE]"),
-        ] = None,
-        runs: Annotated[
-            Path | None,
-            typer.Option(help="Run directories, shared by studies. [default: runs in --out]"),
-        ] = None,
-        rows: Annotated[
-            list[Path] | None,
-            typer.Option(
-                metavar="runs.json", help="Of other studies: what is in it is not trained again."
-            ),
-        ] = None,
-    ) -> None:
-        config = base(study, recipe, data, data_path, settings or [])
-        sparsity = sparsity or (
-            study.small_sparsities if config.data.name == "digits" else study.sparsities
-        )
-        methods = methods or study.methods
-        choices = Choices(
-            _listed("sparsity", sparsity, float),
-            _listed("seeds", seeds, int),
-            [DENSE, *available_methods()] if methods == "all" else (methods or "").split(","),
-        )
-        told = {"methods": methods, "recipe": config.recipe, "data": data, "sparsity": sparsity}
-        told |= {"seeds": seeds, "data-path": "DATA" if data_path else None}
-        words = [word for key, value in told.items() if value for word in (f"--{key}", value)]
-        words += [word for setting in settings or [] for word in ("--set", setting)]
-        plan = study.plan(config, choices)
-        if not plan:
-            words = []
-        made = Made(shlex.join(["feather", "study", study.name, *words]), len(plan))
-        out = out or Path("runs") / f"{study.name}-{config.recipe}"
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"--out {out}: cannot be a folder ({error.strerror})") from None
-        if data_path is not None and not Path(config.data.path or "").exists():
-            raise ConfigurationError(f"--data-path {data_path}: there is no such file or folder")
-        if jobs is None:
-            jobs = min(2, os.cpu_count() or 1) if config.data.name == "digits" else 1
-        folder, done = runs or out / "runs", _progress(len(plan))
-        known = [row for file in rows or [] for row in read_rows(file)]
-        outcome = train_all(
-            plan, folder, jobs=jobs, minutes=minutes, ray=ray, known=known, done=done
-        )
-        found = list(outcome.rows.values())
-        if study.measure:  # after all training, so that nothing else computes
-            for i, row in enumerate(found):
-                found[i] = row | study.measure(row, folder / row["name"], out, config.data.path)
-        if found or not plan:
-            typer.echo(write(study, study.answer(found, config), found, out, made))
-            typer.echo(out / "index.html")
-        if outcome.waiting:
-            typer.echo(f"{len(outcome.waiting)} runs are still to do; the same command goes on")
-        if outcome.failed:
-            raise SystemExit(1)
+    Its parameters are those of `run_study` that apply to the study, declared for Typer.
+    """
+
+    def run(**given: Any) -> None:
+        run_study(study, **given)
 
     run.__doc__ = (
-        f"{study.question}\n\n{study.reading}\n\n{study.source}. What is done is not trained "
-        "again, what was stopped goes on: start it as often as you like."
+        f"{study.question}\n\n{study.background}\n\n{study.source}. Finished runs are not trained "
+        "again and interrupted runs resume: run the command again at any time."
     )
-    signature = inspect.signature(run)
-    # Rows have no networks that could be measured.
-    without = {"methods": not study.methods, "rows": study.measure is not None}
-    kept = [p for p in signature.parameters.values() if not without.get(p.name)]
-    run.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(_parameters(study))  # type: ignore[attr-defined]
     return run
 
 
-def base(
+def _parameters(study: Study) -> list[inspect.Parameter]:
+    def option(name: str, kind: Any, default: Any, *flags: str, **details: Any) -> None:
+        annotation = Annotated[kind, typer.Option(*flags, **details)]
+        found.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            )
+        )
+
+    found: list[inspect.Parameter] = []
+    text, path = str | None, Path | None
+    if study.methods:
+        help = (
+            "Comma-separated method names, `package.module:factory`, or `all`. `dense` is the "
+            "dense network; `feather:p=2:theta=1` sets options of one method. "
+            f"[default: {study.methods}]"
+        )
+        option("methods", text, None, help=help)
+    help = f"Target sparsities. [default: {study.sparsities}; digits: {study.digits_sparsities}]"
+    option("sparsity", text, None, help=help)
+    option("seeds", str, "0,1,2", help="Random seeds; one run each.")
+    help = "Recipe, see `feather recipes`. [default: the recipe of --data, otherwise digits]"
+    option("recipe", text, None, help=help)
+    option("data", text, None, help="digits, cifar10, cifar100 or imagefolder.")
+    option("data_path", text, None, help="Folder of the data.")
+    help = "Override any key of config.yaml."
+    option("settings", list[str] | None, None, "--set", metavar="KEY=VALUE", help=help)
+    help = (
+        "Concurrent training runs; with --ray, runs that share a GPU. "
+        "[default: 1; digits: 2 if there are as many cores]"
+    )
+    option("jobs", int | None, None, min=1, help=help)
+    help = "Ray cluster; `local` starts Ray on this machine."
+    option("ray", text, None, metavar="ADDRESS", help=help)
+    help = "Do not start new runs after this many minutes; 0 only reports completed runs."
+    option("minutes", float | None, None, min=0, help=help)
+    help = f"Folder of page, tables, figures and rows. [default: runs/{study.name}-RECIPE]"
+    option("out", path, None, help=help)
+    help = "Folder of run directories; studies can share it. [default: runs in --out]"
+    option("runs", path, None, help=help)
+    if study.measure is None:  # measuring a network needs its run directory
+        help = "Rows of earlier studies; runs in them are not trained again."
+        option("rows", list[Path] | None, None, metavar="runs.json", help=help)
+    return found
+
+
+def run_study(
+    study: Study,
+    *,
+    methods: str | None = None,
+    sparsity: str | None = None,
+    seeds: str = "0,1,2",
+    recipe: str | None = None,
+    data: str | None = None,
+    data_path: str | None = None,
+    settings: list[str] | None = None,
+    jobs: int | None = None,
+    ray: str | None = None,
+    minutes: float | None = None,
+    out: Path | None = None,
+    runs: Path | None = None,
+    rows: list[Path] | None = None,
+) -> None:
+    """Train the missing runs of a study and write its page.
+
+    The parameters are the options of the command line, see `feather study NAME --help`.
+
+    Raises:
+        ConfigurationError: settings, data or methods that do not exist or do not fit the study.
+        RunError: the output folder or a file of rows cannot be used.
+        SystemExit: runs failed; the page was written from the others.
+    """
+    config = base_config(study, recipe, data, data_path, settings or [])
+    on_digits = config.data.name == "digits"
+    sparsity = sparsity or (study.digits_sparsities if on_digits else study.sparsities)
+    methods = methods or study.methods
+    axes = GridAxes(
+        _parse_list("sparsity", sparsity, float),
+        _parse_list("seeds", seeds, int),
+        [DENSE, *available_methods()] if methods == "all" else (methods or "").split(","),
+    )
+    plan = study.plan(config, axes)
+    out = _output_folder(out or Path("runs") / f"{study.name}-{config.recipe}")
+    if data_path is not None and not Path(config.data.path or "").exists():
+        raise ConfigurationError(f"--data-path {data_path}: no such file or folder")
+    if jobs is None:
+        jobs = min(2, os.cpu_count() or 1) if on_digits else 1
+    folder = runs or out / "runs"
+    known = [row for file in rows or [] for row in read_rows(file)]
+    limits: dict[str, Any] = {"jobs": jobs, "minutes": minutes, "ray": ray}
+    outcome = train_all(plan, folder, **limits, known=known, on_end=_print_progress(len(plan)))
+    found = list(outcome.rows.values())
+    if study.measure:  # after all training, so that no other computation disturbs it
+        for i, row in enumerate(found):
+            found[i] = row | study.measure(row, folder / row["name"], out, config.data.path)
+    if found or not plan:
+        given = {"methods": methods, "recipe": config.recipe, "data": data, "sparsity": sparsity}
+        given |= {"seeds": seeds, "data-path": "DATA" if data_path else None}
+        facts = RunFacts(_command_line(study, given if plan else {}, settings or []), len(plan))
+        typer.echo(write_study(study, study.answer(found, config), found, out, facts))
+        typer.echo(out / "index.html")
+    if outcome.pending:
+        typer.echo(f"{len(outcome.pending)} runs are pending; run the same command again.")
+    if outcome.failed:
+        raise SystemExit(1)
+
+
+def base_config(
     study: Study,
     recipe: str | None,
     data: str | None,
     data_path: str | None,
-    settings: list[str],
+    settings: Sequence[str],
 ) -> Config:
-    """What all trainings of a study start from; the command line has the last word."""
-    given: dict[str, Any] = parse_assignments(settings)
+    """Return the common configuration of a study's runs; the command line takes precedence.
+
+    Args:
+        study: the study.
+        recipe: name of a recipe; None for the recipe of `data`.
+        data: name of a data set; None for the recipe's.
+        data_path: folder of the data.
+        settings: assignments of `--set`, such as `epochs=5`.
+
+    Raises:
+        ConfigurationError: a setting that does not exist, or one that the study or another option
+            determines.
+    """
+    given: dict[str, Any] = parse_assignments(list(settings))
     if data is not None:
         given["data.name"] = data
     if data_path is not None:
         given["data.path"] = str(Path(data_path).expanduser().absolute())
     elsewhere = {"sparsity": "--sparsity", "seed": "--seeds"}
     elsewhere |= {"method": "--methods" if study.methods else "the study"}
-    for key in {key for key in given if key in elsewhere or key in study.decides}:
+    for key in {key for key in given if key in elsewhere or key in study.fixed_settings}:
         raise ConfigurationError(
-            f"--set {key}=...: {elsewhere.get(key, 'the study')} decides that here, for all "
-            "trainings"
+            f"--set {key}=... is not supported: {elsewhere.get(key, 'the study')} determines "
+            f"{key} of all runs. Leave it out."
         )
     config = resolve_config(recipe or default_recipe(data))
     if given.get("data.name", config.data.name) == "digits":
-        config = apply(config, study.small, f"study {study.name}")
+        config = apply(config, study.digits_settings, f"study {study.name}")
     return apply(config, given, "command line")
 
 
-def _listed(option: str, text: str, kind: type) -> list[Any]:
+def _parse_list(option: str, text: str, kind: type) -> list[Any]:
     try:
         return [kind(part.strip()) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"--{option} {text!r}: write values with commas between") from None
+        raise typer.BadParameter(f"--{option} {text!r}: separate values by commas") from None
 
 
-def _progress(planned: int) -> Callable[[str, Outcome], None]:
-    def done(name: str, outcome: Outcome) -> None:
-        ended = f"{len(outcome.rows) + len(outcome.failed)}/{planned} {name}"
+def _output_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {path}: cannot be created ({error.strerror})") from None
+    return path
+
+
+def _command_line(study: Study, given: dict[str, str | None], settings: Sequence[str]) -> str:
+    """Return the command that repeats a study, without paths of this machine."""
+    words = [word for key, value in given.items() if value for word in (f"--{key}", value)]
+    words += [word for setting in settings if given for word in ("--set", setting)]
+    return shlex.join(["feather", "study", study.name, *words])
+
+
+def _print_progress(planned: int) -> Callable[[str, Outcome], None]:
+    def on_end(name: str, outcome: Outcome) -> None:
+        line = f"{len(outcome.rows) + len(outcome.failed)}/{planned} {name}"
         if name in outcome.failed:
-            typer.echo(f"{ended}: {outcome.failed[name]}", err=True)
+            typer.echo(f"{line}: {outcome.failed[name]}", err=True)
         else:
-            typer.echo(f"{ended}: {100 * outcome.rows[name]['test_accuracy']:.2f} %")
+            typer.echo(f"{line}: {100 * outcome.rows[name]['test_accuracy']:.2f}%")
 
-    return done
+    return on_end
 
 
 for _study in STUDIES.values():

@@ -1,75 +1,41 @@
-"""Methods beside each other, on one budget."""
+"""The main comparison: any methods with the same training budget."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..training.config import DENSE, Config
-from .figures import every_seed, over_epochs, over_sparsity
-from .grid import Row, Run
-from .spread import accuracy_table, against, labels, percent, sparsities
-from .study import Answer, Choices, Part, Picture, Study, grid
+from ..training import Config
+from .comparison import Pair, compare_pairs
+from .figures import accuracy_figure, loss_figure, seed_figures
+from .planning import grid
+from .runs import Row, Run
+from .study import Answer, GridAxes, Section, Study
+from .summary import accuracy_table, labels
 
 
-def plan(config: Config, choices: Choices) -> list[Run]:
-    """Each method at each sparsity."""
-    return grid(config, choices.variants, choices)
+def plan(config: Config, axes: GridAxes) -> list[Run]:
+    """Plan each method at each sparsity."""
+    return grid(config, axes.variants, axes)
 
 
 def answer(rows: Sequence[Row], config: Config) -> Answer:
-    """Accuracy over sparsity, training loss at the highest one, every seed."""
-    sentences, differences = against(rows, first_and_others(rows))
-    pictures = [*accuracy_pictures(rows), *seeds_pictures(rows)]
-    return Answer(sentences, Part(pictures, [accuracy_table(rows), *differences]))
+    """Return accuracy over sparsity, training loss at the highest sparsity, and every seed."""
+    sentences, differences = compare_pairs(rows, first_with_others(rows))
+    figures = [*accuracy_figure(rows), *loss_figure(rows), *seed_figures(rows)]
+    return Answer(sentences, Section(figures, [accuracy_table(rows), *differences]))
 
 
-def first_and_others(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The first sparse method of the plan beside each of the others."""
+def first_with_others(rows: Sequence[Row]) -> list[Pair]:
+    """Return pairs of the first sparse method of the plan with each of the others."""
     names = labels(rows)
     return [(names[0], other) for other in names[1:]]
 
 
-def accuracy_pictures(rows: Sequence[Row]) -> list[Picture]:
-    """Accuracy over sparsity, and the training loss at the highest."""
-    if not labels(rows):
-        return []
-    highest = sparsities(rows)[-1]
-    losses: dict[str, list[list[float | None]]] = {}
-    for row in rows:
-        if row["method"] != DENSE and row["sparsity"] == highest:
-            losses.setdefault(row["label"], []).append(row["curve"]["train_loss"])
-    return [
-        Picture(
-            "accuracy",
-            over_sparsity(rows),
-            "Test accuracy after the last epoch: mean over seeds; bars: ± one standard deviation.",
-        ),
-        Picture(
-            "loss",
-            over_epochs(losses, f"training loss at {percent(highest)}"),
-            f"Training loss at {percent(highest)}: mean over seeds; bands: ± one standard "
-            "deviation.",
-        ),
-    ]
-
-
-def seeds_pictures(rows: Sequence[Row]) -> list[Picture]:
-    """Every run, for each sparsity."""
-    return [
-        Picture(
-            f"seeds-{100 * sparsity:g}",
-            every_seed(rows, sparsity),
-            f"At {percent(sparsity)}: every seed a dot, their mean a stroke; dashed: dense.",
-        )
-        for sparsity in sparsities(rows)
-    ]
-
-
 COMPARE = Study(
     name="compare",
-    question="Which method trains the most accurate sparse network on one budget?",
-    reading="Every method prunes the same network on the same budget: the same images, epochs and "
-    "learning rates.",
+    question="Which method trains the most accurate sparse network with the same training budget?",
+    background="Every method prunes the same network with the same training budget: the same "
+    "images, epochs and learning rates.",
     source="The paper's main comparison",
     plan=plan,
     answer=answer,

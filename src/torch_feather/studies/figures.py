@@ -1,4 +1,4 @@
-"""The pictures that several studies draw: one panel each, as wide as a phone shows well."""
+"""Figures that several studies plot: one pair of axes each, narrow enough for a phone."""
 
 from __future__ import annotations
 
@@ -11,58 +11,99 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..analysis.plots import GREY, look, panel
+from ..analysis.plots import GREY, line_style, panel
 from ..training.config import DENSE
-from .grid import Row
 from .published import Series
-from .spread import accuracies, deviation, group, labels, mean, percent, sparsities
+from .runs import Row
+from .study import StudyFigure
+from .summary import accuracies, deviation, group, labels, mean, percent, sparsities
 
-BROAD = 24  # letters of a legend's entry, above which there is no room for two side by side
+MAX_TWO_COLUMNS = 24  # characters of a legend entry above which two columns do not fit
+
+ACCURACY_CAPTION = (
+    "Test accuracy after the last epoch: mean over seeds; bars: ± one standard deviation."
+)
 
 
-def over_sparsity(rows: Sequence[Row]) -> Figure:
-    """Accuracy over sparsity: means over seeds, bars of one standard deviation."""
-    groups, names, places = group(rows), labels(rows), sparsities(rows)
+def accuracy_figure(rows: Sequence[Row]) -> list[StudyFigure]:
+    """Return the figure of accuracy over sparsity in a list, empty without sparse networks."""
+    if not labels(rows):
+        return []
+    return [StudyFigure("accuracy", plot_over_sparsity(rows), ACCURACY_CAPTION)]
+
+
+def loss_figure(rows: Sequence[Row]) -> list[StudyFigure]:
+    """Return the figure of training loss over epochs at the highest sparsity, in a list."""
+    if not labels(rows):
+        return []
+    highest = sparsities(rows)[-1]
+    losses: dict[str, list[list[float | None]]] = {}
+    for row in rows:
+        if row["method"] != DENSE and row["sparsity"] == highest:
+            losses.setdefault(row["label"], []).append(row["curve"]["train_loss"])
+    return [
+        StudyFigure(
+            "loss",
+            plot_over_epochs(losses, f"training loss at {percent(highest)}"),
+            f"Training loss at {percent(highest)} sparsity: mean over seeds; bands: ± one standard "
+            "deviation.",
+        )
+    ]
+
+
+def seed_figures(rows: Sequence[Row]) -> list[StudyFigure]:
+    """Return a figure for each sparsity with the accuracy of every run."""
+    return [
+        StudyFigure(
+            f"seeds-{100 * sparsity:g}",
+            plot_seeds(rows, sparsity),
+            f"Test accuracy at {percent(sparsity)} sparsity: one dot per seed; vertical strokes: "
+            "means; dashed: dense.",
+        )
+        for sparsity in sparsities(rows)
+    ]
+
+
+def plot_over_sparsity(rows: Sequence[Row]) -> Figure:
+    """Plot accuracy over sparsity: means over seeds, bars of one standard deviation."""
+    groups, names, ticks = group(rows), labels(rows), sparsities(rows)
     figure, axes = panel(5.2, 4.2)
     for i, name in enumerate(names):
-        at = [x for x, s in enumerate(places) if (name, s) in groups]
-        found = [groups[name, places[x]] for x in at]
-        aside = 0.08 * (i - (len(names) - 1) / 2) * min(1, 6 / len(names))
+        at = [x for x, s in enumerate(ticks) if (name, s) in groups]
+        found = [groups[name, ticks[x]] for x in at]
+        offset = 0.08 * (i - (len(names) - 1) / 2) * min(1, 6 / len(names))
         axes.errorbar(
-            [x + aside for x in at],
+            [x + offset for x in at],
             [mean(mine) for mine in found],
             [deviation(accuracies(mine)) for mine in found],
             capsize=2.5,
             label=f"{name} (n={_count(found)})",
-            **look(i),
+            **line_style(i),
         )
-    _dense_line(axes, rows)
-    axes.set_xticks(range(len(places)), [percent(s) for s in places])
-    axes.set_xlim(-0.5, len(places) - 0.5)
-    axes.set(xlabel="weights that are zero", ylabel="test accuracy, %")
-    below(axes)
+    _plot_dense(axes, rows)
+    axes.set_xticks(range(len(ticks)), [percent(s) for s in ticks])
+    axes.set_xlim(-0.5, len(ticks) - 0.5)
+    axes.set(xlabel="sparsity", ylabel="test accuracy (%)")
+    place_legend_below(axes)
     return figure
 
 
-def over_epochs(
-    series: Mapping[str, Sequence[Sequence[float | None]]], ylabel: str, n: bool = True
-) -> Figure:
-    """Curves over epochs: means over seeds, bands of one standard deviation.
+def plot_over_epochs(series: Mapping[str, Sequence[Sequence[float | None]]], ylabel: str) -> Figure:
+    """Plot curves over epochs: means over seeds, bands of one standard deviation.
 
     Args:
-        series: label to a curve for each seed, None where there is no value.
-        ylabel: what is drawn.
-        n: whether the legend states the number of curves.
+        series: label to one curve for each seed, None for missing values.
+        ylabel: label of the vertical axis.
     """
     figure, axes = panel(5.2, 4.2)
     for i, (name, curves) in enumerate(series.items()):
         points = [
-            (epoch, statistics.mean(seen), deviation(seen))
+            (epoch, statistics.mean(found), deviation(found))
             for epoch, values in enumerate(zip(*curves, strict=True), 1)
-            if (seen := [value for value in values if value is not None])
+            if (found := [value for value in values if value is not None])
         ]
-        style = look(i) | {"marker": ""}
-        label = f"{name} (n={len(curves)})" if n else name
+        style = line_style(i) | {"marker": ""}
+        label = f"{name} (n={len(curves)})"
         axes.plot([e for e, _, _ in points], [m for _, m, _ in points], label=label, **style)
         axes.fill_between(
             [e for e, _, _ in points],
@@ -74,45 +115,49 @@ def over_epochs(
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="epoch", ylabel=ylabel)
-    below(axes)
+    place_legend_below(axes)
     return figure
 
 
-def every_seed(rows: Sequence[Row], sparsity: float) -> Figure:
-    """Each run a dot, the mean a stroke, the best on top."""
+def plot_seeds(rows: Sequence[Row], sparsity: float) -> Figure:
+    """Plot the accuracy of each run as a dot and means as strokes, the highest mean on top."""
     found = [(label, mine) for (label, s), mine in group(rows).items() if s == sparsity]
     found = sorted(((m, r) for m, r in found if m != DENSE), key=lambda item: mean(item[1]))
     figure, axes = panel(5.2, 1.1 + 0.32 * len(found))
     for y, (_, mine) in enumerate(found):
-        dots = accuracies(mine)
-        axes.plot(dots, [y] * len(dots), "o", color=look(0)["color"], alpha=0.6, mew=0, ms=6)
+        dots, color = accuracies(mine), line_style(0)["color"]
+        axes.plot(dots, [y] * len(dots), "o", color=color, alpha=0.6, mew=0, ms=6)
         axes.plot(mean(mine), y, "|", color="black", ms=15, mew=1.8)
-    _dense_line(axes, rows, vertical=True)
+    _plot_dense(axes, rows, vertical=True)
     axes.set_yticks(range(len(found)), [f"{m}  (n={len(r)})" for m, r in found])
     axes.set_ylim(-0.6, len(found) - 0.4)
-    axes.set_xlabel("test accuracy, %")
+    axes.set_xlabel("test accuracy (%)")
     axes.spines["left"].set_visible(False)
     axes.tick_params(left=False)
     return figure
 
 
-def looks(published: Sequence[Series], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Of published series: the looks that ours of the same method has, or else what is left."""
-    ours = labels(rows)
-    free = itertools.count(len(ours))
+def published_styles(published: Sequence[Series], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return line styles for published series.
+
+    A series has the style of the study's runs of the same method, if exactly one label is of that
+    method, and otherwise an unused style.
+    """
+    own = labels(rows)
+    unused = itertools.count(len(own))
     found = []
     for series in published:
-        same = [i for i, label in enumerate(ours) if label.split(" (")[0] == series.ours]
-        found.append(look(same[0] if len(same) == 1 else next(free)))
+        same = [i for i, label in enumerate(own) if label.split(" (")[0] == series.method]
+        found.append(line_style(same[0] if len(same) == 1 else next(unused)))
     return found
 
 
-def below(axes: Axes) -> None:
-    """The legend under the axes, where it covers nothing."""
+def place_legend_below(axes: Axes) -> None:
+    """Place the legend below the axes and enlarge the figure by its height."""
     handles, names = axes.get_legend_handles_labels()
     figure = axes.figure
     assert isinstance(figure, Figure)
-    columns = 2 if max(map(len, names), default=0) <= BROAD else 1
+    columns = 2 if max(map(len, names), default=0) <= MAX_TWO_COLUMNS else 1
     rows = -(-len(names) // columns)
     figure.set_figheight(figure.get_figheight() + 0.2 * rows)
     figure.legend(
@@ -120,15 +165,15 @@ def below(axes: Axes) -> None:
     )
 
 
-def _dense_line(axes: Axes, rows: Sequence[Row], vertical: bool = False) -> None:
+def _plot_dense(axes: Axes, rows: Sequence[Row], vertical: bool = False) -> None:
     dense = [row for row in rows if row["method"] == DENSE]
     if dense:
         style: dict[str, Any] = {"color": GREY, "linestyle": (0, (6, 3)), "linewidth": 1}
         label = f"dense (n={len(dense)})"
-        draw, band = (axes.axvline, axes.axvspan) if vertical else (axes.axhline, axes.axhspan)
-        draw(mean(dense), label=label, **style)
-        away = deviation(accuracies(dense))
-        band(mean(dense) - away, mean(dense) + away, color=GREY, alpha=0.15, linewidth=0)
+        line, band = (axes.axvline, axes.axvspan) if vertical else (axes.axhline, axes.axhspan)
+        line(mean(dense), label=label, **style)
+        width = deviation(accuracies(dense))
+        band(mean(dense) - width, mean(dense) + width, color=GREY, alpha=0.15, linewidth=0)
 
 
 def _count(groups: Sequence[Sequence[Row]]) -> str:

@@ -1,51 +1,64 @@
-"""Accuracy against measured milliseconds, next to multiply-adds."""
+"""Accuracy against measured latency, next to multiply-adds."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..runtime import compile_sparse
 from ..runtime.kernels import llvm
 from ..runtime.timing import alternate
+from ..training import Config
 from ..training.checkpoint import RunDirectory, write_json
-from ..training.config import DENSE, Config
+from ..training.config import DENSE
 from ..training.export_run import load_network
 from ..training.provenance import provenance
-from .flops import BIASED, GREY_IS, MULTIPLY_ADDS, Cost, drawn, on_the_frontier
-from .grid import Row, Run
-from .spread import accuracy_table, with_spread
-from .study import Answer, Choices, Part, Study, grid
+from .flops import BIASED
+from .pareto import FRONT_NOTE, MILLISECONDS, MULTIPLY_ADDS, cost_figures, front_sentences
+from .planning import grid
+from .runs import Row, Run
+from .study import Answer, GridAxes, Section, Study
+from .summary import Column, accuracy_table, with_deviation
 
-MILLISECONDS = Cost("milliseconds", 1.0, "ms", "milliseconds an image (logarithmic)")
+MEASURED = ("milliseconds", "pytorch_milliseconds")
 
 
-def plan(config: Config, choices: Choices) -> list[Run]:
-    """Each method; the one that knows costs with multiply-adds, and with milliseconds.
+def plan(config: Config, axes: GridAxes) -> list[Run]:
+    """Plan each method, feather-flops with both costs: multiply-adds and milliseconds.
 
     Raises:
-        RuntimeMissingError: nothing could be timed after all the training.
+        RuntimeMissingError: the CPU runtime is not installed, so networks cannot be timed.
     """
-    llvm()
+    llvm()  # fail before the training, not after it
     variants: dict[str, dict] = {}
-    for label, variant in choices.variants.items():
+    for label, variant in axes.variants.items():
         variants[label] = variant
         if label == BIASED:
             timed = {"method": BIASED, "options": {"costs": "milliseconds"}}
             variants[f"{BIASED} (milliseconds)"] = timed
-    return grid(config, variants, choices)
+    return grid(config, variants, axes)
 
 
 def measure(row: Row, run: Path, out: Path, data_path: str | None) -> Row:
-    """What the network of a run takes on this CPU, for one image in one thread.
+    """Measure the latency of a run's network: one image, one thread of this CPU.
 
-    It is kept in `out`/timings, with how each layer runs, and is measured again for another network
-    or on another CPU.
+    The result and the tuning results are stored in `out`/timings. A network with a stored result
+    from the same CPU is not measured again.
+
+    Args:
+        row: the row of the run.
+        run: its run directory.
+        out: output directory of the study.
+        data_path: path of the data.
+
+    Returns:
+        The keys to add to the row.
     """
     file = out / "timings" / f"{row['name']}.json"
     directory = RunDirectory(run)
@@ -53,58 +66,57 @@ def measure(row: Row, run: Path, out: Path, data_path: str | None) -> Row:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        made = provenance(torch.device("cpu"))
+        facts = provenance(torch.device("cpu"))
+        cpu = facts["hardware"]["cpu"]
         found = json.loads(file.read_text()) if file.exists() else {}
-        if (found.get("weights"), found.get("cpu")) != (weights, made["hardware"]["cpu"]):
-            model, x = load_network(directory, data_path)
-            model.eval()
-            x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-            sparse = compile_sparse(model, x, threads=1)
-            with torch.inference_mode():
-                calls = [lambda: sparse(x), lambda: model(x)]
-                ours, pytorch = alternate(calls, rounds=30)
-            found = {
-                "milliseconds": ours,
-                "pytorch_milliseconds": pytorch,
+        if (found.get("weights"), found.get("cpu")) != (weights, cpu):
+            found = _time(directory, file, data_path) | {
                 "weights": weights,
-                "cpu": made["hardware"]["cpu"],
-                "commit": made["commit"],
-                "versions": made["versions"],
+                "cpu": cpu,
+                "commit": facts["commit"],
+                "versions": facts["versions"],
             }
-            file.parent.mkdir(parents=True, exist_ok=True)
-            sparse.save_choices(file.with_suffix(".choices.json"))
             write_json(file, found)
     finally:
         torch.set_num_threads(threads)
-    keys = ("milliseconds", "pytorch_milliseconds")
-    return {key: found[key] for key in keys} | {"timed_on": found["cpu"]}
+    return {key: found[key] for key in MEASURED} | {"timed_on": found["cpu"]}
+
+
+def _time(directory: RunDirectory, file: Path, data_path: str | None) -> dict[str, Any]:
+    """Return the median milliseconds of a network with the CPU runtime and with PyTorch."""
+    model, x = load_network(directory, data_path)
+    model.eval()
+    x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    sparse = compile_sparse(model, x, threads=1)
+    with torch.inference_mode():
+        times = alternate([lambda: sparse(x), lambda: model(x)], rounds=30)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sparse.save_tuning(file.with_suffix(".tuning.json"))
+    return dict(zip(MEASURED, times, strict=True))
 
 
 def answer(rows: Sequence[Row], config: Config) -> Answer:
-    """The accuracy over either cost."""
-    where = ", ".join(sorted({row["timed_on"] for row in rows}))
+    """Return accuracy over latency and over multiply-adds."""
+    cpu = ", ".join(sorted({row["timed_on"] for row in rows}))
     means = "means over seeds; bars: ± one standard deviation of both."
-    milliseconds = (
-        f"Test accuracy against measured milliseconds of one image, one thread of {where}; "
-        f"{means} {GREY_IS}"
-    )
-    same = f"The same networks against their multiply-adds; {means}"
-    pictures = [
-        *drawn("milliseconds", rows, MILLISECONDS, milliseconds),
-        *drawn("multiply-adds", rows, MULTIPLY_ADDS, same),
+    latency = f"Test accuracy against latency (one image, one thread of {cpu}): {means}"
+    same = f"Test accuracy of the same networks against multiply-adds: {means}"
+    figures = [
+        *cost_figures("milliseconds", rows, MILLISECONDS, f"{latency} {FRONT_NOTE}"),
+        *cost_figures("multiply-adds", rows, MULTIPLY_ADDS, f"{same} {FRONT_NOTE}"),
     ]
-    columns: list[tuple[str, Callable[[Sequence[Row]], str]]] = [
-        ("ms", lambda found: with_spread([row["milliseconds"] for row in found], 3)),
-        ("in PyTorch, ms", lambda found: f"{_pytorch(found):.3f}"),
+    columns: list[Column] = [
+        ("ms", lambda found: with_deviation([row["milliseconds"] for row in found], 3)),
+        ("ms in PyTorch", lambda found: f"{_pytorch(found):.3f}"),
     ]
     dense = [row for row in rows if row["method"] == DENSE]
     if dense:
         base = MILLISECONDS.mean(dense)
-        columns += [("times dense", lambda found: f"{base / MILLISECONDS.mean(found):.2f}")]
-    caption = f"Test accuracy, and milliseconds of one image: one thread of {where}"
+        columns += [("speedup", lambda found: f"{base / MILLISECONDS.mean(found):.2f}×")]
+    caption = f"Test accuracy and latency: one image, one thread of {cpu}"
     return Answer(
-        on_the_frontier(rows, MILLISECONDS),
-        Part(pictures, [accuracy_table(rows, caption, columns)]),
+        front_sentences(rows, MILLISECONDS),
+        Section(figures, [accuracy_table(rows, caption, columns)]),
     )
 
 
@@ -114,11 +126,11 @@ def _pytorch(rows: Sequence[Row]) -> float:
 
 LATENCY = Study(
     name="latency",
-    question="Which method gives the most accurate network for its milliseconds on this CPU?",
-    reading="Every network runs as feather.compile_sparse makes it, the dense one too: zeros are "
-    "left out where that is faster. A multiply-add does not take equally long in every layer, so "
-    "the two pictures may differ. feather-flops aims at few multiply-adds, or at few milliseconds, "
-    "measured for each layer before the training.",
+    question="Which method gives the most accurate network for its latency on this CPU?",
+    background="Every network, also the dense one, is compiled by feather.compile_sparse, which "
+    "skips zeros in layers that this makes faster. The time of a multiply-add differs between "
+    "layers, so the two figures can differ. feather-flops reduces either multiply-adds or "
+    "milliseconds; the latter are measured for each layer before training.",
     source="Beyond Figure 4 of the supplement",
     plan=plan,
     answer=answer,

@@ -1,16 +1,17 @@
-"""The main comparison: the paper's three CIFAR networks over sparsity."""
+"""The main comparison on the paper's three CIFAR networks, over sparsity."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..training.config import Config
+from ..training import Config
 from . import compare
-from .figures import over_sparsity
-from .grid import Row, Run
-from .spread import accuracy_table, against, labels
-from .study import Answer, Choices, Part, Picture, Study
+from .comparison import compare_pairs
+from .figures import plot_over_sparsity
+from .runs import Row, Run
+from .study import Answer, GridAxes, Section, Study, StudyFigure
+from .summary import accuracy_table, labels
 
 NETWORKS = {
     "resnet20": "ResNet-20",
@@ -19,39 +20,39 @@ NETWORKS = {
 }
 
 
-def plan(config: Config, choices: Choices) -> list[Run]:
-    """Each method on each network, seeds outermost."""
-    runs = [run for n in NETWORKS for run in compare.plan(replace(config, network=n), choices)]
-    return sorted(runs, key=lambda run: choices.seeds.index(run.config.seed))
+def plan(config: Config, axes: GridAxes) -> list[Run]:
+    """Plan each method on each network, with seeds as the outermost loop."""
+    runs = [run for n in NETWORKS for run in compare.plan(replace(config, network=n), axes)]
+    return sorted(runs, key=lambda run: axes.seeds.index(run.config.seed))
 
 
 def answer(rows: Sequence[Row], config: Config) -> Answer:
-    """A picture and a table for each network."""
-    sentences, pictures, tables = [], [], []
-    for network, name in NETWORKS.items():
+    """Return a figure and tables for each network."""
+    sentences, figures, tables = [], [], []
+    for network, title in NETWORKS.items():
         mine = [row for row in rows if row["network"] == network]
         if not mine:
             continue
-        told, differences = against(mine, compare.first_and_others(mine))
-        sentences += [f"{name}: {sentence}" for sentence in told]
-        tables.append(accuracy_table(mine, name))
-        tables += [replace(table, caption=f"{name}: {table.caption}") for table in differences]
+        found, differences = compare_pairs(mine, compare.first_with_others(mine))
+        sentences += [f"{title}: {sentence}" for sentence in found]
+        tables.append(accuracy_table(mine, f"{title}: test accuracy"))
+        tables += [replace(table, caption=f"{title}: {table.caption}") for table in differences]
         if labels(mine):
-            caption = f"{name}: mean over seeds; bars: ± one standard deviation."
-            pictures.append(Picture(network, over_sparsity(mine), caption))
-    return Answer(sentences, Part(pictures, tables))
+            caption = f"{title}: mean over seeds; bars: ± one standard deviation."
+            figures.append(StudyFigure(network, plot_over_sparsity(mine), caption))
+    return Answer(sentences, Section(figures, tables))
 
 
 NETWORKS_STUDY = Study(
     name="networks",
-    question="Is Feather ahead on different networks, from 90 to 99.5 % of their weights zero?",
-    reading="ResNet-20 is a plain residual network, MobileNetV1 is made to be small already, "
-    "DenseNet40-24 reuses its features. All are trained by one recipe.",
+    question="Is Feather more accurate on different networks, from 90% to 99.5% sparsity?",
+    background="ResNet-20 is a plain residual network, MobileNetV1 is designed to be small, and "
+    "DenseNet40-24 reuses its features. All are trained with one recipe.",
     source="The paper's main comparison",
     plan=plan,
     answer=answer,
     methods="dense,feather,gmp,st3",
-    small={"epochs": 6},
-    decides=("network",),
-    small_sparsities="0.9,0.98",
+    digits_settings={"epochs": 6},
+    fixed_settings=("network",),
+    digits_sparsities="0.9,0.98",
 )

@@ -1,4 +1,4 @@
-"""Numbers that others published, each with its source. Nothing here was measured by us."""
+"""Published results with their sources; none of them was measured by this project."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HYPERPARAMETERS = {
 
 @dataclass(frozen=True)
 class Point:
-    """Top-1 accuracy in % at a share of zeros, with millions of multiply-adds where stated."""
+    """A published top-1 accuracy in %, with millions of multiply-adds if they were stated."""
 
     sparsity: float
     accuracy: float
@@ -43,10 +43,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """What was published of one method; `ours` is its name here."""
+    """The published results of one method.
 
+    Attributes:
+        title: name of the method in the publication.
+        method: name of the method in torch-feather.
+        source: the publication.
+        points: results, one for each sparsity.
+    """
+
+    title: str
     method: str
-    ours: str
     source: str
     points: tuple[Point, ...]
 

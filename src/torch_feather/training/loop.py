@@ -209,10 +209,10 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
 def _plot(run: RunDirectory, results: dict[str, Any], callback: Callback) -> None:
     try:
-        from ..analysis.plots import draw_run
+        from ..analysis.plots import plot_run
     except ImportError as error:
         callback.message(
             f"no plots: {error.name} is not installed. Run pip install 'torch-feather[train]'."
         )
         return
-    draw_run(run.path, run.read_metrics(), results)
+    plot_run(run.path, run.read_metrics(), results)

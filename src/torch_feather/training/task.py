@@ -280,7 +280,7 @@ class Task:
             run.save_model(self.model)
         results = {
             **self._identity(),
-            "learned_sparsity": learned_sparsity,  # reached by the method before final exact-count pruning
+            "learned_sparsity": learned_sparsity,
             "seed": self.config.seed,
             "epochs": self.epoch,
             "chosen_epoch": chosen,

@@ -258,9 +258,12 @@ class Spartan(MagnitudePruning):
     ) -> None:
         super().after_step(weights, pruning, gradients, step, lr, taken)
         frozen = self.state["frozen"].flat
-        if not devices.synchronizes(weights.device) and (not pruning.frozen or frozen.all()):
-            return
-        # Keep the mask of the first frozen step.
+        if not devices.synchronizes(weights.device):
+            if step < self.freeze or frozen.all():
+                return
+            pruning = self.update(weights, step)
+        # Keep the first frozen mask. On an accelerator it is written one step later: to solve for it
+        # here too would double the cost of every step.
         old = [*self.state["mask"].rows, self.state["threshold"].flat]
         new = [*pruning.masks, pruning.thresholds]
         write_if(pruning.frozen & taken, old, new)

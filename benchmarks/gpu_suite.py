@@ -1,13 +1,13 @@
-"""Everything that wants a GPU, in one go: tests, speed, and the full recipe; and a short table.
+"""All measurements that require a GPU: tests, speed and the full recipe.
 
-    python benchmarks/gpu_round.py --data-path FOLDER [--peer OFFICIAL] [--out results/gpu]
-    python benchmarks/gpu_round.py --data-path FOLDER --parts accuracy --minutes 8 --share \
+    python benchmarks/gpu_suite.py --data-path FOLDER [--reference OFFICIAL] [--out results/gpu]
+    python benchmarks/gpu_suite.py --data-path FOLDER --parts accuracy --minutes 8 --share \
         --methods feather,st3 --sparsity 0.98
 
-The round is made for 15 to 25 minutes on one large GPU. Each part runs in its own process under its
-own time limit and leaves its output in `--out` as it goes, so that a round that is cut off keeps
-what it has; `accuracy`, the 160-epoch recipe of CIFAR-100, goes on where it was when called again.
-All other options go to it, which is `feather study compare`.
+The suite takes 15 to 25 minutes on one large GPU. Each part runs in its own process with a time
+limit and writes its output to `--out` while it runs, so an interrupted suite keeps completed parts.
+`accuracy` trains the 160-epoch recipe of CIFAR-100 by `feather study compare`; it gets all other
+options and resumes when the suite is started again.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from renamed_options import current_options
+
 BENCHMARKS = Path(__file__).parent
-DRIVER = "/usr/local/nvidia/bin"  # where containers have the tools of the driver
+DRIVER = "/usr/local/nvidia/bin"  # tools of the driver in containers
 FASTEST = ["system.amp=true", "system.compile=true", "system.graph=true"]
 
 
 def parts(args: argparse.Namespace, study: list[str]) -> dict[str, tuple[float, list[str]]]:
-    """Minutes and command line of each; `study` is added to that of the accuracy."""
-    peer = ["--peer", args.peer] if args.peer else []
+    """Return minutes and command line of each part; `study` is added to that of `accuracy`."""
+    reference = ["--reference", args.reference] if args.reference else []
     data = ["--data-path", args.data_path] if args.data_path else []
     cuda = ["--device", "cuda"]
 
@@ -50,7 +52,7 @@ def parts(args: argparse.Namespace, study: list[str]) -> dict[str, tuple[float, 
         "selection": (1, [script("selection"), *cuda, *record("selection")]),
         "step_overhead": (
             2,
-            [script("step_overhead"), *cuda, *peer, "--suite", *record("step_overhead")],
+            [script("step_overhead"), *cuda, *reference, "--suite", *record("step_overhead")],
         ),
         "resnet50": (
             2,
@@ -59,8 +61,8 @@ def parts(args: argparse.Namespace, study: list[str]) -> dict[str, tuple[float, 
         ),
         "train_speed": (
             3,
-            [script("train_speed"), *data, *cuda, *peer, "--workers", "8", "--steps", "50",
-             "--rounds", "3", "--pause", "0.1", "--switches", "none", "graph", "amp+graph",
+            [script("train_speed"), *data, *cuda, *reference, "--workers", "8", "--steps", "50",
+             "--repetitions", "3", "--pause", "0.1", "--switches", "none", "graph", "amp+graph",
              "amp+compile+graph", "--jobs", "1", "6", "12", *record("train_speed")],
         ),
         "accuracy": (
@@ -76,7 +78,10 @@ def parts(args: argparse.Namespace, study: list[str]) -> dict[str, tuple[float, 
 
 
 def run(command: list[str], output: Path, minutes: float) -> int | str:
-    """Its exit status; it and all that it started are ended after `minutes`."""
+    """Run a command; return its exit status.
+
+    After `minutes`, the command and its child processes are terminated.
+    """
     with output.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, *command],
@@ -87,46 +92,49 @@ def run(command: list[str], output: Path, minutes: float) -> int | str:
         try:
             return process.wait(60 * minutes)
         except subprocess.TimeoutExpired:
-            for ending in (signal.SIGTERM, signal.SIGKILL):  # trainings save on the first
+            for ending in (
+                signal.SIGTERM,
+                signal.SIGKILL,
+            ):  # training saves a checkpoint on SIGTERM
                 os.killpg(process.pid, ending)
                 try:
                     process.wait(20)
                     break
                 except subprocess.TimeoutExpired:
                     continue
-            return "over its time"
+            return "time limit"
 
 
 @contextmanager
 def shared() -> Iterator[None]:
-    """Kernels of several processes run at a time (NVIDIA's MPS), where that can be had."""
+    """Let kernels of several processes run concurrently (NVIDIA MPS), if it is available."""
     control = shutil.which("nvidia-cuda-mps-control", path=f"{os.environ['PATH']}:{DRIVER}")
     if control is None:
-        print("no nvidia-cuda-mps-control here: processes take turns on the GPU", flush=True)
+        print("nvidia-cuda-mps-control not found: processes take turns on the GPU", flush=True)
         yield
         return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        places = dict.fromkeys(("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"), folder)
+        folders = dict.fromkeys(("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"), folder)
         probe = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
-        shares = os.environ | places
+        environment = os.environ | folders
 
         def ask(question: str) -> str:
-            options = {"input": question, "text": True, "env": shares, "timeout": 30}
+            options = {"input": question, "text": True, "env": environment, "timeout": 30}
             return subprocess.run([control], capture_output=True, **options).stdout.strip()
 
         works = False
         with suppress(subprocess.SubprocessError):
-            subprocess.run([control, "-d"], env=shares, check=True)
-            subprocess.run(probe, env=shares, timeout=60, check=True)
-            works = ask("get_server_list\n").isdigit()  # without a server CUDA runs unshared
-        print("processes share the GPU" if works else "MPS does not work here", flush=True)
+            subprocess.run([control, "-d"], env=environment, check=True)
+            subprocess.run(probe, env=environment, timeout=60, check=True)
+            works = ask("get_server_list\n").isdigit()  # without a server, CUDA does not share
+        print("processes share the GPU" if works else "MPS is not available", flush=True)
         before = dict(os.environ)
         if works:
-            os.environ.update(places)
+            os.environ.update(folders)
         try:
             yield
         finally:
-            for name in places:
+            for name in folders:
                 os.environ.pop(name, None)
                 if name in before:
                     os.environ[name] = before[name]
@@ -137,16 +145,19 @@ def shared() -> Iterator[None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data-path", help="folder of CIFAR-100")
-    parser.add_argument("--peer", help="a checkout of the official implementation")
+    parser.add_argument("--reference", help="checkout of the official implementation")
     parser.add_argument("--out", type=Path, default=Path("results/gpu"))
     parser.add_argument("--runs", type=Path, default=Path("runs/gpu"), help="run directories")
-    parser.add_argument("--parts", nargs="+", help="[all that the arguments allow]")
-    parser.add_argument("--minutes", type=float, default=13, help="for accuracy")
-    parser.add_argument("--jobs", type=int, default=6, help="trainings at a time, for accuracy")
-    parser.add_argument("--share", action="store_true", help="let kernels of processes overlap")
-    args, study = parser.parse_known_args()
+    parser.add_argument("--parts", nargs="+", help="default: all that the options allow")
+    parser.add_argument("--minutes", type=float, default=13, help="time limit of accuracy")
+    parser.add_argument("--jobs", type=int, default=6, help="concurrent runs of accuracy")
+    parser.add_argument(
+        "--share", action="store_true", help="let kernels of processes run concurrently"
+    )
+    options = current_options(None, {"--peer": "--reference"})
+    args, study = parser.parse_known_args(options)
     if study and "accuracy" not in (args.parts or ["accuracy"]):
-        parser.error(f"unknown: {' '.join(study)}; only accuracy takes more options")
+        parser.error(f"unknown options {' '.join(study)}: only accuracy takes options of a study")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, (minutes, command) in parts(args, study).items():

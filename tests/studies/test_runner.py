@@ -1,4 +1,4 @@
-"""Grids of runs: nothing is trained twice, and a study that was ended goes on."""
+"""Training of a study's runs: finished runs are not repeated, interrupted ones resume."""
 
 import functools
 import json
@@ -15,12 +15,13 @@ from dataclasses import replace
 import pytest
 
 from torch_feather.errors import ConfigurationError
-from torch_feather.studies import grid as grid_module
-from torch_feather.studies.files import read_rows
-from torch_feather.studies.grid import Run, _result, processes, train_all
-from torch_feather.studies.study import Choices, grid
+from torch_feather.studies import runner
+from torch_feather.studies.planning import grid
+from torch_feather.studies.runner import _result, processes, train_all
+from torch_feather.studies.runs import Run, read_rows, row_matches
+from torch_feather.studies.study import GridAxes
 from torch_feather.training.checkpoint import RunDirectory
-from torch_feather.training.config import apply, resolve_config
+from torch_feather.training.config import apply, flatten, resolve_config, to_dict
 from torch_feather.training.errors import RunError
 
 SMALL = {
@@ -37,7 +38,7 @@ def small(**changes):
 
 
 class FakeRay(types.ModuleType):
-    """Runs tasks at once, and remembers what they asked for."""
+    """Runs tasks immediately and records the resources that they request."""
 
     def __init__(self, resources):
         super().__init__("ray")
@@ -70,19 +71,19 @@ class FakeRay(types.ModuleType):
 
 
 @pytest.fixture
-def here(monkeypatch):
-    """Runs are trained in this process."""
+def train_here(monkeypatch):
+    """`train_all` in this process."""
     monkeypatch.setitem(sys.modules, "ray", FakeRay({}))
     return functools.partial(train_all, ray="local")
 
 
-def test_a_grid_trains_what_is_missing_and_nothing_twice(tmp_path, here):
-    runs = grid(small(), {"feather": {"method": "feather"}}, Choices([0.5, 0.9], [0]))
+def test_missing_runs_are_trained_and_finished_ones_are_not(tmp_path, train_here):
+    runs = grid(small(), {"feather": {"method": "feather"}}, GridAxes([0.5, 0.9], [0]))
     a, b = (run.name for run in runs)
-    first = here(runs[:1], tmp_path)
+    first = train_here(runs[:1], tmp_path)
     model = tmp_path / a / "model.safetensors"
     written = model.stat().st_mtime_ns
-    both = here(runs, tmp_path)
+    both = train_here(runs, tmp_path)
     assert model.stat().st_mtime_ns == written
     assert both.rows[a] == first.rows[a]
     assert list(both.rows) == [a, b]
@@ -90,19 +91,19 @@ def test_a_grid_trains_what_is_missing_and_nothing_twice(tmp_path, here):
 
     # The same runs with their masks: there are none, and they are not trained again.
     with_masks = [replace(run, config=replace(run.config, track_masks=True)) for run in runs]
-    outcome = here(with_masks, tmp_path)
+    outcome = train_here(with_masks, tmp_path)
     assert model.stat().st_mtime_ns == written
     assert not outcome.rows
     assert "was trained without --track-masks" in outcome.failed[a]
 
 
-def test_a_run_that_an_earlier_study_has_is_not_trained_again(tmp_path, here):
-    [run] = grid(small(), {"feather": {"method": "feather"}}, Choices([0.5], [0]))
-    known = list(here([run], tmp_path / "there").rows.values())
+def test_a_run_in_the_rows_of_an_earlier_study_is_not_trained(tmp_path, train_here):
+    [run] = grid(small(), {"feather": {"method": "feather"}}, GridAxes([0.5], [0]))
+    known = list(train_here([run], tmp_path / "earlier").rows.values())
     known = json.loads(json.dumps(known))  # as read from its runs.json
-    again = replace(run, label="by another name")
-    outcome = here([again], tmp_path / "here", known=known)
-    assert outcome.rows == {run.name: known[0] | {"label": "by another name"}}
+    again = replace(run, label="another label")
+    outcome = train_here([again], tmp_path / "here", known=known)
+    assert outcome.rows == {run.name: known[0] | {"label": "another label"}}
     assert not (tmp_path / "here").exists()
 
     masks = replace(run, config=replace(run.config, track_masks=True))
@@ -111,13 +112,47 @@ def test_a_run_that_an_earlier_study_has_is_not_trained_again(tmp_path, here):
         for key, value in {"options.p": 2.0, "epochs": 3, "optimizer.lr": 0.2, "gone": 1}.items()
     ]
     for asked, rows in ((masks, known), (run, other), (run, [known[0] | {"amp": True}])):
-        outcome = here([asked], tmp_path / "here", known=rows, minutes=0)
-        assert outcome.waiting == [run.name]
-    assert here([run], tmp_path / "here", known=[*other, *known], minutes=0).rows
+        outcome = train_here([asked], tmp_path / "here", known=rows, minutes=0)
+        assert outcome.pending == [run.name]
+    assert train_here([run], tmp_path / "here", known=[*other, *known], minutes=0).rows
+
+
+def test_rows_of_version_0_1_are_read(tmp_path, row):
+    old = row("asl", learned_sparsity=0.89) | {"config": {"method": "asl"}}
+    old["own_sparsity"] = old.pop("learned_sparsity")
+    (tmp_path / "runs.json").write_text(json.dumps([old]))
+    (read,) = read_rows(tmp_path / "runs.json")
+    assert read["learned_sparsity"] == 0.89
+    assert "own_sparsity" not in read
+
+
+def test_a_report_of_version_0_1_has_a_row(tmp_path, train_here):
+    run = Run("a", small(), "a")
+    train_here([run], tmp_path)
+    file = tmp_path / "a" / "report.json"
+    report = json.loads(file.read_text())
+    report.pop("learned_sparsity", None)
+    file.write_text(json.dumps(report | {"own_sparsity": 0.94}))
+    assert train_here([run], tmp_path).rows["a"]["learned_sparsity"] == 0.94
+
+
+def test_an_option_of_version_0_1_has_the_same_run_name_and_matches_its_row(row):
+    """Version 0.1 called the option `lr` of probmask `rate`."""
+    new, old = (GridAxes([0.9], [0], [f"probmask:{name}=0.02"]) for name in ("lr", "rate"))
+    runs = grid(resolve_config("cifar100"), new.variants, new)
+    with pytest.warns(DeprecationWarning, match="'rate' of method 'probmask' is now called 'lr'"):
+        runs += grid(resolve_config("cifar100"), old.variants, old)
+    assert {run.name for run in runs} == {"cifar100-probmask-rate0.02-0.9-0"}
+    assert [run.config.options for run in runs] == [{"lr": 0.02}] * 2
+    settings = flatten(to_dict(runs[0].config.written_out()))
+    settings["options.rate"] = settings.pop("options.lr")
+    earlier = row("probmask", name=runs[0].name, config=settings)
+    assert row_matches(earlier, runs[0])
+    assert not row_matches(earlier | {"config": settings | {"options.rate": 0.03}}, runs[0])
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"name": "a", "curve": {}}]', None])
-def test_rows_that_are_none_are_refused(tmp_path, content):
+def test_files_without_rows_are_errors(tmp_path, content):
     file = tmp_path / "runs.json"
     if content is not None:
         file.write_text(content)
@@ -125,23 +160,23 @@ def test_rows_that_are_none_are_refused(tmp_path, content):
         read_rows(file)
 
 
-def test_a_run_that_fails_stops_no_other_and_says_why(tmp_path, here):
+def test_a_failed_run_has_a_reason_and_does_not_stop_the_others(tmp_path, train_here):
     diverging = small(**{"optimizer.lr": 1e20, "optimizer.clip": None})
-    outcome = here([Run("bad", diverging, "b"), Run("good", small(), "g")], tmp_path)
+    outcome = train_here([Run("bad", diverging, "b"), Run("good", small(), "g")], tmp_path)
     assert list(outcome.rows) == ["good"]
     assert "are NaN" in outcome.failed["bad"]
 
 
-def test_after_its_time_a_grid_starts_nothing_but_knows_what_is_done(tmp_path, here):
+def test_after_the_deadline_no_run_starts_but_finished_ones_are_reported(tmp_path, train_here):
     a, b = Run("a", small(), "a"), Run("b", small(), "b")
-    here([a], tmp_path)
-    outcome = here([a, b], tmp_path, minutes=0)
+    train_here([a], tmp_path)
+    outcome = train_here([a, b], tmp_path, minutes=0)
     assert list(outcome.rows) == ["a"]
-    assert outcome.waiting == ["b"]
+    assert outcome.pending == ["b"]
     assert not (tmp_path / "b").exists()
 
 
-def test_a_process_that_dies_takes_no_other_training_with_it():
+def test_a_process_that_dies_does_not_affect_the_others():
     with processes(1) as submit:
         died, fine = submit(os._exit, 1), submit(pow, 2, 3)
         row, reason = _result(died)
@@ -150,62 +185,62 @@ def test_a_process_that_dies_takes_no_other_training_with_it():
         assert fine.result() == 8
 
 
-def test_what_is_no_error_of_ours_stops_no_other_run_either(tmp_path, here):
+def test_an_unexpected_error_does_not_stop_the_other_runs(tmp_path, train_here):
     a, b = Run("a", small(), "a"), Run("b", small(), "b")
-    here([a, b], tmp_path)
+    train_here([a, b], tmp_path)
     report = tmp_path / "a" / "report.json"
     found = json.loads(report.read_text())
     del found["seconds"]
     report.write_text(json.dumps(found))
-    outcome = here([a, b], tmp_path)
+    outcome = train_here([a, b], tmp_path)
     assert outcome.failed == {"a": "KeyError: 'seconds'"}
     assert list(outcome.rows) == ["b"]
 
 
-def test_a_run_that_another_process_trains_is_waited_for(tmp_path, here, monkeypatch):
-    monkeypatch.setattr(grid_module, "BUSY", 0.1)
+def test_a_run_that_another_process_trains_is_waited_for(tmp_path, train_here, monkeypatch):
+    monkeypatch.setattr(runner, "RETRY_SECONDS", 0.1)
     run = Run("a", small(), "a")
     others = RunDirectory(tmp_path / "a").locked()
     others.__enter__()
     released = threading.Timer(1, others.__exit__, (None, None, None))
     released.start()
-    outcome = here([run], tmp_path)
+    outcome = train_here([run], tmp_path)
     assert released.finished.is_set()
     assert list(outcome.rows) == ["a"]
     with RunDirectory(tmp_path / "b").locked():
-        outcome = here([Run("b", small(), "b")], tmp_path, minutes=0.01)
-    assert (outcome.rows, outcome.failed, outcome.waiting) == ({}, {}, ["b"])
+        outcome = train_here([Run("b", small(), "b")], tmp_path, minutes=0.01)
+    assert (outcome.rows, outcome.failed, outcome.pending) == ({}, {}, ["b"])
 
 
-def test_defaults_that_changed_since_make_another_run(tmp_path, here):
+def test_changed_defaults_make_another_run(tmp_path, train_here):
     run = Run("a", small(), "a")
-    here([run], tmp_path)
+    train_here([run], tmp_path)
     config = tmp_path / "a" / "config.yaml"
     written = config.read_text()
     assert "theta: auto" in written
     config.write_text(written.replace("p: 3.0", "p: 4.0"))
-    assert "options.p was 4.0, not 3.0" in here([run], tmp_path).failed["a"]
+    assert "options.p was 4.0, not 3.0" in train_here([run], tmp_path).failed["a"]
 
 
 @pytest.mark.parametrize(
-    ("resources", "share"),
+    ("resources", "gpu"),
     [({"CPU": 4.0}, 0), ({"CPU": 4.0, "GPU": 2.0}, 0.5)],
     ids=["cpus", "gpus"],
 )
-def test_with_ray_a_training_asks_for_its_threads_and_its_share_of_a_gpu(
-    tmp_path, monkeypatch, resources, share
+def test_with_ray_a_run_requests_its_threads_and_its_fraction_of_a_gpu(
+    tmp_path, monkeypatch, resources, gpu
 ):
     ray = FakeRay(resources)
     monkeypatch.setitem(sys.modules, "ray", ray)
     run = Run("a", small(**{"system.threads": 2}), "a")
     outcome = train_all([run], tmp_path, ray="local", jobs=2, minutes=0)
-    assert outcome.waiting == ["a"]
-    assert ray.asked == [{"num_cpus": 2, "num_gpus": share}]
+    assert outcome.pending == ["a"]
+    assert ray.asked == [{"num_cpus": 2, "num_gpus": gpu}]
     assert ray.addresses == ["local"]
     assert not ray.up
 
 
-def test_where_ray_is_missing_or_silent_it_is_said(tmp_path, monkeypatch):
+def test_errors_about_ray(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigurationError, match=r"torch-feather\[ray\]"):
         train_all([], tmp_path, ray="local")
@@ -222,7 +257,7 @@ STUDY = [
 
 
 def begun(folder):
-    """A study whose first training is under way, and the folder of that."""
+    """Starts a study and waits until its first run has a checkpoint."""
     command = [sys.executable, "-m", "torch_feather.cli", *STUDY, "--out", str(folder)]
     process = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -234,7 +269,7 @@ def begun(folder):
     return command, process, first
 
 
-def test_the_processes_of_a_study_that_was_killed_end_too(tmp_path):
+def test_the_processes_of_a_killed_study_exit(tmp_path):
     _, process, first = begun(tmp_path)
     process.kill()
     _, errors = process.communicate(timeout=120)  # until the last of its processes has ended
@@ -251,7 +286,7 @@ def test_the_processes_of_a_study_that_was_killed_end_too(tmp_path):
         pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow),
     ],
 )
-def test_a_study_that_was_ended_goes_on(tmp_path, how):
+def test_an_interrupted_study_resumes(tmp_path, how):
     command, process, _ = begun(tmp_path)
     os.killpg(process.pid, how)
     _, errors = process.communicate(timeout=120)
@@ -263,4 +298,4 @@ def test_a_study_that_was_ended_goes_on(tmp_path, how):
     assert [r["method"] for r in rows] == ["dense", "feather"]
     assert [r["curve"]["epoch"][-1] for r in rows] == [8, 8]
     assert (tmp_path / "accuracy.svg").stat().st_size > 1000
-    assert "| feather | 90 % |" in (tmp_path / "table.md").read_text()
+    assert "| feather | 90% |" in (tmp_path / "table.md").read_text()

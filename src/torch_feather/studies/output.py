@@ -1,0 +1,189 @@
+"""The files of a study: runs.json, table.md, figures as PNG and SVG, and index.html."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import matplotlib
+from markupsafe import Markup
+
+from ..errors import ConfigurationError
+from ..methods import describe_method
+from ..training.checkpoint import write_atomically, write_json
+from ..training.config import DENSE
+from .comparison import MIN_SEEDS
+from .runs import Row
+from .study import Answer, Study, StudyFigure, Table
+from .summary import group, labels, threads
+
+PUBLISHED = "Published results, not measured in this study"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Provenance of a study's numbers.
+
+    Attributes:
+        command: command that repeats the study.
+        planned: number of runs of the complete study.
+    """
+
+    command: str
+    planned: int
+
+    def items(self, rows: Sequence[Row]) -> dict[str, str]:
+        """Return training, metric, hardware, versions and commits by name; empty without runs."""
+        if not rows:
+            return {}
+
+        def values(key: str) -> str:
+            return ", ".join(dict.fromkeys(str(row[key]) for row in rows))
+
+        machines = {
+            f"{hardware.get('gpu') or hardware['cpu']}, {threads(hardware['threads'])}"
+            for hardware in (row["hardware"] for row in rows)
+        }
+        versions = {f"{name} {v}" for row in rows for name, v in row["versions"].items()}
+        seconds = sum(row["seconds"] for row in rows)
+        precisions = {"bfloat16 autocast" if row["amp"] else "float32" for row in rows}
+        epochs = {"last": "the last epoch", "best": "the epoch with the best validation accuracy"}
+        selected = " or ".join(sorted({epochs[row["select"]] for row in rows}))
+        facts = {
+            "Training": f"{values('network')} on {values('data')}, {values('epochs')} epochs, "
+            f"{' and '.join(sorted(precisions))}, seeds {values('seed')}; {len(rows)} training "
+            f"runs, {seconds / 60:.0f} minutes in total",
+            "Metric": f"test accuracy after {selected}; no run uses test images for training or "
+            "for choosing an epoch; ± is the standard deviation over seeds",
+            "Hardware": "; ".join(sorted(machines)),
+            "Versions": ", ".join(sorted(versions)),
+            "Commit": ", ".join(dict.fromkeys(_short(row["commit"]) for row in rows)),
+        }
+        if len(rows) < self.planned:
+            facts["Incomplete"] = (
+                f"{len(rows)} of {self.planned} training runs; run the command again to continue"
+            )
+        return facts
+
+
+def write_study(
+    study: Study, answer: Answer, rows: Sequence[Row], out: Path, facts: RunFacts
+) -> str:
+    """Write the page, tables, figures and rows of a study.
+
+    Args:
+        study: the study.
+        answer: its answer for these rows.
+        rows: rows of the finished runs.
+        out: output directory.
+        facts: provenance of the numbers.
+
+    Returns:
+        The text of table.md.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "runs.json", list(rows))
+    svgs = {}
+    for figure in [*answer.measured.figures, *answer.published.figures]:
+        png, svg = io.BytesIO(), io.BytesIO()
+        figure.figure.savefig(png, format="png", dpi=150)
+        # Without dates and random names, the same numbers give the same file.
+        with matplotlib.rc_context({"svg.hashsalt": figure.name}):
+            figure.figure.savefig(svg, format="svg", metadata={"Date": None})
+        _write(out / f"{figure.name}.png", png.getvalue())
+        _write(out / f"{figure.name}.svg", svg.getvalue())
+        svgs[figure.name] = svg.getvalue().decode()
+    text = markdown(study, answer, rows, facts)
+    _write(out / "table.md", text.encode())
+    _write(out / "index.html", page(study, answer, rows, facts, svgs).encode())
+    return text
+
+
+def markdown(study: Study, answer: Answer, rows: Sequence[Row], facts: RunFacts) -> str:
+    """Return question, conclusions and tables as Markdown, published tables separately."""
+    blocks = [f"{study.question} ({study.source})"]
+    blocks += ["\n".join(f"- {sentence}" for sentence in conclusions(answer, rows))]
+    blocks += [_markdown_table(table) for table in answer.measured.tables]
+    blocks += [f"{fact}: {text}" for fact, text in facts.items(rows).items()]
+    blocks += [f"    {facts.command}"]
+    if answer.published.tables:
+        blocks += [f"{PUBLISHED}:"]
+        blocks += [_markdown_table(table) for table in answer.published.tables]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    lines = [table.caption, ""] if table.caption else []
+    lines += ["| " + " | ".join(row) + " |" for row in (table.head, ["---"] * len(table.head))]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table.rows)])
+
+
+def conclusions(answer: Answer, rows: Sequence[Row]) -> Sequence[str]:
+    """Return the answer's sentences, or the reason why there are none."""
+    if answer.sentences or not rows:
+        return answer.sentences
+    if len(labels(rows)) < 2:
+        return ["No conclusion: the runs have only one sparse method."]
+    if min(len(mine) for mine in group(rows).values()) >= MIN_SEEDS:
+        return ["No conclusion: the differences are the same for all seeds."]
+    return [f"No conclusion yet: a comparison requires {MIN_SEEDS} seeds of each method."]
+
+
+def _short(commit: str | None) -> str:
+    """Shorten a commit; a final `+` marks edited files."""
+    return "unknown" if commit is None else commit[:10] + "+" * commit.endswith("+")
+
+
+def page(
+    study: Study,
+    answer: Answer,
+    rows: Sequence[Row],
+    facts: RunFacts,
+    svgs: Mapping[str, str],
+) -> str:
+    """Return the study as an HTML page that needs no other file and no network."""
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("page.html.jinja")
+
+    def inline(figure: StudyFigure) -> Markup:
+        """Return the SVG element, its ids prefixed so that they are unique on the page."""
+        svg = svgs[figure.name]
+        svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{figure.name}-", svg)
+        return Markup(svg[svg.index("<svg") :])
+
+    return template.render(
+        study=study,
+        answer=answer,
+        published=PUBLISHED,
+        methods=describe_methods(rows),
+        conclusions=conclusions(answer, rows),
+        facts=facts.items(rows),
+        command=facts.command,
+        inline=inline,
+    )
+
+
+def describe_methods(rows: Sequence[Row]) -> dict[str, str]:
+    """Return a one-line description of each method in the rows."""
+    return {name: _describe(name) for name in dict.fromkeys(row["method"] for row in rows)}
+
+
+def _describe(method: str) -> str:
+    if method == DENSE:
+        return "The unpruned network, trained with the same training budget."
+    try:
+        return describe_method(method).replace("`", "")
+    except ConfigurationError:  # of a package that is not installed
+        return ""
+
+
+def _write(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda file: file.write(content))

@@ -1,0 +1,154 @@
+"""Training runs of a study, and the rows that record their results."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..analysis.stability import correlations, read_masks
+from ..errors import ConfigurationError
+from ..training import Config
+from ..training.checkpoint import RunDirectory, changed_keys
+from ..training.config import DENSE, apply, flatten, to_dict
+from ..training.errors import RunError
+from .options import current_option
+
+Row = dict[str, Any]
+
+REQUIRED_KEYS = (
+    *("name", "label", "data", "amp", "select", "config", "network", "method", "seed", "epochs"),
+    *("sparsity", "learned_sparsity", "test_accuracy", "weights", "zeros", "macs", "dense_macs"),
+    *("seconds", "curve", "commit", "versions", "hardware"),
+)
+RENAMED_KEYS = {"own_sparsity": "learned_sparsity"}  # version 0.1: this version
+CURVES = ("epoch", "train_loss", "val_acc", "test_acc", "sparsity")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run of a study.
+
+    Attributes:
+        name: name of its run directory.
+        config: full configuration.
+        label: name in tables and figures.
+    """
+
+    name: str
+    config: Config
+    label: str
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a runs.json file, also of one written by version 0.1.
+
+    Args:
+        path: the file.
+
+    Returns:
+        One row for each run, with the keys of this version.
+
+    Raises:
+        RunError: the file cannot be read or is not the runs.json file of a study.
+    """
+    try:
+        rows = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read as the runs.json of a study ({error})") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RunError(f"{path}: not the runs.json of a study")
+    rows = [{RENAMED_KEYS.get(key, key): value for key, value in row.items()} for row in rows]
+    for row in rows:
+        if missing := [key for key in REQUIRED_KEYS if key not in row]:
+            raise RunError(
+                f"{path}: not the runs.json of a study, or written by an older version; a row "
+                f"lacks {', '.join(missing)}"
+            )
+    return rows
+
+
+def row_of(run: Run, directory: RunDirectory) -> Row:
+    """Return the row of a finished run: its results, settings, curves and provenance.
+
+    Args:
+        run: the planned run.
+        directory: its run directory.
+
+    Raises:
+        RunError: the run should have recorded its masks, and some are missing.
+    """
+    results, metrics = directory.read_report(), directory.read_metrics()
+    report = results["report"]
+    curve = {key: [line.get(key) for line in metrics] for key in CURVES}
+    masks = read_masks(directory.path, results["epochs"])
+    if masks is not None:
+        found = correlations(masks, report["weights"])
+        curve["mask_correlation"] = [None if math.isnan(r) else r for r in found]
+    elif _needs_masks(run):
+        raise RunError(
+            f"{directory.path}: was trained without --track-masks, at least in part. Remove it to "
+            "train the run again, or choose another --runs directory."
+        )
+    return {
+        "name": run.name,
+        "label": run.label,
+        "data": run.config.data.title,
+        "amp": run.config.system.amp,
+        "select": run.config.select,
+        "config": _recorded_settings(run.config),
+        **{key: results[key] for key in ("network", "method", "seed", "epochs")},
+        "sparsity": 0.0 if results["method"] == DENSE else results["target_sparsity"],
+        "learned_sparsity": results.get("learned_sparsity", results.get("own_sparsity")),
+        **{key: results[key] for key in ("test_accuracy", "test_loss", "train_loss")},
+        "weights": report["weights"],
+        "zeros": report["zeros"],
+        "macs": results["macs"]["sparse"],
+        "dense_macs": results["macs"]["dense"],
+        "seconds": round(results["seconds"], 1),
+        "curve": curve,
+        **{key: results[key] for key in ("commit", "versions", "hardware")},
+    }
+
+
+def row_matches(row: Row, run: Run) -> bool:
+    """Return whether a recorded row has the settings of `run`, and its masks if it needs them."""
+    if row["name"] != run.name or row["amp"] != run.config.system.amp:
+        return False
+    if _needs_masks(run) and "mask_correlation" not in row["curve"]:
+        return False
+    try:
+        recorded = apply(Config(), _current_settings(row["config"]), row["name"])
+    except ConfigurationError:  # the row has settings that no longer exist
+        return False
+    return not changed_keys(recorded, run.config.written_out())
+
+
+def _needs_masks(run: Run) -> bool:
+    return run.config.track_masks and run.config.method != DENSE
+
+
+def _current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recorded settings with option names of version 0.1 replaced."""
+    method, prefix = settings.get("method", DENSE), "options."
+    return {
+        prefix + current_option(method, key.removeprefix(prefix))
+        if key.startswith(prefix)
+        else key: value
+        for key, value in settings.items()
+    }
+
+
+def _recorded_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that determine a run's result, without paths and system settings."""
+    omitted = ("data.path", "compare_dense", "track_masks")
+    return {
+        key: value
+        for key, value in flatten(to_dict(config.written_out())).items()
+        if not key.startswith("system.") and key not in omitted
+    }

@@ -1,0 +1,155 @@
+"""Groups of rows, means and standard deviations over seeds, number formats, accuracy tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+
+from ..training.config import DENSE
+from .runs import Row
+from .study import Table
+
+Groups = dict[tuple[str, float], list[Row]]
+Column = tuple[str, Callable[[Sequence[Row]], str]]  # heading, text for the rows of a group
+
+
+def group(rows: Iterable[Row]) -> Groups:
+    """Group rows by label and sparsity, in the order of the plan."""
+    groups: Groups = defaultdict(list)
+    for row in rows:
+        groups[row["label"], row["sparsity"]].append(row)
+    return dict(groups)
+
+
+def labels(rows: Iterable[Row]) -> list[str]:
+    """Return the labels of the sparse runs in the order of the plan."""
+    return list(dict.fromkeys(row["label"] for row in rows if row["method"] != DENSE))
+
+
+def sparsities(rows: Iterable[Row]) -> list[float]:
+    """Return the sparsities of the sparse runs in ascending order."""
+    return sorted({row["sparsity"] for row in rows if row["method"] != DENSE})
+
+
+def accuracies(rows: Iterable[Row]) -> list[float]:
+    """Return the test accuracies in %."""
+    return [100 * row["test_accuracy"] for row in rows]
+
+
+def mean(rows: Sequence[Row]) -> float:
+    """Return the mean test accuracy in %."""
+    return statistics.mean(accuracies(rows))
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Return the sample standard deviation; 0 for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def with_deviation(values: Sequence[float], digits: int = 2) -> str:
+    """Format mean ± standard deviation; the mean alone for a single value.
+
+    Example:
+        >>> with_deviation([40.0, 42.0, 44.0])
+        '42.00 ± 2.00'
+    """
+    text = f"{statistics.mean(values):.{digits}f}"
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def percent(fraction: float) -> str:
+    """Format a fraction as a percentage.
+
+    Example:
+        >>> percent(0.995)
+        '99.5%'
+    """
+    return f"{100 * fraction:g}%"
+
+
+def millions(number: float) -> str:
+    """Format a number in millions with three significant digits.
+
+    Example:
+        >>> millions(1234567), millions(123456)
+        ('1.23', '0.123')
+    """
+    return f"{number / 1e6:.{2 if number >= 1e6 else 3}f}"
+
+
+def signed(number: float) -> str:
+    """Format a number with its sign and two decimals.
+
+    Example:
+        >>> signed(1.5), signed(-1.5)
+        ('+1.50', '−1.50')
+    """
+    return f"{number:+.2f}".replace("-", "−")
+
+
+def join(words: Sequence[str]) -> str:
+    """Join words with commas and a final "and".
+
+    Example:
+        >>> join(["90%", "95%", "99%"])
+        '90%, 95% and 99%'
+    """
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def threads(count: int) -> str:
+    """Format a number of threads.
+
+    Example:
+        >>> threads(1), threads(2)
+        ('1 thread', '2 threads')
+    """
+    return f"{count} thread{'s' * (count != 1)}"
+
+
+def accuracy_table(
+    rows: Sequence[Row], caption: str = "Test accuracy", more: Sequence[Column] = ()
+) -> Table:
+    """Return a table of mean ± standard deviation for each label and sparsity.
+
+    Args:
+        rows: the runs.
+        caption: caption of the table.
+        more: additional columns.
+
+    Returns:
+        The table, sorted by ascending sparsity, then descending accuracy. It has the learned
+        sparsity of a method if that differs from the final one.
+    """
+    groups = sorted(group(rows).items(), key=lambda item: (item[0][1], -mean(item[1])))
+    head = ["method", "sparsity", "test accuracy (%)", "n", "zeros / weights", "learned sparsity"]
+    lines = []
+    for (label, sparsity), found in groups:
+        zeros = " or ".join(f"{z:,}" for z in sorted({row["zeros"] for row in found}))
+        lines.append(
+            [
+                label,
+                "" if label == DENSE else percent(sparsity),
+                with_deviation(accuracies(found)),
+                str(len(found)),
+                f"{zeros} / {found[0]['weights']:,}",
+                _learned_sparsity(found),
+                millions(statistics.mean(row["macs"] for row in found)),
+                *(text(found) for _, text in more),
+            ]
+        )
+    head += ["multiply-adds (M)", *(name for name, _ in more)]
+    if not any(line[5] for line in lines):
+        del head[5]
+        lines = [[*line[:5], *line[6:]] for line in lines]
+    return Table(caption, head, lines)
+
+
+def _learned_sparsity(rows: Sequence[Row]) -> str:
+    """Return the mean sparsity before final exact-count pruning, if it differs from the final."""
+    learned = [row["learned_sparsity"] for row in rows]
+    final = [round(100 * row["zeros"] / row["weights"], 2) for row in rows]
+    if None in learned or [round(100 * value, 2) for value in learned] == final:
+        return ""
+    return f"{100 * statistics.mean(learned):.2f}%"
