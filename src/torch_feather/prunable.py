@@ -52,7 +52,6 @@ class Prunable:
     parameter: nn.Parameter
 
 
-# long: the rules of the choice are its documentation.
 def find_prunable(
     model: nn.Module, include: Filters = None, exclude: Filters = None, *, frozen: bool = True
 ) -> list[Prunable]:

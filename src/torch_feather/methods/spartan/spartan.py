@@ -262,7 +262,7 @@ class Spartan(MagnitudePruning):
             if step < self.freeze or frozen.all():
                 return
             pruning = self.update(weights, step)
-        # Keep the first frozen mask. On an accelerator it is written one step later: to solve for it
+        # Keep the first frozen mask. On an accelerator it is written one step later: solving for it
         # here too would double the cost of every step.
         old = [*self.state["mask"].rows, self.state["threshold"].flat]
         new = [*pruning.masks, pruning.thresholds]
