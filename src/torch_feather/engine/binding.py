@@ -204,6 +204,16 @@ def bind(
             "twice. Give every parameter to one optimizer."
         )
     check_storage([p.name for p in prunable], [p.parameter for p in prunable])
+    _check_free(model, prunable)
+    weights = [
+        BoundWeight(p.name, p.module, p.attribute, p.parameter, *found[id(p.parameter)][0])
+        for p in prunable
+    ]
+    return Binding(weights, optimizers)
+
+
+def _check_free(model: nn.Module, prunable: Sequence[Prunable]) -> None:
+    """Raise ConfigurationError if weights have a sparsifier, or step where no hook is called."""
     if isinstance(model, nn.parallel.DistributedDataParallel) and any(
         hasattr(p.parameter, "_in_backward_optimizers") for p in prunable
     ):
@@ -216,11 +226,6 @@ def bind(
             raise ConfigurationError(
                 f"{p.name} already has a sparsifier. Call its detach() or finalize() first."
             )
-    weights = [
-        BoundWeight(p.name, p.module, p.attribute, p.parameter, *found[id(p.parameter)][0])
-        for p in prunable
-    ]
-    return Binding(weights, optimizers)
 
 
 def plain_optimizer(optimizer: Any) -> Any:

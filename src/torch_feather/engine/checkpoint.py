@@ -183,39 +183,44 @@ def check_loaded(
         )
     fitting = {}
     for i in positions:
-        name, shape = expected.names[i], expected.shapes[i]
-        own = found.get(i, {})
-        if not own.keys() >= {"latent", "header"}:
-            if expected.strict:
-                raise StateError(
-                    f"The state has no latent weights for {name}. It was saved without this "
-                    "sparsifier, before sparsify was called, or in a form that keeps only the "
-                    "optimizer's own entries (such as a flattened distributed state)." + hint
-                )
-            continue
-        latent, saved = own["latent"], Header.read(own["header"])
-        if saved is None:
-            raise StateError(f"The state's header for {name} is damaged. Load another checkpoint.")
-        differences = saved.differences(expected.header(i))
-        if latent.shape != shape:
-            differences.append(
-                f"its latent weights have shape {tuple(latent.shape)}, the parameter {tuple(shape)}"
-            )
-        state = {}
-        for key, entry in expected.state.items():
-            value = from_bytes(own.get(key), entry.rows[i])
-            if value is not None:
-                state[key] = value
-            else:
-                differences.append(f"it has no {key}, or one of another size")
-        if differences and expected.strict:
-            raise StateError(
-                f"The state does not belong to this sparsifier ({name}): "
-                f"{'; '.join(differences)}." + hint
-            )
-        if latent.shape == shape:
-            fitting[i] = Loaded(saved, latent, state)
+        loaded = _check_one(expected, found.get(i, {}), i, hint)
+        if loaded is not None:
+            fitting[i] = loaded
     return fitting
+
+
+def _check_one(expected: Expected, own: Entries, i: int, hint: str) -> Loaded | None:
+    """Return the entries of weight tensor i if they fit; errors as for `check_loaded`."""
+    name, shape = expected.names[i], expected.shapes[i]
+    if not own.keys() >= {"latent", "header"}:
+        if expected.strict:
+            raise StateError(
+                f"The state has no latent weights for {name}. It was saved without this "
+                "sparsifier, before sparsify was called, or without the entries that are not the "
+                "optimizer's (as a flattened distributed state)." + hint
+            )
+        return None
+    latent, saved = own["latent"], Header.read(own["header"])
+    if saved is None:
+        raise StateError(f"The state's header for {name} is damaged. Load another checkpoint.")
+    differences = saved.differences(expected.header(i))
+    if latent.shape != shape:
+        differences.append(
+            f"its latent weights have shape {tuple(latent.shape)}, the parameter {tuple(shape)}"
+        )
+    state = {}
+    for key, entry in expected.state.items():
+        value = from_bytes(own.get(key), entry.rows[i])
+        if value is not None:
+            state[key] = value
+        else:
+            differences.append(f"it has no {key}, or one of another size")
+    if differences and expected.strict:
+        raise StateError(
+            f"The state does not belong to this sparsifier ({name}): "
+            f"{'; '.join(differences)}." + hint
+        )
+    return Loaded(saved, latent, state) if latent.shape == shape else None
 
 
 def exported(

@@ -44,7 +44,7 @@ METHODS: dict[str, Factory] = {
 _OWN = frozenset(METHODS)
 
 # Options of version 0.1 by method, and their present names.
-RENAMED_OPTIONS: dict[str, dict[str, str]] = {
+RENAMED_OPTIONS = {
     "asl": {"rate": "lr_multiplier"},
     "asl+": {"rate": "lr_multiplier"},
     "feather-asl+": {"rate": "lr_multiplier"},
