@@ -1,6 +1,8 @@
 """Bad input is a clear error that says what was wrong, where, and what to do."""
 
 import math
+import re
+import warnings
 
 import pytest
 import pytorch_optimizer
@@ -248,7 +250,14 @@ def test_an_optimizer_that_trains_copies_of_the_weights_is_refused_by_name():
 
 
 def test_one_process_alone_may_check_its_ranks():
-    sparsify().check_ranks()
+    """There is nothing to exchange; like every check it takes over what was written before."""
+    sparsifier = sparsify()
+    with torch.no_grad():
+        sparsifier.model[0].weight[0, 0] = 5.0
+    written = {n: p.detach().clone() for n, p in sparsifier.model.named_parameters()}
+    sparsifier.check_ranks()
+    assert sparsifier.step.training.weights.views[0][0, 0] == 5.0
+    assert_same({n: p.detach() for n, p in sparsifier.model.named_parameters()}, written)
 
 
 def test_a_model_that_is_sparsified_already():
@@ -417,20 +426,21 @@ def test_a_detached_sparsifier_says_so(call):
 
 def test_a_group_added_later_stays_dense_and_says_so():
     run = start(schedule="constant")
-    late = nn.Linear(4, 4)
-    run.model.append(late)
-    run.optimizer.add_param_group({"params": late.parameters()})
-    with pytest.warns(UserWarning, match=r"3\.weight"):
-        run.train(0, 1)
-    run.train(1, 2)  # it is said once
-    assert (late.weight != 0).all()
-    assert run.sparsifier.step_count == 2
+    for number, name in enumerate(["3.weight", "4.weight"]):
+        late = nn.Linear(4, 4)
+        run.model.append(late)
+        run.optimizer.add_param_group({"params": late.parameters()})
+        with pytest.warns(feather.FeatherWarning, match=rf"^{re.escape(name)} was added"):
+            run.train(2 * number, 2 * number + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", feather.FeatherWarning)
+            run.train(2 * number + 1, 2 * number + 2)  # once for each group
+        assert (late.weight != 0).all()
+    assert run.sparsifier.step_count == 4
     assert sum(int((~m).sum()) for m in run.sparsifier.masks().values()) == 96
 
 
 def test_a_group_of_biases_added_later_needs_no_warning():
-    import warnings
-
     model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
     biases = [model[0].bias, model[2].bias]
     optimizer = torch.optim.SGD([model[0].weight, model[2].weight], 0.1, 0.9)

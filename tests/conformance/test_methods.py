@@ -21,7 +21,9 @@ from torch_feather.methods.options import ALLOCATIONS
 from torch_feather.operators import Hard, Soft
 from torch_feather.schedules import Constant, Cubic, Stairs
 from torch_feather.weights.latent import LatentWeights
-from torch_feather.weights.passes import count_pruned, pruned_mask
+from torch_feather.weights.passes import count_pruned, effective_weights, pruned_mask
+from torch_feather.weights.segments import Segment
+from torch_feather.weights.selecting import select_weights
 
 from .harness import STEPS, TOTAL, Loop, Run, assert_exact, assert_same, snapshot, start
 from .models import MODELS
@@ -196,6 +198,33 @@ def test_no_kept_weight_changes_its_sign_below_a_scaled_cut(scale, k):
         u = model.get_parameter(name).detach()
         assert torch.equal(u.sign(), torch.where(mask, w.sign(), 0))
         assert (w.abs()[mask] > sparsifier.thresholds()[name]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_threshold_of_scaled_magnitudes_is_below_every_kept_one(dtype):
+    """Among ties and neighbouring floats too.
+
+    The cutoff between two ties is one float below their score. Divided by the scale it may round up
+    to the magnitude of the kept one: most often if the score has a large mantissa, and the
+    magnitude a small one.
+    """
+    integer = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
+    ranges = [(1.0, 0.1, 1.7, 0.25), (0.1, 3.0, 0.1, 3.0)]
+    for first, scale in (
+        (a + b * x, c + d * y)
+        for a, b, c, d in ranges
+        for x, y in torch.rand(25, 2, dtype=dtype).unbind()
+    ):
+        w = (first.view(integer) + torch.arange(12, dtype=integer) // 2).view(dtype)
+        weights = LatentWeights([w])
+        for k in range(1, 12):
+            cutoff = select_weights(weights, torch.tensor(k), [scale])
+            segment = Segment(0, 12, cutoff, scale)
+            kept = ~pruned_mask(weights, [segment], 0)
+            assert int(kept.sum()) == 12 - k
+            assert (w[kept] > segment.threshold).all()
+            [u] = effective_weights(weights, [segment], Soft())
+            assert torch.equal(u > 0, kept)
 
 
 def test_no_bias_is_the_global_ranking():
