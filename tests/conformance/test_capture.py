@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_feather as feather
 from torch_feather import devices
-from torch_feather.methods import magnitude
+from torch_feather.engine import training
 from torch_feather.selection import device
 
 from .capture import Tape, reads_across
@@ -113,7 +113,7 @@ def test_no_step_reads_what_the_step_before_it_allocated(method, without_gpu):
 
 
 def test_an_engine_that_keeps_what_it_allocated_would_be_noticed(without_gpu, monkeypatch):
-    monkeypatch.setattr(magnitude, "renew", lambda old, new: new)
+    monkeypatch.setattr(training, "keep_memory", lambda old, new, device: new)
     with FakeTensorMode(allow_non_fake_inputs=True):
         step = steps_on_fake_tensors("feather-theta")
         step()
@@ -141,11 +141,10 @@ def test_a_look_at_many_tensors_is_as_few_operations_as_one_at_few(as_on_a_devic
         sparsifier = feather.sparsify(model, optimizer, sparsity=0.8, total_steps=10)
         model(torch.randn(4, 8)).sum().backward()
         optimizer.step()
-        every = range(len(sparsifier.step.training.binding.weights))
+        [one] = sparsifier.step.optimizers
         with torch.no_grad(), Count() as count:
-            sparsifier.before_step(every)
-            sparsifier.capture(every)
-            sparsifier.after_step(True)
+            sparsifier.step.before(one, closure=False)
+            sparsifier.step.after(one)
         counts.append(count.number)
     assert counts[0] == counts[1]
 
@@ -208,6 +207,16 @@ def test_the_way_of_a_device_is_that_of_the_cpu(method, monkeypatch, request):
     for p, q in zip(on_cpu.model.parameters(), on_device.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)
     assert on_cpu.zeros() == on_device.zeros()
+
+
+def test_the_mask_that_spartan_freezes_on_a_device_is_of_the_weights_of_all_optimizers(request):
+    """Another optimizer steps later than the first in the same step."""
+    late = {"method": "spartan", "end": 3, "freeze": 5, "dtype": torch.float64}
+    on_cpu = start("convnet", "muon+adamw", **late).train(0, TOTAL)
+    request.getfixturevalue("as_on_a_device")
+    on_device = start("convnet", "muon+adamw", **late).train(0, TOTAL)
+    for p, q in zip(on_cpu.model.parameters(), on_device.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.gpu

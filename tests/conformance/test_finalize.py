@@ -272,7 +272,7 @@ def written_in_too_early():
 
 def test_a_denser_model_that_was_written_in_is_pruned_with_a_warning():
     run, _ = written_in_too_early()
-    with pytest.warns(feather.errors.FeatherWarning, match=r"\d+ zeros, not 96"):
+    with pytest.warns(feather.errors.FeatherWarning, match=r"\d+ zeros, expected 96"):
         run.sparsifier.finalize()
     assert run.zeros() == 96
 

@@ -127,10 +127,12 @@ def test_a_negative_threshold_is_an_error():
 
 
 def test_straight_through_scales_the_gradient_of_pruned_weights_alone():
-    image = torch.tensor([0.0, -1e-45, -0.0, 7.0])
+    effective = torch.tensor([0.0, -1e-45, -0.0, 7.0])
+    latent = torch.tensor([0.5, -0.5, -0.1, 7.5])
     g = torch.tensor([1.0, 2.0, -3.0, 4.0])
     for rule, theta in [(gradients.StraightThrough(0.25), 0.25), (gradients.Masked(), 0.0)]:
-        assert torch.equal(rule(g, image), torch.where(image == 0, theta * g, g))
+        found = rule(g, latent, effective, torch.tensor(0.5))
+        assert torch.equal(found, torch.where(effective == 0, theta * g, g))
         assert not rule.is_identity
 
 

@@ -437,7 +437,7 @@ def test_a_model_that_has_the_pattern_is_first_seen_as_it_is(case):
         ("even", {"pattern": "2:4", "sparsity": 0.5, "min_density": 0.7}, "min_density"),
         ("even", {"pattern": "4:4", "sparsity": 0.5}, "4:4"),
         ("even", {"pattern": "0x4", "sparsity": 0.5}, "0x4"),
-        ("even", {"pattern": 124, "sparsity": 0.5}, "quotes.*124"),
+        ("even", {"pattern": 124, "sparsity": 0.5}, "quote it in YAML.*124"),
         ("even", {"pattern": "2-4", "sparsity": 0.5}, "'2-4'"),
         ("mlp", {"pattern": "1x2", "sparsity": 0.5, "include": "*"}, r"0\.bias \(12,\)"),
     ],
@@ -472,7 +472,7 @@ def test_zeros_of_another_pattern_that_are_as_many_are_no_finished_model(sparsit
     with torch.no_grad():
         for layer in model:
             layer.weight.normal_()[:, :32] = 0
-    with pytest.warns(feather.errors.FeatherWarning, match="4096 zeros, in other places"):
+    with pytest.warns(feather.errors.FeatherWarning, match="4096 zeros, at invalid positions"):
         sparsifier.finalize()
     if pattern:
         assert all(of_each(layer.weight, 2, 4) for layer in model)

@@ -38,13 +38,15 @@ def check(wholes, counts, holder, ranks):
         mine = [h == r for h in holder]
         before = [torch.nn.functional.pad(m.cumsum(0), (1, 0)) for m in mine]
 
-        def places(index):
+        def positions(index):
             pairs = zip(before, index, strict=True)
             return torch.stack([b[i.clamp(max=len(b) - 1)] for b, i in pairs])
 
         scores = [whole[m] for whole, m in zip(wholes, mine, strict=True)]
         sizes = [whole.numel() for whole in wholes]
-        cuts = select_sharded(scores, torch.tensor(counts), sizes=sizes, total=total, places=places)
+        cuts = select_sharded(
+            scores, torch.tensor(counts), sizes=sizes, total=total, local_positions=positions
+        )
         return [(cut, cut.pruned(s), m) for cut, s, m in zip(cuts, scores, mine, strict=True)]
 
     with ThreadPoolExecutor(ranks) as pool:
@@ -92,6 +94,6 @@ def test_ties_far_beyond_32_bits_of_index_are_found():
         torch.tensor([7]),
         sizes=[first + 10],
         total=lambda counts: counts,
-        places=lambda index: (index - first).clamp(0, 10),
+        local_positions=lambda index: (index - first).clamp(0, 10),
     )
     assert cut.last.item() == 6

@@ -144,6 +144,8 @@ class Spartan(MagnitudePruning):
     def __init__(self, context: MethodContext, method: Method, beta: float, freeze: int):
         super().__init__(context, method)
         self.beta, self.freeze = beta, freeze
+        # What `after_step` solved for, which the next `update` returns: a solution takes time.
+        self._solved: tuple[LatentWeights, list[int], SoftMasks] | None = None
         weights, n = context.weights, len(context.weights.views)
         self.state |= {
             "mask": weights.per_weight(1.0),
@@ -159,6 +161,9 @@ class Spartan(MagnitudePruning):
     # The mask
 
     def update(self, weights: LatentWeights, step: Tensor) -> Pruning:
+        solved, self._solved = self._solved, None
+        if solved is not None and solved[0] is weights and solved[1] == _versions(weights, step):
+            return solved[2]
         done = step >= self.freeze
         stays, masks = self.state["frozen"].flat & done, self.state["mask"].rows
         threshold = self.state["threshold"].flat
@@ -258,16 +263,20 @@ class Spartan(MagnitudePruning):
     ) -> None:
         super().after_step(weights, pruning, gradients, step, lr, taken)
         frozen = self.state["frozen"].flat
-        if not devices.synchronizes(weights.device):
-            if step < self.freeze or frozen.all():
-                return
-            pruning = self.update(weights, step)
-        # Keep the first frozen mask. On an accelerator it is written one step later: solving for it
-        # here too would double the cost of every step.
+        if not devices.synchronizes(weights.device) and (step < self.freeze or frozen.all()):
+            return
+        # The first frozen mask stays. That of `pruning` is no candidate: with several optimizers it
+        # was made when only some of them had stepped.
+        next_ = self.update(weights, step)
         old = [*self.state["mask"].rows, self.state["threshold"].flat]
-        new = [*pruning.masks, pruning.thresholds]
-        write_if(pruning.frozen & taken, old, new)
-        write_if(taken, [frozen], [frozen | pruning.frozen])
+        write_if(next_.frozen & taken, old, [*next_.masks, next_.thresholds])
+        write_if(taken, [frozen], [frozen | next_.frozen])
+        self._solved = weights, _versions(weights, step), next_
+
+
+def _versions(weights: LatentWeights, step: Tensor) -> list[int]:
+    """Return what changes whenever weights or step are written."""
+    return [tensor._version for tensor in (*weights.flats, step)]
 
 
 def _effective(w: Tensor, mask: Tensor) -> Tensor:
