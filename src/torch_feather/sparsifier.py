@@ -1,4 +1,4 @@
-"""`Sparsifier`: what a user holds while a model is trained sparsely."""
+"""`Sparsifier`: the handle of a user on the sparse training of a model."""
 
 from __future__ import annotations
 

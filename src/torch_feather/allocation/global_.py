@@ -83,7 +83,7 @@ class Global(FittedAllocation):
             raise ConfigurationError(
                 f"With min_density={self.min_density} and max_density={self.max_density} between "
                 f"{low} and {high} of {sum(sizes)} weights can be pruned, but sparsity="
-                f"{context.sparsity} asks for {k}. Widen the bounds or change the target."
+                f"{context.sparsity} requires {k}. Widen the bounds or change the target."
             )
         return self
 

@@ -213,13 +213,13 @@ def bind(
 
 
 def _check_free(model: nn.Module, prunable: Sequence[Prunable]) -> None:
-    """Raise ConfigurationError if weights have a sparsifier, or step where no hook is called."""
+    """Raise ConfigurationError if weights have a sparsifier, or step without calling hooks."""
     if isinstance(model, nn.parallel.DistributedDataParallel) and any(
         hasattr(p.parameter, "_in_backward_optimizers") for p in prunable
     ):
         raise ConfigurationError(
             "DistributedDataParallel steps optimizers of _apply_optimizer_in_backward while it "
-            "averages gradients, which no hook sees. Step the optimizer after the backward pass."
+            "averages gradients, without calling hooks. Step the optimizer after the backward pass."
         )
     for p in prunable:
         if p.parameter in attached:

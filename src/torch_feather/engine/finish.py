@@ -98,10 +98,9 @@ def _count_zeros(weights: LatentWeights, parts: Sequence[Tensor]) -> int:
 def _admits(
     weights: LatentWeights, method: BoundMethod, step: Tensor, parts: Sequence[Tensor]
 ) -> bool:
-    """Return whether the zeros among these values are where the method would put them.
+    """Return whether the zeros among these values have the positions that the method requires.
 
-    A method that keeps a mask, or learns thresholds, or whose count is not exact, may put them
-    anywhere.
+    If the method keeps a mask, learns thresholds or has no exact count, any positions are valid.
     """
     facts = method.facts
     keeps_mask = any(entry.per_weight for entry in method.state.values())

@@ -1,4 +1,4 @@
-"""Hooks, closures and wrapped calls of one optimizer. Nothing here knows of sparsity."""
+"""Hooks, closures and wrapped calls of one optimizer; independent of sparsity."""
 
 from __future__ import annotations
 

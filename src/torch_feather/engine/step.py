@@ -281,7 +281,7 @@ class Step:
         for one in self.optimizers:
             self.states.adopt(self.training, one.optimizer, one.held)
 
-    # Checks of what other code did
+    # Checks of changes by other code
 
     def _check_sparse_start(self) -> None:
         """Raise if effective weights of another process replaced the local ones before step 1.

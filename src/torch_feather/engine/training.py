@@ -1,6 +1,6 @@
 """The state of a training run between steps, and the exchange of latent and effective weights.
 
-`step.py` composes this with the hooks of the optimizers. Nothing here knows of a step.
+`step.py` composes it with the hooks of the optimizers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Training:
 
     Attributes:
         model: the model.
-        binding: where model and optimizers hold its prunable weights.
+        binding: the prunable weights in the model and the optimizers.
         weights: the latent weights.
         method: the method, bound to them.
         pruning: its thresholds or masks now.

@@ -4,7 +4,7 @@ A method is made in two steps. A frozen description, such as `feather(...)`, has
 returns a `BoundMethod`, the method on one model. In one step the engine calls, in this order:
 
     pull_back            for each new gradient, elementwise: dL/du becomes dL/dw
-    complete             once, when all gradients are there: what needs sums over them
+    complete             once, when all gradients exist: adds terms with sums over them
     (the optimizer steps)
     after_step           own parameters step; latent weights may be changed
     update               thresholds or masks of the new latent weights
@@ -37,8 +37,8 @@ Gradients = Sequence[Tensor | None]
 """dL/dw of each weight tensor, its local shard; None without a gradient."""
 
 Pruning = Any
-"""What `update` returns: masks, thresholds or both, as tensors in tuples, lists and objects with
-`tensors()`. The engine looks at the tensors alone, to keep them in fixed memory."""
+"""The result of `update`: masks, thresholds or both, as tensors in tuples, lists and objects with
+`tensors()`. The engine uses the tensors alone, to keep them in fixed memory."""
 
 
 @dataclass(frozen=True)

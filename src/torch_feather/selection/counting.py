@@ -58,8 +58,8 @@ def descend(
     """Step into the first bin at which the running sum of counts reaches `rank`.
 
     Args:
-        counts: counts, with bins along the last dimension. All arguments share the others.
-        rank: rank of the code to find, from 1.
+        counts: counts, with bins along the last dimension, after any batch dimensions.
+        rank: rank of the code to find, from 1. Like `prefix`, it has the batch dimensions.
         prefix: the known upper digits of the code.
         shift: lowest bit of the digit that was counted.
 

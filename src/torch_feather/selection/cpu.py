@@ -69,8 +69,8 @@ def _bracket(scores: np.ndarray, k: int) -> tuple[np.ndarray, int]:
     # An odd step, so that it does not stay within one column of a weight matrix.
     sample = scores[:: int(size ** (1 / 3)) | 1].copy()
     center = k / size * sample.size
-    spread = MARGIN * (center * (1 - k / size)) ** 0.5 + 1
-    low, high = int(center - spread), int(center + spread)
+    half_width = MARGIN * (center * (1 - k / size)) ** 0.5 + 1
+    low, high = int(center - half_width), int(center + half_width)
     sample.partition([rank for rank in (low, high) if 0 < rank < sample.size] or [0])
     least = sample[low] if low > 0 else 0
     most = sample[high] if high < sample.size else np.inf

@@ -69,7 +69,7 @@ def select_device(
         shift -= width
         counts = over.count_digits(code, shift, width)
         code, rank, equal = over.descend(counts, rank, code, shift)
-    # All NaN share one code, but none ties: a cutoff among them is the one at infinity.
+    # All NaN have one code but are not ties: a cutoff among them becomes the one at infinity.
     tied = (equal > rank) & (code <= bits.infinity)
 
     last = zero

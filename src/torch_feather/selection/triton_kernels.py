@@ -41,7 +41,7 @@ def _count_digits(
 ):
     BINS: tl.constexpr = 1 << WIDTH
     head = (tl.load(prefix) >> (SHIFT + WIDTH)).to(scores.dtype.element_ty)
-    mine = tl.zeros([BINS], tl.int32)
+    own = tl.zeros([BINS], tl.int32)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(first, size, stride):
@@ -49,8 +49,8 @@ def _count_digits(
         inside = position < size
         code = _load_codes(scores, position, inside, INFINITY)
         digit = ((code >> SHIFT) & (BINS - 1)).to(tl.int32)
-        mine += tl.histogram(digit, BINS, mask=inside & ((code >> (SHIFT + WIDTH)) == head))
-    tl.atomic_add(counts + tl.arange(0, BINS), mine.to(tl.int64), mask=mine > 0, sem="relaxed")
+        own += tl.histogram(digit, BINS, mask=inside & ((code >> (SHIFT + WIDTH)) == head))
+    tl.atomic_add(counts + tl.arange(0, BINS), own.to(tl.int64), mask=own > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize_on_alignment=["code", "start"])

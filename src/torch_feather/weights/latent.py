@@ -45,7 +45,7 @@ class PerTensor(NamedTuple):
 
 @dataclass
 class Part:
-    """Weights of one type: their flat latent values, and where they start among the local ones.
+    """Weights of one type: their flat latent values, and their start among the local weights.
 
     Example:
         >>> weights = LatentWeights([torch.ones(2), torch.ones(3, dtype=torch.bfloat16)])

@@ -81,8 +81,8 @@ class FittedDeviations(StandardDeviations):
     The penalty is budget_weight log^2(D / (1 - s)), with the present density D and the scheduled
     sparsity s. A count has no derivative, so a model of the layer's weights gives it:
     d D_l / d r_l = D_l d log q_l / d r_l, with q_l the density of the model. The logarithm keeps
-    the penalty strong at low densities, where ASL's (D - (1 - s))^2 nearly vanishes. Both spare a
-    layer in proportion to what it has lost.
+    the penalty strong at low densities, where ASL's (D - (1 - s))^2 nearly vanishes. The gradients
+    of both penalties decrease as a layer loses weights.
 
     Example:
         >>> FittedDeviations(budget_weight=30.0).start(LatentWeights([torch.ones(2)]), 0.9)

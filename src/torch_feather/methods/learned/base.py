@@ -92,8 +92,8 @@ class LearnedMethod:
         optimizer: optimizer of the learned parameters.
         schedule: the target sparsity over time.
         dense_below: tensors of fewer weights stay dense.
-        exact_from: fraction of training after which the count is made exact. None: never; the final
-            sparsity is what the method learns.
+        exact_from: fraction of training after which the count is made exact. None: never; the
+            method learns the final sparsity.
 
     Example:
         >>> from torch_feather.methods import asl

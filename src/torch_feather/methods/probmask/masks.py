@@ -176,10 +176,10 @@ class ProbabilisticMasks(BoundMethod):
         """
         scores, k = self.state["probability"].flat, torch.full_like(step, self._zeros)
         last = select(scores.clone, k).value
-        lots = uniform(self.method.seed, -torch.full_like(step, scores.numel()), scores.numel(),
-                       scores.dtype)  # fmt: skip
-        lots.masked_fill_(scores < last, 0.0).masked_fill_(scores > last, 1.0)
-        return (~select(lots.clone, k).pruned(lots)).to(scores.dtype)
+        size = scores.numel()
+        ranks = uniform(self.method.seed, -torch.full_like(step, size), size, scores.dtype)
+        ranks.masked_fill_(scores < last, 0.0).masked_fill_(scores > last, 1.0)
+        return (~select(ranks.clone, k).pruned(ranks)).to(scores.dtype)
 
     def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
         # Adding 0 turns -0 into 0.
