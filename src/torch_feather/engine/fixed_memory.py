@@ -69,6 +69,26 @@ def keep_memory(old: Pruning, new: Pruning, device: torch.device) -> Pruning:
     return old
 
 
+def store(method: BoundMethod, pruning: Pruning) -> Pruning:
+    """Copy the fields of a pruning that checkpoints hold into the state of their method.
+
+    Args:
+        method: names the fields in `facts.stored`.
+        pruning: of the method's own weights, a NamedTuple if there are such fields.
+
+    Returns:
+        The pruning, with the memory of the state in place of its own.
+    """
+    for name in method.facts.stored:
+        value, entry = getattr(pruning, name), method.state[name]
+        if isinstance(value, Tensor):
+            entry.flat.copy_(value)
+        elif value is not entry.rows:
+            copy_all(entry.rows, value)
+            pruning = pruning._replace(**{name: entry.rows})
+    return pruning
+
+
 def move_state(method: BoundMethod, weights: LatentWeights) -> None:
     """Move the state of a method to the device and type of latent weights.
 
@@ -83,10 +103,10 @@ def move_state(method: BoundMethod, weights: LatentWeights) -> None:
         torch.float64
     """
     for name, entry in method.state.items():
+        dtype = weights.wide if entry.flat.is_floating_point() else entry.flat.dtype
         if entry.per_weight:
-            moved = weights.per_weight(0.0)
+            moved = weights.per_weight(0.0, dtype)
             copy_all(moved.rows, entry.rows)
         else:
-            dtype = weights.wide if entry.flat.is_floating_point() else None
             moved = PerTensor.of(entry.flat.to(weights.device, dtype))
         method.state[name] = moved

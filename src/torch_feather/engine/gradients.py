@@ -220,6 +220,8 @@ class PassGradients:
             gradients: all gradients so far.
             completion: their completion, with the random numbers of this pass. It is added.
         """
+        if completion.terms is not None:
+            raise TypeError("complete() of a method with random numbers must return terms=None.")
         for name, new in completion.own.items():
             if name in self.own:
                 self.own[name].flat.add_(new.flat)

@@ -109,8 +109,7 @@ class Step:
         self._hooks = [
             OptimizerHooks(one.optimizer, self._handlers(one)) for one in self.optimizers
         ]
-        self._bound = [*binding.optimizers, *binding.parameters]
-        for thing in self._bound:
+        for thing in (*binding.optimizers, *binding.parameters):
             attached[thing] = True
         training.write_effective()
 
@@ -213,7 +212,8 @@ class Step:
         self.training.release()
         for hooks in self._hooks:
             hooks.release()
-        for thing in [*self._bound, *self.training.binding.parameters]:
+        binding = self.training.binding
+        for thing in (*binding.optimizers, *binding.parameters):
             attached.pop(thing, None)
 
     def require_attached(self) -> None:

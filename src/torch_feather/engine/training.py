@@ -19,7 +19,7 @@ from ..weights.passes import adopt_written
 from ..weights.shards import fsdp_units, is_sharded, local, local_part, reshard
 from .binding import Binding, check_storage, layout
 from .external_writes import WriteDetector
-from .fixed_memory import keep_memory, move_state
+from .fixed_memory import keep_memory, move_state, store
 from .gradients import (
     PassGradients,
     PendingGradients,
@@ -89,7 +89,7 @@ class Training:
     @torch.no_grad()
     def write_effective(self) -> None:
         """Update thresholds or masks; parameters become u = R(w)."""
-        new = self.method.update(self.weights, self.count)
+        new = store(self.method, self.method.update(self.weights, self.count))
         self.pruning = keep_memory(self.pruning, new, self.weights.device)
         self.write(self.method.effective_weights(self.weights, self.pruning))
 
@@ -198,7 +198,8 @@ class Training:
             scale = getattr(stepping, "grad_scale", None)
         self.absorb_external_writes()
         gradients = self.binding.gradients
-        if self._passes is not None and self._passes.complete:
+        if self._passes is not None:
+            self.end_pass()  # if the last pass has not ended yet
             own = self._passes.at_step(gradients, scale)
         else:
             self._warn_of_passes()
@@ -243,8 +244,11 @@ class Training:
     @torch.no_grad()
     def end_pass(self) -> None:
         """End one of several passes of a step."""
-        if self.method.facts.random is None:
+        ended = self._passes is not None and self._passes.complete
+        if self.method.facts.random is None or ended:
             return
+        if not self.pending.are_due(self.binding.parameters):
+            return  # the step was taken inside the pass
         if self._passes is None:
             self._passes = PassGradients()
         gradients = self.binding.gradients

@@ -53,6 +53,8 @@ class Facts:
         clips_own: gradients of own parameters count in a norm that is clipped over all gradients.
         random: the entry of `state` that counts draws of random numbers; the engine advances it by
             1 after each pass and each step.
+        stored: fields of the pruning, a NamedTuple, that the engine copies into the entries of
+            `state` with the same names after each update of its own weights.
         passes: forward and backward passes per step, each with random numbers of its own.
         exact: exactly round(s N) weights are zero from `target_step` on.
         on_shards: works if the weights are sharded over processes.
@@ -68,6 +70,7 @@ class Facts:
     follows_lr: bool = False
     clips_own: bool = True
     random: str | None = None
+    stored: tuple[str, ...] = ()
     passes: int = 1
     exact: bool = True
     on_shards: bool = False
