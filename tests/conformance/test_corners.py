@@ -1,6 +1,7 @@
 """Corners in which weights could be lost, or a state be taken for one that it is not."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -214,9 +215,18 @@ def test_filters_hold_for_groups_that_come_later():
         nn.Linear(12, 12), nn.utils.parametrizations.weight_norm(nn.Linear(12, 5))
     )
     optimizer = sgd(*model[0].parameters())
-    feather.sparsify(model, optimizer, sparsity=0.5, total_steps=4, exclude="1.*")
-    optimizer.add_param_group({"params": list(model[1].parameters())})
-    train(model, [optimizer])
+    sparsifier = feather.sparsify(model, optimizer, sparsity=0.5, total_steps=4, exclude="1.*")
+    late = list(model[1].parameters())
+    optimizer.add_param_group({"params": late})
+    before = [p.detach().clone() for p in late]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # excluded weights are dense on purpose
+        train(model, [optimizer])
+    assert list(sparsifier.masks()) == ["0.weight"]
+    assert int((model[0].weight == 0).sum()) == 72
+    for p, old in zip(late, before, strict=True):
+        assert (p != old).all()
+        assert (p != 0).all()
 
 
 @pytest.mark.parametrize("table", [[0.0, 0.5, 0.99], [0.0, 1.0], [0.0, 2.0, 1.0]], ids=str)

@@ -464,10 +464,16 @@ def test_frozen_parameters_are_left_alone():
 
 
 def test_a_frozen_parameter_needs_no_optimizer():
-    net = MODELS["mlp"].make()
+    case = MODELS["mlp"]
+    net = case.make()
     net[0].weight.requires_grad_(False)
+    frozen = net[0].weight.clone()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
-    feather.sparsify(net, optimizer, sparsity=0.5, total_steps=4)
+    sparsifier = feather.sparsify(net, optimizer, sparsity=0.5, total_steps=4)
+    Run(net, optimizer, sparsifier, Loop(net, net, optimizer, case), case).train(0, 4)
+    assert list(sparsifier.finalize().state_dict()) == list(case.make().state_dict())
+    assert zeros(net, "2.weight") == 24
+    assert torch.equal(net[0].weight, frozen)
 
 
 CONVNET = ["stem.weight", "depth.weight", "point.weight", "head.weight"]
