@@ -73,13 +73,14 @@ class _Finder(MetaPathFinder, Loader):
         name = fullname.removeprefix(f"{PACKAGE}.")
         return ModuleSpec(fullname, self) if name != fullname and name in MODULES else None
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        new = f"{PACKAGE}.{MODULES[spec.name.removeprefix(f'{PACKAGE}.')]}"
-        warn(f"{spec.name} is now called {new}.", DeprecationWarning)
-        return import_module(new)
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
 
     def exec_module(self, module: ModuleType) -> None:
-        pass
+        name = module.__name__
+        new = f"{PACKAGE}.{MODULES[name.removeprefix(f'{PACKAGE}.')]}"
+        warn(f"{name} is now called {new}.", DeprecationWarning)
+        sys.modules[name] = import_module(new)
 
 
 sys.meta_path.append(_Finder())

@@ -60,7 +60,7 @@ def test_a_schedule_that_cannot_be(schedule, bounds):
     ids=str,
 )  # fmt: skip
 def test_a_share_of_training_where_steps_are_asked_for(method, options):
-    with pytest.raises(ConfigurationError, match="is a number of optimizer steps, not a share"):
+    with pytest.raises(ConfigurationError, match="is a number of optimizer steps, not a fraction"):
         sparsify(method=method, **options)
 
 

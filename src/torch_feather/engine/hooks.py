@@ -89,7 +89,7 @@ class OptimizerHooks:
         ]
         self._wrapped: dict[str, Any] = {}
         self._wrap("step", self._guarded)
-        self._wrap("load_state_dict", handlers.load)
+        self._wrap("load_state_dict", self._loaded)
         for phase in ("first_step", "second_step"):  # SAM and similar optimizers
             if hasattr(optimizer, phase):
                 self._wrap(phase, functools.partial(self._only_inside_step, phase))
@@ -105,6 +105,8 @@ class OptimizerHooks:
                 del self.optimizer.__dict__[name]
                 if before is not None:
                     self.optimizer.__dict__[name] = before
+        # A learning-rate scheduler may hold our `step` for ever: it must not hold the model too.
+        del self._do
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -157,6 +159,9 @@ class OptimizerHooks:
                 self._depth = 0
                 self._do.failed()
             raise
+
+    def _loaded(self, load_state_dict: Callable[..., Any], state_dict: dict[str, Any]) -> Any:
+        return self._do.load(load_state_dict, state_dict)
 
     def _only_inside_step(
         self, phase: str, inner: Callable[..., Any], *args: Any, **kw: Any

@@ -8,7 +8,7 @@ scaler unscales the other optimizers too, as `scaler.unscale_` in a loop would d
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -31,20 +31,25 @@ def watch_scalers() -> None:
         >>> hasattr(GradScaler.step, "_tells_feather")
         True
     """
-    step = GradScaler.step
-    if hasattr(step, "_tells_feather"):
-        return
+    # `_maybe_opt_step` is called by subclasses with a step of their own, too.
+    for name in ("step", "_maybe_opt_step"):
+        if not hasattr(getattr(GradScaler, name), "_watched"):
+            setattr(GradScaler, name, _watched(getattr(GradScaler, name)))
 
-    @functools.wraps(step)
+
+def _watched(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of GradScaler that records the scaler while it runs."""
+
+    @functools.wraps(method)
     def watched(self: GradScaler, *args: Any, **kwargs: Any) -> Any:
         token = _stepping.set(self)
         try:
-            return step(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
         finally:
             _stepping.reset(token)
 
-    watched._tells_feather = True  # type: ignore[attr-defined]
-    GradScaler.step = watched  # type: ignore[method-assign]
+    watched._watched = True  # type: ignore[attr-defined]
+    return watched
 
 
 def unscale_others(optimizer: Optimizer, others: Iterable[Optimizer]) -> None:

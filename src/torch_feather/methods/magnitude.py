@@ -127,9 +127,22 @@ class Thresholded(BoundMethod):
             return gradient
         on_device = devices.synchronizes(cutoff.device)
         if on_device or not cutoff > 0:
-            kept = effective.masked_fill(effective == 0, torch.finfo(effective.dtype).tiny)
-            effective = torch.where(cutoff > 0, effective, kept) if on_device else kept
+            effective = mark_kept(effective, cutoff <= 0)
         return self.gradient(gradient, latent, effective, progress)
+
+
+def mark_kept(effective: Tensor, kept: Tensor) -> Tensor:
+    """Return effective weights with the smallest positive number for kept weights that are 0.
+
+    Args:
+        effective: u.
+        kept: mask of the kept weights, broadcastable to `effective`.
+
+    Example:
+        >>> mark_kept(torch.zeros(2), torch.tensor([True, False])) > 0
+        tensor([ True, False])
+    """
+    return effective.masked_fill((effective == 0) & kept, torch.finfo(effective.dtype).tiny)
 
 
 class Timetable:

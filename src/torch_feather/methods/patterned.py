@@ -16,7 +16,7 @@ from ..weights.latent import LatentWeights, copy_all
 from ..weights.passes import count_pruned, keep_nonzero, pruned_mask
 from ..weights.segments import Segment, segment_of
 from .base import Gradients, Pruning, Rate
-from .magnitude import MagnitudePruning, Method
+from .magnitude import MagnitudePruning, Method, mark_kept
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,8 @@ class PatternedPruning(MagnitudePruning):
     ) -> Tensor:
         value = segment_of(pruning.scores, pruning.segments, i).cutoff.value
         # A zero in a kept unit is kept.
-        kept = (~self.pruned(weights, pruning, i)).to(effective.dtype)
-        visible = torch.where(effective == 0, kept, effective)
-        return self.apply_rule(weights.views[i], value, pruning.progress, gradient, visible)
+        marked = mark_kept(effective, ~self.pruned(weights, pruning, i))
+        return self.apply_rule(weights.views[i], value, pruning.progress, gradient, marked)
 
     def after_step(
         self,

@@ -76,7 +76,7 @@ def register_method(name: str, factory: Factory) -> None:
             returns an object with `bind(context)`, such as `methods.Method`.
 
     Raises:
-        ConfigurationError: the name belongs to another method, contains ':', or the factory is not
+        ConfigurationError: the name belongs to a method of torch-feather, contains ':', or the factory is not
             callable.
 
     Example:

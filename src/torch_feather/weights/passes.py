@@ -108,7 +108,7 @@ def _write_cpu(
 ) -> None:
     """Compare block by block in the cache, and apply the operator to kept weights alone."""
     cutoff, threshold, scale = segment.cutoff, segment.threshold, segment.scale
-    if cutoff.value < 0 and operator.is_identity:
+    if cutoff.value < 0 and (operator.is_identity or operator.identity_at_zero):
         out.copy_(w)
         return
     value, last = cutoff.value.item(), int(cutoff.last)
