@@ -23,7 +23,7 @@ def feather(
     max_density: float = 1.0,
     pattern: str | Pattern | None = None,
 ) -> Method:
-    """Return Feather: a threshold between soft and hard, and a scaled gradient of pruned weights.
+    """Return Feather: thresholding between soft and hard, scaled gradients for pruned weights.
 
     Source: Feather (BMVC 2023), sections 3 and 4.1, and its public code for theta's rule.
 

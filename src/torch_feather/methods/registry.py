@@ -76,8 +76,8 @@ def register_method(name: str, factory: Factory) -> None:
             returns an object with `bind(context)`, such as `methods.Method`.
 
     Raises:
-        ConfigurationError: the name belongs to a method of torch-feather, contains ':', or the factory is not
-            callable.
+        ConfigurationError: the name belongs to a method of torch-feather or contains ':', or the
+            factory is not callable.
 
     Example:
         >>> from torch_feather.methods import feather
