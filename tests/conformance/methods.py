@@ -435,8 +435,8 @@ class ASLPlus(ASL):
     """ASL with a budget that is measured and that rises; each layer has a model for its slope."""
 
     def __init__(
-        self, *args, lr_multiplier=0.01, momentum=0.9, budget_weight=30.0, schedule="cubic", begin=0,
-        end=None, **kwargs,
+        self, *args, lr_multiplier=0.01, momentum=0.9, budget_weight=30.0, schedule="cubic",
+        begin=0, end=None, **kwargs,
     ):  # fmt: skip
         super().__init__(
             *args,
