@@ -28,13 +28,14 @@ def watch_scalers() -> None:
 
     Example:
         >>> watch_scalers()
-        >>> hasattr(GradScaler.step, "_tells_feather")
+        >>> GradScaler.step.is_watched
         True
     """
     # `_maybe_opt_step` is called by subclasses with a step of their own, too.
     for name in ("step", "_maybe_opt_step"):
-        if not hasattr(getattr(GradScaler, name), "_watched"):
-            setattr(GradScaler, name, _watched(getattr(GradScaler, name)))
+        method = getattr(GradScaler, name)
+        if not hasattr(method, "is_watched"):
+            setattr(GradScaler, name, _watched(method))
 
 
 def _watched(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,7 +49,7 @@ def _watched(method: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _stepping.reset(token)
 
-    watched._watched = True  # type: ignore[attr-defined]
+    watched.is_watched = True  # type: ignore[attr-defined]
     return watched
 
 
