@@ -420,7 +420,7 @@ def test_gradients_that_are_put_there_by_hand_are_completed_too(method, in_place
             made = p.grad.clone()
             p.grad = kept[p].copy_(made) if in_place and step > 0 else made
         kept = {p: p.grad for p in theirs.model.parameters()}
-        theirs.sparsifier.step.training.pending._told = False  # autograd knows nothing of them
+        theirs.sparsifier.step.training.pending._reported = False  # autograd knows nothing of them
         for run in (ours, theirs):
             for optimizer in run.optimizers:
                 optimizer.step()
