@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from quick import pytest_collection_modifyitems, pytest_ignore_collect  # noqa: F401
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_feather.engine.health import Health
@@ -25,6 +26,13 @@ settings.load_profile("repeatable")
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tiny networks gain nothing from threads, and lose much if cores are shared."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def threads_put_back(one_thread):
+    """A test may call a program that sets the number of threads; the next test has one again."""
+    yield
     torch.set_num_threads(1)
 
 

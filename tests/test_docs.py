@@ -123,3 +123,9 @@ def test_every_allocation_and_schedule_is_described():
     assert all(f"`{name}(" in allocations for name in objects)
     schedules = section(METHODS / "README.md", "Schedules")
     assert all(f"`{name}`" in schedules for name in SCHEDULES)
+
+
+@pytest.mark.parametrize("name", ["powerprop", "annealed_theta", "rigl"])
+def test_the_design_shows_the_examples_of_methods_as_they_are(name):
+    whole = (ROOT / "examples" / "methods" / f"{name}.py").read_text()
+    assert whole in snippets(ROOT / "docs" / "design.md")

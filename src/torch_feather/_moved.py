@@ -42,10 +42,18 @@ NAMES = {"ZeroKeeper": ("finetune", "FixedMask")}
 
 
 def attribute(name: str) -> Any:
-    """Return the present object for an attribute of the package that moved.
+    """Return the object that now has the role of a moved attribute of the package.
+
+    Args:
+        name: name in version 0.1.
 
     Raises:
         AttributeError: no attribute of that name moved.
+
+    Example:
+        >>> attribute("nothing")
+        Traceback (most recent call last):
+        AttributeError: module 'torch_feather' has no attribute 'nothing'
     """
     if name in NAMES:
         module, new = NAMES[name]
@@ -65,13 +73,14 @@ class _Finder(MetaPathFinder, Loader):
         name = fullname.removeprefix(f"{PACKAGE}.")
         return ModuleSpec(fullname, self) if name != fullname and name in MODULES else None
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        new = f"{PACKAGE}.{MODULES[spec.name.removeprefix(f'{PACKAGE}.')]}"
-        warn(f"{spec.name} is now called {new}.", DeprecationWarning)
-        return import_module(new)
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
 
     def exec_module(self, module: ModuleType) -> None:
-        pass
+        name = module.__name__
+        new = f"{PACKAGE}.{MODULES[name.removeprefix(f'{PACKAGE}.')]}"
+        warn(f"{name} is now called {new}.", DeprecationWarning)
+        sys.modules[name] = import_module(new)
 
 
 sys.meta_path.append(_Finder())

@@ -1,7 +1,7 @@
 """An exponential moving average of the latent weights, exactly sparse when it is used.
 
-An average of effective weights is not sparse: masks move, and a weight is 0 only if it was always
-0. The thresholded average of the latent weights is sparse.
+An average of effective weights is not sparse: masks change, and an average is 0 only if the weight
+was 0 at every step. The thresholded average of the latent weights is sparse.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class LatentAverage:
             raise ConfigurationError(f"decay must lie in [0, 1), got {decay!r}.")
         if sparsifier.step.training.weights.shards is not None:
             raise ConfigurationError(
-                "LatentAverage does not support weights that are sharded over several processes. It "
-                "works with DistributedDataParallel."
+                "LatentAverage does not support weights that are sharded over several processes. "
+                "Use DistributedDataParallel, with which it works."
             )
         self.sparsifier = sparsifier
         self.decay = decay
@@ -60,7 +60,11 @@ class LatentAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the present weights."""
+        """Move the average towards the present weights: average <- decay average + (1 - decay) w.
+
+        Raises:
+            StateError: the model was moved or cast after the average began.
+        """
         self.sparsifier.step.require_attached()
         self.sparsifier.step.sync()
         flats = self.sparsifier.step.training.weights.flats
@@ -74,10 +78,16 @@ class LatentAverage:
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> nn.Module:
-        """Write the sparse average into `model`, a copy of the one in training; return it.
+        """Write the sparse average into a copy of the model, and return the copy.
 
-        Buffers, such as the statistics of batch norm, are copied from the model in training;
-        `recalibrate_batchnorm` fits them to the average.
+        Buffers, such as batch-norm statistics, are copied from the model in training. Use
+        `recalibrate_batchnorm` to fit them to the average.
+
+        Args:
+            model: a copy of the model in training.
+
+        Raises:
+            ConfigurationError: `model` is the model in training.
         """
         target, source = unwrap(model), unwrap(self.sparsifier.model)
         if target is source:
@@ -104,7 +114,11 @@ class LatentAverage:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a `state_dict()`; raise StateError if it belongs to another model."""
+        """Load a `state_dict()`.
+
+        Raises:
+            StateError: it belongs to another model, or to other prunable weights.
+        """
         latent, others = state.get("latent", []), state.get("others", {})
         fits = [flat.shape for flat in latent] == [flat.shape for flat in self._latent]
         if not fits or others.keys() != self._others.keys():
@@ -115,10 +129,12 @@ class LatentAverage:
             self._others[name].copy_(value)
 
     def _other_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters that are not prunable, by name."""
         taken = {id(parameter) for parameter in self.sparsifier.step.training.binding.parameters}
         named = unwrap(self.sparsifier.model).named_parameters()
         return [(name, p) for name, p in named if id(p) not in taken]
 
 
 def _kind(flat: Tensor) -> tuple[Any, ...]:
+    """Return type, device and shape, which must not change while an average is taken."""
     return flat.dtype, flat.device, flat.shape

@@ -1,4 +1,4 @@
-"""What a method is bound to."""
+"""The context that a method is bound to: model, prunable weights, target."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ class MethodContext:
         weights: their latent weights, in the same order.
         sparsity: final fraction of zeros among them.
         total_steps: optimizer steps of the whole training.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> weights = LatentWeights([model.weight])
+        >>> context = MethodContext(model, ["weight"], weights, sparsity=0.5, total_steps=100)
+        >>> round(context.sparsity * context.weights.size)  # target number of zeros
+        4
     """
 
     model: nn.Module

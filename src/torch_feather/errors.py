@@ -1,4 +1,4 @@
-"""The errors of torch-feather; each is also the standard error of its kind."""
+"""Errors and warnings of torch-feather; each error is also a standard error of its kind."""
 
 import os
 import sys
@@ -15,11 +15,25 @@ FILL_LAYERS = (
 
 
 class FeatherError(Exception):
-    """Base class of all errors of torch-feather."""
+    """Base class of all errors of torch-feather.
+
+    Example:
+        >>> issubclass(ConfigurationError, FeatherError)
+        True
+    """
 
 
 class ConfigurationError(FeatherError, ValueError):
-    """An impossible request: a wrong option, model, optimizer or target."""
+    """An impossible request: a wrong option, model, optimizer or target.
+
+    Example:
+        >>> from torch_feather.operators import Power
+        >>> try:
+        ...     Power(0.5)
+        ... except ConfigurationError as error:
+        ...     print(error)
+        p must be a number >= 1 (1 is soft thresholding; for hard use Hard()), got 0.5.
+    """
 
 
 class StateError(FeatherError, RuntimeError):
@@ -35,7 +49,12 @@ class NonFiniteWeightError(FeatherError, FloatingPointError):
 
 
 class FeatherWarning(UserWarning):
-    """A condition that training survives but that the user should know."""
+    """A condition that training survives but that the user should know.
+
+    Example:
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", FeatherWarning)  # training without these warnings
+    """
 
 
 def warn(message: str, category: type[Warning] = FeatherWarning) -> None:
@@ -44,6 +63,12 @@ def warn(message: str, category: type[Warning] = FeatherWarning) -> None:
     Args:
         message: what happened, and what to do.
         category: the class of the warning.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warn("The loss is not finite. Lower the learning rate.")
+        >>> caught[0].category.__name__
+        'FeatherWarning'
     """
     modules = (sys.modules.get("torch"), sys.modules[__name__])
     internal = tuple(str(Path(m.__file__).parent) + os.sep for m in modules if m and m.__file__)
@@ -51,20 +76,29 @@ def warn(message: str, category: type[Warning] = FeatherWarning) -> None:
         warnings.warn(message, category, skip_file_prefixes=internal)
         return
     # Python 3.11 has no skip_file_prefixes, so the level of the user's line is counted.
-    level = 1
-    while sys._getframe(level).f_code.co_filename.startswith(internal):
-        level += 1
-    warnings.warn(message, category, stacklevel=level + 1)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(internal):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def nearest(wrong: object, known: Iterable[str]) -> str:
-    """Return the end of a sentence that names the known name most similar to `wrong`."""
+    """Return the end of a sentence that names the known name most similar to `wrong`.
+
+    Example:
+        >>> nearest("cubik", ["cubic", "linear"])
+        "; did you mean 'cubic'?"
+    """
     near = get_close_matches(str(wrong), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
-    """Return the first names and the number of the others.
+    """Return the first names, and the number of the others, as text.
+
+    Args:
+        names: the names.
+        most: number of names to list.
 
     Example:
         >>> some(["a", "b", "c", "d", "e"])

@@ -16,13 +16,23 @@ from .weights.shards import local, reshard
 
 
 class FixedMask:
-    """Sets weights that were 0 at first to 0 after every optimizer step.
+    """Keeps zeros: sets weights that are 0 at its creation to 0 after every optimizer step.
 
     Created by `keep_zeros` and by `Sparsifier.finalize(keep_masks=True)`; `remove()` ends it.
 
     Args:
         parameters: the weights.
         optimizers: the optimizers that train them.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> mask = FixedMask([model.weight], [optimizer])
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> model.weight.count_nonzero().item()
+        0
     """
 
     def __init__(self, parameters: Sequence[Tensor], optimizers: Sequence[Optimizer]):
@@ -31,15 +41,15 @@ class FixedMask:
 
     @torch.no_grad()
     def _refill(self, optimizer: Optimizer, *_: Any) -> None:
-        # Write to no other parameters: this optimizer may step in the backward pass, before others.
+        # Parameters of other optimizers are left alone: this one may step in the backward pass.
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for parameter, zero in self._zeros:
             if id(parameter) in held:
-                held_here = local(parameter)
-                held_here.masked_fill_(zero.to(held_here.device), 0.0)
+                shard = local(parameter)
+                shard.masked_fill_(zero.to(shard.device), 0.0)
 
     def remove(self) -> None:
-        """Stop: pruned weights may become nonzero from now on."""
+        """Remove the hooks; pruned weights may become nonzero from now on."""
         for handle in self._handles:
             handle.remove()
 
@@ -50,18 +60,18 @@ def keep_zeros(
     include: Filters = None,
     exclude: Filters = None,
 ) -> FixedMask:
-    """Keep the zeros of a sparse model during further training; momentum would revive them.
+    """Keep the zeros of a sparse model during further training. Momentum would revive them.
 
     Args:
-        model: a sparse model: finalized, or loaded from a file.
+        model: a sparse model, such as a finalized or a loaded one.
         optimizer: the optimizer that trains it, or several.
-        include, exclude: which weights, see `prunable.find_prunable`.
+        include, exclude: filters that choose the weights, see `prunable.find_prunable`.
 
     Returns:
-        The fixed mask. It is in no state dict: call this again after a restart.
+        The fixed mask. No state dict contains it: call `keep_zeros` again after a restart.
 
     Raises:
-        ConfigurationError: no optimizer holds a trainable weight.
+        ConfigurationError: a trainable weight is held by no optimizer.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -81,7 +91,7 @@ def keep_zeros(
     missing = [p.name for p in found if p.parameter.requires_grad and id(p.parameter) not in held]
     if missing:
         raise ConfigurationError(
-            f"No optimizer holds {some(missing)}, so its zeros would not be kept. Pass all optimizers "
-            "that train the model to keep_zeros, or exclude these weights (exclude=)."
+            f"No optimizer holds {some(missing)}, so its zeros would not be kept. Pass all "
+            "optimizers that train the model to keep_zeros, or exclude these weights (exclude=)."
         )
     return FixedMask([p.parameter for p in found], optimizers)

@@ -1,7 +1,7 @@
 """Gradient rules: how the gradient of the effective weights reaches the latent weights.
 
-A rule is elementwise. It sees the gradient dL/du, the latent weight w, the effective weight u and
-the progress of training.
+A rule is elementwise. Its arguments are the gradient dL/du, the latent weight w, the effective
+weight u and the progress of training.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ class GradientRule(Protocol):
     """An elementwise rule dL/du -> dL/dw; its `repr` is part of a method's fingerprint.
 
     A rule may have an attribute `is_identity`: True if dL/dw is always dL/du.
+
+    Example:
+        >>> def half(gradient, latent, effective, progress):
+        ...     return gradient / 2
+        >>> half(torch.tensor([2.0]), None, None, None)
+        tensor([1.])
     """
 
     def __call__(
@@ -38,7 +44,13 @@ class GradientRule(Protocol):
 
 
 class Schedule(Protocol):
-    """A number that depends on the progress of training, such as `Linear(1.0, 0.0)`."""
+    """A number that depends on the progress of training, such as `Linear(1.0, 0.0)`.
+
+    Example:
+        >>> theta: Schedule = Linear(1.0, 0.0)
+        >>> theta.at(torch.tensor(0.5))
+        tensor(0.5000)
+    """
 
     @property
     def start(self) -> float:
@@ -56,7 +68,7 @@ class Schedule(Protocol):
 class Linear:
     """Changes linearly from `start` to `end` over training.
 
-    `torch_feather.schedules.Linear` is another thing: a schedule of the sparsity over steps.
+    This is not `torch_feather.schedules.Linear`, a schedule of the sparsity over steps.
 
     Example:
         >>> Linear(1.0, 0.0).at(torch.tensor(0.25))
@@ -119,10 +131,10 @@ def make_theta(theta: float | str | Schedule) -> float | Schedule:
 
 @dataclass(frozen=True)
 class StraightThrough:
-    """dL/dw = dL/du on kept weights, theta times that on pruned ones.
+    """dL/dw = dL/du for kept weights, and theta dL/du for pruned ones.
 
     theta = 1 is the plain straight-through estimator; a smaller theta makes the mask more stable.
-    There is no factor for the operator's own derivative.
+    The derivative of the operator is taken as 1.
     Source: Feather (BMVC 2023), section 3, and its supplement, section 3.
 
     Attributes:
@@ -164,7 +176,7 @@ class StraightThrough:
         return torch.maximum(factor, theta).mul_(gradient)
 
 
-def Masked() -> StraightThrough:  # noqa: N802 - named like the rules beside it
+def Masked() -> StraightThrough:  # noqa: N802 - named like the rules
     """Return the rule that gives pruned weights no gradient: `StraightThrough` with theta = 0.
 
     Example:

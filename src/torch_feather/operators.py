@@ -96,7 +96,7 @@ class Hard(Operator):
         return w
 
 
-def Soft() -> Power:  # noqa: N802 - named like the operators beside it
+def Soft() -> Power:  # noqa: N802 - named like the operators
     """Return soft thresholding, sign(w) (|w| - tau): `Power` with p = 1.
 
     Example:
@@ -125,7 +125,7 @@ def power_threshold(w: Tensor, tau: Tensor | float, p: float = 3.0) -> Tensor:
 
     Example:
         >>> power_threshold(torch.tensor([0.5, -2.0]), 1.0, p=1.0)
-        tensor([0., -1.])
+        tensor([ 0., -1.])
     """
     operator: Operator = Hard() if p == math.inf else Power(float(p))
     wide = w if w.dtype == torch.float64 else w.float()

@@ -21,7 +21,15 @@ from .operators import Operator
 
 
 class Pattern(ABC):
-    """Divides weights into units; its `repr` is part of a method's fingerprint."""
+    """Divides weights into units; its `repr` is part of a method's fingerprint.
+
+    Example:
+        >>> pattern: Pattern = Block(1, 2)
+        >>> pattern.scores(torch.tensor([[3.0, 4.0, 1.0, 1.0]])).square()
+        tensor([[12.5000,  1.0000]])
+        >>> pattern.expand(torch.tensor([[False, True]])).tolist()
+        [[False, False, True, True]]
+    """
 
     @property
     @abstractmethod
@@ -31,6 +39,10 @@ class Pattern(ABC):
     @abstractmethod
     def zeros(self, sparsity: float, size: int) -> int:
         """Return how many of `size` weights are pruned for a target.
+
+        Args:
+            sparsity: target fraction of zeros.
+            size: number of weights.
 
         Raises:
             ConfigurationError: the pattern has another sparsity.
@@ -46,7 +58,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def expand(self, units: Tensor) -> Tensor:
-        """Expand a value per unit to a value per weight."""
+        """Return a value per weight, given a value per unit."""
 
     @abstractmethod
     def effective_weights(
@@ -69,10 +81,12 @@ class NM(Pattern):
     Before the target is reached, the candidates with the smallest magnitudes of the network are
     pruned. The operator's threshold in each group of m is the largest magnitude pruned in it.
 
-    `torch.sparse.to_sparse_semi_structured` accepts `NM(2, 4)` for linear layers. Source: Mishra et
-    al., Accelerating Sparse Deep Neural Networks (2021), and Zhou et al., Learning N:M Fine-grained
-    Structured Sparse Neural Networks from Scratch (ICLR 2021), who train with the hard operator and
-    a straight-through gradient. Other operators and the schedule are additions of this package.
+    `torch.sparse.to_sparse_semi_structured` accepts `NM(2, 4)` for linear layers.
+
+    Source: Mishra et al., Accelerating Sparse Deep Neural Networks (2021). Zhou et al., Learning
+    N:M Fine-grained Structured Sparse Neural Networks from Scratch (ICLR 2021), train with the hard
+    operator and a straight-through gradient. Other operators and the schedule are additions of this
+    package.
 
     Attributes:
         n: weights kept per group.
@@ -113,11 +127,11 @@ class NM(Pattern):
     def scores(self, w: Tensor) -> Tensor:
         # Only the m - n smallest of each group may be pruned.
         magnitudes = w.abs()
-        # As integers they order alike, and NaN comes last.
+        # As integers, magnitudes have the same order, and NaN is the largest.
         codes = self._groups(magnitudes.view(getattr(torch, f"int{8 * w.element_size()}")))
         ranks = [torch.zeros_like(codes.select(2, 0), dtype=torch.int8) for _ in range(self.m)]
         for i, j in combinations(range(self.m), 2):
-            first = codes.select(2, i) <= codes.select(2, j)  # of equal ones, the first is pruned
+            first = codes.select(2, i) <= codes.select(2, j)  # of a tie, the first is pruned
             ranks[j] += first
             ranks[i] += ~first
         kept = torch.stack(ranks, 2) >= self.m - self.n
@@ -129,7 +143,7 @@ class NM(Pattern):
     def effective_weights(
         self, w: Tensor, scores: Tensor, pruned: Tensor, tau: Tensor, operator: Operator
     ) -> Tensor:
-        # A threshold as large as a kept magnitude steps below it, as in `Cutoff`.
+        # If a kept magnitude equals the threshold, the threshold steps below it, as in `Cutoff`.
         magnitudes = w.abs()
         most = self._groups(magnitudes.masked_fill(pruned.logical_not(), 0.0)).amax(2, keepdim=True)
         least = self._groups(magnitudes.masked_fill(pruned, torch.inf)).amin(2, keepdim=True)
@@ -185,7 +199,7 @@ class Block(Pattern):
 
     def scores(self, w: Tensor) -> Tensor:
         blocks = w.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
-        # In double precision no square is too large or too small.
+        # Double precision: the square of a float32 neither overflows nor underflows.
         norm = torch.linalg.vector_norm(blocks, dim=(1, 3), dtype=torch.float64)
         return norm.div_(math.sqrt(self.rows * self.columns)).to(w.dtype)
 
@@ -200,6 +214,7 @@ class Block(Pattern):
 
 
 def _whole(number: object) -> bool:
+    """Return whether an object is an integer >= 1."""
     return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
 

@@ -1,4 +1,4 @@
-"""Which parameters of a model take part in sparsification."""
+"""Which parameters of a model are prunable: the default choice, and filters that change it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,34 @@ Filter = str | re.Pattern[str] | type[nn.Module] | Callable[[nn.Module, str], bo
 Filters = Filter | Iterable[Filter] | None
 Convolution = nn.modules.conv._ConvNd
 
-# Weights of these modules are prunable; their biases, and every other parameter, never are
-# unless `include` asks for them. Subclasses count as their base.
+# Parameters that are prunable by default, by the class of their module (subclasses included). All
+# other parameters, such as biases, are prunable only if `include` matches them.
 WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
     Convolution: ("weight",),
     nn.Linear: ("weight",),
     nn.Bilinear: ("weight",),
     nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
 }
-# So are those of other libraries' linear layers, which are known by name: GPT-2 is built of these.
-# Their weight is of shape (inputs, outputs).
+# The same for linear layers of other libraries, by name, so that they need not be imported. Their
+# weight has shape (inputs, outputs). GPT-2 consists of these.
 FOREIGN_WEIGHTS = {"transformers.pytorch_utils.Conv1D": ("weight",)}
 
 
 @dataclass(frozen=True, eq=False)
 class Prunable:
-    """One weight tensor that takes part: where it lives and what it is."""
+    """A prunable weight tensor.
+
+    Attributes:
+        name: dotted name of the parameter in the model; the first one if it has several.
+        module: module that holds it.
+        attribute: name of the parameter in this module.
+        parameter: the parameter.
+
+    Example:
+        >>> item = find_prunable(nn.Sequential(nn.Linear(4, 2)))[0]
+        >>> item.name, item.attribute, item.parameter.shape
+        ('0.weight', 'weight', torch.Size([2, 4]))
+    """
 
     name: str
     module: nn.Module
@@ -43,110 +55,153 @@ class Prunable:
 def find_prunable(
     model: nn.Module, include: Filters = None, exclude: Filters = None, *, frozen: bool = True
 ) -> list[Prunable]:
-    """The prunable weights of `model`, in the order of `named_modules`, tied ones once.
+    """Return the prunable weights of a model, in the order of `named_modules`; tied ones once.
 
-    By default: weights of convolutions, linear layers and attention projections. Biases, norms
-    and embeddings are not; neither is a linear weight that is tied to an embedding. A weight with
-    several names (tied, or of a module that is used twice) is matched if one of them is.
+    By default these are the weights of convolutions, linear layers and attention projections.
+    Biases, norms, embeddings, and linear weights that are tied to an embedding are not prunable. A
+    weight with several names (tied, or of a module that is used twice) is matched by each of them.
+
+    A filter has one of these forms; `include` and `exclude` take one, or several in an iterable:
+
+    - A glob on the dotted parameter name, such as ``"blocks.*.weight"``; ``*`` matches dots too.
+    - A compiled regex, searched in the name.
+    - A module type. Within modules of this type, `include` chooses the default weights, and the
+      modules' own parameters with two or more dimensions. `exclude` matches all parameters.
+    - A callable ``(module that holds it, parameter name) -> bool``.
 
     Args:
         model: any module, also one wrapped by `torch.compile` or DistributedDataParallel.
-        include: replaces the default choice. A glob on the dotted parameter name
-            (``"blocks.*.weight"``; ``*`` goes across dots), a compiled regex (searched in the
-            name), a module type (its own parameters with two or more dimensions, and the default
-            choice within it), a callable ``(module that holds it, parameter_name) -> bool``, or
-            several of these.
-        exclude: leaves out what it matches, in the same forms; of a module type, all within it.
-        frozen: also those that do not require gradients.
+        include: filters that replace the default choice.
+        exclude: filters of weights that are not prunable.
+        frozen: whether to return weights that do not require gradients too.
 
     Raises:
-        ConfigurationError: `model` is no module; a glob, regex or type matches nothing in it; or
-            a weight that would take part is computed from other parameters (parametrized,
-            weight-normed) or has no shape yet (lazy modules).
+        ConfigurationError: `model` is not a module; or a glob, regex or type matches nothing. Also
+            a chosen weight that is computed from other parameters (parametrized, weight-normed) or
+            has no shape yet (lazy modules).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+        >>> [item.name for item in find_prunable(model)]
+        ['0.weight', '2.weight']
+        >>> [item.name for item in find_prunable(model, exclude="2.*")]
+        ['0.weight']
     """
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    places = list(_places(unwrap(model)))
+    names = list(_named(unwrap(model)))
     if include is None:
-        chosen = [place for place in places if place.by_default]
+        chosen = [one for one in names if one.by_default]
     else:
-        chosen = _matched(places, include, "include", _asks_for)
-    left_out = (
+        chosen = _matched(names, include, "include", _includes)
+    excluded = (
         set()
         if exclude is None
-        else {place.key for place in _matched(places, exclude, "exclude", _concerns)}
+        else {one.key for one in _matched(names, exclude, "exclude", _matches)}
     )
     found: dict[Any, Prunable] = {}
-    for place in chosen:
-        if place.key in left_out or place.key in found:
+    for one in chosen:
+        if one.key in excluded or one.key in found:
             continue
-        name, kind = place.name, type(place.module).__name__
-        if place.parameter is None:
-            raise ConfigurationError(
-                f"{name} is computed from other parameters ({kind} is parametrized or "
-                "weight-normed), so its zeros would not last. Remove the parametrization first, "
-                f"or leave the layer out: exclude={name!r}."
-            )
-        if isinstance(place.parameter, nn.parameter.UninitializedParameter):
-            raise ConfigurationError(
-                f"{name} has no shape yet ({kind} is lazy). Run one batch through the model before "
-                "calling this."
-            )
-        found[place.key] = Prunable(name, place.module, place.attribute, place.parameter)
+        parameter = _usable(one)
+        found[one.key] = Prunable(one.name, one.module, one.attribute, parameter)
     return [item for item in found.values() if frozen or item.parameter.requires_grad]
 
 
+def _usable(one: _Named) -> nn.Parameter:
+    """Return the parameter; raise ConfigurationError if it cannot be pruned."""
+    name, kind = one.name, type(one.module).__name__
+    if one.parameter is None:
+        raise ConfigurationError(
+            f"{name} is computed from other parameters ({kind} is parametrized or weight-normed), "
+            "so its zeros would not last. Remove the parametrization first, or leave the layer "
+            f"out: exclude={name!r}."
+        )
+    if isinstance(one.parameter, nn.parameter.UninitializedParameter):
+        raise ConfigurationError(
+            f"{name} has no shape yet ({kind} is lazy). Run one batch through the model first."
+        )
+    return one.parameter
+
+
 def convolutions(model: nn.Module) -> list[tuple[str, Convolution]]:
-    """The names of their weights and the layers, in the model's order, taking part or not."""
+    """Return all convolutions with the names of their weights, prunable or not, in model order.
+
+    Example:
+        >>> [name for name, _ in convolutions(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 2)))]
+        ['0.weight']
+    """
     return [
-        (place.name, place.module)
-        for place in _places(unwrap(model))
-        if isinstance(place.module, Convolution) and place.attribute == "weight"
+        (one.name, one.module)
+        for one in _named(unwrap(model))
+        if isinstance(one.module, Convolution) and one.attribute == "weight"
     ]
 
 
 def list_filters(filters: Filters) -> list[Filter] | None:
-    """Filters in a form that can be read twice."""
+    """Return filters as a list, which can be read twice; None for None.
+
+    Example:
+        >>> list_filters(name for name in ("a.*", "b.*"))
+        ['a.*', 'b.*']
+    """
     return None if filters is None else list(_flat(filters))
 
 
 def group_prunable(
     model: nn.Module, prunable: Sequence[Prunable], filters: Iterable[Filter]
 ) -> list[int]:
-    """Which filter each prunable weight belongs to, by number: the first one that matches it.
+    """Return for each prunable weight the position of the first filter that matches it.
+
+    Args:
+        model: the model.
+        prunable: its prunable weights.
+        filters: as for `find_prunable`; a type matches all parameters within modules of it.
 
     Raises:
         ConfigurationError: a filter is left with no weight, or a weight with no filter.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> group_prunable(model, find_prunable(model), ["1.*", "*"])
+        [1, 0]
     """
-    names: dict[int, list[_Place]] = {}
-    for place in _places(unwrap(model)):
-        names.setdefault(id(place.parameter), []).append(place)
-    aliases = [names[id(item.parameter)] for item in prunable]
+    by_parameter: dict[int, list[_Named]] = {}
+    for name in _named(unwrap(model)):
+        by_parameter.setdefault(id(name.parameter), []).append(name)
+    aliases = [by_parameter[id(item.parameter)] for item in prunable]
     groups = [-1] * len(prunable)
     for g, one in enumerate(filters):
-        matching = [i for i, a in enumerate(aliases) if any(_concerns(one, p) for p in a)]
+        matching = [i for i, a in enumerate(aliases) if any(_matches(one, name) for name in a)]
         if not matching:
-            candidates = [place for places in aliases for place in places]
+            candidates = [name for names in aliases for name in names]
             raise _nothing_matched("sparsity", one, candidates, "prunable weight")
-        mine = [i for i in matching if groups[i] < 0]
-        if not mine:
+        own = [i for i in matching if groups[i] < 0]
+        if not own:
             raise ConfigurationError(
                 f"sparsity: every weight that {_text(one)} matches is matched by an entry before "
                 "it already. The first match counts: put the special ones first."
             )
-        for i in mine:
+        for i in own:
             groups[i] = g
     rest = [item.name for item, group in zip(prunable, groups, strict=True) if group < 0]
     if rest:
         raise ConfigurationError(
-            f"sparsity names no share for {some(rest)}. Add one for all others as the last entry, "
+            f"sparsity has no target for {some(rest)}. Add one for all others as the last entry, "
             'such as "*": 0.9 (0 keeps them dense), or leave them out: exclude=.'
         )
     return groups
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside wrappers of torch.compile and DistributedDataParallel."""
+    """Return the user's module inside wrappers of torch.compile and DistributedDataParallel.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 2)
+        >>> unwrap(torch.compile(model)) is model
+        True
+    """
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
@@ -157,14 +212,23 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
-    """A parameter under one of its names; None is one that is computed from others."""
+class _Named:
+    """A parameter under one of its names.
+
+    Attributes:
+        name: dotted name in the model.
+        module: module that holds it.
+        attribute: its name in this module.
+        parameter: the parameter; None if it is computed from others.
+        path: modules from the model to `module`.
+        by_default: whether it belongs to the default choice.
+    """
 
     name: str
     module: nn.Module
     attribute: str
     parameter: nn.Parameter | None
-    path: tuple[nn.Module, ...]  # from the model to `module`
+    path: tuple[nn.Module, ...]
     by_default: bool
 
     @property
@@ -175,13 +239,13 @@ class _Place:
         return id(self.parameter)
 
 
-def _places(model: nn.Module) -> Iterator[_Place]:
-    """Every parameter under every name, and default weights hidden by a parametrization."""
+def _named(model: nn.Module) -> Iterator[_Named]:
+    """Yield every parameter under every name, and default weights hidden by a parametrization."""
     embedded = {
         id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
     }
 
-    def walk(prefix: str, path: tuple[nn.Module, ...]) -> Iterator[_Place]:
+    def walk(prefix: str, path: tuple[nn.Module, ...]) -> Iterator[_Named]:
         module = path[-1]
         weights = default_weights(module)
         names = [name for name, p in module._parameters.items() if p is not None]
@@ -193,7 +257,7 @@ def _places(model: nn.Module) -> Iterator[_Place]:
         for name in names:
             parameter = module._parameters.get(name)
             default = name in weights and id(parameter) not in embedded
-            yield _Place(prefix + name, module, name, parameter, path, default)
+            yield _Named(prefix + name, module, name, parameter, path, default)
         for name, child in module._modules.items():
             if child is not None and child not in path:
                 inner = prefix if name == "_orig_mod" else f"{prefix}{name}."
@@ -203,7 +267,12 @@ def _places(model: nn.Module) -> Iterator[_Place]:
 
 
 def default_weights(module: nn.Module) -> tuple[str, ...]:
-    """The names of the parameters of `module` itself that are weights by default."""
+    """Return the names of a module's own parameters that are prunable by default.
+
+    Example:
+        >>> default_weights(nn.Linear(2, 2)), default_weights(nn.LayerNorm(2))
+        (('weight',), ())
+    """
     for kind, names in WEIGHTS.items():
         if isinstance(module, kind):
             return names
@@ -212,9 +281,13 @@ def default_weights(module: nn.Module) -> tuple[str, ...]:
 
 
 def output_groups(module: nn.Module) -> int | None:
-    """In how many groups of dimension 0 a default weight has its outputs along dimension 1.
+    """Return in how many groups of dimension 0 a default weight has its outputs in dimension 1.
 
-    None where dimension 0 are the outputs, as of most layers.
+    Most layers have their outputs in dimension 0; the result for them is None.
+
+    Example:
+        >>> output_groups(nn.Conv2d(4, 4, 3)), output_groups(nn.ConvTranspose2d(4, 4, 3, groups=2))
+        (None, 2)
     """
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return module.groups
@@ -223,21 +296,21 @@ def output_groups(module: nn.Module) -> int | None:
 
 
 def _matched(
-    places: Sequence[_Place], filters: Any, role: str, matches: Callable[[Any, _Place], bool]
-) -> list[_Place]:
-    """The places that one of the filters matches, in order."""
-    every = list(_flat(filters))
+    names: Sequence[_Named], filters: Any, role: str, matches: Callable[[Any, _Named], bool]
+) -> list[_Named]:
+    """Return the names that at least one of the filters matches, in order."""
     found: set[int] = set()
-    for one in every:
-        hits = {i for i, place in enumerate(places) if matches(one, place)}
-        # A callable may be a rule for any model, such as all small layers, and find none in this.
+    for one in list(_flat(filters)):
+        hits = {i for i, name in enumerate(names) if matches(one, name)}
+        # A callable may be a rule for any model, such as "all small layers", and match nothing.
         if not hits and (isinstance(one, str | re.Pattern | type)):
-            raise _nothing_matched(role, one, places, "parameter")
+            raise _nothing_matched(role, one, names, "parameter")
         found |= hits
-    return [places[i] for i in sorted(found)]
+    return [names[i] for i in sorted(found)]
 
 
 def _flat(filters: Any) -> Iterator[Filter]:
+    """Yield the filters in nested iterables; raise ConfigurationError for anything else."""
     rule = callable(filters) and not isinstance(filters, nn.Module)
     if isinstance(filters, str | re.Pattern | type) or rule:
         yield filters
@@ -251,42 +324,43 @@ def _flat(filters: Any) -> Iterator[Filter]:
         )
 
 
-def _asks_for(one: Filter, place: _Place) -> bool:
-    """Whether a filter of `include` matches: of a type, what is a weight."""
+def _includes(one: Filter, named: _Named) -> bool:
+    """Return whether a filter of `include` matches; a type matches weights alone."""
     if isinstance(one, type):
-        own = isinstance(place.module, one) and _is_matrix(place.parameter)
-        return own or (place.by_default and _concerns(one, place))
-    return _concerns(one, place)
+        own = isinstance(named.module, one) and _is_matrix(named.parameter)
+        return own or (named.by_default and _matches(one, named))
+    return _matches(one, named)
 
 
-def _concerns(one: Filter, place: _Place) -> bool:
-    """Whether a filter matches; a type, everything within modules of it."""
+def _matches(one: Filter, named: _Named) -> bool:
+    """Return whether a filter matches; a type matches everything within modules of it."""
     if isinstance(one, str):
-        return fnmatchcase(place.name, one)
+        return fnmatchcase(named.name, one)
     if isinstance(one, re.Pattern):
-        return one.search(place.name) is not None
+        return one.search(named.name) is not None
     if isinstance(one, type):
-        return any(isinstance(module, one) for module in place.path)
-    return bool(one(place.module, place.name))
+        return any(isinstance(module, one) for module in named.path)
+    return bool(one(named.module, named.name))
 
 
 def _is_matrix(parameter: nn.Parameter | None) -> bool:
+    """Return whether a parameter has two or more dimensions, or none that are known yet."""
     if parameter is None or isinstance(parameter, nn.parameter.UninitializedParameter):
         return True
     return parameter.dim() >= 2
 
 
 def _nothing_matched(
-    role: str, one: Filter, places: Sequence[_Place], what: str
+    role: str, one: Filter, candidates: Sequence[_Named], noun: str
 ) -> ConfigurationError:
-    """The error of a filter without a match, which names what comes near."""
+    """Return the error for a filter without a match; it names similar candidates."""
     if isinstance(one, type):
-        kinds = dict.fromkeys(type(m).__name__ for p in places for m in p.path[1:] or p.path)
+        kinds = dict.fromkeys(type(m).__name__ for c in candidates for m in c.path[1:] or c.path)
         hint = f" There are modules of type {some(list(kinds), 8)}."
         return ConfigurationError(
-            f"{role}: {_text(one)} holds no {what} here, so there is nothing to prune in it.{hint}"
+            f"{role}: {_text(one)} holds no {noun}, so there is nothing to prune in it.{hint}"
         )
-    names = list(dict.fromkeys(place.name for place in places))
+    names = list(dict.fromkeys(candidate.name for candidate in candidates))
     text = one if isinstance(one, str) else one.pattern if isinstance(one, re.Pattern) else ""
     core = text.replace("\\", "").strip("*.^$")
     modules = {f"{name.rpartition('.')[0]}.*" for name in names if "." in name}
@@ -299,10 +373,11 @@ def _nothing_matched(
     else:
         hint = f". There are {some(names, 8)}."
     return ConfigurationError(
-        f"{role}: {_text(one)} matches the name of no {what}, so there is nothing to prune in "
+        f"{role}: {_text(one)} matches the name of no {noun}, so there is nothing to prune in "
         f"it{hint}"
     )
 
 
 def _text(one: Filter) -> str:
+    """Return a filter as text for a message."""
     return one.__name__ if isinstance(one, type) else repr(one)

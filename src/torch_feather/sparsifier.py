@@ -1,4 +1,4 @@
-"""`Sparsifier`: what a user holds while a model is trained sparsely."""
+"""`Sparsifier`: the handle of a user on the sparse training of a model."""
 
 from __future__ import annotations
 
@@ -38,6 +38,18 @@ class Sparsifier:
         target: final fraction of zeros among the prunable weights.
         total_steps: optimizer steps of the whole training.
         step: the engine; internal.
+
+    Example:
+        >>> from torch_feather import sparsify
+        >>> model = nn.Linear(10, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sparsifier = sparsify(model, optimizer, sparsity=0.9, total_steps=8)
+        >>> for _ in range(4):
+        ...     optimizer.step()
+        >>> sparsifier.sparsity, sparsifier.step_count, sparsifier.at_target
+        (0.9, 4, True)
+        >>> int(sparsifier.masks()["weight"].sum())  # kept weights
+        10
     """
 
     def __init__(
@@ -63,7 +75,7 @@ class Sparsifier:
         training = Training(model, binding, weights, bound)
         self._states = StateDicts(sparsity, total_steps, bound.fingerprint)
         self._fixed_mask: FixedMask | None = None
-        self._learned_sparsity, self._reached = 0.0, False  # when it was released
+        self._learned_sparsity, self._reached = 0.0, False  # values at the time of the release
         self.step = Step(training, self._health, self._states, (include, exclude))
         try:
             self.step.adopt_loaded_state()
@@ -100,8 +112,8 @@ class Sparsifier:
     def at_target(self) -> bool:
         """Whether the sparsity is the final one.
 
-        Earlier models are denser, which flatters their accuracy. Choose a best checkpoint only
-        among models at the target.
+        Earlier models are denser and usually more accurate. Choose a best checkpoint only among
+        models at the target.
         """
         if not self.step.attached:
             return self._reached
@@ -116,8 +128,8 @@ class Sparsifier:
     def learned_sparsity(self) -> float:
         """Fraction of the prunable weights that the method prunes without the exact count.
 
-        Methods that learn their thresholds do not reach a target exactly, so their count is made
-        exact in the end. For all other methods this is `sparsity`.
+        Methods that learn their thresholds do not reach a target exactly. The final exact-count
+        pruning corrects their count. For all other methods this is `sparsity`.
         """
         if not self.step.attached:
             return self._learned_sparsity
@@ -127,7 +139,7 @@ class Sparsifier:
         return self.sparsity if counts is None else int(counts.sum()) / training.weights.size
 
     def thresholds(self) -> dict[str, Tensor]:
-        """Return the present threshold tau of each weight tensor, by name; 0-dimensional."""
+        """Return the current threshold tau of each weight tensor, by name; 0-dimensional."""
         self.step.sync()
         training = self._training
         return {
@@ -136,7 +148,7 @@ class Sparsifier:
         }
 
     def masks(self) -> dict[str, Tensor]:
-        """Return the masks of kept weights (True), by name; in shape and sharding of the weights."""
+        """Return the masks of kept weights (True), by name; shaped and sharded as the weights."""
         training = self._training
         if not self.step.attached:
             return self._by_name([part.detach() != 0 for part in training.binding.local])
@@ -176,9 +188,9 @@ class Sparsifier:
     def check_ranks(self) -> None:
         """Raise unless all processes hold the same weights, bit for bit.
 
-        With DistributedDataParallel, masks and latent weights of all processes are compared; of
-        sharded weights, those held more than once. Only checksums are exchanged. All processes must
-        call it, for example every hundred steps.
+        With DistributedDataParallel, masks and latent weights of all processes are compared. Of
+        sharded weights, those that several processes hold are compared. Only checksums are
+        exchanged. All processes must call it, for example every 100 steps.
 
         Raises:
             StateError: names the weights and the ranks that differ from the first; on all ranks.
@@ -192,8 +204,8 @@ class Sparsifier:
     def parameters(self) -> list[Tensor]:
         """Return the parameters of the method itself, such as learned thresholds.
 
-        They step after the optimizer and do not belong in it. Most methods have none. To clip their
-        gradients too, call `complete_gradients()` first.
+        They step after the optimizer and must not be passed to it. Most methods have none. To clip
+        their gradients too, call `complete_gradients()` first.
         """
         return own_parameters(self._training.method) if self.step.attached else []
 
@@ -204,12 +216,12 @@ class Sparsifier:
 
     @torch.no_grad()
     def complete_gradients(self) -> None:
-        """Add to the gradients what needs all of them at once; otherwise `optimizer.step` does.
+        """Add the terms that need the gradients of all weights; otherwise `optimizer.step` does.
 
-        Afterwards `parameters()` have their `.grad`, penalties included, and the gradients of the
-        model are complete. Call it after the last backward pass of a step and before clipping; with
-        a `GradScaler` after `scaler.unscale_(optimizer)`, for several optimizers each. Without new
-        gradients, and after `finalize`, it does nothing.
+        Afterwards the gradients of the model are complete, and `parameters()` have their `.grad`,
+        penalties included. Call it after the last backward pass of a step, before clipping. With a
+        `GradScaler`, first call `scaler.unscale_` on each optimizer. Without new gradients, and
+        after `finalize`, it does nothing.
         """
         if self.step.attached:
             self._training.complete_gradients()
@@ -221,8 +233,8 @@ class Sparsifier:
                 (fraction * loss(model(x), y)).backward()
             optimizer.step()
 
-        A method that trains by random masks draws one for each pass. The loop surrounds all backward
-        passes of a step; those of the parts of a batch are inside it.
+        A method with random masks draws one for each pass. If a batch is processed in parts, put
+        the loop over the parts inside this one.
 
         Args:
             count: number of passes. Default: the method's option `passes`, or 1.
@@ -242,21 +254,22 @@ class Sparsifier:
         if name == "own_sparsity":
             warn("own_sparsity is now called learned_sparsity.", DeprecationWarning)
             return self.learned_sparsity
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        # Also called if a property raised AttributeError: raise the original error again.
+        return object.__getattribute__(self, name)
 
     # The end
 
     def finalize(self, *, force: bool = False, keep_masks: bool = False) -> nn.Module:
         """End sparse training: plain modules, plain keys, exact zeros, no hooks.
 
-        A model of the target sparsity that was written from outside, such as the best checkpoint
-        that a framework loads after training, is kept as it was written.
+        If the model was modified externally and has the target sparsity, it is kept as it is. An
+        example is the best checkpoint, which some frameworks load after training.
 
         Args:
-            force: end although the target is not reached.
-            keep_masks: training continues, and every further step keeps pruned weights at 0
-                (momentum would revive them) until `detach()`. After a restart of that phase, use
-                `keep_zeros(model, optimizer)`.
+            force: end even if the target is not reached.
+            keep_masks: whether training continues. Every further step then keeps pruned weights
+                at 0, which momentum would revive, until `detach()`. After a restart of that phase,
+                use `keep_zeros(model, optimizer)`.
 
         Returns:
             The model.
@@ -273,7 +286,7 @@ class Sparsifier:
                 "as it is: finalize(force=True)."
             )
         training = self._training
-        # First: following moved or cast parameters would rewrite them.
+        # Read before `sync`, which rewrites parameters that were moved or cast.
         written = [local(p).detach().clone() for p in training.binding.current()]
         self.step.sync()
         effective = [part.detach().clone() for part in training.binding.local]
@@ -307,7 +320,7 @@ class Sparsifier:
         return self.model
 
     def reset_latents(self) -> None:
-        """Restart the latent weights from what the parameters hold now, zeros included."""
+        """Set the latent weights to the present values of the parameters, zeros included."""
         self.step.require_attached()
         training = self._training
         training.follow_parameters()
@@ -321,13 +334,20 @@ class Sparsifier:
     # Saving and loading
 
     def state_dict(self) -> dict[str, Any]:
-        """Return latent weights and position. Not needed if the optimizer's state dict is saved."""
+        """Return latent weights, state of the method and step, by name of the weight.
+
+        Not needed if the optimizer's state dict is saved, which contains the same.
+        """
         self.step.sync()
         names = self._training.binding.names
         return {name: self._states.export(self._training, i) for i, name in enumerate(names)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a `state_dict()`; raise StateError if it does not fit."""
+        """Load a `state_dict()`.
+
+        Raises:
+            StateError: it belongs to another model, method, target or number of steps.
+        """
         self.step.require_attached()
         names = self._training.binding.names
         every = range(len(names))
@@ -338,10 +358,10 @@ class Sparsifier:
 
     @contextmanager
     def relaxed_loading(self) -> Iterator[None]:
-        """Within it, load states of other methods, targets and lengths of training.
+        """Return a context in which states of other methods, targets and total steps can be loaded.
 
-        Latent weights of fitting shape are loaded, and the step. Without them, the latent weights
-        restart from what the parameters hold.
+        The step, and latent weights of the right shape, are loaded. Latent weights that the state
+        does not have restart from the parameters.
         """
         before, self._states.strict = self._states.strict, False
         try:

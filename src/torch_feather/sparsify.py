@@ -17,6 +17,7 @@ from .targets import Sparsity, Target, check_fraction
 from .weights.shards import reshard
 
 
+# long: the docstring is the reference of the main entry point.
 def sparsify(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
@@ -41,13 +42,14 @@ def sparsify(
             which they step. The schedule advances when the last one has stepped.
         method: a name from `available_methods()`, an import path `package.module:factory`, or an
             object with `bind(context)` such as `methods.Method`.
-        sparsity: final fraction of zeros among the prunable weights, in [0, 1); or one per group of
-            them, by a filter as for `include`: ``{"*.attn.*": 0.9, "*": 0.95}``. The first filter
-            that matches a weight counts, and each group is met exactly.
-        total_steps: optimizer steps of the whole training. The schedule stays at its end beyond.
-        include, exclude: which weights are prunable, see `prunable.find_prunable`.
-        count: reference of one `sparsity`: 'prunable' weights, or 'all' parameters of the model
-            (zeros are still among the prunable ones; `Sparsifier.target` is their fraction).
+        sparsity: final fraction of zeros among the prunable weights, in [0, 1). Or a mapping from
+            filters to fractions, one per group: ``{"*.attn.*": 0.9, "*": 0.95}``. The first filter
+            that matches a weight counts; each group has exactly its number of zeros.
+        total_steps: optimizer steps of the whole training. Later steps keep the final sparsity.
+        include, exclude: filters that choose the prunable weights, see `prunable.find_prunable`.
+        count: reference of a single `sparsity`: 'prunable' weights, or 'all' parameters of the
+            model. With 'all', zeros are still among the prunable weights, and `Sparsifier.target`
+            is their fraction of these.
         **options: options of the method, see `methods.method_options(name)`.
 
     Returns:

@@ -60,7 +60,7 @@ def test_an_impossible_schedule_is_an_error(schedule, bounds):
     ids=str,
 )  # fmt: skip
 def test_a_fraction_of_training_instead_of_steps_is_an_error(method, options):
-    with pytest.raises(ConfigurationError, match="is a number of optimizer steps, not a share"):
+    with pytest.raises(ConfigurationError, match="is a number of optimizer steps, not a fraction"):
         sparsify(method=method, **options)
 
 

@@ -270,7 +270,7 @@ def test_the_sparsity_rises_for_a_fifth_and_the_mask_stays_in_the_last():
     seen, masks = [], []
     for step in range(20):
         seen.append(run.zeros())
-        masks.append([m.clone() for m in run.sparsifier.step.training.pruning.masks])
+        masks.append([m.clone() for m in run.sparsifier.step.training.pruning.mask])
         run.train(step, step + 1)
     assert seen == [0, 15, 30, 45, *[60] * 16]
     for step in range(4, 20):
@@ -283,7 +283,7 @@ def test_effective_weights_are_weights_times_the_mask_and_finalize_keeps_them():
     run = start("mlp", method="spartan").train(0, TOTAL)
     latent = run.sparsifier.latent_weights()
     for (name, p), m in zip(
-        run.case.weights(run.model).items(), run.sparsifier.step.training.pruning.masks,
+        run.case.weights(run.model).items(), run.sparsifier.step.training.pruning.mask,
         strict=True,
     ):  # fmt: skip
         assert torch.equal(p, latent[name] * m)

@@ -142,7 +142,7 @@ def test_steps_with_groups_can_be_captured(monkeypatch):
     ("sparsity", "options", "words"),
     [
         ({}, {}, "empty mapping"),
-        ({"stem.*": 0.5}, {}, r"no share for depth\.weight.*exclude="),
+        ({"stem.*": 0.5}, {}, r"no target for depth\.weight.*exclude="),
         ({"*": 0.5, "stem.*": 0.9}, {}, r"'stem\.\*'.*put the special ones first"),
         ({"norm.*": 0.5, "*": 0.9}, {}, r"'norm\.\*' matches the name of no prunable weight"),
         ({"*": 1.0}, {}, r"sparsity\['\*'\].*\[0, 1\)"),

@@ -13,7 +13,7 @@ def methods() -> None:
     from rich.table import Table
 
     from ..errors import ConfigurationError
-    from ..methods import available_methods, method_options
+    from ..methods import available_methods, describe_method, method_options
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("method", no_wrap=True)
@@ -22,7 +22,7 @@ def methods() -> None:
     for name in available_methods():
         try:
             options = ", ".join(starmap(_format, method_options(name).items()))
-            table.add_row(name, _describe(name), options)
+            table.add_row(name, describe_method(name), options)
         except ConfigurationError as error:  # a method of another package that cannot be imported
             table.add_row(name, f"not available: {error}", "")
     table.add_row("dense", "No sparsity: trains all weights.", "")
@@ -32,14 +32,6 @@ def methods() -> None:
 
 def _format(option: str, default: object) -> str:
     return option if default is inspect.Parameter.empty else f"{option}={default}"
-
-
-def _describe(name: str) -> str:
-    """Return the first line of the docstring of a method's factory."""
-    from ..methods import find_method
-
-    lines = (inspect.getdoc(find_method(name)) or "").splitlines()
-    return lines[0] if lines else ""
 
 
 def recipes() -> None:

@@ -1,4 +1,4 @@
-"""Batch statistics measured anew, for a model whose weights have changed since."""
+"""Re-estimation of batch-norm statistics after the weights of a model have changed."""
 
 from __future__ import annotations
 
@@ -20,26 +20,32 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 def recalibrate_batchnorm(
     model: nn.Module, loader: Iterable[Any], *, batches: int | None = None
 ) -> None:
-    """Replace the running statistics of every BatchNorm by their average over `loader`.
+    """Replace the running statistics of every BatchNorm by their average over a loader.
 
-    Norms see batches as in training, everything else (dropout) as in evaluation; no gradients.
-    Every batch counts the same, so a short last one is best dropped. Modes and momenta stay as
-    they were. Whatever goes wrong, also with Ctrl-C, the old statistics come back; so do those
-    of a norm that no batch reached.
+    Batch norms run in training mode, all other modules in eval mode, without gradients. All batches
+    have the same weight, so drop a smaller last batch. Modes and momenta are restored. On any
+    error, Ctrl-C included, the old statistics are restored too, and always those of norms that no
+    batch reached.
 
     Args:
         model: on one device, to which inputs are moved.
-        loader: batches of inputs: tensors, tuples or lists whose first entry is the input, or
-            dicts with an entry "input" (else the first entry is taken).
-        batches: stop after so many; None takes the whole loader.
+        loader: batches. A batch is the input tensor, a tuple or list that starts with it, or a
+            dict. The input of a dict is its entry "input", otherwise the first entry.
+        batches: maximum number of batches. None: the whole loader.
 
     Raises:
-        ConfigurationError: no BatchNorm with running statistics, no batch, a batch of another
-            form, or statistics that came out as NaN or infinite.
+        ConfigurationError: there is no BatchNorm with running statistics or no batch, a batch has
+            another form, or statistics are NaN or infinite.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(1))
+        >>> recalibrate_batchnorm(model, [torch.tensor([[1.0], [3.0]])])
+        >>> model[0].running_mean
+        tensor([2.])
     """
     if isinstance(loader, Tensor):
         raise ConfigurationError(
-            "loader must give batches, but is one tensor. Pass [tensor] to use it as one batch."
+            "loader must yield batches, but is one tensor. Pass [tensor] to use it as one batch."
         )
     if batches is not None and batches < 1:
         raise ConfigurationError(f"batches must be at least 1 or None, got {batches}.")
@@ -62,31 +68,31 @@ def recalibrate_batchnorm(
             model(_input_of(batch).to(device))
             seen += 1
         if seen == 0:
-            raise ConfigurationError("loader gave no batch to measure statistics on.")
+            raise ConfigurationError("loader yielded no batch to estimate statistics from.")
         for name, norm in norms.items():
             if not all(norm.get_buffer(key).isfinite().all() for key in STATISTICS):
                 raise ConfigurationError(
-                    f"the batches gave NaN or infinite statistics at {name or 'the norm'}; the "
-                    "old ones were kept. Check the inputs and the weights before this layer."
+                    f"The batches gave NaN or infinite statistics at {name or 'the norm'}; the old "
+                    "ones were kept. Check the inputs, and the weights before this layer."
                 )
 
 
 @contextmanager
 def _measuring(model: nn.Module, norms: Mapping[str, _BatchNorm]) -> Iterator[None]:
-    """Norms averaging from zero, all else in eval mode; on an error nothing has changed."""
+    """Average statistics in norms, with all else in eval mode; on an error restore them."""
     modes = [(module, module.training) for module in model.modules()]
     training = model.training
     momenta = [norm.momentum for norm in norms.values()]
     before = [{key: norm.get_buffer(key).clone() for key in STATISTICS} for norm in norms.values()]
     complete = False
     try:
-        # Compiled code would be compiled anew for these modes.
+        # Compiled code would be compiled again for these modes.
         with torch.compiler.set_stance("force_eager"):
             model.eval()
             for norm in norms.values():
                 norm.reset_running_stats()
-                norm.momentum = None  # PyTorch's word for the cumulative average
-                norm.training = True  # not `train()`: a norm may hold dropout of its own
+                norm.momentum = None  # a cumulative average
+                norm.training = True  # not `train()`, which also reaches submodules of the norm
             yield
         complete = True
     finally:
@@ -95,12 +101,13 @@ def _measuring(model: nn.Module, norms: Mapping[str, _BatchNorm]) -> Iterator[No
             if not complete or norm.num_batches_tracked == 0:
                 for key in STATISTICS:
                     norm.get_buffer(key).copy_(old[key])
-        model.train(training)  # first, for modules that do more in `train` than set the flag
+        model.train(training)  # first: `train` of some modules does more than set the flag
         for module, mode in modes:
             module.training = mode
 
 
 def _input_of(batch: Any) -> Tensor:
+    """Return the input tensor of a batch."""
     found = batch
     if isinstance(batch, Mapping) and batch:
         found = batch["input"] if "input" in batch else next(iter(batch.values()))
@@ -108,8 +115,8 @@ def _input_of(batch: Any) -> Tensor:
         found = batch[0]
     if not isinstance(found, Tensor):
         raise ConfigurationError(
-            "a batch must be a tensor, a tuple or list that starts with the input tensor, or a "
-            f'dict with a tensor under "input"; got {type(batch).__name__} holding '
+            "A batch must be a tensor, a tuple or list that starts with the input tensor, or a "
+            f'dict with a tensor under "input". Got {type(batch).__name__} holding '
             f"{type(found).__name__}."
         )
     return found

@@ -1,4 +1,4 @@
-"""What became of each layer: zeros, thresholds and multiply-adds, as data and as a table."""
+"""Reports of a sparse model: zeros, thresholds and multiply-adds per layer, as data and table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,21 @@ from .flops import count_flops
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One prunable weight tensor; multiply-adds are per sample, None where not counted."""
+    """One prunable weight tensor of a report.
+
+    Attributes:
+        name: dotted name of the weight.
+        shape: its shape.
+        weights: number of weights.
+        zeros: number of weights that are exactly 0.
+        threshold: magnitude up to which weights are pruned; None if unknown.
+        dense_macs: multiply-adds per sample; None if they were not counted.
+        sparse_macs: multiply-adds per sample of the nonzero weights; None likewise.
+
+    Example:
+        >>> LayerReport("fc.weight", (2, 4), weights=8, zeros=6).sparsity
+        0.75
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -29,23 +43,38 @@ class LayerReport:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the weights that are exactly zero (0 for a tensor without elements)."""
+        """Fraction of the weights that are exactly 0; 0 for a tensor without elements."""
         return self.zeros / self.weights if self.weights else 0.0
 
     @property
     def empty(self) -> bool:
-        """Whether every weight is zero, so that nothing passes through the layer."""
+        """Whether every weight is 0, so that the output does not depend on the input."""
         return 0 < self.weights == self.zeros
 
 
 @dataclass(frozen=True)
 class Report:
-    """The prunable weights of a model, layer by layer; `str()` of it is a table.
+    """The prunable weights of a model, layer by layer; `str()` makes a table.
 
-    `dense_macs` and `sparse_macs` are those of the whole model, also of layers that are not
-    listed; None without an example input. `parameters` counts all of the model's, prunable or not.
-    `learned_sparsity` is what the method prunes by itself (see `Sparsifier`); None where no method is
-    asked.
+    Attributes:
+        layers: one entry per prunable weight tensor.
+        dense_macs: multiply-adds of the whole model per sample, also of layers that are not listed;
+            None without an example input.
+        sparse_macs: the same for nonzero weights.
+        parameters: number of all parameters of the model, prunable or not.
+        learned_sparsity: fraction that the method prunes without the final exact-count pruning, as
+            `Sparsifier.learned_sparsity`. None without a sparsifier.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> _ = nn.init.zeros_(model.weight[0])
+        >>> print(report(model))
+        layer   shape  weights  zeros  sparsity
+        ---------------------------------------
+        weight  2x4          8      4   50.00 %
+        ---------------------------------------
+        total                8      4   50.00 %
+        Of all 10 parameters of the model, these zeros are 40.00 %.
     """
 
     layers: list[LayerReport]
@@ -61,26 +90,26 @@ class Report:
 
     @property
     def zeros(self) -> int:
-        """Number of them that are exactly zero."""
+        """Number of prunable weights that are exactly 0."""
         return sum(layer.zeros for layer in self.layers)
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the prunable weights that are exactly zero."""
+        """Fraction of the prunable weights that are exactly 0."""
         return self.zeros / self.weights
 
     @property
     def sparsity_of_all(self) -> float | None:
-        """Their zeros as a fraction of all parameters of the model."""
+        """Zeros of the prunable weights as a fraction of all parameters; None without them."""
         return self.zeros / self.parameters if self.parameters else None
 
     @property
     def empty_layers(self) -> list[str]:
-        """Names of layers in which every weight is zero."""
+        """Names of the layers in which every weight is 0."""
         return [layer.name for layer in self.layers if layer.empty]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as numbers, strings, lists and dicts, ready for JSON."""
+        """Return the report as numbers, strings, lists and dicts, for JSON."""
         return {
             "weights": self.weights,
             "zeros": self.zeros,
@@ -110,18 +139,22 @@ def report(
     example_input: Any = None,
     thresholds: Mapping[str, Tensor | float] | None = None,
 ) -> Report:
-    """Look at the prunable weights of `model`, as they are now.
+    """Report the prunable weights of a model: zeros, thresholds and multiply-adds per layer.
 
     Args:
         model: any module.
-        include: which weights, as for `find_prunable`.
-        exclude: which weights not, as for `find_prunable`.
-        example_input: with it multiply-adds are counted, as by `count_flops`.
-        thresholds: by weight name, as `Sparsifier.thresholds()` gives them; they are shown
-            beside the layers that they belong to.
+        include, exclude: filters that choose the weights, see `prunable.find_prunable`.
+        example_input: an input to count multiply-adds with, as for `count_flops`. None: they are
+            not counted.
+        thresholds: thresholds to list, by weight name, as `Sparsifier.thresholds()` returns them.
 
     Raises:
-        ConfigurationError: nothing is prunable, or what `find_prunable` or `count_flops` raise.
+        ConfigurationError: no weight is prunable; also raised by `find_prunable` and `count_flops`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 1))
+        >>> [(layer.name, layer.weights) for layer in report(model).layers]
+        [('0.weight', 8), ('1.weight', 2)]
     """
     prunable = _some_prunable(model, include, exclude)
     macs: dict[int, tuple[int, int]] = {}
@@ -130,7 +163,7 @@ def report(
         flops = count_flops(model, example_input)
         totals = (flops.dense, flops.sparse)
         for layer in flops.layers:
-            # By identity, so that a weight that is used under several names gets the sum.
+            # By identity: a weight with several names gets the sum over its uses.
             weight = attrgetter(layer.name)(unwrap(model))
             dense, sparse = macs.get(id(weight), (0, 0))
             macs[id(weight)] = (dense + layer.dense, sparse + layer.sparse)
@@ -154,16 +187,27 @@ def report(
 
 
 def sparsity(model: nn.Module, include: Filters = None, exclude: Filters = None) -> float:
-    """Fraction of exact zeros among the prunable weights of `model`, as they are now.
+    """Return the fraction of exact zeros among the prunable weights of a model.
+
+    Args:
+        model: any module.
+        include, exclude: filters that choose the weights, see `prunable.find_prunable`.
 
     Raises:
-        ConfigurationError: nothing is prunable.
+        ConfigurationError: no weight is prunable.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> _ = nn.init.zeros_(model.weight[0])
+        >>> sparsity(model)
+        0.5
     """
     prunable = _some_prunable(model, include, exclude)
     return sum(map(_zeros, prunable)) / sum(item.parameter.numel() for item in prunable)
 
 
 def _some_prunable(model: nn.Module, include: Filters, exclude: Filters) -> list[Prunable]:
+    """Return the prunable weights; raise ConfigurationError if there are none."""
     prunable = find_prunable(model, include, exclude)
     if not any(item.parameter.numel() for item in prunable):
         chosen = "" if include is None and exclude is None else " that include and exclude leave"
@@ -172,6 +216,7 @@ def _some_prunable(model: nn.Module, include: Filters, exclude: Filters) -> list
 
 
 def _zeros(item: Prunable) -> int:
+    """Return the number of exact zeros, over all processes."""
     return item.parameter.numel() - count_nonzero(item.parameter)
 
 
@@ -179,6 +224,7 @@ EMPTY_MARK = "<-- EMPTY"
 
 
 def _table(report: Report) -> str:
+    """Return a report as a table with notes below it."""
     with_threshold = any(layer.threshold is not None for layer in report.layers)
     with_macs = report.dense_macs is not None
 
@@ -226,17 +272,18 @@ def _table(report: Report) -> str:
 
 
 def _notes(report: Report) -> list[str]:
-    """The lines under the table: what the rows alone would not make plain."""
+    """Return the lines below the table."""
     notes = []
     if report.parameters is not None:
         notes.append(
             f"Of all {report.parameters:,} parameters of the model, these zeros are "
             f"{percent(report.zeros, report.parameters)}."
         )
-    own = report.learned_sparsity
-    if own is not None and round(own * report.weights) != report.zeros:
+    learned = report.learned_sparsity
+    if learned is not None and round(learned * report.weights) != report.zeros:
         notes.append(
-            f"By itself the method prunes {percent(round(own * report.weights), report.weights)}."
+            "Without the final exact-count pruning the method prunes "
+            f"{percent(round(learned * report.weights), report.weights)}."
         )
     listed = sum(layer.dense_macs or 0 for layer in report.layers)
     if report.dense_macs is not None and report.dense_macs != listed:
@@ -254,7 +301,7 @@ def _notes(report: Report) -> list[str]:
 
 
 def _align(rows: list[list[str]]) -> list[str]:
-    """Names, shapes and marks to the left, numbers to the right."""
+    """Return rows as lines: names, shapes and marks left-aligned, numbers right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = {0, 1, len(widths) - 1}
     return [
@@ -267,14 +314,24 @@ def _align(rows: list[list[str]]) -> list[str]:
 
 
 def percent(part: int, whole: int) -> str:
-    """`part` of `whole` with two decimals; 0.00 % and 100.00 % only where exact."""
+    """Return part / whole in percent with two decimals; 0.00 % and 100.00 % only if exact.
+
+    Example:
+        >>> percent(1, 3), percent(99_999, 100_000)
+        ('33.33 %', '99.99 %')
+    """
     if part in (0, whole):
         return "100.00 %" if part else "0.00 %"
     return f"{min(max(100 * part / whole, 0.01), 99.99):.2f} %"
 
 
 def macs_text(macs: int | None) -> str:
-    """Multiply-adds with a unit, two decimals: 864, 42.05 k, 162.38 M, 4.09 G."""
+    """Return multiply-adds as text with a unit and two decimals; '-' for None.
+
+    Example:
+        >>> macs_text(864), macs_text(42_048), macs_text(4_089_000_000)
+        ('864', '42.05 k', '4.09 G')
+    """
     if macs is None:
         return "-"
     value, units = float(macs), iter(("", " k", " M", " G", " T", " P"))

@@ -44,9 +44,13 @@ METHODS: dict[str, Factory] = {
 _OWN = frozenset(METHODS)
 
 # Options of version 0.1 by method, and their present names.
-RENAMED_OPTIONS = dict.fromkeys(
-    ("asl", "asl+", "feather-asl+", "str"), {"rate": "lr_multiplier"}
-) | {"probmask": {"rate": "lr"}}
+RENAMED_OPTIONS = {
+    "asl": {"rate": "lr_multiplier"},
+    "asl+": {"rate": "lr_multiplier"},
+    "feather-asl+": {"rate": "lr_multiplier"},
+    "str": {"rate": "lr_multiplier"},
+    "probmask": {"rate": "lr"},
+}
 
 
 def available_methods() -> list[str]:
@@ -72,8 +76,8 @@ def register_method(name: str, factory: Factory) -> None:
             returns an object with `bind(context)`, such as `methods.Method`.
 
     Raises:
-        ConfigurationError: the name belongs to another method, contains ':', or the factory is not
-            callable.
+        ConfigurationError: the name belongs to a method of torch-feather or contains ':', or the
+            factory is not callable.
 
     Example:
         >>> from torch_feather.methods import feather
@@ -113,8 +117,8 @@ def find_method(name: str) -> Factory:
     names = available_methods()
     raise ConfigurationError(
         f"There is no method {name!r}{nearest(name, names)} There are: {', '.join(names)}. If your "
-        "code registers it, import that module first (feather.register_method), or name its factory: "
-        "'package.module:factory'."
+        "code registers it, import that module first (feather.register_method), or name its "
+        "factory: 'package.module:factory'."
     )
 
 
@@ -131,6 +135,21 @@ def method_options(name: str) -> dict[str, Any]:
     parameters = inspect.signature(find_method(name)).parameters.values()
     kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
     return {p.name: p.default for p in parameters if p.name != "sparsity" and p.kind not in kinds}
+
+
+def describe_method(name: str) -> str:
+    """Return a method in one sentence: the first line of its factory's docstring.
+
+    Args:
+        name: as for `find_method`.
+
+    Example:
+        >>> describe_method("gmp")
+        'Gradual magnitude pruning: the smallest weights of each layer are zero.'
+    """
+    lines = (inspect.getdoc(find_method(name)) or "").splitlines()
+    text = lines[0].removeprefix("Return ") if lines else ""
+    return text[:1].upper() + text[1:]
 
 
 def current_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ import matplotlib
 from markupsafe import Markup
 
 from ..errors import ConfigurationError
-from ..methods import find_method
+from ..methods import describe_method
 from ..training.checkpoint import write_atomically, write_json
 from ..training.config import DENSE
 from .comparison import MIN_SEEDS
@@ -181,10 +180,9 @@ def _describe(method: str) -> str:
     if method == DENSE:
         return "The unpruned network, trained with the same training budget."
     try:
-        text = inspect.getdoc(find_method(method)) or ""
+        return describe_method(method).replace("`", "")
     except ConfigurationError:  # of a package that is not installed
-        text = ""
-    return text.partition("\n")[0].replace("`", "").removeprefix("Return ")
+        return ""
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -28,9 +28,9 @@ HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
 def simulated_device() -> Iterator[None]:
     """Within it, CPU tensors take the path of an accelerator's."""
     with (
-        mock.patch.object(devices, "synchronizes", lambda _: True),
-        mock.patch.object(device, "default_passes", lambda _: TorchPasses),
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+        mock.patch.object(devices, "synchronizes", return_value=True),
+        mock.patch.object(device, "default_passes", return_value=TorchPasses),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
     ):
         yield
 

@@ -10,9 +10,20 @@ from .latent import BLOCK, LatentWeights
 
 
 def checksum_of(weights: LatentWeights, i: int, here: Tensor) -> int:
-    """The `checksum` of the whole of parameter i, given what is here of it.
+    """Return the `checksum` of the full weight tensor i, given its local shard.
 
-    It is the same however the whole is spread; contiguous tensors have it too.
+    The result does not depend on the sharding; for contiguous tensors it equals `checksum`.
+    All processes must call it.
+
+    Args:
+        weights: the latent weights, which define the layout.
+        i: position of the weight tensor.
+        here: local shard of the values, such as those of the parameter.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0])
+        >>> checksum_of(LatentWeights([w]), 0, w) == checksum(w)
+        True
     """
     if weights.shards is None:
         return checksum(here)
@@ -25,24 +36,33 @@ def checksum_of(weights: LatentWeights, i: int, here: Tensor) -> int:
     return int(shards.sum(torch.tensor(_signed(total))))
 
 
-# A prime, so that hardly any exchange of whole rows or channels keeps words in their columns.
+# A prime, so that exchanged rows or channels rarely keep their words in the same columns.
 _COLUMNS = 509
 _FACTORS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, _COLUMNS) | 1
 
 
 def checksum(tensor: Tensor) -> int:
-    """A number that changes when a value of `tensor` does, or when values change places.
+    """Return a number that changes if a value changes, or if values exchange positions.
 
-    The memory, as rows of 64-bit words, is summed by column, and the columns with odd factors,
-    modulo 2^64, as a signed integer. So any change of one value shows, and others almost surely;
-    what cannot show is an exchange of values 509 words apart. The tensor must be dense in memory,
-    on any device.
+    The memory is read as rows of 509 64-bit words. The columns are summed, multiplied by odd
+    factors and summed again, modulo 2^64. A change of one value always changes the result, other
+    changes almost surely. An exchange of two values 509 words apart does not change it.
+
+    Args:
+        tensor: dense in memory, on any device.
+
+    Returns:
+        A signed 64-bit integer.
+
+    Example:
+        >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
+        False
     """
     flat = tensor.detach().as_strided((tensor.numel(),), (1,)).cpu()
     data = flat.view(torch.uint8).numpy()
     words = data[: data.size // 8 * 8].view(np.int64)
     if tensor.element_size() == 8:
-        # Signs would be the topmost bits, of which an even number cancels: spread them.
+        # Sign bits would be the topmost bits, and an even number of them cancels: mix them in.
         words = words ^ (words.view(np.uint64) >> 1).view(np.int64)
     rows = words.size // _COLUMNS
     columns = np.add.reduce(words[: rows * _COLUMNS].reshape(rows, _COLUMNS), axis=0)
@@ -52,25 +72,35 @@ def checksum(tensor: Tensor) -> int:
 
 
 def partial_checksum(tensor: Tensor, index: Tensor, size: int) -> int:
-    """What some elements of a contiguous tensor add to its `checksum`, modulo 2^64.
+    """Return the contribution of some elements to the `checksum` of a contiguous tensor.
+
+    The sum of the contributions of all elements, modulo 2^64, is the checksum.
 
     Args:
         tensor: the elements, flat and contiguous.
-        index: where each stands in the whole, int64.
-        size: number of elements of the whole.
+        index: flat index of each in the full tensor, int64 on the CPU.
+        size: number of elements of the full tensor.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0, 3.0])
+        >>> first = partial_checksum(w[:2], torch.tensor([0, 1]), 3)
+        >>> rest = partial_checksum(w[2:], torch.tensor([2]), 3)
+        >>> (first + rest - checksum(w)) % 2**64
+        0
     """
     width = tensor.element_size()
     flat = tensor.detach().cpu().view(torch.uint8).numpy()
     bits = flat.view(f"u{width}").astype(np.uint64)
     if width == 8:
         bits ^= bits >> np.uint64(1)
-    place, per_word = index.numpy(), 8 // width
-    word = np.where(place < size // per_word * per_word, place // per_word % _COLUMNS, -1)
-    shift = (place % per_word * 8 * width).astype(np.uint64)
-    return _signed(int(np.dot(bits << shift, _FACTORS.view(np.uint64)[word])))
+    position, per_word = index.numpy(), 8 // width
+    in_words = position < size // per_word * per_word  # the others are in the incomplete last word
+    column = np.where(in_words, position // per_word % _COLUMNS, -1)
+    shift = (position % per_word * 8 * width).astype(np.uint64)
+    return _signed(int(np.dot(bits << shift, _FACTORS.view(np.uint64)[column])))
 
 
 def _signed(word: int) -> int:
-    """A number modulo 2^64, as a signed integer."""
+    """Return a number modulo 2^64 as a signed 64-bit integer."""
     word %= 2**64
     return word - 2**64 if word >= 2**63 else word

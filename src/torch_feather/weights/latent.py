@@ -13,7 +13,7 @@ from .shards import local, shards_of
 
 # Weights per block on a CPU: a block stays in the L2 cache.
 BLOCK = 1 << 16
-# Weights per block on other devices: enough to fill them, and little beside a large network.
+# Weights per block on other devices: enough to fill them, and few compared with a large network.
 DEVICE_BLOCK = 1 << 24
 
 
@@ -22,6 +22,11 @@ class PerTensor(NamedTuple):
 
     With one number per weight, rows have the shapes of the weight tensors; with one number per
     tensor, they are 0-dimensional.
+
+    Example:
+        >>> thresholds = PerTensor.of(torch.tensor([0.5, 1.0]))
+        >>> thresholds.rows[1], thresholds.per_weight
+        (tensor(1.), False)
     """
 
     flat: Tensor
@@ -40,7 +45,13 @@ class PerTensor(NamedTuple):
 
 @dataclass
 class Part:
-    """Weights of one type: their flat latent values, and where they start among the local ones."""
+    """Weights of one type: their flat latent values, and their start among the local weights.
+
+    Example:
+        >>> weights = LatentWeights([torch.ones(2), torch.ones(3, dtype=torch.bfloat16)])
+        >>> [(part.flat.dtype, part.start, part.stop) for part in weights.parts]
+        [(torch.float32, 0, 2), (torch.bfloat16, 2, 5)]
+    """
 
     flat: Tensor
     start: int
@@ -119,7 +130,7 @@ class LatentWeights:
         self._index()
 
     def _index(self) -> None:
-        """Record where each weight tensor's bounds lie among the local weights."""
+        """Map the bounds of each weight tensor to bounds among the local weights."""
         pairs = zip(self.spans, self.local_spans, strict=True)
         self._bounds = {a: b for span, own in pairs for a, b in zip(span, own, strict=True)}
 
@@ -140,7 +151,10 @@ class LatentWeights:
         return self._constants[key]
 
     def local_range(self, start: int, stop: int) -> tuple[int, int]:
-        """Return the local range of the global range [start, stop), whose bounds are of tensors."""
+        """Return the local range of the global range [start, stop).
+
+        Both bounds must be bounds of weight tensors.
+        """
         return self._bounds[start], self._bounds[stop]
 
     def magnitudes(self, start: int = 0, stop: int | None = None) -> Tensor:
@@ -178,17 +192,17 @@ class LatentWeights:
         """
         return means if self.shards is None else self.shards.row_means(i, means)
 
-    def per_weight(self, value: float) -> PerTensor:
-        """Return a number for each local weight, of type `wide` and in the layout of the weights."""
+    def per_weight(self, value: float, dtype: torch.dtype | None = None) -> PerTensor:
+        """Return `value` for each local weight, in type `wide` and the layout of the weights."""
         size = sum(flat.numel() for flat in self.flats)
-        flat = torch.full((size,), value, dtype=self.wide, device=self.device)
+        flat = torch.full((size,), value, dtype=dtype or self.wide, device=self.device)
         spans = zip(self.views, self.local_spans, strict=True)
         return PerTensor(flat, [flat.as_strided(w.shape, w.stride(), a) for w, (a, _) in spans])
 
     def zeros(self) -> Tensor:
         """Return the number of exact zeros of each tensor, int64; 0 for tensors that are all zero.
 
-        A tensor that is all zero was not pruned: it was initialized to 0 and has yet to learn.
+        A tensor that is all zero was not pruned: it was initialized to 0 and is still to learn.
         """
         zeros = self.total(torch.stack([(view == 0).sum() for view in self.views]))
         return zeros.masked_fill(zeros == self.sizes, 0)
@@ -254,6 +268,12 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     Args:
         targets: tensors to write.
         sources: as many tensors, of the same shapes.
+
+    Example:
+        >>> target = torch.zeros(2)
+        >>> copy_all([target], [torch.ones(2)])
+        >>> target
+        tensor([1., 1.])
     """
     if targets:
         torch._foreach_copy_(list(targets), list(sources))
@@ -266,6 +286,12 @@ def write_if(taken: bool | Tensor, targets: Sequence[Tensor], values: Sequence[T
         taken: True, False or a 0-dimensional bool tensor.
         targets: tensors to write.
         values: as many tensors, of the same shapes.
+
+    Example:
+        >>> target = torch.zeros(2)
+        >>> write_if(torch.tensor(False), [target], [torch.ones(2)])
+        >>> target
+        tensor([0., 0.])
     """
     if taken is False:
         return

@@ -1,4 +1,4 @@
-"""Passes over the weights: masks, effective weights, and values written from outside."""
+"""Passes over the weights: masks, effective weights, and external writes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,30 @@ from .segments import Segment, segment_of
 
 
 def pruned_mask(weights: LatentWeights, segments: Sequence[Segment], i: int) -> Tensor:
-    """Return the mask of pruned weights of tensor i, in its shape and layout."""
+    """Return the mask of pruned weights of tensor i, in its shape and layout.
+
+    Example:
+        >>> from torch_feather.selection import Cutoff
+        >>> weights = LatentWeights([torch.tensor([0.5, -1.0, 2.0])])
+        >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(2), torch.tensor(1.0))
+        >>> pruned_mask(weights, [Segment(0, 3, cutoff)], 0).tolist()
+        [True, True, False]
+    """
     start, stop = weights.local_spans[i]
     flat = segment_of(weights, segments, i).pruned(weights.local_magnitudes(start, stop), start)
     return flat.as_strided(weights.views[i].shape, weights.views[i].stride())
 
 
 def count_pruned(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
-    """Return the number of pruned weights of each tensor, int64 of shape (tensors,)."""
+    """Return the number of pruned weights of each tensor, int64 of shape (tensors,).
+
+    Example:
+        >>> from torch_feather.selection import Cutoff
+        >>> weights = LatentWeights([torch.tensor([0.5, -1.0, 2.0])])
+        >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(2), torch.tensor(1.0))
+        >>> count_pruned(weights, [Segment(0, 3, cutoff)]).tolist()
+        [2]
+    """
     counts = [pruned_mask(weights, segments, i).sum() for i in range(len(weights.views))]
     return weights.total(torch.stack(counts))
 
@@ -92,7 +108,7 @@ def _write_cpu(
 ) -> None:
     """Compare block by block in the cache, and apply the operator to kept weights alone."""
     cutoff, threshold, scale = segment.cutoff, segment.threshold, segment.scale
-    if cutoff.value < 0 and operator.is_identity:
+    if cutoff.value < 0 and (operator.is_identity or operator.identity_at_zero):
         out.copy_(w)
         return
     value, last = cutoff.value.item(), int(cutoff.last)
@@ -124,14 +140,26 @@ def _write_cpu(
 
 
 def kept_values(w: Tensor, tau: Tensor, operator: Operator, dtype: torch.dtype) -> Tensor:
-    """Return the effective values of kept weights `w` in type `dtype`, 0 only if w is 0."""
+    """Return the effective values of kept weights `w` in type `dtype`, 0 only if w is 0.
+
+    Example:
+        >>> from torch_feather.operators import Soft
+        >>> kept_values(torch.tensor([2.0]), torch.tensor(0.5), Soft(), torch.float32)
+        tensor([1.5000])
+    """
     if operator.is_identity:
         return w.to(dtype)
     return keep_nonzero(operator(w, tau).to(dtype), w)
 
 
 def keep_nonzero(values: Tensor, w: Tensor) -> Tensor:
-    """Return `values` with the smallest number of their type where they are 0 and w is not."""
+    """Return `values`, with 0 replaced by the smallest number of their type unless w is 0.
+
+    Example:
+        >>> w = torch.tensor([1e-9, 0.0])
+        >>> keep_nonzero(w.half(), w) > 0
+        tensor([ True, False])
+    """
     info = torch.finfo(values.dtype)
     least = values.new_full((), info.smallest_normal * info.eps)
     vanished = (values == 0) & (w != 0)
@@ -144,7 +172,7 @@ def adopt_written(
     values: Sequence[Tensor],
     effective: Sequence[Tensor],
 ) -> None:
-    """Take over values that differ from their effective weights as latent weights, in place.
+    """Adopt values that differ from their effective weights as latent weights, in place.
 
     Many small operations are slow on accelerators, so neighbours are compared together there. On
     a CPU the copies would cost several times what they save.
@@ -152,8 +180,14 @@ def adopt_written(
     Args:
         weights: the latent weights, which are written.
         which: positions of the tensors to compare.
-        values: what the parameters hold, one local tensor per view.
+        values: values of the parameters, one local tensor per view.
         effective: the effective weights that they were given.
+
+    Example:
+        >>> weights = LatentWeights([torch.tensor([0.5, 2.0])])
+        >>> adopt_written(weights, [0], [torch.tensor([0.0, 3.0])], [torch.tensor([0.0, 2.0])])
+        >>> weights.views[0].tolist()  # 0 is the effective weight of 0.5, 3.0 is new
+        [0.5, 3.0]
     """
     runs = [[i] for i in which]
     if devices.synchronizes(weights.device):

@@ -23,8 +23,8 @@ def check_ranks(
 ) -> None:
     """Raise StateError unless weights held by several processes have the same bits.
 
-    Checksums of masks and latent weights, and the step, are compared. Of sharded weights, those
-    held more than once are compared.
+    Compares checksums of masks and latent weights, and the number of steps. Of sharded weights,
+    only those that several processes hold are compared. Without torch.distributed it does nothing.
 
     Args:
         model: the model.
@@ -32,10 +32,18 @@ def check_ranks(
         parameters: the parameters, which hold effective weights.
         weights: the latent weights.
         step: optimizer steps taken, 0-dimensional.
+
+    Raises:
+        StateError: names the weights and the ranks that differ from the first one; on all ranks.
+
+    Example:
+        >>> import torch
+        >>> w = torch.ones(2)
+        >>> check_ranks(nn.Linear(1, 1), ["w"], [w], LatentWeights([w]), torch.tensor(0))
     """
     if not dist.is_available() or not dist.is_initialized():
         return
-    mine = [
+    own = [
         (local_box(p), checksum((local(p) != 0).byte()), checksum(view))
         for p, view in zip(parameters, weights.views, strict=True)
     ]
@@ -43,21 +51,21 @@ def check_ranks(
         groups = weights.shards.groups
     else:
         groups = [getattr(model, "process_group", None)]  # of DistributedDataParallel
-    every = sorted(gather((dist.get_rank(), int(step), mine), groups))
-    steps = {step for _, step, _ in every}
+    all_ranks = sorted(gather((dist.get_rank(), int(step), own), groups))
+    steps = {step for _, step, _ in all_ranks}
     if len(steps) > 1:
         raise StateError(f"The ranks have taken different numbers of steps: {sorted(steps)}.")
-    for what, which in (("Masks", 1), ("Latent weights", 2)):
-        found: dict[str, set[int]] = {}
+    for kind, entry in (("Masks", 1), ("Latent weights", 2)):
+        differing: dict[str, set[int]] = {}
         for i, name in enumerate(names):
-            first: dict[Any, int] = {}
-            for rank, _, held in every:
-                if first.setdefault(held[i][0], held[i][which]) != held[i][which]:
-                    found.setdefault(name, set()).add(rank)
-        if found:
-            ranks = sorted(set.union(*found.values()))
+            first: dict[Any, int] = {}  # checksum of each box on the first rank that holds it
+            for rank, _, held in all_ranks:
+                if first.setdefault(held[i][0], held[i][entry]) != held[i][entry]:
+                    differing.setdefault(name, set()).add(rank)
+        if differing:
+            ranks = sorted(set.union(*differing.values()))
             raise StateError(
-                f"{what} of {some(list(found))} differ between ranks: ranks {ranks} differ from the "
-                "first one. Start all ranks from the same weights (wrap the model before sparsify), "
-                "and let only the optimizer change them."
+                f"{kind} of {some(list(differing))} differ between ranks: ranks {ranks} differ "
+                "from the first one. Start all ranks from the same weights (wrap the model before "
+                "sparsify), and let only the optimizer change them."
             )

@@ -1,4 +1,4 @@
-"""Segments: ranges of the latent weights that share one cutoff."""
+"""Segments: ranges of the latent weights with one cutoff."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ class Segment(NamedTuple):
 
     The bounds are global and are bounds of weight tensors. The cutoff's `last` is an index among
     the local weights (see `LatentWeights`).
+
+    Example:
+        >>> cutoff = Cutoff(torch.tensor(2.0), torch.tensor(2), torch.tensor(2.0))
+        >>> segment = Segment(0, 3, cutoff, scale=torch.tensor(2.0))  # prunes 2 |w| <= 2
+        >>> segment.pruned(torch.tensor([0.5, 1.0, 1.5]), 0).tolist()
+        [True, True, False]
+        >>> float(segment.threshold)
+        1.0
     """
 
     start: int
@@ -47,17 +55,37 @@ class Segment(NamedTuple):
 
 
 def position_of(weights: LatentWeights, segments: Sequence[Segment], i: int) -> int:
-    """Return the position in `segments` of the segment that holds weight tensor i."""
+    """Return the position in `segments` of the segment that holds weight tensor i.
+
+    Example:
+        >>> weights = LatentWeights([torch.ones(2), torch.ones(3)])
+        >>> cutoff = Cutoff(torch.tensor(0.5), torch.tensor(4), torch.tensor(0.5))
+        >>> position_of(weights, [Segment(0, 2, cutoff), Segment(2, 5, cutoff)], 1)
+        1
+    """
     start = weights.spans[i][0]
     return next(j for j, s in enumerate(segments) if s.start <= start < s.stop)
 
 
 def segment_of(weights: LatentWeights, segments: Sequence[Segment], i: int) -> Segment:
-    """Return the segment that holds weight tensor i."""
+    """Return the segment that holds weight tensor i.
+
+    Example:
+        >>> weights = LatentWeights([torch.ones(2), torch.ones(3)])
+        >>> cutoff = Cutoff(torch.tensor(0.5), torch.tensor(4), torch.tensor(0.5))
+        >>> segment_of(weights, [Segment(0, 5, cutoff)], 1).stop
+        5
+    """
     return segments[position_of(weights, segments, i)]
 
 
 def first_with_cutoff(segments: Sequence[Segment]) -> tuple[int, ...]:
-    """Return for each segment the position of the first one with the same cutoff object."""
+    """Return for each segment the position of the first one with the same cutoff object.
+
+    Example:
+        >>> one, other = (Cutoff(*torch.tensor([x, 1.0, x])) for x in (0.5, 0.25))
+        >>> first_with_cutoff([Segment(0, 2, one), Segment(2, 5, other), Segment(5, 9, one)])
+        (0, 1, 0)
+    """
     first: dict[int, int] = {}
     return tuple(first.setdefault(id(segment.cutoff), j) for j, segment in enumerate(segments))

@@ -39,6 +39,11 @@ def select_each(weights: LatentWeights, counts: Tensor) -> list[Cutoff]:
     Args:
         weights: the latent weights.
         counts: int64 of shape (tensors,).
+
+    Example:
+        >>> weights = LatentWeights([torch.tensor([3.0, -1.0]), torch.tensor([2.0, 4.0])])
+        >>> [float(cutoff.value) for cutoff in select_each(weights, torch.tensor([1, 2]))]
+        [1.0, 4.0]
     """
     if weights.shards is not None:
         scores = [weights.magnitudes(*span) for span in weights.spans]
@@ -70,7 +75,7 @@ def _select_sharded(
     for counted, (a, b), (start, stop) in zip(
         weights.shards.counted, weights.spans, weights.local_spans, strict=True
     ):
-        if not counted:  # another process counts this copy: NaN ranks above all pruned scores
+        if not counted:  # another process counts this copy; NaN ranks above all pruned scores
             j = next(j for j, span in enumerate(spans) if span[0] <= a and b <= span[1])
             scores[j][start - first[j] : stop - first[j]] = torch.nan
     cutoffs = select_sharded(
@@ -86,7 +91,7 @@ def _select_sharded(
 def _local_positions(
     weights: LatentWeights, spans: tuple[tuple[int, int], ...], index: Tensor
 ) -> Tensor:
-    """Return how many local weights of each span precede global indices of it: (spans, n)."""
+    """Return how many local weights of each span precede its global indices, (spans, n)."""
     assert weights.shards is not None
 
     def make(_: LatentWeights) -> tuple[Tensor, Tensor]:

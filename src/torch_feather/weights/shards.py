@@ -1,10 +1,11 @@
-"""Weights that are spread over processes: what each of them holds, and sums over all.
+"""Weights that are sharded over processes: layout, local shards, and sums over processes.
 
-`fully_shard` (FSDP2) and `parallelize_module` (tensor parallel) turn parameters into DTensors, of
-which each process holds a box: a range of each dimension. All that has to be known in common are
-counts; they are summed over the processes, and the weights stay where they are.
+`fully_shard` (FSDP2) and `parallelize_module` (tensor parallelism) turn parameters into DTensors.
+Each process holds a box of a DTensor: a range of each dimension. Only counts and sums are
+communicated; weights are not.
 
-Every process must come through here in the same order, also one whose boxes are empty.
+The functions that communicate are collective. All processes must call them in the same order, also
+processes whose boxes are empty.
 """
 
 from __future__ import annotations
@@ -22,24 +23,40 @@ from ..errors import ConfigurationError
 
 
 class Box(NamedTuple):
-    """The part of a tensor that a process holds: where it begins, and its size."""
+    """The part of a tensor that a process holds: its offset and size in each dimension.
+
+    Example:
+        >>> torch.arange(6).view(2, 3)[Box((0, 1), (2, 2)).slices].tolist()
+        [[1, 2], [4, 5]]
+    """
 
     offset: tuple[int, ...]
     size: tuple[int, ...]
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """What selects it from the whole tensor."""
+        """The index that selects the box from the full tensor."""
         return tuple(slice(o, o + n) for o, n in zip(self.offset, self.size, strict=True))
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor, of which other processes may hold other parts."""
+    """Return whether a tensor is a DTensor.
+
+    Example:
+        >>> is_sharded(torch.ones(2))
+        False
+    """
     return hasattr(tensor, "to_local")
 
 
 def local(tensor: Any) -> Tensor:
-    """What this process holds of a tensor, in its own memory; a plain tensor itself."""
+    """Return the local shard of a DTensor, which shares its memory; a plain tensor itself.
+
+    Example:
+        >>> w = torch.ones(2)
+        >>> local(w) is w
+        True
+    """
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -48,7 +65,17 @@ def local(tensor: Any) -> Tensor:
 
 @torch.no_grad()
 def shard_like(part: Tensor, like: Any) -> Tensor:
-    """`part` as the local tensor of a DTensor laid out like another; itself where that is plain."""
+    """Return a DTensor with the local shard `part`, sharded like `like`.
+
+    Args:
+        part: local shard.
+        like: tensor that defines mesh, placements and shape; if plain, `part` itself is returned.
+
+    Example:
+        >>> part = torch.ones(2)
+        >>> shard_like(part, torch.zeros(2)) is part
+        True
+    """
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -61,7 +88,16 @@ def shard_like(part: Tensor, like: Any) -> Tensor:
 
 @torch.no_grad()
 def local_part(value: Any, like: Any) -> Tensor:
-    """Of a whole tensor, plain or spread in any way, what this process holds of `like`."""
+    """Return this process's part of `value`, sharded like `like`.
+
+    Args:
+        value: full tensor, or DTensor with any placement.
+        like: tensor that defines the placement; if plain, all of `value` is returned.
+
+    Example:
+        >>> local_part(torch.ones(2), torch.zeros(2))
+        tensor([1., 1.])
+    """
     if is_sharded(value):
         if is_sharded(like):
             value = value.redistribute(like.device_mesh, like.placements)
@@ -71,7 +107,12 @@ def local_part(value: Any, like: Any) -> Tensor:
 
 
 def local_box(tensor: Any) -> Box:
-    """Which part of a tensor this process holds."""
+    """Return the box of a tensor that this process holds; all of it for a plain tensor.
+
+    Example:
+        >>> local_box(torch.ones(2, 3))
+        Box(offset=(0, 0), size=(2, 3))
+    """
     if not is_sharded(tensor):
         return Box((0,) * tensor.dim(), tuple(tensor.shape))
     (chunk,) = tensor.__create_chunk_list__()
@@ -80,7 +121,15 @@ def local_box(tensor: Any) -> Box:
 
 @torch.no_grad()
 def count_nonzero(tensor: Any) -> int:
-    """How many elements of a tensor, spread or not, are not 0; the same on every process."""
+    """Return the number of nonzero elements of a full tensor; the same on every process.
+
+    Args:
+        tensor: a plain tensor, or a DTensor, for which the call is collective.
+
+    Example:
+        >>> count_nonzero(torch.tensor([0.0, 1.0, 2.0]))
+        2
+    """
     count = local(tensor).count_nonzero()
     if is_sharded(tensor):
         mesh = tensor.device_mesh
@@ -92,28 +141,47 @@ def count_nonzero(tensor: Any) -> int:
 
 
 def fsdp_units(model: nn.Module) -> list[Any]:
-    """The modules that `fully_shard` was applied to."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # only who imported it can have used it
+    """Return the modules that `fully_shard` was applied to.
+
+    Example:
+        >>> fsdp_units(nn.Linear(2, 2))
+        []
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: no module can be one
     return [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp else []
 
 
 def reshard(model: nn.Module) -> None:
-    """Modules show their sharded parameters again; after an evaluation some show gathered ones.
+    """Let modules hold their sharded parameters again.
+
+    After an evaluation, modules of `fully_shard` may hold gathered parameters instead.
 
     Raises:
-        ConfigurationError: the model is sharded in another way, which shows none.
+        ConfigurationError: the model uses FullyShardedDataParallel.
+
+    Example:
+        >>> reshard(nn.Linear(2, 2))  # no effect: not sharded
     """
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ConfigurationError(
-            "FullyShardedDataParallel flattens the weights, so that their shapes are lost. Use its "
-            "successor: torch.distributed.fsdp.fully_shard."
+            "FullyShardedDataParallel flattens the weights, so their shapes are lost. Use its "
+            "successor, torch.distributed.fsdp.fully_shard."
         )
     for unit in fsdp_units(model):
         unit.reshard()
 
 
 def gather(value: Any, groups: Sequence[Any]) -> list[Any]:
-    """The values of all processes of groups, each of which is one dimension of a mesh."""
+    """Return the values of all processes of a mesh.
+
+    Args:
+        value: this process's value; can be pickled.
+        groups: one process group per dimension of the mesh. Without groups, there is one process.
+
+    Example:
+        >>> gather("value", [])
+        ['value']
+    """
     values = [value]
     for group in groups:
         parts: list[Any] = [None] * dist.get_world_size(group)
@@ -123,12 +191,30 @@ def gather(value: Any, groups: Sequence[Any]) -> list[Any]:
 
 
 class Shards:
-    """Where the shards of several parameters lie.
+    """The layout of the shards of several parameters, and sums over the processes.
 
-    Of parameters that several processes hold (replicated ones, plain ones), the first counts.
+    If several processes hold the same box (of a replicated or plain parameter), the first of them
+    counts it.
 
     Args:
-        parameters: some of them DTensors. All meshes must be parts of the largest of them.
+        parameters: at least one DTensor. The largest of their meshes must contain all others.
+
+    Attributes:
+        groups: process groups of the dimensions of the largest mesh, without those of one process.
+        boxes: local box of each parameter.
+        counted: whether this process counts its box of each parameter.
+
+    Raises:
+        ConfigurationError: meshes that do not contain each other, or shards that do not make up a
+            full parameter.
+
+    Example:
+        >>> from torch.distributed.tensor import distribute_tensor, init_device_mesh
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> w = distribute_tensor(torch.ones(2, 3), init_device_mesh("cpu", (1,)))
+        >>> Shards([w]).boxes
+        [Box(offset=(0, 0), size=(2, 3))]
+        >>> dist.destroy_process_group()
     """
 
     def __init__(self, parameters: Sequence[Any]):
@@ -137,8 +223,8 @@ class Shards:
         members = set(mesh.mesh.flatten().tolist())
         if any(not members.issuperset(other.mesh.flatten().tolist()) for other in meshes):
             raise ConfigurationError(
-                "The prunable weights lie on meshes of which none contains the others, so there "
-                "is no group of processes to count in. Shard them over one mesh and its submeshes."
+                "No mesh of the prunable weights contains all others, so there is no group of "
+                "processes to count in. Shard the weights over one mesh and its submeshes."
             )
         self.groups = [group for group in mesh.get_all_groups() if group.size() > 1]
         self._device = mesh.device_type
@@ -153,7 +239,7 @@ class Shards:
         self._shapes = [p.shape for p in parameters]
         merged = [_merged(p.shape, box) for p, box in zip(parameters, self.boxes, strict=True)]
         depth = max(map(len, merged))
-        # A dimension of size 1 in front changes nothing.
+        # Leading dimensions of size 1 change nothing; they give all parameters the same number.
         rows = [[[math.prod(p.shape), 0, 1]] * (depth - len(m)) + m for p, m in
                 zip(parameters, merged, strict=True)]  # fmt: skip
         device = local(parameters[0]).device
@@ -163,19 +249,19 @@ class Shards:
     def _counts(
         self, i: int, parameter: Tensor, holders: Sequence[tuple[int, Sequence[Box]]]
     ) -> bool:
-        """Whether this process is the first that holds its box of parameter i."""
+        """Return whether this process is the first that holds its box of parameter i."""
         first: dict[Box, int] = {}
         for rank, boxes in holders:
             first.setdefault(boxes[i], rank)
         if sum(math.prod(box.size) for box in first) != parameter.numel():
             raise ConfigurationError(
                 f"The shards of a weight of shape {tuple(parameter.shape)} do not make up the "
-                "whole of it: processes hold parts that overlap, or have different models."
+                "whole weight: they overlap, or the processes have different models."
             )
         return first[self.boxes[i]] == dist.get_rank()
 
     def part(self, members: Sequence[int]) -> Shards:
-        """The shards of some of the parameters."""
+        """Return the layout of some of the parameters, by position."""
         other = object.__new__(Shards)
         other.groups, other._device = self.groups, self._device
         other.boxes = [self.boxes[i] for i in members]
@@ -187,73 +273,91 @@ class Shards:
         return other
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, perhaps in place."""
+        """Return the sum of a tensor over all processes; the argument may be overwritten."""
         device = values.device
-        values = values.to(self._device)  # weights may be offloaded from where the processes meet
+        # Offloaded weights are on another device than the one on which the processes communicate.
+        values = values.to(self._device)
         for group in self.groups:
             dist.all_reduce(values, group=group)
         return values.to(device)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of one number, or row, for each parameter, every weight counted once."""
+        """Return the sum over processes of a number, or row, per parameter.
+
+        Each box is counted once.
+
+        Args:
+            values: of shape (parameters,) or (parameters, n), computed from the local shards.
+        """
         counted = self._is_counted.view(-1, *[1] * (values.dim() - 1))
         return self.sum(torch.where(counted, values, torch.zeros_like(values)))
 
     def row_means(self, i: int, means: Tensor) -> Tensor:
-        """Means over the rows (first dimension) of parameter i, of those over their parts here.
+        """Return means over the full rows of parameter i, from means over their local parts.
+
+        A row is an entry of the first dimension.
 
         Args:
-            i: the parameter.
-            means: of shape (rows here, n).
+            i: position of the parameter.
+            means: of shape (local rows, n).
         """
         if not self._split[i]:
             return means
         whole = means.new_zeros(self._shapes[i][0], means.shape[1])
-        rows, here = self.boxes[i].slices[0], math.prod(self.boxes[i].size[1:])
-        if self.counted[i] and here > 0:
-            whole[rows] = means * (here / self._shapes[i][1:].numel())
+        rows, length = self.boxes[i].slices[0], math.prod(self.boxes[i].size[1:])
+        if self.counted[i] and length > 0:
+            whole[rows] = means * (length / self._shapes[i][1:].numel())
         return self.sum(whole)[rows]
 
     def below(self, index: Tensor) -> Tensor:
-        """How many weights of each parameter that are here precede an index of the whole.
+        """Return how many local weights of each parameter precede global flat indices.
 
-        Both orders are those of nested loops over the dimensions, so a box keeps the order.
+        Local and global flat order are both row-major, so a box keeps the order.
 
         Args:
-            index: of shape (parameters, n), from 0 to the number of weights, int64.
+            index: int64 of shape (parameters, n), from 0 to the number of weights.
         """
         inside = torch.ones_like(index, dtype=torch.bool)
         count, scale = torch.zeros_like(index), self._dims[:, 2].prod(0)
         for stride, low, length in self._dims:
             scale = scale // length.clamp_min(1)
-            place = index.div(stride, rounding_mode="floor") - low
-            count += torch.where(inside, place.clamp_min(0).minimum(length) * scale, 0)
-            inside &= (place >= 0) & (place < length)
+            position = index.div(stride, rounding_mode="floor") - low
+            count += torch.where(inside, position.clamp_min(0).minimum(length) * scale, 0)
+            inside &= (position >= 0) & (position < length)
             index = index % stride
         return count
 
     def indices(self, i: int, start: int, stop: int) -> Tensor:
-        """The index in the whole of weights start to stop of parameter i here, int64 on the CPU."""
-        place, stride = torch.arange(start, stop), 1
-        index = torch.zeros_like(place)
+        """Return the global flat indices of local weights start to stop of parameter i.
+
+        Returns:
+            int64 of shape (stop - start,), on the CPU.
+        """
+        position, stride = torch.arange(start, stop), 1
+        index = torch.zeros_like(position)
         dims = list(zip(self._shapes[i], *self.boxes[i], strict=True))
         for size, low, length in reversed(dims):
-            index += (place % length + low) * stride
-            place = place.div(length, rounding_mode="floor")
+            index += (position % length + low) * stride
+            position = position.div(length, rounding_mode="floor")
             stride *= size
         return index
 
 
 def shards_of(parameters: Iterable[Tensor]) -> Shards | None:
-    """The shards of parameters, None where all of them are plain."""
+    """Return the layout of the shards of parameters, None if all of them are plain.
+
+    Example:
+        >>> shards_of([torch.ones(2)]) is None
+        True
+    """
     parameters = list(parameters)
     return Shards(parameters) if any(map(is_sharded, parameters)) else None
 
 
 def _merged(shape: Sequence[int], box: Box) -> list[list[int]]:
-    """The dimensions of a box as few [stride, first, length], outermost first.
+    """Return a box as few dimensions [stride, first, length], outermost first.
 
-    Dimensions that it fills are merged with the one before them.
+    A dimension that the box fills is merged with the one before it.
     """
     dims: list[list[int]] = []
     stride, full = 1, True
