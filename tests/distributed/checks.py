@@ -1,4 +1,4 @@
-"""What several processes check together; `worker.py` runs them, `test_*.py` tells the outcome."""
+"""Checks in several processes; `worker.py` runs them, `test_*.py` reports the results."""
 
 import copy
 from contextlib import contextmanager
@@ -55,7 +55,7 @@ def check(*worlds):
 
 @contextmanager
 def accelerator():
-    """The way of an accelerator, on the CPU."""
+    """The path of an accelerator, on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "synchronizes", lambda device: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -92,7 +92,7 @@ def every_method_that_works_on_shards_trains_as_in_one_process(folder):
 
 
 @check(2)
-def the_way_of_an_accelerator_is_the_same(folder):
+def the_accelerator_path_is_the_same(folder):
     for name in ("feather bounded", "uniform", "sigma"):
         compare(way=accelerator, steps=3, **METHODS[name])
 
@@ -128,14 +128,14 @@ def whole_batches(model):
 
 
 @check(2, 4)
-def tensor_parallel_layers_beside_plain_ones(folder):
+def tensor_parallel_layers_and_plain_layers(folder):
     for name in ("uniform", "sigma", "asl+"):
         compare(make=even_network, wrap=whole_batches, ranks=(0, 1), **METHODS[name])
     compare(make=even_network, wrap=whole_batches, ranks=(0, 1), way=accelerator, theta=0.5)
 
 
 @check(2)
-def copies_beside_shards_have_one_image_to_the_last_bit(folder):
+def copies_and_shards_have_bitwise_identical_effective_weights(folder):
     for seed in range(4):
         model = whole_batches(even_network(seed, dtype=torch.float32))
         attach(model, schedule="constant", sparsity=0.5)
@@ -192,7 +192,7 @@ def ties_are_pruned_in_the_order_of_one_process(folder):
 
 
 @check(2)
-def answers_are_of_the_whole_on_every_rank(folder):
+def results_are_global_on_every_rank(folder):
     model = shard(network(), units="whole")
     x, _ = data(model, 0)
     optimizer, sparsifier = attach(model, "feather-flops", example_input=x, theta=0.5)
@@ -226,7 +226,7 @@ def answers_are_of_the_whole_on_every_rank(folder):
 
 
 @check(2)
-def what_happens_on_one_rank_is_known_to_all(folder):
+def events_on_one_rank_are_known_to_all(folder):
     first = dist.get_rank() == 0
     model = shard(network())
     optimizer, sparsifier = attach(model, schedule="constant")
@@ -260,7 +260,7 @@ def what_happens_on_one_rank_is_known_to_all(folder):
 
 
 class Fails(torch.optim.SGD):
-    """Its step raises when the weights are stepped already."""
+    """Its step raises after the weights have been stepped."""
 
     def step(self, closure=None):
         super().step()
@@ -268,7 +268,7 @@ class Fails(torch.optim.SGD):
 
 
 @check(2)
-def a_step_that_fails_waits_for_no_other_rank(folder):
+def a_failed_step_waits_for_no_other_rank(folder):
     """It may have failed on one rank alone: only the next check exchanges anything."""
     exact, lr = round(SPARSITY * 284), 2.0  # a power of two: exact products
     model = shard(network())
@@ -304,7 +304,7 @@ def a_step_that_fails_waits_for_no_other_rank(folder):
 
 
 @check(2)
-def what_cannot_be_is_refused(folder):
+def unsupported_settings_raise(folder):
     model = shard(network())
     for method in ("spartan", "probmask"):
         with pytest.raises(ConfigurationError, match="On shards use feather, "):
@@ -429,7 +429,7 @@ KINDS = {"adamw": {"theta": 0.5}, "sgd": {"theta": 0.5}, "asl+": METHODS["asl+"]
 
 
 @check(2)
-def checkpoints_resume_bit_for_bit(folder):
+def checkpoints_resume_bitwise(folder):
     me = (dist.get_rank(), 2)
     for kind, how in KINDS.items():
         how = {"kind": "sgd" if kind == "sgd" else "adamw"} | how
@@ -474,7 +474,7 @@ def a_checkpoint_of_two_ranks_resumes_on_four(folder):
         saved = load(folder / kind, model, optimizer)
         assert sparsifier.step_count == 3
         before = wholes(sparsifier.latent_weights())
-        # Of asl+ other shards have another image in the last bits: it is no foreign write.
+        # With asl+ other shards give effective weights with other last bits: no external write.
         model.load_state_dict(saved)
         for name, w in wholes(sparsifier.latent_weights()).items():
             assert torch.equal(w, before[name])
@@ -527,7 +527,7 @@ def replicas_have_the_same_masks_and_differences_are_found(folder):
 
 
 @check(2)
-def optimizers_that_step_within_the_backward_pass(folder):
+def optimizers_that_step_in_the_backward_pass(folder):
     alone = network()
     one_optimizer, one = attach(alone, theta=0.5)
     model = shard(network())
