@@ -14,7 +14,7 @@ from .errors import warn
 
 PACKAGE = "torch_feather"
 
-# Not here: modules whose names are attributes now, which an import under the old name would replace.
+# Not here: modules whose names are attributes now. An import under the old name would replace them.
 MODULES = {
     "atomic": "files",
     "batchnorm": "measure.batchnorm",
