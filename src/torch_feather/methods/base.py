@@ -228,7 +228,8 @@ class BoundMethod(ABC):
 
         Args:
             weights: the latent weights after the step, which may be written (`weights.views`).
-            pruning: the pruning at which the gradients were computed.
+            pruning: the latest one. With one optimizer, the gradients were computed at it; with
+                several, it is of latent weights after the others' steps.
             gradients: dL/dw, as the optimizer saw them.
             step: optimizer steps taken, this one included.
             lr: the optimizer's learning rate.
