@@ -5,8 +5,9 @@
     mutmut run --max-children 1 $(python benchmarks/mutation.py sample --count 160 --seed 0)
     python benchmarks/mutation.py report
 
-`sample` also keeps, for each function, one set of parameters per test (drawn with the same seed), and
-only tests of at most `--seconds`. Mutants that change only a text with a space (a message) are left out.
+`sample` also keeps, for each function, one set of parameters per test (drawn with the same seed),
+and only tests of at most `--seconds`. Mutants that change only a text with a space (a message) are
+left out.
 """
 
 from __future__ import annotations
@@ -102,12 +103,19 @@ def report(folder: Path) -> str:
         function = re.sub(r"__mutmut_\d+$", "", name.rpartition(".")[2])
         function = function.split("ǁ")[-1].removeprefix("x_")
         first = next((i for i, s in enumerate(lines, 1) if re.search(rf"def {function}\(", s)), 0)
-        line = next((i for i, s in enumerate(lines, 1) if i >= first and s.strip() and before.startswith(s.strip())), first)
+        line = next(
+            (
+                i
+                for i, s in enumerate(lines, 1)
+                if i >= first and s.strip() and before.startswith(s.strip())
+            ),
+            first,
+        )
         where = f"{file.as_posix().removeprefix('src/torch_feather/')}:{line}"
         rows.append(f"| `{where}` | `{before}` | `{after}` | {result} | |")
     head = [f"| {result} | {n} |" for result, n in sorted(counts.items())]
-    return "\n".join(["| result | mutants |", "|---|---|", *head, "",
-                      "| place | code | mutant | result | verdict |", "|---|---|---|---|---|", *rows])  # fmt: skip
+    table = ["", "| place | code | mutant | result | verdict |", "|---|---|---|---|---|", *rows]
+    return "\n".join(["| result | mutants |", "|---|---|", *head, *table])
 
 
 def main() -> None:
