@@ -6,17 +6,28 @@ results/mutation.md.
 
 import math
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import _apply_optimizer_in_backward
 
 import torch_feather as feather
-from torch_feather import ConfigurationError, StateError
+from torch_feather import ConfigurationError, StateError, devices
+from torch_feather.engine.binding import WRITE_OUTSIDE_STEP
+from torch_feather.engine.training import check_shards
 from torch_feather.methods import build_method
 from torch_feather.methods.learned.asl import StandardDeviations
+from torch_feather.methods.learned.asl_plus import FittedDeviations, log_density_slope
+from torch_feather.methods.learned.base import Present
 from torch_feather.methods.own_parameters import Adam, Momentum
+from torch_feather.selection.cpu import SMALL, select_cpu
 from torch_feather.selection.device import select_device
 from torch_feather.weights.latent import LatentWeights
+from torch_feather.weights.shards import local
 
 
 def own_steps(step, count: int = 5) -> torch.Tensor:
@@ -177,3 +188,116 @@ def test_the_thresholds_of_str_keep_their_ratio_when_their_sparsity_is_controlle
     tau = method.r.detach().sigmoid()
     assert tau[1] / tau[0] == pytest.approx(3.0, rel=1e-3)
     assert not math.isclose(tau[0].item(), 0.2)
+
+
+def test_the_penalty_of_asl_plus_is_the_slope_of_its_squared_logarithm():
+    torch.manual_seed(0)
+    weights = LatentWeights([torch.randn(40, dtype=torch.float64), 3 * torch.rand(7, 10).double()])
+    kept, deviations = torch.tensor([10.0, 60.0]), torch.stack([w.std() for w in weights.views])
+    r = torch.tensor([0.5, 1.2], dtype=torch.float64)
+    now = Present(torch.zeros(2).bool(), deviations, lambda: kept, torch.tensor(0.8).double())
+    violation = math.log(70 / 110 / (1 - now.sparsity.item()))
+    ratios = torch.stack([w.abs().mean() for w in weights.views]) / deviations
+    expected = 2 * 10.0 * violation * kept / 70 * log_density_slope(r, ratios)
+    torch.testing.assert_close(FittedDeviations(10.0).penalty(r, weights, now), expected)
+
+
+@pytest.mark.parametrize("name", ["feather", "asl", "asl+", "str", "gmp", "spartan"])
+def test_which_methods_work_on_shards(name):
+    model = nn.Linear(40, 30)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(model, optimizer, name, sparsity=0.5, total_steps=8)
+    assert sparsifier.step.training.method.facts.on_shards == (name != "spartan")
+
+
+@pytest.mark.parametrize("step", [0, 100])
+def test_probmask_draws_the_same_masks_on_a_device(step, monkeypatch):
+    model = nn.Linear(40, 30)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(model, optimizer, "probmask", sparsity=0.5, total_steps=100)
+    training = sparsifier.step.training
+    masks = []
+    for on_device in (False, True):
+        monkeypatch.setattr(devices, "synchronizes", lambda _, found=on_device: found)
+        masks.append(training.method.update(training.weights, torch.tensor(step)).mask.flat)
+    torch.testing.assert_close(*masks)
+
+
+@pytest.mark.parametrize("k", [1, 3, SMALL // 2])
+def test_few_of_many_scores_are_selected_on_the_cpu(k):
+    scores = torch.from_numpy(np.random.default_rng(0).random(SMALL + 100, dtype=np.float32))
+    assert int(select_cpu(scores.clone, k).pruned(scores, 0).sum()) == k
+
+
+def test_complex_weights_are_an_error_that_names_their_type():
+    model = nn.Linear(8, 8, dtype=torch.complex64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match=r"weight is torch\.complex64"):
+        feather.sparsify(model, optimizer, sparsity=0.5, total_steps=2)
+
+
+@pytest.mark.parametrize("attribute", ["optimizer", "base_optimizer"])
+def test_an_optimizer_within_a_wrapper_that_writes_outside_of_step_is_an_error(attribute):
+    model = nn.Linear(8, 8)
+    kind = type(WRITE_OUTSIDE_STEP[0], (torch.optim.SGD,), {})
+    wrapper = torch.optim.SGD(model.parameters(), lr=0.1)
+    setattr(wrapper, attribute, kind(model.parameters(), lr=0.1))
+    with pytest.raises(ConfigurationError, match="writes parameters outside of step"):
+        feather.sparsify(model, wrapper, sparsity=0.5, total_steps=2)
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_in_backward_optimizers_under_data_parallelism_are_an_error(one_process):
+    model = nn.Linear(8, 8)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+    optimizers = [p._in_backward_optimizers[0] for p in model.parameters()]
+    with pytest.raises(ConfigurationError, match="_apply_optimizer_in_backward"):
+        feather.sparsify(parallel, optimizers, sparsity=0.5, total_steps=2)
+
+
+SHARDED = {
+    "global": ("feather", {}),
+    "each layer": ("feather", {"allocation": "uniform"}),
+    "asl": ("asl", {}),
+}
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_shards_of_one_process_train_as_plain_weights(case, one_process):
+    method, options = SHARDED[case]
+    found = []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 40))
+        if sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        feather.sparsify(model, optimizer, method, sparsity=0.8, total_steps=4, **options)
+        for step in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(8, 40)).square().mean().backward()
+            if step == 2:
+                with torch.no_grad():
+                    local(model[0].weight)[3] = 2.0  # written from outside
+            optimizer.step()
+        found.append([local(p).detach().clone() for p in model.parameters()])
+    torch.testing.assert_close(*found)
+    assert (found[0][0][3] > 0.5).all()
+
+
+def test_shards_that_change_after_sparsify_are_an_error(one_process):
+    model = nn.Linear(40, 30)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    training = feather.sparsify(model, optimizer, sparsity=0.5, total_steps=4).step.training
+    check_shards(training.weights, [model.weight])
+    with pytest.raises(StateError, match="shards of the model changed"):
+        check_shards(training.weights, [local(model.weight)])
