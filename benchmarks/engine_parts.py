@@ -29,9 +29,9 @@ def latent_weights(sparsifier: feather.Sparsifier) -> list[Tensor]:
 
 def step(sparsifier: feather.Sparsifier) -> None:
     """Run the engine's part of a step of the only optimizer."""
-    calls = step_calls(sparsifier)
-    calls["before"]()
-    calls["after"]()
+    (one,) = sparsifier.step.optimizers
+    sparsifier.step.before(one, closure=False)
+    sparsifier.step.after(one)
 
 
 def step_calls(sparsifier: feather.Sparsifier) -> Calls:

@@ -12,7 +12,10 @@ copyright = "the torch-feather authors"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
-include_patterns = ["README.md", "docs/**", "results/**", "benchmarks/README.md"]
+include_patterns = [
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
+    *("docs/**", "results/**", "benchmarks/README.md"),
+]
 exclude_patterns = ["docs/_static", ".*", "build", "runs", "data"]
 
 myst_heading_anchors = 4
@@ -44,10 +47,10 @@ NAVIGATION = {
         "Guides": ["docs/training", "docs/files", "docs/scale", "docs/runtime", "docs/deploy"],
         "Methods": ["docs/methods/README"],
         "Studies and results": ["docs/studies", "results/README", "benchmarks/README"],
-        "Reference": ["docs/reference/index", "docs/design"],
+        "Reference": ["docs/reference/index", "docs/design", "CONTRIBUTING", "CHANGELOG"],
     },
     "docs/methods/README": {"": ["*"]},
-    "results/README": {"": ["claims", "*/table"]},
+    "results/README": {"": ["claims", "own_methods", "restructuring", "*/table"]},
 }
 
 

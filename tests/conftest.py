@@ -1,8 +1,9 @@
-"""What every test of the suite shares: one thread, a fixed seed, reproducible examples."""
+"""Settings of all tests: one thread, a fixed seed, reproducible examples."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from quick import pytest_collection_modifyitems, pytest_ignore_collect  # noqa: F401
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_feather.engine.health import Health
@@ -24,7 +25,14 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Tiny networks gain nothing from threads, and lose much where cores are shared."""
+    """Tiny networks gain nothing from threads, and lose much if cores are shared."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def threads_put_back(one_thread):
+    """A test may call a program that sets the number of threads; the next test has one again."""
+    yield
     torch.set_num_threads(1)
 
 
@@ -37,7 +45,7 @@ def fixed_seed():
 def without_gpu(monkeypatch):
     """For tensors without data that stand in for CUDA tensors."""
     monkeypatch.setattr(device, "default_passes", lambda scores: device.TorchPasses)
-    # What is read once, when the sparsifier is attached.
+    # Values that `sparsify` reads once.
     monkeypatch.setattr(Health, "raise_if_nan", lambda *_: None)
     monkeypatch.setattr(Health, "inspect", lambda *_: None)
     monkeypatch.setattr(magnitude, "make_table", outside_of_fake_tensors(make_table))
@@ -45,7 +53,7 @@ def without_gpu(monkeypatch):
 
 
 def outside_of_fake_tensors(function):
-    """What is computed once, on the host."""
+    """Compute once, on the host."""
 
     def call(*args):
         with unset_fake_temporarily():

@@ -61,7 +61,7 @@ def test_evaluation_after_recalibration_is_normalised():
     torch.testing.assert_close(y.std(1), torch.ones(3), atol=1e-3, rtol=0)
 
 
-def test_old_statistics_leave_no_trace():
+def test_old_statistics_have_no_effect():
     one, other = network(), network()
     other[2].running_mean.fill_(1e6)
     for model in (one, other):
@@ -109,7 +109,7 @@ def test_batches_limits_what_is_read(batches):
         (nn.LazyBatchNorm2d(), (5, 2, 3, 3)),
     ],
 )
-def test_every_kind_of_batchnorm_takes_part(norm, shape):
+def test_every_kind_of_batchnorm_is_recalibrated(norm, shape):
     x = torch.randn(shape) + 4
     norm(x)
     recalibrate_batchnorm(norm, [x])
@@ -195,7 +195,7 @@ def test_bad_input_is_an_error_and_loses_nothing(case, training):
 @pytest.mark.parametrize(
     "model", [nn.Linear(2, 2), nn.BatchNorm2d(2, track_running_stats=False), nn.GroupNorm(1, 2)]
 )
-def test_model_without_running_statistics_is_refused(model):
+def test_model_without_running_statistics_is_an_error(model):
     with pytest.raises(ConfigurationError, match="no BatchNorm"):
         recalibrate_batchnorm(model, loader())
 
@@ -211,7 +211,7 @@ def test_pruned_network_is_repaired():
                 p.mul_(p.abs() > p.abs().quantile(0.9))
     x = torch.cat(loader(5, 16))
     stale = model.eval()(x)
-    wanted = model.train()(x)  # normalised by its own batch
+    expected = model.train()(x)  # normalised by its own batch
     recalibrate_batchnorm(model, [x])
     fresh = model.eval()(x)
-    assert (fresh - wanted).norm() < 0.1 * (stale - wanted).norm()
+    assert (fresh - expected).norm() < 0.1 * (stale - expected).norm()

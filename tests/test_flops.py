@@ -130,7 +130,7 @@ def test_attention_with_its_own_key_and_value_widths():
 
 
 @pytest.mark.parametrize("fastpath", [True, False])
-def test_fused_transformer_layers_are_seen_and_the_fast_path_is_given_back(fastpath):
+def test_fused_transformer_layers_are_counted_and_the_fast_path_is_restored(fastpath):
     block = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
     model = nn.TransformerEncoder(block, num_layers=2).eval()
     before = torch.backends.mha.get_fastpath_enabled()
@@ -222,7 +222,7 @@ class Fails(nn.Module):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("fails", [True, False])
-def test_model_is_left_as_it_was(training, fails):
+def test_the_model_is_unchanged(training, fails):
     model = nn.Sequential(models.resnet8(3, 1), Fails() if fails else nn.Identity())
     model.train(training)
     model[0].bn1.train(not training)  # a mode of its own, as of a frozen norm
@@ -283,7 +283,7 @@ def test_compiled_models_count_as_the_plain_one_and_are_not_compiled_for_it():
 @pytest.mark.parametrize(
     "bad", [None, (), {}, 3, torch.tensor(1.0), torch.empty(0, 4), ("a", None)], ids=repr
 )
-def test_input_without_a_batch_is_refused(bad):
+def test_input_without_a_batch_is_an_error(bad):
     with pytest.raises(ConfigurationError, match="example_input"):
         count_flops(nn.Linear(4, 4), bad)
 

@@ -1,4 +1,4 @@
-"""Learned thresholds: their gradients alone, what they reach by themselves, and how they step."""
+"""Learned thresholds: gradients, learned sparsity, and steps."""
 
 import math
 import warnings
@@ -146,7 +146,7 @@ def test_a_multiple_outside_of_its_range_gets_no_gradient_from_the_task(method):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("method", ["str", "feather-asl+"])
-def test_small_thresholds_have_gradients_that_are_not_of_rounding(method, dtype):
+def test_gradients_of_small_thresholds_are_not_dominated_by_rounding(method, dtype):
     """u - w is less than the weights are rounded by; the network's gradients are what they are."""
     if method == "str":
         options = {"decay": 0.0, "s_init": -9.0}
@@ -195,7 +195,7 @@ def test_the_slope_of_the_density_is_that_of_the_weights(kind, r):
     assert float(slope) == pytest.approx(float((right / left).log()) / (2 * width), rel=0.05)
 
 
-# --- what methods reach by themselves -------------------------------------------------------
+# --- learned sparsity -----------------------------------------------------------------------
 
 TARGETS = [0.5, 0.8, 0.9, 0.95, 0.98, 0.99]
 
@@ -204,8 +204,8 @@ TARGETS = [0.5, 0.8, 0.9, 0.95, 0.98, 0.99]
 @pytest.mark.parametrize(
     ("optimizer", "lr"), [("sgd", 0.1), ("sgd", 0.003), ("sgd", 0.0), ("adamw", 1e-3)]
 )
-def test_str_reaches_any_target_by_itself_with_any_optimizer(optimizer, lr, sparsity):
-    """Within one weight in 10,000, of which rounding and its margin have their share."""
+def test_str_learns_any_target_sparsity_with_any_optimizer(optimizer, lr, sparsity):
+    """Within one weight in 10,000, rounding and its margin included."""
     task = Task("str", sparsity, optimizer, lr=lr).train(STEPS - 1)
     assert abs(task.sparsifier.learned_sparsity - sparsity) <= 1e-4
     task.train(1)
@@ -215,13 +215,13 @@ def test_str_reaches_any_target_by_itself_with_any_optimizer(optimizer, lr, spar
 
 def test_str_follows_its_schedule_at_every_step():
     task = Task("str", 0.98, begin=10, end=150)
-    wanted = 0.98 * Cubic(10, 150).table(STEPS)
+    target = 0.98 * Cubic(10, 150).table(STEPS)
     own = [task.train(1).sparsifier.learned_sparsity for _ in range(STEPS)]
-    assert (torch.tensor(own) - wanted[1:]).abs().max() <= 1.5e-4
+    assert (torch.tensor(own) - target[1:]).abs().max() <= 1.5e-4
     assert all(b >= a - 1.5e-4 for a, b in pairwise(own))
 
 
-def test_the_control_of_str_leaves_the_layers_thresholds_to_the_loss():
+def test_str_controls_the_total_and_the_loss_decides_between_layers():
     task = Task("str", 0.9).train(STEPS)
     taus = [float(tau) for tau in task.sparsifier.thresholds().values()]
     assert max(taus) > 1.05 * min(taus)
@@ -236,7 +236,7 @@ def test_str_controls_half_precision_within_its_ties():
 
 @pytest.mark.parametrize("sparsity", [0.8, 0.95, 0.98])
 @pytest.mark.parametrize("method", ["asl+", "feather-asl+"])
-def test_asl_plus_comes_near_its_budget_by_itself(method, sparsity):
+def test_asl_plus_learns_a_sparsity_near_its_target(method, sparsity):
     task = Task(method, sparsity, dense_below=0, total_steps=600).train(539)
     assert task.sparsifier.learned_sparsity == task.sparsifier.sparsity
     assert 1 - task.sparsifier.learned_sparsity == pytest.approx(1 - sparsity, rel=0.15)
@@ -249,7 +249,7 @@ def test_asl_plus_comes_near_its_budget_by_itself(method, sparsity):
 
 
 def test_asl_plus_keeps_its_multiples_within_their_range():
-    """A spike of the loss would lead them so far away that no training brings them back."""
+    """A spike of the loss could move them so far that training cannot bring them back."""
     task = Task("feather-asl+", 0.9, dense_below=0).train(20)
     [r] = task.sparsifier.parameters()
     for kick, bound in ((1e6, 0.0), (-1e6, 5.0)):
@@ -270,11 +270,11 @@ def test_tied_weights_are_counted_exactly(method):
     assert task.sparsifier.sparsity == 0.9
 
 
-# --- what is not finite ---------------------------------------------------------------------
+# --- non-finite values ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["asl", "asl+"])
-def test_an_infinite_weight_leaves_no_spread_to_prune_by_and_is_an_error(method):
+def test_an_infinite_weight_makes_thresholds_infinite_and_is_an_error(method):
     task = Task(method, 0.9, dense_below=0).train(2)
     with torch.no_grad():
         task.model[3].weight[0, 0] = torch.inf
@@ -283,7 +283,7 @@ def test_an_infinite_weight_leaves_no_spread_to_prune_by_and_is_an_error(method)
         task.optimizer.step()
 
 
-def test_an_infinite_weight_of_a_layer_that_stays_dense_is_nothing_to_thresholds():
+def test_an_infinite_weight_of_a_dense_layer_does_not_affect_thresholds():
     task, other = (Task("asl", 0.5, dense_below=10_000) for _ in range(2))
     with torch.no_grad():
         task.model[0].weight[0, 0] = torch.inf
@@ -311,7 +311,7 @@ def test_a_gradient_of_thresholds_that_is_nan_is_an_error(method):
 
 
 def test_thresholds_that_are_nan_are_found_when_training_ends_on_a_device(monkeypatch):
-    """Between two looks at it, which may be a hundred steps apart."""
+    """Between two checks, which may be a hundred steps apart."""
     monkeypatch.setattr(devices, "synchronizes", lambda _: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     task = Task("asl", 0.9, dense_below=0, total_steps=4).train(3)
@@ -323,7 +323,7 @@ def test_thresholds_that_are_nan_are_found_when_training_ends_on_a_device(monkey
         task.sparsifier.finalize()
 
 
-def test_an_end_that_misses_its_count_is_not_taken_for_the_target(monkeypatch):
+def test_finalize_raises_if_the_count_is_not_exact(monkeypatch):
     task = Task("asl", 0.9, dense_below=0, total_steps=4).train(4)
     method = task.sparsifier.step.training.method
     pruned = method.pruned
@@ -369,7 +369,7 @@ def test_more_decay_is_more_sparsity_and_nothing_follows_the_target():
     assert own[0] < 0.1 < 0.6 < own[-1]
 
 
-def test_published_str_is_taken_as_it_is_by_stopping_before_the_exact_step():
+def test_published_str_is_kept_if_training_stops_before_the_exact_count():
     task = Task("str", 0.5, decay=0.03, s_init=-8.0).train(STEPS - 1)
     own = task.sparsifier.learned_sparsity
     with warnings.catch_warnings():
@@ -378,8 +378,8 @@ def test_published_str_is_taken_as_it_is_by_stopping_before_the_exact_step():
     assert feather.sparsity(task.model) == own != 0.5
 
 
-def test_published_str_without_an_exact_end_ends_where_its_decay_led():
-    """The end counts as reached, and the report says how sparse it is."""
+def test_published_str_without_an_exact_count_ends_at_its_learned_sparsity():
+    """The target counts as reached, and the report has the learned sparsity."""
     task = Task("str", 0.5, decay=0.03, s_init=-8.0, exact=False).train(STEPS - 1)
     assert not task.sparsifier.at_target
     sparsifier = task.train(1).sparsifier
@@ -409,12 +409,12 @@ def test_published_str_without_an_exact_end_ends_where_its_decay_led():
     ],
     ids=str,
 )
-def test_options_that_cannot_be(method, options, words):
+def test_invalid_options_are_an_error(method, options, words):
     with pytest.raises(ConfigurationError, match=words):
         build_method(method, sparsity=0.9, **options)
 
 
-def test_feathers_rule_for_theta_holds_for_its_learned_backbone():
+def test_the_default_theta_of_feather_applies_to_its_learned_backbone():
     thetas = [
         build_method("feather-asl+", sparsity=s).gradient.theta for s in (0.9, 0.95, 0.951, 0.99)
     ]

@@ -106,7 +106,7 @@ def test_filters_choose(case):
     assert chosen(model(), **filters) == expected
 
 
-def test_a_tied_weight_is_left_out_by_either_name():
+def test_a_tied_weight_is_excluded_by_either_name():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     model[1].weight = model[0].weight
     assert chosen(model) == ["0.weight", "2.weight"]
@@ -114,13 +114,13 @@ def test_a_tied_weight_is_left_out_by_either_name():
         assert chosen(model, exclude=name) == ["2.weight"]
 
 
-def test_a_model_that_holds_itself_is_walked_once():
+def test_a_model_that_contains_itself_is_visited_once():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].parent = model
     assert chosen(model) == ["0.weight"]
 
 
-def test_linear_layers_of_transformers_are_weights_too():
+def test_linear_layers_of_transformers_are_prunable():
     config = transformers.GPT2Config(vocab_size=8, n_positions=4, n_embd=4, n_layer=1, n_head=1)
     found = chosen(transformers.GPT2LMHeadModel(config))
     layers = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
@@ -143,12 +143,12 @@ def test_linear_layers_of_transformers_are_weights_too():
     ],
     ids=str,
 )  # fmt: skip
-def test_a_filter_that_matches_nothing_is_an_error_that_names_what_is_near(role, given, words):
+def test_a_filter_that_matches_nothing_is_an_error_that_names_the_nearest(role, given, words):
     with pytest.raises(ConfigurationError, match=f"^{role}: .*{words}"):
         find_prunable(ViT(), **{role: given})
 
 
 @pytest.mark.parametrize("given", [3, ["*", 3], [None], nn.Linear(2, 2)], ids=str)
-def test_what_is_no_filter_is_an_error(given):
+def test_an_invalid_filter_is_an_error(given):
     with pytest.raises(ConfigurationError, match="take a glob"):
         find_prunable(nn.Linear(2, 2), include=given)

@@ -99,7 +99,12 @@ def test_a_moved_module_is_imported_by_its_old_name(old):
     with pytest.warns(DeprecationWarning, match=feather._moved.MODULES[old].replace(".", r"\.")):
         module = importlib.import_module(f"torch_feather.{old}")
     new = importlib.import_module(f"torch_feather.{feather._moved.MODULES[old]}")
-    assert module.__dict__ is new.__dict__ or module is new
+    names = [name for name in vars(new) if not name.startswith("_")]
+    assert all(getattr(module, name) is getattr(new, name) for name in names)
+    assert new.__spec__.name == new.__name__  # the new module is as it was
+    for name, (where, present) in feather._moved.WITHIN.get(old, {}).items():
+        moved = importlib.import_module(f"torch_feather.{where}")
+        assert getattr(module, name) is getattr(moved, present)
 
 
 def test_renamed_names_work_with_a_warning():

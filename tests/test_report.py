@@ -90,7 +90,7 @@ def test_nothing_prunable_is_an_error(function, model, choice):
         function(model, **choice)
 
 
-def test_the_share_of_prunable_weights_and_of_all_parameters_are_both_told():
+def test_the_report_has_the_sparsity_of_prunable_weights_and_of_all_parameters():
     model = nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10))
     with torch.no_grad():
         model[0].weight[:5] = 0
@@ -159,7 +159,7 @@ def test_attention_rows_have_their_multiply_adds():
     assert cost["self_attn.out_proj.weight"] == 5 * 64
 
 
-def test_thresholds_stand_beside_their_layers():
+def test_thresholds_are_listed_with_their_layers():
     thresholds = {"fc.weight": torch.tensor(0.125), "not.listed": torch.tensor(9.0)}
     result = report(network(), thresholds=thresholds)
     assert {layer.name: layer.threshold for layer in result.layers if layer.threshold} == {
@@ -175,7 +175,7 @@ def test_thresholds_stand_beside_their_layers():
         (["conv1.weight", "layer2.0.conv1.weight"], "2 layers are EMPTY"),
     ],
 )
-def test_empty_layers_are_loud(empty, sentence):
+def test_empty_layers_are_marked(empty, sentence):
     result = report(emptied(*empty))
     assert result.empty_layers == empty
     *table, note = str(result).splitlines()
@@ -216,7 +216,7 @@ def test_table_is_aligned_and_has_a_row_for_each_layer(with_macs, with_threshold
     assert f"{result.zeros:,}" in total
 
 
-def test_to_dict_survives_json_and_says_everything():
+def test_to_dict_round_trips_through_json_and_is_complete():
     example = torch.randn(1, 1, 8, 8)
     result = report(network(), example_input=example, thresholds={"fc.weight": torch.tensor(0.5)})
     data = json.loads(json.dumps(result.to_dict()))
@@ -227,7 +227,7 @@ def test_to_dict_survives_json_and_says_everything():
         assert all(value == getattr(layer, key) for key, value in row.items())
 
 
-def test_looking_changes_nothing():
+def test_a_report_changes_nothing():
     model = network().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     str(report(model, example_input=torch.randn(1, 1, 8, 8)))
@@ -263,8 +263,8 @@ def test_multiply_adds_are_readable(macs, text):
 
 
 @pytest.mark.parametrize("method", available_methods())
-def test_what_is_said_of_an_emptied_layer_can_be_done_with_every_method(method):
-    """By others than 'feather' min_density is refused, so it is not told as if it were theirs."""
+def test_every_method_takes_the_advice_for_an_empty_layer(method):
+    """Not all methods take min_density, so the advice names it with feather."""
     model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 2))
     with torch.no_grad():
         model[1].weight.mul_(1e-3)
@@ -274,11 +274,11 @@ def test_what_is_said_of_an_emptied_layer_can_be_done_with_every_method(method):
         options["costs"] = {"0.weight": 1.0, "1.weight": 1.0}
     settings = {"sparsity": 0.9, "total_steps": 1} | options
     sparsifier = sparsify(model, optimizer, method, **settings)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer.step()
         sparsifier.finalize()
-    [emptied] = [str(w.message) for w in told if "1.weight" in str(w.message)] or [FILL_LAYERS]
+    [emptied] = [str(w.message) for w in caught if "1.weight" in str(w.message)] or [FILL_LAYERS]
     assert emptied.endswith(FILL_LAYERS)
     assert "feather with min_density=" in FILL_LAYERS
     assert "min_density" in method_options("feather")

@@ -45,6 +45,8 @@ class BoundRigL(BoundMethod):
         for mask, w, kept, g in zip(
             self.state["mask"].rows, weights.views, pruning, gradients, strict=True
         ):
+            if g is None:  # a layer that got no gradient
+                continue
             n = torch.minimum((part * kept.sum()).long(), (~kept).sum())
             drop = smallest(torch.where(kept, w.abs(), torch.inf), n)
             grow = ~smallest(torch.where(kept, 0.0, g.abs() + 1e-30), kept.numel() - n)

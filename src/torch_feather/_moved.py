@@ -14,6 +14,7 @@ from .errors import warn
 
 PACKAGE = "torch_feather"
 
+# Not here: modules whose names are attributes now. An import under the old name would replace them.
 MODULES = {
     "atomic": "files",
     "batchnorm": "measure.batchnorm",
@@ -24,10 +25,7 @@ MODULES = {
     "latent": "weights.latent",
     "learned": "methods.learned.base",
     "masks": "finetune",
-    "methods.asl": "methods.learned.asl",
-    "methods.asl_plus": "methods.learned.asl_plus",
     "methods.method": "methods.magnitude",
-    "methods.str_": "methods.learned.str_",
     "noise": "methods.probmask.random_numbers",
     "probabilistic": "methods.probmask.masks",
     "projection": "methods.probmask.projection",
@@ -36,6 +34,22 @@ MODULES = {
     "slots": "engine.binding",
     "thresholded": "methods.magnitude",
     "transport": "methods.spartan.soft_top_k",
+}
+
+# Names that are not in the module that replaces the one they were in.
+WITHIN = {
+    "latent": {"Segment": ("weights.segments", "Segment")},
+    "learned": {"Law": ("methods.learned.base", "ThresholdParametrization")},
+    "masks": {"ZeroKeeper": ("finetune", "FixedMask")},
+    "methods.method": {
+        "ALLOCATIONS": ("methods.options", "ALLOCATIONS"),
+        "PatternedMethod": ("methods.patterned", "PatternedMethod"),
+        "SCHEDULES": ("methods.options", "SCHEDULES"),
+        "make_allocation": ("methods.options", "make_allocation"),
+        "make_method": ("methods.options", "make_method"),
+        "make_schedule": ("methods.options", "make_schedule"),
+    },
+    "reparametrization": {"Setting": ("context", "MethodContext")},
 }
 
 NAMES = {"ZeroKeeper": ("finetune", "FixedMask")}
@@ -73,13 +87,21 @@ class _Finder(MetaPathFinder, Loader):
         name = fullname.removeprefix(f"{PACKAGE}.")
         return ModuleSpec(fullname, self) if name != fullname and name in MODULES else None
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        new = f"{PACKAGE}.{MODULES[spec.name.removeprefix(f'{PACKAGE}.')]}"
-        warn(f"{spec.name} is now called {new}.", DeprecationWarning)
-        return import_module(new)
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
 
     def exec_module(self, module: ModuleType) -> None:
-        pass
+        name = module.__name__.removeprefix(f"{PACKAGE}.")
+        new = import_module(f"{PACKAGE}.{MODULES[name]}")
+        warn(f"{module.__name__} is now called {new.__name__}.", DeprecationWarning)
+
+        def find(attribute: str) -> Any:
+            if attribute in WITHIN.get(name, {}):
+                where, present = WITHIN[name][attribute]
+                return getattr(import_module(f"{PACKAGE}.{where}"), present)
+            return getattr(new, attribute)
+
+        module.__dict__["__getattr__"] = find
 
 
 sys.meta_path.append(_Finder())

@@ -136,5 +136,5 @@ class LatentAverage:
 
 
 def _kind(flat: Tensor) -> tuple[Any, ...]:
-    """Return what must not change while an average is taken."""
+    """Return type, device and shape, which must not change while an average is taken."""
     return flat.dtype, flat.device, flat.shape

@@ -76,10 +76,10 @@ def warn(message: str, category: type[Warning] = FeatherWarning) -> None:
         warnings.warn(message, category, skip_file_prefixes=internal)
         return
     # Python 3.11 has no skip_file_prefixes, so the level of the user's line is counted.
-    level = 1
-    while sys._getframe(level).f_code.co_filename.startswith(internal):
-        level += 1
-    warnings.warn(message, category, stacklevel=level + 1)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(internal):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def nearest(wrong: object, known: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """Gradient rules: how the gradient of the effective weights reaches the latent weights.
 
-A rule is elementwise. It sees the gradient dL/du, the latent weight w, the effective weight u and
-the progress of training.
+A rule is elementwise. Its arguments are the gradient dL/du, the latent weight w, the effective
+weight u and the progress of training.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class StraightThrough:
         return torch.maximum(factor, theta).mul_(gradient)
 
 
-def Masked() -> StraightThrough:  # noqa: N802 - named like the rules beside it
+def Masked() -> StraightThrough:  # noqa: N802 - named like the rules
     """Return the rule that gives pruned weights no gradient: `StraightThrough` with theta = 0.
 
     Example:

@@ -96,7 +96,7 @@ class Hard(Operator):
         return w
 
 
-def Soft() -> Power:  # noqa: N802 - named like the operators beside it
+def Soft() -> Power:  # noqa: N802 - named like the operators
     """Return soft thresholding, sign(w) (|w| - tau): `Power` with p = 1.
 
     Example:

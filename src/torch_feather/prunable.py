@@ -39,6 +39,11 @@ class Prunable:
         module: module that holds it.
         attribute: name of the parameter in this module.
         parameter: the parameter.
+
+    Example:
+        >>> item = find_prunable(nn.Sequential(nn.Linear(4, 2)))[0]
+        >>> item.name, item.attribute, item.parameter.shape
+        ('0.weight', 'weight', torch.Size([2, 4]))
     """
 
     name: str
@@ -58,11 +63,11 @@ def find_prunable(
 
     A filter has one of these forms; `include` and `exclude` take one, or several in an iterable:
 
-    - a glob on the dotted parameter name, such as ``"blocks.*.weight"``; ``*`` matches dots too
-    - a compiled regex, searched in the name
-    - a module type: within modules of this type, the default choice, and the modules' own
-      parameters with two or more dimensions; for `exclude`, all parameters
-    - a callable ``(module that holds it, parameter name) -> bool``
+    - A glob on the dotted parameter name, such as ``"blocks.*.weight"``; ``*`` matches dots too.
+    - A compiled regex, searched in the name.
+    - A module type. Within modules of this type, `include` chooses the default weights, and the
+      modules' own parameters with two or more dimensions. `exclude` matches all parameters.
+    - A callable ``(module that holds it, parameter name) -> bool``.
 
     Args:
         model: any module, also one wrapped by `torch.compile` or DistributedDataParallel.
@@ -98,19 +103,25 @@ def find_prunable(
     for one in chosen:
         if one.key in excluded or one.key in found:
             continue
-        name, kind = one.name, type(one.module).__name__
-        if one.parameter is None:
-            raise ConfigurationError(
-                f"{name} is computed from other parameters ({kind} is parametrized or "
-                "weight-normed), so its zeros would not last. Remove the parametrization first, "
-                f"or leave the layer out: exclude={name!r}."
-            )
-        if isinstance(one.parameter, nn.parameter.UninitializedParameter):
-            raise ConfigurationError(
-                f"{name} has no shape yet ({kind} is lazy). Run one batch through the model first."
-            )
-        found[one.key] = Prunable(name, one.module, one.attribute, one.parameter)
+        parameter = _usable(one)
+        found[one.key] = Prunable(one.name, one.module, one.attribute, parameter)
     return [item for item in found.values() if frozen or item.parameter.requires_grad]
+
+
+def _usable(one: _Named) -> nn.Parameter:
+    """Return the parameter; raise ConfigurationError if it cannot be pruned."""
+    name, kind = one.name, type(one.module).__name__
+    if one.parameter is None:
+        raise ConfigurationError(
+            f"{name} is computed from other parameters ({kind} is parametrized or weight-normed), "
+            "so its zeros would not last. Remove the parametrization first, or leave the layer "
+            f"out: exclude={name!r}."
+        )
+    if isinstance(one.parameter, nn.parameter.UninitializedParameter):
+        raise ConfigurationError(
+            f"{name} has no shape yet ({kind} is lazy). Run one batch through the model first."
+        )
+    return one.parameter
 
 
 def convolutions(model: nn.Module) -> list[tuple[str, Convolution]]:

@@ -1,4 +1,4 @@
-"""`Sparsifier`: what a user holds while a model is trained sparsely."""
+"""`Sparsifier`: the handle of a user on the sparse training of a model."""
 
 from __future__ import annotations
 
@@ -254,7 +254,8 @@ class Sparsifier:
         if name == "own_sparsity":
             warn("own_sparsity is now called learned_sparsity.", DeprecationWarning)
             return self.learned_sparsity
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        # Also called if a property raised AttributeError: raise the original error again.
+        return object.__getattribute__(self, name)
 
     # The end
 

@@ -108,7 +108,7 @@ class Loop:
             taken = step not in self.recipe.overflows
             for optimizer in self.optimizers:
                 # A scaler judges each optimizer by its own gradients, and those of a method's own
-                # parameters may be finite: they wait for the weights all the same.
+                # parameters may be finite: their step depends on the weights all the same.
                 if taken or not self._is_inner(optimizer):
                     self.scaler.step(optimizer)
             self.scaler.update()
@@ -180,7 +180,7 @@ class Run:
 
 
 def read(checkpoint: bytes) -> dict:
-    """A checkpoint as a careful user loads it."""
+    """A checkpoint, loaded with weights_only."""
     return torch.load(io.BytesIO(checkpoint), weights_only=True)
 
 
@@ -209,7 +209,7 @@ def start(
 
 
 def snapshot(run: Run) -> dict[str, object]:
-    """Everything that a failed call must leave as it was, in copies."""
+    """Copies of everything that a failed call must not change."""
     return copy.deepcopy(
         {
             "parameters": [p.detach() for p in run.model.parameters()],
@@ -230,7 +230,7 @@ def snapshot(run: Run) -> dict[str, object]:
 
 
 def differences(a: object, b: object, path: str = "") -> Iterator[str]:
-    """Where two nested structures are not the same bit for bit."""
+    """The differences in bits between two nested structures."""
     if type(a) is not type(b):
         yield f"{path}: {type(a).__name__} and {type(b).__name__}"
     elif isinstance(a, Tensor):
@@ -253,7 +253,7 @@ def differences(a: object, b: object, path: str = "") -> Iterator[str]:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equality that knows NaN from NaN and tells -0 from 0."""
+    """Equality in which NaN equals NaN."""
     if not a.is_floating_point():
         return torch.equal(a, b)
     return torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(
@@ -280,7 +280,7 @@ def assert_exact(run: Run) -> None:
 
 @contextmanager
 def unchanged(run: Run) -> Iterator[None]:
-    """What happens inside must leave no trace in the run."""
+    """The run is unchanged after the block."""
     before = snapshot(run)
     yield
     assert_same(before, snapshot(run))

@@ -62,7 +62,7 @@ class Thresholded(torch.autograd.Function):
         else:
             image = wide * (1 - (tau / wide.abs()) ** p).clamp(min=0) ** (1 / p)
         image = image.to(w.dtype)
-        # A kept weight stays visible: its image is at least the smallest number of its type.
+        # A kept weight is never 0: it is at least the smallest number of its type.
         least = torch.tensor(smallest_number(w.dtype), dtype=w.dtype)
         image = torch.where((image == 0) & (w != 0), torch.copysign(least, w), image)
         return torch.where(kept, image, torch.zeros_like(w))
@@ -74,10 +74,10 @@ class Thresholded(torch.autograd.Function):
 
 
 class Reference:
-    """The autograd form of a method on one model; subclasses say what the network sees.
+    """The autograd form of a method on one model; subclasses define the effective weights.
 
-    A method with parameters of its own lists them in `learned`, says in `penalty` what it adds to
-    the loss, and in `inner_optimizer` how they are stepped.
+    A method with parameters of its own lists them in `learned`; `penalty` is its term in the loss,
+    and `inner_optimizer` steps them.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Reference:
         raise NotImplementedError
 
     def effective(self) -> dict[str, Tensor]:
-        """What the network sees of each latent weight, differentiable with the method's rule."""
+        """The effective weights, differentiable with the method's rule."""
         raise NotImplementedError
 
     def parameters(self) -> list[nn.Parameter]:
@@ -104,7 +104,7 @@ class Reference:
         return self.learned
 
     def penalty(self) -> Tensor | None:
-        """What the method adds to the loss, once in a step."""
+        """The method's term in the loss, added once per step."""
         return None
 
     def inner_optimizer(self, lr: float) -> Optimizer:
@@ -121,7 +121,7 @@ class Reference:
 
 
 # Share of the target after t steps, between the bounds (begin, end).
-SHARES: dict[str, Callable[[int, int, int], float]] = {
+FRACTIONS: dict[str, Callable[[int, int, int], float]] = {
     "cubic": lambda t, a, b: 1 - (1 - min(max((t - a) / (b - a), 0), 1)) ** 3,
     "linear": lambda t, a, b: min(max((t - a) / (b - a), 0), 1),
     "constant": lambda t, a, b: 1.0,
@@ -129,9 +129,9 @@ SHARES: dict[str, Callable[[int, int, int], float]] = {
 }
 
 
-def share_after(step: int, total: int, schedule: str, begin: int, end: int | None) -> float:
-    """Share of the target after `step` of `total` steps; `end` defaults to half of them."""
-    return SHARES[schedule](min(step, total), begin, total // 2 if end is None else end)
+def fraction_after(step: int, total: int, schedule: str, begin: int, end: int | None) -> float:
+    """Fraction of the target after `step` of `total` steps; `end` defaults to half of them."""
+    return FRACTIONS[schedule](min(step, total), begin, total // 2 if end is None else end)
 
 
 class GlobalThreshold(Reference):
@@ -150,7 +150,7 @@ class GlobalThreshold(Reference):
     @property
     def sparsity(self) -> float:
         t = min(self.step_count, self.total_steps)
-        return self.target * SHARES[self.schedule](t, self.begin, self.end)
+        return self.target * FRACTIONS[self.schedule](t, self.begin, self.end)
 
     def scale(self, name: str) -> float:
         """Factor on the magnitudes of a tensor in the ranking."""
@@ -166,7 +166,7 @@ class GlobalThreshold(Reference):
 
 
 class BiasedThreshold(GlobalThreshold):
-    """Magnitudes are divided by a power of what their weights cost."""
+    """Magnitudes are divided by a power of the cost of their weights."""
 
     def __init__(self, *args, costs: Mapping[str, float], gamma: float, **kwargs):
         super().__init__(*args, **kwargs)
@@ -178,7 +178,7 @@ class BiasedThreshold(GlobalThreshold):
 
 
 class LayerThreshold(GlobalThreshold):
-    """A threshold for each layer; `amounts` says how many weights each loses, before rounding."""
+    """A threshold for each layer; `amounts` has the unrounded number of weights that each loses."""
 
     def amounts(self) -> list[float]:
         raise NotImplementedError
@@ -212,11 +212,11 @@ class UniformThreshold(LayerThreshold):
     @property
     def sparsity(self) -> float:
         t = min(self.step_count, self.total_steps)
-        share = SHARES[self.schedule](t, self.begin, self.end)
-        if share < 1:  # arrives on time
+        fraction = FRACTIONS[self.schedule](t, self.begin, self.end)
+        if fraction < 1:  # reaches the target on time
             t -= (t - self.begin) % self.every if t > self.begin else 0
-            share = SHARES[self.schedule](t, self.begin, self.end)
-        return self.target * share
+            fraction = FRACTIONS[self.schedule](t, self.begin, self.end)
+        return self.target * fraction
 
     def amounts(self) -> list[float]:
         return [n * (self.sparsity * self.size / sum(self.sizes)) for n in self.sizes]
@@ -228,16 +228,16 @@ class ERKThreshold(LayerThreshold):
     def amounts(self) -> list[float]:
         shapes = [w.shape for w in self.latent.values()]
         dense: set[int] = set()
-        while True:  # as published: layers whose share exceeds 1 become dense, one after another
+        while True:  # as published: layers whose density exceeds 1 become dense, one by one
             kept = (1 - self.sparsity) * self.size - sum(shapes[i].numel() for i in dense)
             rest = [i for i in range(len(shapes)) if i not in dense]
             factor = kept / sum(sum(shapes[i]) for i in rest) if rest else 0.0
-            shares = {i: factor * sum(shapes[i]) / shapes[i].numel() for i in rest}
-            over = [i for i in rest if shares[i] > 1 + 1e-12]
+            fractions = {i: factor * sum(shapes[i]) / shapes[i].numel() for i in rest}
+            over = [i for i in rest if fractions[i] > 1 + 1e-12]
             if not over:
                 break
-            dense |= {max(over, key=shares.get)}
-        return [(1 - shares.get(i, 1.0)) * s.numel() for i, s in enumerate(shapes)]
+            dense |= {max(over, key=fractions.get)}
+        return [(1 - fractions.get(i, 1.0)) * s.numel() for i, s in enumerate(shapes)]
 
 
 class RescaledThreshold(GlobalThreshold):
@@ -262,10 +262,10 @@ class RescaledThreshold(GlobalThreshold):
 
 
 class SoftMask(Reference):
-    """Spartan: weights times a soft top-k mask, differentiated as it stands, under a hard cut.
+    """Spartan: weights times a soft top-k mask, differentiated by autograd, under a hard cutoff.
 
-    `hard` says which weights are kept, and by which scores. Layers have budgets of their own where
-    it has thresholds of their own.
+    `hard` decides which weights are kept, and by which scores. Layers have budgets of their own if
+    it has a threshold for each layer.
     """
 
     def __init__(
@@ -296,7 +296,7 @@ class SoftMask(Reference):
             }
 
     def masks(self) -> dict[str, Tensor]:
-        """The soft masks before the cut, differentiable."""
+        """The soft masks before the hard cutoff, differentiable."""
         kept = {name: u.detach() != 0 for name, u in self.hard.effective().items()}
         layered = isinstance(self.hard, LayerThreshold)
         groups = [[name] for name in kept] if layered else [list(kept)]
@@ -338,7 +338,7 @@ class SoftMask(Reference):
 
 
 class LearnedThreshold(Reference):
-    """Thresholds from parameters; from step `arrival` on the count is made exact by |w| / tau.
+    """Thresholds from parameters; from step `target_step` on the count is made exact by |w| / tau.
 
     As plain autograd of u = tau T(w / tau). Straight-through, the gradient of T(x) is 1 or theta;
     tau x is w, so that u = f w + tau (T(x) - f x) with a constant x.
@@ -349,7 +349,7 @@ class LearnedThreshold(Reference):
         decay: float = 0.0, dense_below: int = 1000, **kwargs,
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
-        self.arrival = self.total_steps
+        self.target_step = self.total_steps
         self.dense = {name for name, w in self.latent.items() if w.numel() < dense_below}
         [r] = {w.dtype for w in self.wide().values()}
         self.learned = [nn.Parameter(torch.full((len(self.latent),), start, dtype=r))]
@@ -371,7 +371,7 @@ class LearnedThreshold(Reference):
         """The threshold of one layer, differentiable in r."""
         raise NotImplementedError
 
-    def image(self, w: Tensor, tau: Tensor, at: Tensor, kept: Tensor) -> Tensor:
+    def effective_at(self, w: Tensor, tau: Tensor, at: Tensor, kept: Tensor) -> Tensor:
         """u at the threshold `at` times tau, with the gradients of the method's rule."""
         raise NotImplementedError
 
@@ -381,15 +381,15 @@ class LearnedThreshold(Reference):
         pruned = [name for name in latent if name not in self.dense]
         kept = {name: latent[name].abs() * (1 / tau[name]) > 1 for name in pruned}
         at = torch.ones((), dtype=r.dtype)
-        if self.step_count >= self.arrival:
+        if self.step_count >= self.target_step:
             scores = [latent[name] * (1 / tau[name]) for name in pruned]
             masks, at = smallest(scores, round(self.target * self.size))
             kept = dict(zip(pruned, masks, strict=True))
-        images = {
-            name: self.image(w, tau[name], at, kept[name]) if name in kept else w
+        found = {
+            name: self.effective_at(w, tau[name], at, kept[name]) if name in kept else w
             for name, w in latent.items()
         }
-        return {name: u.to(self.latent[name].dtype) for name, u in images.items()}
+        return {name: u.to(self.latent[name].dtype) for name, u in found.items()}
 
     @property
     def sparsity(self) -> float:
@@ -412,12 +412,12 @@ class ASL(LearnedThreshold):
             **kwargs,
         )
         self.budget_weight = budget_weight
-        self.arrival = math.ceil(0.9 * self.total_steps)
+        self.target_step = math.ceil(0.9 * self.total_steps)
 
     def tau(self, r: Tensor, w: Tensor) -> Tensor:
         return r.clamp(0, 5) * w.detach().std() + 1e-6
 
-    def image(self, w: Tensor, tau: Tensor, at: Tensor, kept: Tensor) -> Tensor:
+    def effective_at(self, w: Tensor, tau: Tensor, at: Tensor, kept: Tensor) -> Tensor:
         x = (w / tau).detach()
         u = w + tau * (torch.where(kept, x, 0.0) - x)
         return torch.where(kept, u, u - u.detach())  # without a rest from rounding
@@ -426,8 +426,8 @@ class ASL(LearnedThreshold):
         [r] = self.learned
         density = 0.0
         for i, (name, w) in enumerate(self.latent.items()):
-            share = 1.0 if name in self.dense else 1 - torch.erf(r[i] / math.sqrt(2))
-            density = density + share * w.numel() / self.size
+            fraction = 1.0 if name in self.dense else 1 - torch.erf(r[i] / math.sqrt(2))
+            density = density + fraction * w.numel() / self.size
         return self.budget_weight * (density - (1 - self.target)) ** 2
 
 
@@ -435,8 +435,8 @@ class ASLPlus(ASL):
     """ASL with a budget that is measured and that rises; each layer has a model for its slope."""
 
     def __init__(
-        self, *args, lr_multiplier=0.01, momentum=0.9, budget_weight=30.0, schedule="cubic", begin=0,
-        end=None, **kwargs,
+        self, *args, lr_multiplier=0.01, momentum=0.9, budget_weight=30.0, schedule="cubic",
+        begin=0, end=None, **kwargs,
     ):  # fmt: skip
         super().__init__(
             *args,
@@ -446,8 +446,8 @@ class ASLPlus(ASL):
             **kwargs,
         )
         self.schedule = schedule, begin, end
-        while share_after(self.arrival, self.total_steps, *self.schedule) < 1:
-            self.arrival += 1
+        while fraction_after(self.target_step, self.total_steps, *self.schedule) < 1:
+            self.target_step += 1
         with torch.no_grad():
             self.learned[0].zero_()
 
@@ -460,13 +460,13 @@ class ASLPlus(ASL):
                 w = w.detach()
                 kept = (w.abs() > self.tau(r[i], w)).sum().to(r.dtype) / self.size
                 if w.abs().mean() / w.std() < math.sqrt(math.pi / (2 * math.e)):
-                    share = torch.exp(-math.sqrt(2) * r[i])
+                    fraction = torch.exp(-math.sqrt(2) * r[i])
                 else:
-                    share = torch.erfc(r[i] / math.sqrt(2))
-                kept = kept * share / share.detach()
+                    fraction = torch.erfc(r[i] / math.sqrt(2))
+                kept = kept * fraction / fraction.detach()
             density = density + kept
-        wanted = share_after(self.step_count, self.total_steps, *self.schedule)
-        return self.budget_weight * torch.log(density / (1 - wanted * self.target)) ** 2
+        fraction = fraction_after(self.step_count, self.total_steps, *self.schedule)
+        return self.budget_weight * torch.log(density / (1 - fraction * self.target)) ** 2
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -481,14 +481,14 @@ class FeatherASLPlus(ASLPlus):
         super().__init__(*args, **kwargs)
         self.p, self.theta = p, theta
 
-    def image(self, w: Tensor, tau: Tensor, at: Tensor, kept: Tensor) -> Tensor:
+    def effective_at(self, w: Tensor, tau: Tensor, at: Tensor, kept: Tensor) -> Tensor:
         x, f = (w / tau).detach(), kept + self.theta * ~kept
         u = f * w + tau * (Thresholded.apply(x, kept, at, self.p, self.theta) - f * x)
         return torch.where(kept, u, u - u.detach())
 
 
 class STR(LearnedThreshold):
-    """u = sign(w) relu(|w| - sigmoid(s)), differentiated as it stands."""
+    """u = sign(w) relu(|w| - sigmoid(s)), differentiated by autograd."""
 
     def __init__(self, *args, s_init=-100.0, lr_multiplier=1.0, momentum=0.9, decay=0.0, **kwargs):
         super().__init__(
@@ -504,12 +504,12 @@ class STR(LearnedThreshold):
     def tau(self, s: Tensor, w: Tensor) -> Tensor:
         return s.sigmoid()
 
-    def image(self, w: Tensor, tau: Tensor, at: Tensor, kept: Tensor) -> Tensor:
+    def effective_at(self, w: Tensor, tau: Tensor, at: Tensor, kept: Tensor) -> Tensor:
         return torch.where(kept, w.sign() * (w.abs() - at * tau).relu(), 0.0)
 
 
 class ControlledSTR(STR):
-    """After every step a common factor on all sigmoid(s) puts the wanted number below them."""
+    """After every step a factor on all sigmoid(s) puts the scheduled number of weights below."""
 
     def __init__(self, *args, schedule="cubic", begin=0, end=None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -519,8 +519,8 @@ class ControlledSTR(STR):
     def advance(self) -> None:
         super().advance()
         [s] = self.learned
-        share = share_after(self.step_count, self.total_steps, *self.schedule)
-        k = round(share * self.target * self.size)
+        fraction = fraction_after(self.step_count, self.total_steps, *self.schedule)
+        k = round(fraction * self.target * self.size)
         if k > 0:
             tau, latent = s.double().sigmoid(), self.wide().values()
             scores = [w.abs().double() / tau[i] for i, w in enumerate(latent)]
@@ -537,7 +537,7 @@ class ProbMask(Reference):
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
         self.lr, self.epochs, self.seed, self.draw = lr, epochs, seed, 0
-        self.arrival = self.total_steps - round(finetune * self.total_steps)
+        self.target_step = self.total_steps - round(finetune * self.total_steps)
         self.learned = [
             nn.Parameter(torch.ones(w.shape, dtype=torch.promote_types(w.dtype, torch.float32)))
             for w in self.latent.values()
@@ -545,25 +545,25 @@ class ProbMask(Reference):
 
     @property
     def epoch(self) -> int:
-        return min(self.step_count, self.arrival) * self.epochs // self.arrival
+        return min(self.step_count, self.target_step) * self.epochs // self.target_step
 
     @property
     def budget(self) -> float:
         """Weights that may be kept."""
         begin, end = math.floor(0.16 * self.epochs), math.floor(0.6 * self.epochs)
         final = self.size - round(self.target * self.size)
-        share = min(max((self.epoch - begin) / (end - begin), 0), 1)
-        return final + (self.size - final) * (1 - share) ** 3
+        fraction = min(max((self.epoch - begin) / (end - begin), 0), 1)
+        return final + (self.size - final) * (1 - fraction) ** 3
 
     def noise(self, draws: int) -> list[Tensor]:
-        """Uniform numbers: those of SplitMix64 from place draws * N on, in Python's integers."""
+        """Uniform numbers: those of SplitMix64 from position draws * N on, in Python's integers."""
         bits = [splitmix64(self.seed, draws * self.size + i) >> 41 for i in range(self.size)]
         flat = (torch.tensor(bits, dtype=torch.float64) + 0.5) / 2**23
         pieces = flat.split([p.numel() for p in self.learned])
         return [u.view_as(p) for u, p in zip(pieces, self.learned, strict=True)]
 
     def masks(self) -> list[Tensor]:
-        if self.step_count >= self.arrival:
+        if self.step_count >= self.target_step:
             # By probability, then by lots: a stable sort leaves the order of the first one.
             lots, p = (torch.cat([x.detach().flatten().double() for x in one])
                        for one in (self.noise(-1), self.learned))  # fmt: skip
@@ -606,7 +606,7 @@ class ProjectedAdam(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure=None):
         reference = self.reference
-        if reference.step_count >= reference.arrival:
+        if reference.step_count >= reference.target_step:
             return
         cosine = math.cos(math.pi * reference.epoch / reference.epochs)
         self.param_groups[0]["lr"] = reference.lr * (1 + cosine) / 2
@@ -628,14 +628,14 @@ def project(x: Tensor, budget: float) -> Tensor:
     i = int((sums > budget).sum())
     v = bends[0]
     if i > 0:
-        share = (sums[i - 1] - budget) / (sums[i - 1] - sums[i])
-        v = bends[i - 1] + share * (bends[i] - bends[i - 1])
+        fraction = (sums[i - 1] - budget) / (sums[i - 1] - sums[i])
+        v = bends[i - 1] + fraction * (bends[i] - bends[i - 1])
     return (x - v).clamp(0, 1).to(dtype)
 
 
-def splitmix64(seed: int, place: int) -> int:
-    """Number `place` of a seed's sequence, as its authors write it."""
-    z = (seed + (place + 1) * 0x9E3779B97F4A7C15) % 2**64
+def splitmix64(seed: int, position: int) -> int:
+    """Number `position` of a seed's sequence, as its authors write it."""
+    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
     return z ^ (z >> 31)
@@ -654,7 +654,7 @@ class MethodCase:
     reference_options: Mapping[str, object] | None = None  # None: those of `options`
     # Whether exactly round(s N) weights are pruned at every step (learned thresholds are not).
     exact: bool = True
-    # As for `OptimizerCase`: a gradient may rest on u - w, of which little is left for large w.
+    # As for `OptimizerCase`: a gradient may depend on u - w, which cancels for large w.
     tolerance: float = 1e-8
 
     def refer(self, model: nn.Module, case: ModelCase, total_steps: int) -> Reference:

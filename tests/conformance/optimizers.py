@@ -22,7 +22,7 @@ class OptimizerCase:
     make: Callable[[list[nn.Parameter]], Made]
     needs_closure: bool = False
     # Relative deviation from the autograd form that rounding may cause within a few steps of
-    # float64; float32 is allowed its share more. Only arithmetic in bf16 needs another.
+    # float64; float32 is allowed in proportion. Only arithmetic in bf16 needs another.
     tolerance: float = 1e-8
 
     def __call__(self, model: nn.Module) -> Made:
@@ -81,7 +81,7 @@ class ReassigningSGD(Optimizer):
 
 
 def _elsewhere(package: str, name: str, **options: object) -> list[OptimizerCase]:
-    """The case of an optimizer of another package; none where that is missing, as on GPU hosts."""
+    """The case of an optimizer of another package; none if that is missing, as on GPU hosts."""
     if find_spec(package) is None:
         return []
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_feather as feather
 from torch_feather import devices
-from torch_feather.methods import magnitude
+from torch_feather.engine import training
 from torch_feather.selection import device
 
 from .capture import Tape, reads_across
@@ -18,12 +18,12 @@ from .methods import METHODS, GlobalThreshold, MethodCase, resolved, some_costs
 from .models import MODELS
 
 REPLAYS = 50  # steps, far beyond the end of the schedule
-BUDGET = "feather-flops within a budget"  # its bias is searched for anew after every step
+BUDGET = "feather-flops within a budget"  # its bias is searched for after every step
 
 
 @pytest.fixture
 def as_on_a_device(monkeypatch):
-    """CPU tensors, whose values cost the host nothing to read, go the way of an accelerator's."""
+    """Take the path of an accelerator with CPU tensors, whose values the host can read."""
     monkeypatch.setattr(devices, "synchronizes", lambda _: True)
     monkeypatch.setattr(device, "default_passes", lambda scores: device.TorchPasses)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -76,11 +76,11 @@ class CapturedLoop:
         }
 
 
-# --- which memory is read -------------------------------------------------------------------
+# --- memory that is read --------------------------------------------------------------------
 
 
 def steps_on_fake_tensors(method: str):
-    """A step of a model without data on a CUDA device without hardware."""
+    """A step on fake CUDA tensors, without data and hardware."""
     case = METHODS[method]
     like = {"device": "cuda"}
     model = nn.Sequential(nn.Linear(30, 40, **like), nn.ReLU(), nn.Linear(40, 20, **like))
@@ -112,8 +112,8 @@ def test_no_step_reads_what_the_step_before_it_allocated(method, without_gpu):
         assert reads_across(step) == []
 
 
-def test_an_engine_that_keeps_what_it_allocated_would_be_noticed(without_gpu, monkeypatch):
-    monkeypatch.setattr(magnitude, "renew", lambda old, new: new)
+def test_an_engine_that_keeps_new_memory_is_detected(without_gpu, monkeypatch):
+    monkeypatch.setattr(training, "keep_memory", lambda old, new, device: new)
     with FakeTensorMode(allow_non_fake_inputs=True):
         step = steps_on_fake_tensors("feather-theta")
         step()
@@ -121,7 +121,7 @@ def test_an_engine_that_keeps_what_it_allocated_would_be_noticed(without_gpu, mo
 
 
 class Count(TorchDispatchMode):
-    """How many operations on data an accelerator would be given."""
+    """Counts the operations on data that an accelerator would run."""
 
     def __init__(self):
         super().__init__()
@@ -132,8 +132,8 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_look_at_many_tensors_is_as_few_operations_as_one_at_few(as_on_a_device):
-    """Each of them costs an accelerator microseconds, however small the tensor is."""
+def test_a_step_takes_as_many_operations_for_many_tensors_as_for_few(as_on_a_device):
+    """Each operation takes an accelerator microseconds, even for a small tensor."""
     counts = []
     for layers in (2, 20):
         model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
@@ -141,20 +141,19 @@ def test_a_look_at_many_tensors_is_as_few_operations_as_one_at_few(as_on_a_devic
         sparsifier = feather.sparsify(model, optimizer, sparsity=0.8, total_steps=10)
         model(torch.randn(4, 8)).sum().backward()
         optimizer.step()
-        every = range(len(sparsifier.step.training.binding.weights))
+        [one] = sparsifier.step.optimizers
         with torch.no_grad(), Count() as count:
-            sparsifier.before_step(every)
-            sparsifier.capture(every)
-            sparsifier.after_step(True)
+            sparsifier.step.before(one, closure=False)
+            sparsifier.step.after(one)
         counts.append(count.number)
     assert counts[0] == counts[1]
 
 
-# --- what a replay computes -----------------------------------------------------------------
+# --- results of a replay --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", [*METHODS, BUDGET])
-def test_replayed_steps_are_the_hooked_ones(method, as_on_a_device, monkeypatch):
+def test_replayed_steps_equal_hooked_steps(method, as_on_a_device, monkeypatch):
     costs = {"costs": some_costs, "budget": 150.0}
     budget = MethodCase(BUDGET, "feather-flops", GlobalThreshold, options=costs)
     monkeypatch.setitem(METHODS, BUDGET, budget)
@@ -182,7 +181,7 @@ def test_replayed_and_eager_steps_can_alternate(method, as_on_a_device):
     assert_same(loop.end(), hooked)
 
 
-def test_a_replay_goes_on_from_a_state_that_was_loaded(as_on_a_device):
+def test_a_replay_continues_from_a_loaded_state(as_on_a_device):
     loop = CapturedLoop("feather-theta").train(0, 3)
     with Tape() as tape:
         loop.step()
@@ -199,7 +198,7 @@ def test_a_replay_goes_on_from_a_state_that_was_loaded(as_on_a_device):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_way_of_a_device_is_that_of_the_cpu(method, monkeypatch, request):
+def test_the_device_path_agrees_with_the_cpu_path(method, monkeypatch, request):
     on_cpu = start("convnet", method=METHODS[method].method, sparsity=METHODS[method].sparsity,
                    dtype=torch.float64, **METHODS[method].options).train(0, TOTAL)  # fmt: skip
     request.getfixturevalue("as_on_a_device")
@@ -210,9 +209,19 @@ def test_the_way_of_a_device_is_that_of_the_cpu(method, monkeypatch, request):
     assert on_cpu.zeros() == on_device.zeros()
 
 
+def test_spartan_on_a_device_freezes_the_mask_after_all_optimizers_stepped(request):
+    """Another optimizer steps later than the first in the same step."""
+    late = {"method": "spartan", "end": 3, "freeze": 5, "dtype": torch.float64}
+    on_cpu = start("convnet", "muon+adamw", **late).train(0, TOTAL)
+    request.getfixturevalue("as_on_a_device")
+    on_device = start("convnet", "muon+adamw", **late).train(0, TOTAL)
+    for p, q in zip(on_cpu.model.parameters(), on_device.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
-def test_a_captured_cuda_graph_takes_the_hooked_steps(method):
+def test_a_captured_cuda_graph_equals_hooked_steps(method):
     hooked = CapturedLoop(method, "mlp", "cuda").train(0, 3 + REPLAYS).end()
     loop = CapturedLoop(method, "mlp", "cuda")
     stream = torch.cuda.Stream()

@@ -1,6 +1,7 @@
-"""Corners in which weights could be lost, or a state be taken for one that it is not."""
+"""Rare cases in which weights could be lost or a wrong state loaded."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -62,8 +63,8 @@ def test_loading_one_optimizer_does_not_undo_a_write_to_the_other(pair):
     assert sparsifier.latent_weights()["2.weight"][0, 0] == 5.0
 
 
-def test_an_image_made_by_another_device_is_no_write(pair):
-    """Its last bits may differ; the header says that it is the image that was saved."""
+def test_effective_weights_of_another_device_are_not_an_external_write(pair):
+    """Their last bits may differ; the header has the checksum of the saved ones."""
     model, optimizers, sparsifier, _ = pair
     with torch.no_grad():
         for layer in (model[0], model[2]):
@@ -83,8 +84,8 @@ def sparsifier_latents(pair):
     }
 
 
-def resaved(pair, images):
-    """The states as another device would have saved them: with the checksums of its images."""
+def resaved(pair, effective):
+    """The states as saved by another device: with checksums of its effective weights."""
     from torch_feather.engine.checkpoint import Header
     from torch_feather.weights.checksum import checksum
 
@@ -92,12 +93,12 @@ def resaved(pair, images):
     for i, state in enumerate(states):
         entries = state["state"][0]
         header = Header.read(entries["feather_header"])
-        image = checksum(images[f"{2 * i}.weight"])
+        image = checksum(effective[f"{2 * i}.weight"])
         entries["feather_header"] = header._replace(image=image).tensor()
     return states
 
 
-def test_a_raising_step_after_finalize_keeps_what_was_trained_since():
+def test_a_raising_step_after_finalize_keeps_later_training():
     model = network()
     optimizer = sgd(*model.parameters())
     sparsifier = feather.sparsify(model, optimizer, sparsity=0.8, total_steps=4)
@@ -131,7 +132,7 @@ def test_zeros_can_be_kept_after_a_restart():
     assert feather.sparsity(model) < kept
 
 
-def test_zeros_that_no_optimizer_would_keep_are_an_error():
+def test_zeros_that_no_optimizer_keeps_are_an_error():
     model = network()
     optimizer = sgd(*model[0].parameters())
     with pytest.raises(ConfigurationError, match=r"No optimizer holds 2\.weight"):
@@ -140,7 +141,7 @@ def test_zeros_that_no_optimizer_would_keep_are_an_error():
     feather.keep_zeros(model, optimizer)
 
 
-def test_two_phase_optimizers_are_refused_outside_of_step():
+def test_two_phase_optimizers_outside_of_step_are_an_error():
     from pytorch_optimizer import SAM
 
     model = network()
@@ -152,7 +153,7 @@ def test_two_phase_optimizers_are_refused_outside_of_step():
 
 
 class HalfWay:
-    """Someone else's schedule, without a repr of its own."""
+    """A schedule of another package, without a repr."""
 
     def table(self, total_steps):
         return (torch.arange(total_steps + 1) >= total_steps // 2).double()
@@ -169,7 +170,7 @@ class HalfWay:
     ],
     ids=["p", "theta", "end", "schedule by name", "schedule without repr"],
 )
-def test_equal_settings_are_one_method(saved, now):
+def test_equal_options_have_one_fingerprint(saved, now):
     model = network()
     optimizer = sgd(*model.parameters())
     feather.sparsify(model, optimizer, sparsity=0.8, total_steps=8, **saved)
@@ -180,7 +181,7 @@ def test_equal_settings_are_one_method(saved, now):
     optimizer.load_state_dict(state)
 
 
-def test_a_state_in_which_more_layers_took_part_is_refused():
+def test_a_state_with_more_prunable_layers_is_an_error():
     model = network()
     optimizer = sgd(*model.parameters())
     feather.sparsify(model, optimizer, sparsity=0.8, total_steps=8)
@@ -192,7 +193,7 @@ def test_a_state_in_which_more_layers_took_part_is_refused():
         optimizer.load_state_dict(state)
 
 
-def test_a_refused_state_found_at_attaching_leaves_nothing_attached():
+def test_an_unfit_state_found_by_sparsify_leaves_no_hooks():
     model = network()
     optimizer = sgd(*model.parameters())
     feather.sparsify(model, optimizer, sparsity=0.8, total_steps=8)
@@ -209,18 +210,27 @@ def test_a_refused_state_found_at_attaching_leaves_nothing_attached():
     feather.sparsify(other, optimizer, sparsity=0.8, total_steps=8)
 
 
-def test_filters_hold_for_groups_that_come_later():
+def test_filters_apply_to_groups_added_later():
     model = nn.Sequential(
         nn.Linear(12, 12), nn.utils.parametrizations.weight_norm(nn.Linear(12, 5))
     )
     optimizer = sgd(*model[0].parameters())
-    feather.sparsify(model, optimizer, sparsity=0.5, total_steps=4, exclude="1.*")
-    optimizer.add_param_group({"params": list(model[1].parameters())})
-    train(model, [optimizer])
+    sparsifier = feather.sparsify(model, optimizer, sparsity=0.5, total_steps=4, exclude="1.*")
+    late = list(model[1].parameters())
+    optimizer.add_param_group({"params": late})
+    before = [p.detach().clone() for p in late]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # excluded weights are dense on purpose
+        train(model, [optimizer])
+    assert list(sparsifier.masks()) == ["0.weight"]
+    assert int((model[0].weight == 0).sum()) == 72
+    for p, old in zip(late, before, strict=True):
+        assert (p != old).all()
+        assert (p != 0).all()
 
 
 @pytest.mark.parametrize("table", [[0.0, 0.5, 0.99], [0.0, 1.0], [0.0, 2.0, 1.0]], ids=str)
-def test_a_schedule_that_is_no_schedule_is_refused(table):
+def test_an_invalid_schedule_table_is_an_error(table):
     class Wrong:
         def table(self, total_steps):
             return torch.tensor(table, dtype=torch.float64)
@@ -232,7 +242,7 @@ def test_a_schedule_that_is_no_schedule_is_refused(table):
         )
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     model = network()
     sparsifier = feather.sparsify(
         model, sgd(*model.parameters()), sparsity=np.float32(0.5), total_steps=np.int64(4)
@@ -240,7 +250,7 @@ def test_numbers_of_numpy_are_numbers():
     assert (sparsifier.target, sparsifier.total_steps) == (0.5, 4)
 
 
-def test_a_group_that_is_taken_out_is_a_clear_error():
+def test_a_removed_group_is_an_error():
     model = network()
     optimizer = torch.optim.SGD(
         [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
@@ -251,15 +261,15 @@ def test_a_group_that_is_taken_out_is_a_clear_error():
         optimizer.step()
 
 
-def test_an_average_of_another_model_is_refused():
+def test_an_average_of_another_model_is_an_error():
     model = network()
     sparsifier = feather.sparsify(model, sgd(*model.parameters()), sparsity=0.5, total_steps=4)
     with pytest.raises(StateError, match="another model"):
         feather.LatentAverage(sparsifier).load_state_dict({})
 
 
-def test_bounds_that_do_not_bind_change_nothing():
-    images = []
+def test_inactive_bounds_change_nothing():
+    effective = []
     for bounds in ({}, {"min_density": 0.001}):
         model = network()
         feather.sparsify(
@@ -270,5 +280,5 @@ def test_bounds_that_do_not_bind_change_nothing():
             schedule="constant",
             **bounds,
         )
-        images.append(model[0].weight.detach().clone())
-    assert torch.equal(images[0], images[1])
+        effective.append(model[0].weight.detach().clone())
+    assert torch.equal(*effective)

@@ -1,6 +1,6 @@
-"""What holds on a GPU, shown without one: tensors without data stand in for CUDA tensors.
+"""Properties on a GPU, tested without one: tensors without data stand in for CUDA tensors.
 
-Whatever would make the host wait for the device cannot be computed on them, and raises.
+An operation that would synchronize the host cannot be computed on them, and raises.
 """
 
 import pytest
@@ -19,7 +19,7 @@ from torch_feather.weights.segments import Segment
 
 @pytest.mark.parametrize("options", [{}, {"min_density": 0.01}, {"theta": 0.5}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_step_never_makes_the_host_wait(without_gpu, options, dtype):
+def test_a_step_never_synchronizes_the_host(without_gpu, options, dtype):
     with FakeTensorMode(allow_non_fake_inputs=True):
         like = {"device": "cuda", "dtype": dtype}
         model = nn.Sequential(nn.Linear(30, 40, **like), nn.ReLU(), nn.Linear(40, 20, **like))
@@ -36,7 +36,7 @@ def test_a_step_never_makes_the_host_wait(without_gpu, options, dtype):
 
 @pytest.mark.parametrize("operator", [Power(3.0), Power(1.0), Hard()], ids=str)
 @pytest.mark.parametrize("fill", ["normal", "ties", "zeros"])
-def test_the_device_form_of_the_image_is_that_of_the_cpu(operator, fill, monkeypatch):
+def test_effective_weights_on_a_device_equal_those_on_the_cpu(operator, fill, monkeypatch):
     monkeypatch.setattr("torch_feather.weights.passes.DEVICE_BLOCK", 1000)  # several blocks
     w = {"normal": torch.randn(70, 50), "ties": torch.randint(-4, 5, (70, 50)) / 8.0}
     w["zeros"] = torch.where(w["ties"].abs() < 0.3, 0.0, w["normal"])

@@ -1,6 +1,8 @@
-"""Bad input is a clear error that says what was wrong, where, and what to do."""
+"""Errors for invalid input name what was wrong, where, and what to do."""
 
 import math
+import re
+import warnings
 
 import pytest
 import pytorch_optimizer
@@ -45,7 +47,7 @@ def test_total_steps_below_1(total_steps):
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("schedule", ["cubic", "linear"])
-def test_a_schedule_that_cannot_be(schedule, bounds):
+def test_an_impossible_schedule_is_an_error(schedule, bounds):
     with pytest.raises(ConfigurationError, match=r"begin|end"):
         sparsify(schedule=schedule, **bounds)
 
@@ -57,8 +59,8 @@ def test_a_schedule_that_cannot_be(schedule, bounds):
      ("feather", {"schedule": "one-shot", "begin": 0.5})],
     ids=str,
 )  # fmt: skip
-def test_a_share_of_training_where_steps_are_asked_for(method, options):
-    with pytest.raises(ConfigurationError, match="is a number of optimizer steps, not a share"):
+def test_a_fraction_of_training_instead_of_steps_is_an_error(method, options):
+    with pytest.raises(ConfigurationError, match="is a number of optimizer steps, not a fraction"):
         sparsify(method=method, **options)
 
 
@@ -68,7 +70,7 @@ def test_whole_numbers_of_steps_may_be_floats():
 
 
 @pytest.mark.parametrize("bounds", [{"begin": 5}, {"end": 9}], ids=str)
-def test_a_schedule_without_a_course_takes_no_bounds(bounds):
+def test_a_schedule_without_a_ramp_takes_no_bounds(bounds):
     with pytest.raises(ConfigurationError, match="has no ramp"):
         sparsify(schedule="constant", **bounds)
     with pytest.raises(ConfigurationError, match="has no ramp"):
@@ -147,7 +149,7 @@ def test_nothing_prunable(model, filters):
 
 
 @pytest.mark.parametrize("method", ["feather", "st3", "st3-sigma", "probmask"])
-def test_a_single_number_that_include_asks_for(method):
+def test_include_of_a_scalar_parameter_is_an_error(method):
     model = MODELS["mlp"].make()
     model.register_parameter("scale", nn.Parameter(torch.ones(())))
     with pytest.raises(ConfigurationError, match=r"scale is a single number.*exclude='scale'"):
@@ -204,13 +206,13 @@ def test_the_same_optimizer_given_twice():
 @pytest.mark.parametrize(
     "optimizer", [object(), [], [object()], lambda: None, "sgd"], ids=lambda o: type(o).__name__
 )
-def test_something_that_is_no_optimizer(optimizer):
+def test_an_optimizer_of_another_type_is_an_error(optimizer):
     with pytest.raises((ConfigurationError, TypeError), match=r"[Oo]ptimizer"):
         sparsify(optimizer=optimizer)
 
 
 @pytest.mark.parametrize("model", [None, 3, "net", nn.Linear], ids=str)
-def test_something_that_is_no_model(model):
+def test_a_model_of_another_type_is_an_error(model):
     parameter = nn.Parameter(torch.ones(3))
     with pytest.raises((ConfigurationError, TypeError), match=r"[Mm]odel|Module"):
         feather.sparsify(model, torch.optim.SGD([parameter], 0.1), sparsity=0.5, total_steps=10)
@@ -231,24 +233,31 @@ def _lookahead(parameters):
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_optimizers_that_write_outside_their_step_are_refused_by_name(make, name):
+def test_optimizers_that_write_outside_their_step_are_an_error_that_names_them(make, name):
     model = MODELS["mlp"].make()
     with pytest.raises(ConfigurationError, match=name):
         sparsify(model, make(model.parameters()))
 
 
 class CPUOffloadOptimizer(torch.optim.SGD):
-    """In the place of torchao's."""
+    """Has the name of torchao's."""
 
 
-def test_an_optimizer_that_trains_copies_of_the_weights_is_refused_by_name():
+def test_an_optimizer_that_trains_copies_of_the_weights_is_an_error_that_names_it():
     model = MODELS["mlp"].make()
     with pytest.raises(ConfigurationError, match=r"CPUOffloadOptimizer .* CPUOffloadPolicy"):
         sparsify(model, CPUOffloadOptimizer(model.parameters(), lr=0.1))
 
 
-def test_one_process_alone_may_check_its_ranks():
-    sparsify().check_ranks()
+def test_check_ranks_in_one_process_takes_over_external_writes():
+    """There is nothing to exchange; like every check it takes over what was written before."""
+    sparsifier = sparsify()
+    with torch.no_grad():
+        sparsifier.model[0].weight[0, 0] = 5.0
+    written = {n: p.detach().clone() for n, p in sparsifier.model.named_parameters()}
+    sparsifier.check_ranks()
+    assert sparsifier.step.training.weights.views[0][0, 0] == 5.0
+    assert_same({n: p.detach() for n, p in sparsifier.model.named_parameters()}, written)
 
 
 def test_a_model_that_is_sparsified_already():
@@ -266,7 +275,7 @@ def test_an_optimizer_that_is_attached_already():
         sparsify(model, optimizer)
 
 
-def test_a_refused_call_leaves_model_and_optimizer_as_they_were():
+def test_a_call_that_raises_leaves_model_and_optimizer_unchanged():
     model = MODELS["mlp"].make()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     weights = [p.detach().clone() for p in model.parameters()]
@@ -298,8 +307,8 @@ def as_hooks(optimizer) -> list:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw", "adamw-fused", "muon+adamw"])
-def test_an_optimizer_that_already_has_state_is_taken_as_it_is(optimizer):
-    """Dense training first, sparse training from there on: momentum goes on."""
+def test_an_optimizer_keeps_the_state_that_it_has(optimizer):
+    """Dense training first, sparse training from there on: momentum is kept."""
     case = MODELS["mlp"]
     net = case.make()
     made = OPTIMIZERS[optimizer](net)
@@ -349,14 +358,14 @@ def poison(run, value: float) -> None:
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
 def test_nan_stays_visible_in_the_model_and_is_raised_with_its_name(sparsity):
-    """Pruning it away would hide a run that is lost. On CPU the step itself notices."""
+    """Pruning it would hide a lost run. On a CPU the step itself raises."""
     run = start(optimizer="sgd", sparsity=sparsity, schedule="constant")
     with pytest.raises(FloatingPointError, match=r"2\.weight"):
         poison(run, math.nan)
     assert run.model[2].weight[1, 3].isnan()
     assert run.sparsifier.latent_weights()["2.weight"][1, 3].isnan()
     assert run.sparsifier.masks()["2.weight"][1, 3]
-    # Still exactly as many zeros as asked for.
+    # The count is exact all the same.
     assert run.zeros() == round(sparsity * 120)
 
 
@@ -384,7 +393,7 @@ def test_nan_everywhere_is_still_a_clear_error():
     assert all(p.isnan().any() for p in run.model.parameters())
 
 
-def test_finalize_does_not_pass_a_nan_on_silently():
+def test_finalize_raises_for_nan():
     run = start(optimizer="sgd", schedule="constant")
     with torch.no_grad():
         run.model[2].weight[0, 0] = math.nan
@@ -406,7 +415,7 @@ def test_infinite_weights_rank_highest_and_are_kept(method):
 
 
 @pytest.mark.parametrize("call", ["reset_latents", "load_state_dict", "finalize"])
-def test_a_detached_sparsifier_says_so(call):
+def test_a_detached_sparsifier_raises(call):
     run = start().train(0, STEPS)
     state = run.sparsifier.state_dict()
     run.sparsifier.detach()
@@ -415,22 +424,23 @@ def test_a_detached_sparsifier_says_so(call):
         getattr(run.sparsifier, call)(*arguments)
 
 
-def test_a_group_added_later_stays_dense_and_says_so():
+def test_a_group_added_later_stays_dense_with_one_warning():
     run = start(schedule="constant")
-    late = nn.Linear(4, 4)
-    run.model.append(late)
-    run.optimizer.add_param_group({"params": late.parameters()})
-    with pytest.warns(UserWarning, match=r"3\.weight"):
-        run.train(0, 1)
-    run.train(1, 2)  # it is said once
-    assert (late.weight != 0).all()
-    assert run.sparsifier.step_count == 2
+    for number, name in enumerate(["3.weight", "4.weight"]):
+        late = nn.Linear(4, 4)
+        run.model.append(late)
+        run.optimizer.add_param_group({"params": late.parameters()})
+        with pytest.warns(feather.FeatherWarning, match=rf"^{re.escape(name)} was added"):
+            run.train(2 * number, 2 * number + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", feather.FeatherWarning)
+            run.train(2 * number + 1, 2 * number + 2)  # once for each group
+        assert (late.weight != 0).all()
+    assert run.sparsifier.step_count == 4
     assert sum(int((~m).sum()) for m in run.sparsifier.masks().values()) == 96
 
 
 def test_a_group_of_biases_added_later_needs_no_warning():
-    import warnings
-
     model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4))
     biases = [model[0].bias, model[2].bias]
     optimizer = torch.optim.SGD([model[0].weight, model[2].weight], 0.1, 0.9)
@@ -445,7 +455,7 @@ def test_a_group_of_biases_added_later_needs_no_warning():
         assert_exact(run.load(state))
 
 
-def test_a_state_dict_that_is_no_state_dict():
+def test_an_invalid_state_dict_is_an_error():
     run = start().train(0, 2)
     for state in ({}, {"latent": {}}, {"state": {}, "param_groups": []}):
         with unchanged(run), pytest.raises((StateError, ValueError, KeyError)):

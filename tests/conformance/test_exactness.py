@@ -1,4 +1,4 @@
-"""Exactly round(s N) weights are zero, at every step, whatever the weights are."""
+"""Exactly round(s N) weights are zero at every step, for any weights."""
 
 import math
 import warnings
@@ -14,7 +14,7 @@ from torch_feather.allocation import Global
 from torch_feather.errors import ConfigurationError
 
 from .harness import TOTAL, assert_exact, start
-from .methods import METHODS, SHARES, smallest, smallest_number
+from .methods import FRACTIONS, METHODS, smallest, smallest_number
 from .models import MODELS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -37,7 +37,7 @@ def test_exact_at_every_step_of_training(method, model):
 
 
 def scalars(dtype: torch.dtype) -> st.SearchStrategy[float]:
-    """Weights that go wrong: ties, denormals, the largest and the smallest of a type."""
+    """Difficult weights: ties, denormals, the largest and the smallest of a type."""
     info = torch.finfo(dtype)
     huge, least = min(1e30, info.max), smallest_number(dtype)
     corner = [0.0, 0.5, -0.5, 1.0, info.tiny, -info.tiny, least, 3 * least, -least, huge, -huge,
@@ -106,8 +106,8 @@ def test_exact_whatever_the_weights(method, model, sparsity, data):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9, 0.99])
-def test_ties_are_pruned_in_order_and_survivors_stay_visible(sparsity, dtype):
-    """All weights tie: the first ones in flat order go, and no survivor collapses to zero."""
+def test_ties_are_pruned_in_order_and_kept_weights_are_not_zero(sparsity, dtype):
+    """All weights tie: the first ones in flat order are pruned, and no kept one becomes zero."""
     model = nn.Sequential(nn.Linear(10, 6, dtype=dtype), nn.Linear(6, 7, dtype=dtype))
     weights = [layer.weight for layer in model]
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_ties_are_pruned_in_order_and_survivors_stay_visible(sparsity, dtype):
 
 
 def test_ties_are_pruned_in_the_order_of_memory():
-    """Any memory format is exact; among equal weights the first in memory go."""
+    """Any memory format is exact; among equal weights the first in memory are pruned."""
     for memory_format in (torch.contiguous_format, torch.channels_last):
         model = nn.Conv2d(4, 6, 3, bias=False).to(memory_format=memory_format)
         with torch.no_grad():
@@ -141,7 +141,7 @@ def test_ties_are_pruned_in_the_order_of_memory():
 @pytest.mark.parametrize("fill", ["normal", "bfloat16 grid", "two values", "one value", "sorted"])
 @pytest.mark.parametrize("sparsity", [0.0001, 0.3, 0.9, 0.95, 0.9999])
 def test_large_layers_are_exact_too(fill, sparsity):
-    """Enough weights for what is done in blocks or by samples, with ties across their borders."""
+    """Enough weights for several blocks and samples, with ties across their borders."""
     fills = {
         "normal": lambda w: w,
         "bfloat16 grid": lambda w: w.bfloat16().float(),
@@ -162,13 +162,13 @@ def test_large_layers_are_exact_too(fill, sparsity):
     )  # fmt: skip
     for layer, w, mask in zip(model, latent, kept, strict=True):
         assert torch.equal(layer.weight != 0, mask)
-        image = feather.power_threshold(w, tau).where(mask, torch.tensor(0.0))
-        torch.testing.assert_close(layer.weight.detach(), image, rtol=1e-5, atol=0)
+        effective = feather.power_threshold(w, tau).where(mask, torch.tensor(0.0))
+        torch.testing.assert_close(layer.weight.detach(), effective, rtol=1e-5, atol=0)
     assert all(value == tau for value in sparsifier.thresholds().values())
 
 
 def test_types_are_ranked_together():
-    """Half precision layers compete with single precision ones by their exact magnitudes."""
+    """Half and single precision layers are ranked by their exact magnitudes."""
     model = nn.Sequential(*[nn.Linear(8, 8, dtype=dtype) for dtype in DTYPES])
     latent = [layer.weight.detach().clone() for layer in model]
     kept, _ = smallest(latent, round(0.7 * 256))
@@ -179,8 +179,8 @@ def test_types_are_ranked_together():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_kept_weight_whose_image_rounds_to_zero_takes_the_smallest_number(dtype):
-    """Neighbouring denormals: soft thresholding leaves less than any number can hold."""
+def test_a_kept_weight_that_rounds_to_zero_takes_the_smallest_number(dtype):
+    """Neighbouring denormals: the soft threshold underflows."""
     least = smallest_number(dtype)
     model = nn.Linear(4, 1, bias=False, dtype=dtype)
     with torch.no_grad():
@@ -198,13 +198,13 @@ def test_every_schedule_is_followed_to_the_weight(schedule, bounds):
     run = start("convnet", schedule=schedule, sparsity=0.9, **bounds)
     begin, end = bounds.get("begin", 0), bounds.get("end", TOTAL // 2)
     for step in range(TOTAL + 1):
-        sparsity = 0.9 * SHARES[schedule](step, begin, end)
+        sparsity = 0.9 * FRACTIONS[schedule](step, begin, end)
         assert abs(run.sparsifier.sparsity - sparsity) <= 0.5 / run.case.size + 1e-12
         assert run.zeros() == round(sparsity * run.case.size)
         run.train(step, step + 1)
 
 
-def test_a_schedule_object_serves_as_well_as_its_name():
+def test_a_schedule_object_equals_its_name():
     run = start(schedule=feather.schedules.OneShot(3), sparsity=0.9)
     zeros = []
     for step in range(6):
@@ -231,7 +231,7 @@ def small_head() -> nn.Module:
 
 
 @pytest.mark.parametrize("min_density", [0.05, 0.25, 1 / 3])
-def test_a_floor_keeps_its_share_of_every_layer_and_the_total_stays_exact(min_density):
+def test_min_density_keeps_its_fraction_of_every_layer_and_the_total_is_exact(min_density):
     model = small_head()
     sparsifier = feather.sparsify(
         model, torch.optim.SGD(model.parameters(), lr=0.1), sparsity=0.6, total_steps=4,
@@ -245,7 +245,7 @@ def test_a_floor_keeps_its_share_of_every_layer_and_the_total_stays_exact(min_de
 
 
 @pytest.mark.parametrize("max_density", [0.5, 0.75])
-def test_a_cap_prunes_its_share_of_every_layer_and_the_total_stays_exact(max_density):
+def test_max_density_limits_every_layer_and_the_total_is_exact(max_density):
     model = small_head()
     feather.sparsify(
         model, torch.optim.SGD(model.parameters(), lr=0.1), sparsity=0.6, total_steps=4,
@@ -257,17 +257,17 @@ def test_a_cap_prunes_its_share_of_every_layer_and_the_total_stays_exact(max_den
 
 
 @pytest.mark.parametrize("most", [10, 10**6, 3 * 10**9])
-def test_on_the_way_a_cap_tightens_in_step_also_where_products_exceed_64_bits(most):
+def test_max_density_tightens_with_the_sparsity_even_if_products_exceed_64_bits(most):
     sizes = torch.randint(1, most, (40,), generator=torch.Generator().manual_seed(most))
     cap = Global(max_density=0.05)
     low = [n - math.ceil(n * 0.05) for n in sizes.tolist()]
-    for share in (0.0, 0.3, 0.97, 1.0):
-        k = int(share * sum(low))
+    for fraction in (0.0, 0.3, 0.97, 1.0):
+        k = int(fraction * sum(low))
         found, _ = cap._bounds_at(sizes, torch.tensor(k))
         assert found.tolist() == [n * k // max(sum(low), 1) for n in low]
 
 
-def test_floor_and_cap_hold_throughout_training():
+def test_both_bounds_hold_throughout_training():
     run = start("convnet", sparsity=0.9, min_density=0.08, max_density=0.3)
     for step in range(TOTAL):
         run.train(step, step + 1)

@@ -1,4 +1,4 @@
-"""What others write into the parameters between two steps is noticed, and only that."""
+"""Values that others write into parameters between two steps are detected, and only those."""
 
 import copy
 
@@ -17,7 +17,7 @@ from .models import MODELS
 
 
 def settle(run, steps: int = 1):
-    """Steps that move nothing: lr 0, so that latent weights show what was taken over."""
+    """Steps with lr 0, after which latent weights show the values taken over."""
     for group in run.optimizer.param_groups:
         group["lr"] = 0.0
     return run.train(50, 50 + steps)
@@ -28,7 +28,7 @@ def trained(**settings):
 
 
 def merged(written: torch.Tensor, u: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """The written value where it differs from what was there, the latent weight elsewhere."""
+    """The written value if it differs from the effective weight, else the latent weight."""
     return torch.where(written != u, written, w)
 
 
@@ -61,13 +61,13 @@ def by_new_storage(run, values):
 WRITERS = [by_load_state_dict, by_copy_, by_data_copy_, by_numpy, by_new_storage]
 
 
-def test_thresholds_are_those_of_what_was_written():
+def test_thresholds_follow_external_writes():
     run = start(schedule="constant")
     with torch.no_grad():
         for p in run.case.weights(run.model).values():
             p.mul_(2.0)
     written = run.sparsifier.thresholds()
-    run.sparsifier.masks()  # looks
+    run.sparsifier.masks()  # a check
     assert_same(written, run.sparsifier.thresholds())
 
 
@@ -88,7 +88,7 @@ def test_written_values_become_the_latent_weights_where_they_differ(write, model
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda f: f.__name__)
-def test_writing_what_is_there_already_changes_nothing(write):
+def test_writing_the_present_values_changes_nothing(write):
     run, other = trained(), trained()
     write(run, {n: p.detach().clone() for n, p in run.case.weights(run.model).items()})
     assert_same(snapshot(run), snapshot(other))
@@ -112,7 +112,7 @@ def test_a_swap_there_and_back_changes_nothing(write):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw"])
-def test_a_torch_ema_beside_training_changes_nothing(optimizer):
+def test_a_torch_ema_of_the_model_changes_nothing(optimizer):
     run, other = start("convnet", optimizer), start("convnet", optimizer)
     ema = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     for step in range(6):
@@ -122,7 +122,7 @@ def test_a_torch_ema_beside_training_changes_nothing(optimizer):
     assert_same(snapshot(run), snapshot(other))
 
 
-def test_a_single_changed_weight_is_noticed():
+def test_a_single_changed_weight_is_detected():
     run = trained(model="convnet")
     before = run.sparsifier.latent_weights()
     run.model.head.weight.data[1, 2] += 1.0
@@ -135,8 +135,8 @@ def test_a_single_changed_weight_is_noticed():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_a_sign_that_flips_is_noticed_wherever_it_is(dtype):
-    """It changes the highest bit of a number alone."""
+def test_a_flipped_sign_is_detected_at_any_position(dtype):
+    """Only the highest bit of a number changes."""
     run = start("mlp", "sgd", dtype=dtype).train(0, 6)
     weight = run.model[0].weight.data.view(-1)
     for index in weight.nonzero().flatten()[:8].tolist():
@@ -146,7 +146,7 @@ def test_a_sign_that_flips_is_noticed_wherever_it_is(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_weights_that_are_all_negated_are_noticed(dtype):
+def test_negated_weights_are_detected(dtype):
     run = start("mlp", "sgd", dtype=dtype).train(0, 6)
     run.model[0].weight.data.neg_()
     written = run.model[0].weight.detach().clone()
@@ -155,8 +155,8 @@ def test_weights_that_are_all_negated_are_noticed(dtype):
 
 
 @pytest.mark.parametrize("through", ["no_grad", "data"])
-def test_a_permutation_is_noticed(through):
-    """Two rows change places: every plain sum of the weights stays what it was."""
+def test_a_permutation_is_detected(through):
+    """Two rows are exchanged, which changes no sum of the weights."""
     run = trained()
     weight = run.model[0].weight
     before = run.sparsifier.latent_weights()["0.weight"][:2]
@@ -171,7 +171,7 @@ def test_a_permutation_is_noticed(through):
     assert torch.equal(run.sparsifier.latent_weights()["0.weight"][:2], expected)
 
 
-def test_two_changes_whose_bits_cancel_are_noticed():
+def test_two_changes_whose_bits_cancel_are_detected():
     """One weight grows by a bit, another shrinks by one."""
     run = trained()
     bits = run.model[0].weight.data.view(torch.int32)
@@ -185,7 +185,7 @@ def test_two_changes_whose_bits_cancel_are_noticed():
     assert (after != before).all()
 
 
-def test_reinitialising_a_layer_is_noticed():
+def test_a_reinitialised_layer_is_detected():
     run = trained(model="convnet")
     u = run.model.point.weight.detach().clone()
     before = run.sparsifier.latent_weights()
@@ -238,8 +238,8 @@ def test_replacing_a_module_orphans_its_parameter_and_is_an_error():
 
 
 @pytest.mark.parametrize("wrapper", [nn.Sequential, torch.compile], ids=lambda f: f.__name__)
-def test_wrapping_a_layer_after_attaching_is_no_write(wrapper):
-    """The parameter is the same, only its name is another (activation checkpointing does so)."""
+def test_wrapping_a_layer_after_sparsify_is_not_an_external_write(wrapper):
+    """The parameter has another name, as with activation checkpointing."""
     run, other = trained(), trained()
     run.model[0] = wrapper(run.model[0])
     run.loop.forward = lambda x: other_forward(run.model, x)
@@ -257,7 +257,7 @@ def other_forward(model, x):
 
 @pytest.mark.parametrize("replace", ["model and optimizer", "cast"])
 def test_a_parameter_replaced_in_model_and_optimizer_is_followed(replace):
-    """As frameworks do when they shard or cast: the latent weights go with it."""
+    """As frameworks do when they shard or cast; the latent weights follow."""
     run, other = trained(theta=0.5), trained(theta=0.5)
     old = run.model[0].weight
     new = nn.Parameter(old.detach().clone())
@@ -316,10 +316,8 @@ def test_identity_storage_and_aliases_of_parameters_never_change():
 @pytest.mark.parametrize("on_device", [True, False], ids=["device", "cpu"])
 @pytest.mark.parametrize("block", [1, 30, 1 << 24], ids=["alone", "few", "all"])
 @pytest.mark.parametrize("which", [[0, 1, 2, 3, 4], [0, 2, 3], [4]])
-def test_only_what_was_written_into_named_tensors_becomes_latent(
-    which, block, on_device, monkeypatch
-):
-    """However many neighbours are compared at a time, whatever their types and memory layouts."""
+def test_only_values_written_into_named_tensors_become_latent(which, block, on_device, monkeypatch):
+    """For any number of neighbours per comparison, types and memory layouts."""
     monkeypatch.setattr("torch_feather.weights.passes.DEVICE_BLOCK", block)
     monkeypatch.setattr(devices, "synchronizes", lambda _: on_device)
     shapes, types = [(2, 3, 2, 2), (5, 4), (3,), (4, 4), (7,)], ["float32", "bfloat16"]
@@ -328,13 +326,13 @@ def test_only_what_was_written_into_named_tensors_becomes_latent(
     ]
     parameters[0] = parameters[0].to(memory_format=torch.channels_last)
     weights = LatentWeights(parameters)
-    images = [torch.where(p.abs() > 0.5, p, torch.zeros_like(p)) for p in parameters]
-    written = [torch.where(torch.rand(u.shape) < 0.3, 7.0, u).to(u.dtype) for u in images]
+    effective = [torch.where(p.abs() > 0.5, p, torch.zeros_like(p)) for p in parameters]
+    written = [torch.where(torch.rand(u.shape) < 0.3, 7.0, u).to(u.dtype) for u in effective]
     for one in written:
         one[0] = torch.nan
-    adopt_written(weights, which, written, images)
+    adopt_written(weights, which, written, effective)
     for i, view in enumerate(weights.views):
         expected = parameters[i]
         if i in which:
-            expected = torch.where(written[i] == images[i], expected, written[i])
+            expected = torch.where(written[i] == effective[i], expected, written[i])
         torch.testing.assert_close(view, expected, rtol=0, atol=0, equal_nan=True)

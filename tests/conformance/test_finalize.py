@@ -28,7 +28,7 @@ HOOKS = [
 
 
 def assert_nothing_left(run) -> None:
-    """Model and optimizer are as if they had never met a sparsifier."""
+    """Model and optimizer have no trace of a sparsifier."""
     plain = run.case.make()
     assert list(run.model.state_dict()) == list(plain.state_dict())
     pairs = zip(run.model.modules(), plain.modules(), strict=True)
@@ -61,7 +61,7 @@ def test_finalize_leaves_plain_modules_plain_keys_and_no_hooks(optimizer, model)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_was_evaluated_before_is_what_remains(method):
+def test_finalize_keeps_the_evaluated_model(method):
     case = METHODS[method]
     run = start("convnet", method=case.method, sparsity=case.sparsity, **case.options)
     run.train(0, TOTAL).model.eval()
@@ -75,7 +75,7 @@ def test_what_was_evaluated_before_is_what_remains(method):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])
-def test_finalize_refuses_before_the_target_is_reached(steps):
+def test_finalize_before_the_target_is_an_error(steps):
     run = start().train(0, steps)
     zeros = run.zeros()
     with pytest.raises(StateError, match=r"(?s)0\.8.*force=True"):
@@ -88,13 +88,13 @@ def test_finalize_refuses_before_the_target_is_reached(steps):
 
 
 def test_finalize_is_possible_from_the_end_of_the_schedule_on():
-    """The ramp ends at half of training; from there on the model is what was asked for."""
+    """The ramp ends at half of training; from there on the model has its target sparsity."""
     run = start().train(0, TOTAL // 2)
     run.sparsifier.finalize()
     assert run.zeros() == 96
 
 
-def test_a_finalized_run_trains_on_as_a_plain_dense_model():
+def test_a_finalized_model_trains_like_a_plain_dense_one():
     run = start().train(0, STEPS)
     run.sparsifier.finalize()
     plain = MODELS["mlp"].make(3)
@@ -117,7 +117,7 @@ MASKED = ["sgd", "sgd-momentum", "sgd-nesterov", "sgd-groups", "sgd-nested", "ad
 
 
 @pytest.mark.parametrize("optimizer", [name for name in MASKED if name in OPTIMIZERS])
-def test_kept_masks_hold_while_the_user_trains_on(optimizer):
+def test_kept_masks_hold_in_further_training(optimizer):
     """Momentum and moments of pruned weights must not bring them back."""
     run = start("convnet", optimizer).train(0, STEPS)
     masks = run.sparsifier.masks()
@@ -180,7 +180,7 @@ def test_finalizing_afterwards_is_a_clear_error(first):
         run.sparsifier.finalize()
 
 
-def test_detach_ends_the_keeping_of_masks_and_leaves_the_sparse_model():
+def test_detach_releases_kept_masks_and_leaves_the_sparse_model():
     run = start().train(0, STEPS)
     run.sparsifier.finalize(keep_masks=True)
     run.train(0, 2)
@@ -219,7 +219,7 @@ def test_a_learning_rate_scheduler_survives(leave, when):
     assert not [hooks for hooks in HOOKS if getattr(optimizer, hooks)]
 
 
-def test_users_own_hooks_stay():
+def test_hooks_of_the_user_stay():
     run, seen = start(), []
     run.optimizer.register_step_post_hook(lambda *_: seen.append("step"))
     run.model[0].weight.register_hook(lambda g: seen.append("gradient"))
@@ -240,8 +240,8 @@ def test_nothing_keeps_the_sparsifier_or_its_latents_alive(leave):
     assert dying() is None
 
 
-def test_a_sparsifier_that_nobody_holds_works_on():
-    """The two lines need no variable: the optimizer keeps it."""
+def test_a_sparsifier_without_references_keeps_working():
+    """The optimizer keeps the sparsifier alive."""
     run = start()
     run.sparsifier = run.loop.method = None
     gc.collect()
@@ -250,8 +250,8 @@ def test_a_sparsifier_that_nobody_holds_works_on():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_finished_model_that_was_written_in_stays_as_it_is(method):
-    """As frameworks do that load their best checkpoint after training."""
+def test_a_written_model_at_the_target_is_kept(method):
+    """As in frameworks that load their best checkpoint after training."""
     case = METHODS[method]
     settings = {"method": case.method, "sparsity": case.sparsity, **case.options}
     best = start(seed=1, **settings).train(0, TOTAL).sparsifier.finalize().state_dict()
@@ -263,21 +263,21 @@ def test_a_finished_model_that_was_written_in_stays_as_it_is(method):
 
 
 def written_in_too_early():
-    """A finished run that was given its own weights of before the target, and these."""
+    """A finished run into which its own earlier, denser weights were written; and these."""
     run = start(method="hard-ste").train(0, 2)
     early = copy.deepcopy(run.model.state_dict())
     run.train(2, TOTAL).model.load_state_dict(early)
     return run, early
 
 
-def test_a_denser_model_that_was_written_in_is_pruned_with_a_warning():
+def test_a_denser_written_model_is_pruned_with_a_warning():
     run, _ = written_in_too_early()
-    with pytest.warns(feather.errors.FeatherWarning, match=r"\d+ zeros, not 96"):
+    with pytest.warns(feather.errors.FeatherWarning, match=r"\d+ zeros, expected 96"):
         run.sparsifier.finalize()
     assert run.zeros() == 96
 
 
-def test_a_denser_model_is_pruned_by_itself_after_a_reset():
+def test_a_denser_written_model_is_pruned_alone_after_a_reset():
     run, early = written_in_too_early()
     run.sparsifier.reset_latents()
     for name, value in run.sparsifier.finalize().state_dict().items():
@@ -291,7 +291,7 @@ def test_a_denser_model_is_pruned_by_itself_after_a_reset():
     [lambda net: net.to(memory_format=torch.channels_last), lambda net: net.double()],
     ids=["channels last", "float64"],
 )
-def test_it_stays_also_where_the_model_was_moved_since(move, order):
+def test_a_written_model_is_kept_if_it_was_moved_too(move, order):
     best = start("convnet", seed=1).train(0, TOTAL).sparsifier.finalize().state_dict()
     run = start("convnet").train(0, TOTAL)
     steps = [lambda: run.model.load_state_dict(best), lambda: move(run.model)]
@@ -317,7 +317,7 @@ def test_at_target_is_from_the_step_on_that_reaches_it():
 @pytest.mark.parametrize(
     "leave", [lambda s: s.detach(), lambda s: s.finalize(force=True)], ids=["detach", "force"]
 )
-def test_a_training_that_ended_before_its_target_is_not_at_it(leave):
+def test_a_run_that_ended_before_its_target_is_not_at_target(leave):
     run = start().train(0, 2)
     leave(run.sparsifier)
     assert not run.sparsifier.at_target

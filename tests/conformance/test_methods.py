@@ -1,4 +1,4 @@
-"""What single methods and allocations promise, beyond the properties of all."""
+"""Properties of single methods and allocations."""
 
 import copy
 import math
@@ -21,7 +21,9 @@ from torch_feather.methods.options import ALLOCATIONS
 from torch_feather.operators import Hard, Soft
 from torch_feather.schedules import Constant, Cubic, Stairs
 from torch_feather.weights.latent import LatentWeights
-from torch_feather.weights.passes import count_pruned, pruned_mask
+from torch_feather.weights.passes import count_pruned, effective_weights, pruned_mask
+from torch_feather.weights.segments import Segment
+from torch_feather.weights.selecting import select_weights
 
 from .harness import STEPS, TOTAL, Loop, Run, assert_exact, assert_same, snapshot, start
 from .models import MODELS
@@ -50,7 +52,7 @@ def test_uniform_layers_are_equally_sparse_and_the_total_is_exact(sparsity):
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize("method", [m for m in METHODS if "allocation" in method_options(m)])
-def test_every_allocation_is_there_for_every_method_by_name_or_as_an_object(method, allocation):
+def test_every_method_takes_every_allocation_by_name_or_as_an_object(method, allocation):
     options = {"method": method, "sparsity": 0.15}
     named = start("convnet", allocation=allocation, **options).train(0, TOTAL // 2)
     given = start("convnet", allocation=ALLOCATIONS[allocation], **options).train(0, TOTAL // 2)
@@ -58,7 +60,7 @@ def test_every_allocation_is_there_for_every_method_by_name_or_as_an_object(meth
     assert_same(snapshot(named)["masks"], snapshot(given)["masks"])
 
 
-def test_a_bias_towards_few_multiply_adds_is_there_for_every_method():
+def test_other_methods_take_an_allocation_biased_by_costs():
     costs = {name: 3.0 + i for i, name in enumerate(MODELS["convnet"].prunable)}
     run = start("convnet", method="gmp", allocation=FlopsBiased(1.0, costs=costs))
     assert run.train(0, TOTAL).zeros() == round(0.8 * 360)
@@ -76,12 +78,12 @@ def test_a_bias_towards_few_multiply_adds_is_there_for_every_method():
     ],
     ids=str,
 )
-def test_an_allocation_that_cannot_be_is_an_error(options, words):
+def test_an_invalid_allocation_is_an_error(options, words):
     with pytest.raises(ConfigurationError, match=words):
         build_method("feather", sparsity=0.8, **options)
 
 
-def test_a_dense_first_convolution_is_made_up_for():
+def test_other_layers_compensate_for_a_dense_first_convolution():
     run = start("convnet", method="gmp", sparsity=0.3, schedule="constant")
     stem, *others = kept(run.model, run.case.prunable)
     assert stem == 216
@@ -101,8 +103,8 @@ def test_depthwise_convolutions_can_stay_dense(method):
     counts = {name: (~mask).double().mean().item() for name, mask in sparsifier.masks().items()}
     dense = {name for name in counts if "depthwise" in name} | {"stem.conv.weight"}
     assert len(dense) == 14
-    assert {name for name, share in counts.items() if share == 0} == dense
-    others = [share for name, share in counts.items() if name not in dense]
+    assert {name for name, fraction in counts.items() if fraction == 0} == dense
+    others = [fraction for name, fraction in counts.items() if name not in dense]
     assert max(others) - min(others) < 1e-3
     assert min(others) > 0.9  # they make up for it
     assert feather.sparsity(model) == pytest.approx(0.9, abs=1e-6)
@@ -129,7 +131,7 @@ def test_only_a_convolution_is_a_dense_first_convolution():
         assert [name for name, count in counts.items() if count == 0] == ([dense] if dense else [])
 
 
-def test_no_other_convolution_takes_the_place_of_a_first_one_that_is_left_out():
+def test_no_other_convolution_is_dense_if_the_first_is_excluded():
     model = MODELS["convnet"].make()
     first = next(name for name, p in model.named_parameters() if p.dim() > 2)
     run = start("convnet", method="gmp", sparsity=0.9, schedule="constant", exclude=first)
@@ -150,7 +152,7 @@ def test_a_network_without_convolutions_has_no_dense_layer(method):
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6, 0.9, 0.99])
-def test_erk_keeps_shares_in_proportion_and_none_above_one(sparsity):
+def test_erk_densities_are_in_proportion_and_at_most_one(sparsity):
     method = Method(Hard(), StraightThrough(1.0), ERK(), Constant())
     run = start("convnet", method=method, sparsity=sparsity)
     shapes = [run.model.get_parameter(name).shape for name in run.case.prunable]
@@ -179,8 +181,8 @@ def test_whole_counts_sum_to_the_rounded_total_and_are_less_than_one_off():
 
 @pytest.mark.parametrize("scale", [0.3, 1.7, 1e-3, 33.0])
 @pytest.mark.parametrize("k", [1, 500, 3000])
-def test_no_kept_weight_changes_its_sign_below_a_scaled_cut(scale, k):
-    """The threshold is divided by the scale, and rounding must not lift it over a survivor."""
+def test_no_kept_weight_changes_its_sign_at_a_scaled_cutoff(scale, k):
+    """The threshold is divided by the scale, and rounding must not raise it above a kept weight."""
     weights = [torch.randn(60, 50), (torch.randint(-9, 10, (50, 20)) + 0.5) / 7]
     model = nn.Sequential(nn.Linear(50, 60, bias=False), nn.Linear(20, 50, bias=False))
     for layer, w in zip(model, weights, strict=True):
@@ -196,6 +198,33 @@ def test_no_kept_weight_changes_its_sign_below_a_scaled_cut(scale, k):
         u = model.get_parameter(name).detach()
         assert torch.equal(u.sign(), torch.where(mask, w.sign(), 0))
         assert (w.abs()[mask] > sparsifier.thresholds()[name]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_threshold_of_scaled_magnitudes_is_below_every_kept_one(dtype):
+    """Among ties and neighbouring floats too.
+
+    The cutoff between two ties is one float below their score. Divided by the scale it may round up
+    to the magnitude of the kept one: most often if the score has a large mantissa, and the
+    magnitude a small one.
+    """
+    integer = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
+    ranges = [(1.0, 0.1, 1.7, 0.25), (0.1, 3.0, 0.1, 3.0)]
+    for first, scale in (
+        (a + b * x, c + d * y)
+        for a, b, c, d in ranges
+        for x, y in torch.rand(25, 2, dtype=dtype).unbind()
+    ):
+        w = (first.view(integer) + torch.arange(12, dtype=integer) // 2).view(dtype)
+        weights = LatentWeights([w])
+        for k in range(1, 12):
+            cutoff = select_weights(weights, torch.tensor(k), [scale])
+            segment = Segment(0, 12, cutoff, scale)
+            kept = ~pruned_mask(weights, [segment], 0)
+            assert int(kept.sum()) == 12 - k
+            assert (w[kept] > segment.threshold).all()
+            [u] = effective_weights(weights, [segment], Soft())
+            assert torch.equal(u > 0, kept)
 
 
 def test_no_bias_is_the_global_ranking():
@@ -251,8 +280,8 @@ def test_a_bias_is_found_for_a_budget_and_survives_a_restart():
 
 @pytest.mark.parametrize("pattern", [None, "2x1"])
 @pytest.mark.parametrize("way", ["host", "device"])
-def test_what_training_makes_of_a_budget_is_within_it(way, pattern, monkeypatch):
-    """Where nothing is read on the way too; a block counts with all its weights."""
+def test_the_budget_holds_in_training(way, pattern, monkeypatch):
+    """Also if the host reads nothing; a block counts with all its weights."""
     if way == "device":
         monkeypatch.setattr(devices, "synchronizes", lambda device: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -274,7 +303,7 @@ def test_what_training_makes_of_a_budget_is_within_it(way, pattern, monkeypatch)
         run.sparsifier.finalize()
 
 
-def test_a_budget_that_is_not_met_in_the_end_is_told():
+def test_an_unmet_budget_gives_a_warning():
     """As when other weights were written after the last step."""
     options = {"method": "feather-flops", "costs": {"0.weight": 5.0, "2.weight": 1.0}}
     run = start("mlp", budget=60.0, **options).train(0, TOTAL)
@@ -285,10 +314,10 @@ def test_a_budget_that_is_not_met_in_the_end_is_told():
 
 
 @pytest.mark.parametrize("gamma", [3.0, 32.0, 1e6])
-def test_a_strong_bias_prunes_the_dear_layers_first_and_none_by_its_place(gamma):
-    """Beyond all measure too, where the formula would leave the range of its type."""
+def test_a_strong_bias_prunes_expensive_layers_first_and_by_magnitude(gamma):
+    """Also if the formula would overflow."""
     tensors = [torch.randn(n) for n in (700, 200, 100)]
-    costs = {"dear": 12544.0, "fair": 784.0, "cheap": 1.0}
+    costs = {"expensive": 12544.0, "fair": 784.0, "cheap": 1.0}
     weights = LatentWeights(tensors)
     context = MethodContext(nn.Module(), list(costs), weights, 0.95, 10)
     fitted = FlopsBiased(gamma, costs=costs).fit(context)
@@ -300,7 +329,7 @@ def test_a_strong_bias_prunes_the_dear_layers_first_and_none_by_its_place(gamma)
 
 
 def test_costs_that_were_counted_survive_a_restart_with_another_input():
-    """A tensor's costs belong to the run: other sizes of images would count others."""
+    """Costs belong to the run: images of another size would give other costs."""
     x = MODELS["convnet"].batch(0)[0]
     options = {"method": "feather-flops", "gamma": 0.5}
     run = start("convnet", example_input=lambda _: x, **options).train(0, 3)
@@ -332,7 +361,7 @@ def test_costs_that_were_given_survive_a_restart():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_bias_that_cannot_be_is_an_error(options, words):
+def test_invalid_options_of_a_bias_are_an_error(options, words):
     with pytest.raises(ConfigurationError, match=words):
         start("mlp", method="feather-flops", **options)
 
@@ -343,7 +372,7 @@ def test_a_bias_that_cannot_be_is_an_error(options, words):
 @pytest.mark.parametrize("total", [7, 10, 100])
 @pytest.mark.parametrize("every", [1, 3, 8])
 @pytest.mark.parametrize("begin", [0, 4])
-def test_stairs_rise_only_now_and_then_and_arrive_on_time(begin, every, total):
+def test_stairs_rise_at_multiples_and_reach_the_target_on_time(begin, every, total):
     smooth = Cubic(begin, total).table(total)
     stairs = Stairs(Cubic(begin, total), every).table(total)
     assert stairs[-1] == 1
@@ -362,22 +391,24 @@ def test_stairs_without_steps_are_an_error():
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_learned_thresholds_end_on_the_exact_count(model):
+def test_learned_thresholds_end_with_the_exact_count(model):
     run = start(model, **ASL)
-    arrival = run.sparsifier.target_step
-    assert arrival == math.ceil(0.9 * TOTAL)
-    run.train(0, arrival - 1)
+    target_step = run.sparsifier.target_step
+    assert target_step == math.ceil(0.9 * TOTAL)
+    run.train(0, target_step - 1)
     assert run.zeros() != round(0.8 * run.case.size)
     assert_exact(run)
     assert run.sparsifier.learned_sparsity == run.sparsifier.sparsity
-    run.train(arrival - 1, arrival)
-    for step in range(arrival, TOTAL + 3):
+    run.train(target_step - 1, target_step)
+    for step in range(target_step, TOTAL + 3):
         assert_exact(run)
         assert run.zeros() == round(0.8 * run.case.size)
         run.train(step, step + 1)
     own, report = run.sparsifier.learned_sparsity, run.sparsifier.report()
     assert own == report.to_dict()["learned_sparsity"] != run.sparsifier.sparsity
-    assert f"By itself the method prunes {100 * own:.2f} %" in str(report)
+    assert f"Without the final exact-count pruning the method prunes {100 * own:.2f} %" in str(
+        report
+    )
     run.sparsifier.finalize()
     assert run.sparsifier.learned_sparsity == own
     assert run.zeros() == round(0.8 * run.case.size)
@@ -397,7 +428,7 @@ def test_the_exact_count_is_that_of_the_largest_multiples_of_the_thresholds():
 
 @pytest.mark.parametrize("method", ["asl+", "feather-asl+"])
 @pytest.mark.parametrize(
-    ("schedule", "arrival"),
+    ("schedule", "target_step"),
     [
         ({"schedule": "linear", "end": 10}, 10),
         ({"schedule": "one-shot", "begin": 10}, 10),
@@ -406,11 +437,11 @@ def test_the_exact_count_is_that_of_the_largest_multiples_of_the_thresholds():
     ],
     ids=str,
 )
-def test_a_target_is_reached_no_earlier_than_its_schedule_arrives(schedule, arrival, method):
+def test_the_target_is_reached_no_earlier_than_the_schedule_ends(schedule, target_step, method):
     run = start(method=method, dense_below=0, **schedule)
     for step in range(TOTAL + 1):
-        assert run.sparsifier.at_target == (step >= arrival)
-        if step < arrival:
+        assert run.sparsifier.at_target == (step >= target_step)
+        if step < target_step:
             with pytest.raises(StateError, match="Continue training"):
                 run.sparsifier.finalize()
         else:
@@ -418,7 +449,7 @@ def test_a_target_is_reached_no_earlier_than_its_schedule_arrives(schedule, arri
         run.train(step, step + 1)
 
 
-def test_finalize_before_the_exact_count_is_refused_or_forced():
+def test_finalize_before_the_exact_count_is_an_error_unless_forced():
     run = start(**ASL)
     run.train(0, run.sparsifier.target_step - 1)
     zeros = run.zeros()
@@ -450,7 +481,7 @@ def test_gradients_of_learned_thresholds_can_be_completed_early_and_once():
     assert all(p.grad is None for p in early.sparsifier.parameters())
 
 
-def test_a_completion_of_gradients_that_were_dropped_leaves_no_trace():
+def test_completed_gradients_that_are_dropped_have_no_effect():
     """As when GradScaler skips a step after unscaling and clipping."""
     run, other = (start("mlp", **ASL).train(0, 2) for _ in range(2))
     run.loop.gradients(7)
@@ -472,7 +503,7 @@ def test_learned_thresholds_follow_the_learning_rate_of_the_user():
     assert not torch.equal(run.sparsifier.parameters()[0], before)
 
 
-def test_methods_own_parameters_are_in_no_optimizer_and_vanish():
+def test_own_parameters_are_in_no_optimizer_and_end_with_finalize():
     run = start("convnet", **ASL).train(0, TOTAL)
     own = run.sparsifier.parameters()
     held = [p for group in run.optimizer.param_groups for p in group["params"]]
@@ -485,8 +516,8 @@ def test_methods_own_parameters_are_in_no_optimizer_and_vanish():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("optimizer", ["sgd-momentum", "muon+adamw"])
-def test_learned_thresholds_are_restored_bit_for_bit_also_when_loaded_before(optimizer, dtype):
-    """On the way torch casts every entry to the type of its parameter."""
+def test_learned_thresholds_are_restored_bitwise_also_if_loaded_before_sparsify(optimizer, dtype):
+    """torch casts every loaded entry to the type of its parameter."""
     whole = start("convnet", optimizer, dtype=dtype, **ASL).train(0, 4)
     checkpoint = whole.save()
     end = snapshot(whole.train(4, STEPS))
@@ -501,7 +532,7 @@ def test_learned_thresholds_are_restored_bit_for_bit_also_when_loaded_before(opt
     assert_same(snapshot(late.train(4, STEPS)), end)
 
 
-def test_a_state_without_the_methods_own_parameters_is_refused():
+def test_a_state_without_own_parameters_is_an_error():
     state = start(**ASL).train(0, 2).sparsifier.state_dict()
     del state["2.weight"]["deviations"]
     run = start(**ASL).train(0, 3)
@@ -523,17 +554,17 @@ def test_casting_keeps_learned_thresholds():
     assert run.zeros() == 96
 
 
-def test_an_average_of_the_latents_is_thresholded_by_the_learned_law():
+def test_an_average_of_the_latents_uses_the_learned_thresholds():
     run = start("convnet", **ASL)
     average = feather.LatentAverage(run.sparsifier, decay=0.5)
     for step in range(TOTAL):
         run.train(step, step + 1)
         average.update()
-    twin = average.copy_to(copy.deepcopy(run.model))
-    assert run.case.zeros(twin) == round(0.8 * 360)
+    copied = average.copy_to(copy.deepcopy(run.model))
+    assert run.case.zeros(copied) == round(0.8 * 360)
 
 
-def test_an_optimizer_without_a_learning_rate_cannot_lend_one():
+def test_a_step_of_thresholds_without_a_learning_rate_is_an_error():
     run = start("mlp", "sgd", **ASL)
     run.loop.gradients(0)
     run.sparsifier.complete_gradients()
@@ -553,13 +584,13 @@ def test_an_optimizer_without_a_learning_rate_cannot_lend_one():
     ],
     ids=str,
 )
-def test_options_of_learned_thresholds_that_cannot_be(options, words):
+def test_invalid_options_of_learned_thresholds_are_an_error(options, words):
     with pytest.raises(ConfigurationError, match=words):
         build_method("asl", sparsity=0.9, **options)
 
 
 def test_the_budget_pulls_towards_the_target():
-    """Without a task, the penalty alone leads normal weights to their density."""
+    """Without a loss, the penalty alone brings normal weights to their density."""
     model = nn.Sequential(nn.Linear(100, 100, bias=False), nn.Linear(100, 50, bias=False))
     for layer in model:
         nn.init.normal_(layer.weight, std=0.1)
@@ -624,7 +655,7 @@ def test_st3_scales_output_channels_wherever_a_layer_has_them(layer, outputs_fir
 
 
 @pytest.mark.parametrize("layer", [nn.ConvTranspose2d(4, 6, 3), Conv1D(6, 4)], ids=["t", "Conv1D"])
-def test_st3_knows_a_layer_that_is_compiled_by_itself(layer):
+def test_st3_finds_the_type_of_a_compiled_layer(layer):
     weights = []
     for compiled in (False, True):
         model = nn.Sequential(copy.deepcopy(layer))
@@ -637,7 +668,7 @@ def test_st3_knows_a_layer_that_is_compiled_by_itself(layer):
     assert torch.equal(*weights)
 
 
-def test_st3_keeps_nan_and_zeros_apart():
+def test_st3_keeps_nan_and_the_exact_count():
     model = nn.Linear(8, 4, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     feather.sparsify(model, optimizer, "st3", sparsity=0.5, total_steps=1, schedule="constant")
@@ -659,12 +690,12 @@ def test_sigma_ranks_by_the_shape():
     assert scores[~mask].max() <= scores[mask].min()
 
 
-def test_layouts_are_shared_by_averages():
+def test_averages_share_the_constants_of_the_layout():
     weights = LatentWeights([torch.randn(3, 4), torch.randn(5)])
     uniform = FittedUniform([12, 5])
-    share = torch.tensor(0.5, dtype=torch.float64)
+    fraction = torch.tensor(0.5, dtype=torch.float64)
     for one in (weights, weights.like([weights.flats[0].clone()])):
-        assert count_pruned(one, uniform.cutoffs(one, share)).tolist() == [6, 2]
+        assert count_pruned(one, uniform.cutoffs(one, fraction)).tolist() == [6, 2]
 
 
 # --- states of other methods ----------------------------------------------------------------
@@ -686,13 +717,13 @@ BIASED = {"method": "feather-flops", "costs": COSTS}
     ],
     ids=lambda options: options["method"],
 )
-def test_what_another_method_learned_is_not_mistaken_for_ones_own(before, now):
+def test_learned_state_of_another_method_is_not_used(before, now):
     run, fresh = start("convnet", **now), start("convnet", **now)
     with run.sparsifier.relaxed_loading():
         run.load(start("convnet", **before).train(0, 5).save())
     for mine, own in zip(run.sparsifier.parameters(), fresh.sparsifier.parameters(), strict=True):
         assert torch.equal(mine, own)
-    # The same latent weights, after the same steps, meet the same thresholds.
+    # Equal latent weights after equal steps have equal thresholds.
     fresh.sparsifier.step.training.weights.flats[0].copy_(
         run.sparsifier.step.training.weights.flats[0]
     )
@@ -701,7 +732,7 @@ def test_what_another_method_learned_is_not_mistaken_for_ones_own(before, now):
     assert_same(run.sparsifier.thresholds(), fresh.sparsifier.thresholds())
 
 
-def test_what_a_method_learned_is_taken_over_into_a_longer_training():
+def test_learned_state_is_loaded_into_a_longer_run():
     short = start("convnet", **ASL).train(0, 5)
     run = start("convnet", total_steps=2 * TOTAL, **ASL)
     with run.sparsifier.relaxed_loading():
@@ -711,7 +742,7 @@ def test_what_a_method_learned_is_taken_over_into_a_longer_training():
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("method", ["asl", "asl+", "feather-asl+"])
-def test_a_layer_of_one_weight_is_no_trouble_for_learned_thresholds(method):
+def test_learned_thresholds_work_for_a_layer_of_one_weight(method):
     model = nn.Sequential(nn.Linear(9, 1, bias=False), nn.Linear(1, 1), nn.Linear(1, 9))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier = feather.sparsify(
@@ -725,7 +756,7 @@ def test_a_layer_of_one_weight_is_no_trouble_for_learned_thresholds(method):
 
 
 @pytest.mark.parametrize("method", ["asl", "feather-flops", "probmask", "spartan", "str"])
-def test_a_model_that_was_cast_goes_on_where_it_was_saved(method):
+def test_a_cast_model_resumes_bitwise(method):
     options = {"asl": ASL, "feather-flops": {"budget": 40.0, "costs": MLP_COSTS}}.get(method, {})
     options = {"method": method, **options}
     run = start("mlp", "sgd", **options).train(0, 9)

@@ -28,7 +28,7 @@ def zeros(model: nn.Module, *names: str) -> int:
 
 
 def attach(model: nn.Module, sparsity: float = 0.5, **settings):
-    """Sparse from the start, with the plainest optimizer."""
+    """Sparse from the start, with plain SGD."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     settings = {"total_steps": 4, "schedule": "constant"} | settings
     return feather.sparsify(model, optimizer, sparsity=sparsity, **settings), optimizer
@@ -87,7 +87,7 @@ def test_a_compiled_optimizer_step_is_sparse_too():
 # --- memory and types -----------------------------------------------------------------------
 
 
-def test_channels_last_trains_alike_and_stays_channels_last():
+def test_channels_last_trains_the_same_and_stays_channels_last():
     case = MODELS["convnet"]
     net = case.make().to(memory_format=torch.channels_last)
     optimizer = OPTIMIZERS["sgd-momentum"](net)
@@ -130,7 +130,7 @@ def test_unusual_layouts_are_exact(change):
     assert model[2].weight.stride() == before
 
 
-def test_a_weight_with_gaps_in_its_memory_is_refused_by_name():
+def test_a_weight_with_gaps_in_its_memory_is_an_error_that_names_it():
     model = nn.Sequential(nn.Linear(4, 6))
     model[0].weight = nn.Parameter(torch.randn(6, 8)[:, ::2])
     with pytest.raises(ConfigurationError, match=r"\b0\.weight"):
@@ -138,7 +138,7 @@ def test_a_weight_with_gaps_in_its_memory_is_refused_by_name():
 
 
 @pytest.mark.parametrize("cast", ["double", "half", "bfloat16", "to", "to_empty-free cpu"])
-def test_casting_after_attaching_keeps_the_latents(cast):
+def test_casting_after_sparsify_keeps_the_latents(cast):
     """`.to()` replaces the storage of every parameter; the latent weights follow its type."""
     run = start("mlp", "sgd", schedule="constant")
     before = run.sparsifier.latent_weights()
@@ -157,7 +157,7 @@ def test_casting_after_attaching_keeps_the_latents(cast):
     tolerance = torch.finfo(dtype).eps
     for name, w in before.items():
         assert after[name].dtype == dtype
-        # The pruned ones too: what R(w) hides must not be lost.
+        # Latent values of pruned weights too.
         torch.testing.assert_close(after[name].float(), w, rtol=tolerance, atol=1e-7)
     run.optimizer.param_groups[0]["lr"] = 0.1
     run.train(1, STEPS)
@@ -181,24 +181,24 @@ def test_a_deep_copy_is_an_independent_plain_sparse_model():
     run = start("convnet", theta=0.5).train(0, 6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        twin = copy.deepcopy(run.model)
-    assert_same(twin.state_dict(), run.model.state_dict())
-    assert not any(p._backward_hooks for p in twin.parameters())
+        copied = copy.deepcopy(run.model)
+    assert_same(copied.state_dict(), run.model.state_dict())
+    assert not any(p._backward_hooks for p in copied.parameters())
     before = snapshot(run)
-    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
-    Loop(twin, twin, optimizer, run.case).step(0)
+    optimizer = torch.optim.SGD(copied.parameters(), lr=0.1)
+    Loop(copied, copied, optimizer, run.case).step(0)
     assert_same(snapshot(run), before)
-    assert run.case.zeros(twin) < run.zeros()
+    assert run.case.zeros(copied) < run.zeros()
 
 
 def test_a_deep_copy_can_be_sparsified_itself():
     run = start("convnet", theta=0.5).train(0, 6)
-    twin = copy.deepcopy(run.model)
-    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
-    sparsifier = feather.sparsify(twin, optimizer, sparsity=0.9, total_steps=4,
+    copied = copy.deepcopy(run.model)
+    optimizer = torch.optim.SGD(copied.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(copied, optimizer, sparsity=0.9, total_steps=4,
                                   schedule="constant")  # fmt: skip
-    Loop(twin, twin, optimizer, run.case).step(0)
-    assert run.case.zeros(twin) == round(0.9 * run.case.size)
+    Loop(copied, copied, optimizer, run.case).step(0)
+    assert run.case.zeros(copied) == round(0.9 * run.case.size)
     assert sparsifier.step_count == 1
     assert run.sparsifier.step_count == 6
 
@@ -228,23 +228,23 @@ def test_a_latent_average_is_exactly_sparse_and_is_the_average_of_the_latents():
     run = start("convnet")
     average = feather.LatentAverage(run.sparsifier, decay=0.8)
     expected = run.sparsifier.latent_weights()
-    twin = copy.deepcopy(run.model)
+    copied = copy.deepcopy(run.model)
     for step in range(STEPS):
         run.train(step, step + 1)
         average.update()
         for name, w in run.sparsifier.latent_weights().items():
             expected[name] = 0.8 * expected[name] + 0.2 * w
-        average.copy_to(twin)
-        assert run.case.zeros(twin) == round(run.sparsifier.sparsity * run.case.size)
-    kept = {n: p != 0 for n, p in run.case.weights(twin).items()}
-    k = run.case.zeros(twin)
+        average.copy_to(copied)
+        assert run.case.zeros(copied) == round(run.sparsifier.sparsity * run.case.size)
+    kept = {n: p != 0 for n, p in run.case.weights(copied).items()}
+    k = run.case.zeros(copied)
     magnitude = torch.cat([w.abs().flatten() for w in expected.values()])
     mask = torch.cat([m.flatten() for m in kept.values()])
     assert magnitude[~mask].max() <= magnitude[mask].min()
     tau = magnitude.kthvalue(k).values
-    for name, p in run.case.weights(twin).items():
-        image = feather.power_threshold(expected[name], tau)
-        torch.testing.assert_close(p.detach(), image, rtol=1e-4, atol=1e-6)
+    for name, p in run.case.weights(copied).items():
+        effective = feather.power_threshold(expected[name], tau)
+        torch.testing.assert_close(p.detach(), effective, rtol=1e-4, atol=1e-6)
 
 
 def test_a_latent_average_without_memory_is_the_model_itself():
@@ -252,14 +252,14 @@ def test_a_latent_average_without_memory_is_the_model_itself():
     average = feather.LatentAverage(run.sparsifier, decay=0.0)
     run.train(0, 6)
     average.update()
-    twin = copy.deepcopy(run.model)
+    copied = copy.deepcopy(run.model)
     with torch.no_grad():
-        for p in twin.parameters():
+        for p in copied.parameters():
             p.zero_()
-    twin.load_state_dict(run.model.state_dict() | {
-        n: torch.zeros_like(p) for n, p in run.case.weights(twin).items()})  # fmt: skip
-    average.copy_to(twin)
-    for name, p in run.case.weights(twin).items():
+    copied.load_state_dict(run.model.state_dict() | {
+        n: torch.zeros_like(p) for n, p in run.case.weights(copied).items()})  # fmt: skip
+    average.copy_to(copied)
+    for name, p in run.case.weights(copied).items():
         assert torch.equal(p, run.case.weights(run.model)[name])
 
 
@@ -274,10 +274,10 @@ def test_a_latent_average_takes_the_other_parameters_along():
         average.update()
         for name in others:
             expected[name] = 0.5 * expected[name] + 0.5 * run.model.get_parameter(name).detach()
-    twin = average.copy_to(copy.deepcopy(run.model))
+    copied = average.copy_to(copy.deepcopy(run.model))
     for name in others:
-        torch.testing.assert_close(twin.get_parameter(name).detach(), expected[name])
-    assert_same(dict(twin.named_buffers()), dict(run.model.named_buffers()))
+        torch.testing.assert_close(copied.get_parameter(name).detach(), expected[name])
+    assert_same(dict(copied.named_buffers()), dict(run.model.named_buffers()))
 
 
 def test_a_latent_average_does_not_overwrite_the_model_in_training():
@@ -298,12 +298,12 @@ def test_a_latent_average_does_not_overwrite_the_model_in_training():
 def test_averaging_leaves_training_alone():
     run, other = start("convnet"), start("convnet")
     average = feather.LatentAverage(run.sparsifier, decay=0.9)
-    twin = copy.deepcopy(run.model)
+    copied = copy.deepcopy(run.model)
     for step in range(4):
         run.train(step, step + 1)
         other.train(step, step + 1)
         average.update()
-        average.copy_to(twin)
+        average.copy_to(copied)
     assert_same(snapshot(run), snapshot(other))
 
 
@@ -336,7 +336,7 @@ def test_a_latent_average_resumes():
     assert_same(one.state_dict(), two.state_dict())
 
 
-# --- which weights take part ----------------------------------------------------------------
+# --- which weights are prunable -------------------------------------------------------------
 
 
 def test_tied_parameters_count_once():
@@ -383,13 +383,13 @@ def test_convolutions_keep_their_arguments():
     ],
     ids=lambda layer: type(layer).__name__,
 )
-def test_every_kind_of_layer_with_weights_takes_part(layer):
+def test_every_kind_of_layer_with_weights_is_prunable(layer):
     attach(layer)
     assert zeros(layer, "weight") == round(0.5 * layer.weight.numel())
     assert (layer.bias != 0).all()
 
 
-def test_embeddings_norms_and_biases_are_left_alone_by_default():
+def test_embeddings_norms_and_biases_are_not_prunable_by_default():
     model = nn.ModuleDict(
         {
             "embedding": nn.Embedding(7, 4),
@@ -438,7 +438,7 @@ def test_gradients_of_a_layer_that_trains_again_are_pulled_back():
     weight, pruned = run.model[2].weight, ~run.sparsifier.masks()["2.weight"]
     weight.requires_grad_(False)
     run.model.double()
-    run.sparsifier.masks()  # looks
+    run.sparsifier.masks()  # a check
     weight.requires_grad_(True)
     run.loop.dtype = torch.float64
     run.loop.gradients(0)
@@ -446,7 +446,7 @@ def test_gradients_of_a_layer_that_trains_again_are_pulled_back():
     assert (weight.grad[~pruned] != 0).any()
 
 
-def test_frozen_parameters_are_left_alone():
+def test_frozen_parameters_are_unchanged():
     case = MODELS["mlp"]
     net = case.make()
     net[0].weight.requires_grad_(False)
@@ -464,10 +464,16 @@ def test_frozen_parameters_are_left_alone():
 
 
 def test_a_frozen_parameter_needs_no_optimizer():
-    net = MODELS["mlp"].make()
+    case = MODELS["mlp"]
+    net = case.make()
     net[0].weight.requires_grad_(False)
+    frozen = net[0].weight.clone()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
-    feather.sparsify(net, optimizer, sparsity=0.5, total_steps=4)
+    sparsifier = feather.sparsify(net, optimizer, sparsity=0.5, total_steps=4)
+    Run(net, optimizer, sparsifier, Loop(net, net, optimizer, case), case).train(0, 4)
+    assert list(sparsifier.finalize().state_dict()) == list(case.make().state_dict())
+    assert zeros(net, "2.weight") == 24
+    assert torch.equal(net[0].weight, frozen)
 
 
 CONVNET = ["stem.weight", "depth.weight", "point.weight", "head.weight"]
@@ -530,7 +536,7 @@ COMPUTED = {
 
 @pytest.mark.parametrize("kind", COMPUTED)
 @pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv2d(2, 3, 3)], ids=["linear", "conv"])
-def test_weights_that_are_computed_are_refused_by_name_or_left_out(layer, kind):
+def test_computed_weights_are_an_error_unless_excluded(layer, kind):
     model = nn.Sequential(nn.Linear(4, 4), COMPUTED[kind](copy.deepcopy(layer)))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ConfigurationError, match=r"\b1\.weight"):
@@ -541,7 +547,7 @@ def test_weights_that_are_computed_are_refused_by_name_or_left_out(layer, kind):
 
 
 @pytest.mark.parametrize("lazy", [nn.LazyLinear(4), nn.LazyConv2d(3, 3)], ids=["linear", "conv"])
-def test_lazy_modules_are_refused_until_they_have_a_shape(lazy):
+def test_lazy_modules_without_a_shape_are_an_error(lazy):
     model = nn.Sequential(nn.Linear(4, 4), lazy)
     with pytest.raises(ConfigurationError, match=r"\b1\.weight"):
         attach(model)
@@ -577,7 +583,7 @@ def test_safetensors_save_model_works_while_training(model, tmp_path):
     assert run.case.zeros(plain) == run.zeros()
 
 
-def test_a_saved_layer_takes_its_own_room_only():
+def test_a_saved_layer_takes_only_its_own_space():
     """No parameter is a view into a larger storage."""
     run = start("convnet").train(0, 3)
     for p in run.model.parameters():

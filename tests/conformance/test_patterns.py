@@ -1,4 +1,4 @@
-"""Patterns: n of m neighbours, and blocks; their references are plain autograd as everywhere."""
+"""Patterns: n of m neighbours, and blocks; the references are plain autograd."""
 
 import math
 import warnings
@@ -44,10 +44,10 @@ EVEN = ModelCase("even", even, {"0.weight": 288, "3.weight": 64, "6.weight": 32}
 # --- the references -------------------------------------------------------------------------
 
 
-def straight_through(w: Tensor, image: Tensor, kept: Tensor, theta: float) -> Tensor:
-    """The image on kept weights, 0 elsewhere; dL/dw = dL/du, times theta where pruned."""
+def straight_through(w: Tensor, effective: Tensor, kept: Tensor, theta: float) -> Tensor:
+    """`effective` on kept weights, 0 elsewhere; dL/dw = dL/du, times theta where pruned."""
     passed = torch.where(kept, w, theta * w)
-    return passed + (torch.where(kept, image, 0.0) - passed).detach()
+    return passed + (torch.where(kept, effective, 0.0) - passed).detach()
 
 
 def power(x: Tensor, tau: Tensor, p: float) -> Tensor:
@@ -80,8 +80,8 @@ class NMThreshold(GlobalThreshold):
             kept[[j for _, at, j in pruned if at == i]] = False
             groups, tau = self.groups(w), torch.zeros_like(sizes[i])
             tau[groups] = torch.where(kept, 0.0, sizes[i])[groups].amax(1, keepdim=True)
-            image = w.sign() * power(sizes[i], tau, self.p).view(w.shape)
-            found[name] = straight_through(w, image, kept.view(w.shape), self.theta)
+            effective = w.sign() * power(sizes[i], tau, self.p).view(w.shape)
+            found[name] = straight_through(w, effective, kept.view(w.shape), self.theta)
         return found
 
 
@@ -98,7 +98,7 @@ class BlockThreshold(GlobalThreshold):
         return round(super().sparsity * blocks) / blocks
 
     def split(self, w: Tensor) -> Tensor:
-        """Of shape (outputs / rows, rows, inputs / columns, columns, places)."""
+        """Of shape (outputs / rows, rows, inputs / columns, columns, positions)."""
         (r, c), (out, into, *rest) = self.block, w.shape
         return w.reshape(out // r, r, into // c, c, math.prod(rest))
 
@@ -106,11 +106,13 @@ class BlockThreshold(GlobalThreshold):
         with torch.no_grad():
             scores = [self.split(w).square().mean((1, 3)).sqrt() for w in self.latent.values()]
         if self.layered:
-            wanted = super().sparsity
+            target = super().sparsity
             ends = [sum(s.numel() for s in scores[: i + 1]) for i in range(len(scores))]
-            ends = [0, *[round(wanted * end) for end in ends]]
-            cuts = [smallest([s], b - a) for s, a, b in zip(scores, ends, ends[1:], strict=False)]
-            masks, taus = [mask for (mask,), _ in cuts], [tau for _, tau in cuts]
+            ends = [0, *[round(target * end) for end in ends]]
+            found_cutoffs = [
+                smallest([s], b - a) for s, a, b in zip(scores, ends, ends[1:], strict=False)
+            ]
+            masks, taus = [mask for (mask,), _ in found_cutoffs], [tau for _, tau in found_cutoffs]
         else:
             k = round(self.sparsity * sum(s.numel() for s in scores))
             masks, tau = smallest(scores, k)
@@ -119,8 +121,8 @@ class BlockThreshold(GlobalThreshold):
         for (name, w), s, mask, tau in zip(self.latent.items(), scores, masks, taus, strict=True):
             factor = (power(s, tau, self.p) / s).unsqueeze(1).unsqueeze(3)
             kept = mask.unsqueeze(1).unsqueeze(3).expand_as(self.split(w))
-            image = self.split(w) * factor
-            found[name] = straight_through(self.split(w), image, kept, self.theta).view(w.shape)
+            effective = self.split(w) * factor
+            found[name] = straight_through(self.split(w), effective, kept, self.theta).view(w.shape)
         return found
 
 
@@ -149,7 +151,7 @@ FEW = ["2:4", "2x1-theta"]
 
 @pytest.fixture(autouse=True)
 def listed(monkeypatch):
-    """The harness knows this network and these methods."""
+    """Add this network and these methods to the tables."""
     monkeypatch.setitem(models.MODELS, "even", EVEN)
     for name, case in CASES.items():
         monkeypatch.setitem(methods.METHODS, name, case)
@@ -160,7 +162,7 @@ def begin(name: str, **changes) -> Run:
     return start("even", method=case.method, sparsity=case.sparsity, **case.options, **changes)
 
 
-# --- what the conformance suite asks of every method ----------------------------------------
+# --- properties of every method -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -183,7 +185,7 @@ def test_a_compiled_model_takes_the_same_steps(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_is_the_same_to_the_bit(case, dtype):
+def test_a_resumed_run_is_bitwise_identical(case, dtype):
     whole = begin(case, dtype=dtype).train(0, 4)
     checkpoint = whole.save()
     assert_exact(whole.train(4, STEPS))
@@ -193,8 +195,8 @@ def test_a_resumed_run_is_the_same_to_the_bit(case, dtype):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("as_on_a_device")
-def test_steps_are_there_to_be_captured(case):
-    """As a graph on a device: nothing is read by the host, nothing lies where it did not."""
+def test_steps_can_be_captured(case):
+    """As in a CUDA graph: the host reads nothing, and memory is fixed."""
     hooked = test_capture.CapturedLoop(case, "even").train(0, 12).end()
     loop = test_capture.CapturedLoop(case, "even").train(0, 2)
     loop.feed(2)
@@ -211,7 +213,7 @@ def test_casting_keeps_the_pattern():
     assert all(of_each(w, 2, 4) for w in run.case.weights(run.model).values())
 
 
-# --- what a pattern is ----------------------------------------------------------------------
+# --- the patterns ---------------------------------------------------------------------------
 
 
 def of_each(w: Tensor, n: int, m: int) -> bool:
@@ -258,7 +260,7 @@ def test_every_method_that_takes_a_pattern_ends_in_it_exactly(method, pattern, s
     assert all(holds(w) for w in run.case.weights(run.model).values())
 
 
-def test_patterns_are_those_that_methods_name():
+def test_patterns_have_the_options_of_methods():
     takes = {name for name in BY_NAME if "pattern" in method_options(name)}
     assert takes == {"feather", "hard-ste", "soft-ste", "gmp", "feather-gmp"}
 
@@ -307,7 +309,7 @@ def test_of_equal_neighbours_the_first_are_pruned():
     assert torch.equal(model.weight != 0, torch.tensor([False, False, True, True]).repeat(2, 2))
 
 
-def test_what_is_zero_in_a_kept_block_gets_its_gradient():
+def test_zeros_in_a_kept_block_get_their_gradient():
     layer = nn.Linear(4, 4, bias=False)
     with torch.no_grad():
         layer.weight[0, 0] = 0.0
@@ -334,7 +336,7 @@ def test_soft_blocks_are_the_proximal_step_of_the_group_lasso():
     torch.testing.assert_close(model.weight.detach(), expected.view(8, 8))
 
 
-def test_a_pattern_knows_no_other_layout():
+def test_a_pattern_is_independent_of_the_memory_format():
     """Channels-last weights are pruned like contiguous ones."""
     runs = []
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -373,7 +375,7 @@ def test_torch_multiplies_2_of_4():
     torch.testing.assert_close(model(x), expected, rtol=1e-2, atol=1e-2)
 
 
-# --- what a pattern is combined with --------------------------------------------------------
+# --- combinations of patterns ---------------------------------------------------------------
 
 
 def test_blocks_meet_the_targets_of_groups_and_of_all_parameters():
@@ -402,16 +404,16 @@ def test_an_average_of_the_latents_has_the_pattern(pattern):
     for step in range(TOTAL):
         run.train(step, step + 1)
         average.update()
-    twin = average.copy_to(EVEN.make())
+    copied = average.copy_to(EVEN.make())
     holds: Callable[[Tensor], bool] = (
         (lambda w: of_each(w, 2, 4)) if pattern == "2:4" else (lambda w: whole(w, 2, 2))
     )
-    assert all(holds(w) for w in EVEN.weights(twin).values())
-    assert EVEN.zeros(twin) == 192
+    assert all(holds(w) for w in EVEN.weights(copied).values())
+    assert EVEN.zeros(copied) == 192
 
 
 @pytest.mark.parametrize("case", FEW)
-def test_a_model_that_has_the_pattern_is_first_seen_as_it_is(case):
+def test_a_model_that_has_the_pattern_starts_unchanged(case):
     run = begin(case, schedule="constant")
     net = run.sparsifier.finalize()
     before = [p.detach().clone() for p in net.parameters()]
@@ -437,18 +439,18 @@ def test_a_model_that_has_the_pattern_is_first_seen_as_it_is(case):
         ("even", {"pattern": "2:4", "sparsity": 0.5, "min_density": 0.7}, "min_density"),
         ("even", {"pattern": "4:4", "sparsity": 0.5}, "4:4"),
         ("even", {"pattern": "0x4", "sparsity": 0.5}, "0x4"),
-        ("even", {"pattern": 124, "sparsity": 0.5}, "quotes.*124"),
+        ("even", {"pattern": 124, "sparsity": 0.5}, "quote it in YAML.*124"),
         ("even", {"pattern": "2-4", "sparsity": 0.5}, "'2-4'"),
         ("mlp", {"pattern": "1x2", "sparsity": 0.5, "include": "*"}, r"0\.bias \(12,\)"),
     ],
     ids=str,
 )  # fmt: skip
-def test_a_pattern_that_cannot_be_is_an_error(model, settings, words):
+def test_an_impossible_pattern_is_an_error(model, settings, words):
     with pytest.raises(ConfigurationError, match=words):
         start(model, **settings)
 
 
-def test_checkpoints_tell_patterns_apart():
+def test_checkpoints_of_different_patterns_differ():
     run = start("even", pattern="2:4", sparsity=0.5)
     state = start("even", sparsity=0.5).train(0, 2).sparsifier.state_dict()
     with pytest.raises(feather.StateError, match="method"):
@@ -460,7 +462,7 @@ def test_checkpoints_tell_patterns_apart():
     [(0.5, {"pattern": "2:4"}), ({"0.*": 0.25, "*": 0.75}, {})],
     ids=["2:4", "groups"],
 )
-def test_zeros_of_another_pattern_that_are_as_many_are_no_finished_model(sparsity, pattern):
+def test_as_many_zeros_at_invalid_positions_are_pruned_again(sparsity, pattern):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparsifier = feather.sparsify(
@@ -472,7 +474,7 @@ def test_zeros_of_another_pattern_that_are_as_many_are_no_finished_model(sparsit
     with torch.no_grad():
         for layer in model:
             layer.weight.normal_()[:, :32] = 0
-    with pytest.warns(feather.errors.FeatherWarning, match="4096 zeros, in other places"):
+    with pytest.warns(feather.errors.FeatherWarning, match="4096 zeros, at invalid positions"):
         sparsifier.finalize()
     if pattern:
         assert all(of_each(layer.weight, 2, 4) for layer in model)

@@ -1,4 +1,4 @@
-"""ProbMask: projection, noise and gradients alone, passes that share a step, and its phases."""
+"""ProbMask: projection, noise, gradients, several passes per step, and phases."""
 
 import copy
 import warnings
@@ -22,7 +22,7 @@ from .optimizers import OPTIMIZERS, as_list
 from .test_trajectory import compare, precision
 
 FAST = {"method": "probmask", "lr": 0.1, "epochs": 12, "finetune": 0.3}
-ARRIVAL = 7  # of FAST, in steps
+TARGET_STEP = 7  # of FAST, in steps
 
 
 def at_work(sparsity: float = 0.9, total_steps: int = 320, **options):
@@ -62,8 +62,8 @@ def test_the_projection_is_the_nearest_point_within_the_budget(points, dtype, wa
     monkeypatch.setattr(devices, "synchronizes", lambda _: way == "of a device")
     for size in (1, 7, 500):
         x = POINTS[points](size).to(dtype)
-        for share in (0.003, 0.1, 0.5, 0.97, 1.0):
-            budget = share * size
+        for fraction in (0.003, 0.1, 0.5, 0.97, 1.0):
+            budget = fraction * size
             found = project_(x.clone(), torch.tensor(budget, dtype=torch.float64))
             tolerance = 1e-9 if dtype == torch.float64 else 1e-5 * max(1.0, x.abs().max().item())
             torch.testing.assert_close(found, project(x, budget), rtol=0, atol=tolerance)
@@ -71,7 +71,7 @@ def test_the_projection_is_the_nearest_point_within_the_budget(points, dtype, wa
             assert found.sum() <= budget + size * tolerance
 
 
-def test_what_is_within_the_budget_is_only_clamped():
+def test_values_within_the_budget_are_only_clamped():
     x = torch.tensor([-0.5, 0.0, 0.25, 1.0, 1.5])
     found = project_(x.clone(), torch.tensor(2.25))
     assert torch.equal(found, torch.tensor([0.0, 0.0, 0.25, 1.0, 1.0]))
@@ -86,14 +86,14 @@ def test_the_generator_gives_the_published_numbers():
 
 
 @pytest.mark.parametrize("seed", [0, 7, -1, 2**63 + 12345])
-@pytest.mark.parametrize("place", [0, 10**6, 2**40])
-def test_noise_depends_on_seed_and_place_alone(seed, place):
-    found = uniform(seed, torch.tensor(place), 100, torch.float32)
-    bits = [splitmix64(seed % 2**64, place + i) >> 41 for i in range(100)]
+@pytest.mark.parametrize("position", [0, 10**6, 2**40])
+def test_noise_depends_only_on_seed_and_position(seed, position):
+    found = uniform(seed, torch.tensor(position), 100, torch.float32)
+    bits = [splitmix64(seed % 2**64, position + i) >> 41 for i in range(100)]
     expected = (torch.tensor(bits, dtype=torch.float64) + 0.5) / 2**23
     assert torch.equal(found.double(), expected)
-    assert torch.equal(uniform(seed, torch.tensor(place), 100, torch.float64), expected)
-    assert torch.equal(uniform(seed, torch.tensor(place + 30), 70, torch.float32), found[30:])
+    assert torch.equal(uniform(seed, torch.tensor(position), 100, torch.float64), expected)
+    assert torch.equal(uniform(seed, torch.tensor(position + 30), 70, torch.float32), found[30:])
 
 
 def test_noise_is_uniform_and_without_correlation():
@@ -104,8 +104,8 @@ def test_noise_is_uniform_and_without_correlation():
     ])  # fmt: skip
     assert 0 < rows.min() < 2**-15
     assert 1 - 2**-15 < rows.max() < 1
-    shares = torch.histc(rows, 64, 0, 1) / rows.numel()
-    assert (shares - 1 / 64).abs().max() < 0.05 / 64
+    fractions = torch.histc(rows, 64, 0, 1) / rows.numel()
+    assert (fractions - 1 / 64).abs().max() < 0.05 / 64
     shifted = torch.cat([rows, rows[:1].roll(1, 1)])
     correlations = torch.corrcoef(shifted) - torch.eye(4)
     assert correlations.abs().max() < 4 / count**0.5
@@ -126,14 +126,14 @@ def test_masks_sharpen_as_published(step, sharpness):
 
 
 @pytest.mark.parametrize(
-    ("epoch", "share"), [(0, 0.0), (48, 0.0), (114, 0.875), (180, 1.0), (299, 1.0)]
+    ("epoch", "fraction"), [(0, 0.0), (48, 0.0), (114, 0.875), (180, 1.0), (299, 1.0)]
 )
 @pytest.mark.parametrize("steps", [1, 10])
-def test_the_budget_falls_as_published(epoch, share, steps):
+def test_the_budget_falls_as_published(epoch, fraction, steps):
     method = at_work(total_steps=320 * steps).step.training.method
-    for step in {epoch * steps, epoch * steps + steps - 1}:  # all steps of an epoch alike
+    for step in {epoch * steps, epoch * steps + steps - 1}:  # the same for all steps of an epoch
         budget = method._budget(method._epoch(torch.tensor(step)), 30)
-        assert float(budget) == pytest.approx(30 - 27 * share)
+        assert float(budget) == pytest.approx(30 - 27 * fraction)
 
 
 def test_all_weights_are_kept_at_first():
@@ -171,7 +171,7 @@ def test_gradients_are_those_of_the_drawn_mask(step, dtype):
     logit = inside.log() - (1 - inside).log() + u.log() - (1 - u).log()
     mask = torch.sigmoid(logit / (0.97 * (1 - step / 300) + 0.03))
     F.linear(x, w * mask).square().sum().backward()
-    # 1 - mask has few digits where the mask is nearly 1.
+    # 1 - mask has few digits if the mask is nearly 1.
     close = {"rtol": 1e-3, "atol": 2e-2} if dtype == torch.float32 else {"rtol": 1e-8, "atol": 1e-9}
     torch.testing.assert_close(model.weight.grad, w.grad, **close)
     torch.testing.assert_close(sparsifier.parameters()[0].grad, p.grad, **close)
@@ -180,14 +180,14 @@ def test_gradients_are_those_of_the_drawn_mask(step, dtype):
 
 def test_adam_is_that_of_torch():
     x, gradients = torch.randn(50), torch.randn(6, 50)
-    theirs = nn.Parameter(x.clone())
-    optimizer = torch.optim.Adam([theirs], lr=0.03, betas=(0.8, 0.95), eps=1e-3)
+    reference = nn.Parameter(x.clone())
+    optimizer = torch.optim.Adam([reference], lr=0.03, betas=(0.8, 0.95), eps=1e-3)
     adam, mean, square = Adam(0.06, 0.8, 0.95, 1e-3), torch.zeros(50), torch.zeros(50)
     for t, gradient in enumerate(gradients, 1):
-        theirs.grad = gradient.clone()
+        reference.grad = gradient.clone()
         optimizer.step()
         adam.step(gradient, x, mean, square, torch.tensor(t), torch.tensor(0.5))
-        torch.testing.assert_close(x, theirs.detach())
+        torch.testing.assert_close(x, reference.detach())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -225,13 +225,13 @@ def test_passes_average_over_masks(optimizer, recipe):
             reference.draw += 1
             yield 1 / 3
 
-    def step(loop: Loop, shares, number: int) -> bool:
+    def step(loop: Loop, fractions, number: int) -> bool:
         for one in loop.optimizers:
             one.zero_grad()
-        for share in shares:
+        for fraction in fractions:
             for part in range(recipe.accumulate):
                 x, y = case.batch(number * recipe.accumulate + part, dtype)
-                loss = share * F.cross_entropy(loop.forward(x), y) / recipe.accumulate
+                loss = fraction * F.cross_entropy(loop.forward(x), y) / recipe.accumulate
                 loss = loss * torch.inf if number in recipe.overflows else loss
                 loop.scaler.scale(loss).backward()
         if recipe.clip is not None:
@@ -262,8 +262,8 @@ def train_by_passes(run: Run, steps: range, count: int | None = None) -> Run:
     for step in steps:
         x, y = run.case.batch(step)
         run.optimizer.zero_grad()
-        for share in run.sparsifier.passes(count):
-            (share * F.cross_entropy(run.model(x), y)).backward()
+        for fraction in run.sparsifier.passes(count):
+            (fraction * F.cross_entropy(run.model(x), y)).backward()
         run.optimizer.step()
     return run
 
@@ -273,7 +273,7 @@ def test_one_pass_is_the_plain_loop():
     assert_same(snapshot(train_by_passes(start("convnet", **FAST), range(TOTAL))), snapshot(plain))
 
 
-def test_the_method_says_how_many_passes_it_wants():
+def test_the_number_of_passes_is_that_of_the_method():
     run, other = start("convnet", passes=2, **FAST), start("convnet", **FAST)
     assert list(run.sparsifier.passes()) == [0.5, 0.5]
     run, other = start("convnet", passes=2, **FAST), start("convnet", **FAST)
@@ -285,11 +285,11 @@ def test_the_method_says_how_many_passes_it_wants():
     assert not torch.equal(once.model.stem.weight, run.model.stem.weight)
 
 
-def test_passes_that_were_asked_for_and_not_taken_are_told_once():
+def test_missing_passes_give_one_warning():
     run = start("convnet", passes=2, **FAST)
-    with pytest.warns(feather.FeatherWarning, match="this step took one") as told:
+    with pytest.warns(feather.FeatherWarning, match="this step took one") as caught:
         run.train(0, 3)
-    assert len([one for one in told if "passes=2" in str(one.message)]) == 1
+    assert len([one for one in caught if "passes=2" in str(one.message)]) == 1
 
 
 def test_passes_of_a_method_without_masks_are_parts_of_the_gradient():
@@ -301,7 +301,7 @@ def test_passes_of_a_method_without_masks_are_parts_of_the_gradient():
     assert list(run.sparsifier.passes(2)) == [0.5, 0.5]
 
 
-def test_a_step_given_up_between_passes_leaves_no_trace_in_the_next():
+def test_an_abandoned_step_has_no_effect_on_the_next():
     run, other = (start("mlp", "sgd", **FAST).train(0, 2) for _ in range(2))
     x, y = run.case.batch(5)
     for number, _ in enumerate(run.sparsifier.passes(3)):
@@ -318,7 +318,7 @@ def test_a_step_given_up_between_passes_leaves_no_trace_in_the_next():
     )
 
 
-def test_what_is_written_between_passes_is_taken_over():
+def test_values_written_between_passes_become_latent():
     run = start("mlp", "sgd", **FAST).train(0, 3)
     written = torch.randn(4, 12)
     for number, _ in enumerate(run.sparsifier.passes(2)):
@@ -328,7 +328,7 @@ def test_what_is_written_between_passes_is_taken_over():
     assert torch.equal(run.sparsifier.latent_weights()["2.weight"], written)
 
 
-def test_several_passes_continue_bit_for_bit():
+def test_several_passes_resume_bitwise():
     whole = train_by_passes(start("convnet", passes=2, **FAST), range(TOTAL))
     run = train_by_passes(start("convnet", passes=2, **FAST), range(4))
     resumed = start("convnet", passes=2, seed=1, **FAST).load(run.save())
@@ -340,9 +340,9 @@ def test_several_passes_continue_bit_for_bit():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_last_phase_is_exact_and_keeps_the_most_probable(model):
-    run = start(model, **FAST).train(0, ARRIVAL - 1)
+    run = start(model, **FAST).train(0, TARGET_STEP - 1)
     assert run.zeros() != round(0.8 * run.case.size)
-    run.train(ARRIVAL - 1, ARRIVAL)
+    run.train(TARGET_STEP - 1, TARGET_STEP)
     masks = run.sparsifier.masks()
     probabilities = run.sparsifier.parameters()
     kept = torch.cat([p[m] for p, m in zip(probabilities, masks.values(), strict=True)])
@@ -350,7 +350,7 @@ def test_the_last_phase_is_exact_and_keeps_the_most_probable(model):
     assert kept.min() >= pruned.max()
     frozen = copy.deepcopy(probabilities)
     latent = run.sparsifier.latent_weights()
-    for step in range(ARRIVAL, TOTAL + 3):
+    for step in range(TARGET_STEP, TOTAL + 3):
         assert_exact(run)
         assert run.zeros() == round(0.8 * run.case.size)
         assert_same(run.sparsifier.masks(), masks)
@@ -361,28 +361,28 @@ def test_the_last_phase_is_exact_and_keeps_the_most_probable(model):
 
 
 def test_the_network_can_be_finalized_as_soon_as_it_is_exact():
-    run = start("convnet", **FAST).train(0, ARRIVAL - 1)
+    run = start("convnet", **FAST).train(0, TARGET_STEP - 1)
     with pytest.raises(feather.StateError, match=r"0\.8"):
         run.sparsifier.finalize()
-    run.train(ARRIVAL - 1, ARRIVAL).sparsifier.finalize()
+    run.train(TARGET_STEP - 1, TARGET_STEP).sparsifier.finalize()
     assert run.zeros() == round(0.8 * run.case.size)
 
 
 @pytest.mark.parametrize(
-    ("total", "finetune", "arrival"),
+    ("total", "finetune", "target_step"),
     [(1, 0.0625, 1), (1, 0.9, 1), (8, 0.0625, 8), (16, 0.0625, 15), (320, 0.0625, 300),
      (10, 0.0, 10), (10, 0.99, 1)],
 )  # fmt: skip
-def test_the_last_phase_has_its_share_of_the_steps(total, finetune, arrival):
+def test_the_last_phase_has_its_fraction_of_the_steps(total, finetune, target_step):
     run = start("mlp", total_steps=total, method="probmask", finetune=finetune)
-    assert run.sparsifier.target_step == arrival
+    assert run.sparsifier.target_step == target_step
     run.train(0, total)
     assert run.zeros() == 96
     run.sparsifier.finalize()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_what_is_reported_is_what_the_network_has_at_every_step(dtype):
+def test_the_reported_sparsity_is_that_of_the_network_at_every_step(dtype):
     run = start("convnet", "sgd", dtype=dtype, **FAST)
     for step in range(TOTAL):
         assert run.sparsifier.sparsity == pytest.approx(run.zeros() / 360)
@@ -391,8 +391,8 @@ def test_what_is_reported_is_what_the_network_has_at_every_step(dtype):
     assert run.zeros() == 288
 
 
-def test_equal_probabilities_are_pruned_by_lot():
-    """Not by their place, which would empty the first layers; another seed draws others."""
+def test_equal_probabilities_are_pruned_at_random():
+    """Not by their position, which would empty the first layers; another seed prunes others."""
     model = nn.Sequential(nn.Linear(100, 50), nn.Linear(50, 100))
     masks = []
     for seed in (0, 0, 1):
@@ -412,7 +412,7 @@ def test_equal_probabilities_are_pruned_by_lot():
     assert not torch.equal(masks[0], masks[2])
 
 
-def test_what_the_probabilities_reach_by_themselves_is_told():
+def test_the_learned_sparsity_is_that_of_the_probabilities():
     run = start("convnet", **FAST).train(0, TOTAL)
     flat = torch.cat([p.flatten() for p in run.sparsifier.parameters()])
     # Of masks that are drawn, not of the probabilities' nearer ends.
@@ -425,7 +425,7 @@ def test_what_the_probabilities_reach_by_themselves_is_told():
     assert run.sparsifier.learned_sparsity == own
 
 
-def test_latent_zeros_that_are_kept_are_no_pruned_weights():
+def test_kept_latent_zeros_do_not_count_as_pruned():
     model = nn.Linear(10, 10, bias=False)
     with torch.no_grad():
         model.weight.zero_()
@@ -460,7 +460,7 @@ def test_it_finds_the_weights_that_matter():
     torch.testing.assert_close(model.weight[0].detach(), solution, rtol=0, atol=0.05)
 
 
-# --- what else may happen -------------------------------------------------------------------
+# --- other events ---------------------------------------------------------------------------
 
 
 def test_every_step_draws_its_own_mask_and_the_seed_decides_which():
@@ -501,7 +501,7 @@ def test_moving_the_model_keeps_every_probability_with_its_weight(move):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("optimizer", ["sgd-momentum", "muon+adamw"])
-def test_probabilities_are_restored_bit_for_bit_also_when_loaded_before(optimizer, dtype):
+def test_probabilities_are_restored_bitwise_also_if_loaded_before_sparsify(optimizer, dtype):
     whole = start("convnet", optimizer, dtype=dtype, **FAST).train(0, 4)
     checkpoint = whole.save()
     end = snapshot(whole.train(4, TOTAL))
@@ -523,9 +523,9 @@ def test_an_average_of_the_latents_takes_the_frozen_mask():
     for step in range(TOTAL):
         run.train(step, step + 1)
         average.update()
-    twin = average.copy_to(copy.deepcopy(run.model))
-    assert run.case.zeros(twin) == 288
-    assert torch.equal(twin.stem.weight == 0, run.model.stem.weight == 0)
+    copied = average.copy_to(copy.deepcopy(run.model))
+    assert run.case.zeros(copied) == 288
+    assert torch.equal(copied.stem.weight == 0, run.model.stem.weight == 0)
 
 
 def test_nan_stays_visible():
@@ -546,6 +546,6 @@ def test_no_zero_is_negative():
     [{"epochs": 1}, {"finetune": 1.0}, {"finetune": -0.1}, {"passes": 0}, {"lr": -1.0}],
     ids=str,
 )
-def test_options_that_cannot_be(options):
+def test_invalid_options_are_an_error(options):
     with pytest.raises(ConfigurationError, match=next(iter(options))):
         build_method("probmask", sparsity=0.9, **options)

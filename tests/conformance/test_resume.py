@@ -1,4 +1,4 @@
-"""A killed run continues bit for bit from model.state_dict() and optimizer.state_dict() alone."""
+"""A killed run resumes bitwise from model.state_dict() and optimizer.state_dict() alone."""
 
 import copy
 import io
@@ -33,7 +33,7 @@ from .optimizers import OPTIMIZERS, as_list
 
 
 def uninterrupted(**settings) -> tuple[list[bytes], dict[str, object]]:
-    """A checkpoint before every step, and what the run ends with."""
+    """Checkpoints before every step, and the final state."""
     run, checkpoints = start(**settings), []
     for step in range(STEPS):
         checkpoints.append(run.save())
@@ -42,7 +42,7 @@ def uninterrupted(**settings) -> tuple[list[bytes], dict[str, object]]:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_continues_bit_for_bit_from_any_step(optimizer):
+def test_every_optimizer_resumes_bitwise_from_any_step(optimizer):
     checkpoints, end = uninterrupted(model="convnet", optimizer=optimizer, theta=0.5)
     for killed, checkpoint in enumerate(checkpoints):
         # Another seed: nothing of the fresh model may survive.
@@ -53,7 +53,7 @@ def test_every_optimizer_continues_bit_for_bit_from_any_step(optimizer):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_continues_bit_for_bit(method):
+def test_every_method_resumes_bitwise(method):
     case = METHODS[method]
     settings = {"method": case.method, "sparsity": case.sparsity, **case.options}
     checkpoints, end = uninterrupted(**settings)
@@ -63,14 +63,14 @@ def test_every_method_continues_bit_for_bit(method):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("model", ["mlp", "attention"])
-def test_every_dtype_continues_bit_for_bit(model, dtype):
+def test_every_dtype_resumes_bitwise(model, dtype):
     checkpoints, end = uninterrupted(model=model, dtype=dtype, total_steps=1_000_003, end=5)
     run = start(model, dtype=dtype, seed=1, total_steps=1_000_003, end=5)
     assert_same(snapshot(run.load(checkpoints[3]).train(3, STEPS)), end)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model_continues_bit_for_bit(model):
+def test_every_model_resumes_bitwise(model):
     checkpoints, end = uninterrupted(model=model)
     run = start(model, seed=1).load(checkpoints[5], "optimizer first").train(5, STEPS)
     assert_same(snapshot(run), end)
@@ -78,10 +78,10 @@ def test_every_model_continues_bit_for_bit(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adamw", "adafactor", "muon+adamw"])
-def test_attaching_after_loading_continues_bit_for_bit(optimizer, dtype):
-    """A loop that restores first and sparsifies then finds everything in the optimizer's state.
+def test_sparsify_after_loading_resumes_bitwise(optimizer, dtype):
+    """A loop that restores first and calls sparsify later finds all in the optimizer's state.
 
-    On the way torch casts every entry to the type of its parameter.
+    torch casts every loaded entry to the type of its parameter.
     """
     settings = {"optimizer": optimizer, "dtype": dtype, "total_steps": 30_011, "end": 5}
     checkpoints, end = uninterrupted(**settings)
@@ -100,7 +100,7 @@ def test_attaching_after_loading_continues_bit_for_bit(optimizer, dtype):
         assert_same(snapshot(run.train(killed, STEPS)), end)
 
 
-def test_a_second_interruption_is_as_harmless_as_the_first():
+def test_a_run_interrupted_twice_resumes_bitwise():
     checkpoints, end = uninterrupted()
     run = start(seed=1).load(checkpoints[2]).train(2, 5)
     run = start(seed=2).load(run.save()).train(5, STEPS)
@@ -138,7 +138,7 @@ def test_the_saved_model_is_sparse_and_the_optimizer_holds_the_latents():
     "optimizer",
     ["sgd", "sgd-momentum", "adamw", "lbfgs", "muon+adamw", "lion (pytorch_optimizer)"],
 )
-def test_the_live_optimizer_state_holds_nothing_of_ours(optimizer):
+def test_the_live_optimizer_state_has_no_entries_of_the_sparsifier(optimizer):
     def check(run):
         for one in run.optimizers:
             entries = [key for state in one.state.values() for key in state]
@@ -161,7 +161,7 @@ def test_the_users_state_is_not_changed_by_loading_it(optimizer):
     for one, saved in zip(run.optimizers, state["optimizers"], strict=True):
         one.load_state_dict(saved)
     assert_same(state, before)
-    # The optimizer goes on with the very tensors it was given (that is torch's way); ours not.
+    # The optimizer continues with the given tensors, as torch does; the sparsifier copies its own.
     run.train(3, STEPS)
     for saved, old in zip(state["optimizers"], before["optimizers"], strict=True):
         for key, entries in old["state"].items():
@@ -220,7 +220,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_state_that_does_not_belong_is_refused_and_nothing_changes(kind):
+def test_an_unfit_state_is_an_error_and_changes_nothing(kind):
     make, names_the_difference = FOREIGN[kind]
     state = read(make())["optimizers"][0]
     run = start().train(0, 4)
@@ -233,7 +233,7 @@ def test_a_state_that_does_not_belong_is_refused_and_nothing_changes(kind):
     assert_same(snapshot(run.train(4, 6)), snapshot(other.train(4, 6)))
 
 
-def test_a_state_that_torch_itself_refuses_leaves_the_run_as_it_was():
+def test_a_state_that_torch_rejects_leaves_the_run_unchanged():
     """Its latent weights are fine, its parameter groups are not."""
     state = read(start(seed=1).train(0, 2).save())["optimizers"][0]
     state["param_groups"].append(copy.deepcopy(state["param_groups"][0]))
@@ -244,7 +244,7 @@ def test_a_state_that_torch_itself_refuses_leaves_the_run_as_it_was():
     assert_same(snapshot(run.train(4, 6)), snapshot(other.train(4, 6)))
 
 
-def test_a_state_with_one_latent_missing_or_misshapen_is_refused():
+def test_a_state_with_one_latent_missing_or_misshapen_is_an_error():
     good = read(start(seed=1).train(0, 2).save())["optimizers"][0]
     missing, misshapen = copy.deepcopy(good), copy.deepcopy(good)
     del missing["state"][2]["feather_latent"]
@@ -255,7 +255,7 @@ def test_a_state_with_one_latent_missing_or_misshapen_is_refused():
             run.optimizer.load_state_dict(state)
 
 
-def test_one_optimizer_of_a_pair_with_a_foreign_state_is_refused():
+def test_an_unfit_state_of_one_of_two_optimizers_is_an_error():
     foreign = read(start(optimizer="muon+adamw", sparsity=0.7).train(0, 2).save())["optimizers"]
     run = start(optimizer="muon+adamw").train(0, 3)
     with unchanged(run), pytest.raises((StateError, ValueError), match="sparsity"):
@@ -265,7 +265,7 @@ def test_one_optimizer_of_a_pair_with_a_foreign_state_is_refused():
 # --- the deliberate override ----------------------------------------------------------------
 
 
-def test_relaxed_loading_takes_latents_and_step_into_another_plan():
+def test_relaxed_loading_loads_latents_and_step_into_other_settings():
     source = start().train(0, 4)
     checkpoint = source.save()
     latent, step = source.sparsifier.latent_weights(), source.sparsifier.step_count
@@ -308,7 +308,7 @@ def test_relaxed_loading_ends_with_its_block():
         run.optimizer.load_state_dict(foreign)
 
 
-def test_relaxed_loading_takes_what_fits_and_restarts_the_rest_from_the_parameters():
+def test_relaxed_loading_restarts_missing_latents_from_the_parameters():
     state = read(start(seed=1, optimizer="sgd").train(0, 4).save())["optimizers"][0]
     state["state"][2]["feather_latent"] = torch.zeros(5)
     run = start(optimizer="sgd")
@@ -325,7 +325,7 @@ def test_relaxed_loading_takes_what_fits_and_restarts_the_rest_from_the_paramete
 # --- other roads ----------------------------------------------------------------------------
 
 
-def test_the_sparsifiers_own_state_round_trips():
+def test_the_state_of_the_sparsifier_round_trips():
     run = start("convnet").train(0, 4)
     file = io.BytesIO()
     torch.save(run.sparsifier.state_dict(), file)
@@ -339,7 +339,7 @@ def test_the_sparsifiers_own_state_round_trips():
 
 
 @pytest.mark.parametrize("kind", ["another sparsity", "another method", "other total_steps"])
-def test_the_sparsifier_refuses_a_foreign_state(kind):
+def test_an_unfit_state_of_the_sparsifier_is_an_error(kind):
     settings = {
         "another sparsity": {"sparsity": 0.7},
         "another method": {"method": "soft-ste"},
@@ -365,12 +365,12 @@ def test_resume_through_torch_distributed_checkpoint(optimizer):
     set_optimizer_state_dict(resumed.model, resumed.optimizer, state)
     assert resumed.sparsifier.step_count == 4
     resumed.train(4, STEPS)
-    for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    for actual, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(actual, expected)
     assert_same(resumed.sparsifier.latent_weights(), whole.sparsifier.latent_weights())
 
 
-def test_a_flattened_distributed_state_is_refused_rather_than_resumed_densely():
+def test_a_flattened_distributed_state_is_an_error():
     """torch rebuilds it with the keys of the live state alone, which drops the latent weights."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     run = start(optimizer="adamw").train(0, 4)

@@ -52,7 +52,7 @@ def test_ramps_end_at_half_of_training_by_default(total):
         assert (table[: total // 2] < 1).all()
 
 
-def test_the_cubic_is_that_of_the_paper():
+def test_the_cubic_schedule_is_that_of_the_paper():
     table = Cubic().table(8)
     expected = [0, 1 - 27 / 64, 1 - 1 / 8, 1 - 1 / 64, 1, 1, 1, 1, 1]
     assert table.tolist() == pytest.approx(expected, abs=1e-15)

@@ -1,4 +1,4 @@
-"""Spartan beyond the properties of all methods: soft top-k, derivative, frozen phase."""
+"""Spartan: soft top-k, derivative, frozen phase."""
 
 import copy
 from itertools import product
@@ -47,9 +47,9 @@ def allocated(weights: LatentWeights, allocation: Allocation, sparsity: float):
     """Segments of an allocation, for weight tensors called 0.weight, 1.weight, ..."""
     names = [f"{i}.weight" for i in range(len(weights.views))]
     context = feather.context.MethodContext(nn.Module(), names, weights, sparsity, 10)
-    share = torch.tensor(sparsity, dtype=torch.float64)
+    fraction = torch.tensor(sparsity, dtype=torch.float64)
     fitted = allocation.fit(context)
-    return fitted.cutoffs(weights, share, fitted.initial_state(context))
+    return fitted.cutoffs(weights, fraction, fitted.initial_state(context))
 
 
 def soft_masks(weights: LatentWeights, segments, beta: float) -> list[Tensor]:
@@ -114,7 +114,7 @@ def test_infinite_sharpness_is_the_hard_mask(allocation):
         torch.testing.assert_close(m, (~pruned_mask(weights, segments, i)).float())
 
 
-def test_no_sharpness_is_the_same_share_everywhere():
+def test_zero_sharpness_is_one_constant():
     weights = LatentWeights([torch.randn(40, 30), torch.randn(20, 10)])
     for m in soft_masks(weights, allocated(weights, Global(), 0.8), 1e-9):
         torch.testing.assert_close(m, torch.full_like(m, 0.2))
@@ -127,7 +127,7 @@ def test_the_mask_is_the_fixed_point_of_sinkhorns_updates(costs):
     weights = LatentWeights(tensors)
     names = {f"{i}.weight": cost for i, cost in enumerate(costs)}
     segments = allocated(weights, FlopsBiased(1.0, costs=names), 0.7)
-    ours = torch.cat(soft_masks(weights, segments, beta))
+    actual = torch.cat(soft_masks(weights, segments, beta))
     c = torch.cat([torch.full_like(w, 1 / float(s.scale)) for w, s in zip(tensors, segments,
                                                                          strict=True)])  # fmt: skip
     z = beta * torch.cat(tensors).abs() / c
@@ -136,7 +136,7 @@ def test_the_mask_is_the_fixed_point_of_sinkhorns_updates(costs):
     for _ in range(5000):
         nu = c.log() - F.softplus(z + mu)
         mu = (c * kept).sum().log() - torch.logsumexp(z + nu, 0)
-    torch.testing.assert_close(torch.sigmoid(z + mu), ours, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.sigmoid(z + mu), actual, rtol=1e-9, atol=1e-9)
 
 
 # --- the derivative -------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def two_layers(dtype=torch.float64) -> nn.Sequential:
 
 
 def attached(allocation: Allocation, steps: int = 3, sparsity: float = 0.6):
-    """A sparsifier on the way to the target after some steps that change nothing."""
+    """A sparsifier before its target, after some steps that change no weight."""
     model = two_layers()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     sparsifier = feather.sparsify(
@@ -179,7 +179,7 @@ def test_the_gradient_is_that_of_finite_differences(allocation):
     beta = 1 + 8 * 3 / 8
 
     def loss(tensors: list[Tensor]) -> float:
-        """Without the cut, which is straight-through."""
+        """Without the hard cutoff, which is straight-through."""
         weights = LatentWeights(tensors)
         segments = allocated(weights, ALLOCATIONS[allocation], 0.6)
         masks = soft_masks(weights, segments, beta)
@@ -189,12 +189,14 @@ def test_the_gradient_is_that_of_finite_differences(allocation):
     found = gradients(model, sparsifier, factors)
     step = 1e-6
     for i, w in enumerate(latent):
-        for place in range(w.numel()):
+        for position in range(w.numel()):
             moved = [[t.clone() for t in latent] for _ in range(2)]
-            moved[0][i].view(-1)[place] += step
-            moved[1][i].view(-1)[place] -= step
+            moved[0][i].view(-1)[position] += step
+            moved[1][i].view(-1)[position] -= step
             difference = (loss(moved[0]) - loss(moved[1])) / (2 * step)
-            assert float(found[i].view(-1)[place]) == pytest.approx(difference, rel=1e-5, abs=1e-7)
+            assert float(found[i].view(-1)[position]) == pytest.approx(
+                difference, rel=1e-5, abs=1e-7
+            )
 
 
 def test_the_gradient_is_that_of_autograd_through_an_unrolled_solution():
@@ -209,11 +211,11 @@ def test_the_gradient_is_that_of_autograd_through_an_unrolled_solution():
         mu = mu - (m.sum() - budget) / (m * (1 - m)).sum()
     u = torch.cat([w.flatten() for w in latent]) * torch.sigmoid(x + mu)
     (u * torch.cat([a.flatten() for a in factors])).sum().backward()
-    for ours, w in zip(gradients(model, sparsifier, factors), latent, strict=True):
-        torch.testing.assert_close(ours, w.grad, rtol=1e-9, atol=1e-12)
+    for actual, w in zip(gradients(model, sparsifier, factors), latent, strict=True):
+        torch.testing.assert_close(actual, w.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_budgets_of_layers_do_not_touch_each_other():
+def test_budgets_of_layers_are_independent():
     model, sparsifier = attached(Uniform())
     factors = [torch.randn(7, 9).double(), torch.zeros(5, 7).double()]
     first, second = gradients(model, sparsifier, factors)
@@ -240,8 +242,8 @@ def test_pruned_weights_have_gradients_until_the_mask_is_frozen():
         run.optimizer.step()
 
 
-def test_a_layer_frozen_by_the_user_shares_nothing():
-    """Weights without a gradient get none, and stay."""
+def test_a_layer_without_gradients_keeps_its_weights():
+    """Weights without a gradient get none and do not change."""
     run = start("convnet", **LATE).train(0, 2)
     run.model.stem.weight.requires_grad_(False)
     for p in run.model.parameters():
@@ -268,7 +270,7 @@ def test_the_sparsity_rises_for_a_fifth_and_the_mask_stays_in_the_last():
     seen, masks = [], []
     for step in range(20):
         seen.append(run.zeros())
-        masks.append([m.clone() for m in run.sparsifier.step.training.pruning.masks])
+        masks.append([m.clone() for m in run.sparsifier.step.training.pruning.mask])
         run.train(step, step + 1)
     assert seen == [0, 15, 30, 45, *[60] * 16]
     for step in range(4, 20):
@@ -277,11 +279,11 @@ def test_the_sparsity_rises_for_a_fifth_and_the_mask_stays_in_the_last():
     assert all((m == 1).all() for m in masks[0])
 
 
-def test_the_image_is_the_weight_times_the_soft_mask_and_finalize_keeps_it():
+def test_effective_weights_are_weights_times_the_mask_and_finalize_keeps_them():
     run = start("mlp", method="spartan").train(0, TOTAL)
     latent = run.sparsifier.latent_weights()
     for (name, p), m in zip(
-        run.case.weights(run.model).items(), run.sparsifier.step.training.pruning.masks,
+        run.case.weights(run.model).items(), run.sparsifier.step.training.pruning.mask,
         strict=True,
     ):  # fmt: skip
         assert torch.equal(p, latent[name] * m)
@@ -292,7 +294,7 @@ def test_the_image_is_the_weight_times_the_soft_mask_and_finalize_keeps_it():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw-fused", "muon+adamw"])
-def test_resumed_on_either_side_of_the_freezing_bit_for_bit(optimizer, dtype):
+def test_runs_resume_bitwise_before_and_after_the_mask_is_frozen(optimizer, dtype):
     whole = start("convnet", optimizer, dtype=dtype, **LATE)
     checkpoints = []
     for step in range(TOTAL):
@@ -305,7 +307,7 @@ def test_resumed_on_either_side_of_the_freezing_bit_for_bit(optimizer, dtype):
         assert_same(snapshot(run.train(killed, TOTAL)), end)
 
 
-def test_loading_an_earlier_state_thaws_the_mask():
+def test_loading_an_earlier_state_unfreezes_the_mask():
     run = start("convnet", **LATE).train(0, 2)
     checkpoint = run.save()
     end = snapshot(run.train(2, TOTAL))
@@ -313,7 +315,7 @@ def test_loading_an_earlier_state_thaws_the_mask():
 
 
 def test_a_state_of_another_method_gets_a_mask_of_its_own():
-    """Where a state comes from after the freezing, it brings no mask that could stay."""
+    """A state of another method, saved after the freezing step, contains no mask."""
     other = start("convnet", method="feather").train(0, TOTAL - 1)
     run = start("convnet", seed=3, **LATE)
     with run.sparsifier.relaxed_loading():
@@ -325,7 +327,7 @@ def test_a_state_of_another_method_gets_a_mask_of_its_own():
         run.train(step, step + 1)
 
 
-def test_a_state_without_its_mask_is_refused():
+def test_a_state_without_its_mask_is_an_error():
     state = start(**LATE).train(0, FREEZE).sparsifier.state_dict()
     del state["2.weight"]["mask"]
     with pytest.raises(StateError, match=r"2\.weight.*no mask"):
@@ -354,16 +356,16 @@ def test_an_average_of_the_latents_has_the_exact_count(stop):
     for step in range(stop):
         run.train(step, step + 1)
         average.update()
-    twin = average.copy_to(copy.deepcopy(run.model))
-    assert run.case.zeros(twin) == round(0.8 * 360)
-    if stop == TOTAL:  # the frozen mask is everyone's
-        for name, p in run.case.weights(twin).items():
+    copied = average.copy_to(copy.deepcopy(run.model))
+    assert run.case.zeros(copied) == round(0.8 * 360)
+    if stop == TOTAL:  # the frozen mask is common to both
+        for name, p in run.case.weights(copied).items():
             assert torch.equal(p != 0, run.sparsifier.masks()[name])
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform", "erk", "sigma"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.02, 0.99])
-def test_layers_that_are_kept_or_pruned_as_a_whole_are_no_trouble(sparsity, allocation):
+def test_layers_may_be_kept_or_pruned_entirely(sparsity, allocation):
     run = start("convnet", method="spartan", sparsity=sparsity, allocation=allocation)
     for step in range(TOTAL):
         run.train(step, step + 1)
@@ -375,7 +377,7 @@ def test_layers_that_are_kept_or_pruned_as_a_whole_are_no_trouble(sparsity, allo
                     run.sparsifier.latent_weights()["stem.weight"])  # fmt: skip
 
 
-def test_nan_is_kept_and_told():
+def test_nan_is_kept_and_raised():
     model = two_layers(torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     feather.sparsify(model, optimizer, "spartan", sparsity=0.5, total_steps=4)
@@ -402,7 +404,7 @@ def test_nan_is_kept_and_told():
     ],
     ids=str,
 )
-def test_options_that_cannot_be(options, words):
+def test_invalid_options_are_an_error(options, words):
     with pytest.raises(ConfigurationError, match=words):
         start(method="spartan", **options)
 
@@ -415,18 +417,18 @@ def test_a_sharpness_is_the_same_as_an_integer():
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7])
-def test_short_trainings_reach_their_target(total):
+def test_short_runs_reach_their_target(total):
     run = start("mlp", method="spartan", total_steps=total).train(0, total)
     assert run.zeros() == 96
     run.sparsifier.finalize()
 
 
-def test_costs_prune_what_is_dear():
+def test_expensive_layers_lose_more_weights():
     case = MODELS["convnet"]
     costs = {name: 1.0 for name in case.prunable} | {"stem.weight": 100.0}
     plain = start("convnet", method="spartan", sparsity=0.5).train(0, TOTAL)
-    dear = start(
+    expensive = start(
         "convnet", method="spartan", sparsity=0.5, allocation=FlopsBiased(1.0, costs=costs)
     ).train(0, TOTAL)
-    assert dear.zeros() == plain.zeros() == 180
-    assert int((dear.model.stem.weight != 0).sum()) < int((plain.model.stem.weight != 0).sum())
+    assert expensive.zeros() == plain.zeros() == 180
+    assert int((expensive.model.stem.weight != 0).sum()) < int((plain.model.stem.weight != 0).sum())

@@ -55,7 +55,7 @@ def test_closures_take_the_same_steps_as_plain_calls(optimizer, form):
     assert_same(snapshot(plain), snapshot(closed))
 
 
-def test_a_closure_that_looks_at_the_sparsifier_finds_it_consistent():
+def test_a_closure_sees_a_consistent_sparsifier():
     run = start(schedule="constant")
 
     def closure():
@@ -74,7 +74,7 @@ def test_a_closure_that_looks_at_the_sparsifier_finds_it_consistent():
 @pytest.mark.parametrize("keyword", [False, True])
 @pytest.mark.parametrize("optimizer", SELECTED)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_closure_that_raises_leaves_everything_as_it_was(optimizer, keyword, error):
+def test_a_closure_that_raises_leaves_everything_unchanged(optimizer, keyword, error):
     run, other = (start("mlp", optimizer).train(0, 3) for _ in range(2))
     first = run.optimizers[0]
 
@@ -103,7 +103,7 @@ def test_lbfgs_whose_third_evaluation_raises_leaves_a_sparse_model():
         run.optimizer.step(closure)
     assert_exact(run)
     assert run.sparsifier.step_count == 0
-    run.optimizer.state.clear()  # what LBFGS had begun is of no use to itself
+    run.optimizer.state.clear()  # the state that LBFGS began is of no use to it
     run.train(1, 3)
     assert run.sparsifier.step_count == 2
     assert_exact(run)
@@ -126,7 +126,7 @@ def test_lbfgs_with_line_search():
 
 
 class Fragile(torch.optim.SGD):
-    """Raises in the middle of a step, when told to."""
+    """Raises in the middle of a step on request."""
 
     error: type[BaseException] | None = None
 
@@ -146,7 +146,7 @@ class Fragile(torch.optim.SGD):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError])
 @pytest.mark.parametrize("closure", [False, True])
-def test_a_step_that_raises_leaves_a_sparse_model_that_trains_on(error, closure):
+def test_a_step_that_raises_leaves_a_sparse_model_that_can_be_trained(error, closure):
     run = attach(Fragile)
     run.train(0, 3)
     before = run.sparsifier.latent_weights()
@@ -157,7 +157,7 @@ def test_a_step_that_raises_leaves_a_sparse_model_that_trains_on(error, closure)
     assert run.sparsifier.step_count == 3
     assert_exact(run)
     after = run.sparsifier.latent_weights()
-    # What was pruned is hidden, not lost; what was not yet stepped is as before.
+    # Latent values of pruned weights are kept; weights that did not step are as before.
     assert all((w != 0).all() for w in after.values())
     assert torch.equal(after["2.weight"], before["2.weight"])
     run.optimizer.error = None
@@ -216,7 +216,7 @@ def test_a_users_step_hook_that_raises_leaves_a_sparse_model(hook):
     assert_exact(run)
 
 
-# --- what counts as a step ------------------------------------------------------------------
+# --- steps that count -----------------------------------------------------------------------
 
 
 def test_a_nested_step_counts_once():
@@ -338,26 +338,26 @@ def backward(run: Run, scaler: torch.amp.GradScaler, step: int) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("method", COMPLETING)
 def test_a_grad_scaler_may_step_several_optimizers_one_after_another(method, fused):
-    """The scale is a power of 2, so that nothing at all may differ."""
-    ours, theirs = (
+    """The scale is a power of 2, so the results are bitwise identical."""
+    first, second = (
         split(method, torch.amp.GradScaler("cpu", 1024.0, enabled=enabled), fused)
         for enabled in (True, False)
     )
     for step in range(6):
-        for run, scaler in (ours, theirs):
+        for run, scaler in (first, second):
             backward(run, scaler, step)
             for optimizer in run.optimizers:
                 scaler.step(optimizer)
             scaler.update()
-    for a, b in zip(ours[0].model.parameters(), theirs[0].model.parameters(), strict=True):
+    for a, b in zip(first[0].model.parameters(), second[0].model.parameters(), strict=True):
         assert torch.equal(a, b)
-    pairs = zip(ours[0].sparsifier.parameters(), theirs[0].sparsifier.parameters(), strict=True)
+    pairs = zip(first[0].sparsifier.parameters(), second[0].sparsifier.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert_same(*(run.sparsifier.latent_weights() for run, _ in (ours, theirs)))
+    assert_same(*(run.sparsifier.latent_weights() for run, _ in (first, second)))
 
 
 @pytest.mark.parametrize("method", COMPLETING)
-def test_a_grad_scaler_that_divided_for_one_of_two_fused_optimizers_is_refused(method):
+def test_a_grad_scaler_that_unscaled_one_of_two_fused_optimizers_is_an_error(method):
     run, scaler = split(method, torch.amp.GradScaler("cpu", 1024.0), fused=True)
     backward(run, scaler, 0)
     scaler.unscale_(run.optimizers[1])
@@ -370,7 +370,7 @@ def test_a_grad_scaler_that_divided_for_one_of_two_fused_optimizers_is_refused(m
 @pytest.mark.parametrize("overflowing", [0, 1])
 @pytest.mark.parametrize("method", COMPLETING)
 def test_an_overflow_in_one_optimizer_does_no_harm_to_the_other(method, overflowing):
-    """The scaler judges each by its own gradients, and skips it alone."""
+    """The scaler checks the gradients of each optimizer, and skips that one alone."""
     run, scaler = split(method, torch.amp.GradScaler("cpu", 1024.0))
     for step in range(3):
         backward(run, scaler, step)
@@ -410,27 +410,27 @@ def test_a_step_without_new_gradients_completes_nothing(method):
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("method", COMPLETING)
-def test_gradients_that_are_put_there_by_hand_are_completed_too(method, in_place):
-    (ours, scaler), (theirs, _) = split(method), split(method)
+def test_gradients_assigned_by_hand_are_completed_too(method, in_place):
+    (first, scaler), (second, _) = split(method), split(method)
     kept = {}
     for step in range(3):
-        for run in (ours, theirs):
+        for run in (first, second):
             backward(run, scaler, step)
-        for p in theirs.model.parameters():
+        for p in second.model.parameters():
             made = p.grad.clone()
             p.grad = kept[p].copy_(made) if in_place and step > 0 else made
-        kept = {p: p.grad for p in theirs.model.parameters()}
-        theirs.sparsifier.step.training.pending._told = False  # autograd knows nothing of them
-        for run in (ours, theirs):
+        kept = {p: p.grad for p in second.model.parameters()}
+        second.sparsifier.step.training.pending._reported = False  # autograd knows nothing of them
+        for run in (first, second):
             for optimizer in run.optimizers:
                 optimizer.step()
-    assert_same(*(run.sparsifier.latent_weights() for run in (ours, theirs)))
-    pairs = zip(ours.sparsifier.parameters(), theirs.sparsifier.parameters(), strict=True)
+    assert_same(*(run.sparsifier.latent_weights() for run in (first, second)))
+    pairs = zip(first.sparsifier.parameters(), second.sparsifier.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("method", ["asl", "asl+", "feather-asl+"])
-def test_thresholds_stay_where_there_was_no_backward_pass(method):
+def test_thresholds_do_not_change_without_a_backward_pass(method):
     run, _ = split(method)
     before = [p.clone() for p in run.sparsifier.parameters()]
     for _ in range(3):
@@ -451,7 +451,7 @@ def test_a_parameter_without_a_gradient_keeps_its_latent_weight():
     assert not torch.equal(before["0.weight"], after["0.weight"])
 
 
-# --- what wraps a step ----------------------------------------------------------------------
+# --- wrappers of a step ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("when", ["before", "after", "both"])
@@ -518,7 +518,7 @@ def test_the_pull_back_is_linear_in_repeated_and_partial_backward_passes():
 
 
 def test_plain_straight_through_hooks_no_gradient():
-    """Where nothing has to be done, nothing is: theta = 1 costs the backward pass nothing."""
+    """theta = 1 adds nothing to the backward pass."""
     assert not any(p._backward_hooks for p in start(theta=1.0).model.parameters())
     hooked = [bool(p._backward_hooks) for p in start(theta=0.5).model.parameters()]
     assert hooked == [True, False, True, False]

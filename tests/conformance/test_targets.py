@@ -1,4 +1,4 @@
-"""Targets that are more than one share of the prunable weights: per group, or of all parameters."""
+"""Targets per group of weights, or as a fraction of all parameters."""
 
 import re
 import warnings
@@ -15,7 +15,7 @@ from torch_feather.methods.options import ALLOCATIONS
 
 from . import methods, test_capture
 from .harness import STEPS, TOTAL, assert_same, snapshot, start
-from .methods import SHARES, GlobalThreshold, MethodCase, smallest, some_costs
+from .methods import FRACTIONS, GlobalThreshold, MethodCase, smallest, some_costs
 from .models import MODELS
 from .test_capture import as_on_a_device  # noqa: F401 - a fixture
 
@@ -39,10 +39,10 @@ def test_each_group_is_met_exactly_at_every_step(method):
     options = {"allocation": "global"} if "gmp" in method else {}
     run = start("convnet", method=method, sparsity=SHARE, **options)
     for step in range(TOTAL):
-        share = SHARES[rises](step, 0, end)
+        fraction = FRACTIONS[rises](step, 0, end)
         for names, target in GROUPS.values():
             size = sum(run.case.prunable[name] for name in names)
-            assert zeros(run.model, names) == round(target * share * size), (step, names)
+            assert zeros(run.model, names) == round(target * fraction * size), (step, names)
         run.train(step, step + 1)
     total = sum(round(t * sum(run.case.prunable[n] for n in names)) for names, t in GROUPS.values())
     assert run.zeros() == total == 271
@@ -52,7 +52,7 @@ def test_each_group_is_met_exactly_at_every_step(method):
 
 
 @pytest.mark.parametrize("allocation", [*ALLOCATIONS, "bounds", "flops"])
-def test_within_a_group_the_allocation_is_what_it_is_in_a_network(allocation):
+def test_the_allocation_in_a_group_is_that_of_a_network(allocation):
     """A network of that group alone has the same mask."""
     made = {
         "bounds": Global(min_density=0.3),
@@ -62,10 +62,10 @@ def test_within_a_group_the_allocation_is_what_it_is_in_a_network(allocation):
     most = 0.3 if allocation == "uniform-dense-depthwise" else 0.6  # it spares more than half
     run = start("convnet", sparsity={ENDS: 0.1, "*": most}, allocation=made, **settings)
     ends = {"include": ENDS, "exclude": "*.bias"}
-    for filters, share in ((ends, 0.1), ({"exclude": ENDS}, most)):
+    for filters, fraction in ((ends, 0.1), ({"exclude": ENDS}, most)):
         alone = run.case.make()
         sparsifier = feather.sparsify(
-            alone, torch.optim.SGD(alone.parameters(), 0.1), sparsity=share, allocation=made,
+            alone, torch.optim.SGD(alone.parameters(), 0.1), sparsity=fraction, allocation=made,
             **filters, **settings,
         )  # fmt: skip
         for name, mask in sparsifier.masks().items():
@@ -83,13 +83,13 @@ def test_ties_in_a_group_of_distant_tensors_are_pruned_in_their_order():
         warnings.simplefilter("ignore")
         feather.sparsify(model, optimizer, sparsity={"[03].*": 0.7, "*": 0.3},
                          total_steps=4, schedule="constant")  # fmt: skip
-    for layers, share in (((0, 3), 0.7), ((2, 1), 0.3)):  # float32 precedes bfloat16
-        kept, _ = smallest([torch.ones(4, 4) for _ in layers], round(share * 32))
+    for layers, fraction in (((0, 3), 0.7), ((2, 1), 0.3)):  # float32 precedes bfloat16
+        kept, _ = smallest([torch.ones(4, 4) for _ in layers], round(fraction * 32))
         for i, mask in zip(layers, kept, strict=True):
             assert torch.equal(model[i].weight != 0, mask), i
 
 
-def test_bounds_that_bind_now_and_then_share_no_memory_with_those_that_do_not():
+def test_bounds_that_are_active_at_times_use_separate_memory():
     run = start("convnet", sparsity=TWO, min_density=0.1)
     for step in range(TOTAL):
         run.train(step, step + 1)
@@ -99,7 +99,7 @@ def test_bounds_that_bind_now_and_then_share_no_memory_with_those_that_do_not():
 
 
 @pytest.mark.parametrize("method", ["feather", "spartan", "feather-flops"])
-def test_targets_of_groups_survive_a_restart_and_tell_checkpoints_apart(method):
+def test_targets_of_groups_survive_a_restart_and_differ_in_checkpoints(method):
     costs = some_costs(MODELS["convnet"])
     options = {"costs": costs, "gamma": 1.0} if method == "feather-flops" else {}
     whole = start("convnet", method=method, sparsity=TWO, **options).train(0, 4)
@@ -121,13 +121,13 @@ def test_an_average_of_the_latents_has_the_zeros_of_each_group():
     for step in range(TOTAL):
         run.train(step, step + 1)
         average.update()
-    twin = average.copy_to(run.case.make())
+    copied = average.copy_to(run.case.make())
     for names, target in GROUPS.values():
-        assert zeros(twin, names) == round(target * sum(run.case.prunable[n] for n in names))
+        assert zeros(copied, names) == round(target * sum(run.case.prunable[n] for n in names))
 
 
 @pytest.mark.usefixtures("as_on_a_device")
-def test_steps_with_groups_are_there_to_be_captured(monkeypatch):
+def test_steps_with_groups_can_be_captured(monkeypatch):
     case = MethodCase("groups", "feather", GlobalThreshold, TWO, {"min_density": 0.1})
     monkeypatch.setitem(methods.METHODS, "groups", case)
     hooked = test_capture.CapturedLoop("groups").train(0, 12).end()
@@ -142,7 +142,7 @@ def test_steps_with_groups_are_there_to_be_captured(monkeypatch):
     ("sparsity", "options", "words"),
     [
         ({}, {}, "empty mapping"),
-        ({"stem.*": 0.5}, {}, r"no share for depth\.weight.*exclude="),
+        ({"stem.*": 0.5}, {}, r"no target for depth\.weight.*exclude="),
         ({"*": 0.5, "stem.*": 0.9}, {}, r"'stem\.\*'.*put the special ones first"),
         ({"norm.*": 0.5, "*": 0.9}, {}, r"'norm\.\*' matches the name of no prunable weight"),
         ({"*": 1.0}, {}, r"sparsity\['\*'\].*\[0, 1\)"),
@@ -156,7 +156,7 @@ def test_steps_with_groups_are_there_to_be_captured(monkeypatch):
     ],
     ids=str,
 )
-def test_targets_of_groups_that_cannot_be_are_an_error(sparsity, options, words):
+def test_invalid_targets_of_groups_are_an_error(sparsity, options, words):
     with pytest.raises(ConfigurationError, match=words):
         start("convnet", sparsity=sparsity, **options)
 
@@ -184,14 +184,14 @@ def test_a_target_counted_over_all_parameters_is_met_exactly(method):
     assert report.sparsity == run.zeros() / 360
 
 
-def test_a_share_of_all_parameters_beyond_the_prunable_ones_names_the_highest():
+def test_a_target_beyond_all_prunable_weights_is_an_error_that_names_the_highest():
     with pytest.raises(ConfigurationError, match=r"only 360 of them.*0\.911168"):
         start("convnet", sparsity=0.95, count="all")
     run = start("convnet", sparsity=0.911168, count="all", schedule="constant")
     assert run.zeros() == 359
 
 
-def test_what_a_target_may_be_counted_over_is_named():
+def test_an_unknown_count_is_an_error_that_names_the_known_ones():
     with pytest.raises(ConfigurationError, match="'prunable' or 'all'"):
         start("convnet", sparsity=0.9, count="everything")
 
@@ -200,7 +200,7 @@ def test_what_a_target_may_be_counted_over_is_named():
 
 
 def sparse_start(method: str, sparsity: float, already: float, model="convnet", **options):
-    """A run on a model of which a share is 0 already, and copies of its weights."""
+    """A run on a model that is partly 0 already, and copies of its weights."""
     run = start(model, schedule="constant", sparsity=already)
     net = run.sparsifier.finalize()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -217,7 +217,7 @@ def sparse_start(method: str, sparsity: float, already: float, model="convnet", 
 @pytest.mark.parametrize(
     "method", ["feather", "hard-ste", "soft-ste", "gmp", "feather-flops", "st3"]
 )
-def test_a_sparse_model_is_first_seen_as_it_is_and_goes_from_its_own_sparsity(method, target):
+def test_a_sparse_model_starts_unchanged_from_its_own_sparsity(method, target):
     options = {"allocation": "global"} if method == "gmp" else {}
     if method == "feather-flops":
         options = {
@@ -257,7 +257,7 @@ def test_a_layer_that_starts_at_zero_learns():
 
 @pytest.mark.parametrize("sparsity", [0.5, {"*": 0.5}], ids=str)
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
-def test_a_layer_of_nothing_but_zeros_is_no_sparse_start(allocation, sparsity):
+def test_a_layer_of_zeros_does_not_count_as_sparse(allocation, sparsity):
     model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 4))
     nn.init.zeros_(model[1].weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -291,7 +291,7 @@ def test_a_model_may_begin_with_more_zeros_than_the_allocation_would_prune(metho
     assert sparsifier.sparsity == round(0.2 * 280) / 280
 
 
-def test_groups_go_from_the_zeros_that_each_has():
+def test_groups_start_from_their_own_zeros():
     run = start("convnet", schedule="constant", sparsity={"head.*": 0.25, "*": 0.75})
     net = run.sparsifier.finalize()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -326,7 +326,7 @@ def test_the_sparsity_that_training_began_at_survives_a_restart_from_a_dense_mod
     ],
     ids=str,
 )
-def test_theta_depends_on_what_is_asked_for_not_on_how_or_on_rounding(sparsity, theta):
+def test_theta_depends_on_the_requested_sparsity_alone(sparsity, theta):
     """round(.95 n) of 6944 weights are 95.003 % of them."""
     model = nn.Sequential(nn.Linear(101, 62), nn.Linear(62, 11))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -1,4 +1,4 @@
-"""What PyTorch can do with a training step: step in backward, recompute, compile."""
+"""Features of PyTorch: steps in backward, recomputed activations, torch.compile."""
 
 import warnings
 from dataclasses import replace
@@ -18,7 +18,7 @@ from .harness import STEPS, TOTAL, Loop, Run, assert_same, snapshot, start
 from .methods import METHODS, resolved
 from .models import CLASSES, MODELS, ModelCase
 
-# Methods whose gradients are whole, each by itself, as they arrive.
+# Methods whose gradients need no completion.
 ELEMENTWISE = [
     "feather", "feather-theta", "hard-ste", "gmp-stem", "feather-erk", "feather-flops", "st3-sigma",
 ]  # fmt: skip
@@ -31,7 +31,7 @@ SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}  # as "sgd-momentum" of
 
 
 def by_hand(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """An optimizer for each parameter, stepped by a hook as soon as its gradient is whole."""
+    """An optimizer for each parameter, stepped by a hook as soon as its gradient is complete."""
     optimizers = {p: torch.optim.SGD([p], **SGD) for p in model.parameters()}
 
     def step(parameter: nn.Parameter) -> None:
@@ -44,7 +44,7 @@ def by_hand(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def by_torch(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """The same by the function that PyTorch has for it."""
+    """The same by PyTorch's own function."""
     _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), SGD)
     return _get_in_backward_optimizers(model)
 
@@ -90,7 +90,7 @@ def seen(run: Run) -> dict[str, object]:
 @pytest.mark.parametrize("method", ELEMENTWISE)
 @pytest.mark.parametrize("model", ["mlp", "convnet", "attention", "tied"])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_steps_in_backward_are_those_of_the_plain_loop(form, model, method):
+def test_steps_in_backward_equal_the_plain_loop(form, model, method):
     run, plain = in_backward(model, form, method), after_it(model, method)
     for number in range(TOTAL + 2):
         run.train(number, number + 1)
@@ -99,7 +99,7 @@ def test_steps_in_backward_are_those_of_the_plain_loop(form, model, method):
 
 
 def test_within_the_backward_pass_the_model_is_that_of_the_forward_pass():
-    """Layers that are still to come read it, and what recomputes them."""
+    """Later layers and recomputed ones read it."""
     run = in_backward("convnet", schedule="constant")
     held = []
     for p in run.model.parameters():
@@ -139,7 +139,7 @@ def test_some_weights_may_step_in_backward_and_the_rest_after_it():
 
 @pytest.mark.parametrize("method", OTHERS)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_methods_that_need_all_gradients_refuse_to_step_in_backward(form, method):
+def test_methods_that_need_all_gradients_raise_in_backward(form, method):
     run = in_backward("mlp", form, method)
     with pytest.raises(feather.StateError, match="inside it, and the method needs the gradients"):
         run.train(0, 1)
@@ -148,7 +148,7 @@ def test_methods_that_need_all_gradients_refuse_to_step_in_backward(form, method
 
 @pytest.mark.gpu
 def test_steps_in_backward_on_a_gpu_are_those_of_the_plain_loop():
-    """There other threads run the backward pass."""
+    """On a GPU other threads run the backward pass."""
     runs = []
     for form in (by_hand, lambda net: [torch.optim.SGD(net.parameters(), **SGD)]):
         net = MODELS["convnet"].make().cuda()
@@ -195,7 +195,7 @@ def spare(**settings) -> tuple[Run, Run]:
     return runs[0], runs[1]
 
 
-LOOKS = {
+READS = {
     "the next step": lambda run: run.train(3, 4),
     "save": lambda run: run.save(),
     "sparsity": lambda run: run.sparsifier.sparsity,
@@ -203,33 +203,33 @@ LOOKS = {
 }
 
 
-@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
-def test_a_weight_without_a_gradient_is_an_error_and_never_half_a_step(look):
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_a_weight_without_a_gradient_is_an_error_and_never_half_a_step(read):
     run, _ = spare()
     before = run.case.zeros(run.model)
     run.model.left_out = True
     run.train(2, 3)
     assert run.case.zeros(run.model) == before  # still the model of the last whole step
     with pytest.raises(feather.StateError, match=r"the optimizers of spare\.weight did not\."):
-        look(run)
+        read(run)
     assert run.sparsifier.step_count == 2
     run.model.left_out = False
     run.model.zero_grad()
-    run.train(4, TOTAL + 2)  # and it goes on
+    run.train(4, TOTAL + 2)  # and training continues
     assert run.sparsifier.step_count == TOTAL
     assert run.case.zeros(run.sparsifier.finalize()) == round(0.5 * 96)
 
 
-LOOKS_WITHIN = {
+READS_WITHIN = {
     "save": lambda run: run.optimizers[0].state_dict(),
     "sparsity": lambda run: run.sparsifier.sparsity,
 }
 
 
-@pytest.mark.parametrize("look", LOOKS_WITHIN.values(), ids=LOOKS_WITHIN)
-def test_half_a_step_cannot_be_saved_or_read_within_the_backward_pass(look):
+@pytest.mark.parametrize("read", READS_WITHIN.values(), ids=READS_WITHIN)
+def test_half_a_step_cannot_be_saved_or_read_within_the_backward_pass(read):
     run = in_backward("convnet").train(0, 2)
-    run.model.head.weight.register_post_accumulate_grad_hook(lambda _: look(run))
+    run.model.head.weight.register_post_accumulate_grad_hook(lambda _: read(run))
     with pytest.raises(feather.StateError, match="after the backward pass"):
         run.train(2, 3)
 
@@ -252,7 +252,7 @@ def test_loading_ends_a_step_that_was_half_done():
 
 
 class Fragile(torch.optim.SGD):
-    """Fails in the middle of a step, when told to."""
+    """Fails in the middle of a step on request."""
 
     fails = False
 
@@ -262,7 +262,7 @@ class Fragile(torch.optim.SGD):
             raise torch.OutOfMemoryError("in mid-step")
 
 
-def test_a_step_in_backward_that_raises_leaves_a_sparse_model_that_trains_on(monkeypatch):
+def test_a_step_in_backward_that_raises_leaves_a_sparse_model_that_can_be_trained(monkeypatch):
     monkeypatch.setattr(torch.optim, "SGD", Fragile)
     run = in_backward("convnet", schedule="constant").train(0, 3)
     fragile = run.optimizers[4]
@@ -278,7 +278,7 @@ def test_a_step_in_backward_that_raises_leaves_a_sparse_model_that_trains_on(mon
     assert run.sparsifier.step_count == STEPS - 1
 
 
-def test_a_scaler_is_refused_in_backward():
+def test_a_scaler_in_backward_is_an_error():
     run = in_backward()
     run.optimizers[2].found_inf = torch.tensor(0.0)  # as GradScaler sets on fused optimizers
     with pytest.raises(feather.StateError, match="nor GradScaler"):
@@ -294,7 +294,7 @@ def process_group(tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_gradients_that_ddp_has_not_averaged_are_refused(form, process_group):
+def test_gradients_that_ddp_has_not_averaged_are_an_error(form, process_group):
     """In the backward pass they are those of one rank, and the masks would drift apart."""
     net = MODELS["mlp"].make()
     optimizers = form(net)
@@ -366,8 +366,8 @@ def train_blocks(method: str, reentrant: bool | None, form=None) -> Run:
         for optimizer in optimizers if form is None else []:
             optimizer.zero_grad()
         x, y = BLOCKS.batch(number)
-        for share in sparsifier.passes():
-            (share * F.cross_entropy(net(x.requires_grad_()), y)).backward()
+        for fraction in sparsifier.passes():
+            (fraction * F.cross_entropy(net(x.requires_grad_()), y)).backward()
         for optimizer in optimizers if form is None else []:
             optimizer.step()
     assert net.calls == STEPS * sparsifier.step.training.method.facts.passes * 3 * (
@@ -448,7 +448,7 @@ def test_reduce_overhead_takes_the_plain_steps_on_a_cpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["feather-theta", "spartan", "probmask", "st3"])
 def test_reduce_overhead_takes_the_plain_steps_on_a_gpu(method):
-    """Its CUDA graphs read the parameters where they lie: they are written in place."""
+    """Its CUDA graphs read the memory of the parameters, which are written in place."""
     compare_compiled(method, where="cuda", mode="reduce-overhead")
 
 
@@ -472,8 +472,8 @@ def test_a_step_that_is_compiled_whole_takes_the_plain_steps():
     assert run.sparsifier.step_count == 4
 
 
-def test_an_optimizer_step_compiled_with_fullgraph_is_refused_with_the_way_out():
-    """PyTorch refuses that of any optimizer; its message must not point at ours alone."""
+def test_an_optimizer_step_compiled_with_fullgraph_is_an_error_with_a_remedy():
+    """PyTorch does not support it for any optimizer, and the message must say so."""
     torch._dynamo.reset()
     run = start("mlp").train(0, 1)
     before = snapshot(run)

@@ -1,8 +1,8 @@
 """The engine's trajectory is that of the paper's autograd form, to rounding.
 
 Both are trained on the same batches with the same optimizer. After every step the gradients that
-the user sees, the latent weights, the effective weights and the sparsity have to agree. Where it
-can be, arithmetic is float64, so that no deviation can pass for rounding.
+the user has, the latent weights, the effective weights and the sparsity have to agree. Arithmetic
+is float64 if possible, so that no deviation is mistaken for rounding.
 """
 
 import pytest
@@ -41,34 +41,34 @@ def compare(
     if reference.learned:
         first = next(iter(reference.latent.values()))
         groups = [group for one in optimizers for group in one.param_groups]
-        rate = next(g["lr"] for g in groups if any(p is first for p in g["params"]))
-        optimizers.append(reference.inner_optimizer(float(rate)))
+        lr = next(g["lr"] for g in groups if any(p is first for p in g["params"]))
+        optimizers.append(reference.inner_optimizer(float(lr)))
     loop = Loop(reference, net, optimizers, case, run.loop.recipe, dtype, reference)
     if tolerance is None:
         tolerance = max(made.tolerance, method.tolerance)
     close = {"rtol": tolerance, "atol": tolerance / 10}
     # The operator's slope grows without bound towards the threshold, and rounding with it.
     near = {"rtol": 10 * tolerance, "atol": tolerance}
-    ours, theirs = case.weights(run.model), reference.latent
+    actual, expected = case.weights(run.model), reference.latent
 
     def check(step: int) -> None:
         at = f"step {step}: "
         assert run.sparsifier.step_count == reference.step_count, at
-        # Whether it is the target of this step or the share that comes out, it is within rounding.
+        # It may be the target of this step or the actual fraction: they are equal to rounding.
         assert abs(run.sparsifier.sparsity - reference.sparsity) <= 0.5 / case.size + 1e-12, at
         latent = run.sparsifier.latent_weights()
         effective = reference.effective()
-        assert list(latent) == list(ours)
-        for name in ours:
+        assert list(latent) == list(actual)
+        for name in actual:
             message = lambda m, name=name: f"{at}{name}: {m}"  # noqa: E731
-            assert_close(latent[name], theirs[name].detach(), msg=message, **close)
-            assert_close(ours[name].detach(), effective[name].detach(), msg=message, **near)
-            if ours[name].grad is not None and step not in recipe.overflows:
-                assert_close(ours[name].grad, theirs[name].grad, msg=message, **close)
+            assert_close(latent[name], expected[name].detach(), msg=message, **close)
+            assert_close(actual[name].detach(), effective[name].detach(), msg=message, **near)
+            if actual[name].grad is not None and step not in recipe.overflows:
+                assert_close(actual[name].grad, expected[name].grad, msg=message, **close)
         for p, q in zip(run.sparsifier.parameters(), reference.parameters(), strict=True):
             assert_close(p, q.detach(), msg=lambda m: f"{at}the method's own: {m}", **close)
         for (name, p), q in zip(run.model.named_parameters(), net.parameters(), strict=True):
-            if name not in ours:
+            if name not in actual:
                 assert_close(p, q, msg=lambda m, name=name: f"{at}{name}: {m}", **close)
 
     check(-1)
@@ -123,7 +123,7 @@ def test_every_method_under_every_recipe(method, recipe):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_beside_a_frozen_layer(method):
+def test_every_method_with_a_frozen_layer(method):
     compare(method, model="frozen")
 
 

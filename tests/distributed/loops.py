@@ -1,4 +1,4 @@
-"""A small network, trained by one process and by several: what both have in common."""
+"""A small network, trained by one process and by several."""
 
 from contextlib import nullcontext
 
@@ -23,7 +23,7 @@ def network(seed=0, dtype=torch.float64):
 
 
 def even_network(seed=0, dtype=torch.float64):
-    """What parallelize_module can divide."""
+    """Sizes that parallelize_module can divide."""
     torch.manual_seed(seed)
     layers = [nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)]
     return nn.Sequential(*layers).to(dtype)
@@ -60,7 +60,7 @@ def attach(model, method="feather", kind="adamw", total_steps=STEPS, sparsity=SP
 
 def step(model, optimizer, sparsifier, number, ranks=(0, 1), accumulate=1, clip=None, sync=None,
          dtype=torch.float64):  # fmt: skip
-    """One step on this rank's share of the batch; `sync`: whether each part's gradients are."""
+    """One step on this rank's part of the batch; `sync`: whether each part's gradients are."""
     rank, world = ranks
     optimizer.zero_grad()
     for part in range(accumulate):
@@ -89,7 +89,7 @@ def shard(model, on=None, units="layers", **options):
 
 
 def whole(tensor):
-    """All of a tensor, on every rank."""
+    """The full tensor, on every rank."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -102,9 +102,9 @@ def zeros(model):
 
 
 def assert_alike(many, one, exact=False):
-    """A sharded run and the one of a single process have come to the same."""
+    """A sharded run and one of a single process are equal."""
     assert many.step_count == one.step_count
-    size = one.weights.size
+    size = one.step.training.weights.size
     masks, expected = wholes(many.masks()), one.masks()
     for name, mask in masks.items():
         assert torch.equal(mask, expected[name]), name
@@ -122,7 +122,7 @@ def assert_alike(many, one, exact=False):
 
 
 def compare(make=network, wrap=shard, ranks=None, steps=STEPS, way=nullcontext, recipe=None, **how):
-    """Trains under shards and alone; after every step both have come to the same."""
+    """Train with shards and in one process; both are equal after every step."""
     recipe = recipe or {}
     ranks = ranks or (dist.get_rank(), dist.get_world_size())
     alone = make()
@@ -136,6 +136,6 @@ def compare(make=network, wrap=shard, ranks=None, steps=STEPS, way=nullcontext, 
             step(alone, one_optimizer, one, number, **alone_recipe)
             step(model, optimizer, many, number, ranks=ranks, **recipe)
             assert_alike(many, one)
-        exact = round(one.target * one.weights.size)
-        assert not many.reparametrization.reached(steps) or zeros(model) == exact
+        exact = round(one.target * one.step.training.weights.size)
+        assert steps < many.target_step or zeros(model) == exact
     return model, optimizer, many, one

@@ -1,7 +1,7 @@
-"""What several gloo processes check on a CPU, see `checks.py`; and what one process takes over.
+"""Checks in several gloo processes on a CPU, see `checks.py`; one process resumes their run.
 
-Starting processes is what takes time here: all checks of one number of processes share them, and
-four take over what two have saved.
+Starting processes takes most of the time, so all checks of one number of processes share them, and
+four processes load the checkpoints of two.
 """
 
 import json
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def run(world, folder):
-    """What went wrong in `world` processes, by check and rank."""
+    """Errors in `world` processes, by check and rank."""
     names = [name for name, (worlds, _) in CHECKS.items() if world in worlds]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -47,7 +47,7 @@ def run(world, folder):
     return failed
 
 
-def test_what_two_and_four_processes_check(tmp_path):
+def test_checks_in_two_and_four_processes(tmp_path):
     for world in (2, 4):
         failed = run(world, tmp_path)
         assert not failed, "\n".join(f"{name}: {error}" for name, error in failed.items())
@@ -56,7 +56,7 @@ def test_what_two_and_four_processes_check(tmp_path):
 
 
 def one_process_resumes(folder, kind, how):
-    """What two ranks have saved goes on without any process group."""
+    """A checkpoint of two ranks resumes without a process group."""
     model = network(seed=1)
     optimizer, sparsifier = attach(model, **{"kind": kind if kind == "sgd" else "adamw"} | how)
     load(folder / kind, model, optimizer)

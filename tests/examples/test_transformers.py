@@ -63,7 +63,7 @@ def test_a_killed_run_resumes_bitwise_identically_from_its_last_checkpoint(model
     assert all(torch.equal(a, b) for a, b in zip(*latent, strict=True))
     states = [s.finalize().state_dict() for s in (sparsifier, expected)]
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
-    n = expected.weights.size
+    n = expected.step.training.weights.size
     assert feather.sparsity(whole.model) == round(0.9 * n) / n
 
 

@@ -1,4 +1,4 @@
-"""Scores that a selection must get right, and what two cuts must agree in."""
+"""Difficult scores for selections, and the comparison of two cutoffs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def scores_and_count(draw: st.DrawFn, max_size: int = 5000) -> tuple[Tensor, int
     return scores, draw(st.integers(0, scores.numel()))
 
 
-def assert_same_cut(got: Cutoff, expected: Cutoff, how: str = "") -> None:
+def assert_same_cutoff(got: Cutoff, expected: Cutoff, how: str = "") -> None:
     for field, a, b in zip(Cutoff._fields, got, expected, strict=True):
         assert a.shape == b.shape == (), (how, field, a, b)
         assert a.dtype == b.dtype, (how, field, a, b)
@@ -60,7 +60,7 @@ def assert_same_cut(got: Cutoff, expected: Cutoff, how: str = "") -> None:
 
 def assert_selects(got: Cutoff, scores: Tensor, k: int, how: str = "") -> None:
     """`got` is the reference's cut, and its mask is the first k of a stable sort, NaN left out."""
-    assert_same_cut(got, select_reference(scores, k), how)
+    assert_same_cutoff(got, select_reference(scores, k), how)
     expected = torch.zeros(scores.numel(), dtype=torch.bool)
     expected[torch.sort(scores, stable=True).indices[:k]] = True
     assert torch.equal(got.pruned(scores), expected & ~scores.isnan()), how

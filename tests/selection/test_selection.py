@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings
-from selection_cases import MAKERS, assert_same_cut, assert_selects, make, scores_and_count
+from selection_cases import MAKERS, assert_same_cutoff, assert_selects, make, scores_and_count
 
 from torch_feather.selection import Cutoff, select
 from torch_feather.selection.device import select_device
@@ -42,16 +42,16 @@ IMPLEMENTATIONS = {
         ([math.nan], 1, math.inf, 0, math.inf),
     ],
 )
-def test_cut_of_small_cases(scores, k, value, last, threshold):
+def test_cutoffs_of_small_cases(scores, k, value, last, threshold):
     scores = torch.tensor(scores)
     expected = Cutoff(torch.tensor(value), torch.tensor(last), torch.tensor(threshold))
-    assert_same_cut(select_reference(scores, k), expected)
+    assert_same_cutoff(select_reference(scores, k), expected)
     assert_selects(expected, scores, k)
 
 
 @settings(max_examples=300, deadline=None)
 @given(scores_and_count())
-def test_every_implementation_finds_the_reference_cut(case):
+def test_every_implementation_finds_the_reference_cutoff(case):
     scores, k = case
     for how, implementation in IMPLEMENTATIONS.items():
         assert_selects(implementation(scores, k), scores, k, how)
@@ -70,15 +70,17 @@ def test_every_kind_of_scores(kind, dtype):
 @settings(max_examples=50, deadline=None)
 def test_kept_scores_lie_above_the_threshold_and_pruned_ones_do_not(case):
     scores, k = case
-    cut = select_reference(scores, k)
-    pruned = cut.pruned(scores)
+    cutoff = select_reference(scores, k)
+    pruned = cutoff.pruned(scores)
     finite = ~scores.isnan()
     assert int(pruned.sum()) == min(k, int(finite.sum()))
     # Only a zero cannot lie above 0; one float step is all that the threshold may miss by.
     assert bool(
-        (scores[finite & ~pruned] > cut.threshold).logical_or(scores[finite & ~pruned] == 0).all()
+        (scores[finite & ~pruned] > cutoff.threshold)
+        .logical_or(scores[finite & ~pruned] == 0)
+        .all()
     )
-    above = torch.nextafter(cut.threshold, torch.full_like(cut.threshold, torch.inf))
+    above = torch.nextafter(cutoff.threshold, torch.full_like(cutoff.threshold, torch.inf))
     assert bool((scores[pruned] <= above).all())
 
 
@@ -99,6 +101,6 @@ def test_scores_that_have_no_code_are_an_error(scores):
 
 
 @pytest.mark.parametrize("implementation", [select_reference, *IMPLEMENTATIONS.values()])
-def test_no_scores_give_the_cut_that_prunes_nothing(implementation):
+def test_no_scores_give_a_cutoff_that_prunes_nothing(implementation):
     expected = Cutoff(torch.tensor(-1.0), torch.tensor(-1), torch.tensor(0.0))
-    assert_same_cut(implementation(torch.empty(0), 0), expected)
+    assert_same_cutoff(implementation(torch.empty(0), 0), expected)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from selection_cases import MAKERS, assert_same_cut, assert_selects, make
+from selection_cases import MAKERS, assert_same_cutoff, assert_selects, make
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -12,13 +12,13 @@ from torch_feather.selection.reference import select_reference
 
 @pytest.mark.parametrize("k", [-5, 0])
 def test_a_tensor_count_below_the_range_prunes_nothing(k):
-    assert_same_cut(
+    assert_same_cutoff(
         select_device(torch.ones(3), torch.tensor(k)), select_reference(torch.ones(3), 0)
     )
 
 
 def test_a_tensor_count_above_the_range_prunes_all():
-    assert_same_cut(
+    assert_same_cutoff(
         select_device(torch.ones(3), torch.tensor(9)), select_reference(torch.ones(3), 3)
     )
 
@@ -32,13 +32,13 @@ def test_scores_are_not_written_to():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [torch.tensor, int], ids=["tensor", "int"])
-def test_nothing_is_read_by_the_host(dtype, count):
+def test_the_host_reads_nothing(dtype, count):
     # A fake tensor has no values: reading one, or a shape that depends on one, raises.
     with FakeTensorMode():
         scores = torch.empty(10_000, dtype=dtype, device="cuda")
         k = torch.empty((), dtype=torch.int64, device="cuda") if count is torch.tensor else 17
-        cut = select_device(scores, k, passes=TorchPasses)
-        assert all(field.device.type == "cuda" and field.shape == () for field in cut)
+        cutoff = select_device(scores, k, passes=TorchPasses)
+        assert all(field.device.type == "cuda" and field.shape == () for field in cutoff)
 
 
 def test_one_graph_serves_every_count():
@@ -53,7 +53,7 @@ def test_one_graph_serves_every_count():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inductor_finds_the_reference_cut(dtype):
+def test_inductor_finds_the_reference_cutoff(dtype):
     torch._dynamo.reset()
     compiled = torch.compile(select_device, fullgraph=True, dynamic=False)
     for kind in MAKERS:

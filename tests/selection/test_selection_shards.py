@@ -1,4 +1,4 @@
-"""Selection over shards finds the cut of the whole, whatever the shards and the device."""
+"""Selection over shards finds the global cutoff, for any shards and device."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selection_cases import MAKERS, assert_same_cut, make, scores_and_count
+from selection_cases import MAKERS, assert_same_cutoff, make, scores_and_count
 
 from torch_feather import devices
 from torch_feather.selection import select_sharded
@@ -31,21 +31,26 @@ class Total:
 
 
 def check(wholes, counts, holder, ranks):
-    """Every rank finds the reference's cuts; `holder[j][i]` is the rank of score i of cut j."""
+    """Every rank finds the reference cutoffs; `holder[j][i]` is the rank of score i of cutoff j."""
     total = Total(ranks)
 
     def rank(r):
         mine = [h == r for h in holder]
         before = [torch.nn.functional.pad(m.cumsum(0), (1, 0)) for m in mine]
 
-        def places(index):
+        def positions(index):
             pairs = zip(before, index, strict=True)
             return torch.stack([b[i.clamp(max=len(b) - 1)] for b, i in pairs])
 
         scores = [whole[m] for whole, m in zip(wholes, mine, strict=True)]
         sizes = [whole.numel() for whole in wholes]
-        cuts = select_sharded(scores, torch.tensor(counts), sizes=sizes, total=total, places=places)
-        return [(cut, cut.pruned(s), m) for cut, s, m in zip(cuts, scores, mine, strict=True)]
+        cutoffs = select_sharded(
+            scores, torch.tensor(counts), sizes=sizes, total=total, local_positions=positions
+        )
+        return [
+            (cutoff, cutoff.pruned(s), m)
+            for cutoff, s, m in zip(cutoffs, scores, mine, strict=True)
+        ]
 
     with ThreadPoolExecutor(ranks) as pool:
         found = list(pool.map(rank, range(ranks)))
@@ -53,15 +58,15 @@ def check(wholes, counts, holder, ranks):
     for j, (whole, k) in enumerate(zip(wholes, counts, strict=True)):
         expected = select_reference(whole, k)
         pruned = torch.zeros(whole.numel(), dtype=torch.bool)
-        for cut, part, mine in (cuts[j] for cuts in found):
-            assert_same_cut(cut._replace(last=expected.last), expected)
+        for cutoff, part, mine in (cutoffs[j] for cutoffs in found):
+            assert_same_cutoff(cutoff._replace(last=expected.last), expected)
             pruned[mine] = part
         assert torch.equal(pruned, expected.pruned(whole))
 
 
 @pytest.fixture(params=["cpu", "device"], autouse=True, scope="module")
 def way(request):
-    """The way of an accelerator is taken on the CPU too."""
+    """The path of an accelerator is tested on the CPU too."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "device":
             patch.setattr(devices, "synchronizes", lambda device: True)
@@ -70,28 +75,28 @@ def way(request):
 
 @settings(max_examples=40, deadline=None)
 @given(scores_and_count(), st.integers(1, 4), st.booleans(), st.integers(0, 99))
-def test_shards_find_the_cut_of_the_whole(case, ranks, mixed, seed):
+def test_shards_find_the_global_cutoff(case, ranks, mixed, seed):
     scores, k = case
     holder = torch.randint(ranks, scores.shape, generator=torch.Generator().manual_seed(seed))
     check([scores], [k], [holder if mixed else holder.sort().values], ranks)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_several_selections_share_their_exchanges(kind):
+def test_several_selections_share_their_communication(kind):
     sizes = [20_000, 1, 4097, 300]
     wholes = [make(kind, n, seed=j, dtype=torch.float32) for j, n in enumerate(sizes)]
     holder = [torch.arange(n) * 3 // max(n, 4) for n in sizes]
-    for share in (0.0, 0.3, 0.95, 1.0):
-        check(wholes, [round(share * n) for n in sizes], holder, 3)
+    for fraction in (0.0, 0.3, 0.95, 1.0):
+        check(wholes, [round(fraction * n) for n in sizes], holder, 3)
 
 
 def test_ties_far_beyond_32_bits_of_index_are_found():
     first = 2**37 + 5
-    (cut,) = select_sharded(
+    (cutoff,) = select_sharded(
         [torch.ones(10)],
         torch.tensor([7]),
         sizes=[first + 10],
         total=lambda counts: counts,
-        places=lambda index: (index - first).clamp(0, 10),
+        local_positions=lambda index: (index - first).clamp(0, 10),
     )
-    assert cut.last.item() == 6
+    assert cutoff.last.item() == 6

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from selection_cases import MAKERS, assert_same_cut, make
+from selection_cases import MAKERS, assert_same_cutoff, make
 
 from torch_feather.selection import device as device_module
 from torch_feather.selection.device import TorchPasses, select_device
@@ -21,7 +21,7 @@ COUNTS = (0, 1, 4097, 8550, 9000, 9001)
 
 
 @needs_triton
-def test_interpreted_kernels_find_the_reference_cut():
+def test_interpreted_kernels_find_the_reference_cutoff():
     script = Path(__file__).parent / "interpreted.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
@@ -73,7 +73,7 @@ def test_kernels_compile_without_a_device(target, dtype, tmp_path, monkeypatch):
         assert binary.metadata.shared <= 48 * 1024  # what every device grants without asking
 
 
-def test_where_triton_does_not_work_pytorch_is_used_and_says_so(monkeypatch):
+def test_pytorch_is_used_with_a_warning_if_triton_does_not_work(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no C compiler")
 
@@ -87,7 +87,7 @@ def test_where_triton_does_not_work_pytorch_is_used_and_says_so(monkeypatch):
     device_module._triton_works.cache_clear()
 
 
-def test_where_triton_is_absent_pytorch_is_used_silently(monkeypatch, recwarn):
+def test_pytorch_is_used_silently_without_triton(monkeypatch, recwarn):
     monkeypatch.setitem(sys.modules, "torch_feather.selection.triton_kernels", None)
     device_module._triton_works.cache_clear()
     assert not device_module._triton_works(torch.device("cpu"))
@@ -104,18 +104,18 @@ def implementations():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_on_cuda_both_find_the_reference_cut(kind, dtype):
+def test_on_cuda_both_find_the_reference_cutoff(kind, dtype):
     for size in (9001, 300_001):
         scores = make(kind, size, seed=1, dtype=dtype)
         for k in (*COUNTS, size):
             expected = select_reference(scores, k)
             for how, passes in implementations().items():
-                cut = select_device(scores.cuda(), k, passes=passes)
-                assert_same_cut(type(cut)(*(field.cpu() for field in cut)), expected, how)
+                cutoff = select_device(scores.cuda(), k, passes=passes)
+                assert_same_cutoff(type(cutoff)(*(field.cpu() for field in cutoff)), expected, how)
 
 
 @pytest.mark.gpu
-def test_triton_is_what_cuda_tensors_get():
+def test_cuda_tensors_use_triton():
     assert device_module.default_passes(torch.ones(3, device="cuda")).__name__ == "TritonPasses"
 
 
@@ -127,10 +127,10 @@ def test_on_cuda_nothing_synchronises(name):
     select_device(scores, k, passes=passes)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        cut = select_device(scores, k, passes=passes)
+        cutoff = select_device(scores, k, passes=passes)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert int(cut.pruned(scores).sum()) == 95_000
+    assert int(cutoff.pruned(scores).sum()) == 95_000
 
 
 @pytest.mark.gpu
@@ -144,20 +144,20 @@ def test_one_cuda_graph_serves_every_count(name):
     select_device(scores, k, passes=passes)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        cut = select_device(scores, k, passes=passes)
+        cutoff = select_device(scores, k, passes=passes)
     for count in COUNTS:
         k.fill_(count)
         graph.replay()
-        on_host = type(cut)(*(field.cpu() for field in cut))
-        assert_same_cut(on_host, select_reference(scores.cpu(), count), str(count))
+        on_host = type(cutoff)(*(field.cpu() for field in cutoff))
+        assert_same_cutoff(on_host, select_reference(scores.cpu(), count), str(count))
 
 
 @pytest.mark.gpu
-def test_on_cuda_compiled_finds_the_reference_cut():
+def test_on_cuda_compiled_finds_the_reference_cutoff():
     torch._dynamo.reset()
     compiled = torch.compile(select_device, fullgraph=True)
     scores = make("bf16", 9001, seed=0, dtype=torch.float32)
     for k in COUNTS:
-        cut = compiled(scores.cuda(), torch.tensor(k, device="cuda"))
-        on_host = type(cut)(*(field.cpu() for field in cut))
-        assert_same_cut(on_host, select_reference(scores, k), str(k))
+        cutoff = compiled(scores.cuda(), torch.tensor(k, device="cuda"))
+        on_host = type(cutoff)(*(field.cpu() for field in cutoff))
+        assert_same_cutoff(on_host, select_reference(scores, k), str(k))

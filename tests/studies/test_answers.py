@@ -278,7 +278,7 @@ def test_methods_are_described_by_the_first_line_of_their_factory(row):
     rows = [row("dense"), row("gmp"), row("torch_feather.methods:gmp"), row("not.installed:method")]
     found = describe_methods(rows)
     assert found["dense"].startswith("The unpruned network")
-    assert found["gmp"].startswith("gradual magnitude pruning")
+    assert found["gmp"].startswith("Gradual magnitude pruning")
     assert found["torch_feather.methods:gmp"] == found["gmp"]
     assert found["not.installed:method"] == ""
 

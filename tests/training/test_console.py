@@ -37,7 +37,7 @@ def test_the_table_of_a_stored_report_equals_that_of_the_report(thresholds, exam
         model[0].weight[0] = 0
         model[2].weight.zero_()
     report = feather.report(model, example_input=example, thresholds=thresholds)
-    report = replace(report, own_sparsity=own)
+    report = replace(report, learned_sparsity=own)
     stream = io.StringIO()
     console = Console(file=stream, width=30)  # narrower than the table: lines are not wrapped
     console.print(layer_table(report.to_dict()), soft_wrap=True)

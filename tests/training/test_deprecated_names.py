@@ -7,14 +7,12 @@ import warnings
 import pytest
 
 from torch_feather.cli import main
-from torch_feather.methods import method_options
 from torch_feather.training.callbacks import Callback
 from torch_feather.training.checkpoint import RunDirectory, changed_keys
 from torch_feather.training.config import (
     Config,
     SystemConfig,
     apply,
-    keys,
     load_config,
     resolve_config,
     to_yaml,
@@ -34,14 +32,6 @@ data:
 system:
   graph: true
 """
-
-
-@pytest.fixture
-def renamed_rate(monkeypatch):
-    """Options of `asl` with the new name of `rate`."""
-    options = {key: v for key, v in method_options("asl").items() if key != "rate"}
-    options["lr_multiplier"] = 0.01
-    monkeypatch.setattr(keys, "method_options", lambda name: options)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +122,7 @@ def test_the_command_line_shows_the_warning(tmp_path, monkeypatch, capsys):
     assert error.startswith("feather: system.cuda_graph requires a CUDA device")
 
 
-def test_a_stored_configuration_of_version_0_1_is_read_without_a_warning(tmp_path, renamed_rate):
+def test_a_stored_configuration_of_version_0_1_is_read_without_a_warning(tmp_path):
     (tmp_path / "config.yaml").write_text(V01)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -141,13 +131,13 @@ def test_a_stored_configuration_of_version_0_1_is_read_without_a_warning(tmp_pat
     assert config.options == {"budget_weight": 10.0, "lr_multiplier": 0.02}
 
 
-def test_a_renamed_option_given_by_the_user_is_accepted_with_a_warning(renamed_rate):
+def test_a_renamed_option_given_by_the_user_is_accepted_with_a_warning():
     with pytest.warns(DeprecationWarning, match=r"options\.rate .* Use options\.lr_multiplier"):
         config = apply(Config(), {"method": "asl", "options.rate": 0.5}, "here")
     assert config.options == {"lr_multiplier": 0.5}
 
 
-def test_an_option_with_the_old_name_of_another_method_is_not_renamed(renamed_rate):
+def test_an_option_with_the_old_name_of_another_method_is_not_renamed():
     assert upgrade({"method": "own:method", "options.rate": 1}) == {
         "method": "own:method",
         "options.rate": 1,

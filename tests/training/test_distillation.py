@@ -277,7 +277,7 @@ def write_other_input(path):
         (write_unfinished_run, "this run has not finished"),
         (write_noise, r"noise\.pt: cannot be read as weights"),
         (write_text, r"notes\.pt: cannot be read as weights"),
-        (write_object, r"object\.pt: .* \(it is damaged or contains objects other than tensors\)"),
+        (write_object, r"object\.pt: .* \(it is damaged, or holds more than tensors\)"),
         (write_damaged, r"weights\.safetensors: cannot be read as weights"),
         (write_other_classes, r"seven\.pt do not fit Small: size mismatch for fc\.weight"),
         (write_other_input, r"colour\.pt do not fit Small: size mismatch for conv\.weight"),

@@ -12,6 +12,7 @@ import torch_feather as feather
 from torch_feather.cli import main
 from torch_feather.cli.training import free_directory
 from torch_feather.errors import ConfigurationError
+from torch_feather.methods import registry
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import Config, apply, load_config, resolve_config, to_yaml
 from torch_feather.training.errors import CheckpointError, Interrupted
@@ -168,6 +169,6 @@ def test_methods_of_entry_points_are_listed(importable, monkeypatch, capsys):
             return metadata.EntryPoints([entry])
         return real(**selection)
 
-    monkeypatch.setattr(metadata, "entry_points", entry_points)
+    monkeypatch.setattr(registry, "entry_points", entry_points)
     _, output, _ = run_feather(monkeypatch, capsys, "methods")
     assert any(line.startswith("steep-entry ") for line in output.splitlines())

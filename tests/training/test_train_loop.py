@@ -305,8 +305,8 @@ def test_best_is_chosen_only_at_the_final_sparsity(tmp_path, method, expected):
 
 def test_the_report_contains_the_learned_sparsity(tmp_path):
     results = train(tiny(epochs=1, method="asl"), tmp_path / "run")
-    assert results["report"]["own_sparsity"] == results["own_sparsity"]
-    assert results["own_sparsity"] < results["report"]["sparsity"]
+    assert results["report"]["learned_sparsity"] == results["learned_sparsity"]
+    assert results["learned_sparsity"] < results["report"]["sparsity"]
 
 
 def test_test_images_do_not_influence_the_choice_of_the_epoch(tmp_path, monkeypatch):
@@ -456,7 +456,7 @@ def test_costs_of_a_method_can_be_milliseconds_on_this_machine(tmp_path):
     options = {"options.costs": "milliseconds", "options.gamma": 0.3}
     results = train(tiny(epochs=1, method="feather-flops", **options), tmp_path / "run")
     assert results["report"]["zeros"] == round(0.95 * results["report"]["weights"])
-    with pytest.raises(ConfigurationError, match="costs must be a number by weight name"):
+    with pytest.raises(ConfigurationError, match="costs must map weight names to numbers"):
         train(tiny(method="feather-flops", **{"options.costs": "hours"}), tmp_path / "other")
 
 

@@ -1,4 +1,4 @@
-"""What an allocation is, and what allocations that decide layer by layer share."""
+"""The interface of allocations, and functions of allocations that decide layer by layer."""
 
 from __future__ import annotations
 
@@ -25,13 +25,26 @@ class Allocation(ABC):
 
     Attributes:
         on_shards: whether its cutoffs are global if the weights are sharded over processes.
+
+    Example:
+        >>> class FirstHalf(FittedAllocation):  # prunes the first tensor to 50%
+        ...     def cutoffs(self, weights, sparsity, state=NO_STATE):
+        ...         counts = torch.zeros_like(weights.sizes)
+        ...         counts[0] = weights.sizes[0] // 2
+        ...         return layer_cutoffs(weights, counts)
+        >>> weights = LatentWeights([torch.tensor([2.0, 1.0]), torch.ones(2)])
+        >>> float(FirstHalf().cutoffs(weights, torch.tensor(0.25))[0].threshold)
+        1.0
     """
 
     on_shards: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, context: MethodContext) -> FittedAllocation:
-        """Return this allocation for one model: checked, and with all that it needs of the model.
+        """Return this allocation for one model, with all that it needs of the model.
+
+        Args:
+            context: the model, its weights and the target.
 
         Raises:
             ConfigurationError: the layers cannot meet the target.
@@ -39,10 +52,19 @@ class Allocation(ABC):
 
 
 class FittedAllocation(Allocation):
-    """An allocation that finds cutoffs. Most need nothing of the model and fit any.
+    """An allocation that finds cutoffs.
+
+    Most allocations need no facts of the model; they subclass this class and fit any model.
 
     Attributes:
         follows: whether `next_state` depends on the weights of each step.
+
+    Example:
+        >>> from torch_feather.allocation import Global
+        >>> weights = LatentWeights([torch.tensor([3.0, 1.0]), torch.tensor([2.0, 4.0])])
+        >>> segments = Global().cutoffs(weights, torch.tensor(0.5).double())
+        >>> float(segments[0].threshold)
+        2.0
     """
 
     follows: ClassVar[bool] = False
@@ -58,13 +80,17 @@ class FittedAllocation(Allocation):
 
         Args:
             weights: the latent weights; their `spans` are the layers.
-            sparsity: target fraction of zeros, 0-dimensional float64 in [0, 1). The host does not
-                read it on accelerators. A count is round(sparsity * n), half to even.
-            state: the method's state, see `initial_state`.
+            sparsity: target fraction of zeros, 0-dimensional float64 in [0, 1). Counts are
+                round(sparsity * n), half to even. On accelerators the host must not read it.
+            state: the method's state, which includes `initial_state`.
         """
 
     def initial_state(self, context: MethodContext) -> dict[str, Tensor]:
-        """Return what cannot be computed again after a restart: a number per weight tensor each."""
+        """Return what cannot be computed again after a restart, by name.
+
+        Returns:
+            Tensors with one number per weight tensor.
+        """
         return {}
 
     def next_state(
@@ -80,7 +106,7 @@ class FittedAllocation(Allocation):
         return {}
 
     def violation(self, weights: LatentWeights, kept: Tensor, state: State) -> str | None:
-        """Return a promise of this allocation that is not kept, as the end of a sentence.
+        """Return a goal of this allocation that is not met, as the end of a sentence; else None.
 
         Args:
             weights: the latent weights.
@@ -108,6 +134,12 @@ def round_counts(amounts: Tensor, total: Tensor) -> Tensor:
 
 
 def layer_cutoffs(weights: LatentWeights, counts: Tensor) -> list[Segment]:
-    """Return cutoffs that prune the `counts` smallest magnitudes of each layer."""
+    """Return cutoffs that prune the `counts` smallest magnitudes of each layer.
+
+    Example:
+        >>> weights = LatentWeights([torch.tensor([3.0, 1.0]), torch.tensor([2.0, 4.0])])
+        >>> [float(s.threshold) for s in layer_cutoffs(weights, torch.tensor([1, 1]))]
+        [1.0, 2.0]
+    """
     pairs = zip(weights.spans, select_each(weights, counts), strict=True)
     return [Segment(start, stop, cutoff) for (start, stop), cutoff in pairs]

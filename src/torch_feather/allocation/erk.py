@@ -18,7 +18,14 @@ class ERK(FittedAllocation):
 
     Layers whose density would exceed 1 are dense, and the others are sparser for it. The densities
     follow the scheduled sparsity. Each layer's count is less than 1 off; the total is exact.
+
     Source: Evci et al., Rigging the Lottery (2020), section 3.
+
+    Example:
+        >>> from torch_feather.weights.passes import count_pruned
+        >>> weights = LatentWeights([torch.randn(10, 10), torch.randn(20, 20)])
+        >>> count_pruned(weights, ERK().cutoffs(weights, torch.tensor(0.9).double())).tolist()
+        [83, 367]
     """
 
     on_shards = True
@@ -29,9 +36,9 @@ class ERK(FittedAllocation):
         sizes, densities, order = weights.constant(self, self._densities)
         total = sparsity * weights.size
         n, density = sizes[order], densities[order]
-        # If the first m layers are dense, the factor is (kept - their weights) / (sum of n * density
-        # over the rest). The kept sum grows with the factor and is at most this bound for every m,
-        # so the right factor is the largest of them.
+        # If the first m layers are dense, the factor is (kept - their weights) / (sum of n *
+        # density over the rest). The kept sum grows with the factor. It is at most this bound for
+        # every m, so the right factor is the largest of them.
         dense = n.cumsum(0) - n
         rest = (density * n).flip(0).cumsum(0).flip(0)
         factor = ((weights.size - total - dense) / rest).amax()

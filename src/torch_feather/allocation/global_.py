@@ -22,8 +22,8 @@ from .base import NO_STATE, FittedAllocation, State, layer_cutoffs
 class Global(FittedAllocation):
     """Prunes the weights of smallest magnitude in the whole network.
 
-    All layers are pruned. Bounds on the density of each layer prevent a global ranking from
-    emptying a layer; the total stays exact.
+    All layers are pruned. Bounds on the density of each layer keep the ranking from emptying a
+    layer; the total stays exact.
 
     Source: Feather (BMVC 2023), section 3, the global pruning backbone. The bounds are an addition
     of this package.
@@ -34,6 +34,15 @@ class Global(FittedAllocation):
 
     Raises:
         ConfigurationError: not 0 <= min_density <= max_density <= 1.
+
+    Example:
+        >>> from torch_feather.weights.passes import count_pruned
+        >>> weights = LatentWeights([torch.arange(10.0), torch.arange(10.0) + 5])
+        >>> sparsity = torch.tensor(0.6).double()
+        >>> count_pruned(weights, Global().cutoffs(weights, sparsity)).tolist()
+        [9, 3]
+        >>> count_pruned(weights, Global(min_density=0.3).cutoffs(weights, sparsity)).tolist()
+        [7, 5]
     """
 
     on_shards = True
@@ -74,7 +83,7 @@ class Global(FittedAllocation):
             raise ConfigurationError(
                 f"With min_density={self.min_density} and max_density={self.max_density} between "
                 f"{low} and {high} of {sum(sizes)} weights can be pruned, but sparsity="
-                f"{context.sparsity} asks for {k}. Widen the bounds or change the target."
+                f"{context.sparsity} requires {k}. Widen the bounds or change the target."
             )
         return self
 
@@ -95,8 +104,9 @@ class Global(FittedAllocation):
     def _bounded_counts(self, weights: LatentWeights, k: Tensor) -> Tensor:
         """Return weights to prune per layer: clamped counts below one common magnitude, sum k.
 
-        The common magnitude v is found bit by bit: the largest one below which fewer than k
-        weights lie, after clamping per layer. The missing ones equal v and are taken layer by layer.
+        The common magnitude v is found bit by bit. It is the largest one below which fewer than k
+        weights lie, after clamping per layer. The missing ones equal v and are taken layer by
+        layer.
         """
         integer = torch.int64 if weights.wide == torch.float64 else torch.int32
         bits = [weights.magnitudes(a, b).view(integer) for a, b in weights.spans]

@@ -19,7 +19,16 @@ from .base import NO_STATE, Allocation, FittedAllocation, State
 
 @dataclass(frozen=True)
 class Group:
-    """Weight tensors, by name, with a target of their own."""
+    """Weight tensors with a separate target.
+
+    Attributes:
+        sparsity: final fraction of zeros among them.
+        names: names of the weight tensors.
+
+    Example:
+        >>> Group(0.9, ("0.weight", "1.weight")).sparsity
+        0.9
+    """
 
     sparsity: float
     names: tuple[str, ...]
@@ -32,8 +41,20 @@ class Grouped(Allocation):
     All groups follow one schedule. `sparsify` makes it if `sparsity` is a mapping.
 
     Attributes:
-        within: the allocation; it sees a group as if that were the network.
+        within: the allocation; it treats a group as if it were the network.
         groups: each prunable weight is in one of them.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather import sparsify
+        >>> model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> targets = {"0.*": 0.25, "*": 0.6}
+        >>> sparsifier = sparsify(
+        ...     model, optimizer, sparsity=targets, total_steps=1, schedule="constant"
+        ... )
+        >>> {name: int((~mask).sum()) for name, mask in sparsifier.masks().items()}
+        {'0.weight': 5, '1.weight': 6}
     """
 
     within: Allocation
@@ -72,7 +93,22 @@ def _inner(context: MethodContext, members: tuple[int, ...], group: Group) -> Me
 
 
 class FittedGroups(FittedAllocation):
-    """A `Grouped` for one model."""
+    """A `Grouped` for one model.
+
+    Args:
+        parts: the groups, and the allocation within each.
+        context: the context of the whole network.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.allocation import Global
+        >>> model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
+        >>> weights = LatentWeights([model[0].weight, model[1].weight])
+        >>> context = MethodContext(model, ["0.weight", "1.weight"], weights, 11 / 30, 100)
+        >>> groups = Group(0.25, ("0.weight",)), Group(0.6, ("1.weight",))
+        >>> Grouped(Global(), groups).fit(context).on_shards
+        True
+    """
 
     def __init__(self, parts: Sequence[_Part], context: MethodContext):
         self._parts, self._target = parts, context.sparsity
@@ -92,10 +128,11 @@ class FittedGroups(FittedAllocation):
     def cutoffs(
         self, weights: LatentWeights, sparsity: Tensor, state: State = NO_STATE
     ) -> list[Segment]:
-        # Each group goes from its zeros at the start of training to its own target.
+        # Each group goes from its zeros at the start of training to its target. All have completed
+        # the same fraction of the way.
         first = state["zeros"].sum().double() / weights.size
-        way = self._target - first
-        fraction = torch.where(way == 0, 1.0, (sparsity - first) / way)
+        difference = self._target - first
+        fraction = torch.where(difference == 0, 1.0, (sparsity - first) / difference)
         segments: list[Segment] = []
         for group, members, within in self._parts:
             inner = weights.subset(members)
@@ -123,8 +160,8 @@ def _in_whole(
 ) -> list[Segment]:
     """Return segments of a subset as segments of all weights, one per tensor.
 
-    Segments that shared a cutoff still share one. The subset keeps the order of the whole, so
-    `last`, an index among the local weights, moves with the tensor that it lies in.
+    Segments that shared a cutoff still share one. A cutoff's `last` is an index among the local
+    weights. The subset keeps the order of the tensors, so `last` shifts with its tensor.
     """
 
     def offsets(_: LatentWeights) -> tuple[Tensor, Tensor]:

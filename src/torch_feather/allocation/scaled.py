@@ -21,8 +21,9 @@ from ..weights.segments import Segment
 from ..weights.selecting import select_weights
 from .base import NO_STATE, Allocation, FittedAllocation, State
 
-# A bias that is solved for is a multiple of 1 / 256, so that it often stays the same.
+# A bias that follows a budget is a multiple of 1 / 256, so it often stays the same for many steps.
 UNIT = 2.0**-8
+# The largest such bias, in units.
 STRONGEST = 32 * 256
 # Biases tried after a step if reading the result would synchronize the host.
 TRIALS = 8
@@ -36,6 +37,13 @@ def scaled_cutoffs(weights: LatentWeights, scale: Tensor, sparsity: Tensor) -> l
     Args:
         weights, sparsity: as for `FittedAllocation.cutoffs`.
         scale: positive, one per weight tensor.
+
+    Example:
+        >>> weights = LatentWeights([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])])
+        >>> scale = torch.tensor([4.0, 1.0])  # scores: 4, 8 and 3, 4
+        >>> segments = scaled_cutoffs(weights, scale, torch.tensor(0.5).double())
+        >>> count_pruned(weights, segments).tolist()
+        [1, 1]
     """
     scales = list(scale.to(weights.wide))
     k = (sparsity * weights.size).round().long()
@@ -49,6 +57,12 @@ class Sigma(FittedAllocation):
     """Ranks |w| sqrt(sum of the dimensions of its tensor), so that large layers keep more.
 
     Source: ST-3 (Vanderschueren and De Vleeschouwer, WACV 2023), variant sigma.
+
+    Example:
+        >>> weights = LatentWeights([torch.ones(1, 3), torch.ones(8, 8)])
+        >>> segments = Sigma().cutoffs(weights, torch.tensor(0.5).double())
+        >>> count_pruned(weights, segments).tolist()  # 34 of 67; small layers first
+        [3, 31]
     """
 
     on_shards = True
@@ -67,9 +81,10 @@ class Sigma(FittedAllocation):
 class FlopsBiased(Allocation):
     """Ranks |w| / c^gamma, with c the cost of a weight of its layer: multiply-adds, or time.
 
-    Layers at high resolution, mostly early ones, lose more. gamma = 0 is `Global`. Source: the
-    Feather supplement (section 6) says only that the global backbone was biased towards pruning
-    earlier layers; this formula is an addition of this package.
+    Layers at high resolution, mostly early ones, lose more. gamma = 0 is `Global`.
+
+    Source: the Feather supplement, section 6, says only that the global backbone was biased towards
+    pruning earlier layers. This formula is an addition of this package.
 
     Attributes:
         gamma: the bias, >= 0. None: after every step the smallest one, in units of 1 / 256, for
@@ -81,6 +96,16 @@ class FlopsBiased(Allocation):
 
     Raises:
         ConfigurationError: not exactly one of gamma and budget, or of costs and example_input.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        >>> weights = LatentWeights([torch.ones(4, 4), torch.ones(4, 4)])
+        >>> context = MethodContext(model, ["0.weight", "1.weight"], weights, 0.5, 100)
+        >>> fitted = FlopsBiased(gamma=1.0, costs={"0.weight": 1.0, "1.weight": 2.0}).fit(context)
+        >>> half, state = torch.tensor(0.5).double(), fitted.initial_state(context)
+        >>> count_pruned(weights, fitted.cutoffs(weights, half, state)).tolist()
+        [0, 16]
     """
 
     gamma: float | None = None
@@ -110,11 +135,12 @@ class FlopsBiased(Allocation):
             return FittedBias(costs, self.gamma)
         assert self.budget is not None
         model = unwrap(context.model)
-        # With a pattern, `context.weights` are units of several weights.
+        # Not from `context.weights`: with a pattern, those are units of several weights.
         sizes = [model.get_parameter(name).numel() for name in context.names]
         return FittedBudget(costs, sizes, self.budget)
 
     def _costs(self, context: MethodContext) -> list[float]:
+        """Return the cost of a weight of each tensor; raise ConfigurationError unless it is > 0."""
         costs = self._counted(context) if self.costs is None else self.costs
         for name in context.names:
             if not costs.get(name, 0) > 0:
@@ -142,12 +168,20 @@ class FlopsBiased(Allocation):
 class FittedBias(FittedAllocation):
     """A `FlopsBiased` with known costs and bias.
 
-    State: `costs`, of a weight of each tensor. Another measurement, or another example input, would
-    give others after a restart.
+    State: `costs`, of a weight of each tensor. They are saved because another measurement or
+    example input after a restart would give other costs.
 
     Args:
         costs: of a weight of each tensor.
         gamma: the bias.
+
+    Example:
+        >>> weights = LatentWeights([torch.ones(4), torch.ones(4)])
+        >>> state = {"costs": torch.tensor([2.0, 1.0])}
+        >>> fitted = FittedBias([2.0, 1.0], gamma=1.0)
+        >>> segments = fitted.cutoffs(weights, torch.tensor(0.5).double(), state)
+        >>> count_pruned(weights, segments).tolist()
+        [4, 0]
     """
 
     on_shards = True
@@ -174,10 +208,16 @@ def biased_cutoffs(
         weights, sparsity: as for `FittedAllocation.cutoffs`.
         costs: of a weight of each tensor.
         gamma: the bias, a number or one per tensor.
+
+    Example:
+        >>> weights = LatentWeights([torch.ones(4), torch.ones(4)])
+        >>> half, costs = torch.tensor(0.5).double(), torch.tensor([1.0, 2.0])
+        >>> count_pruned(weights, biased_cutoffs(weights, half, costs, 1.0)).tolist()
+        [0, 4]
     """
     logs = costs.double().log()
     exponents = -gamma * (logs - logs.mean())
-    # A bias without bound prunes the expensive layers first, in the order of their costs.
+    # A larger bias would only prune entire layers in the order of their costs.
     exponents *= (LARGEST / exponents.abs().amax()).clamp(max=1.0)
     return scaled_cutoffs(weights, exponents.exp(), sparsity)
 
@@ -185,8 +225,8 @@ def biased_cutoffs(
 class FittedBudget(FittedBias):
     """A `FlopsBiased` with a bias that follows the weights, so that kept weights meet a budget.
 
-    A larger bias exchanges expensive weights for cheaper ones, never the reverse. So the cost falls
-    with the bias, and the smallest bias that meets the budget can be searched for.
+    A larger bias exchanges expensive weights for cheaper ones, never the reverse. So the cost
+    falls as the bias grows, and the smallest bias that meets the budget can be searched.
 
     State: also `gamma`, the same for all tensors.
 
@@ -194,6 +234,14 @@ class FittedBudget(FittedBias):
         costs: of a weight of each tensor.
         sizes: number of weights of each tensor.
         budget: maximum cost of the kept weights.
+
+    Example:
+        >>> weights = LatentWeights([torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])])
+        >>> fitted = FittedBudget(costs=[2.0, 1.0], sizes=[2, 2], budget=3.0)
+        >>> state = {"costs": torch.tensor([2.0, 1.0]), "gamma": torch.zeros(2)}
+        >>> # The smallest bias that keeps 4.0 and 2.0 (cost 3) instead of 3.0 and 4.0 (cost 4):
+        >>> float(fitted.next_state(weights, 0.5, state)["gamma"][0])
+        0.5859375
     """
 
     follows = True
@@ -236,8 +284,8 @@ class FittedBudget(FittedBias):
     def _search(self, weights: LatentWeights, sparsity: float, state: State, read: bool) -> Tensor:
         """Return the smallest bias within the budget, or the strongest; 0-dimensional.
 
-        From the present bias outwards until the answer is passed, then by bisection. If the host may
-        not read, the number of trials is fixed: a distant answer takes several steps.
+        The search goes outwards from the present bias until it passes the answer, then bisects. If
+        the host may not read, the number of trials is fixed; a distant answer takes several steps.
         """
         trial = (state["gamma"][0] / UNIT).round().long()
         low, high, reach = torch.full_like(trial, -1), torch.full_like(trial, STRONGEST + 1), 1

@@ -18,7 +18,7 @@ from .base import NO_STATE, Allocation, FittedAllocation, State, layer_cutoffs, 
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
-    """Gives every layer the same sparsity, to less than one weight; the total is exact.
+    """Gives every layer the same sparsity: counts are less than 1 off, the total is exact.
 
     If some layers stay dense, the others are sparser for it. Source: Zhu and Gupta (2017).
 
@@ -26,6 +26,16 @@ class Uniform(Allocation):
         dense_first: the first convolution stays dense, as in Feather's experiments with this
             backbone (supplement, section 4).
         dense_depthwise: depthwise convolutions stay dense, as in Zhu and Gupta's MobileNet.
+
+    Example:
+        >>> from torch_feather.weights.passes import count_pruned
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
+        >>> weights = LatentWeights([model[0].weight, model[1].weight])
+        >>> context = MethodContext(model, ["0.weight", "1.weight"], weights, 0.5, 100)
+        >>> fitted = Uniform(dense_first=True).fit(context)
+        >>> count_pruned(weights, fitted.cutoffs(weights, torch.tensor(0.5).double())).tolist()
+        [0, 90]
     """
 
     on_shards = True
@@ -58,6 +68,13 @@ class FittedUniform(FittedAllocation):
 
     Args:
         prunable: how many weights of each tensor may be pruned.
+
+    Example:
+        >>> from torch_feather.weights.passes import count_pruned
+        >>> weights = LatentWeights([torch.ones(10), torch.ones(30)])
+        >>> fitted = FittedUniform(prunable=[10, 30])
+        >>> count_pruned(weights, fitted.cutoffs(weights, torch.tensor(0.5).double())).tolist()
+        [5, 15]
     """
 
     on_shards = True

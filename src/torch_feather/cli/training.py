@@ -38,7 +38,7 @@ EXAMPLES = """
 """
 
 
-# Above 60 lines because of its options: each is a parameter.
+# long: each command-line option is a parameter.
 def train(
     recipe: Annotated[
         str | None,

@@ -16,14 +16,14 @@ from ..methods.base import Rate
 from ..prunable import Prunable, unwrap
 from ..weights.shards import fsdp_units, is_sharded, local
 
-# Optimizers that write parameters outside of step(), where latent and effective weights would mix.
+# Optimizers that write parameters outside of step(), when these hold effective weights.
 WRITE_OUTSIDE_STEP = ("ScheduleFree", "Lookahead")
-# Optimizers that hold or step the parameters in an unsupported way, with an alternative.
+# Optimizers that are not supported: the reason, and an alternative.
 UNSUPPORTED = {
     "ZeroRedundancyOptimizer": "has a state dict of its own, without latent weights. Use "
     "fully_shard with a plain optimizer, which shards the optimizer's state and the latent weights",
-    "CPUOffloadOptimizer": "trains copies of the weights. Use fully_shard with CPUOffloadPolicy and "
-    "a plain optimizer, which keeps weights, latent weights and state on the CPU",
+    "CPUOffloadOptimizer": "trains copies of the weights. Use fully_shard with CPUOffloadPolicy "
+    "and a plain optimizer, which keeps weights, latent weights and state on the CPU",
 }
 
 # Optimizers and parameters that have a sparsifier.
@@ -32,7 +32,17 @@ attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 @dataclass(eq=False)
 class BoundWeight:
-    """A prunable weight, and where the model and the optimizers hold it."""
+    """A prunable weight, with its positions in the model and in the optimizers.
+
+    Attributes:
+        name: dotted name in the model.
+        module: module that holds it.
+        attribute: its name in this module.
+        parameter: the present parameter, which may be replaced during training.
+        optimizer: number of the optimizer that holds it.
+        group: number of its parameter group.
+        position: position in this group.
+    """
 
     name: str
     module: nn.Module
@@ -49,11 +59,21 @@ class BoundWeight:
 
 
 class Binding:
-    """The prunable weights of a model in one or several optimizers.
+    """The prunable weights of a model, in one or several optimizers.
+
+    Lists of tensors have one entry per weight, in the order of `weights`.
 
     Attributes:
-        weights: the prunable weights, by position.
+        weights: the prunable weights.
         optimizers: the optimizers, in the order in which they step.
+
+    Example:
+        >>> from torch_feather.prunable import find_prunable
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> binding = bind(model, find_prunable(model), optimizer)
+        >>> binding.names, binding.learning_rate()
+        (['0.weight', '1.weight'], 0.1)
     """
 
     def __init__(self, weights: Sequence[BoundWeight], optimizers: Sequence[Optimizer]):
@@ -84,12 +104,16 @@ class Binding:
         return [i for i, weight in enumerate(self.weights) if weight.optimizer == optimizer]
 
     def learning_rate(self) -> Rate:
-        """Return the present learning rate of the first prunable weight; None without one."""
+        """Return the present learning rate of the first prunable weight; None if it has none."""
         first = self.weights[0]
         return self.optimizers[first.optimizer].param_groups[first.group].get("lr")
 
     def current(self) -> list[nn.Parameter]:
-        """Return what the optimizers hold now in the place of each parameter."""
+        """Return the parameters that the optimizers hold now at the recorded positions.
+
+        Raises:
+            StateError: a parameter group was removed.
+        """
         return [self._current(weight) for weight in self.weights]
 
     def _current(self, weight: BoundWeight) -> nn.Parameter:
@@ -112,7 +136,7 @@ class Binding:
         ]
 
     def leaves(self, model: nn.Module) -> Iterator[tuple[int, Tensor]]:
-        """Yield the tensor that autograd sees of each weight, with its position.
+        """Yield the position of each weight, and the tensor to register gradient hooks on.
 
         `fully_shard` gathers the parameters of a unit into other tensors, which the network uses.
         Hooks on its sharded parameters are never called.
@@ -139,10 +163,19 @@ def bind(
     Args:
         model: the model.
         prunable: its prunable weights.
-        optimizer: one or several optimizers; wrappers are looked through.
+        optimizer: one or several optimizers, or wrappers of them (Accelerate, Lightning).
 
     Raises:
-        ConfigurationError: a weight is held by no optimizer, or more than once, or is unsupported.
+        ConfigurationError: a weight is held by no optimizer or more than once, or a weight or
+            optimizer is not supported.
+
+    Example:
+        >>> from torch_feather.prunable import find_prunable
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> weight = bind(model, find_prunable(model), optimizer).weights[0]
+        >>> weight.name, weight.optimizer, weight.group, weight.position
+        ('weight', 0, 0, 0)
     """
     given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     optimizers = [_checked(one) for one in given]
@@ -153,35 +186,25 @@ def bind(
                 found.setdefault(id(parameter), []).append((o, g, i))
     if not prunable:
         raise ConfigurationError(
-            f"{type(model).__name__} has no prunable weights: include and exclude leave no trainable "
-            "weight of a convolution, linear layer or attention projection (frozen weights are not "
-            "pruned). Name the weights to prune with include=."
+            f"{type(model).__name__} has no prunable weights: include and exclude leave no "
+            "trainable weight of a convolution, linear layer or attention projection (frozen "
+            "weights are not pruned). Name the weights to prune with include=."
         )
     missing = [p.name for p in prunable if id(p.parameter) not in found]
     if missing:
         raise ConfigurationError(
             f"No optimizer holds {some(missing)}. Pass all optimizers that train the model to "
-            "sparsify, after any move that replaces parameters, or exclude these weights (exclude=)."
+            "sparsify, after any move that replaces parameters. Or exclude these weights "
+            "(exclude=)."
         )
     shared = [p.name for p in prunable if len(found[id(p.parameter)]) > 1]
     if shared:
         raise ConfigurationError(
-            f"The optimizers hold {some(shared)} more than once, so each step would update it twice. "
-            "Give every parameter to one optimizer."
+            f"The optimizers hold {some(shared)} more than once, so each step would update it "
+            "twice. Give every parameter to one optimizer."
         )
     check_storage([p.name for p in prunable], [p.parameter for p in prunable])
-    if isinstance(model, nn.parallel.DistributedDataParallel) and any(
-        hasattr(p.parameter, "_in_backward_optimizers") for p in prunable
-    ):
-        raise ConfigurationError(
-            "DistributedDataParallel steps optimizers of _apply_optimizer_in_backward while it "
-            "averages gradients, which no hook sees. Step the optimizer after the backward pass."
-        )
-    for p in prunable:
-        if p.parameter in attached:
-            raise ConfigurationError(
-                f"{p.name} already has a sparsifier. Call its detach() or finalize() first."
-            )
+    _check_free(model, prunable)
     weights = [
         BoundWeight(p.name, p.module, p.attribute, p.parameter, *found[id(p.parameter)][0])
         for p in prunable
@@ -189,31 +212,53 @@ def bind(
     return Binding(weights, optimizers)
 
 
+def _check_free(model: nn.Module, prunable: Sequence[Prunable]) -> None:
+    """Raise ConfigurationError if weights have a sparsifier, or step without calling hooks."""
+    if isinstance(model, nn.parallel.DistributedDataParallel) and any(
+        hasattr(p.parameter, "_in_backward_optimizers") for p in prunable
+    ):
+        raise ConfigurationError(
+            "DistributedDataParallel steps optimizers of _apply_optimizer_in_backward while it "
+            "averages gradients, without calling hooks. Step the optimizer after the backward pass."
+        )
+    for p in prunable:
+        if p.parameter in attached:
+            raise ConfigurationError(
+                f"{p.name} already has a sparsifier. Call its detach() or finalize() first."
+            )
+
+
 def plain_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer inside wrappers such as those of Accelerate and Lightning."""
+    """Return the optimizer inside wrappers such as those of Accelerate and Lightning.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
+        >>> plain_optimizer(optimizer) is optimizer
+        True
+    """
     while hasattr(optimizer, "optimizer") and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def _checked(optimizer: Any) -> Optimizer:
-    """Return the torch optimizer inside wrappers if it is supported."""
+    """Return the torch optimizer inside wrappers; raise ConfigurationError if unsupported."""
     optimizer = plain_optimizer(optimizer)
     kinds = [kind.__name__ for kind in type(optimizer).__mro__]
     wrapped = getattr(optimizer, "optimizer", None) or getattr(optimizer, "base_optimizer", None)
     if wrapped is not None:
         kinds += [kind.__name__ for kind in type(wrapped).__mro__]
-    for refused in WRITE_OUTSIDE_STEP:
-        name = next((kind for kind in kinds if refused in kind), None)
+    for unsupported in WRITE_OUTSIDE_STEP:
+        name = next((kind for kind in kinds if unsupported in kind), None)
         if name:
             raise ConfigurationError(
                 f"{name} writes parameters outside of step(), where they hold effective weights "
                 "instead of latent ones. Use a plain optimizer; for averaged weights use "
                 "torch_feather.LatentAverage."
             )
-    for refused, why in UNSUPPORTED.items():
-        if refused in kinds:
-            raise ConfigurationError(f"{refused} is not supported: it {why}.")
+    for unsupported, reason in UNSUPPORTED.items():
+        if unsupported in kinds:
+            raise ConfigurationError(f"{unsupported} is not supported: it {reason}.")
     if not isinstance(optimizer, Optimizer):
         raise ConfigurationError(
             "optimizer must be a torch.optim.Optimizer or a sequence of them, got "
@@ -228,7 +273,19 @@ def _checked(optimizer: Any) -> Optimizer:
 
 
 def check_storage(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
-    """Raise ConfigurationError if the engine cannot exchange the values of a parameter."""
+    """Check that the engine can exchange the values of parameters in place.
+
+    Args:
+        names: names of the parameters, for messages.
+        parameters: the parameters.
+
+    Raises:
+        ConfigurationError: a parameter is not a dense floating-point tensor on a CPU or CUDA
+            device, or they are on several devices.
+
+    Example:
+        >>> check_storage(["weight"], [torch.ones(2, 3)])
+    """
     for name, parameter in zip(names, parameters, strict=True):
         _check_one(name, parameter)
     devices = sorted({str(local(parameter).device) for parameter in parameters})
@@ -240,6 +297,7 @@ def check_storage(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
 
 
 def _check_one(name: str, parameter: Tensor) -> None:
+    """Raise ConfigurationError if a parameter is not supported."""
     fix = f"Exclude it: exclude={name!r}."
     if not parameter.is_floating_point():
         raise ConfigurationError(
@@ -301,6 +359,11 @@ def _lookup(model: nn.Module, name: str) -> Tensor | None:
 
 
 def layout(parameter: Tensor) -> tuple[Any, ...]:
-    """Return type, device, shapes and strides of a parameter and its local shard."""
+    """Return type, device, shapes and strides of a parameter and its local shard.
+
+    Example:
+        >>> layout(torch.ones(2, 3))[2:]
+        (torch.Size([2, 3]), torch.Size([2, 3]), (3, 1))
+    """
     held = local(parameter)
     return parameter.dtype, held.device, parameter.shape, held.shape, held.stride()

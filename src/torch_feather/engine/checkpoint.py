@@ -1,8 +1,8 @@
-"""What travels in an optimizer's state dict, and what a loaded one must satisfy.
+"""Entries in an optimizer's state dict, and checks of a loaded one.
 
-Latent weights, the method's state and a header are entries of each parameter's own state, under
-keys with a prefix. The header is stored as bytes, because an optimizer casts what it loads to the
-parameter's type: half precision holds every byte exactly, but not every integer.
+The entries are latent weights, the method's state and a header. They belong to each parameter's own
+state, under keys with a prefix. The header is stored as bytes, because optimizers cast loaded state
+to the type of the parameter. Half precision holds every byte exactly, but not every integer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..methods.base import BoundMethod
 from ..weights.latent import PerTensor
 
 FORMAT = 1
-# Of the keys of our entries in the optimizer's state dict, beside its own of each parameter.
+# Prefix of the keys of these entries.
 PREFIX = "feather_"
 
 RELAXED = (
@@ -86,24 +86,43 @@ class Header(NamedTuple):
 
 
 def to_bytes(tensor: Tensor) -> Tensor:
-    """Return the bits of a tensor as flat uint8, a copy; exact whatever they are cast to."""
+    """Return the bits of a tensor as flat uint8, a copy, which casts to floats keep exactly.
+
+    Example:
+        >>> to_bytes(torch.tensor([1.0])).tolist()
+        [0, 0, 128, 63]
+    """
     return tensor.detach().clone().reshape(-1).view(torch.uint8)
 
 
 def from_bytes(data: Tensor | None, like: Tensor) -> Tensor | None:
-    """Return the tensor that `to_bytes` stored, None if the data does not fit `like`."""
+    """Return the tensor that `to_bytes` stored; None if the data does not fit `like`.
+
+    Args:
+        data: result of `to_bytes`, perhaps cast to a float type; None for none.
+        like: tensor of the expected shape and type.
+
+    Example:
+        >>> from_bytes(to_bytes(torch.tensor([1.0])).half(), torch.zeros(1))
+        tensor([1.])
+    """
     if data is None or data.numel() != like.numel() * like.element_size():
         return None
     return data.to(torch.uint8).clone().view(like.dtype).reshape(like.shape)
 
 
 def digest(text: str) -> int:
-    """Return a 63-bit hash that is the same on every machine."""
+    """Return a 63-bit hash of a text, the same on every machine.
+
+    Example:
+        >>> digest("feather") == digest("feather"), digest("feather") < 2**63
+        (True, True)
+    """
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 class Loaded(NamedTuple):
-    """The checked entries of one weight tensor."""
+    """The checked entries of one weight tensor: header, latent weights, state of the method."""
 
     header: Header
     latent: Tensor
@@ -111,19 +130,19 @@ class Loaded(NamedTuple):
 
 
 Entries = Mapping[str, Tensor]
-"""Our entries of one parameter's state, by name without the prefix."""
+"""The entries of one parameter's state, by name without the prefix."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a state must contain to belong to the present run.
+    """Facts about the present run that a loaded state must match.
 
     Attributes:
         names: names of the weight tensors.
         shapes: their global shapes.
         header: returns the present header of a weight tensor.
         state: the method's present state.
-        strict: raise for differences; otherwise take over what fits.
+        strict: raise for differences; otherwise load the entries that fit.
     """
 
     names: Sequence[str]
@@ -140,17 +159,23 @@ def check_loaded(
     foreign: Sequence[str] = (),
     hint: str = RELAXED,
 ) -> dict[int, Loaded]:
-    """Return the entries of a loaded state that fit.
+    """Return the entries of a loaded state that fit, by position of the weight tensor.
 
     Args:
         expected: the present run.
         found: entries by position of the weight tensor.
         positions: the weight tensors that the state should have.
-        foreign: names of parameters that were prunable in the state and are not now.
-        hint: how to load in spite of differences, for the message.
+        foreign: names of parameters that are prunable in the state and not in the present run.
+        hint: end of the message: how to load in spite of differences.
 
     Raises:
-        StateError: a difference, unless `expected.strict` is False; or a damaged header.
+        StateError: the state differs and `expected.strict` is True, or a header is damaged.
+
+    Example:
+        >>> header = Header(FORMAT, 3, 10, 0, 0, 0, 0)
+        >>> expected = Expected(["w"], [torch.Size([2])], lambda i: header, {}, strict=True)
+        >>> check_loaded(expected, {0: exported(torch.ones(2), header)}, [0])[0].latent
+        tensor([1., 1.])
     """
     if foreign and expected.strict:
         raise StateError(
@@ -158,58 +183,72 @@ def check_loaded(
         )
     fitting = {}
     for i in positions:
-        name, shape = expected.names[i], expected.shapes[i]
-        own = found.get(i, {})
-        if not own.keys() >= {"latent", "header"}:
-            if expected.strict:
-                raise StateError(
-                    f"The state has no latent weights for {name}: it was saved without this "
-                    "sparsifier, before sparsify was called, or by something that keeps only the "
-                    "optimizer's own entries (such as a flattened distributed state)." + hint
-                )
-            continue
-        latent, saved = own["latent"], Header.read(own["header"])
-        if saved is None:
-            raise StateError(f"The state's header for {name} is not readable: it is damaged.")
-        differences = saved.differences(expected.header(i))
-        if latent.shape != shape:
-            differences.append(
-                f"its latent weights have shape {tuple(latent.shape)}, the parameter {tuple(shape)}"
-            )
-        state = {}
-        for key, entry in expected.state.items():
-            value = from_bytes(own.get(key), entry.rows[i])
-            if value is not None:
-                state[key] = value
-            else:
-                differences.append(f"it has no {key}, or one of another size")
-        if differences and expected.strict:
-            raise StateError(
-                f"The state does not belong to this sparsifier ({name}): "
-                f"{'; '.join(differences)}." + hint
-            )
-        if latent.shape == shape:
-            fitting[i] = Loaded(saved, latent, state)
+        loaded = _check_one(expected, found.get(i, {}), i, hint)
+        if loaded is not None:
+            fitting[i] = loaded
     return fitting
+
+
+def _check_one(expected: Expected, own: Entries, i: int, hint: str) -> Loaded | None:
+    """Return the entries of weight tensor i if they fit; errors as for `check_loaded`."""
+    name, shape = expected.names[i], expected.shapes[i]
+    if not own.keys() >= {"latent", "header"}:
+        if expected.strict:
+            raise StateError(
+                f"The state has no latent weights for {name}. It was saved without this "
+                "sparsifier, before sparsify was called, or without the entries that are not the "
+                "optimizer's (as a flattened distributed state)." + hint
+            )
+        return None
+    latent, saved = own["latent"], Header.read(own["header"])
+    if saved is None:
+        raise StateError(f"The state's header for {name} is damaged. Load another checkpoint.")
+    differences = saved.differences(expected.header(i))
+    if latent.shape != shape:
+        differences.append(
+            f"its latent weights have shape {tuple(latent.shape)}, the parameter {tuple(shape)}"
+        )
+    state = {}
+    for key, entry in expected.state.items():
+        value = from_bytes(own.get(key), entry.rows[i])
+        if value is not None:
+            state[key] = value
+        else:
+            differences.append(f"it has no {key}, or one of another size")
+    if differences and expected.strict:
+        raise StateError(
+            f"The state does not belong to this sparsifier ({name}): "
+            f"{'; '.join(differences)}." + hint
+        )
+    return Loaded(saved, latent, state) if latent.shape == shape else None
 
 
 def exported(
     latent: Tensor, header: Header, method: BoundMethod | None = None, i: int = 0
 ) -> dict[str, Tensor]:
-    """Return the entries of one parameter.
+    """Return the entries of one parameter, by name without the prefix.
 
     Args:
         latent: its latent weights, a copy.
         header: its header.
-        method: the method whose state travels; None for a parameter that is not prunable.
+        method: the method, whose state is included; None for a parameter that is not prunable.
         i: position of the weight tensor.
+
+    Example:
+        >>> list(exported(torch.ones(2), Header(FORMAT, 3, 10, 0, 0, 0, 0)))
+        ['latent', 'header']
     """
     state = {} if method is None else {k: to_bytes(e.rows[i]) for k, e in method.state.items()}
     return {"latent": latent, "header": header.tensor(), **state}
 
 
 def own_entries(entries: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return our entries of a parameter's state, by name without the prefix."""
+    """Return the entries with the prefix of a parameter's state, by name without the prefix.
+
+    Example:
+        >>> own_entries({"momentum_buffer": torch.ones(1), "feather_latent": torch.zeros(1)})
+        {'latent': tensor([0.])}
+    """
     return {
         key.removeprefix(PREFIX): value
         for key, value in entries.items()
@@ -222,28 +261,43 @@ def with_entries(
     optimizer: Optimizer,
     entries: Callable[[int, int], dict[str, Tensor] | None],
 ) -> dict[str, Any]:
-    """Return an optimizer's state dict with our entries.
+    """Return an optimizer's state dict with added entries.
 
     Args:
         state_dict: the state dict; it is not changed.
         optimizer: the optimizer.
-        entries: returns our entries by (group, position); None for none.
+        entries: returns the entries to add by (group, position); None for none.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
+        >>> state = with_entries(
+        ...     optimizer.state_dict(), optimizer, lambda g, i: {"latent": torch.ones(2)}
+        ... )
+        >>> state["state"]
+        {0: {'feather_latent': tensor([1., 1.])}}
     """
     state = {key: dict(own) for key, own in state_dict["state"].items()}
     for g, i, _ in parameters_of(optimizer):
-        ours = entries(g, i)
-        if ours is not None:
+        added = entries(g, i)
+        if added is not None:
             key = state_dict["param_groups"][g]["params"][i]
-            state.setdefault(key, {}).update({PREFIX + name: ours[name] for name in ours})
+            state.setdefault(key, {}).update({PREFIX + name: added[name] for name in added})
     return {**state_dict, "state": state}
 
 
 def split(
     state_dict: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[tuple[int, int], dict[str, Tensor]]]:
-    """Return a state dict without our entries, and our entries by (group, position)."""
+    """Return a state dict without added entries, and these entries by (group, position).
+
+    Example:
+        >>> state = {0: {"feather_latent": torch.ones(2)}}
+        >>> plain, entries = split({"state": state, "param_groups": [{"params": [0]}]})
+        >>> plain["state"], entries
+        ({}, {(0, 0): {'latent': tensor([1., 1.])}})
+    """
     state = {key: dict(own) for key, own in state_dict["state"].items()}
-    ours = {
+    entries = {
         (g, i): own_entries(state.get(key, {}))
         for g, group in enumerate(state_dict["param_groups"])
         for i, key in enumerate(group["params"])
@@ -251,7 +305,7 @@ def split(
     for own in state.values():
         for name in own_entries(own):
             del own[PREFIX + name]
-    return {**state_dict, "state": {key: own for key, own in state.items() if own}}, ours
+    return {**state_dict, "state": {key: own for key, own in state.items() if own}}, entries
 
 
 def by_position(
@@ -260,46 +314,73 @@ def by_position(
 ) -> tuple[dict[int, Entries], list[str]]:
     """Return entries by position of the weight tensor, and names of foreign ones.
 
+    Foreign parameters are prunable in the state and not in the present run.
+
     Args:
-        entries: our entries by (group, position in the group).
+        entries: entries by (group, position in the group).
         position_at: position of the weight tensor at (group, position in the group).
+
+    Example:
+        >>> by_position({(0, 1): {"latent": torch.ones(2)}}, {(0, 1): 3})
+        ({3: {'latent': tensor([1., 1.])}}, [])
     """
     found: dict[int, Entries] = {}
     foreign = []
-    for place, ours in entries.items():
-        if place in position_at:
-            found[position_at[place]] = ours
-        elif "header" in ours and getattr(Header.read(ours["header"]), "shape", 0) != 0:
-            foreign.append("parameter {1} of group {0}".format(*place))
+    for (g, i), own in entries.items():
+        if (g, i) in position_at:
+            found[position_at[g, i]] = own
+        elif "header" in own and getattr(Header.read(own["header"]), "shape", 0) != 0:
+            foreign.append(f"parameter {i} of group {g}")
     return found, foreign
 
 
 def parameters_of(optimizer: Optimizer) -> Iterator[tuple[int, int, nn.Parameter]]:
-    """Yield (group, position in the group, parameter) of an optimizer."""
+    """Yield (group, position in the group, parameter) of an optimizer.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
+        >>> list(parameters_of(optimizer))
+        [(0, 0, tensor([1., 1.]))]
+    """
     for g, group in enumerate(optimizer.param_groups):
         for i, parameter in enumerate(group["params"]):
             yield g, i, parameter
 
 
 def take_live_entries(optimizer: Optimizer) -> dict[tuple[int, int], dict[str, Tensor]]:
-    """Return our entries in an optimizer's live state, loaded before `sparsify` was called."""
+    """Return the added entries in an optimizer's live state, by (group, position).
+
+    They are there if a state dict was loaded before `sparsify` was called.
+
+    Example:
+        >>> take_live_entries(torch.optim.SGD([torch.ones(2)], lr=0.1))
+        {}
+    """
     found = {}
     for g, i, parameter in parameters_of(optimizer):
-        ours = own_entries(optimizer.state.get(parameter, {}))
-        if ours:
-            found[g, i] = ours
+        own = own_entries(optimizer.state.get(parameter, {}))
+        if own:
+            found[g, i] = own
     return found
 
 
 def drop_live_entries(optimizer: Optimizer) -> None:
-    """Remove our entries from an optimizer's live state.
+    """Remove the added entries from an optimizer's live state.
 
-    Optimizers initialize a parameter's state if they find none, so nothing may be left.
+    Optimizers initialize the state of a parameter only if it is empty, so no entry may be left.
+
+    Example:
+        >>> w = torch.ones(2)
+        >>> optimizer = torch.optim.SGD([w], lr=0.1)
+        >>> optimizer.state[w] = {"feather_latent": torch.ones(2)}
+        >>> drop_live_entries(optimizer)
+        >>> len(optimizer.state)
+        0
     """
     for _, _, parameter in parameters_of(optimizer):
         entries = optimizer.state.get(parameter, {})
-        ours = own_entries(entries)
-        for name in ours:
+        own = own_entries(entries)
+        for name in own:
             del entries[PREFIX + name]
-        if ours and not entries:
+        if own and not entries:
             del optimizer.state[parameter]

@@ -1,7 +1,7 @@
-"""Detection of external writes: values that others wrote into parameters between two steps.
+"""Detection of external writes: values that other code wrote into parameters between two steps.
 
-Writes may come from anywhere (`load_state_dict` of the model, an average swapped in, `.data`).
-Checksums and versions tell on a CPU which parameters to compare with what they were given.
+Such writes come from `load_state_dict` of the model, an average that is swapped in, or `.data`. On
+a CPU, checksums and versions show which parameters may have changed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,24 @@ from ..weights.latent import LatentWeights
 
 
 class WriteDetector:
-    """Names the parameters that may hold other values than they were given.
+    """Names the parameters that may hold other values than the recorded ones.
 
-    On accelerators, reading a checksum would synchronize the host, so there all of them may.
+    On accelerators, reading a checksum would synchronize the host, so all parameters are suspects.
 
     Attributes:
-        loaded: checksums of effective weights that a checkpoint names, by position. They may have
-            been computed on another device, so they are not external writes.
+        loaded: checksums of effective weights in a loaded checkpoint, by position. These values may
+            differ in the last bits if they were computed on another device; they are not external
+            writes.
+
+    Example:
+        >>> w = torch.ones(2)
+        >>> weights, detector = LatentWeights([w]), WriteDetector()
+        >>> detector.record(weights, [w])
+        >>> detector.suspects(weights, [w])
+        []
+        >>> _ = w.zero_()
+        >>> detector.suspects(weights, [w])
+        [0]
     """
 
     def __init__(self) -> None:
@@ -40,7 +51,7 @@ class WriteDetector:
         self._marks = [] if devices.synchronizes(weights.device) else _marks(local)
 
     def invalidate(self) -> None:
-        """Make all parameters suspect, for a reason that this process alone knows."""
+        """Make all parameters suspects, for a reason that this process alone may know."""
         self._marks = []
 
     def suspects(self, weights: LatentWeights, local: Sequence[Tensor]) -> list[int]:
@@ -56,7 +67,7 @@ class WriteDetector:
 
 
 def _marks(local: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Return versions and checksums; every write changes one of them."""
+    """Return version and checksum of each tensor; every write changes one of them."""
     return [(part._version, checksum(part)) for part in local]
 
 

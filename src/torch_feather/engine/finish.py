@@ -1,4 +1,4 @@
-"""The end of training: which values the model keeps, and whether their count is exact."""
+"""The end of training: the values that the model keeps, and the check of their count."""
 
 from __future__ import annotations
 
@@ -23,16 +23,27 @@ def final_values(
 ) -> Sequence[Tensor]:
     """Return the values that the model keeps: written ones if they are valid, else effective ones.
 
-    A model of the target sparsity that was written from outside, such as the best checkpoint that a
-    framework loads after training, is kept as it was written.
+    If the model was modified externally and has the target sparsity, it is kept as it is. An
+    example is the best checkpoint, which some frameworks load after training.
 
     Args:
         weights: the latent weights.
         method: the method.
         pruning: its thresholds or masks.
         step: optimizer steps taken.
-        written: what the parameters held when training ended, local shards.
-        effective: the effective weights.
+        written: values of the parameters at the end of training, local shards.
+        effective: the effective weights, local shards.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather import sparsify
+        >>> model = nn.Linear(10, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> training = sparsify(model, optimizer, sparsity=0.9, total_steps=8).step.training
+        >>> state = training.weights, training.method, training.pruning, training.count
+        >>> held = [part.detach() for part in training.binding.local]
+        >>> final_values(*state, held, held)[0] is held[0]
+        True
     """
     zeros, left = (_count_zeros(weights, parts) for parts in (written, effective))
     expected = int(count_pruned_by(method, weights, pruning).sum())
@@ -51,27 +62,45 @@ def final_values(
 def check_count(
     weights: LatentWeights, method: BoundMethod, pruning: Pruning, sparsity: float
 ) -> None:
-    """Raise StateError unless exactly round(s N) weights are pruned."""
+    """Check that exactly round(s N) weights are pruned.
+
+    Args:
+        weights: the latent weights.
+        method: the method.
+        pruning: its thresholds or masks.
+        sparsity: s.
+
+    Raises:
+        StateError: another number is pruned.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather import sparsify
+        >>> model = nn.Linear(10, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> training = sparsify(model, optimizer, sparsity=0.9, total_steps=8).step.training
+        >>> check_count(training.weights, training.method, training.pruning, 0.0)  # dense at first
+    """
     pruned = int(count_pruned_by(method, weights, pruning).sum())
     target = round(sparsity * weights.size)
     if pruned != target:
         raise StateError(
-            f"Sparsity {sparsity} means {target} zeros among {weights.size} weights, but the method "
-            f"left {pruned}. To keep the model as it is, call finalize(force=True)."
+            f"Sparsity {sparsity} means {target} zeros among {weights.size} weights, but the "
+            f"method left {pruned}. To keep the model as it is, call finalize(force=True)."
         )
 
 
 def _count_zeros(weights: LatentWeights, parts: Sequence[Tensor]) -> int:
+    """Return the number of zeros in local shards, over all processes."""
     return int(weights.total(torch.stack([(part == 0).sum() for part in parts])).sum())
 
 
 def _admits(
     weights: LatentWeights, method: BoundMethod, step: Tensor, parts: Sequence[Tensor]
 ) -> bool:
-    """Return whether the zeros among these values are where the method would put them.
+    """Return whether the zeros among these values have the positions that the method requires.
 
-    A method that keeps a mask, or learns thresholds, or whose count is not exact, may put them
-    anywhere.
+    If the method keeps a mask, learns thresholds or has no exact count, any positions are valid.
     """
     facts = method.facts
     keeps_mask = any(entry.per_weight for entry in method.state.values())

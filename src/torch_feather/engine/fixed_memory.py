@@ -29,7 +29,13 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def outline(value: Any) -> Any:
-    """Return the structure of a value: where its tensors are, and which are the same object."""
+    """Return the structure of a value: positions of tensors, and which are the same object.
+
+    Example:
+        >>> a, b = torch.zeros(2), torch.ones(2)
+        >>> outline([a, b]) == outline([b, a]), outline([a, b]) == outline([a, a])
+        (True, False)
+    """
     first: dict[int, int] = {}
 
     def walk(value: Any) -> Any:
@@ -45,20 +51,62 @@ def outline(value: Any) -> Any:
 
 
 def keep_memory(old: Pruning, new: Pruning, device: torch.device) -> Pruning:
-    """Return `new`, on a device in the memory of `old` if their structures are equal."""
+    """Return `new`; on an accelerator in the memory of `old`, if their structures are equal.
+
+    Args:
+        old: pruning of the step before; None for none. Its tensors may be overwritten.
+        new: pruning of this step.
+        device: device of the weights.
+
+    Example:
+        >>> old, new = torch.zeros(2), torch.ones(2)
+        >>> keep_memory(old, new, torch.device("cpu")) is new  # on a CPU nothing is captured
+        True
+    """
     if old is None or not devices.synchronizes(device) or outline(old) != outline(new):
         return new
     copy_all(tensors_in(old), tensors_in(new))
     return old
 
 
+def store(method: BoundMethod, pruning: Pruning) -> Pruning:
+    """Copy the fields of a pruning that checkpoints hold into the state of their method.
+
+    Args:
+        method: names the fields in `facts.stored`.
+        pruning: of the method's own weights, a NamedTuple if there are such fields.
+
+    Returns:
+        The pruning, with the memory of the state in place of its own.
+    """
+    for name in method.facts.stored:
+        value, entry = getattr(pruning, name), method.state[name]
+        if isinstance(value, Tensor):
+            entry.flat.copy_(value)
+        elif value is not entry.rows:
+            copy_all(entry.rows, value)
+            pruning = pruning._replace(**{name: entry.rows})
+    return pruning
+
+
 def move_state(method: BoundMethod, weights: LatentWeights) -> None:
-    """Move the state of a method to the device and types of `weights`."""
+    """Move the state of a method to the device and type of latent weights.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.methods import asl
+        >>> from torch_feather.context import MethodContext
+        >>> context = MethodContext(nn.Linear(1, 1), ["w"], LatentWeights([torch.ones(1)]), 0.0, 10)
+        >>> method = asl(sparsity=0.0).bind(context)
+        >>> move_state(method, LatentWeights([torch.ones(1, dtype=torch.float64)]))
+        >>> method.state["deviations"].flat.dtype
+        torch.float64
+    """
     for name, entry in method.state.items():
+        dtype = weights.wide if entry.flat.is_floating_point() else entry.flat.dtype
         if entry.per_weight:
-            moved = weights.per_weight(0.0)
+            moved = weights.per_weight(0.0, dtype)
             copy_all(moved.rows, entry.rows)
         else:
-            dtype = weights.wide if entry.flat.is_floating_point() else None
             moved = PerTensor.of(entry.flat.to(weights.device, dtype))
         method.state[name] = moved

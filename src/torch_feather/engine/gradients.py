@@ -1,4 +1,4 @@
-"""From dL/du to dL/dw: hooks, gradients that still have to be completed, and several passes."""
+"""From dL/du to dL/dw: gradient hooks, completion, and several passes per step."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ class PendingGradients:
 
     Tensor hooks report autograd gradients; gradients assigned to `.grad` are detected by tensor
     identity and version. Each gradient is completed once.
+
+    Example:
+        >>> w, pending = torch.ones(2), PendingGradients()
+        >>> w.grad = torch.ones(2)
+        >>> pending.are_due([w])
+        True
+        >>> pending.consume([w])
+        >>> pending.are_due([w])
+        False
     """
 
     def __init__(self) -> None:
@@ -36,7 +45,7 @@ class PendingGradients:
         self._reported, self._completed = False, True
 
     def consume(self, parameters: Iterable[Tensor]) -> None:
-        """Record the step: another one on the same gradients has nothing to complete."""
+        """Record a step; a further step on the same gradients completes nothing."""
         self._consumed = WeakIdKeyDictionary()
         for gradient in _gradients(parameters):
             self._consumed[gradient] = gradient._version
@@ -58,7 +67,18 @@ PullBack = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def hook_for(i: int, holder: Tensor, pull_back: PullBack) -> Callable[[Tensor], Tensor]:
-    """Return a tensor hook that takes the gradient of `holder`, which holds u, back to w."""
+    """Return a tensor hook that turns dL/du into dL/dw.
+
+    Args:
+        i: position of the weight tensor.
+        holder: the tensor that holds u.
+        pull_back: computes dL/dw of local shards.
+
+    Example:
+        >>> hook = hook_for(0, torch.ones(2), lambda i, gradient, u: gradient * u)
+        >>> hook(torch.tensor([2.0, 3.0]))
+        tensor([2., 3.])
+    """
 
     def hook(gradient: Tensor) -> Tensor:
         part, effective = local_part(gradient, holder), local(holder).detach()
@@ -68,10 +88,22 @@ def hook_for(i: int, holder: Tensor, pull_back: PullBack) -> Callable[[Tensor], 
 
 
 def register_hooks(leaves: Iterable[tuple[int, Tensor]], pull_back: PullBack) -> list[Any]:
-    """Register a hook on every leaf; return the handles."""
+    """Register a hook on every leaf; return the handles.
+
+    Args:
+        leaves: position of each weight tensor, and the tensor that holds u.
+        pull_back: computes dL/dw of local shards.
+
+    Example:
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> handles = register_hooks([(0, w)], lambda i, gradient, u: gradient / 2)
+        >>> w.sum().backward()
+        >>> w.grad
+        tensor([0.5000, 0.5000])
+    """
     handles = []
     for i, holder in leaves:
-        # A layer that is frozen for now has its hook when it is trained again.
+        # A layer that is frozen now needs its hook when it is trained again.
         trains = holder.requires_grad
         holder.requires_grad_(True)
         handles.append(holder.register_hook(hook_for(i, holder, pull_back)))
@@ -80,14 +112,30 @@ def register_hooks(leaves: Iterable[tuple[int, Tensor]], pull_back: PullBack) ->
 
 
 def add_terms(gradients: Gradients, completion: Completion) -> None:
-    """Add the cross terms of a completion to the gradients, in place."""
+    """Add the cross terms of a completion to the gradients, in place.
+
+    Example:
+        >>> gradient = torch.ones(2)
+        >>> add_terms([gradient], Completion(terms=[torch.ones(2)]))
+        >>> gradient
+        tensor([2., 2.])
+    """
     for gradient, term in zip(gradients, completion.terms or (), strict=False):
         if gradient is not None and term is not None:
             gradient += term
 
 
 def own_parameters(method: BoundMethod) -> list[Tensor]:
-    """Return the parameters of the method itself, one per entry or one per weight tensor."""
+    """Return the parameters of the method itself, one per entry or one per weight tensor.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from torch_feather.methods.base import Facts
+        >>> entry = PerTensor.of(torch.zeros(1))
+        >>> method = SimpleNamespace(facts=Facts(learned=("r",)), state={"r": entry})
+        >>> own_parameters(method)
+        [tensor([0.])]
+    """
     found: list[Tensor] = []
     for name in method.facts.learned:
         entry = method.state[name]
@@ -96,7 +144,21 @@ def own_parameters(method: BoundMethod) -> list[Tensor]:
 
 
 def set_own_gradients(method: BoundMethod, own: dict[str, PerTensor]) -> None:
-    """Set `.grad` of the method's own parameters."""
+    """Set `.grad` of the method's own parameters.
+
+    Args:
+        method: the method.
+        own: gradients by name of the learned entry.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from torch_feather.methods.base import Facts
+        >>> entry = PerTensor.of(torch.zeros(1))
+        >>> method = SimpleNamespace(facts=Facts(learned=("r",)), state={"r": entry})
+        >>> set_own_gradients(method, {"r": PerTensor.of(torch.ones(1))})
+        >>> own_parameters(method)[0].grad
+        tensor([1.])
+    """
     for name, gradient in own.items():
         entry = method.state[name]
         if entry.per_weight:
@@ -107,7 +169,18 @@ def set_own_gradients(method: BoundMethod, own: dict[str, PerTensor]) -> None:
 
 
 def clear_own_gradients(method: BoundMethod) -> None:
-    """Set `.grad` of the method's own parameters to None."""
+    """Set `.grad` of the method's own parameters to None.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from torch_feather.methods.base import Facts
+        >>> entry = PerTensor.of(torch.zeros(1))
+        >>> method = SimpleNamespace(facts=Facts(learned=("r",)), state={"r": entry})
+        >>> set_own_gradients(method, {"r": PerTensor.of(torch.ones(1))})
+        >>> clear_own_gradients(method)
+        >>> own_parameters(method)[0].grad is None
+        True
+    """
     for parameter in own_parameters(method):
         parameter.grad = None
 
@@ -115,8 +188,14 @@ def clear_own_gradients(method: BoundMethod) -> None:
 class PassGradients:
     """Gradients of own parameters over several forward and backward passes of one step.
 
-    Each pass has random numbers of its own, and gradients accumulate. `complete` is linear in them:
-    the completion at the end of a pass counts, less that of the gradients before it.
+    Each pass has its own random numbers, and gradients accumulate. `complete` is linear in them. So
+    a pass contributes the completion at its end, minus that of the gradients before it.
+
+    Example:
+        >>> passes, gradients = PassGradients(), [torch.ones(2)]
+        >>> passes.end(gradients, Completion(own={"r": PerTensor.of(torch.ones(1))}))
+        >>> passes.at_step(gradients, scale=torch.tensor(2.0))["r"].flat
+        tensor([0.5000])
     """
 
     def __init__(self) -> None:
@@ -124,13 +203,25 @@ class PassGradients:
         self._size: Tensor | None = None
 
     def begin(self, completion: Completion) -> None:
-        """Subtract the completion of earlier passes' gradients with this pass's random numbers."""
+        """Begin a pass.
+
+        Args:
+            completion: completion of the gradients of earlier passes, with the random numbers of
+                this pass. It is subtracted.
+        """
         for name, new in completion.own.items():
             self.own[name].flat.sub_(new.flat)
         self._size = None
 
     def end(self, gradients: Gradients, completion: Completion) -> None:
-        """Add the completion of all gradients so far with this pass's random numbers."""
+        """End a pass.
+
+        Args:
+            gradients: all gradients so far.
+            completion: their completion, with the random numbers of this pass. It is added.
+        """
+        if completion.terms is not None:
+            raise TypeError("complete() of a method with random numbers must return terms=None.")
         for name, new in completion.own.items():
             if name in self.own:
                 self.own[name].flat.add_(new.flat)
@@ -139,9 +230,13 @@ class PassGradients:
         self._size = _total_size(gradients)
 
     def at_step(self, gradients: Gradients, scale: Tensor | None) -> dict[str, PerTensor]:
-        """Return the sums at the scale that the gradients have now.
+        """Return the sums at the present scale of the gradients.
 
-        The gradients may have been divided since, by `GradScaler.unscale_`.
+        `GradScaler.unscale_` may have divided the gradients since the last pass.
+
+        Args:
+            gradients: all gradients.
+            scale: loss scale that they still contain; None for 1.
         """
         assert self._size is not None
         now = _total_size(gradients)

@@ -1,6 +1,7 @@
 """Checks during training: NaN, layers without weights, unexpected zeros.
 
-On a device nothing here synchronizes the host: counts are read when they have been copied.
+On an accelerator, `check` does not synchronize the host. It copies counts asynchronously, and reads
+them in a later step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..errors import FILL_LAYERS, NonFiniteWeightError, some, warn
 from ..methods.base import BoundMethod, Pruning
 from ..weights.latent import LatentWeights
 
-# Steps between two checks that need a pass over the weights, or a transfer.
+# Steps between two checks that need a pass over the weights, or a copy to the host.
 POLL = 100
 
 
@@ -25,12 +26,20 @@ class Health:
     Args:
         names: names of the weight tensors.
         total_steps: optimizer steps of the whole training.
+
+    Example:
+        >>> w = torch.tensor([1.0, torch.nan])
+        >>> try:
+        ...     Health(["w"], 100).raise_if_nan(LatentWeights([w]), [w])
+        ... except NonFiniteWeightError as error:
+        ...     print(str(error)[:20])
+        Weights of w are NaN
     """
 
     def __init__(self, names: Sequence[str], total_steps: int) -> None:
         self._names = names
         self._total_steps = total_steps
-        self._steps = 0  # of this process, without those before a restart
+        self._steps = 0  # since the start of this process
         self._warned: set[str] = set()
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
@@ -48,8 +57,11 @@ class Health:
             weights: the latent weights.
             local: local shards of the parameters, which hold effective weights.
             method: the method.
-            pruning: of this step.
-            step: steps taken; on a device the host does not read it.
+            pruning: the pruning of this step.
+            step: optimizer steps taken; on an accelerator the host does not read it.
+
+        Raises:
+            NonFiniteWeightError: weights or learned thresholds are NaN.
         """
         self._steps += 1
         if not devices.synchronizes(weights.device):
@@ -78,7 +90,7 @@ class Health:
         method: BoundMethod,
         pruning: Pruning,
     ) -> None:
-        """Check at once, and synchronize with a device if needed; arguments as for `check`."""
+        """Check at once, which synchronizes the host; arguments and errors as for `check`."""
         counts = _counts(weights, local, method, pruning).cpu()
         self._report(weights, local, method, pruning, counts)
 
@@ -89,7 +101,11 @@ class Health:
         method: BoundMethod | None = None,
         pruning: Pruning = None,
     ) -> None:
-        """Raise NonFiniteWeightError with the names of weights or thresholds that are NaN."""
+        """Raise if weights or learned thresholds are NaN; arguments as for `check`.
+
+        Raises:
+            NonFiniteWeightError: names the weight tensors.
+        """
         advice = "Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
         broken = None if method is None else _broken(weights, method, pruning)
         names = [] if broken is None else self._named(broken)
@@ -105,10 +121,11 @@ class Health:
             )
 
     def _named(self, found: Tensor) -> list[str]:
+        """Return the names of the weight tensors with a nonzero entry."""
         return [name for name, n in zip(self._names, found.tolist(), strict=True) if n]
 
     def _is_copied(self, weights: LatentWeights, event: torch.cuda.Event) -> bool:
-        """Return whether the counts are on the host; on shards all ranks answer at one time."""
+        """Return whether the counts are on the host; with shards, the same on all ranks."""
         if weights.shards is None:
             return event.query()
         if self._steps % POLL != POLL // 2:
@@ -146,7 +163,11 @@ class Health:
 def _counts(
     weights: LatentWeights, local: Sequence[Tensor], method: BoundMethod, pruning: Pruning
 ) -> Tensor:
-    """Return NaN among weights and thresholds, kept weights that are 0, and kept ones per layer."""
+    """Return counts: NaN of weights and thresholds, kept weights that are 0, kept ones per tensor.
+
+    Returns:
+        int64 of shape (2 + tensors,).
+    """
     broken = _broken(weights, method, pruning)
     nan = _count_nan(weights, local).sum() + (0 if broken is None else broken.sum())
     zero = weights.total(torch.stack([(part == 0).sum() for part in local])).sum()
@@ -155,13 +176,26 @@ def _counts(
 
 
 def count_pruned_by(method: BoundMethod, weights: LatentWeights, pruning: Pruning) -> Tensor:
-    """Return the pruned weights of each tensor, int64 of shape (tensors,)."""
+    """Return the number of pruned weights of each tensor, int64 of shape (tensors,).
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather import sparsify
+        >>> model = nn.Linear(10, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sparsifier = sparsify(
+        ...     model, optimizer, sparsity=0.9, total_steps=1, schedule="constant"
+        ... )
+        >>> training = sparsifier.step.training
+        >>> count_pruned_by(training.method, training.weights, training.pruning)
+        tensor([90])
+    """
     counts = [method.pruned(weights, pruning, i).sum() for i in range(len(weights.views))]
     return weights.total(torch.stack(counts))
 
 
 def _count_nan(weights: LatentWeights, local: Sequence[Tensor]) -> Tensor:
-    """Return the NaN of each weight tensor, in every copy of it."""
+    """Return the number of NaN of each weight tensor, in all copies of it."""
     return weights.common(torch.stack([part.isnan().sum() for part in local]))
 
 

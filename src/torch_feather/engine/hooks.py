@@ -1,4 +1,4 @@
-"""Hooks, closures and wrapped calls of one optimizer. Nothing here knows of sparsity."""
+"""Hooks, closures and wrapped calls of one optimizer; independent of sparsity."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .. import devices
 from ..errors import StateError
 from ..weights.shards import count_nonzero
 
-# What torch.compile says of the hooks if it must not leave anything out.
+# Message of torch.compile(fullgraph=True), which cannot skip the hooks.
 _NOT_COMPILED = (
     "sparse training exchanges weights around optimizer.step: compile forward pass and loss with "
     "fullgraph=True, and the optimizer's step without it"
@@ -26,13 +26,14 @@ _NOT_COMPILED = (
 
 @dataclass(frozen=True)
 class Handlers:
-    """What is called around the steps of one optimizer.
+    """Functions that are called around the steps of one optimizer.
 
     Attributes:
-        before: before a step, once however deep subclasses nest it; told whether there is a closure.
-        after: after a step.
-        closure: entered around every call of the closure.
-        failed: after a step that raised.
+        before: called before a step, once even if subclasses nest steps; its argument is whether
+            there is a closure.
+        after: called after a step.
+        closure: returns a context that is entered around every call of the closure.
+        failed: called after a step that raised.
         save: returns the state dict that is saved.
         load: loads a state dict, given the optimizer's own `load_state_dict`.
     """
@@ -48,13 +49,29 @@ class Handlers:
 class OptimizerHooks:
     """Calls handlers around the steps and state dicts of one optimizer.
 
-    Public hooks are used where they exist. `step` and `load_state_dict` of this one optimizer are
-    overridden too: no hook runs after a step that raised, and an overridden `load_state_dict` may
-    read the given state without calling any hook.
+    Public hooks are used if they exist. `step` and `load_state_dict` of this one optimizer are
+    overridden too. For no hook runs after a step that raised, and a subclass may override
+    `load_state_dict` without calling hooks.
 
     Args:
         optimizer: the optimizer.
-        handlers: what to call.
+        handlers: the functions to call.
+
+    Example:
+        >>> from contextlib import nullcontext
+        >>> optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
+        >>> handlers = Handlers(
+        ...     before=lambda closure: print("before"),
+        ...     after=lambda: print("after"),
+        ...     closure=nullcontext,
+        ...     failed=lambda: None,
+        ...     save=lambda state: state,
+        ...     load=lambda load, state: load(state),
+        ... )
+        >>> hooks = OptimizerHooks(optimizer, handlers)
+        >>> optimizer.step()
+        before
+        after
     """
 
     def __init__(self, optimizer: Optimizer, handlers: Handlers):
@@ -72,7 +89,7 @@ class OptimizerHooks:
         ]
         self._wrapped: dict[str, Any] = {}
         self._wrap("step", self._guarded)
-        self._wrap("load_state_dict", handlers.load)
+        self._wrap("load_state_dict", self._loaded)
         for phase in ("first_step", "second_step"):  # SAM and similar optimizers
             if hasattr(optimizer, phase):
                 self._wrap(phase, functools.partial(self._only_inside_step, phase))
@@ -83,11 +100,13 @@ class OptimizerHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for name, (ours, before) in self._wrapped.items():
-            if self.optimizer.__dict__.get(name) is ours:
+        for name, (wrapper, before) in self._wrapped.items():
+            if self.optimizer.__dict__.get(name) is wrapper:
                 del self.optimizer.__dict__[name]
                 if before is not None:
                     self.optimizer.__dict__[name] = before
+        # A learning-rate scheduler may hold our `step` for ever: it must not hold the model too.
+        del self._do
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -110,6 +129,8 @@ class OptimizerHooks:
             self._do.after()
 
     def _around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the closure inside the context of the handlers."""
+
         @functools.wraps(closure)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             with self._do.closure():
@@ -125,11 +146,12 @@ class OptimizerHooks:
         def method(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
             return around(inner, *args, **kwargs) if self._attached else inner(*args, **kwargs)
 
-        ours = types.MethodType(method, self.optimizer)
-        self._wrapped[name] = ours, self.optimizer.__dict__.get(name)
-        self.optimizer.__dict__[name] = ours
+        wrapper = types.MethodType(method, self.optimizer)
+        self._wrapped[name] = wrapper, self.optimizer.__dict__.get(name)
+        self.optimizer.__dict__[name] = wrapper
 
     def _guarded(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Step; call the handler `failed` if it raises."""
         try:
             return step(*args, **kwargs)
         except BaseException:
@@ -138,9 +160,13 @@ class OptimizerHooks:
                 self._do.failed()
             raise
 
+    def _loaded(self, load_state_dict: Callable[..., Any], state_dict: dict[str, Any]) -> Any:
+        return self._do.load(load_state_dict, state_dict)
+
     def _only_inside_step(
         self, phase: str, inner: Callable[..., Any], *args: Any, **kw: Any
     ) -> Any:
+        """Call a phase of a step, or raise StateError outside of `step`."""
         if self._depth == 0:
             raise StateError(
                 f"{type(self.optimizer).__name__}.{phase}() writes parameters outside of step(), "
@@ -150,15 +176,19 @@ class OptimizerHooks:
 
 
 def only_initializes(optimizer: Optimizer) -> bool:
-    """Return whether a step only initializes the optimizer's state, and must not count.
+    """Return whether the next step only initializes the optimizer's state, and must not count.
 
     torch.distributed.checkpoint makes such a step, with lr 0 on zero gradients.
+
+    Example:
+        >>> only_initializes(torch.optim.SGD([torch.ones(2)], lr=0.0))
+        True
     """
     if optimizer.state:
         return False
     groups = optimizer.param_groups
     rates = [group.get("lr", 1) for group in groups]
-    # Its lr 0 is never on a device, where reading it would synchronize the host.
+    # That lr 0 is not on an accelerator; reading one there would synchronize the host.
     on_device = [isinstance(lr, Tensor) and devices.synchronizes(lr.device) for lr in rates]
     if any(device or lr != 0 for device, lr in zip(on_device, rates, strict=True)):
         return False

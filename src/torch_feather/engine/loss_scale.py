@@ -1,14 +1,14 @@
 """GradScaler with several optimizers that step one after another.
 
-`scaler.step(optimizer)` divides the gradients of this optimizer by the loss scale and leaves those
-of the next one unchanged. Methods that complete gradients need all of them at one scale before the
-first step. So the scaler is asked to unscale the other optimizers then, as a loop may do itself.
+`scaler.step(optimizer)` divides the gradients of this optimizer alone by the loss scale. Methods
+that complete gradients need all of them at one scale before the first step. So before this step the
+scaler unscales the other optimizers too, as `scaler.unscale_` in a loop would do.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,36 +21,55 @@ _stepping: ContextVar[GradScaler | None] = ContextVar("stepping", default=None)
 
 
 def watch_scalers() -> None:
-    """Let `unscale_others` know the GradScaler that calls an optimizer's step.
+    """Let `unscale_others` find the GradScaler that calls an optimizer's step.
 
-    GradScaler tells an optimizer that is not fused nothing about itself, and has no hook. So
-    `GradScaler.step` is wrapped once per process, when it is first needed.
+    GradScaler has no hooks, and passes itself to fused optimizers alone. So `GradScaler.step` is
+    wrapped, once per process, when this is first needed.
+
+    Example:
+        >>> watch_scalers()
+        >>> GradScaler.step.is_watched
+        True
     """
-    step = GradScaler.step
-    if hasattr(step, "_tells_feather"):
-        return
+    # `_maybe_opt_step` is called by subclasses with a step of their own, too.
+    for name in ("step", "_maybe_opt_step"):
+        method = getattr(GradScaler, name)
+        if not hasattr(method, "is_watched"):
+            setattr(GradScaler, name, _watched(method))
 
-    @functools.wraps(step)
+
+def _watched(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of GradScaler that records the scaler while it runs."""
+
+    @functools.wraps(method)
     def watched(self: GradScaler, *args: Any, **kwargs: Any) -> Any:
         token = _stepping.set(self)
         try:
-            return step(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
         finally:
             _stepping.reset(token)
 
-    watched._tells_feather = True  # type: ignore[attr-defined]
-    GradScaler.step = watched  # type: ignore[method-assign]
+    watched.is_watched = True  # type: ignore[attr-defined]
+    return watched
 
 
 def unscale_others(optimizer: Optimizer, others: Iterable[Optimizer]) -> None:
     """Bring the gradients of other optimizers to the scale of those of `optimizer`.
+
+    Without an active GradScaler, it does nothing.
 
     Args:
         optimizer: the optimizer that steps now.
         others: the optimizers that step later.
 
     Raises:
-        StateError: impossible, because a fused optimizer divides by the scale later, itself.
+        StateError: `optimizer` is fused, so it divides by the scale itself, later, and another
+            optimizer is already unscaled.
+
+    Example:
+        >>> import torch
+        >>> first, second = (torch.optim.SGD([torch.ones(1)], lr=0.1) for _ in range(2))
+        >>> unscale_others(first, [second])
     """
     others = list(others)
     scaler = _stepping.get() if others else None

@@ -26,6 +26,15 @@ class StateDicts:
 
     Attributes:
         strict: raise for a state of another run; otherwise load what fits.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather import sparsify
+        >>> model = nn.Linear(10, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> step = sparsify(model, optimizer, sparsity=0.9, total_steps=8).step
+        >>> list(step.states.export(step.training, 0))
+        ['latent', 'header', 'zeros']
     """
 
     def __init__(self, sparsity: float, total_steps: int, fingerprint: str):
@@ -33,11 +42,11 @@ class StateDicts:
         self._method, self.strict = checkpoint.digest(fingerprint), True
 
     def header(self, training: Training, i: int | None, image: int = 0) -> Header:
-        """Return the header of weight tensor i; None for a parameter that is not prunable.
+        """Return the header of a parameter.
 
         Args:
             training: the training run.
-            i: position of the weight tensor.
+            i: position of the weight tensor; None for a parameter that is not prunable.
             image: checksum of its effective weights.
         """
         shape = 0
@@ -54,7 +63,12 @@ class StateDicts:
         )
 
     def export(self, training: Training, i: int | None) -> dict[str, Tensor]:
-        """Return the entries of weight tensor i, copies; None for one that is not prunable."""
+        """Return the entries of a parameter, as copies.
+
+        Args:
+            training: the training run.
+            i: position of the weight tensor; None for a parameter that is not prunable.
+        """
         if i is None:
             return checkpoint.exported(torch.zeros(()), self.header(training, None))
         weight = training.binding.weights[i]
@@ -69,7 +83,14 @@ class StateDicts:
         held: Sequence[int],
         state_dict: dict[str, Any],
     ) -> dict[str, Any]:
-        """Return an optimizer's state dict with the entries of its weights."""
+        """Return an optimizer's state dict with the entries of its parameters.
+
+        Args:
+            training: the training run.
+            optimizer: the optimizer.
+            held: positions of its prunable weights.
+            state_dict: its own state dict.
+        """
         position_at = _positions(training, held)
         frozen = {
             (g, i)
@@ -90,7 +111,7 @@ class StateDicts:
         foreign: Sequence[str] = (),
         hint: str = checkpoint.RELAXED,
     ) -> dict[int, Loaded]:
-        """Return what can be loaded; arguments and errors as for `checkpoint.check_loaded`."""
+        """Return the entries that fit; arguments and errors as for `checkpoint.check_loaded`."""
         expected = Expected(
             training.binding.names,
             [parameter.shape for parameter in training.binding.parameters],
@@ -103,13 +124,31 @@ class StateDicts:
     def read(
         self, training: Training, held: Sequence[int], state_dict: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[int, Loaded]]:
-        """Return a state dict without our entries, and the entries that can be loaded."""
+        """Return a state dict without added entries, and those that fit, by position.
+
+        Args:
+            training: the training run.
+            held: positions of the prunable weights of the optimizer.
+            state_dict: the loaded state dict.
+
+        Raises:
+            StateError: the state belongs to another run, and `strict` is True.
+        """
         plain, entries = checkpoint.split(state_dict)
         found, foreign = checkpoint.by_position(entries, _positions(training, held))
         return plain, self.check(training, found, held, foreign)
 
     def adopt(self, training: Training, optimizer: Optimizer, held: Sequence[int]) -> None:
-        """Take over entries that were loaded into an optimizer before `sparsify` was called."""
+        """Load entries that were loaded into an optimizer before `sparsify` was called.
+
+        Args:
+            training: the training run.
+            optimizer: the optimizer.
+            held: positions of its prunable weights.
+
+        Raises:
+            StateError: the state belongs to another run, and `strict` is True.
+        """
         entries = checkpoint.take_live_entries(optimizer)
         if not entries:
             return
@@ -122,7 +161,13 @@ class StateDicts:
     def load(
         self, training: Training, loaded: Mapping[int, Loaded], positions: Iterable[int]
     ) -> None:
-        """Take over checked entries; the other `positions` restart from their parameters."""
+        """Load checked entries.
+
+        Args:
+            training: the training run.
+            loaded: the entries, by position of the weight tensor.
+            positions: weight tensors to load. Those without entries restart from their parameters.
+        """
         checksums = dict(training.written.loaded)
         if training.in_backward.is_open:
             training.recover()

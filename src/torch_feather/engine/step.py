@@ -47,7 +47,16 @@ class OneOptimizer:
         holds_latent: whether its parameters hold latent weights now.
         initializes: whether the present step only initializes its state.
         in_backward: whether the present step is inside a backward pass.
-        forward_values: then, the values of its parameters in the forward pass.
+        forward_values: values of its parameters in the forward pass, during a step inside the
+            backward pass.
+
+    Example:
+        >>> from torch_feather import sparsify
+        >>> model = nn.Linear(10, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> one = sparsify(model, optimizer, sparsity=0.9, total_steps=2).step.optimizers[0]
+        >>> one.held, one.last, one.holds_latent
+        ([0], True, False)
     """
 
     number: int
@@ -69,6 +78,15 @@ class Step:
         health: the checks after a step.
         states: reads and writes state dicts.
         filters: include and exclude, for parameters that are added to an optimizer later.
+
+    Example:
+        >>> from torch_feather import sparsify
+        >>> model = nn.Linear(10, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> step = sparsify(model, optimizer, sparsity=0.9, total_steps=2).step
+        >>> optimizer.step()
+        >>> int(step.training.count)
+        1
     """
 
     def __init__(
@@ -91,8 +109,7 @@ class Step:
         self._hooks = [
             OptimizerHooks(one.optimizer, self._handlers(one)) for one in self.optimizers
         ]
-        self._bound = [*binding.optimizers, *binding.parameters]
-        for thing in self._bound:
+        for thing in (*binding.optimizers, *binding.parameters):
             attached[thing] = True
         training.write_effective()
 
@@ -108,7 +125,12 @@ class Step:
 
     @torch.no_grad()
     def before(self, one: OneOptimizer, closure: bool) -> None:
-        """Before a step of an optimizer: complete gradients; its parameters become w."""
+        """Before a step of an optimizer: complete gradients; its parameters become w.
+
+        Args:
+            one: the optimizer.
+            closure: whether the step has a closure, which computes the gradients later.
+        """
         self._warn_of_new_groups(one)
         one.initializes = only_initializes(one.optimizer)
         one.in_backward = self.training.in_backward.is_open or in_backward()
@@ -165,12 +187,17 @@ class Step:
             self._write_latent(one)
 
     def _failed(self, one: OneOptimizer) -> None:
+        """After a step that raised: parameters become u again."""
         if one.holds_latent:
             self._read_latent(one)
         self.training.recover()
 
     def sync(self) -> None:
-        """Outside of a step: latent and effective weights follow external writes."""
+        """Outside of a step: let latent and effective weights follow external writes.
+
+        Raises:
+            StateError: a step inside the backward pass is incomplete.
+        """
         if self.training.in_backward.is_open:
             if in_backward():
                 raise half_done()
@@ -185,7 +212,8 @@ class Step:
         self.training.release()
         for hooks in self._hooks:
             hooks.release()
-        for thing in [*self._bound, *self.training.binding.parameters]:
+        binding = self.training.binding
+        for thing in (*binding.optimizers, *binding.parameters):
             attached.pop(thing, None)
 
     def require_attached(self) -> None:
@@ -245,16 +273,21 @@ class Step:
         return result
 
     def adopt_loaded_state(self) -> None:
-        """Take over latent weights that were loaded into the optimizers before `sparsify`."""
+        """Load latent weights that were loaded into the optimizers before `sparsify`.
+
+        Raises:
+            StateError: the state belongs to another run.
+        """
         for one in self.optimizers:
             self.states.adopt(self.training, one.optimizer, one.held)
 
-    # What others did
+    # Checks of changes by other code
 
     def _check_sparse_start(self) -> None:
-        """Raise if another process's effective weights replaced ours before the first step.
+        """Raise if effective weights of another process replaced the local ones before step 1.
 
-        Its latent weights did not come with them, so ours would continue with its zeros.
+        The latent weights of that process were not copied. So training would continue with its
+        zeros as latent weights.
         """
         alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
         if self._stepped or alone or self.training.weights.shards is not None:
@@ -272,9 +305,10 @@ class Step:
         if 0 < counts[0] == counts[1] and not all(map(torch.equal, pruned, zeros)):
             raise StateError(
                 "Between sparsify and the first step, the effective weights of another process "
-                "replaced those of this one, as DistributedDataParallel does when it wraps a model. "
-                "The latent weights were not replaced. Wrap the model first, then call sparsify. "
-                "If the weights were loaded deliberately, call sparsifier.reset_latents()."
+                "replaced those of this one. DistributedDataParallel does so when it wraps a "
+                "model. The latent weights were not replaced. Wrap the model first, then call "
+                "sparsify. If the weights were loaded deliberately, call "
+                "sparsifier.reset_latents()."
             )
 
     def _warn_of_new_groups(self, one: OneOptimizer) -> None:

@@ -1,10 +1,10 @@
 """Optimizers that step inside the backward pass, each as soon as it has its gradients.
 
 A common threshold needs all weights. So the steps of one backward pass form one step, which ends
-when every optimizer with prunable weights has stepped, in any order. Only then does the schedule
-advance and do the parameters become R(w). Until then parameters keep the values of the forward
-pass, since layers that come later may still read them, recomputed ones too. The trajectory equals
-that of a loop that steps after the backward pass.
+when every optimizer with prunable weights has stepped, in any order. Only then the schedule
+advances and the parameters become R(w). Until then they keep the values of the forward pass: the
+backward pass of other layers may still read them, as with activation checkpointing. The trajectory
+equals that of a loop that steps after the backward pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def in_backward() -> bool:
 
 
 class InBackwardStep:
-    """Which optimizers have stepped in this backward pass.
+    """Tracks which optimizers have stepped in this backward pass.
 
     Args:
         holders: number of the optimizer that holds each prunable weight.
@@ -69,7 +69,12 @@ class InBackwardStep:
 
 
 def half_done() -> StateError:
-    """Return the error for a read of the model while a step inside the backward pass is open."""
+    """Return the error for reading the model while a step inside the backward pass is open.
+
+    Example:
+        >>> str(half_done())[:43]
+        'Some optimizers have stepped in this backwa'
+    """
     return StateError(
         "Some optimizers have stepped in this backward pass and others have not, so the model is "
         "between two steps. Read or save it after the backward pass."
@@ -77,7 +82,15 @@ def half_done() -> StateError:
 
 
 def incomplete(names: str) -> StateError:
-    """Return the error for a backward pass that left a step open; `names` are of weights."""
+    """Return the error for a backward pass that left a step open.
+
+    Args:
+        names: names of the weights whose optimizers did not step, as text.
+
+    Example:
+        >>> "0.weight" in str(incomplete("0.weight"))
+        True
+    """
     return StateError(
         "All optimizers with prunable weights must step once per backward pass, but the optimizers "
         f"of {names} did not. The step was not counted; completed updates were kept. Exclude "

@@ -1,6 +1,6 @@
-"""What exists between two optimizer steps: latent weights, method, pruning, and their exchange.
+"""The state of a training run between steps, and the exchange of latent and effective weights.
 
-`step.py` composes this with the hooks of the optimizers. Nothing here knows of a step.
+`step.py` composes it with the hooks of the optimizers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..weights.passes import adopt_written
 from ..weights.shards import fsdp_units, is_sharded, local, local_part, reshard
 from .binding import Binding, check_storage, layout
 from .external_writes import WriteDetector
-from .fixed_memory import keep_memory, move_state
+from .fixed_memory import keep_memory, move_state, store
 from .gradients import (
     PassGradients,
     PendingGradients,
@@ -46,7 +46,7 @@ class Training:
 
     Attributes:
         model: the model.
-        binding: where model and optimizers hold its prunable weights.
+        binding: the prunable weights in the model and the optimizers.
         weights: the latent weights.
         method: the method, bound to them.
         pruning: its thresholds or masks now.
@@ -54,6 +54,17 @@ class Training:
         written: detects external writes.
         pending: gradients that are not completed.
         in_backward: optimizers that step inside the backward pass.
+
+    Example:
+        >>> from torch_feather import sparsify
+        >>> model = nn.Linear(10, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> training = sparsify(model, optimizer, sparsity=0.9, total_steps=8).step.training
+        >>> training.write_latent([0])  # as before a step
+        >>> training.read_latent([0])  # as after a step
+        >>> training.write_effective()
+        >>> training.weights.size, int(training.count)
+        (100, 0)
     """
 
     def __init__(
@@ -77,14 +88,18 @@ class Training:
 
     @torch.no_grad()
     def write_effective(self) -> None:
-        """Parameters become u = R(w): thresholds or masks of the latent weights, then their values."""
-        new = self.method.update(self.weights, self.count)
+        """Update thresholds or masks; parameters become u = R(w)."""
+        new = store(self.method, self.method.update(self.weights, self.count))
         self.pruning = keep_memory(self.pruning, new, self.weights.device)
         self.write(self.method.effective_weights(self.weights, self.pruning))
 
     @torch.no_grad()
     def write(self, values: Sequence[Tensor]) -> None:
-        """Write values into the parameters, and record them."""
+        """Write values into the parameters, and record them for the detection of external writes.
+
+        Args:
+            values: one local tensor per weight tensor.
+        """
         held = self.binding.local
         copy_all(held, values)
         self.written.record(self.weights, held)
@@ -94,7 +109,7 @@ class Training:
         """Advance the schedule and step the method's own parameters, if the step was taken.
 
         Args:
-            taken: whether it was; a tensor if only the device knows.
+            taken: whether the step was taken; a tensor if only the device knows.
         """
         method, binding = self.method, self.binding
         self.count += taken
@@ -116,10 +131,10 @@ class Training:
 
     @torch.no_grad()
     def recover(self) -> None:
-        """Parameters become u again after something failed, perhaps on this process alone.
+        """Let parameters become u again after a failure.
 
-        So nothing is communicated, as the others may not answer: on shards the thresholds stay
-        unchanged until all processes check next.
+        The failure may concern this process alone, so nothing is communicated. On shards, the
+        thresholds stay unchanged until the next check of all processes.
         """
         self.in_backward.abandon()
         if self.weights.shards is None:
@@ -130,20 +145,20 @@ class Training:
 
     @torch.no_grad()
     def write_latent(self, positions: Sequence[int]) -> None:
-        """Parameters become latent weights."""
+        """Write latent weights into the parameters at these positions."""
         held = self.binding.local
         copy_all([held[i] for i in positions], [self.weights.views[i] for i in positions])
 
     @torch.no_grad()
     def read_latent(self, positions: Sequence[int]) -> None:
-        """Latent weights become what the parameters hold."""
+        """Read latent weights from the parameters at these positions."""
         held = self.binding.local
         copy_all([self.weights.views[i] for i in positions], [held[i] for i in positions])
 
     # Gradients
 
     def _hook_gradients(self) -> None:
-        """Register a hook on every weight, unless there is nothing to do."""
+        """Register a hook on every weight, unless the method leaves gradients unchanged."""
         for handle in self._gradient_hooks:
             handle.remove()
         facts = self.method.facts
@@ -152,6 +167,7 @@ class Training:
         self._gradient_hooks = register_hooks(leaves, self._pull_back)
 
     def _pull_back(self, i: int, gradient: Tensor, effective: Tensor) -> Tensor:
+        """Record a new gradient dL/du of weight tensor i, and return its dL/dw."""
         if self.pending.report():
             self.forget_own_gradients()
         return self.method.pull_back(self.weights, self.pruning, i, gradient, effective)
@@ -163,10 +179,14 @@ class Training:
 
     @torch.no_grad()
     def complete_gradients(self, stepping: Optimizer | None = None) -> None:
-        """Complete new gradients, once; `stepping` is the optimizer that steps next."""
+        """Complete new gradients, once.
+
+        Args:
+            stepping: the optimizer that steps next; None outside of a step.
+        """
         if not self.method.facts.completes:
             return
-        self.follow_parameters()  # gradients may belong to parameters that replaced ours
+        self.follow_parameters()  # gradients may belong to parameters that were replaced
         if not self.pending.are_due(self.binding.parameters):
             return
         scale = None
@@ -178,7 +198,8 @@ class Training:
             scale = getattr(stepping, "grad_scale", None)
         self.absorb_external_writes()
         gradients = self.binding.gradients
-        if self._passes is not None and self._passes.complete:
+        if self._passes is not None:
+            self.end_pass()  # if the last pass has not ended yet
             own = self._passes.at_step(gradients, scale)
         else:
             self._warn_of_passes()
@@ -203,7 +224,11 @@ class Training:
 
     @torch.no_grad()
     def begin_pass(self, number: int) -> None:
-        """Begin one of several passes of a step, with random numbers of its own."""
+        """Begin one of several passes of a step, with its own random numbers.
+
+        Args:
+            number: number of the pass in its step, from 0.
+        """
         if number == 0:
             self.forget_own_gradients()
             return
@@ -219,18 +244,21 @@ class Training:
     @torch.no_grad()
     def end_pass(self) -> None:
         """End one of several passes of a step."""
-        if self.method.facts.random is None:
+        ended = self._passes is not None and self._passes.complete
+        if self.method.facts.random is None or ended:
             return
+        if not self.pending.are_due(self.binding.parameters):
+            return  # the step was taken inside the pass
         if self._passes is None:
             self._passes = PassGradients()
         gradients = self.binding.gradients
         self._passes.end(gradients, self._completion(gradients, None))
 
-    # What others did to the parameters
+    # Changes of parameters by other code
 
     @torch.no_grad()
     def absorb_external_writes(self) -> bool:
-        """Take over written values as latent weights; return whether there may be any."""
+        """Adopt external writes as latent weights; return whether there may have been any."""
         if self.in_backward.is_open:
             return False  # parameters hold the values of the forward pass
         self.follow_parameters()
@@ -243,7 +271,13 @@ class Training:
 
     @torch.no_grad()
     def follow_parameters(self) -> None:
-        """Follow parameters that were replaced, moved or cast since the last check."""
+        """Follow parameters that were replaced, moved or cast since the last check.
+
+        Raises:
+            ConfigurationError: their new storage is not supported.
+            StateError: the optimizers hold parameters that the model does not, or the shards
+                changed.
+        """
         current = self.binding.current()
         self._check_held(current)
         found = [layout(parameter) for parameter in current]
@@ -257,11 +291,11 @@ class Training:
         for i, (weight, parameter) in enumerate(zip(self.binding.weights, current, strict=True)):
             replaced, weight.parameter = weight.parameter is not parameter, parameter
             if replaced and parameter.grad is not None and self._gradient_hooks:
-                # The gradient was computed without our hook.
+                # The gradient was computed without the hook.
                 parameter.grad = hook_for(i, parameter, self._pull_back)(parameter.grad)
         self.weights, self._layout = LatentWeights(current), found
         require_shards_supported(self.method, self.weights)
-        whole = before.shards is None  # then `fully_shard` may have been applied since
+        whole = before.shards is None  # `fully_shard` may have been applied since then
         for p, u, old, new in zip(
             current, effective, before.views, self.weights.views, strict=True
         ):
@@ -279,7 +313,7 @@ class Training:
     def _check_held(self, current: Sequence[Tensor]) -> None:
         lost = self.binding.lost(self.model, current)
         if lost and fsdp_units(self.model):
-            # `fully_shard` may show gathered parameters instead, also after an evaluation.
+            # Modules of `fully_shard` may hold gathered parameters, also after an evaluation.
             if not in_backward():
                 reshard(self.model)
             lost = [] if in_backward() else self.binding.lost(self.model, current)
@@ -297,18 +331,44 @@ class Training:
 
 
 def require_shards_supported(method: BoundMethod, weights: LatentWeights) -> None:
-    """Raise ConfigurationError if the weights are sharded and the method needs all of them."""
+    """Check that a method supports the sharding of the weights.
+
+    Args:
+        method: the method.
+        weights: the latent weights.
+
+    Raises:
+        ConfigurationError: the weights are sharded, and the method needs full weight tensors.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from torch_feather.methods import Facts
+        >>> method = SimpleNamespace(facts=Facts(on_shards=False))
+        >>> require_shards_supported(method, LatentWeights([torch.ones(2)]))  # not sharded
+    """
     if weights.shards is not None and not method.facts.on_shards:
         raise ConfigurationError(ONE_PROCESS)
 
 
 def check_shards(before: LatentWeights, current: Sequence[Tensor]) -> None:
-    """Raise StateError if parameters were sharded in one way and are now in another."""
+    """Check that parameters which were sharded still have the same shards.
+
+    Args:
+        before: the latent weights.
+        current: the present parameters.
+
+    Raises:
+        StateError: they were sharded, and now have other shards or none.
+
+    Example:
+        >>> w = torch.ones(2)
+        >>> check_shards(LatentWeights([w]), [w])
+    """
     if before.shards is not None and not all(
         is_sharded(p) and local(p).shape == old.shape
         for p, old in zip(current, before.views, strict=True)
     ):
         raise StateError(
-            "The shards of the model changed after sparsify. Create optimizer and sparsifier again, "
-            "and load their state dicts by torch.distributed.checkpoint."
+            "The shards of the model changed after sparsify. Create optimizer and sparsifier "
+            "again, and load their state dicts by torch.distributed.checkpoint."
         )

@@ -29,8 +29,8 @@ def recalibrate_batchnorm(
 
     Args:
         model: on one device, to which inputs are moved.
-        loader: batches. A batch is the input tensor, a tuple or list that starts with it, or a dict
-            with the input under "input" or as its first entry.
+        loader: batches. A batch is the input tensor, a tuple or list that starts with it, or a
+            dict. The input of a dict is its entry "input", otherwise the first entry.
         batches: maximum number of batches. None: the whole loader.
 
     Raises:

@@ -1,8 +1,13 @@
 """The methods of sparse training, and the contract for a method of your own.
 
-Most methods are composed of four parts: the effective value of a kept weight (operator), the
-gradient (gradient rule), the division of the target among layers (allocation) and the sparsity
-over time (schedule). `Method` composes them. Other methods subclass `BoundMethod`.
+`Method` composes most methods of four parts:
+
+    operator        the effective value of a kept weight
+    gradient rule   how the gradient reaches the latent weights
+    allocation      how the target is divided among the layers
+    schedule        the sparsity over time
+
+Other methods subclass `BoundMethod`.
 """
 
 from .base import AnyMethod, BoundMethod, Completion, Facts, Summary

@@ -1,19 +1,19 @@
-"""What a method is: the contract between the engine and everything that prunes.
+"""The contract between the engine and a method.
 
-A method comes in two steps. A frozen description, such as `feather(...)`, has `bind(context)`; it
+A method is made in two steps. A frozen description, such as `feather(...)`, has `bind(context)`; it
 returns a `BoundMethod`, the method on one model. In one step the engine calls, in this order:
 
     pull_back            for each new gradient, elementwise: dL/du becomes dL/dw
-    complete             once, when all gradients are there: what needs sums over them
+    complete             once, when all gradients exist: adds terms with sums over them
     (the optimizer steps)
     after_step           own parameters step; latent weights may be changed
     update               thresholds or masks of the new latent weights
     effective_weights    u = R(w)
 
 `update` returns a value, the *pruning* of the step, which the engine passes to all other calls.
-`update` and `effective_weights` depend on nothing but their arguments and `state`, so the engine
-can apply them to other weights too, such as an average. Everything that outlives a step is in
-`state`, in fixed tensors that are written in place: a step can be captured in a CUDA graph.
+`update` and `effective_weights` depend on their arguments and `state` alone. So the engine can
+apply them to other weights, such as an average. Everything that lasts longer than a step is in
+`state`, in fixed tensors that are written in place. So a step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -37,25 +37,31 @@ Gradients = Sequence[Tensor | None]
 """dL/dw of each weight tensor, its local shard; None without a gradient."""
 
 Pruning = Any
-"""What `update` returns: masks, thresholds or both, as tensors in tuples, lists and objects with
-`tensors()`. The engine looks at the tensors alone, to keep them in fixed memory."""
+"""The result of `update`: masks, thresholds or both, as tensors in tuples, lists and objects with
+`tensors()`. The engine uses the tensors alone, to keep them in fixed memory."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the engine has to know of a bound method.
+    """Facts about a bound method that the engine needs.
 
     Attributes:
         pulls_back: `pull_back` changes gradients.
-        completes: `complete` has something to add.
-        learned: names of the entries of `state` that are parameters of the method.
-        follows_lr: they step at a multiple of the optimizer's learning rate.
-        clips_own: their gradients belong in a norm that is clipped over all gradients.
+        completes: `complete` adds terms or gradients of own parameters.
+        learned: names of the entries of `state` that are the method's own parameters.
+        follows_lr: own parameters step at a multiple of the optimizer's learning rate.
+        clips_own: gradients of own parameters count in a norm that is clipped over all gradients.
         random: the entry of `state` that counts draws of random numbers; the engine advances it by
             1 after each pass and each step.
+        stored: fields of the pruning, a NamedTuple, that the engine copies into the entries of
+            `state` with the same names after each update of its own weights.
         passes: forward and backward passes per step, each with random numbers of its own.
         exact: exactly round(s N) weights are zero from `target_step` on.
         on_shards: works if the weights are sharded over processes.
+
+    Example:
+        >>> Facts(completes=True, learned=("threshold",)).passes
+        1
     """
 
     pulls_back: bool = False
@@ -64,6 +70,7 @@ class Facts:
     follows_lr: bool = False
     clips_own: bool = True
     random: str | None = None
+    stored: tuple[str, ...] = ()
     passes: int = 1
     exact: bool = True
     on_shards: bool = False
@@ -71,11 +78,15 @@ class Facts:
 
 @dataclass(frozen=True)
 class Completion:
-    """What `complete` returns.
+    """The result of `complete`.
 
     Attributes:
-        terms: added to dL/dw of each weight tensor; None for nothing.
+        terms: terms to add to dL/dw of each weight tensor; None for no term.
         own: gradients of the method's own parameters, by name of the learned entry.
+
+    Example:
+        >>> Completion(terms=[torch.ones(2), None]).own
+        {}
     """
 
     terms: Gradients | None = None
@@ -84,12 +95,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a method says of the network that it made, beyond the count of zeros.
+    """Facts about the pruned network, beyond the count of zeros.
 
     Attributes:
-        learned_counts: pruned weights of each tensor, int64, without the final exact-count
-            pruning; None if there is none.
-        violation: a promise beside the sparsity that is not kept, as the end of a sentence.
+        learned_counts: number of pruned weights of each tensor, int64, without the final
+            exact-count pruning; None if the method has no such pruning.
+        violation: a goal other than the sparsity that is not met, as the end of a sentence.
+
+    Example:
+        >>> Summary(violation="its weights cost 120, more than the budget of 100.").learned_counts
     """
 
     learned_counts: Tensor | None = None
@@ -106,7 +120,7 @@ class BoundMethod(ABC):
     `weights.total` and `weights.common`.
 
     Attributes:
-        facts: what the engine has to know.
+        facts: facts that the engine needs.
         target_step: the step from which on the sparsity is the final one.
         state: everything that cannot be computed again, by name. Checkpoints hold it bit for bit.
 
@@ -148,7 +162,7 @@ class BoundMethod(ABC):
 
         Args:
             weights: the latent weights w.
-            step: 0-dimensional int64. The host does not read it if `devices.synchronizes`.
+            step: 0-dimensional int64. If `devices.synchronizes`, the host must not read it.
         """
 
     def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
@@ -171,7 +185,7 @@ class BoundMethod(ABC):
 
         Args:
             weights: the latent weights w.
-            pruning: of this step.
+            pruning: the pruning of this step.
             i: position of the weight tensor.
             gradient: dL/du.
             effective: u.
@@ -186,15 +200,15 @@ class BoundMethod(ABC):
         effective: Sequence[Tensor],
         scale: Tensor | None,
     ) -> Completion:
-        """Return what needs all gradients of a step: cross terms, gradients of own parameters.
+        """Return cross terms and gradients of own parameters, which need all gradients of a step.
 
         Args:
             weights: the latent weights w.
-            pruning: of this step.
+            pruning: the pruning of this step.
             gradients: the results of `pull_back`, accumulated.
             effective: u of each tensor.
-            scale: loss scale that `gradients` still contain, 0-dimensional; None for 1. Gradients of
-                own parameters are returned without it, penalties included.
+            scale: loss scale that `gradients` contain, 0-dimensional; None for 1. Gradients of own
+                parameters are returned without it, penalties included.
         """
         return Completion()
 
@@ -207,38 +221,53 @@ class BoundMethod(ABC):
         lr: Rate,
         taken: bool | Tensor,
     ) -> None:
-        """Step the method's own parameters, and change latent weights in place if wanted.
+        """Step own parameters, or change latent weights in place (a projection, a regrowth).
 
         Called after the optimizer's step and before `update`. Own parameters have their `.grad`.
+        By default nothing changes.
 
         Args:
             weights: the latent weights after the step, which may be written (`weights.views`).
-            pruning: the pruning that the gradients belong to.
+            pruning: the latest one. With one optimizer, the gradients were computed at it; with
+                several, it is of latent weights after the others' steps.
             gradients: dL/dw, as the optimizer saw them.
             step: optimizer steps taken, this one included.
             lr: the optimizer's learning rate.
-            taken: whether the step was taken; a tensor if only the device knows. Then gradients may
+            taken: whether the step was taken; a tensor if only the device knows. Gradients may then
                 be infinite or NaN, and nothing may change unless it is True (see `write_if`).
         """
 
     def summary(self, weights: LatentWeights, pruning: Pruning) -> Summary:
-        """Return what the method says of the network beyond the count of zeros."""
+        """Return facts about the pruned network, beyond the count of zeros."""
         return Summary()
 
 
 class AnyMethod(Protocol):
-    """A description of a method: what `sparsify` takes as `method`."""
+    """The description of a method, which `sparsify` takes as `method`.
+
+    Example:
+        >>> from torch_feather.methods import feather
+        >>> method: AnyMethod = feather(sparsity=0.9)
+        >>> hasattr(method, "bind")
+        True
+    """
 
     def bind(self, context: MethodContext) -> BoundMethod:
         """Return the method on one model.
 
         Raises:
-            ConfigurationError: it does not fit; the message says why and what to do.
+            ConfigurationError: the method does not fit; the message says why and what to do.
         """
 
 
 def no_learning_rate() -> ConfigurationError:
-    """Return the error for an optimizer without a learning rate to follow."""
+    """Return the error for an optimizer without a learning rate to follow.
+
+    Example:
+        >>> raise no_learning_rate()  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        torch_feather.errors.ConfigurationError: The optimizer has no learning rate (lr), ...
+    """
     return ConfigurationError(
         "The optimizer has no learning rate (lr), which the method's own parameters follow. Give "
         "its parameter groups an 'lr', or use a method without learned thresholds."

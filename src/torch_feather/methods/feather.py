@@ -23,7 +23,7 @@ def feather(
     max_density: float = 1.0,
     pattern: str | Pattern | None = None,
 ) -> Method:
-    """Return Feather: a threshold between soft and hard, and a scaled gradient of pruned weights.
+    """Return Feather: thresholding between soft and hard, scaled gradients for pruned weights.
 
     Source: Feather (BMVC 2023), sections 3 and 4.1, and its public code for theta's rule.
 
@@ -39,10 +39,10 @@ def feather(
         schedule: 'cubic' (the paper's), 'linear', 'constant', 'one-shot' (at step `begin`), or an
             object of `torch_feather.schedules`.
         begin, end: steps between which the sparsity rises; `end` defaults to half of training.
-        min_density, max_density: bounds on the density of each layer for 'global'; the paper has
-            none.
+        min_density, max_density: bounds on the density of each layer for 'global'. The paper has no
+            bounds.
         pattern: '2:4' keeps 2 of each 4 neighbours, '4x4' prunes blocks of 4 outputs by 4 inputs;
-            or an object of `torch_feather.patterns`. The paper has none.
+            or an object of `torch_feather.patterns`. The paper has no patterns.
 
     Example:
         >>> feather(sparsity=0.98).gradient

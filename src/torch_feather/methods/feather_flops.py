@@ -27,9 +27,9 @@ def feather_flops(
     begin: int = 0,
     end: int | None = None,
 ) -> Method:
-    """Return `feather` with the ranking |w| / c^gamma, c the multiply-adds of a weight.
+    """Return `feather` with the ranking |w| / c^gamma, with c the multiply-adds of a weight.
 
-    Source: the Feather supplement, section 6, names the idea. The formula is an addition of this
+    Source: the Feather supplement, section 6, mentions a bias. The formula is an addition of this
     package.
 
     Args:
@@ -37,15 +37,19 @@ def feather_flops(
         gamma: the bias, >= 0; 0 is `feather`. With a bias of 0.5, little more than the classifier
             can remain at 98%.
         budget: maximum cost of the prunable weights at the final sparsity, in multiply-adds per
-            sample or the unit of `costs`. gamma is then the smallest one that meets it with the
-            weights of each step. Leave gamma at its default beside a budget.
-        costs: cost of a weight, by weight name, in multiply-adds or as
+            sample or the unit of `costs`. After each step, gamma becomes the smallest bias that
+            meets the budget with the present weights. Leave gamma at its default.
+        costs: cost of a weight, by name of its tensor: multiply-adds, or a time as
             `torch_feather.runtime.layer_milliseconds` measures it.
-        example_input: or an input of the network to count multiply-adds with.
+        example_input: instead of `costs`, an input of the network to count multiply-adds with.
         p, theta, schedule, begin, end: as for `feather`.
 
     Raises:
         ConfigurationError: options that contradict each other.
+
+    Example:
+        >>> feather_flops(sparsity=0.9, gamma=0.5, costs={"0.weight": 64.0}).allocation
+        FlopsBiased(gamma=0.5, budget=None)
     """
     if budget is not None and gamma == GAMMA:
         gamma = None

@@ -26,15 +26,15 @@ def gmp(
 ) -> Method:
     """Return gradual magnitude pruning: the smallest weights of each layer are zero.
 
-    Pruned weights get no gradient. They keep their value, move by momentum, decay, and return when
-    the mask moves. Source: Zhu and Gupta (2017).
+    Pruned weights get no gradient. They keep their latent value, which momentum and weight decay
+    still change, and return if the mask changes. Source: Zhu and Gupta (2017).
 
     Args:
         sparsity: final fraction of zeros in the whole network.
         every: steps between two changes of the sparsity. The mask follows the magnitudes at every
             step.
         allocation: as for `feather`. By default the first convolution stays dense and the other
-            layers are sparser for it, as in Feather's experiments. 'uniform' prunes it too;
+            layers are sparser for it, as in Feather's experiments. 'uniform' prunes it too.
             'uniform-dense-depthwise' also keeps depthwise convolutions dense, as Zhu and Gupta do.
         schedule, begin, end, pattern: as for `feather`.
 
@@ -53,7 +53,12 @@ def gmp(
 
 
 feather_gmp = partial(feather, allocation="uniform-dense-first")
-feather_gmp.__doc__ = """Return `feather` with the allocation of `gmp`: uniform, the first convolution dense.
+feather_gmp.__doc__ = """Return `feather` with the allocation of `gmp`.
 
-Source: the Feather supplement, section 4.
+All layers have the same sparsity, except for the first convolution, which stays dense. Source: the
+Feather supplement, section 4.
+
+Example:
+    >>> feather_gmp(sparsity=0.9).allocation
+    Uniform(dense_first=True, dense_depthwise=False)
 """

@@ -27,7 +27,7 @@ from .base import BoundMethod, Facts, Gradients, Pruning, Rate, Summary
 
 @dataclass(frozen=True)
 class Method:
-    """Four independent parts.
+    """A method of four independent parts.
 
     Attributes:
         operator: the effective value of a kept weight.
@@ -64,7 +64,18 @@ class Cutoffs(NamedTuple):
 
 
 class Thresholded(BoundMethod):
-    """Prunes weights below a cutoff; subclasses find the cutoffs."""
+    """Prunes weights below a cutoff; subclasses find the cutoffs.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.methods import feather
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> bound = feather(sparsity=0.5).bind(context)
+        >>> pruning = bound.update(weights, torch.tensor(5))
+        >>> bound.pruned(weights, pruning, 0).tolist(), float(bound.threshold(weights, pruning, 0))
+        ([[True, True, False, False]], 2.0)
+    """
 
     def __init__(self, context: MethodContext, operator: Operator, gradient: GradientRule):
         super().__init__(context)
@@ -103,19 +114,39 @@ class Thresholded(BoundMethod):
         """Return dL/dw by the gradient rule.
 
         With a cutoff at 0 or below, only zeros are pruned. They count as kept, so that a layer that
-        is initialized to zero learns: the rule sees the smallest positive number in their place.
+        is initialized to 0 learns: the rule gets the smallest positive number instead of them.
+
+        Args:
+            latent: w.
+            cutoff: value of the cutoff, 0-dimensional.
+            progress: completed fraction of training, 0-dimensional.
+            gradient: dL/du.
+            effective: u.
         """
         if not self.facts.pulls_back:
             return gradient
         on_device = devices.synchronizes(cutoff.device)
         if on_device or not cutoff > 0:
-            kept = effective.masked_fill(effective == 0, torch.finfo(effective.dtype).tiny)
-            effective = torch.where(cutoff > 0, effective, kept) if on_device else kept
+            effective = mark_kept(effective, cutoff <= 0)
         return self.gradient(gradient, latent, effective, progress)
 
 
+def mark_kept(effective: Tensor, kept: Tensor) -> Tensor:
+    """Return effective weights with the smallest positive number for kept weights that are 0.
+
+    Args:
+        effective: u.
+        kept: mask of the kept weights, broadcastable to `effective`.
+
+    Example:
+        >>> mark_kept(torch.zeros(2), torch.tensor([True, False])) > 0
+        tensor([ True, False])
+    """
+    return effective.masked_fill((effective == 0) & kept, torch.finfo(effective.dtype).tiny)
+
+
 class Timetable:
-    """The target sparsity after each step.
+    """The target sparsity after each step of one training run.
 
     Attributes:
         fractions: fraction of the final target after 0 .. total_steps steps, on the host.
@@ -124,6 +155,14 @@ class Timetable:
     Args:
         schedule: the sparsity over time.
         context: the final sparsity, the number of steps, the device.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.schedules import Linear
+        >>> context = MethodContext(nn.Linear(1, 1), [], LatentWeights([torch.ones(1)]), 0.8, 4)
+        >>> timetable = Timetable(Linear(0, 2), context)
+        >>> float(timetable.at(torch.tensor(1))), timetable.target_step
+        (0.4, 2)
     """
 
     def __init__(self, schedule: Schedule, context: MethodContext):
@@ -146,7 +185,7 @@ class Timetable:
         """
         if self._table.device != step.device:  # the weights were moved
             self._table = self._table.to(step.device)
-        # take, not an index: an index would read the step on the host.
+        # `take`: indexing by a tensor would read the step on the host.
         fraction = self._table.take(step.clamp(max=len(self.fractions) - 1))
         return fraction * self._target + begin * (1 - fraction)
 
@@ -158,7 +197,16 @@ class MagnitudePruning(Thresholded):
     them, so a model that is already sparse keeps its mask.
 
     Attributes:
-        keeps_zeros: whether it does; otherwise `zeros` are 0.
+        keeps_zeros: whether the schedule starts from these zeros; if not, `zeros` are 0.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.methods import gmp
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> bound = gmp(sparsity=0.5).bind(context)
+        >>> bound.target_step, list(bound.state)
+        (5, ['zeros'])
     """
 
     keeps_zeros = True

@@ -133,7 +133,17 @@ def make_method(
     schedule: Schedule,
     pattern: str | Pattern | None,
 ) -> Method:
-    """Return a method of these parts, with a pattern if one is given."""
+    """Return a method of these parts.
+
+    Args:
+        operator, gradient, allocation, schedule: as for `Method`.
+        pattern: as for `make_pattern`; None for no pattern.
+
+    Example:
+        >>> from torch_feather.gradient_rules import Masked
+        >>> make_method(Hard(), Masked(), Global(), Cubic(), "2:4").pattern
+        NM(n=2, m=4)
+    """
     if pattern is None:
         return Method(operator, gradient, allocation, schedule)
     return PatternedMethod(operator, gradient, allocation, schedule, make_pattern(pattern))

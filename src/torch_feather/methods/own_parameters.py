@@ -1,7 +1,7 @@
 """Optimizers of a method's own parameters, such as learned thresholds.
 
-They step after the user's optimizer, in fixed tensors, also if only the device knows whether the
-step is taken.
+They step after the user's optimizer and write fixed tensors in place. Whether the step is taken may
+be known to the device alone.
 """
 
 from __future__ import annotations
@@ -54,12 +54,15 @@ class Momentum:
             )
 
     def step(self, x: Tensor, velocity: Tensor, lr: Rate, taken: bool | Tensor) -> None:
-        """Step `x` along its `.grad`, in place; without a gradient it stays.
+        """Step `x` along its `.grad`, in place. Without a gradient, nothing changes.
 
         Args:
             x, velocity: tensors of one shape and type.
             lr: the optimizer's learning rate.
-            taken: see `BoundMethod.after_step`.
+            taken: whether the step was taken; a tensor if only the device knows.
+
+        Raises:
+            ConfigurationError: the optimizer has no learning rate.
         """
         if x.grad is None or taken is False:
             return
@@ -83,6 +86,12 @@ class Adam:
 
     Raises:
         ConfigurationError: a negative rate or epsilon, or a decay outside of [0, 1).
+
+    Example:
+        >>> x, mean, square = torch.zeros(3, 1)
+        >>> Adam(rate=0.1).step(torch.ones(1), x, mean, square, torch.tensor(1), torch.tensor(1.0))
+        >>> x
+        tensor([-0.1000])
     """
 
     rate: float = 0.001

@@ -16,7 +16,7 @@ from ..weights.latent import LatentWeights, copy_all
 from ..weights.passes import count_pruned, keep_nonzero, pruned_mask
 from ..weights.segments import Segment, segment_of
 from .base import Gradients, Pruning, Rate
-from .magnitude import MagnitudePruning, Method
+from .magnitude import MagnitudePruning, Method, mark_kept
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,17 @@ class PatternCutoffs(NamedTuple):
 
 
 class PatternedPruning(MagnitudePruning):
-    """A `PatternedMethod` on one model: the allocation finds cutoffs through scores of units."""
+    """A `PatternedMethod` on one model: the allocation finds cutoffs through scores of units.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.methods import feather
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> bound = feather(sparsity=0.5, pattern="2:4").bind(context)
+        >>> bound.pruned(weights, bound.update(weights, torch.tensor(10)), 0).tolist()
+        [[True, True, False, False]]
+    """
 
     def __init__(self, context: MethodContext, method: PatternedMethod):
         self.pattern = method.pattern
@@ -63,7 +73,7 @@ class PatternedPruning(MagnitudePruning):
         _check(self.pattern, context.names, context.weights.shapes)
         scores = self._scores(context.weights)
         super().__init__(replace(context, weights=scores), method)
-        # A block may lie in two shards.
+        # A block may be divided between two shards.
         self.facts = replace(self.facts, on_shards=False)
         if isinstance(self.pattern, NM):
             self._check_equal(scores, context.sparsity)
@@ -89,7 +99,7 @@ class PatternedPruning(MagnitudePruning):
         scores = [self.pattern.scores(w.to(weights.wide)).contiguous() for w in weights.views]
         layout = self._layout
         if layout is None or (layout.device, layout.wide) != (weights.device, weights.wide):
-            self._layout = layout = LatentWeights(scores)  # with constants that later steps share
+            self._layout = layout = LatentWeights(scores)  # later steps share its constants
         found = layout.like([torch.empty_like(flat) for flat in layout.flats])
         copy_all(found.views, scores)
         return found
@@ -119,7 +129,7 @@ class PatternedPruning(MagnitudePruning):
         return self.pattern.expand(self._pruned_units(pruning, i))
 
     def threshold(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
-        # The score up to which units are pruned.
+        # A score, not a magnitude: units with scores up to it are pruned.
         return segment_of(pruning.scores, pruning.segments, i).threshold
 
     def pull_back(
@@ -127,9 +137,8 @@ class PatternedPruning(MagnitudePruning):
     ) -> Tensor:
         value = segment_of(pruning.scores, pruning.segments, i).cutoff.value
         # A zero in a kept unit is kept.
-        kept = (~self.pruned(weights, pruning, i)).to(effective.dtype)
-        visible = torch.where(effective == 0, kept, effective)
-        return self.apply_rule(weights.views[i], value, pruning.progress, gradient, visible)
+        marked = mark_kept(effective, ~self.pruned(weights, pruning, i))
+        return self.apply_rule(weights.views[i], value, pruning.progress, gradient, marked)
 
     def after_step(
         self,

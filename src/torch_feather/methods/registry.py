@@ -76,8 +76,8 @@ def register_method(name: str, factory: Factory) -> None:
             returns an object with `bind(context)`, such as `methods.Method`.
 
     Raises:
-        ConfigurationError: the name belongs to another method, contains ':', or the factory is not
-            callable.
+        ConfigurationError: the name belongs to a method of torch-feather or contains ':', or the
+            factory is not callable.
 
     Example:
         >>> from torch_feather.methods import feather
@@ -117,8 +117,8 @@ def find_method(name: str) -> Factory:
     names = available_methods()
     raise ConfigurationError(
         f"There is no method {name!r}{nearest(name, names)} There are: {', '.join(names)}. If your "
-        "code registers it, import that module first (feather.register_method), or name its factory: "
-        "'package.module:factory'."
+        "code registers it, import that module first (feather.register_method), or name its "
+        "factory: 'package.module:factory'."
     )
 
 

@@ -50,24 +50,43 @@ def st3(
 
 
 st3_sigma = partial(st3, allocation="sigma")
-st3_sigma.__doc__ = (
-    """Return `st3` ranked by |w| times the root of the sum of its tensor's dimensions."""
-)
+st3_sigma.__doc__ = """Return `st3` with the ranking |w| sqrt(sum of the dimensions of its tensor).
+
+Source: as for `st3`, variant sigma.
+
+Example:
+    >>> st3_sigma(sparsity=0.9).allocation
+    Sigma()
+"""
 
 
 @dataclass(frozen=True)
 class RescaledMethod(Method):
-    """A `Method` with kept weights rescaled by output channel."""
+    """A `Method` whose kept weights are rescaled per output channel.
+
+    Example:
+        >>> isinstance(st3(sparsity=0.9), RescaledMethod)
+        True
+    """
 
     def bind(self, context: MethodContext) -> Rescaled:
         return Rescaled(context, self)
 
 
 class Rescaled(MagnitudePruning):
-    """Multiplies the kept weights of an output channel by 1.01 / (r + .01).
+    """A `RescaledMethod` on one model: multiplies kept weights by 1.01 / (r + .01) per channel.
 
-    r is the kept fraction of the channel's sum of |w|: r = (mean of |w| over kept weights, pruned
-    ones as 0, + 1e-6) / (mean of |w| + 1e-6). The factor is not differentiated.
+    r is the kept fraction of the output channel's sum of |w|: r = (mean of |w| with pruned weights
+    as 0, + 1e-6) / (mean of |w| + 1e-6). The factor is not differentiated.
+
+    Example:
+        >>> from torch import nn
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> bound = st3(sparsity=0.5, schedule="constant").bind(context)
+        >>> u = bound.effective_weights(weights, bound.update(weights, torch.tensor(0)))
+        >>> u[0]  # (3 - 2) and (4 - 2) times 1.01 / (7 / 10 + 0.01)
+        tensor([[0.0000, 0.0000, 1.4225, 2.8451]])
     """
 
     def __init__(self, context: MethodContext, method: Method):
@@ -75,7 +94,7 @@ class Rescaled(MagnitudePruning):
         model = unwrap(context.model)
         paths = [name.rpartition(".")[0] for name in context.names]
         self._groups = [output_groups(unwrap(model.get_submodule(path))) for path in paths]
-        # If outputs are not dimension 0, a shard holds parts of all output channels.
+        # If outputs are not in dimension 0, a shard holds parts of all output channels.
         first = all(groups is None for groups in self._groups)
         self.facts = replace(self.facts, on_shards=self.facts.on_shards and first)
 

@@ -14,7 +14,13 @@ from .float_bits import FLOAT_BITS
 
 
 class Passes(Protocol):
-    """The operations that a selection consists of. Integers are int64, scalars 0-dimensional."""
+    """The operations that a selection consists of. Integers are int64, scalars 0-dimensional.
+
+    Example:
+        >>> passes: Passes = TorchPasses(torch.tensor([1.0, 2.0, 1.0]))
+        >>> int(passes.count_digits(torch.tensor(0), 21, 11).sum())
+        3
+    """
 
     def __init__(self, scores: Tensor) -> None:
         """Count over flat `scores`.
@@ -23,22 +29,27 @@ class Passes(Protocol):
         """
 
     def count_digits(self, prefix: Tensor, shift: int, width: int) -> Tensor:
-        """Count the codes that equal `prefix` above bit shift + width, per value of the digit below.
+        """Count codes by the value of one digit, (code >> shift) % 2**width.
 
-        Returns 2**width counts, by (code >> shift) % 2**width.
+        Only codes that equal `prefix` from bit shift + width upwards are counted.
+
+        Returns:
+            Counts of shape (2**width,).
         """
 
     def count_ties(self, code: Tensor, start: Tensor, block: int, bins: int) -> Tensor:
         """Count the scores that have this code, per block of flat indices.
 
-        Returns `bins` counts, for the indices start + [j * block, (j + 1) * block) for bin j.
-        `start` is 0 if block > 1.
+        Bin j holds the indices start + [j * block, (j + 1) * block). `start` is 0 if block > 1.
+
+        Returns:
+            Counts of shape (bins,).
         """
 
     def descend(
         self, counts: Tensor, rank: Tensor, prefix: Tensor, shift: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Step into the bin that holds `rank`; see the function `descend`."""
+        """Step into the bin that holds `rank`; arguments as for the function `descend`."""
 
 
 def descend(
@@ -47,10 +58,18 @@ def descend(
     """Step into the first bin at which the running sum of counts reaches `rank`.
 
     Args:
-        counts: bins along the last dimension; all arguments share the other dimensions.
+        counts: counts, with bins along the last dimension, after any batch dimensions.
+        rank: rank of the code to find, from 1. Like `prefix`, it has the batch dimensions.
+        prefix: the known upper digits of the code.
+        shift: lowest bit of the digit that was counted.
 
     Returns:
-        prefix | bin << shift, the rank left within the bin, and the bin's count.
+        prefix | bin << shift, the rank within the bin, and the count of the bin.
+
+    Example:
+        >>> zero = torch.tensor(0)
+        >>> descend(torch.tensor([2, 0, 3]), torch.tensor(4), zero, 0)  # 4th of 5: bin 2, 2nd of 3
+        (tensor(2), tensor(2), tensor(3))
     """
     reached = counts.cumsum(-1)
     short = reached < rank.unsqueeze(-1)
@@ -63,6 +82,12 @@ class TorchPasses:
     """`Passes` in plain PyTorch, for any device and for `torch.compile`.
 
     Memory: the codes and up to three more arrays of their size at a time.
+
+    Example:
+        >>> passes = TorchPasses(torch.tensor([1.0, 2.0, 1.0]))
+        >>> code = torch.tensor(1.0).view(torch.int32)
+        >>> passes.count_ties(code, torch.tensor(0), 1, 3)
+        tensor([1, 0, 1])
     """
 
     def __init__(self, scores: Tensor) -> None:
@@ -75,8 +100,8 @@ class TorchPasses:
         codes, known = self.codes, shift + width
         member = (codes >> known) == (prefix >> known)
         digit = (codes >> shift) & ((1 << width) - 1)
-        # Non-members add 0 to the bin of their own digit. One common bin for them would be one
-        # address on which all threads of a GPU wait.
+        # Non-members add 0 to the bin of their own digit. In one common bin, all threads of a GPU
+        # would wait for the same address.
         counter = torch.int32 if codes.numel() < 2**31 else torch.int64
         counts = codes.new_zeros(1 << width, dtype=counter)
         return counts.index_add_(0, digit, member.to(counter)).long()

@@ -22,7 +22,7 @@ def select_cpu(fill: Callable[[], Tensor], k: int) -> Cutoff:
     """Return the cutoff of the k smallest scores, by a partition around the k-th one.
 
     Args:
-        fill: see `select`.
+        fill: returns the scores, as for `select`.
         k: number of scores to prune.
 
     Example:
@@ -34,10 +34,10 @@ def select_cpu(fill: Callable[[], Tensor], k: int) -> Cutoff:
         return Cutoff(scores.new_tensor(-1.0), torch.tensor(-1), scores.new_tensor(0.0))
     array = scores.numpy()
     near, rank = _bracket(array, k)
-    if near.min() != near.max():  # a pivot splits many equal scores slowly (zeros, at first)
+    if near.min() != near.max():  # partition is slow on equal scores, such as initial zeros
         near.partition(rank - 1)
     value, kept = near[rank - 1], near[rank:]
-    if np.isnan(value):  # more NaN than kept weights: all else is pruned, NaN never is
+    if np.isnan(value):  # more NaN than kept weights: all other scores are pruned, NaN never
         infinity = scores.new_tensor(np.inf)
         return Cutoff(infinity, torch.tensor(scores.numel() - 1), infinity)
     # fmin, not min: NaN must not hide a tie.
@@ -55,12 +55,13 @@ def select_cpu(fill: Callable[[], Tensor], k: int) -> Cutoff:
 
 
 def _bracket(scores: np.ndarray, k: int) -> tuple[np.ndarray, int]:
-    """Return few scores with all that equal the k-th smallest, and its rank among them.
+    """Return few scores that include all equal to the k-th smallest, and its rank among them.
 
     A sample brackets the k-th score between two values, as in SELECT (Floyd and Rivest, 1975), and
     a count of the scores below confirms the bracket. If it does not hold, all scores are returned.
-    Partitioning all scores at once is as fast with NumPy's AVX2 code, but seven times slower with
-    its AVX-512 code on AMD's Zen 4, where compressing stores are slow.
+
+    Why not partition all scores: with NumPy's AVX2 code that is as fast. With its AVX-512 code on
+    AMD's Zen 4 it is seven times slower, because compressing stores are slow there.
     """
     size = scores.size
     if size < SMALL:
@@ -68,8 +69,8 @@ def _bracket(scores: np.ndarray, k: int) -> tuple[np.ndarray, int]:
     # An odd step, so that it does not stay within one column of a weight matrix.
     sample = scores[:: int(size ** (1 / 3)) | 1].copy()
     center = k / size * sample.size
-    spread = MARGIN * (center * (1 - k / size)) ** 0.5 + 1
-    low, high = int(center - spread), int(center + spread)
+    half_width = MARGIN * (center * (1 - k / size)) ** 0.5 + 1
+    low, high = int(center - half_width), int(center + half_width)
     sample.partition([rank for rank in (low, high) if 0 < rank < sample.size] or [0])
     least = sample[low] if low > 0 else 0
     most = sample[high] if high < sample.size else np.inf

@@ -24,11 +24,11 @@ class Cutoff(NamedTuple):
     value: Tensor
     """The k-th smallest score; -1 if k = 0."""
     last: Tensor
-    """Flat index (int64) of the last pruned score among those equal to `value`; the index of the
-    last score of all if none of them is kept."""
+    """Flat index (int64) of the last pruned score among those equal to `value`. If all of them are
+    pruned, the index of the last score."""
     threshold: Tensor
-    """tau for the operator: `value`, or one float step below it if a kept score ties with it, so
-    that the effective weight of the kept one is not 0; 0 if k = 0."""
+    """tau for the operator: `value`, or one float step below it if a kept score equals it. So the
+    effective weight of a kept score is not 0. 0 if k = 0."""
 
     def pruned(self, scores: Tensor, offset: int = 0) -> Tensor:
         """Return the mask of pruned scores.

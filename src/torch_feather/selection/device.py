@@ -1,11 +1,15 @@
 """Selection on any device by counting: no sort, no data-dependent shape, no read by the host.
 
-Non-negative floats order as their bits do, so the k-th smallest score is found as an integer,
-digit by digit from the most significant (radix selection, as in Alabi et al., 'Fast k-selection
-algorithms for graphics processing units', 2012). Each pass counts the values of the next digit
-among the scores that share the known digits, and steps into the bin that holds the k-th. Among the
-scores equal to it, the last one to prune is found in the same way on the flat index. Counts are integers, hence exact in any order of summation: every device, and
-any number of shards whose counts are added (`sharded.py`), gives the same cutoff, bit for bit.
+Non-negative floats have the order of their bits. So the k-th smallest score is found as an integer,
+digit by digit, from the most significant one. Each pass counts the values of the next digit among
+the scores that share the known digits. Then it steps into the bin that holds the k-th score. Among
+the scores equal to it, the last one to prune is found in the same way, by flat index.
+
+Counts are integers, hence exact in any order of summation. So every device gives the same cutoff,
+bit for bit, and so does any number of shards whose counts are added (`sharded.py`).
+
+Source: radix selection, as in Alabi et al., Fast k-selection algorithms for graphics processing
+units (2012).
 """
 
 from __future__ import annotations
@@ -65,7 +69,7 @@ def select_device(
         shift -= width
         counts = over.count_digits(code, shift, width)
         code, rank, equal = over.descend(counts, rank, code, shift)
-    # All NaN share one code, but none ties: a cutoff among them is the one at infinity.
+    # All NaN have one code but are not ties: a cutoff among them becomes the one at infinity.
     tied = (equal > rank) & (code <= bits.infinity)
 
     last = zero
@@ -77,7 +81,21 @@ def select_device(
 
 
 def cutoff_at(k: Tensor, code: Tensor, tied: Tensor, last: Tensor, bits: FloatBits) -> Cutoff:
-    """Return the cutoff at the code of the k-th score; `tied`: a kept score has it too."""
+    """Return the cutoff at the code of the k-th score.
+
+    Args:
+        k: number of pruned scores.
+        code: code of the k-th score (see `Passes`).
+        tied: whether a kept score has this code too.
+        last: flat index of the last pruned score that has it.
+        bits: the float type of the scores.
+
+    Example:
+        >>> one = torch.tensor(1.0).view(torch.int32).long()
+        >>> k, tied, last = torch.tensor(2), torch.tensor(False), torch.tensor(4)
+        >>> float(cutoff_at(k, one, tied, last, FLOAT_BITS[torch.float32]).value)
+        1.0
+    """
     dtype = torch.float32 if bits.integer == torch.int32 else torch.float64
     code = code.clamp(max=bits.infinity)
     value = code.to(bits.integer).view(dtype)
@@ -90,6 +108,7 @@ def cutoff_at(k: Tensor, code: Tensor, tied: Tensor, last: Tensor, bits: FloatBi
 
 
 def _count_tensor(k: Tensor | int, total: int, device: torch.device) -> Tensor:
+    """Return k as a tensor on the device, clamped to 0..total; an int must be in this range."""
     if isinstance(k, Tensor):
         return k.to(device, torch.int64, non_blocking=True).clamp(0, total)
     if not 0 <= k <= total:
@@ -98,7 +117,12 @@ def _count_tensor(k: Tensor | int, total: int, device: torch.device) -> Tensor:
 
 
 def default_passes(scores: Tensor) -> type[Passes]:
-    """Return the fastest `Passes` on the device of the scores."""
+    """Return the fastest `Passes` on the device of the scores.
+
+    Example:
+        >>> default_passes(torch.ones(2)).__name__
+        'TorchPasses'
+    """
     # The compiler writes its own kernels.
     if scores.is_cuda and not torch.compiler.is_compiling() and _triton_works(scores.device):
         from .triton_kernels import TritonPasses
@@ -109,7 +133,7 @@ def default_passes(scores: Tensor) -> type[Passes]:
 
 @cache
 def _triton_works(device: torch.device) -> bool:
-    """Return whether a selection by Triton runs on `device`; tried once."""
+    """Return whether a selection by Triton works on `device`; cached."""
     try:
         from .triton_kernels import TritonPasses
 

@@ -1,4 +1,4 @@
-"""How non-negative floats read as integers of the same order."""
+"""The bits of non-negative floats as integers of the same order."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ import torch
 
 
 class FloatBits(NamedTuple):
-    """How the non-negative numbers of a float type read as integers."""
+    """The bits of the non-negative numbers of a float type, read as integers.
+
+    Example:
+        >>> bits = FLOAT_BITS[torch.float32]
+        >>> int(torch.tensor(torch.inf).view(bits.integer)) == bits.infinity
+        True
+    """
 
     integer: torch.dtype
+    """Integer type of the same size."""
     infinity: int
+    """The bits of infinity."""
     digits: tuple[int, ...]
     """Widths in bits of the digits, most significant first; together all bits but the sign."""
 

@@ -47,6 +47,17 @@ def select_sharded(
     Returns:
         One cutoff per selection, the same on all processes except for `last`, which is an index
         among the local scores.
+
+    Example:
+        >>> cutoffs = select_sharded(  # one process, which holds all scores
+        ...     [torch.tensor([3.0, 1.0, 2.0])],
+        ...     torch.tensor([2]),
+        ...     sizes=[3],
+        ...     total=lambda counts: counts,
+        ...     local_positions=lambda index: index,
+        ... )
+        >>> float(cutoffs[0].value)
+        2.0
     """
     bits = FLOAT_BITS[scores[0].dtype]
     counters = [_passes(one) for one in scores]
@@ -56,7 +67,7 @@ def select_sharded(
         shift -= width
         counts = [c.count_digits(code[j], shift, width) for j, c in enumerate(counters)]
         code, rank, equal = descend(total(torch.stack(counts)), rank, code, shift)
-    tied = (equal > rank) & (code <= bits.infinity)  # no NaN ties, see `Cutoff`
+    tied = (equal > rank) & (code <= bits.infinity)  # NaN is never tied
     last = torch.tensor([one.numel() for one in scores], device=k.device) - 1
     if devices.synchronizes(k.device) or bool(tied.any()):
         ties = [_before(one.view(bits.integer) == code[j]) for j, one in enumerate(scores)]
@@ -78,8 +89,8 @@ def _last_tie(
         width = min(DIGIT, shift)
         shift -= width
         edges = torch.arange((1 << width) + 1, device=rank.device) << shift
-        edges_here = local_positions(index[:, None] + edges)
-        counts = [before(edge).diff() for before, edge in zip(ties, edges_here, strict=True)]
+        local_edges = local_positions(index[:, None] + edges)
+        counts = [before(edge).diff() for before, edge in zip(ties, local_edges, strict=True)]
         index, rank, _ = descend(total(torch.stack(counts)), rank, index, shift)
     return index
 
@@ -96,6 +107,7 @@ def _before(tie: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _passes(scores: Tensor) -> Passes | _Narrowing:
+    """Return the fastest counter of digits on the device of the scores."""
     if devices.synchronizes(scores.device):
         return default_passes(scores)(scores)
     return _Narrowing(scores)
@@ -113,7 +125,7 @@ class _Narrowing:
         self._codes = scores.view(bits.integer).numpy()
 
     def count_digits(self, prefix: Tensor, shift: int, width: int) -> Tensor:
-        """Count as `Passes.count_digits`."""
+        """Count codes by one digit; arguments and result as for `Passes.count_digits`."""
         known, head = shift + width, int(prefix) >> (shift + width)
         every_bit = torch.iinfo(self._bits.integer).max
         counts, near = np.zeros(1 << width, dtype=np.int64), [self._codes[:0]]

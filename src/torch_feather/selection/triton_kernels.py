@@ -16,7 +16,7 @@ from .float_bits import FLOAT_BITS
 BLOCK = 8192
 """Scores that a program holds in registers at a time."""
 PROGRAMS = 512
-"""Maximum number of programs that count digits: each ends with one round of atomic additions."""
+"""Maximum number of programs that count digits; each ends with atomic additions to all bins."""
 CHUNK = 2048
 """Counts that `descend` sums at a time."""
 
@@ -41,7 +41,7 @@ def _count_digits(
 ):
     BINS: tl.constexpr = 1 << WIDTH
     head = (tl.load(prefix) >> (SHIFT + WIDTH)).to(scores.dtype.element_ty)
-    mine = tl.zeros([BINS], tl.int32)
+    own = tl.zeros([BINS], tl.int32)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(first, size, stride):
@@ -49,8 +49,8 @@ def _count_digits(
         inside = position < size
         code = _load_codes(scores, position, inside, INFINITY)
         digit = ((code >> SHIFT) & (BINS - 1)).to(tl.int32)
-        mine += tl.histogram(digit, BINS, mask=inside & ((code >> (SHIFT + WIDTH)) == head))
-    tl.atomic_add(counts + tl.arange(0, BINS), mine.to(tl.int64), mask=mine > 0, sem="relaxed")
+        own += tl.histogram(digit, BINS, mask=inside & ((code >> (SHIFT + WIDTH)) == head))
+    tl.atomic_add(counts + tl.arange(0, BINS), own.to(tl.int64), mask=own > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize_on_alignment=["code", "start"])
@@ -73,7 +73,7 @@ def _count_ties(
     tl.store(counts + bin, tl.sum(tie.to(tl.int64), 1), mask=bin < bins)
 
 
-# One binary for every call: specializing on aligned or round arguments gains nothing here.
+# One binary for all calls: specializing on aligned or round arguments gains nothing here.
 @triton.jit(do_not_specialize=["bins", "shift"], do_not_specialize_on_alignment=["rank", "prefix"])
 def _descend(counts, bins, rank, prefix, found, shift, CHUNK: tl.constexpr):
     target = tl.load(rank)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..average import LatentAverage
 from ..errors import NonFiniteWeightError, StateError
 from ..methods import find_method
 from ..sparsify import sparsify
@@ -77,12 +78,15 @@ def exact_count(factory: Factory, sparsity: float, levels: int | None = None) ->
     exact = run.sparsifier.step.training.method.facts.exact
     for step in range(STEPS):
         run.train(step, step + 1)
+        masks, latent = run.sparsifier.masks(), run.sparsifier.latent_weights()
+        masked = sum(int((~mask).sum()) for mask in masks.values())
+        for name, mask in masks.items():
+            written = run.model.get_parameter(name)
+            assert not (written[~mask] != 0).any(), f"pruned weights of {name} are not 0"
+            vanished = mask & (written == 0) & (latent[name] != 0)
+            assert not vanished.any(), f"kept weights of {name} are 0"
         if run.sparsifier.at_target and exact:
-            masked = sum(int((~mask).sum()) for mask in run.sparsifier.masks().values())
             assert masked == target, f"{masked} masked weights after step {step + 1}, not {target}"
-            for name, mask in run.sparsifier.masks().items():
-                written = run.model.get_parameter(name)
-                assert not (written[~mask] != 0).any(), f"pruned weights of {name} are not 0"
     assert run.sparsifier.at_target, "target_step lies beyond the end of training"
     run.sparsifier.finalize()
     if exact and levels is None:
@@ -111,6 +115,54 @@ def resume(factory: Factory, sparsity: float) -> None:
             assert not found, f"resumed after step {stop}, these differ: {found[:3]}"
 
 
+def facts(factory: Factory, sparsity: float) -> None:
+    """The facts agree with what the method does, and it has a fingerprint."""
+    run = Run(factory, sparsity).train(0, 2)
+    training = run.sparsifier.step.training
+    method, weights, pruning = training.method, training.weights, training.pruning
+    assert isinstance(method.fingerprint, str), "the fingerprint is no text"
+    assert method.fingerprint, "the fingerprint is empty"
+    gradients = [torch.randn_like(w) for w in weights.views]
+    effective = method.effective_weights(weights, pruning)
+    with torch.no_grad():
+        for i, (g, u) in enumerate(zip(gradients, effective, strict=True)):
+            if not method.facts.pulls_back:
+                same = torch.equal(method.pull_back(weights, pruning, i, g, u), g)
+                assert same, "pull_back changes gradients, but facts.pulls_back is False"
+        if not method.facts.completes:
+            found = method.complete(weights, pruning, gradients, effective, None)
+            empty = found.terms is None and not found.own
+            assert empty, "complete returns something, but facts.completes is False"
+    assert set(method.facts.learned) <= method.state.keys(), "facts.learned names no state"
+
+
+def pure_update(factory: Factory, sparsity: float) -> None:
+    """`update` and `effective_weights` of other weights change nothing of the run."""
+    a, b = Run(factory, sparsity).train(0, 4), Run(factory, sparsity).train(0, 4)
+    average = LatentAverage(b.sparsifier, 0.5)
+    for step in range(4, STEPS):
+        a.train(step, step + 1)
+        b.train(step, step + 1)
+        average.update()
+        average.copy_to(make_network(seed=1))
+    found = differences(a.content(), b.content())
+    assert not found, f"an average of the weights changes {found[:3]}"
+
+
+def moved(factory: Factory, sparsity: float) -> None:
+    """A model that is cast in the middle of training is trained on, exactly sparse."""
+    run = Run(factory, sparsity).train(0, 4)
+    run.model.double()
+    for step in range(4, STEPS):
+        images, labels = make_batch(step)
+        F.cross_entropy(run.model(images.double()), labels).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    run.sparsifier.finalize()
+    if run.sparsifier.step.training.method.facts.exact:
+        assert run.zeros() == round(sparsity * run.size), "the count is not exact after a cast"
+
+
 def other_options_refused(factory: Factory, sparsity: float) -> None:
     """A checkpoint is refused by a run with another target."""
     saved = Run(factory, sparsity).train(0, 2).save()
@@ -123,20 +175,25 @@ def other_options_refused(factory: Factory, sparsity: float) -> None:
 
 def mixed_precision(factory: Factory, sparsity: float) -> None:
     """With autocast and GradScaler, steps with infinite gradients do not count."""
-    run = Run(factory, sparsity)
-    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-    overflows = (1, 4)
-    for step in range(STEPS + len(overflows)):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = run.loss(step).float()
-        scaler.scale(loss * (torch.inf if step in overflows else 1.0)).backward()
-        scaler.step(run.optimizer)
-        scaler.update()
-        run.optimizer.zero_grad()
-    count = run.sparsifier.step_count
-    assert count == STEPS, f"{count} steps counted, {STEPS} were taken"
-    run.sparsifier.finalize()
-    assert all(p.isfinite().all() for p in run.model.parameters()), "a weight is not finite"
+    for fused in (False, True):  # a fused optimizer skips the step itself
+        run = Run(factory, sparsity, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        overflows = (1, 4)
+        for step in range(STEPS + len(overflows)):
+            before = run.sparsifier.latent_weights()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = run.loss(step).float()
+            scaler.scale(loss * (torch.inf if step in overflows else 1.0)).backward()
+            scaler.step(run.optimizer)
+            scaler.update()
+            run.optimizer.zero_grad()
+            if step in overflows:
+                changed = differences(before, run.sparsifier.latent_weights())
+                assert not changed, f"a skipped step changed latent weights of {changed[:3]}"
+        count = run.sparsifier.step_count
+        assert count == STEPS, f"{count} steps counted, {STEPS} were taken"
+        run.sparsifier.finalize()
+        assert all(p.isfinite().all() for p in run.model.parameters()), "a weight is not finite"
 
 
 def accumulation(factory: Factory, sparsity: float) -> None:
@@ -271,6 +328,9 @@ PROPERTIES: dict[str, Callable[[Factory, float], None]] = {
     "ties": ties,
     "same seed": same_seed,
     "resume": resume,
+    "facts": facts,
+    "pure update": pure_update,
+    "cast": moved,
     "other options": other_options_refused,
     "mixed precision": mixed_precision,
     "accumulation": accumulation,

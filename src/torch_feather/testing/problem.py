@@ -72,6 +72,7 @@ class Run:
         total_steps: optimizer steps of the whole training.
         adam: train with AdamW instead of SGD with momentum.
         levels: see `make_network`.
+        fused: use the fused form of SGD.
     """
 
     factory: Factory
@@ -79,6 +80,7 @@ class Run:
     total_steps: int = STEPS
     adam: bool = False
     levels: int | None = None
+    fused: bool = False
     model: nn.Module = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     sparsifier: Sparsifier = field(init=False)
@@ -89,7 +91,9 @@ class Run:
         if self.adam:
             self.optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.01)
         else:
-            self.optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3)
+            self.optimizer = torch.optim.SGD(
+                parameters, lr=0.05, momentum=0.9, weight_decay=1e-3, fused=self.fused
+            )
         self.sparsifier = sparsify(
             self.model,
             self.optimizer,

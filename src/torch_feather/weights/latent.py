@@ -45,7 +45,7 @@ class PerTensor(NamedTuple):
 
 @dataclass
 class Part:
-    """Weights of one type: their flat latent values, and where they start among the local ones.
+    """Weights of one type: their flat latent values, and their start among the local weights.
 
     Example:
         >>> weights = LatentWeights([torch.ones(2), torch.ones(3, dtype=torch.bfloat16)])
@@ -192,10 +192,10 @@ class LatentWeights:
         """
         return means if self.shards is None else self.shards.row_means(i, means)
 
-    def per_weight(self, value: float) -> PerTensor:
+    def per_weight(self, value: float, dtype: torch.dtype | None = None) -> PerTensor:
         """Return `value` for each local weight, in type `wide` and the layout of the weights."""
         size = sum(flat.numel() for flat in self.flats)
-        flat = torch.full((size,), value, dtype=self.wide, device=self.device)
+        flat = torch.full((size,), value, dtype=dtype or self.wide, device=self.device)
         spans = zip(self.views, self.local_spans, strict=True)
         return PerTensor(flat, [flat.as_strided(w.shape, w.stride(), a) for w, (a, _) in spans])
 

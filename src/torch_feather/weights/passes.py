@@ -108,7 +108,7 @@ def _write_cpu(
 ) -> None:
     """Compare block by block in the cache, and apply the operator to kept weights alone."""
     cutoff, threshold, scale = segment.cutoff, segment.threshold, segment.scale
-    if cutoff.value < 0 and operator.is_identity:
+    if cutoff.value < 0 and (operator.is_identity or operator.identity_at_zero):
         out.copy_(w)
         return
     value, last = cutoff.value.item(), int(cutoff.last)
@@ -153,7 +153,7 @@ def kept_values(w: Tensor, tau: Tensor, operator: Operator, dtype: torch.dtype) 
 
 
 def keep_nonzero(values: Tensor, w: Tensor) -> Tensor:
-    """Return `values` with the smallest number of their type where they are 0 and w is not.
+    """Return `values`, with 0 replaced by the smallest number of their type unless w is 0.
 
     Example:
         >>> w = torch.tensor([1e-9, 0.0])
@@ -180,7 +180,7 @@ def adopt_written(
     Args:
         weights: the latent weights, which are written.
         which: positions of the tensors to compare.
-        values: what the parameters hold, one local tensor per view.
+        values: values of the parameters, one local tensor per view.
         effective: the effective weights that they were given.
 
     Example:

@@ -1,4 +1,4 @@
-"""Segments: ranges of the latent weights that share one cutoff."""
+"""Segments: ranges of the latent weights with one cutoff."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 `fully_shard` (FSDP2) and `parallelize_module` (tensor parallelism) turn parameters into DTensors.
 Each process holds a box of a DTensor: a range of each dimension. Only counts and sums are
-communicated; the weights stay where they are.
+communicated; weights are not.
 
 The functions that communicate are collective. All processes must call them in the same order, also
 processes whose boxes are empty.

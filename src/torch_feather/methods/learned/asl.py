@@ -31,13 +31,14 @@ def asl(
 ) -> LearnedMethod:
     """Return ASL: a hard threshold per layer at r times the standard deviation of its weights.
 
-    Source: Retsinas et al., Online Weight Pruning via Adaptive Sparsity Loss (ICIP 2021), and its
-    public code for the initial r, the learning rates and the layers left dense. The public code
-    also subtracts the mean of each layer at every forward pass; this method does not.
+    Source: Retsinas et al., Online Weight Pruning via Adaptive Sparsity Loss (ICIP 2021). The
+    initial r, the learning rates and the dense layers are those of its public code. That code also
+    subtracts the mean of each layer at every forward pass; this method does not.
 
     Args:
-        sparsity: final fraction of zeros. The loss pulls towards it, assuming normally distributed
-            weights; the count is exact in the last tenth of training (see `learned.base`).
+        sparsity: final fraction of zeros. A term of the loss pulls towards it, assuming normally
+            distributed weights. The count is exact in the last tenth of training (see
+            `learned.base`).
         budget_weight: lambda, the weight of (density - target density)^2 in the loss.
         lr_multiplier: learning rate of r as a multiple of the optimizer's.
         momentum: momentum of r. r has no weight decay.
@@ -70,6 +71,12 @@ class StandardDeviations:
 
     Raises:
         ConfigurationError: budget_weight is negative or infinite.
+
+    Example:
+        >>> law, weights = StandardDeviations(), LatentWeights([torch.tensor([-1.0, 1.0])])
+        >>> tau, slope = law.thresholds(torch.tensor([0.5]), weights)  # std(w) is sqrt 2
+        >>> tau, slope
+        (tensor([0.7071]), tensor([1.4142]))
     """
 
     budget_weight: float = 10.0
@@ -98,7 +105,12 @@ class StandardDeviations:
 
 
 def standard_deviations(weights: LatentWeights) -> Tensor:
-    """Return the standard deviation of each weight tensor; 0 for a single weight."""
+    """Return the standard deviation of each weight tensor; 0 for a single weight.
+
+    Example:
+        >>> standard_deviations(LatentWeights([torch.tensor([-1.0, 1.0]), torch.ones(1)]))
+        tensor([1.4142, 0.0000])
+    """
     wide = [w.to(weights.wide) for w in weights.views]
     if weights.shards is None:
         return torch.stack([w.std() if w.numel() > 1 else w.new_zeros(()) for w in wide])

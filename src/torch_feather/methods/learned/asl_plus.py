@@ -33,7 +33,7 @@ def feather_asl_plus(
 ) -> LearnedMethod:
     """Return Feather's operator and gradient rule at the thresholds that ASL+ learns.
 
-    Source: the Feather supplement, section 4, names the combination, and ASL+ without a definition.
+    Source: the Feather supplement, section 4, mentions this combination. It does not define ASL+;
     `FittedDeviations` states the definition used here.
 
     Args:
@@ -60,10 +60,14 @@ def feather_asl_plus(
 
 
 asl_plus = partial(feather_asl_plus, p=math.inf, theta=1.0)
-asl_plus.__doc__ = """Return ASL+: ASL with the measured density and a better model of each layer's weights.
+asl_plus.__doc__ = """Return ASL+: ASL with the measured density and a better model of the weights.
 
-Feather's supplement names an ASL+ and cites ASL; no available text defines the plus.
+Feather's supplement mentions ASL+ and cites ASL. No available text defines ASL+;
 `FittedDeviations` states the interpretation used here.
+
+Example:
+    >>> asl_plus(sparsity=0.9).operator
+    Hard()
 """
 
 # mean|w| / std(w) below which a Laplace density is likelier than a normal one: sqrt(pi / 2e).
@@ -77,8 +81,12 @@ class FittedDeviations(StandardDeviations):
     The penalty is budget_weight log^2(D / (1 - s)), with the present density D and the scheduled
     sparsity s. A count has no derivative, so a model of the layer's weights gives it:
     d D_l / d r_l = D_l d log q_l / d r_l, with q_l the density of the model. The logarithm keeps
-    the penalty strong at low densities, where ASL's (D - (1 - s))^2 nearly vanishes. Both spare a
-    layer in proportion to what it has lost.
+    the penalty strong at low densities, where ASL's (D - (1 - s))^2 nearly vanishes. The gradients
+    of both penalties decrease as a layer loses weights.
+
+    Example:
+        >>> FittedDeviations(budget_weight=30.0).start(LatentWeights([torch.ones(2)]), 0.9)
+        0.0
     """
 
     def start(self, weights: LatentWeights, sparsity: float) -> float:
@@ -105,6 +113,10 @@ def log_density_slope(r: Tensor, concentration: Tensor) -> Tensor:
     Args:
         r: multiples of the standard deviation, >= 0, one per layer.
         concentration: mean|w| / std(w) of each layer.
+
+    Example:
+        >>> log_density_slope(torch.zeros(2), torch.tensor([0.8, 0.5]))  # normal, Laplacian
+        tensor([-0.7979, -1.4142])
     """
     normal = -math.sqrt(2 / math.pi) / torch.special.erfcx(r / math.sqrt(2))
     return normal.masked_fill(concentration < LAPLACE_BELOW, -math.sqrt(2))

@@ -1,9 +1,9 @@
 """Methods that learn their thresholds: one parameter per weight tensor, stepped with the weights.
 
-Such a method does not reach a target exactly. At the end of training, from the last step on or
-earlier, the count is made exact: weights are ranked by |w| / tau over the whole network and the
-round(s N) lowest are pruned. So the model that is evaluated, saved and finalized is the same. If
-the schedule ends later, the exact count starts there.
+Such a method does not reach a target exactly. In the last phase of training, or at the last step,
+the count is made exact: weights are ranked by |w| / tau over the whole network, and the round(s N)
+lowest are pruned. If the schedule ends later than that, the exact count starts there. So the models
+that are evaluated, saved and finalized are the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,18 @@ from ..own_parameters import Momentum
 
 
 class ThresholdParametrization(Protocol):
-    """Defines thresholds tau by learned parameters r, one of each per weight tensor."""
+    """Defines thresholds tau by learned parameters r, one of each per weight tensor.
+
+    Example:
+        >>> class Exponential:  # tau = exp(r), without a penalty
+        ...     unit = "log"
+        ...     def start(self, weights, sparsity):
+        ...         return -10.0
+        ...     def thresholds(self, r, weights):
+        ...         return r.exp(), r.exp()
+        ...     def penalty(self, r, weights, now):
+        ...         return torch.zeros_like(r)
+    """
 
     @property
     def unit(self) -> str:
@@ -78,11 +89,16 @@ class LearnedMethod:
     Attributes:
         operator, gradient: as for `Method`.
         law: meaning of the learned parameters, and their penalty.
-        optimizer: how they step.
+        optimizer: optimizer of the learned parameters.
         schedule: the target sparsity over time.
         dense_below: tensors of fewer weights stay dense.
-        exact_from: fraction of training after which the count is made exact. None: never; the final
-            sparsity is what the method learns.
+        exact_from: fraction of training after which the count is made exact. None: never; the
+            method learns the final sparsity.
+
+    Example:
+        >>> from torch_feather.methods import asl
+        >>> asl(sparsity=0.9).exact_from
+        0.9
     """
 
     operator: Operator
@@ -113,7 +129,17 @@ class Learned(NamedTuple):
 
 
 class LearnedThresholds(Thresholded):
-    """A `LearnedMethod` on one model: the cutoff is at |w| / tau = 1 until the count is exact."""
+    """A `LearnedMethod` on one model: the cutoff is at |w| / tau = 1 until the count is exact.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.methods import asl
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> bound = asl(sparsity=0.5, dense_below=0).bind(context)
+        >>> bound.target_step, bound.facts.learned
+        (9, ('deviations',))
+    """
 
     def __init__(self, context: MethodContext, method: LearnedMethod):
         super().__init__(context, method.operator, method.gradient)
@@ -134,8 +160,8 @@ class LearnedThresholds(Thresholded):
             completes=True,
             learned=(unit,),
             follows_lr=True,
-            # Gradients of r are sums over layers, with steep penalties. In one norm with them the
-            # weights might be left without a step.
+            # Gradients of r are sums over layers, with steep penalties. In a common norm they
+            # would dominate, and clipping would leave almost no step for the weights.
             clips_own=False,
             exact=method.exact_from is not None,
             on_shards=True,
@@ -148,9 +174,9 @@ class LearnedThresholds(Thresholded):
         target = round(context.sparsity * sum(sizes))
         if target > most:
             raise ConfigurationError(
-                f"sparsity={context.sparsity} means {target} zeros, but only {most} of {sum(sizes)} "
-                f"weights are in tensors of at least dense_below={self.method.dense_below} weights. "
-                "Lower dense_below or the target."
+                f"sparsity={context.sparsity} means {target} zeros, but only {most} of "
+                f"{sum(sizes)} weights are in tensors of at least dense_below="
+                f"{self.method.dense_below} weights. Lower dense_below or the target."
             )
 
     @property
@@ -249,7 +275,8 @@ class LearnedThresholds(Thresholded):
     ) -> Tensor:
         """Return u of tensor i before it was rounded to its type.
 
-        If a threshold is small beside the weights, u - w is less than half precision rounds by.
+        If a threshold is small compared with the weights, u - w is less than the rounding error of
+        half precision.
         """
         if effective.dtype == weights.wide:
             return effective

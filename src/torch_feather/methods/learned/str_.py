@@ -61,8 +61,8 @@ def str_(
     if decay is None:
         if not exact:
             raise ConfigurationError(
-                "exact=False belongs to STR as published, with decay=. Without decay the thresholds "
-                "are controlled to meet the target; leave out exact."
+                "exact=False belongs to STR as published, with decay=. Without decay the "
+                "thresholds are controlled to meet the target. Leave out exact."
             )
         ramp = make_schedule(schedule, begin, end)
         return ControlledMethod(Soft(), Masked(), law, Momentum(lr_multiplier, momentum), ramp)
@@ -84,6 +84,11 @@ class Sigmoid:
 
     Raises:
         ConfigurationError: s_init is not finite.
+
+    Example:
+        >>> law, weights = Sigmoid(s_init=-100.0), LatentWeights([torch.ones(2)])
+        >>> law.thresholds(torch.tensor([0.0]), weights)
+        (tensor([0.5000]), tensor([0.2500]))
     """
 
     s_init: float
@@ -108,7 +113,12 @@ class Sigmoid:
 
 
 class ControlledMethod(LearnedMethod):
-    """Learned thresholds with a common factor that follows a schedule of the sparsity."""
+    """Learned thresholds with a common factor that follows a schedule of the sparsity.
+
+    Example:
+        >>> isinstance(str_(sparsity=0.9), ControlledMethod)
+        True
+    """
 
     def bind(self, context: MethodContext) -> ControlledThresholds:
         return ControlledThresholds(context, self)
@@ -117,9 +127,17 @@ class ControlledMethod(LearnedMethod):
 class ControlledThresholds(LearnedThresholds):
     """Multiplies all thresholds sigmoid(s) by one factor after every step.
 
-    With this factor the scheduled number of weights lies below the thresholds. So the loss moves
-    only the ratios between the layers' thresholds. At small tau a factor on tau is a term added to
-    s, the same for all layers; weight decay would add lambda |s| instead.
+    With this factor the scheduled number of weights lies below the thresholds. So the loss changes
+    only the ratios between the thresholds of the layers. At small tau, a factor on tau is a term
+    added to s, the same for all layers. Weight decay would add lambda |s| instead.
+
+    Example:
+        >>> from torch import nn
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> bound = str_(sparsity=0.5).bind(context)
+        >>> bound.target_step, bound.facts.learned
+        (10, ('logit',))
     """
 
     def after_step(

@@ -1,6 +1,6 @@
 """Learned probabilities of keeping each weight, trained through random soft masks.
 
-The network sees u = w m with a mask m in (0, 1) that is drawn again for each step. In the last
+The network uses u = w m with a mask m in (0, 1) that is drawn again for each step. In the last
 phase the mask is frozen at the round((1 - s) N) most probable weights, and u = w m is exactly
 sparse.
 """
@@ -38,7 +38,7 @@ class ProbabilisticMethod:
     """Learned probabilities of keeping each weight; its `repr` is the fingerprint.
 
     Attributes:
-        optimizer: how the probabilities step; its learning rate falls to 0 as a cosine over epochs.
+        optimizer: optimizer of the probabilities; its lr falls to 0 as a cosine over epochs.
         epochs: number of changes of temperature, sparsity and learning rate; they fill the steps
             before the last phase.
         finetune: fraction of the steps in the last phase.
@@ -47,6 +47,10 @@ class ProbabilisticMethod:
 
     Raises:
         ConfigurationError: a value out of range.
+
+    Example:
+        >>> ProbabilisticMethod(Adam(), epochs=300, finetune=0.0625, passes=2, seed=0).passes
+        2
     """
 
     optimizer: Adam
@@ -83,8 +87,18 @@ class SoftMask(NamedTuple):
 class ProbabilisticMasks(BoundMethod):
     """A `ProbabilisticMethod` on one model.
 
-    State: `probability` of each weight, Adam's `mean` and `square` of it, and `draws`, the number of
-    masks drawn.
+    State: `probability` of each weight, Adam's `mean` and `square` of it, and `draws`, the number
+    of masks drawn.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.methods import probmask
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> bound = probmask(sparsity=0.5).bind(context)
+        >>> mask = bound.update(weights, torch.tensor(bound.target_step)).mask  # frozen
+        >>> mask.flat.sum()
+        tensor(2.)
     """
 
     def __init__(self, context: MethodContext, method: ProbabilisticMethod):
@@ -116,6 +130,7 @@ class ProbabilisticMasks(BoundMethod):
     # Schedules, by epochs as published
 
     def _epoch(self, step: Tensor) -> Tensor:
+        """Return the number of completed epochs after `step` steps, 0-dimensional float64."""
         epoch = (step * self.method.epochs).div(self.target_step, rounding_mode="floor")
         return epoch.clamp(max=self.method.epochs).double()
 
@@ -156,15 +171,15 @@ class ProbabilisticMasks(BoundMethod):
     def _most_probable(self, step: Tensor) -> Tensor:
         """Return the mask of all but the least probable weights, exactly at the target.
 
-        Many probabilities are 0 or 1. Which of equal ones are pruned is drawn, from a part of the
-        sequence before that of the masks.
+        Many probabilities are 0 or 1. Ties are broken at random, by a part of the random sequence
+        that comes before the masks.
         """
         scores, k = self.state["probability"].flat, torch.full_like(step, self._zeros)
         last = select(scores.clone, k).value
-        lots = uniform(self.method.seed, -torch.full_like(step, scores.numel()), scores.numel(),
-                       scores.dtype)  # fmt: skip
-        lots.masked_fill_(scores < last, 0.0).masked_fill_(scores > last, 1.0)
-        return (~select(lots.clone, k).pruned(lots)).to(scores.dtype)
+        size = scores.numel()
+        ranks = uniform(self.method.seed, -torch.full_like(step, size), size, scores.dtype)
+        ranks.masked_fill_(scores < last, 0.0).masked_fill_(scores > last, 1.0)
+        return (~select(ranks.clone, k).pruned(ranks)).to(scores.dtype)
 
     def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
         # Adding 0 turns -0 into 0.
@@ -172,12 +187,12 @@ class ProbabilisticMasks(BoundMethod):
         return weights.like(flats).views
 
     def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
-        # Sharp masks, and effective weights, vanish in rounding: a zero in the network counts.
+        # Sharp masks, and effective weights, may round to 0. All zeros of the network count.
         w, mask = weights.views[i], pruning.mask.rows[i]
         return (mask == 0) | (((mask * w).to(w.dtype) == 0) & (w != 0))
 
     def summary(self, weights: LatentWeights, pruning: Pruning) -> Summary:
-        # The mean count of a mask that keeps each weight with its probability.
+        # The expected count of a mask that keeps each weight with its probability.
         rows = self.state["probability"].rows
         counts = [(1 - p).sum(dtype=torch.float64).round() for p in rows]
         return Summary(learned_counts=torch.stack(counts).long())
@@ -250,6 +265,7 @@ class ProbabilisticMasks(BoundMethod):
 
 
 def _inside(p: Tensor) -> Tensor:
+    """Return probabilities away from 0 and 1 by `MARGIN`, so that their logits are finite."""
     return p.clamp(MARGIN, 1 - MARGIN)
 
 

@@ -24,8 +24,8 @@ def probmask(
 
     Args:
         sparsity: final fraction of zeros; the budget falls to it between 16% and 60% of the epochs.
-        epochs: number of changes of temperature, budget and learning rate. They are spread over the
-            steps before the last phase, whatever the length of training.
+        epochs: number of changes of temperature, budget and learning rate. They are distributed
+            evenly over the steps before the last phase.
         finetune: fraction of the steps in the last phase, with a frozen mask; published: 20 of 320
             epochs.
         lr: Adam's learning rate for the probabilities, with its own cosine schedule.

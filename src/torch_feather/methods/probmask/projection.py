@@ -14,9 +14,9 @@ ITERATIONS = 30
 def project_(x: Tensor, budget: Tensor) -> Tensor:
     """Project flat `x`, in place, onto {0 <= x <= 1, sum x <= budget}; return it.
 
-    Source: the projection is clamp(x - v, 0, 1) with the least v >= 0 for which the sum fits
-    (Zhou et al., Effective Sparsification of Neural Networks with Global Sparsity Constraint,
-    CVPR 2021); they find v by bisection.
+    The projection is clamp(x - v, 0, 1) with the least v >= 0 for which the sum fits. Source: Zhou
+    et al., Effective Sparsification of Neural Networks with Global Sparsity Constraint (CVPR 2021),
+    who find v by bisection.
 
     Args:
         x: float32 or float64, of the order of 1.

@@ -1,7 +1,7 @@
 """Counter-based random numbers: number i of a seed, on any device, without a generator.
 
-A generator's state would have to be saved for every device, and a captured graph would repeat one
-draw. Number i of a seed needs no state but i.
+A generator has a state, which would have to be saved for every device, and a captured graph would
+repeat one draw. Number i of a seed needs no state but i.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 
 
 def _signed(x: int) -> int:
+    """Return a number modulo 2^64 as a signed 64-bit integer."""
     return (x & (2**64 - 1)) - (x >> 63 << 64)
 
 

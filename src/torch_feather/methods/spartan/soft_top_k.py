@@ -2,7 +2,7 @@
 
     m = sigmoid(beta (v / c - h) + mu),    with mu such that sum c m = k
 
-for values v >= 0, costs c > 0, the hard threshold h of v / c and the cost k of what lies above it.
+for values v >= 0, costs c > 0, the hard threshold h of v / c, and the cost k of the values above h.
 This is the optimal transport of a mass k to bins of capacity c, regularized by entropy; for
 beta -> infinity it is the hard top-k. Source: Tai, Tian and Lim, Spartan (NeurIPS 2022), section 3.
 They iterate Sinkhorn's updates, whose fixed point is the root mu.
@@ -21,7 +21,7 @@ from ...weights.latent import BLOCK, DEVICE_BLOCK, LatentWeights
 from ...weights.segments import Segment, first_with_cutoff
 
 PASSES = 16
-"""Maximum number of passes over the weights per solution; three to five are usual, see `_root`."""
+"""Maximum number of passes over the weights per solution of mu; three to five are usual."""
 SATURATED = 100.0
 """Logit of NaN values, at which m is 1 for every possible mu."""
 
@@ -30,6 +30,12 @@ class SoftTopK(NamedTuple):
     """The soft masks of several segments; the last three fields have one entry per segment.
 
     Segments that share a cutoff share a budget.
+
+    Example:
+        >>> one = torch.ones(1, dtype=torch.float64)
+        >>> soft = SoftTopK(torch.tensor(1.0), scale=one, threshold=2 * one, shift=0 * one)
+        >>> soft.mask(torch.tensor([1.0, 2.0, 3.0]), 0)
+        tensor([0.2689, 0.5000, 0.7311])
     """
 
     beta: Tensor
@@ -58,6 +64,14 @@ def soft_top_k(weights: LatentWeights, segments: Sequence[Segment], beta: Tensor
         weights: the latent weights w.
         segments: cover all weights once; `scale` is 1 / c.
         beta: inverse temperature, 0-dimensional.
+
+    Example:
+        >>> from torch_feather.selection import Cutoff
+        >>> weights = LatentWeights([torch.tensor([1.0, 2.0, 3.0, 4.0])])
+        >>> cutoff = Cutoff(torch.tensor(2.0), torch.tensor(3), torch.tensor(2.0))
+        >>> soft = soft_top_k(weights, [Segment(0, 4, cutoff)], torch.tensor(1.0))
+        >>> float(soft.mask(weights.magnitudes(), 0).sum().round(decimals=3))  # 2 weights are kept
+        2.0
     """
     one = torch.ones((), dtype=torch.float64, device=weights.device)
     scale = torch.stack([one if s.scale is None else s.scale.double() for s in segments])
@@ -80,7 +94,18 @@ def soft_top_k(weights: LatentWeights, segments: Sequence[Segment], beta: Tensor
 
 
 def shared_budgets(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
-    """Return 1.0 for pairs of segments that share a cutoff, else 0.0: (segments, segments)."""
+    """Return 1.0 for pairs of segments that share a cutoff, else 0.0.
+
+    Returns:
+        float64 of shape (segments, segments).
+
+    Example:
+        >>> from torch_feather.selection import Cutoff
+        >>> weights = LatentWeights([torch.tensor([1.0, 2.0, 3.0, 4.0])])
+        >>> cutoff = Cutoff(torch.tensor(2.0), torch.tensor(3), torch.tensor(2.0))
+        >>> shared_budgets(weights, [Segment(0, 2, cutoff), Segment(2, 4, cutoff)]).tolist()
+        [[1.0, 1.0], [1.0, 1.0]]
+    """
     groups = first_with_cutoff(segments)
 
     def make(weights: LatentWeights) -> Tensor:
@@ -93,20 +118,24 @@ def shared_budgets(weights: LatentWeights, segments: Sequence[Segment]) -> Tenso
 def _root(
     logits: Sequence[Tensor], signs: Sequence[Tensor], counts: Tensor, cost: Tensor, same: Tensor
 ) -> Tensor:
-    """Return mu of each segment: the sum of c m over pruned weights equals that of c (1 - m) over kept.
+    """Return mu of each segment, the root of
 
-    Both sums run over the segments that share a budget. Newton's method on the difference of their
-    logarithms, which is linear in mu if all logits are equal or if a gap separates kept and pruned
-    weights, with bisection outside of the bracket. Logits are 0 at the largest pruned value, so the
-    root lies below log(2 sum c / min c). More than 40 below minus that, the sums are 0 to rounding.
-    Each evaluation is a pass over the weights.
+        sum of c m over pruned weights = sum of c (1 - m) over kept weights
+
+    with sums over the segments that share a budget. Newton's method is applied to the difference of
+    their logarithms. It is linear in mu if all logits are equal, or if a gap separates kept and
+    pruned weights. Steps that leave the bracket are replaced by bisection. Each evaluation is a
+    pass over the weights.
+
+    Logits are 0 at the largest pruned value, so the root lies below log(2 sum c / min c). More than
+    40 below minus that bound, the sums are 0 to rounding.
 
     Args:
         logits: beta (v / c - h), one flat tensor per segment.
         signs: 1 for pruned weights, -1 for kept ones.
         counts: pruned and kept weights of each segment, of shape (segments, 2), float64.
         cost: c of each segment, float64.
-        same: see `shared_budgets`.
+        same: which segments share a budget, from `shared_budgets`.
     """
     pruned, kept = (same @ (cost[:, None] * counts)).unbind(1)
     trivial = (kept == 0) | (pruned == 0)
@@ -115,12 +144,14 @@ def _root(
     eps = torch.finfo(logits[0].dtype).eps
     for _ in range(PASSES):
         rows = [_sums(x, s, mu[j]) for j, (x, s) in enumerate(zip(logits, signs, strict=True))]
-        excess, rise, lack, fall = (same @ (cost[:, None] * torch.stack(rows))).unbind(1)
-        step = (excess / lack).log() / (rise / excess + fall / lack)
-        exact = trivial | (torch.maximum(excess, lack) <= eps * kept)
+        # Both sides of the equation, and the absolute values of their derivatives.
+        sums = same @ (cost[:, None] * torch.stack(rows))
+        left, left_slope, right, right_slope = sums.unbind(1)
+        step = (left / right).log() / (left_slope / left + right_slope / right)
+        exact = trivial | (torch.maximum(left, right) <= eps * kept)
         step = step.masked_fill(exact, 0.0)
-        low, high = torch.where(excess < lack, mu, low), torch.where(excess > lack, mu, high)
-        newton, near = mu - step, step.abs() <= eps**0.5  # the next one would be its square
+        low, high = torch.where(left < right, mu, low), torch.where(left > right, mu, high)
+        newton, near = mu - step, step.abs() <= eps**0.5  # the next step would be its square
         inside = (newton > low) & (newton < high)
         mu = torch.where(near | inside, newton, (low + high) / 2)
         if not devices.synchronizes(mu.device) and bool(near.all()):
@@ -129,9 +160,12 @@ def _root(
 
 
 def _sums(x: Tensor, sign: Tensor, mu: Tensor) -> Tensor:
-    """Return the sums of e and of e (1 - e) over pruned and over kept weights; float64, shape (4,).
+    """Return the sums of e and e (1 - e) over pruned weights, then over kept ones.
 
     e is m for pruned weights and 1 - m for kept ones, which keeps the digits of small values.
+
+    Returns:
+        float64 of shape (4,).
     """
     total = x.new_zeros(4, dtype=torch.float64)
     for part, s in zip(x.split(_block(x)), sign.split(_block(x)), strict=True):

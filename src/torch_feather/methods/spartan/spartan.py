@@ -1,4 +1,4 @@
-"""Spartan: weights times a soft top-k mask, cut hard, and differentiated through the mask."""
+"""Spartan: weights times a soft top-k mask that is 0 on pruned weights and is differentiated."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ...errors import ConfigurationError
 from ...gradient_rules import StraightThrough
 from ...operators import Hard
 from ...schedules import Linear, count_steps
-from ...weights.latent import LatentWeights, PerTensor, write_if
+from ...weights.latent import LatentWeights, PerTensor
 from ...weights.passes import keep_nonzero, pruned_mask
 from ...weights.segments import Segment, position_of
-from ..base import Completion, Gradients, Pruning, Rate
+from ..base import Completion, Gradients, Pruning
 from ..magnitude import MagnitudePruning, Method
 from ..options import make_allocation
 from .soft_top_k import SoftTopK, shared_budgets, soft_top_k
@@ -58,10 +58,18 @@ def spartan(
 
 @dataclass(frozen=True)
 class SpartanMethod:
-    """The parts of Spartan; see `spartan`.
+    """The parts of Spartan.
+
+    Attributes:
+        beta, allocation, end, freeze: as for `spartan`.
 
     Raises:
         ConfigurationError: beta is not a positive number, or a step is not an integer.
+
+    Example:
+        >>> from torch_feather.allocation import Global
+        >>> SpartanMethod(beta=10, allocation=Global(), freeze=80.0)  # doctest: +ELLIPSIS
+        SpartanMethod(beta=10.0, allocation=..., end=None, freeze=80)
     """
 
     beta: float
@@ -93,24 +101,30 @@ class SpartanMethod:
 class SoftMasks(NamedTuple):
     """The pruning of Spartan."""
 
-    masks: list[Tensor]
+    mask: list[Tensor]
     """m on kept weights and 0 elsewhere, one per weight tensor."""
-    thresholds: Tensor
+    threshold: Tensor
     """Magnitude up to which weights were pruned when the mask was made, of shape (tensors,)."""
     frozen: Tensor
     """Whether the masks are constants, 0-dimensional."""
     soft: SoftTopK | None
-    """The masks before the hard cut; None if they are frozen and the host knows it."""
+    """The masks before pruned weights are set to 0; None if the host knows that they are frozen."""
     segments: list[Segment]
     """The scheduled cutoffs."""
     positions: tuple[int, ...]
     """Position of the segment of each weight tensor."""
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of the pruning, without the mask, which lies in the state."""
+        own = [t for s in self.segments for t in (*s.cutoff, s.scale) if t is not None]
+        return [self.threshold, self.frozen, *(self.soft or ()), *own]
+
 
 class Spartan(MagnitudePruning):
     """u = w m on kept weights, with m the soft top-k mask around the scheduled cutoff.
 
-    The hard cut is straight-through, the mask is not: with v = |w|, G = g w and g = dL/du,
+    The gradient passes straight through the hard threshold, but not through the mask. With v = |w|,
+    g = dL/du and G = g w,
 
         dL/dw = g m + sign(w) beta m (1 - m) (G / c - X),   X = sum G m (1 - m) / sum c m (1 - m)
 
@@ -118,10 +132,19 @@ class Spartan(MagnitudePruning):
     (The paper has k - sum c m^2 for the latter sum; the two are equal.) A frozen mask is a
     constant, 0 on pruned weights: dL/dw = g m.
 
-    State, per tensor: `mask` and `threshold` of a frozen mask (see `SoftMasks`), and `frozen`.
+    State: `mask`, `threshold` and `frozen` of the present pruning, see `SoftMasks`.
+
+    Example:
+        >>> from torch import nn
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> bound = spartan(sparsity=0.5).bind(context)
+        >>> u = bound.effective_weights(weights, bound.update(weights, torch.tensor(2)))
+        >>> u[0] / weights.views[0]
+        tensor([[0.0000, 0.0000, 0.9466, 0.9998]])
     """
 
-    keeps_zeros = False  # soft masks of that budget would shrink all other weights at once
+    keeps_zeros = False  # soft masks at the budget of a sparse start would shrink all weights
 
     def __init__(self, context: MethodContext, method: Method, beta: float, freeze: int):
         super().__init__(context, method)
@@ -132,7 +155,13 @@ class Spartan(MagnitudePruning):
             "threshold": PerTensor.of(torch.zeros(n, dtype=weights.wide, device=weights.device)),
             "frozen": PerTensor.of(torch.zeros(n, dtype=torch.bool, device=weights.device)),
         }
-        self.facts = replace(self.facts, pulls_back=True, completes=True, on_shards=False)
+        self.facts = replace(
+            self.facts,
+            pulls_back=True,
+            completes=True,
+            on_shards=False,
+            stored=("mask", "threshold", "frozen"),
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -156,33 +185,33 @@ class Spartan(MagnitudePruning):
             m = soft.mask(w.abs().to(weights.wide), j)
             new.append(m.masked_fill_(pruned_mask(weights, segments, i), 0.0))
         found = torch.stack([segments[j].threshold for j in positions])
-        if not read or stays.any():  # a state of several optimizers is loaded part by part
+        if not read or stays.any():  # states of several optimizers are loaded one after another
             new = [torch.where(*pair) for pair in zip(stays, masks, new, strict=True)]
             found = torch.where(stays, threshold, found)
         return SoftMasks(new, found, done, soft, segments, positions)
 
     def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
-        pairs = zip(weights.views, pruning.masks, strict=True)
+        pairs = zip(weights.views, pruning.mask, strict=True)
         return [_effective(w, mask) for w, mask in pairs]
 
     def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
-        return pruning.masks[i] == 0
+        return pruning.mask[i] == 0
 
     def threshold(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
-        return pruning.thresholds[i]
+        return pruning.threshold[i]
 
     # Gradients
 
     def _mask_and_gain(
         self, weights: LatentWeights, pruning: SoftMasks, i: int
     ) -> tuple[Tensor, Tensor]:
-        """Return m before the hard cut and 1 + beta (1 - m) v / c, for all weights of tensor i."""
+        """Return the soft mask m and 1 + beta (1 - m) v / c, for all weights of tensor i."""
         assert pruning.soft is not None
         j, magnitudes = pruning.positions[i], weights.views[i].abs().to(weights.wide)
         m = pruning.soft.mask(magnitudes, j)
         rate = pruning.soft.beta * pruning.soft.scale[j]
         if devices.synchronizes(weights.device):
-            m = torch.where(pruning.frozen, pruning.masks[i], m)
+            m = torch.where(pruning.frozen, pruning.mask[i], m)
             rate = rate.masked_fill(pruning.frozen, 0.0)
         return m, (1 - m).mul_(magnitudes).mul_(rate).add_(1)
 
@@ -191,7 +220,7 @@ class Spartan(MagnitudePruning):
     ) -> Tensor:
         """Return g m + sign(w) beta m (1 - m) g w / c, for pruned weights too."""
         if not devices.synchronizes(weights.device) and pruning.frozen:
-            factor = pruning.masks[i]
+            factor = pruning.mask[i]
         else:
             m, gain = self._mask_and_gain(weights, pruning, i)
             factor = m.mul_(gain)
@@ -228,28 +257,6 @@ class Spartan(MagnitudePruning):
         for j, slope, g, w in zip(positions, slopes, gradients, weights.views, strict=True):
             terms.append(None if g is None else slope.mul_(w.sign()).mul_(cross[j]).neg_())
         return Completion(terms=terms)
-
-    def after_step(
-        self,
-        weights: LatentWeights,
-        pruning: Pruning,
-        gradients: Gradients,
-        step: Tensor,
-        lr: Rate,
-        taken: bool | Tensor,
-    ) -> None:
-        super().after_step(weights, pruning, gradients, step, lr, taken)
-        frozen = self.state["frozen"].flat
-        if not devices.synchronizes(weights.device):
-            if step < self.freeze or frozen.all():
-                return
-            pruning = self.update(weights, step)
-        # The first frozen mask stays. On a device it is written one step later, since solving for
-        # it here too would double the cost of every step.
-        old = [*self.state["mask"].rows, self.state["threshold"].flat]
-        new = [*pruning.masks, pruning.thresholds]
-        write_if(pruning.frozen & taken, old, new)
-        write_if(taken, [frozen], [frozen | pruning.frozen])
 
 
 def _effective(w: Tensor, mask: Tensor) -> Tensor:
