@@ -21,7 +21,7 @@ from pathlib import Path
 
 RESULTS = {
     None: "not run", 0: "survived", 1: "killed", 3: "killed", 5: "no tests", 33: "no tests",
-    24: "timed out", -24: "timed out", 36: "timed out", 152: "timed out", 255: "timed out",
+    24: "timed out", -24: "timed out", 36: "timed out", 152: "timed out", 255: "worker failed",
 }  # fmt: skip
 
 
@@ -84,14 +84,16 @@ def sample(folder: Path, count: int, seed: int, seconds: float) -> list[str]:
         covered = tests_of.get(re.sub(r"__mutmut_\d+$", "", name))
         if len(chosen) < count and covered and not is_message(*change(names[name][0], name)):
             chosen.append(name)
+    (folder / "sample.json").write_text(json.dumps(chosen))
     return chosen
 
 
 def report(folder: Path) -> str:
-    """Return a Markdown table of the counts and one of the mutants that were not killed."""
+    """Return Markdown tables of the sample: counts, and mutants that were not killed."""
     rows, counts = [], Counter()
+    chosen = set(json.loads((folder / "sample.json").read_text()))
     for name, (path, code) in mutants(folder).items():
-        if code is None:
+        if name not in chosen:
             continue
         result = RESULTS.get(code, f"exit code {code}")
         counts[result] += 1
