@@ -50,7 +50,7 @@ NAVIGATION = {
         "Reference": ["docs/reference/index", "docs/design", "CONTRIBUTING", "CHANGELOG"],
     },
     "docs/methods/README": {"": ["*"]},
-    "results/README": {"": ["claims", "own_methods", "restructuring", "*/table"]},
+    "results/README": {"": ["claims", "own_methods", "restructuring", "mutation", "*/table"]},
 }
 
 
