@@ -53,7 +53,12 @@ class Prunable:
 
 
 def find_prunable(
-    model: nn.Module, include: Filters = None, exclude: Filters = None, *, frozen: bool = True
+    model: nn.Module,
+    include: Filters = None,
+    exclude: Filters = None,
+    *,
+    frozen: bool = True,
+    computed: bool = True,
 ) -> list[Prunable]:
     """Return the prunable weights of a model, in the order of `named_modules`; tied ones once.
 
@@ -64,6 +69,7 @@ def find_prunable(
     A filter has one of these forms; `include` and `exclude` take one, or several in an iterable:
 
     - A glob on the dotted parameter name, such as ``"blocks.*.weight"``; ``*`` matches dots too.
+      Brackets match themselves, or one of the characters within: ``"stage[12].*"``.
     - A compiled regex, searched in the name.
     - A module type. Within modules of this type, `include` chooses the default weights, and the
       modules' own parameters with two or more dimensions. `exclude` matches all parameters.
@@ -74,6 +80,8 @@ def find_prunable(
         include: filters that replace the default choice.
         exclude: filters of weights that are not prunable.
         frozen: whether to return weights that do not require gradients too.
+        computed: whether a chosen weight that is computed from other parameters is an error;
+            otherwise it is left out, and so is one without a shape.
 
     Raises:
         ConfigurationError: `model` is not a module; or a glob, regex or type matches nothing. Also
@@ -103,25 +111,27 @@ def find_prunable(
     for one in chosen:
         if one.key in excluded or one.key in found:
             continue
-        parameter = _usable(one)
-        found[one.key] = Prunable(one.name, one.module, one.attribute, parameter)
+        if problem := _problem(one):
+            if computed:
+                raise ConfigurationError(problem)
+            continue
+        assert one.parameter is not None
+        found[one.key] = Prunable(one.name, one.module, one.attribute, one.parameter)
     return [item for item in found.values() if frozen or item.parameter.requires_grad]
 
 
-def _usable(one: _Named) -> nn.Parameter:
-    """Return the parameter; raise ConfigurationError if it cannot be pruned."""
+def _problem(one: _Named) -> str | None:
+    """Return why a parameter cannot be pruned; None if it can."""
     name, kind = one.name, type(one.module).__name__
     if one.parameter is None:
-        raise ConfigurationError(
+        return (
             f"{name} is computed from other parameters ({kind} is parametrized or weight-normed), "
             "so its zeros would not last. Remove the parametrization first, or leave the layer "
             f"out: exclude={name!r}."
         )
     if isinstance(one.parameter, nn.parameter.UninitializedParameter):
-        raise ConfigurationError(
-            f"{name} has no shape yet ({kind} is lazy). Run one batch through the model first."
-        )
-    return one.parameter
+        return f"{name} has no shape yet ({kind} is lazy). Run one batch through the model first."
+    return None
 
 
 def convolutions(model: nn.Module) -> list[tuple[str, Convolution]]:
@@ -335,12 +345,18 @@ def _includes(one: Filter, named: _Named) -> bool:
 def _matches(one: Filter, named: _Named) -> bool:
     """Return whether a filter matches; a type matches everything within modules of it."""
     if isinstance(one, str):
-        return fnmatchcase(named.name, one)
+        return _matches_glob(one, named.name)
     if isinstance(one, re.Pattern):
         return one.search(named.name) is not None
     if isinstance(one, type):
         return any(isinstance(module, one) for module in named.path)
     return bool(one(named.module, named.name))
+
+
+def _matches_glob(pattern: str, name: str) -> bool:
+    """Return whether a glob matches. A name matches itself; brackets may be part of names."""
+    literal = pattern.replace("[", "[[]")
+    return pattern == name or fnmatchcase(name, literal) or fnmatchcase(name, pattern)
 
 
 def _is_matrix(parameter: nn.Parameter | None) -> bool:

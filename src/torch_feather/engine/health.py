@@ -1,7 +1,7 @@
-"""Checks during training: NaN, layers without weights, unexpected zeros.
+"""Checks during training: NaN, layers without weights, unexpected zeros, the end of training.
 
 On an accelerator, `check` does not synchronize the host. It copies counts asynchronously, and reads
-them in a later step.
+them in a later step. The check after the last step is the exception.
 """
 
 from __future__ import annotations
@@ -9,37 +9,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import devices
 from ..errors import FILL_LAYERS, NonFiniteWeightError, some, warn
 from ..methods.base import BoundMethod, Pruning
+from ..prunable import unwrap
 from ..weights.latent import LatentWeights
+from ..weights.shards import local as local_shard
 
 # Steps between two checks that need a pass over the weights, or a copy to the host.
 POLL = 100
+
+ADVICE = "Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
 
 
 class Health:
     """Checks the weights of one training run.
 
     Args:
+        model: the model.
         names: names of the weight tensors.
         total_steps: optimizer steps of the whole training.
 
     Example:
         >>> w = torch.tensor([1.0, torch.nan])
         >>> try:
-        ...     Health(["w"], 100).raise_if_nan(LatentWeights([w]), [w])
+        ...     Health(nn.Module(), ["w"], 100).raise_if_nan(LatentWeights([w]), [w])
         ... except NonFiniteWeightError as error:
         ...     print(str(error)[:20])
         Weights of w are NaN
     """
 
-    def __init__(self, names: Sequence[str], total_steps: int) -> None:
-        self._names = names
+    def __init__(self, model: nn.Module, names: Sequence[str], total_steps: int) -> None:
+        self._model, self._names = model, names
         self._total_steps = total_steps
         self._steps = 0  # since the start of this process
+        self._most_steps = 0  # upper bound of the step count, known without reading the device
+        self._ended = False  # the check after the last step is done
+        # Frozen constants, such as an attention mask of -inf, are no result of training.
+        self._constants = {
+            name
+            for name, parameter in self._parameters()
+            if not parameter.requires_grad and _count_not_finite(parameter).item()
+        }
         self._warned: set[str] = set()
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
@@ -51,7 +64,7 @@ class Health:
         pruning: Pruning,
         step: Tensor,
     ) -> None:
-        """Raise for NaN and warn of empty layers, after a step.
+        """Raise for NaN and warn of empty layers, after a step; after the last, check everything.
 
         Args:
             weights: the latent weights.
@@ -61,16 +74,22 @@ class Health:
             step: optimizer steps taken; on an accelerator the host does not read it.
 
         Raises:
-            NonFiniteWeightError: weights or learned thresholds are NaN.
+            NonFiniteWeightError: weights or learned thresholds are NaN; or, after the last step, a
+                parameter of the model is not finite.
         """
         self._steps += 1
+        self._most_steps += 1
         if not devices.synchronizes(weights.device):
             total = torch.stack([part.sum(dtype=weights.wide) for part in local]).sum()
             if not weights.common(total).isfinite() or not _learned_finite(method):
                 self.raise_if_nan(weights, local, method, pruning)
             if self._steps % POLL == 0 or int(step) in (method.target_step, self._total_steps):
                 self.inspect(weights, local, method, pruning)
+            if int(step) == self._total_steps:
+                self.raise_if_not_finite(weights, local, method, pruning)
         elif not torch.cuda.is_current_stream_capturing():
+            if self._is_last(step):
+                self.raise_if_not_finite(weights, local, method, pruning)
             if self._pending is None and self._steps % POLL == 0:
                 with torch.cuda.device(weights.device):
                     counts = _counts(weights, local, method, pruning)
@@ -82,6 +101,26 @@ class Health:
             elif self._pending is not None and self._is_copied(weights, self._pending[1]):
                 counts, self._pending = self._pending[0], None
                 self._report(weights, local, method, pruning, counts)
+
+    def resume_at(self, step: int) -> None:
+        """Continue at a loaded step.
+
+        Args:
+            step: optimizer steps taken.
+        """
+        self._most_steps, self._ended = step, False
+
+    def _is_last(self, step: Tensor) -> bool:
+        """Return whether this step is the last one, on an accelerator.
+
+        Only the device knows which steps were skipped. So the step is read once the steps that the
+        host knows of may have been enough, and again after as many steps as were missing.
+        """
+        if self._ended or self._most_steps < self._total_steps:
+            return False
+        self._most_steps = int(step)
+        self._ended = self._most_steps >= self._total_steps
+        return self._ended
 
     def inspect(
         self,
@@ -106,19 +145,54 @@ class Health:
         Raises:
             NonFiniteWeightError: names the weight tensors.
         """
-        advice = "Lower the learning rate, clip gradients, or resume from an earlier checkpoint."
         broken = None if method is None else _broken(weights, method, pruning)
         names = [] if broken is None else self._named(broken)
         if names and not self._named(_count_nan(weights, weights.views)):
             raise NonFiniteWeightError(
                 f"The learned thresholds of {some(names)} are not finite, because a weight or a "
-                f"gradient was not. These layers cannot be pruned. {advice}"
+                f"gradient was not. These layers cannot be pruned. {ADVICE}"
             )
         if names := self._named(_count_nan(weights, local)):
             raise NonFiniteWeightError(
                 f"Weights of {some(names)} are NaN. They are kept in the network, so that its loss "
-                f"shows them. {advice}"
+                f"shows them. {ADVICE}"
             )
+
+    @torch.no_grad()
+    def raise_if_not_finite(
+        self,
+        weights: LatentWeights,
+        local: Sequence[Tensor],
+        method: BoundMethod,
+        pruning: Pruning,
+        latent: bool = True,
+    ) -> None:
+        """Raise unless all parameters of the model are finite. The host is synchronized.
+
+        Args:
+            weights, local, method, pruning: as for `check`.
+            latent: whether the latent weights must be finite too.
+
+        Raises:
+            NonFiniteWeightError: names the parameters.
+        """
+        self.raise_if_nan(weights, local, method, pruning)
+        checked = [(n, p) for n, p in self._parameters() if n not in self._constants]
+        if latent:
+            pairs = zip(self._names, weights.views, strict=True)
+            checked += [(f"{name} (latent weights)", view) for name, view in pairs]
+        names = [name for name, _ in checked]
+        counts = [_count_not_finite(part).to(weights.device) for _, part in checked]
+        found = weights.common(torch.stack(counts)).tolist()
+        if broken := [name for name, n in zip(names, found, strict=True) if n]:
+            raise NonFiniteWeightError(
+                f"Training ends with values that are NaN or infinite, in {some(broken)}. {ADVICE}"
+            )
+
+    def _parameters(self) -> list[tuple[str, Tensor]]:
+        """Return all parameters of the model that have values, by name."""
+        named = unwrap(self._model).named_parameters()
+        return [(name.replace("_orig_mod.", ""), p) for name, p in named if not p.is_meta]
 
     def _named(self, found: Tensor) -> list[str]:
         """Return the names of the weight tensors with a nonzero entry."""
@@ -197,6 +271,14 @@ def count_pruned_by(method: BoundMethod, weights: LatentWeights, pruning: Prunin
 def _count_nan(weights: LatentWeights, local: Sequence[Tensor]) -> Tensor:
     """Return the number of NaN of each weight tensor, in all copies of it."""
     return weights.common(torch.stack([part.isnan().sum() for part in local]))
+
+
+def _count_not_finite(tensor: Tensor) -> Tensor:
+    """Return the number of NaN and infinite values of a local shard; 0-dimensional."""
+    part = local_shard(tensor.detach())
+    if part.is_floating_point() and part.dtype.itemsize == 1:
+        part = part.float()  # isfinite has no kernels for 8 bits
+    return part.isfinite().logical_not_().sum()
 
 
 def _thresholds_learned(method: BoundMethod) -> list[Tensor]:

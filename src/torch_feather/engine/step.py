@@ -270,6 +270,7 @@ class Step:
         plain, entries = self.states.read(self.training, one.held, state_dict)
         result = load_state_dict(plain)
         self.states.load(self.training, entries, one.held)
+        self.health.resume_at(int(self.training.count))
         return result
 
     def adopt_loaded_state(self) -> None:
@@ -280,6 +281,7 @@ class Step:
         """
         for one in self.optimizers:
             self.states.adopt(self.training, one.optimizer, one.held)
+        self.health.resume_at(int(self.training.count))
 
     # Checks of changes by other code
 
