@@ -142,6 +142,7 @@ class Expected:
         shapes: their global shapes.
         header: returns the present header of a weight tensor.
         state: the method's present state.
+        absent: entries of it that states of earlier versions lack, with the values they stand for.
         strict: raise for differences; otherwise load the entries that fit.
     """
 
@@ -149,6 +150,7 @@ class Expected:
     shapes: Sequence[torch.Size]
     header: Callable[[int], Header]
     state: Mapping[str, PerTensor]
+    absent: Mapping[str, PerTensor]
     strict: bool
 
 
@@ -173,7 +175,7 @@ def check_loaded(
 
     Example:
         >>> header = Header(FORMAT, 3, 10, 0, 0, 0, 0)
-        >>> expected = Expected(["w"], [torch.Size([2])], lambda i: header, {}, strict=True)
+        >>> expected = Expected(["w"], [torch.Size([2])], lambda i: header, {}, {}, strict=True)
         >>> check_loaded(expected, {0: exported(torch.ones(2), header)}, [0])[0].latent
         tensor([1., 1.])
     """
@@ -203,7 +205,8 @@ def _check_one(expected: Expected, own: Entries, i: int, hint: str) -> Loaded | 
     latent, saved = own["latent"], Header.read(own["header"])
     if saved is None:
         raise StateError(f"The state's header for {name} is damaged. Load another checkpoint.")
-    differences = saved.differences(expected.header(i))
+    present = expected.header(i)
+    differences = saved.differences(present)
     if latent.shape != shape:
         differences.append(
             f"its latent weights have shape {tuple(latent.shape)}, the parameter {tuple(shape)}"
@@ -211,6 +214,8 @@ def _check_one(expected: Expected, own: Entries, i: int, hint: str) -> Loaded | 
     state = {}
     for key, entry in expected.state.items():
         value = from_bytes(own.get(key), entry.rows[i])
+        if key not in own and key in expected.absent and saved.method == present.method:
+            value = expected.absent[key].rows[i]
         if value is not None:
             state[key] = value
         else:

@@ -117,6 +117,7 @@ class StateDicts:
             [parameter.shape for parameter in training.binding.parameters],
             lambda i: self.header(training, i),
             training.method.state,
+            training.method.facts.absent,
             self.strict,
         )
         return checkpoint.check_loaded(expected, found, positions, foreign, hint)

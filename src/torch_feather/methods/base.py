@@ -55,6 +55,8 @@ class Facts:
             1 after each pass and each step.
         stored: fields of the pruning, a NamedTuple, that the engine copies into the entries of
             `state` with the same names after each update of its own weights.
+        absent: entries of `state` that states of version 0.1 do not have, with the values that they
+            stand for.
         passes: forward and backward passes per step, each with random numbers of its own.
         exact: exactly round(s N) weights are zero from `target_step` on.
         on_shards: works if the weights are sharded over processes.
@@ -71,6 +73,7 @@ class Facts:
     clips_own: bool = True
     random: str | None = None
     stored: tuple[str, ...] = ()
+    absent: Mapping[str, PerTensor] = field(default_factory=dict)
     passes: int = 1
     exact: bool = True
     on_shards: bool = False

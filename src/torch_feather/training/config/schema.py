@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigurationError
-from ...methods import method_options
+from ...methods import method_options, unused_options
 from ..deprecation import renamed_fields
 
 DENSE = "dense"
@@ -248,7 +248,9 @@ class Config:
         """
         defaults = {} if self.method == DENSE else method_options(self.method)
         defaults = {option: value for option, value in defaults.items() if _is_plain(value)}
-        return replace(self, options=defaults | self.options)
+        unused = unused_options(self.method, self.options)
+        options = defaults | self.options
+        return replace(self, options={o: v for o, v in options.items() if o not in unused})
 
 
 def _is_plain(value: Any) -> bool:
