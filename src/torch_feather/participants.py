@@ -39,12 +39,12 @@ def remember(model: nn.Module, prunable: Iterable[Prunable]) -> None:
         _attributes[item.module] = (*_attributes.get(item.module, ()), item.attribute)
 
 
-def remember_names(model: nn.Module, names: Collection[str]) -> None:
+def remember_names(model: nn.Module, names: Collection[str] | None) -> None:
     """Remember which weights take part, by name, such as those that a file stores.
 
     Args:
         model: the model.
-        names: names of its weights. Unknown names are ignored.
+        names: names of its weights. Unknown names are ignored. None if they are not known.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -52,7 +52,7 @@ def remember_names(model: nn.Module, names: Collection[str]) -> None:
         >>> participants(model)
         ['1.weight']
     """
-    known = set(names)
+    known = set(names or ())
     found = find_prunable(model, lambda _, name: name in known, computed=False)
     remember(model, found)
 
@@ -135,9 +135,7 @@ def choose(model: nn.Module, include: Filters = None, exclude: Filters = None) -
     """
     remembered = include is None and participants(model) is not None
     if include is None:
-        weights = find_prunable(
-            model, took_part if remembered else None, exclude, computed=False
-        )
+        weights = find_prunable(model, took_part if remembered else None, exclude, computed=False)
     else:
         weights = find_prunable(model, include, exclude)
     held = {id(item.parameter) for item in weights}

@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from .errors import ConfigurationError, some
+from .filters import (
+    Filter,
+    Filters,
+    flat_filters,
+    matches_glob,
+    nothing_matched,
+    text_of,
+)
 
-Filter = str | re.Pattern[str] | type[nn.Module] | Callable[[nn.Module, str], bool]
-Filters = Filter | Iterable[Filter] | None
 Convolution = nn.modules.conv._ConvNd
 
 # Parameters that are prunable by default, by the class of their module (subclasses included). All
@@ -52,6 +56,7 @@ class Prunable:
     parameter: nn.Parameter
 
 
+# long: the docstring lists the forms of filters.
 def find_prunable(
     model: nn.Module,
     include: Filters = None,
@@ -129,7 +134,7 @@ def _problem(one: _Named) -> str | None:
             "so its zeros would not last. Remove the parametrization first, or leave the layer "
             f"out: exclude={name!r}."
         )
-    if isinstance(one.parameter, nn.parameter.UninitializedParameter):
+    if is_lazy(one.parameter):
         return f"{name} has no shape yet ({kind} is lazy). Run one batch through the model first."
     return None
 
@@ -146,16 +151,6 @@ def convolutions(model: nn.Module) -> list[tuple[str, Convolution]]:
         for one in _named(unwrap(model))
         if isinstance(one.module, Convolution) and one.attribute == "weight"
     ]
-
-
-def list_filters(filters: Filters) -> list[Filter] | None:
-    """Return filters as a list, which can be read twice; None for None.
-
-    Example:
-        >>> list_filters(name for name in ("a.*", "b.*"))
-        ['a.*', 'b.*']
-    """
-    return None if filters is None else list(_flat(filters))
 
 
 def group_prunable(
@@ -189,7 +184,7 @@ def group_prunable(
         own = [i for i in matching if groups[i] < 0]
         if not own:
             raise ConfigurationError(
-                f"sparsity: every weight that {_text(one)} matches is matched by an entry before "
+                f"sparsity: every weight that {text_of(one)} matches is matched by an entry before "
                 "it already. The first match counts: put the special ones first."
             )
         for i in own:
@@ -201,6 +196,16 @@ def group_prunable(
             'such as "*": 0.9 (0 keeps them dense), or leave them out: exclude=.'
         )
     return groups
+
+
+def is_lazy(parameter: Any) -> bool:
+    """Return whether a parameter has no shape yet.
+
+    Example:
+        >>> is_lazy(nn.LazyLinear(2).weight)
+        True
+    """
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -310,28 +315,13 @@ def _matched(
 ) -> list[_Named]:
     """Return the names that at least one of the filters matches, in order."""
     found: set[int] = set()
-    for one in list(_flat(filters)):
+    for one in list(flat_filters(filters)):
         hits = {i for i, name in enumerate(names) if matches(one, name)}
         # A callable may be a rule for any model, such as "all small layers", and match nothing.
         if not hits and (isinstance(one, str | re.Pattern | type)):
             raise _nothing_matched(role, one, names, "parameter")
         found |= hits
     return [names[i] for i in sorted(found)]
-
-
-def _flat(filters: Any) -> Iterator[Filter]:
-    """Yield the filters in nested iterables; raise ConfigurationError for anything else."""
-    rule = callable(filters) and not isinstance(filters, nn.Module)
-    if isinstance(filters, str | re.Pattern | type) or rule:
-        yield filters
-    elif isinstance(filters, Iterable):
-        for one in filters:
-            yield from _flat(one)
-    else:
-        raise ConfigurationError(
-            "include and exclude take a glob, a compiled regex, a module type, a callable "
-            f"(module, name) -> bool, or several of these; got {filters!r}."
-        )
 
 
 def _includes(one: Filter, named: _Named) -> bool:
@@ -345,7 +335,7 @@ def _includes(one: Filter, named: _Named) -> bool:
 def _matches(one: Filter, named: _Named) -> bool:
     """Return whether a filter matches; a type matches everything within modules of it."""
     if isinstance(one, str):
-        return _matches_glob(one, named.name)
+        return matches_glob(one, named.name)
     if isinstance(one, re.Pattern):
         return one.search(named.name) is not None
     if isinstance(one, type):
@@ -353,15 +343,9 @@ def _matches(one: Filter, named: _Named) -> bool:
     return bool(one(named.module, named.name))
 
 
-def _matches_glob(pattern: str, name: str) -> bool:
-    """Return whether a glob matches. A name matches itself; brackets may be part of names."""
-    literal = pattern.replace("[", "[[]")
-    return pattern == name or fnmatchcase(name, literal) or fnmatchcase(name, pattern)
-
-
 def _is_matrix(parameter: nn.Parameter | None) -> bool:
     """Return whether a parameter has two or more dimensions, or none that are known yet."""
-    if parameter is None or isinstance(parameter, nn.parameter.UninitializedParameter):
+    if parameter is None or is_lazy(parameter):
         return True
     return parameter.dim() >= 2
 
@@ -370,30 +354,5 @@ def _nothing_matched(
     role: str, one: Filter, candidates: Sequence[_Named], noun: str
 ) -> ConfigurationError:
     """Return the error for a filter without a match; it names similar candidates."""
-    if isinstance(one, type):
-        kinds = dict.fromkeys(type(m).__name__ for c in candidates for m in c.path[1:] or c.path)
-        hint = f" There are modules of type {some(list(kinds), 8)}."
-        return ConfigurationError(
-            f"{role}: {_text(one)} holds no {noun}, so there is nothing to prune in it.{hint}"
-        )
-    names = list(dict.fromkeys(candidate.name for candidate in candidates))
-    text = one if isinstance(one, str) else one.pattern if isinstance(one, re.Pattern) else ""
-    core = text.replace("\\", "").strip("*.^$")
-    modules = {f"{name.rpartition('.')[0]}.*" for name in names if "." in name}
-    if f"{core}.*" in modules and text != f"{core}.*":
-        hint = f"; did you mean {core + '.*'!r}?"
-    elif core and any(core in name for name in names):
-        hint = f"; did you mean {f'*{core}*'!r}?"
-    elif near := get_close_matches(text, [*names, *modules], n=3):
-        hint = f"; did you mean {' or '.join(map(repr, near))}?"
-    else:
-        hint = f". There are {some(names, 8)}."
-    return ConfigurationError(
-        f"{role}: {_text(one)} matches the name of no {noun}, so there is nothing to prune in "
-        f"it{hint}"
-    )
-
-
-def _text(one: Filter) -> str:
-    """Return a filter as text for a message."""
-    return one.__name__ if isinstance(one, type) else repr(one)
+    kinds = (type(m).__name__ for c in candidates for m in c.path[1:] or c.path)
+    return nothing_matched(role, one, [c.name for c in candidates], kinds, noun)

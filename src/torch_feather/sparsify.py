@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from .errors import ConfigurationError
 from .methods import AnyMethod, build_method
-from .prunable import Filters, find_prunable, list_filters
+from .filters import Filters, list_filters
+from .prunable import find_prunable
 from .sparsifier import Sparsifier
 from .targets import Sparsity, Target, check_fraction
 from .weights.shards import reshard

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import devices
 from ..errors import FILL_LAYERS, NonFiniteWeightError, some, warn
 from ..methods.base import BoundMethod, Pruning
-from ..prunable import unwrap
+from ..prunable import is_lazy, unwrap
 from ..weights.latent import LatentWeights
 from ..weights.shards import local as local_shard
 
@@ -192,7 +192,8 @@ class Health:
     def _parameters(self) -> list[tuple[str, Tensor]]:
         """Return all parameters of the model that have values, by name."""
         named = unwrap(self._model).named_parameters()
-        return [(name.replace("_orig_mod.", ""), p) for name, p in named if not p.is_meta]
+        valued = ((name, p) for name, p in named if not (is_lazy(p) or p.is_meta))
+        return [(name.replace("_orig_mod.", ""), p) for name, p in valued]
 
     def _named(self, found: Tensor) -> list[str]:
         """Return the names of the weight tensors with a nonzero entry."""

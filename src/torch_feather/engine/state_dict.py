@@ -139,8 +139,11 @@ class StateDicts:
         found, foreign = checkpoint.by_position(entries, _positions(training, held))
         return plain, self.check(training, found, held, foreign)
 
-    def adopt(self, training: Training, optimizer: Optimizer, held: Sequence[int]) -> None:
+    def adopt(self, training: Training, optimizer: Optimizer, held: Sequence[int]) -> bool:
         """Load entries that were loaded into an optimizer before `sparsify` was called.
+
+        Returns:
+            Whether there were any.
 
         Args:
             training: the training run.
@@ -152,11 +155,12 @@ class StateDicts:
         """
         entries = checkpoint.take_live_entries(optimizer)
         if not entries:
-            return
+            return False
         found, foreign = checkpoint.by_position(entries, _positions(training, held))
         loaded = self.check(training, found, held, foreign, checkpoint.RELAXED_EARLY)
         self.load(training, loaded, held)
         checkpoint.drop_live_entries(optimizer)
+        return True
 
     @torch.no_grad()
     def load(

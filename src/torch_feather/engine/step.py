@@ -280,8 +280,8 @@ class Step:
             StateError: the state belongs to another run.
         """
         for one in self.optimizers:
-            self.states.adopt(self.training, one.optimizer, one.held)
-        self.health.resume_at(int(self.training.count))
+            if self.states.adopt(self.training, one.optimizer, one.held):
+                self.health.resume_at(int(self.training.count))
 
     # Checks of changes by other code
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import FILL_LAYERS, ConfigurationError, some, warn
 from ..participants import Chosen, choose, tell_once
-from ..prunable import Filters, Prunable, unwrap
+from ..prunable import Filters, Prunable, is_lazy, unwrap
 from ..weights.shards import count_nonzero
 from .flops import count_flops
 
@@ -50,6 +50,11 @@ class LayerReport:
     def empty(self) -> bool:
         """Whether every weight is 0, so that the output does not depend on the input."""
         return 0 < self.weights == self.zeros
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as numbers, strings and lists, for JSON."""
+        derived = {"sparsity": self.sparsity, "empty": self.empty}
+        return asdict(self) | {"shape": list(self.shape)} | derived
 
 
 @dataclass(frozen=True)
@@ -127,15 +132,11 @@ class Report:
             "parameters": self.parameters,
             "sparsity_of_all": self.sparsity_of_all,
             "sparsity_with_others": self.sparsity_with_others,
-            "others": [layer.name for layer in self.others],
             "dense_macs": self.dense_macs,
             "sparse_macs": self.sparse_macs,
             "empty_layers": self.empty_layers,
-            "layers": [
-                asdict(layer)
-                | {"shape": list(layer.shape), "sparsity": layer.sparsity, "empty": layer.empty}
-                for layer in self.layers
-            ],
+            "layers": [layer.to_dict() for layer in self.layers],
+            "others": [layer.to_dict() for layer in self.others],
         }
 
     def __str__(self) -> str:
@@ -194,7 +195,7 @@ def report(
         )
 
     layers, others = [entry(item) for item in chosen.weights], [entry(i) for i in chosen.others]
-    parameters = sum(parameter.numel() for parameter in unwrap(model).parameters())
+    parameters = sum(p.numel() for p in unwrap(model).parameters() if not is_lazy(p))
     return Report(layers, *totals, parameters, others=others)
 
 

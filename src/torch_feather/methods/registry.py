@@ -138,9 +138,12 @@ def method_options(name: str) -> dict[str, Any]:
     """
     parameters = inspect.signature(find_method(name)).parameters.values()
     kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
-    parameters = [p for p in parameters if p.name != "sparsity" and p.kind not in kinds]
     option, default, _ = ALTERNATIVES.get(name, ("", None, ""))
-    return {p.name: default if p.name == option else p.default for p in parameters}
+    return {
+        p.name: default if p.name == option else p.default
+        for p in parameters
+        if p.name != "sparsity" and p.kind not in kinds
+    }
 
 
 def unused_options(name: str, options: Mapping[str, Any]) -> set[str]:

@@ -314,8 +314,7 @@ def _stay_dense(context: MethodContext, below: int) -> tuple[bool, ...]:
     groups = {name: layer.groups for name, layer in convolutions(context.model)}
     sizes = [shape.numel() for shape in context.weights.shapes]
     return tuple(
-        size * groups.get(name, 1) < below
-        for name, size in zip(context.names, sizes, strict=True)
+        size * groups.get(name, 1) < below for name, size in zip(context.names, sizes, strict=True)
     )
 
 
