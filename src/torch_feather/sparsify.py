@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .errors import ConfigurationError
-from .methods import AnyMethod, build_method
 from .filters import Filters, list_filters
+from .methods import AnyMethod, build_method
 from .prunable import find_prunable
 from .sparsifier import Sparsifier
 from .targets import Sparsity, Target, check_fraction

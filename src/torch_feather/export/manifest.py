@@ -136,7 +136,7 @@ def write(
     """
     document = {"version": VERSION, "sparsity": sparsity, "tensors": tensors, "tied": tied}
     if prunable is not None:
-        document["prunable"] = list(prunable)
+        document["prunable"] = [n for n in prunable if n in tensors or n in tied]
     try:
         text = json.dumps(
             document | {"metadata": dict(metadata)}, separators=(",", ":"), allow_nan=False

@@ -80,9 +80,8 @@ def save_sparse(
             weights, zeros = weights + tensor.numel(), zeros + tensor.numel() - nonzeros
     _warn_if_dense(zeros, weights)
     sparsity = zeros / weights if weights else 0.0
-    if prunable is None and isinstance(model, nn.Module):
-        prunable = participants(model)
-    header = manifest.write(descriptions, tied, sparsity, metadata or {}, prunable)
+    known = participants(model) if isinstance(model, nn.Module) else None
+    header = manifest.write(descriptions, tied, sparsity, metadata or {}, prunable or known)
     data = save(parts, metadata=header)
     replace_file(Path(path), lambda file: file.write(data))
 

@@ -207,7 +207,9 @@ def layer_table(report: dict[str, Any]) -> Text:
         for name in ("layers", "others")
     )
     names = [field.name for field in fields(Report) if field.name not in ("layers", "others")]
-    values: dict[str, Any] = {key: report.get(key, report.get(OLD_KEYS.get(key))) for key in names}
+    values: dict[str, Any] = {
+        key: report.get(key, report.get(OLD_KEYS.get(key, ""))) for key in names
+    }
     text = Text(str(Report(layers, **values, others=others)))
     text.highlight_regex(r"\A.*", "bold")
     text.highlight_regex(re.compile(f"^.*{EMPTY_MARK}$", re.MULTILINE), "bold red")
