@@ -112,7 +112,9 @@ def _masked(gradient: Tensor, mask: Tensor) -> Tensor:
         return gradient.masked_fill(mask, 0.0)
     gradient = gradient.coalesce()  # of an embedding with sparse=True
     values = gradient.values().masked_fill(mask[tuple(gradient.indices())], 0.0)
-    return torch.sparse_coo_tensor(gradient.indices(), values, gradient.shape, is_coalesced=True)
+    return torch.sparse_coo_tensor(
+        gradient.indices(), values, gradient.shape, is_coalesced=True, check_invariants=False
+    )
 
 
 def keep_zeros(
