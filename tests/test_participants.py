@@ -148,6 +148,17 @@ def test_the_last_call_of_sparsify_counts():
     assert feather.sparsity(dense) == feather.report(copy.deepcopy(model)).sparsity
 
 
+def test_an_average_of_latent_weights_knows_which_weights_took_part():
+    model = frozen()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
+    sparsifier = feather.sparsify(
+        model, optimizer, sparsity=0.9, total_steps=2, schedule="constant"
+    )
+    average = feather.LatentAverage(sparsifier)
+    averaged = average.copy_to(copy.deepcopy(model))
+    assert quiet_sparsity(averaged) == quiet_sparsity(model) == round(0.9 * 740) / 740
+
+
 def test_nothing_of_it_is_in_the_model():
     model, plain = trained("excluded"), mlp()
     for module, other in zip(model.modules(), plain.modules(), strict=True):

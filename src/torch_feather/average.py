@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigurationError, StateError
+from .participants import remember_names
 from .prunable import unwrap
 from .sparsifier import Sparsifier
 from .weights.latent import copy_all
@@ -103,6 +104,7 @@ class LatentAverage:
             target.get_parameter(name).copy_(value)
         for name, buffer in source.named_buffers():
             target.get_buffer(name).copy_(buffer)
+        remember_names(model, training.binding.names)
         return model
 
     def state_dict(self) -> dict[str, Any]:

@@ -177,9 +177,10 @@ def group_prunable(
     aliases = [by_parameter[id(item.parameter)] for item in prunable]
     groups = [-1] * len(prunable)
     for g, one in enumerate(filters):
-        matching = [i for i, a in enumerate(aliases) if any(_matches(one, name) for name in a)]
+        candidates = [name for names in aliases for name in names]
+        hits = {candidates[i] for i in _hits(one, candidates, _matches)}
+        matching = [i for i, names in enumerate(aliases) if not hits.isdisjoint(names)]
         if not matching:
-            candidates = [name for names in aliases for name in names]
             raise _nothing_matched("sparsity", one, candidates, "prunable weight")
         own = [i for i in matching if groups[i] < 0]
         if not own:
@@ -310,13 +311,22 @@ def output_groups(module: nn.Module) -> int | None:
     return 1 if foreign else None
 
 
+def _hits(one: Filter, names: Sequence[_Named], matches: Callable[[Any, _Named], bool]) -> set[int]:
+    """Return the positions of the names that a filter matches; an exact name matches no other."""
+    if isinstance(one, str) and not set("*?") & set(one):
+        exact = {i for i, name in enumerate(names) if name.name == one}
+        if exact:
+            return exact
+    return {i for i, name in enumerate(names) if matches(one, name)}
+
+
 def _matched(
     names: Sequence[_Named], filters: Any, role: str, matches: Callable[[Any, _Named], bool]
 ) -> list[_Named]:
     """Return the names that at least one of the filters matches, in order."""
     found: set[int] = set()
     for one in list(flat_filters(filters)):
-        hits = {i for i, name in enumerate(names) if matches(one, name)}
+        hits = _hits(one, names, matches)
         # A callable may be a rule for any model, such as "all small layers", and match nothing.
         if not hits and (isinstance(one, str | re.Pattern | type)):
             raise _nothing_matched(role, one, names, "parameter")

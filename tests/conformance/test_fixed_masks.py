@@ -202,7 +202,7 @@ def test_a_layer_that_was_pruned_is_kept_without_a_warning():
         sparsifier = feather.sparsify(
             model, optimizer, sparsity=0.75, total_steps=1, schedule="constant"
         )
-        sparsifier.finalize()
+    sparsifier.finalize()
     assert not model[1].weight.any()
     model.append(nn.Linear(16, 4))
     nn.init.zeros_(model[2].weight)
@@ -224,9 +224,9 @@ def test_kept_weights_that_are_zero_are_trained_after_finalize():
         sparsifier = feather.sparsify(
             model, optimizer, sparsity=0.25, total_steps=1, schedule="constant"
         )
-        train(model, optimizer, 1)
-        masks = sparsifier.masks()
-        sparsifier.finalize(keep_masks=True)
+    train(model, optimizer, 1)
+    masks = sparsifier.masks()
+    sparsifier.finalize(keep_masks=True)
     optimizer.param_groups[0]["lr"] = 0.1
     train(model, optimizer, 4)
     assert sum(int((~mask).sum()) for mask in masks.values()) == 32

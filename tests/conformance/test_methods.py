@@ -352,6 +352,7 @@ def test_costs_that_were_given_survive_a_restart():
     [
         ({}, "example_input"),
         ({"gamma": 1.0, "budget": 5.0}, "either"),
+        ({"gamma": 0.25, "budget": 5.0}, "either"),  # also if it is what is used without a budget
         ({"gamma": 1.0}, "example_input"),
         ({"gamma": -1.0, "costs": {}}, "gamma"),
         ({"gamma": 1.0, "costs": "seconds"}, "map weight names to numbers"),
