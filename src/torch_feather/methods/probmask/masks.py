@@ -26,7 +26,7 @@ from .projection import project_
 from .random_numbers import uniform
 
 # Distance of probabilities from 0 and 1 in logits. At 1, where they start, the formula of the
-# gradient is 0/0. The first projection of the public code, 21 halvings, leaves them at this distance.
+# gradient is 0/0. The public code's first projection, 21 halvings, leaves them at this distance.
 MARGIN = 2.0**-21
 # Fractions of the epochs at which pruning begins and ends.
 BEGIN, END = 0.16, 0.6
