@@ -45,7 +45,7 @@ class FileFormatError(FeatherError, ValueError):
 
 
 class NonFiniteWeightError(FeatherError, FloatingPointError):
-    """A latent weight or a learned threshold became NaN."""
+    """A weight or a learned threshold became NaN, or training ends with a value not finite."""
 
 
 class FeatherWarning(UserWarning):

@@ -153,3 +153,25 @@ def test_a_resumed_run_is_checked_after_its_last_step(monkeypatch):
     resumed.optimizer.load_state_dict(task.optimizer.state_dict())
     with pytest.raises(NonFiniteWeightError, match=r"0\.bias"):
         resumed.step("0.bias")
+
+
+class Quantized(torch.Tensor):
+    """A tensor that other code decodes; it has no operations but `detach`."""
+
+    def __new__(cls):
+        return torch.Tensor._make_wrapper_subclass(cls, (4, 4), dtype=torch.float32)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls()
+        raise NotImplementedError(str(function))
+
+
+def test_quantized_weights_are_not_checked():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.base = nn.Parameter(Quantized(), requires_grad=False)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    sparsifier = feather.sparsify(model, optimizer, sparsity=0.5, total_steps=1)
+    optimizer.step()
+    assert sparsifier.finalize() is model
