@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigurationError, StateError, warn
-from ..methods.base import BoundMethod, Completion, Pruning
+from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
 from ..weights.latent import LatentWeights, copy_all
 from ..weights.passes import adopt_written
 from ..weights.shards import fsdp_units, is_sharded, local, local_part, reshard
@@ -91,17 +91,12 @@ class Training:
         """Update thresholds or masks; parameters become u = R(w)."""
         new = store(self.method, self.method.update(self.weights, self.count))
         self.pruning = keep_memory(self.pruning, new, self.weights.device)
-        self.write(self.method.effective_weights(self.weights, self.pruning))
+        self._write()
 
-    @torch.no_grad()
-    def write(self, values: Sequence[Tensor]) -> None:
-        """Write values into the parameters, and record them for the detection of external writes.
-
-        Args:
-            values: one local tensor per weight tensor.
-        """
+    def _write(self) -> None:
+        """Write u into the parameters, and record it for the detection of external writes."""
         held = self.binding.local
-        copy_all(held, values)
+        self.method.write_effective(self.weights, self.pruning, held)
         self.written.record(self.weights, held)
 
     @torch.no_grad()
@@ -140,7 +135,7 @@ class Training:
         if self.weights.shards is None:
             self.write_effective()
             return
-        self.write(self.method.effective_weights(self.weights, self.pruning))
+        self._write()
         self.written.invalidate()
 
     @torch.no_grad()
@@ -265,7 +260,7 @@ class Training:
         held = self.binding.local
         suspects = self.written.suspects(self.weights, held)
         if suspects:
-            effective = self.method.effective_weights(self.weights, self.pruning)
+            effective = effective_weights(self.method, self.weights, self.pruning)
             adopt_written(self.weights, suspects, held, effective)
         return bool(suspects)
 
@@ -285,7 +280,7 @@ class Training:
         if all(old is new for old, new in pairs) and found == self._layout:
             return
         before = self.weights
-        effective = self.method.effective_weights(before, self.pruning)
+        effective = effective_weights(self.method, before, self.pruning)
         check_storage(self.binding.names, current)
         check_shards(before, current)
         for i, (weight, parameter) in enumerate(zip(self.binding.weights, current, strict=True)):

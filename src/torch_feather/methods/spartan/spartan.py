@@ -18,7 +18,8 @@ from ...gradient_rules import StraightThrough
 from ...operators import Hard
 from ...schedules import Linear, count_steps
 from ...weights.latent import LatentWeights, PerTensor
-from ...weights.passes import keep_nonzero, pruned_mask
+from ...weights.kept import keep_nonzero
+from ...weights.passes import pruned_mask
 from ...weights.segments import Segment, position_of
 from ..base import Completion, Gradients, Pruning
 from ..magnitude import MagnitudePruning, Method
@@ -190,9 +191,11 @@ class Spartan(MagnitudePruning):
             found = torch.where(stays, threshold, found)
         return SoftMasks(new, found, done, soft, segments, positions)
 
-    def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
-        pairs = zip(weights.views, pruning.mask, strict=True)
-        return [_effective(w, mask) for w, mask in pairs]
+    def write_effective(
+        self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
+    ) -> None:
+        for w, mask, u in zip(weights.views, pruning.mask, out, strict=True):
+            u.copy_(_effective(w, mask))
 
     def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
         return pruning.mask[i] == 0

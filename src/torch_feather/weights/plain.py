@@ -1,0 +1,252 @@
+"""The effective weights on a CPU with NumPy, block by block in the cache.
+
+`compiled.py` has the same passes as compiled loops, with the same bits. `passes.py` has the form
+for other devices.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import cube_root as root
+from ..operators import Operator, Power
+from ..selection.cpu import INTEGER, magnitude_bits
+from ..threads import for_each, scratch
+from .kept import kept_values
+from .latent import BLOCK, LatentWeights
+from .scores import Piece, as_array
+from .segments import Segment
+
+DENSE = 0.25
+"""Kept fraction of a block above which all its weights are computed, not the kept ones alone."""
+TINY = 2.0**-100
+"""Effective weights of float32 weights above a threshold of this size cannot round to 0."""
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Span(NamedTuple):
+    """Neighbouring local weights that one comparison prunes.
+
+    Example:
+        >>> Span(Piece(torch.ones(2), 0), 3, torch.tensor(0.5)).limit
+        3
+    """
+
+    piece: Piece
+    limit: int
+    """Weights are pruned if the bits of their score are at most this."""
+    tau: Tensor
+    """Threshold of the operator, 0-dimensional."""
+
+
+def spans(weights: LatentWeights, segments: Sequence[Segment]) -> Iterator[Span]:
+    """Yield all local weights in spans.
+
+    Args:
+        weights: the latent weights, on the CPU.
+        segments: cover all weights once.
+
+    Example:
+        >>> from torch_feather.selection import Cutoff
+        >>> weights = LatentWeights([torch.tensor([1.0, 1.0, 2.0])])
+        >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(0), torch.tensor(0.9))
+        >>> [span.piece.values.numel() for span in spans(weights, [Segment(0, 3, cutoff)])]
+        [1, 2]
+    """
+    number = np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
+    for segment in segments:
+        first, end = weights.local_range(segment.start, segment.stop)
+        cutoff, tau = segment.cutoff, segment.threshold
+        value, last = cutoff.value.to(weights.wide).numpy(), int(cutoff.last)
+        limit = int(value.view(INTEGER[number])) if value >= 0 else -1
+        scale = None if segment.scale is None else segment.scale.to(weights.wide).numpy()[()]
+        for part in weights.parts:
+            a, b = max(first, part.start), min(end, part.stop)
+            # Scores equal to the cutoff are pruned up to `last`, so the comparison changes there.
+            middle = min(max(last + 1, a), b)
+            for start, stop, bound in ((a, middle, limit), (middle, b, max(limit, 0) - 1)):
+                if start < stop:
+                    inside = part.flat[start - part.start : stop - part.start]
+                    yield Span(Piece(inside, start, scale), bound, tau)
+
+
+def write_effective(
+    weights: LatentWeights, segments: Sequence[Segment], operator: Operator, out: Sequence[Tensor]
+) -> None:
+    """Write the effective weights; arguments as for `passes.write_effective`.
+
+    Example:
+        >>> from torch_feather.operators import Soft
+        >>> from torch_feather.selection import Cutoff
+        >>> weights, out = LatentWeights([torch.tensor([0.5, -1.0])]), torch.empty(2)
+        >>> cutoff = Cutoff(torch.tensor(0.5), torch.tensor(1), torch.tensor(0.5))
+        >>> write_effective(weights, [Segment(0, 2, cutoff)], Soft(), [out])
+        >>> out
+        tensor([ 0.0000, -0.5000])
+    """
+    targets = Targets(weights, out)
+    blocks = [
+        (span, a, min(a + BLOCK, span.piece.values.numel()))
+        for span in spans(weights, segments)
+        for a in range(0, span.piece.values.numel(), BLOCK)
+    ]
+    for_each(lambda block: _write_block(weights.wide, operator, targets, *block), blocks)
+    torch.autograd.graph.increment_version(list(out))
+
+
+class Targets:
+    """Where the effective weights of local weights are written.
+
+    Args:
+        weights: the layout.
+        out: one local tensor per weight tensor, dense in memory.
+
+    Example:
+        >>> weights, out = LatentWeights([torch.ones(2), torch.ones(3)]), [torch.ones(2)] * 2
+        >>> [(target.size, a, b) for target, a, b in Targets(weights, out).parts(1, 4)]
+        [(1, 0, 1), (2, 1, 3)]
+    """
+
+    def __init__(self, weights: LatentWeights, out: Sequence[Tensor]):
+        held = [i for i, view in enumerate(weights.views) if view.numel()]
+        held.sort(key=weights.local_spans.__getitem__)
+        self._spans = [weights.local_spans[i] for i in held]
+        self._starts = [start for start, _ in self._spans]
+        self._flat = [flat_bits(out[i]) for i in held]
+
+    def parts(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, int, int]]:
+        """Yield memory for the local weights start to stop, and its range relative to `start`."""
+        for j in range(bisect_right(self._starts, start) - 1, len(self._spans)):
+            first, end = self._spans[j]
+            if first >= stop:
+                return
+            a, b = max(start, first), min(stop, end)
+            yield self._flat[j][a - first : b - first], a - start, b - start
+
+
+def flat_bits(tensor: Tensor) -> np.ndarray:
+    """Return the memory of a dense tensor as flat integers of its width.
+
+    Example:
+        >>> flat_bits(torch.tensor([[1.0, 0.0]])).tolist()
+        [1065353216, 0]
+    """
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    return flat.view(INTEGERS[tensor.element_size()]).numpy()
+
+
+def _write_block(
+    wide: torch.dtype, operator: Operator, targets: Targets, span: Span, a: int, b: int
+) -> None:
+    """Write the effective weights of the weights a to b of a span."""
+    values, start = span.piece.values[a:b], span.piece.start + a
+    if span.limit < 0 and (operator.is_identity or operator.identity_at_zero):
+        for target, first, end in targets.parts(start, start + b - a):
+            target[:] = flat_bits(values)[first:end]
+        return
+    w = as_array(values, wide)
+    bits = magnitude_bits(w, span.piece.scale)
+    limit = bits.dtype.type(span.limit)
+    kept = np.greater(bits, limit, out=scratch("above", bits.size, bool))
+    exact = values.dtype == wide and is_plain(operator, span.tau)
+    if exact and np.count_nonzero(kept) > DENSE * bits.size:
+        u = plain_values(w, span.tau.numpy(), operator).view(bits.dtype)
+        mask = np.subtract(limit, bits, out=bits)
+        mask >>= 8 * bits.itemsize - 1  # all bits are set if the score is above the limit
+        mask &= u
+        for target, first, end in targets.parts(start, start + b - a):
+            target[:] = mask[first:end]
+        return
+    index = np.flatnonzero(kept)
+    chosen = w.take(index)
+    if exact:
+        u = plain_values(chosen, span.tau.numpy(), operator).view(bits.dtype)
+    else:
+        u = flat_bits(kept_values(torch.from_numpy(chosen), span.tau, operator, values.dtype))
+    for target, first, end in targets.parts(start, start + b - a):
+        target.fill(0)
+        i, j = np.searchsorted(index, (first, end))
+        target[index[i:j] - first] = u[i:j]
+
+
+def is_plain(operator: Operator, tau: Tensor) -> bool:
+    """Return whether `plain_values` computes this operator at this threshold.
+
+    Example:
+        >>> is_plain(Power(3.0), torch.tensor(0.1)), is_plain(Power(2.5), torch.tensor(0.1))
+        (True, False)
+    """
+    if operator.is_identity:
+        return True
+    known = type(operator) is Power and operator.p in (1.0, 2.0, 3.0)
+    return known and tau.dtype == torch.float32 and (tau == 0 or bool(tau >= TINY))
+
+
+def plain_values(w: np.ndarray, tau: np.ndarray, operator: Operator) -> np.ndarray:
+    """Return the effective values of kept weights, with the bits of the operator.
+
+    Args:
+        w: the weights, flat. Values that are not kept give any number.
+        tau: threshold of the operator, 0-dimensional.
+        operator: one that `is_plain` knows.
+
+    Returns:
+        The argument `w`, or memory of this thread.
+
+    Example:
+        >>> plain_values(np.float32([2.0]), np.float32(0.5), Power(1.0))
+        array([1.5], dtype=float32)
+    """
+    if operator.is_identity or tau == 0:
+        return w
+    assert isinstance(operator, Power)
+    with np.errstate(all="ignore"):
+        out = scratch("values", w.size, w.dtype)
+        if operator.p == 1.0:
+            return np.subtract(w, np.copysign(tau, w, out=out), out=out)
+        ratio = np.divide(tau, np.abs(w, out=out), out=out)
+        power = np.multiply(ratio, ratio, out=scratch("power", w.size, w.dtype))
+        if operator.p == 3.0:
+            power *= ratio
+        rest = np.subtract(np.float32(1), power, out=power)
+        if operator.p == 2.0:
+            np.maximum(rest, np.float32(0), out=rest)
+            return np.multiply(np.sqrt(rest, out=rest), w, out=rest)
+        # That of a kept weight is at least 3 * 2^-24.
+        np.maximum(rest, np.float32(2.0**-24), out=rest)
+        return np.multiply(_cube_root(rest, out), w, out=out)
+
+
+def _cube_root(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Write the cube root of float32 numbers in (0, 1] into `y`, as `cube_root` computes it."""
+    number = np.float32
+    bits, t = y.view(np.int32), scratch("cube", x.size, number)
+    np.copyto(t, x.view(np.int32), casting="unsafe")
+    t *= number(root.THIRD)
+    t += number(root.SHIFT)
+    np.copyto(bits, t, casting="unsafe")
+    np.multiply(y, y, out=t)
+    np.divide(x, t, out=t)
+    t *= number(root.THIRD)
+    y *= number(root.TWO_THIRDS)
+    y += t
+    bits += np.int32(root.HALF_BIT)
+    bits &= np.int32(root.TOP_BITS)
+    cube = np.multiply(y, y, out=t)
+    cube *= y
+    e = np.subtract(x, cube, out=x)
+    e /= cube
+    series = np.multiply(e, number(root.THIRD_TERM), out=t)
+    np.subtract(number(root.SECOND), series, out=series)
+    series *= e
+    np.subtract(number(root.FIRST), series, out=series)
+    series *= e
+    series *= y
+    y += series
+    return y
