@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import devices
-from ..weights.checksum import checksum, checksum_of
+from ..weights.checksum import checksum, checksum_and_nan, checksum_of
 from ..weights.latent import LatentWeights
 
 
@@ -25,6 +25,7 @@ class WriteDetector:
         loaded: checksums of effective weights in a loaded checkpoint, by position. These values may
             differ in the last bits if they were computed on another device; they are not external
             writes.
+        nan: whether a recorded value on a CPU was NaN.
 
     Example:
         >>> w = torch.ones(2)
@@ -40,6 +41,7 @@ class WriteDetector:
     def __init__(self) -> None:
         self.loaded: dict[int, int] = {}
         self._marks: list[tuple[int, int]] = []
+        self.nan = False
 
     def record(self, weights: LatentWeights, local: Sequence[Tensor]) -> None:
         """Record the present values of the parameters.
@@ -48,7 +50,12 @@ class WriteDetector:
             weights: the latent weights.
             local: local shards of the parameters.
         """
-        self._marks = [] if devices.synchronizes(weights.device) else _marks(local)
+        self._marks, self.nan = [], False
+        if not devices.synchronizes(weights.device):
+            found = [checksum_and_nan(part) for part in local]
+            pairs = zip(local, found, strict=True)
+            self._marks = [(part._version, mark) for part, (mark, _) in pairs]
+            self.nan = any(nan for _, nan in found)
 
     def invalidate(self) -> None:
         """Make all parameters suspects, for a reason that this process alone may know."""

@@ -41,6 +41,9 @@ _COLUMNS = 509
 _FACTORS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, _COLUMNS) | 1
 
 
+_ROWS = 64  # rows at a time: they stay in the cache while their sum is computed
+
+
 def checksum(tensor: Tensor) -> int:
     """Return a number that changes if a value changes, or if values exchange positions.
 
@@ -58,17 +61,49 @@ def checksum(tensor: Tensor) -> int:
         >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
         False
     """
+    return checksum_and_nan(tensor, with_nan=False)[0]
+
+
+def checksum_and_nan(tensor: Tensor, with_nan: bool = True) -> tuple[int, bool]:
+    """Return `checksum` and, from the same pass over memory, whether a value is NaN.
+
+    Args:
+        tensor: dense in memory, on any device.
+        with_nan: whether to look for NaN; False is returned otherwise.
+
+    Example:
+        >>> checksum_and_nan(torch.tensor([1.0, torch.nan]))[1]
+        True
+    """
     flat = tensor.detach().as_strided((tensor.numel(),), (1,)).cpu()
     data = flat.view(torch.uint8).numpy()
     words = data[: data.size // 8 * 8].view(np.int64)
-    if tensor.element_size() == 8:
-        # Sign bits would be the topmost bits, and an even number of them cancels: mix them in.
-        words = words ^ (words.view(np.uint64) >> 1).view(np.int64)
-    rows = words.size // _COLUMNS
-    columns = np.add.reduce(words[: rows * _COLUMNS].reshape(rows, _COLUMNS), axis=0)
-    columns[: words.size - rows * _COLUMNS] += words[rows * _COLUMNS :]
-    rest = int.from_bytes(data[words.size * 8 :].tobytes(), "little")
-    return _signed(int(np.dot(columns, _FACTORS)) + rest * int(_FACTORS[-1]))
+    columns = np.zeros(_COLUMNS, np.int64)
+    step, width, nan = _ROWS * _COLUMNS, tensor.element_size(), False
+    for a in range(0, words.size, step):
+        block = words[a : a + step]
+        if with_nan:
+            nan |= _has_nan(flat[a * 8 // width : (a + step) * 8 // width])
+        if width == 8:
+            # Sign bits would be the topmost bits, and an even number of them cancels: mix them in.
+            block = block ^ (block.view(np.uint64) >> 1).view(np.int64)
+        full = block.size // _COLUMNS * _COLUMNS
+        columns += np.add.reduce(block[:full].reshape(-1, _COLUMNS), axis=0)
+        columns[: block.size - full] += block[full:]
+    rest = data[words.size * 8 :]
+    if with_nan:
+        nan |= _has_nan(flat[words.size * 8 // width :])
+    word = int.from_bytes(rest.tobytes(), "little")
+    return _signed(int(np.dot(columns, _FACTORS)) + word * int(_FACTORS[-1])), nan
+
+
+def _has_nan(flat: Tensor) -> bool:
+    """Return whether a value is NaN."""
+    if flat.numel() == 0:
+        return False
+    if flat.element_size() == 2:  # NumPy has no bfloat16, and float16 is slow there
+        return bool(flat.sum(dtype=torch.float32).isnan())
+    return bool(np.isnan(np.maximum.reduce(flat.numpy())))
 
 
 def partial_checksum(tensor: Tensor, index: Tensor, size: int) -> int:

@@ -23,6 +23,8 @@ from .latent import BLOCK, LatentWeights
 from .scores import Piece, as_array
 from .segments import Segment
 
+GROUP = 4 * BLOCK
+"""Weights whose kept ones are computed together; the effective weights stay in the L2 cache."""
 DENSE = 0.25
 """Kept fraction of a block above which all its weights are computed, not the kept ones alone."""
 TINY = 2.0**-100
@@ -91,13 +93,23 @@ def write_effective(
         tensor([ 0.0000, -0.5000])
     """
     targets = Targets(weights, out)
-    blocks = [
-        (span, a, min(a + BLOCK, span.piece.values.numel()))
+    groups = [
+        Group(span, is_plain(operator, span.tau), a, min(a + GROUP, span.piece.values.numel()))
         for span in spans(weights, segments)
-        for a in range(0, span.piece.values.numel(), BLOCK)
+        for a in range(0, span.piece.values.numel(), GROUP)
     ]
-    for_each(lambda block: _write_block(weights.wide, operator, targets, *block), blocks)
+    for_each(lambda group: _write_group(weights.wide, operator, targets, group), groups)
     torch.autograd.graph.increment_version(list(out))
+
+
+class Group(NamedTuple):
+    """The weights `start` to `stop` of a span, whose kept weights are computed together."""
+
+    span: Span
+    plain: bool
+    """Whether `plain_values` computes the operator."""
+    start: int
+    stop: int
 
 
 class Targets:
@@ -110,7 +122,7 @@ class Targets:
     Example:
         >>> weights, out = LatentWeights([torch.ones(2), torch.ones(3)]), [torch.ones(2)] * 2
         >>> [(target.size, a, b) for target, a, b in Targets(weights, out).parts(1, 4)]
-        [(1, 0, 1), (2, 1, 3)]
+        [(1, 1, 2), (2, 2, 4)]
     """
 
     def __init__(self, weights: LatentWeights, out: Sequence[Tensor]):
@@ -120,14 +132,26 @@ class Targets:
         self._starts = [start for start, _ in self._spans]
         self._flat = [flat_bits(out[i]) for i in held]
 
+    def write(self, start: int, bits: np.ndarray) -> None:
+        """Write the bits of effective weights from local weight `start` on."""
+        for target, a, b in self.parts(start, start + bits.size):
+            target[:] = bits[a - start : b - start]
+
+    def scatter(self, start: int, stop: int, index: np.ndarray, bits: np.ndarray) -> None:
+        """Write zeros into local weights start to stop, except `bits` at the sorted `index`."""
+        for target, a, b in self.parts(start, stop):
+            target.fill(0)
+            i, j = np.searchsorted(index, (a, b))
+            target[index[i:j] - a] = bits[i:j]
+
     def parts(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, int, int]]:
-        """Yield memory for the local weights start to stop, and its range relative to `start`."""
+        """Yield memory for the local weights start to stop, and which of them it holds."""
         for j in range(bisect_right(self._starts, start) - 1, len(self._spans)):
             first, end = self._spans[j]
             if first >= stop:
                 return
             a, b = max(start, first), min(stop, end)
-            yield self._flat[j][a - first : b - first], a - start, b - start
+            yield self._flat[j][a - first : b - first], a, b
 
 
 def flat_bits(tensor: Tensor) -> np.ndarray:
@@ -141,38 +165,46 @@ def flat_bits(tensor: Tensor) -> np.ndarray:
     return flat.view(INTEGERS[tensor.element_size()]).numpy()
 
 
-def _write_block(
-    wide: torch.dtype, operator: Operator, targets: Targets, span: Span, a: int, b: int
-) -> None:
-    """Write the effective weights of the weights a to b of a span."""
-    values, start = span.piece.values[a:b], span.piece.start + a
+def _write_group(wide: torch.dtype, operator: Operator, targets: Targets, group: Group) -> None:
+    """Write the effective weights of a group: those of dense blocks at once, the others together.
+
+    Most steps of the operator's computation are shorter than a call of NumPy in a sparse block.
+    """
+    span, first, end = group.span, group.start, group.stop
+    values, offset = span.piece.values[first:end], span.piece.start + first
     if span.limit < 0 and (operator.is_identity or operator.identity_at_zero):
-        for target, first, end in targets.parts(start, start + b - a):
-            target[:] = flat_bits(values)[first:end]
+        targets.write(offset, flat_bits(values))
         return
-    w = as_array(values, wide)
-    bits = magnitude_bits(w, span.piece.scale)
-    limit = bits.dtype.type(span.limit)
-    kept = np.greater(bits, limit, out=scratch("above", bits.size, bool))
-    exact = values.dtype == wide and is_plain(operator, span.tau)
-    if exact and np.count_nonzero(kept) > DENSE * bits.size:
-        u = plain_values(w, span.tau.numpy(), operator).view(bits.dtype)
-        mask = np.subtract(limit, bits, out=bits)
-        mask >>= 8 * bits.itemsize - 1  # all bits are set if the score is above the limit
-        mask &= u
-        for target, first, end in targets.parts(start, start + b - a):
-            target[:] = mask[first:end]
-        return
-    index = np.flatnonzero(kept)
-    chosen = w.take(index)
-    if exact:
-        u = plain_values(chosen, span.tau.numpy(), operator).view(bits.dtype)
-    else:
-        u = flat_bits(kept_values(torch.from_numpy(chosen), span.tau, operator, values.dtype))
-    for target, first, end in targets.parts(start, start + b - a):
-        target.fill(0)
-        i, j = np.searchsorted(index, (first, end))
-        target[index[i:j] - first] = u[i:j]
+    w, tau = as_array(values, wide), span.tau.numpy()
+    plain = group.plain and values.dtype == wide
+    sparse: list[tuple[int, int]] = []
+    indices: list[np.ndarray] = []
+    for a in range(0, w.size, BLOCK):
+        block = w[a : a + BLOCK]
+        bits = magnitude_bits(block, span.piece.scale)
+        limit = bits.dtype.type(span.limit)
+        kept = np.greater(bits, limit, out=scratch("above", bits.size, bool))
+        if plain and np.count_nonzero(kept) > DENSE * bits.size:
+            u = plain_values(block, tau, operator).view(bits.dtype)
+            mask = np.subtract(limit, bits, out=bits)
+            mask >>= 8 * bits.itemsize - 1  # all bits are set if the score is above the limit
+            mask &= u
+            targets.write(offset + a, mask)
+        else:
+            index = np.flatnonzero(kept)
+            index += a
+            indices.append(index)
+            sparse.append((a, a + bits.size))
+    if sparse:
+        index = np.concatenate(indices)
+        chosen = w.take(index)
+        if plain:
+            u = plain_values(chosen, tau, operator).view(INTEGER[chosen.dtype])
+        else:
+            u = flat_bits(kept_values(torch.from_numpy(chosen), span.tau, operator, values.dtype))
+        for a, b in sparse:
+            i, j = np.searchsorted(index, (a, b))
+            targets.scatter(offset + a, offset + b, index[i:j] + offset, u[i:j])
 
 
 def is_plain(operator: Operator, tau: Tensor) -> bool:
