@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cube_root import cube_root
 from .errors import ConfigurationError
+from .roots import cube_root, square_root
 
 
 class Operator(ABC):
@@ -89,7 +89,7 @@ class Power(Operator):
     def _root(self, x: Tensor) -> Tensor:
         """Return x^(1/p) of numbers in [0, 1]; for p = 2 and 3 with the same bits everywhere."""
         if self.p == 2.0:
-            return x.sqrt()
+            return square_root(x)
         return cube_root(x) if self.p == 3.0 else x.pow(1.0 / self.p)
 
 

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigurationError, StateError, warn
 from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
-from ..weights.latent import LatentWeights, copy_all
+from ..weights.compiled import copy_weights
+from ..weights.latent import LatentWeights
 from ..weights.passes import adopt_written
 from ..weights.shards import fsdp_units, is_sharded, local, local_part, reshard
 from .binding import Binding, check_storage, layout
@@ -142,13 +143,13 @@ class Training:
     def write_latent(self, positions: Sequence[int]) -> None:
         """Write latent weights into the parameters at these positions."""
         held = self.binding.local
-        copy_all([held[i] for i in positions], [self.weights.views[i] for i in positions])
+        copy_weights([held[i] for i in positions], [self.weights.views[i] for i in positions])
 
     @torch.no_grad()
     def read_latent(self, positions: Sequence[int]) -> None:
         """Read latent weights from the parameters at these positions."""
         held = self.binding.local
-        copy_all([self.weights.views[i] for i in positions], [held[i] for i in positions])
+        copy_weights([self.weights.views[i] for i in positions], [held[i] for i in positions])
 
     # Gradients
 

@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..threads import for_each
+from . import compiled
+from .compiled import COLUMNS
 from .latent import BLOCK, LatentWeights
 
 
@@ -36,9 +39,7 @@ def checksum_of(weights: LatentWeights, i: int, here: Tensor) -> int:
     return int(shards.sum(torch.tensor(_signed(total))))
 
 
-# A prime, so that exchanged rows or channels rarely keep their words in the same columns.
-_COLUMNS = 509
-_FACTORS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, _COLUMNS) | 1
+_FACTORS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, COLUMNS) | 1
 
 
 _ROWS = 64  # rows at a time: they stay in the cache while their sum is computed
@@ -78,23 +79,35 @@ def checksum_and_nan(tensor: Tensor, with_nan: bool = True) -> tuple[int, bool]:
     flat = tensor.detach().as_strided((tensor.numel(),), (1,)).cpu()
     data = flat.view(torch.uint8).numpy()
     words = data[: data.size // 8 * 8].view(np.int64)
-    columns = np.zeros(_COLUMNS, np.int64)
-    step, width, nan = _ROWS * _COLUMNS, tensor.element_size(), False
-    for a in range(0, words.size, step):
+    step, width, start = _ROWS * COLUMNS, tensor.element_size(), 0
+    columns, nan = np.zeros(COLUMNS, np.int64), False
+    if tensor.dtype == torch.float32 and compiled.kernels() is not None:
+        start = words.size // COLUMNS * COLUMNS
+        columns, nan = _scan(words[:start])
+    for a in range(start, words.size, step):
         block = words[a : a + step]
         if with_nan:
             nan |= _has_nan(flat[a * 8 // width : (a + step) * 8 // width])
         if width == 8:
             # Sign bits would be the topmost bits, and an even number of them cancels: mix them in.
             block = block ^ (block.view(np.uint64) >> 1).view(np.int64)
-        full = block.size // _COLUMNS * _COLUMNS
-        columns += np.add.reduce(block[:full].reshape(-1, _COLUMNS), axis=0)
+        full = block.size // COLUMNS * COLUMNS
+        columns += np.add.reduce(block[:full].reshape(-1, COLUMNS), axis=0)
         columns[: block.size - full] += block[full:]
     rest = data[words.size * 8 :]
     if with_nan:
         nan |= _has_nan(flat[words.size * 8 // width :])
     word = int.from_bytes(rest.tobytes(), "little")
     return _signed(int(np.dot(columns, _FACTORS)) + word * int(_FACTORS[-1])), nan
+
+
+def _scan(words: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Return the columns of full rows, and whether a weight is NaN, from compiled code."""
+    size = 8 * _ROWS * COLUMNS
+    blocks = [words[a : a + size] for a in range(0, words.size, size)]
+    columns = np.zeros((len(blocks), COLUMNS), np.int64)
+    nan = for_each(lambda i: compiled.scan(blocks[i], columns[i]), range(len(blocks)))
+    return columns.sum(axis=0), any(nan)
 
 
 def _has_nan(flat: Tensor) -> bool:
@@ -130,7 +143,7 @@ def partial_checksum(tensor: Tensor, index: Tensor, size: int) -> int:
         bits ^= bits >> np.uint64(1)
     position, per_word = index.numpy(), 8 // width
     in_words = position < size // per_word * per_word  # the others are in the incomplete last word
-    column = np.where(in_words, position // per_word % _COLUMNS, -1)
+    column = np.where(in_words, position // per_word % COLUMNS, -1)
     shift = (position % per_word * 8 * width).astype(np.uint64)
     return _signed(int(np.dot(bits << shift, _FACTORS.view(np.uint64)[column])))
 

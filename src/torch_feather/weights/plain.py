@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import cube_root as root
+from .. import roots
 from ..operators import Operator, Power
 from ..selection.cpu import INTEGER, magnitude_bits
 from ..threads import for_each, scratch
+from . import compiled
 from .kept import kept_values
 from .latent import BLOCK, LatentWeights
 from .scores import Piece, as_array
@@ -177,6 +178,11 @@ def _write_group(wide: torch.dtype, operator: Operator, targets: Targets, group:
         return
     w, tau = as_array(values, wide), span.tau.numpy()
     plain = group.plain and values.dtype == wide
+    if plain and w.dtype == np.float32 and compiled.kernels() is not None:
+        for target, a, b in targets.parts(offset, offset + w.size):
+            inside = w[a - offset : b - offset]
+            compiled.write(inside, target, span.limit, operator, tau, span.piece.scale)
+        return
     sparse: list[tuple[int, int]] = []
     indices: list[np.ndarray] = []
     for a in range(0, w.size, BLOCK):
@@ -256,28 +262,28 @@ def plain_values(w: np.ndarray, tau: np.ndarray, operator: Operator) -> np.ndarr
 
 
 def _cube_root(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Write the cube root of float32 numbers in (0, 1] into `y`, as `cube_root` computes it."""
+    """Write the cube root of float32 numbers in (0, 1] into `y`, as `roots.cube_root` computes it."""
     number = np.float32
     bits, t = y.view(np.int32), scratch("cube", x.size, number)
     np.copyto(t, x.view(np.int32), casting="unsafe")
-    t *= number(root.THIRD)
-    t += number(root.SHIFT)
+    t *= number(roots.THIRD)
+    t += number(roots.SHIFT)
     np.copyto(bits, t, casting="unsafe")
     np.multiply(y, y, out=t)
     np.divide(x, t, out=t)
-    t *= number(root.THIRD)
-    y *= number(root.TWO_THIRDS)
+    t *= number(roots.THIRD)
+    y *= number(roots.TWO_THIRDS)
     y += t
-    bits += np.int32(root.HALF_BIT)
-    bits &= np.int32(root.TOP_BITS)
+    bits += np.int32(roots.HALF_BIT)
+    bits &= np.int32(roots.TOP_BITS)
     cube = np.multiply(y, y, out=t)
     cube *= y
     e = np.subtract(x, cube, out=x)
     e /= cube
-    series = np.multiply(e, number(root.THIRD_TERM), out=t)
-    np.subtract(number(root.SECOND), series, out=series)
+    series = np.multiply(e, number(roots.THIRD_TERM), out=t)
+    np.subtract(number(roots.SECOND), series, out=series)
     series *= e
-    np.subtract(number(root.FIRST), series, out=series)
+    np.subtract(number(roots.FIRST), series, out=series)
     series *= e
     series *= y
     y += series

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..selection.cpu import INTEGER, Scores, magnitude_bits
+from . import compiled
 from .latent import LatentWeights
 
 
@@ -89,14 +90,17 @@ class WeightScores(Scores):
         self.dtype = np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
         self._pieces = pieces(weights, start, stop, scales)
 
-    def block(self, start: int, stop: int) -> np.ndarray:
+    def _inside(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
+        """Yield the pieces that hold scores start to stop, and the range in each."""
         first, end = start + self._start, stop + self._start
-        parts = []
         for piece in self._pieces:
             a = max(first - piece.start, 0)
             b = min(end - piece.start, piece.values.numel())
             if a < b:
-                parts.append((piece, a, b))
+                yield piece, a, b
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        parts, first = list(self._inside(start, stop)), start + self._start
         if len(parts) == 1:
             [(piece, a, b)] = parts
             return magnitude_bits(as_array(piece.values[a:b], self._wide), piece.scale)
@@ -106,6 +110,18 @@ class WeightScores(Scores):
             values = as_array(piece.values[a:b], self._wide)
             joined[at : at + b - a] = magnitude_bits(values, piece.scale)
         return joined
+
+    def collect(self, start: int, stop: int, low: int, high: int) -> tuple[int, np.ndarray]:
+        if self.dtype == np.float32 and compiled.kernels() is not None:
+            count, near = 0, []
+            for piece, a, b in self._inside(start, stop):
+                values = as_array(piece.values[a:b], self._wide)
+                found = compiled.collect(values, piece.scale, low, high)
+                assert found is not None
+                count += found[0]
+                near.append(found[1])
+            return count, near[0] if len(near) == 1 else np.concatenate(near)
+        return super().collect(start, stop, low, high)
 
     def sample(self, step: int) -> np.ndarray:
         found, first = [], 0

@@ -1,10 +1,10 @@
-"""The cube root of float32 numbers in (0, 1], by operations that all processors compute alike.
+"""Roots of float32 numbers in [0, 1], by operations that all processors compute alike.
 
 Only additions, products, quotients, conversions and shifts of float32 numbers are used, each rounded
-to nearest. So PyTorch on any device, NumPy and compiled code give the same bits. The error is at
-most 0.52 units in the last place.
+to nearest. So PyTorch on any device, NumPy and compiled code give the same bits. The error of
+the cube root is at most 0.52 units in the last place.
 
-The method: the bits divided by three give a first approximation (error 3.4%), one Newton step an
+Its method: the bits divided by three give a first approximation (error 3.4%), one Newton step an
 error of 0.12%. It is rounded to 8 bits, so that its cube is exact. Then the relative residual
 e = (x - y^3) / y^3 is exact but for one rounding, and y (1 + e)^(1/3) is computed from three terms
 of its series.
@@ -25,6 +25,23 @@ HALF_BIT, TOP_BITS = 0x8000, -0x10000
 """Rounding to 8 significant bits."""
 FIRST, SECOND, THIRD_TERM = 1 / 3, 1 / 9, 5 / 81
 """Coefficients of e, -e^2 and e^3 in the series."""
+
+
+def square_root(x: Tensor) -> Tensor:
+    """Return the square root of each number >= 0, correctly rounded.
+
+    On a CPU, PyTorch's own square root of float32 numbers may differ in the last bit.
+
+    Args:
+        x: float32 or float64, any shape.
+
+    Example:
+        >>> square_root(torch.tensor([4.0, 0.25]))
+        tensor([2.0000, 0.5000])
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        return x.double().sqrt().float()
+    return x.sqrt()
 
 
 def cube_root(x: Tensor) -> Tensor:
