@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import devices
-from ..weights.checksum import checksum, checksum_and_nan, checksum_of
+from ..weights.checksum import Recorded, checksum, checksum_of
 from ..weights.latent import LatentWeights
 
 
@@ -30,7 +30,7 @@ class WriteDetector:
     Example:
         >>> w = torch.ones(2)
         >>> weights, detector = LatentWeights([w]), WriteDetector()
-        >>> detector.record(weights, [w])
+        >>> detector.record(weights, Recorded([w]))
         >>> detector.suspects(weights, [w])
         []
         >>> _ = w.zero_()
@@ -43,7 +43,7 @@ class WriteDetector:
         self._marks: list[tuple[int, int]] = []
         self.nan = False
 
-    def record(self, weights: LatentWeights, local: Sequence[Tensor]) -> None:
+    def record(self, weights: LatentWeights, local: Recorded) -> None:
         """Record the present values of the parameters.
 
         Args:
@@ -52,10 +52,10 @@ class WriteDetector:
         """
         self._marks, self.nan = [], False
         if not devices.synchronizes(weights.device):
-            found = [checksum_and_nan(part) for part in local]
-            pairs = zip(local, found, strict=True)
-            self._marks = [(part._version, mark) for part, (mark, _) in pairs]
-            self.nan = any(nan for _, nan in found)
+            sums = [local.sums_of(i) for i in range(len(local))]
+            versions = [part._version for part in local]
+            self._marks = [(v, one.checksum) for v, one in zip(versions, sums, strict=True)]
+            self.nan = any(one.nan for one in sums)
 
     def invalidate(self) -> None:
         """Make all parameters suspects, for a reason that this process alone may know."""

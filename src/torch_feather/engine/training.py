@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..errors import ConfigurationError, StateError, warn
 from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
+from ..weights.checksum import Recorded
 from ..weights.compiled import copy_weights
 from ..weights.latent import LatentWeights
 from ..weights.passes import adopt_written
@@ -96,7 +97,7 @@ class Training:
 
     def _write(self) -> None:
         """Write u into the parameters, and record it for the detection of external writes."""
-        held = self.binding.local
+        held = Recorded(self.binding.local)
         self.method.write_effective(self.weights, self.pruning, held)
         self.written.record(self.weights, held)
 

@@ -6,6 +6,7 @@ for other devices.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -19,13 +20,13 @@ from ..operators import Operator, Power
 from ..selection.cpu import INTEGER, magnitude_bits
 from ..threads import for_each, scratch
 from . import compiled
+from .checksum import Recorded, Sums, joined
+from .groups import Group, groups
 from .kept import kept_values
 from .latent import BLOCK, LatentWeights
 from .scores import Piece, as_array
 from .segments import Segment
 
-GROUP = 4 * BLOCK
-"""Weights whose kept ones are computed together; the effective weights stay in the L2 cache."""
 DENSE = 0.25
 """Kept fraction of a block above which all its weights are computed, not the kept ones alone."""
 TINY = 2.0**-100
@@ -93,24 +94,32 @@ def write_effective(
         >>> out
         tensor([ 0.0000, -0.5000])
     """
-    targets = Targets(weights, out)
-    groups = [
-        Group(span, is_plain(operator, span.tau), a, min(a + GROUP, span.piece.values.numel()))
-        for span in spans(weights, segments)
-        for a in range(0, span.piece.values.numel(), GROUP)
-    ]
-    for_each(lambda group: _write_group(weights.wide, operator, targets, group), groups)
+    targets, every = Targets(weights, out), list(spans(weights, segments))
+    plain = [is_plain(operator, span.tau) for span in every]
+    starts = [span.piece.start for span in every]
+
+    def write(group: Group) -> list[tuple[int, Sums]]:
+        for j in range(bisect_right(starts, group.start) - 1, len(every)):
+            piece = every[j].piece
+            a = max(group.start - piece.start, 0)
+            b = min(group.stop - piece.start, piece.values.numel())
+            if a < b:
+                _write_range(weights.wide, operator, targets, every[j], a, b, plain[j])
+        if not isinstance(out, Recorded):
+            return []
+        flats = ((i, out[i].detach(), a, b) for i, a, b in group.ranges)
+        return [
+            (i, Sums.of(flat.as_strided((b - a,), (1,), flat.storage_offset() + a)))
+            for i, flat, a, b in flats
+        ]
+
+    found = for_each(write, groups(weights))
     torch.autograd.graph.increment_version(list(out))
-
-
-class Group(NamedTuple):
-    """The weights `start` to `stop` of a span, whose kept weights are computed together."""
-
-    span: Span
-    plain: bool
-    """Whether `plain_values` computes the operator."""
-    start: int
-    stop: int
+    if isinstance(out, Recorded):
+        sums: dict[int, list[Sums]] = {}
+        for i, one in itertools.chain.from_iterable(found):
+            sums.setdefault(i, []).append(one)
+        out.sums = {i: (out[i]._version, joined(parts)) for i, parts in sums.items()}
 
 
 class Targets:
@@ -166,18 +175,21 @@ def flat_bits(tensor: Tensor) -> np.ndarray:
     return flat.view(INTEGERS[tensor.element_size()]).numpy()
 
 
-def _write_group(wide: torch.dtype, operator: Operator, targets: Targets, group: Group) -> None:
-    """Write the effective weights of a group: those of dense blocks at once, the others together.
+def _write_range(
+    wide: torch.dtype, operator: Operator, targets: Targets, span: Span, first: int, end: int,
+    plain: bool,
+) -> None:  # fmt: skip
+    """Write the effective weights of a range of a span: those of dense blocks at once.
 
-    Most steps of the operator's computation are shorter than a call of NumPy in a sparse block.
+    Those of sparse blocks are computed together: most operations on them are shorter than a call of
+    NumPy.
     """
-    span, first, end = group.span, group.start, group.stop
     values, offset = span.piece.values[first:end], span.piece.start + first
     if span.limit < 0 and (operator.is_identity or operator.identity_at_zero):
         targets.write(offset, flat_bits(values))
         return
     w, tau = as_array(values, wide), span.tau.numpy()
-    plain = group.plain and values.dtype == wide
+    plain &= values.dtype == wide
     if plain and w.dtype == np.float32 and compiled.kernels() is not None:
         for target, a, b in targets.parts(offset, offset + w.size):
             inside = w[a - offset : b - offset]
