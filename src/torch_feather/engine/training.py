@@ -16,6 +16,7 @@ from ..errors import ConfigurationError, StateError, warn
 from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
 from ..weights.checksum import Recorded
 from ..weights.compiled import copy_weights
+from ..weights.exchange import read_latent
 from ..weights.latent import LatentWeights
 from ..weights.passes import adopt_written
 from ..weights.shards import fsdp_units, is_sharded, local, local_part, reshard
@@ -150,7 +151,7 @@ class Training:
     def read_latent(self, positions: Sequence[int]) -> None:
         """Read latent weights from the parameters at these positions."""
         held = self.binding.local
-        copy_weights([self.weights.views[i] for i in positions], [held[i] for i in positions])
+        read_latent(self.weights, positions, [held[i] for i in positions])
 
     # Gradients
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +64,19 @@ class Scores(ABC):
         count = bits.size - int(np.count_nonzero(above))
         within = np.less(bits, high, out=scratch("within", bits.size, bool))
         return count, bits[np.logical_and(within, above, out=within)]
+
+    def collect_all(self, low: float, high: float) -> tuple[int, np.ndarray]:
+        """Count the scores up to `low`, and return those strictly between `low` and `high`."""
+        least, most = self.as_integer(low), self.as_integer(high)
+        parts = for_each(
+            lambda a: self.collect(a, min(a + BLOCK, self.size), least, most),
+            range(0, self.size, BLOCK),
+        )
+        return sum(count for count, _ in parts), np.concatenate([near for _, near in parts])
+
+    def as_integer(self, value: float | np.floating) -> int:
+        """Return the bits of a score as an integer."""
+        return int(np.array(value, self.dtype).view(INTEGER[self.dtype]))
 
     def count_up_to(self, bound: int) -> int:
         """Return the number of scores up to a bound, as an integer."""
@@ -130,6 +143,24 @@ def magnitude_bits(values: np.ndarray, scale: Any = None) -> np.ndarray:
     return np.bitwise_and(source, np.iinfo(integer).max, out=out)
 
 
+class Collected(NamedTuple):
+    """What `Scores.collect` found in all scores, before a selection.
+
+    Example:
+        >>> Collected((1.0, 2.0), 3, np.zeros(0, np.int32), []).below
+        3
+    """
+
+    bounds: tuple[float, float]
+    """Lower and upper bound."""
+    below: int
+    """Number of scores up to the lower bound."""
+    near: np.ndarray
+    """Scores strictly between the bounds, as integers."""
+    versions: list[int]
+    """Versions of the tensors that were read."""
+
+
 def select_cpu(fill: Callable[[], Tensor], k: int) -> Cutoff:
     """Return the cutoff of the k smallest scores in a tensor.
 
@@ -174,17 +205,13 @@ def select_scores(scores: Scores, k: int, bracket: Bracket | None = None) -> Cut
         return _cutoff(number(np.inf), everywhere, number(np.inf))
     if k == below + equal:
         return _cutoff(value, everywhere, value)
-    last = scores.find(_as_integer(value), k - below)
+    last = scores.find(scores.as_integer(value), k - below)
     return _cutoff(value, last, np.nextafter(value, number(0)))
 
 
 def _cutoff(value: np.floating, last: int, threshold: np.floating) -> Cutoff:
     as_tensor = torch.from_numpy(np.array([value, threshold]))
     return Cutoff(as_tensor[0], torch.tensor(last), as_tensor[1])
-
-
-def _as_integer(value: np.floating) -> int:
-    return int(np.array(value).view(INTEGER[value.dtype]))
 
 
 def _find(
@@ -202,20 +229,14 @@ def _find(
         None if the k-th score is not within the bounds.
     """
     number = scores.dtype.type
-    least, most = _as_integer(number(low)), _as_integer(number(high))
-    starts = range(0, scores.size, BLOCK)
-    parts = for_each(
-        lambda a: scores.collect(a, min(a + BLOCK, scores.size), least, most), starts
-    )
-    below = sum(count for count, _ in parts)
+    below, near = scores.collect_all(low, high)
     if k <= below:  # at most `low`: only equality is known to be right, such as initial zeros
-        smaller = scores.count_up_to(least - 1)
+        smaller = scores.count_up_to(scores.as_integer(low) - 1)
         return (number(low), smaller, below - smaller) if smaller < k else None
-    near = np.concatenate([part for _, part in parts])
     rank = k - below
     if rank > near.size:
         smaller = below + near.size
-        equal = scores.count_up_to(most) - smaller
+        equal = scores.count_up_to(scores.as_integer(high)) - smaller
         return (number(high), smaller, equal) if k <= smaller + equal else None
     if near.min() != near.max():  # partition is slow on equal scores
         near.partition(rank - 1)

@@ -89,6 +89,9 @@ class WeightScores(Scores):
         self._start, self._wide, self.size = start, weights.wide, stop - start
         self.dtype = np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
         self._pieces = pieces(weights, start, stop, scales)
+        whole = scales is None and self.size == weights.size
+        self._collected = weights.collected if whole else None
+        self._flats = weights.flats
 
     def _inside(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
         """Yield the pieces that hold scores start to stop, and the range in each."""
@@ -122,6 +125,14 @@ class WeightScores(Scores):
                 near.append(found[1])
             return count, near[0] if len(near) == 1 else np.concatenate(near)
         return super().collect(start, stop, low, high)
+
+    def collect_all(self, low: float, high: float) -> tuple[int, np.ndarray]:
+        found = self._collected
+        if found is not None and found.bounds == (low, high):
+            # If the weights were changed since then, it is out of date.
+            if found.versions == [flat._version for flat in self._flats]:
+                return found.below, found.near
+        return super().collect_all(low, high)
 
     def sample(self, step: int) -> np.ndarray:
         found, first = [], 0

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import devices
 from ..selection import Cutoff, select, select_sharded
-from ..selection.bracket import Bracket
 from ..selection.cpu import select_scores
+from .exchange import bracket_of
 from .latent import LatentWeights
 from .scores import WeightScores
 
@@ -69,8 +69,7 @@ def _select_cpu(
     weights: LatentWeights, k: int, start: int, stop: int, scales: Sequence[Tensor] | None = None
 ) -> Cutoff:
     """Return the cutoff of the k smallest scores of a range; the last one narrows the search."""
-    key = ("bracket", start, stop, scales is None)
-    bracket = weights.constant(key, lambda _: Bracket())
+    bracket = bracket_of(weights, start, stop, scales is not None)
     return select_scores(WeightScores(weights, start, stop, scales), k, bracket)
 
 
