@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +18,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _pools: dict[int, ThreadPoolExecutor] = {}
-_memory = threading.local()
+_memory: dict[tuple[int, str, np.dtype], np.ndarray] = {}
 
 # The threads of a pool do not exist in a forked process, such as a worker of a DataLoader.
 if hasattr(os, "register_at_fork"):
@@ -41,17 +44,60 @@ def for_each(function: Callable[[Task], Result], tasks: Sequence[Task]) -> list[
         return [function(task) for task in tasks]
     bounds = [len(tasks) * t // threads for t in range(threads + 1)]
     parts = [tasks[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+    def run(t: int) -> list[Result]:
+        return [function(task) for task in parts[t]]
+
+    team = _team()
+    done = _in_pool(run, threads) if team is None else _in_team(team, run, threads)
+    return [result for part in done for result in part]
+
+
+def _in_pool(run: Callable[[int], Any], threads: int) -> list[Any]:
     if threads not in _pools:
         _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="torch_feather")
-    others = [_pools[threads].submit(_run, function, part) for part in parts[1:]]
-    done = _run(function, parts[0])
-    for other in others:
-        done += other.result()
+    others = [_pools[threads].submit(run, t) for t in range(1, threads)]
+    return [run(0), *(other.result() for other in others)]
+
+
+def _in_team(team: Any, run: Callable[[int], Any], threads: int) -> list[Any]:
+    """Run on PyTorch's own OpenMP threads.
+
+    These poll for work for a while after each operator, so other threads would compete with them
+    for the cores.
+    """
+    parallel, number_of, size_of = team
+    done: list[Any] = [None] * threads
+    failed: list[BaseException] = []
+
+    def member(_: Any) -> None:
+        try:
+            for t in range(number_of(), threads, size_of()):  # the team may be smaller
+                done[t] = run(t)
+        except BaseException as error:  # it must not pass through OpenMP
+            failed.append(error)
+
+    parallel(_MEMBER(member), None, threads, 0)
+    if failed:
+        raise failed[0]
     return done
 
 
-def _run(function: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
-    return [function(task) for task in tasks]
+_MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@functools.cache
+def _team() -> tuple[Any, Any, Any] | None:
+    """Return OpenMP functions of the library that PyTorch calls; None if it has none."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        parallel = library.GOMP_parallel
+        number_of, size_of = library.omp_get_thread_num, library.omp_get_num_threads
+    except (OSError, AttributeError):  # another system, or a build without OpenMP
+        return None
+    parallel.argtypes = (_MEMBER, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel, number_of, size_of
 
 
 def scratch(name: str, size: int, dtype: np.dtype | type) -> np.ndarray:
@@ -66,8 +112,8 @@ def scratch(name: str, size: int, dtype: np.dtype | type) -> np.ndarray:
         >>> scratch("values", 3, np.float32).shape
         (3,)
     """
-    held = _memory.__dict__.setdefault("arrays", {})
-    key = (name, np.dtype(dtype))
-    if key not in held or held[key].size < size:
-        held[key] = np.empty(size, dtype)
-    return held[key][:size]
+    key = (threading.get_ident(), name, np.dtype(dtype))
+    held = _memory.get(key)
+    if held is None or held.size < size:
+        held = _memory[key] = np.empty(size, dtype)
+    return held[:size]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from .checksum import ROW_BYTES
 from .latent import LatentWeights
 
-GROUP = 128 * ROW_BYTES // 4
+GROUP = 256 * ROW_BYTES // 4
 """Most weights in a group. For all types, a multiple of this begins at a row of a checksum."""
 
 
@@ -35,7 +35,7 @@ def groups(weights: LatentWeights) -> list[Group]:
     Example:
         >>> import torch
         >>> [group.stop - group.start for group in groups(LatentWeights([torch.ones(300_000)]))]
-        [130304, 130304, 39392]
+        [260608, 39392]
     """
     return weights.constant("groups", _groups)
 
