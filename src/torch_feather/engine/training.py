@@ -103,6 +103,17 @@ class Training:
         self.written.record(self.weights, held)
 
     @torch.no_grad()
+    def write(self, values: Sequence[Tensor]) -> None:
+        """Write values into the parameters, and record them for the detection of external writes.
+
+        Args:
+            values: one local tensor per weight tensor.
+        """
+        held = Recorded(self.binding.local)
+        copy_weights(held, values)
+        self.written.record(self.weights, held)
+
+    @torch.no_grad()
     def advance(self, taken: bool | Tensor) -> None:
         """Advance the schedule and step the method's own parameters, if the step was taken.
 

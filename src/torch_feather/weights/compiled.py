@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..operators import Operator, Power
 from ..threads import for_each, scratch
 from .kernels import emit_module
@@ -152,7 +153,7 @@ def copy_memory(target: np.ndarray, source: np.ndarray) -> None:
 def _is_simple(target: Tensor, source: Tensor) -> bool:
     """Return whether memory can be copied as it is."""
     same = target.dtype == source.dtype == torch.float32 and target.stride() == source.stride()
-    return same and target.device.type == source.device.type == "cpu"
+    return same and not (devices.synchronizes(target.device) or devices.synchronizes(source.device))
 
 
 def scan(words: np.ndarray, columns: np.ndarray) -> bool:

@@ -140,8 +140,9 @@ class Spartan(MagnitudePruning):
         >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
         >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
         >>> bound = spartan(sparsity=0.5).bind(context)
-        >>> u = bound.effective_weights(weights, bound.update(weights, torch.tensor(2)))
-        >>> u[0] / weights.views[0]
+        >>> u = torch.empty_like(weights.views[0])
+        >>> bound.write_effective(weights, bound.update(weights, torch.tensor(2)), [u])
+        >>> u / weights.views[0]
         tensor([[0.0000, 0.0000, 0.9466, 0.9998]])
     """
 
