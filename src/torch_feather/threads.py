@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +44,7 @@ def for_each(function: Callable[[Task], Result], tasks: Sequence[Task]) -> list[
     if threads <= 1:
         return [function(task) for task in tasks]
     bounds = [len(tasks) * t // threads for t in range(threads + 1)]
-    parts = [tasks[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [tasks[a:b] for a, b in pairwise(bounds)]
 
     def run(t: int) -> list[Result]:
         return [function(task) for task in parts[t]]

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..context import MethodContext
 from ..errors import ConfigurationError
 from ..patterns import NM, Pattern
-from ..weights.latent import LatentWeights, copy_all
 from ..weights.kept import keep_nonzero
+from ..weights.latent import LatentWeights, copy_all
 from ..weights.passes import count_pruned, pruned_mask
 from ..weights.segments import Segment, segment_of
 from .base import Gradients, Pruning, Rate

@@ -214,9 +214,7 @@ def _cutoff(value: np.floating, last: int, threshold: np.floating) -> Cutoff:
     return Cutoff(as_tensor[0], torch.tensor(last), as_tensor[1])
 
 
-def _find(
-    scores: Scores, k: int, low: float, high: float
-) -> tuple[np.floating, int, int] | None:
+def _find(scores: Scores, k: int, low: float, high: float) -> tuple[np.floating, int, int] | None:
     """Return the k-th smallest score, the number of smaller and of equal ones.
 
     Args:
@@ -243,7 +241,8 @@ def _find(
     value = near[rank - 1]
     smaller = below + int(np.count_nonzero(near < value))
     equal = int(np.count_nonzero(near == value))
-    return np.array(value).view(scores.dtype)[()], smaller, equal
+    found: np.floating = near[rank - 1 : rank].view(scores.dtype)[0]
+    return found, smaller, equal
 
 
 def _sampled(scores: Scores, k: int) -> tuple[np.floating, int, int]:

@@ -85,9 +85,7 @@ def read_latent(
     )
 
 
-def _collects(
-    weights: LatentWeights, positions: Sequence[int], sources: Sequence[Tensor]
-) -> bool:
+def _collects(weights: LatentWeights, positions: Sequence[int], sources: Sequence[Tensor]) -> bool:
     """Return whether all weights are copied unchanged, and one selection from all is expected."""
     if len(positions) < len(weights.views) or weights.shards is not None:
         return False

@@ -7,9 +7,9 @@ the bits of `plain.py`.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-import struct
 
 from .. import roots
 
@@ -58,9 +58,7 @@ class Lanes:
         """Return a vector of equal values of an argument."""
         one = self.new(f"insertelement {self.type(kind)} poison, {kind} {name}, i32 0")
         zeros = f"<{self.width} x i32> zeroinitializer"
-        return self.new(
-            f"shufflevector {self.type(kind)} {one}, {self.type(kind)} poison, {zeros}"
-        )
+        return self.new(f"shufflevector {self.type(kind)} {one}, {self.type(kind)} poison, {zeros}")
 
     def cast(self, name: str, a: str, source: str, target: str) -> str:
         """Append a conversion."""
@@ -94,7 +92,9 @@ def hex_float(value: float) -> str:
 def scores(v: Lanes, w: str, scale: str) -> str:
     """Return the bits of |w| times the scale as integers without sign."""
     scaled = v.op("fmul", "float", w, scale)
-    return v.op("and", "i32", v.cast("bitcast", scaled, "float", "i32"), v.constant("i32", SIGNLESS))
+    return v.op(
+        "and", "i32", v.cast("bitcast", scaled, "float", "i32"), v.constant("i32", SIGNLESS)
+    )
 
 
 def power_values(v: Lanes, w: str, tau: str, p: int) -> str:
@@ -112,7 +112,9 @@ def power_values(v: Lanes, w: str, tau: str, p: int) -> str:
     rest = v.op("fsub", "float", v.constant("float", 1.0), power)
     least = v.constant("float", 0.0 if p == 2 else 2.0**-24)
     small = v.new(f"fcmp olt {v.type('float')} {rest}, {least}")  # false for NaN, which stays
-    rest = v.new(f"select {v.type('i1')} {small}, {v.type('float')} {least}, {v.type('float')} {rest}")
+    rest = v.new(
+        f"select {v.type('i1')} {small}, {v.type('float')} {least}, {v.type('float')} {rest}"
+    )
     if p == 2:
         kind = v.type("float")
         found = v.new(f"call {kind} @llvm.sqrt.v{v.width}f32({kind} {rest})")
@@ -136,7 +138,9 @@ def cube_root(v: Lanes, x: str) -> str:
     y = v.cast("bitcast", v.cast("fptosi", bits, "float", "i32"), "i32", "float")
     step = multiply(divide(x, multiply(y, y)), number(roots.THIRD))
     y = add(multiply(y, number(roots.TWO_THIRDS)), step)
-    rounded = v.op("add", "i32", v.cast("bitcast", y, "float", "i32"), v.constant("i32", roots.HALF_BIT))
+    rounded = v.op(
+        "add", "i32", v.cast("bitcast", y, "float", "i32"), v.constant("i32", roots.HALF_BIT)
+    )
     rounded = v.op("and", "i32", rounded, v.constant("i32", roots.TOP_BITS))
     y = v.cast("bitcast", rounded, "i32", "float")
     cube = multiply(multiply(y, y), y)
@@ -235,7 +239,7 @@ def emit_collect(width: int) -> str:
         v.lines.append(f"store i64 {v.new(f'add i64 {total}, {count}')}, ptr %above")
         mask = v.new(f"bitcast {v.type('i1')} {within} to {integer}")
         mask = v.new(f"zext {integer} {mask} to i64")
-        v.store(bits, f"%block", "i32")
+        v.store(bits, "%block", "i32")
         v.lines += [
             f"br label %each{tag}",
             f"each{tag}:",

@@ -25,6 +25,8 @@ def pruned_mask(weights: LatentWeights, segments: Sequence[Segment], i: int) -> 
         >>> pruned_mask(weights, [Segment(0, 3, cutoff)], 0).tolist()
         [True, True, False]
     """
+    if not devices.synchronizes(weights.device):
+        return plain.pruned_mask(weights, segment_of(weights, segments, i), i)
     start, stop = weights.local_spans[i]
     flat = segment_of(weights, segments, i).pruned(weights.local_magnitudes(start, stop), start)
     return flat.as_strided(weights.views[i].shape, weights.views[i].stride())

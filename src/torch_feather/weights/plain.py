@@ -69,7 +69,7 @@ def spans(weights: LatentWeights, segments: Sequence[Segment]) -> Iterator[Span]
         cutoff, tau = segment.cutoff, segment.threshold
         value, last = cutoff.value.to(weights.wide).numpy(), int(cutoff.last)
         limit = int(value.view(INTEGER[number])) if value >= 0 else -1
-        scale = None if segment.scale is None else segment.scale.to(weights.wide).numpy()[()]
+        scale = None if segment.scale is None else number.type(segment.scale.item())
         for part in weights.parts:
             a, b = max(first, part.start), min(end, part.stop)
             # Scores equal to the cutoff are pruned up to `last`, so the comparison changes there.
@@ -120,6 +120,41 @@ def write_effective(
         for i, one in itertools.chain.from_iterable(found):
             sums.setdefault(i, []).append(one)
         out.sums = {i: (out[i]._version, joined(parts)) for i, parts in sums.items()}
+
+
+def pruned_mask(weights: LatentWeights, segment: Segment, i: int) -> Tensor:
+    """Return the mask of pruned weights of tensor i, computed block by block.
+
+    Args:
+        weights: the latent weights, on the CPU.
+        segment: the segment that holds the tensor.
+        i: position of the weight tensor.
+
+    Example:
+        >>> from torch_feather.selection import Cutoff
+        >>> weights = LatentWeights([torch.tensor([1.0, 1.0, 2.0])])
+        >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(0), torch.tensor(0.9))
+        >>> pruned_mask(weights, Segment(0, 3, cutoff), 0)
+        tensor([ True, False, False])
+    """
+    first, end = weights.local_spans[i]
+    flat = torch.empty(end - first, dtype=torch.bool)
+    out = flat.numpy()
+
+    def compare(block: tuple[Span, int, int]) -> None:
+        span, a, b = block
+        start = span.piece.start
+        w = as_array(span.piece.values[a - start : b - start], weights.wide)
+        bits = magnitude_bits(w, span.piece.scale)
+        np.less_equal(bits, span.limit, out=out[a - first : b - first])
+
+    blocks = []
+    for span in spans(weights, [segment]):
+        start = max(first, span.piece.start)
+        stop = min(end, span.piece.start + span.piece.values.numel())
+        blocks += [(span, a, min(a + BLOCK, stop)) for a in range(start, stop, BLOCK)]
+    for_each(compare, blocks)
+    return flat.as_strided(weights.views[i].shape, weights.views[i].stride())
 
 
 class Targets:
@@ -235,7 +270,7 @@ def is_plain(operator: Operator, tau: Tensor) -> bool:
     if operator.is_identity:
         return True
     known = type(operator) is Power and operator.p in (1.0, 2.0, 3.0)
-    return known and tau.dtype == torch.float32 and (tau == 0 or bool(tau >= TINY))
+    return known and tau.dtype == torch.float32 and bool((tau == 0) | (tau >= TINY))
 
 
 def plain_values(w: np.ndarray, tau: np.ndarray, operator: Operator) -> np.ndarray:
@@ -274,7 +309,7 @@ def plain_values(w: np.ndarray, tau: np.ndarray, operator: Operator) -> np.ndarr
 
 
 def _cube_root(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Write the cube root of float32 numbers in (0, 1] into `y`, as `roots.cube_root` computes it."""
+    """Write the cube root of float32 numbers in (0, 1] into `y`, as in `roots.cube_root`."""
     number = np.float32
     bits, t = y.view(np.int32), scratch("cube", x.size, number)
     np.copyto(t, x.view(np.int32), casting="unsafe")

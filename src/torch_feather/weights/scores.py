@@ -128,10 +128,13 @@ class WeightScores(Scores):
 
     def collect_all(self, low: float, high: float) -> tuple[int, np.ndarray]:
         found = self._collected
-        if found is not None and found.bounds == (low, high):
-            # If the weights were changed since then, it is out of date.
-            if found.versions == [flat._version for flat in self._flats]:
-                return found.below, found.near
+        # If the weights were changed since then, it is out of date.
+        if (
+            found is not None
+            and found.bounds == (low, high)
+            and found.versions == [flat._version for flat in self._flats]
+        ):
+            return found.below, found.near
         return super().collect_all(low, high)
 
     def sample(self, step: int) -> np.ndarray:

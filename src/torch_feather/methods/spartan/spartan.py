@@ -17,8 +17,8 @@ from ...errors import ConfigurationError
 from ...gradient_rules import StraightThrough
 from ...operators import Hard
 from ...schedules import Linear, count_steps
-from ...weights.latent import LatentWeights, PerTensor
 from ...weights.kept import keep_nonzero
+from ...weights.latent import LatentWeights, PerTensor
 from ...weights.passes import pruned_mask
 from ...weights.segments import Segment, position_of
 from ..base import Completion, Gradients, Pruning
