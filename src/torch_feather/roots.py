@@ -1,8 +1,8 @@
 """Roots of float32 numbers in [0, 1], by operations that all processors compute alike.
 
 Only additions, products, quotients, conversions and shifts of float32 numbers are used, each
-rounded to nearest. So PyTorch on any device, NumPy and compiled code give the same bits. The error of
-the cube root is at most 0.52 units in the last place.
+rounded to nearest. So PyTorch on any device, NumPy and compiled code give the same bits. The error
+of the cube root is at most 0.52 units in the last place.
 
 Its method: the bits divided by three give a first approximation (error 3.4%), one Newton step an
 error of 0.12%. It is rounded to 8 bits, so that its cube is exact. Then the relative residual

@@ -176,7 +176,7 @@ def scan(words: np.ndarray, columns: np.ndarray) -> bool:
 
 
 def collect(
-    w: np.ndarray, scale: np.floating | None, low: int, high: int
+    w: np.ndarray, scale: float | np.floating | None, low: int, high: int
 ) -> tuple[int, np.ndarray] | None:
     """Count scores and collect them; as `Scores.collect`.
 
@@ -211,7 +211,7 @@ def write(
     limit: int,
     operator: Operator,
     tau: np.ndarray,
-    scale: np.floating | None,
+    scale: float | np.floating | None,
 ) -> bool:
     """Write effective weights; return whether there is a compiled function for them.
 

@@ -26,7 +26,7 @@ class Piece(NamedTuple):
     """The weights, flat."""
     start: int
     """Index of the first among the local weights."""
-    scale: np.floating | None = None
+    scale: float | np.floating | None = None
     """Scores are |w| times this; None for |w| itself."""
 
 
