@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigurationError, StateError
+from .methods.base import effective_weights
 from .participants import remember_names
 from .prunable import unwrap
 from .sparsifier import Sparsifier
@@ -98,7 +99,7 @@ class LatentAverage:
         training = self.sparsifier.step.training
         weights = training.weights.like(self._latent)
         pruning = training.method.update(weights, training.count)
-        effective = training.method.effective_weights(weights, pruning)
+        effective = effective_weights(training.method, weights, pruning)
         copy_all([target.get_parameter(name) for name in training.binding.names], effective)
         for name, value in self._others.items():
             target.get_parameter(name).copy_(value)

@@ -164,7 +164,7 @@ class Step:
         self._stepped = True
         self.health.check(
             training.weights, training.binding.local, training.method, training.pruning,
-            training.count,
+            training.count, training.written.nan,
         )  # fmt: skip
 
     def _write_latent(self, one: OneOptimizer) -> None:

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigurationError, StateError, warn
-from ..methods.base import BoundMethod, Completion, Pruning
-from ..weights.latent import LatentWeights, copy_all
+from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
+from ..weights.checksum import Recorded
+from ..weights.compiled import copy_weights
+from ..weights.exchange import read_latent
+from ..weights.latent import LatentWeights
 from ..weights.passes import adopt_written
 from ..weights.shards import fsdp_units, is_sharded, local, local_part, reshard
 from .binding import Binding, check_storage, layout
@@ -91,7 +94,13 @@ class Training:
         """Update thresholds or masks; parameters become u = R(w)."""
         new = store(self.method, self.method.update(self.weights, self.count))
         self.pruning = keep_memory(self.pruning, new, self.weights.device)
-        self.write(self.method.effective_weights(self.weights, self.pruning))
+        self._write()
+
+    def _write(self) -> None:
+        """Write u into the parameters, and record it for the detection of external writes."""
+        held = Recorded(self.binding.local)
+        self.method.write_effective(self.weights, self.pruning, held)
+        self.written.record(self.weights, held)
 
     @torch.no_grad()
     def write(self, values: Sequence[Tensor]) -> None:
@@ -100,8 +109,8 @@ class Training:
         Args:
             values: one local tensor per weight tensor.
         """
-        held = self.binding.local
-        copy_all(held, values)
+        held = Recorded(self.binding.local)
+        copy_weights(held, values)
         self.written.record(self.weights, held)
 
     @torch.no_grad()
@@ -140,20 +149,20 @@ class Training:
         if self.weights.shards is None:
             self.write_effective()
             return
-        self.write(self.method.effective_weights(self.weights, self.pruning))
+        self._write()
         self.written.invalidate()
 
     @torch.no_grad()
     def write_latent(self, positions: Sequence[int]) -> None:
         """Write latent weights into the parameters at these positions."""
         held = self.binding.local
-        copy_all([held[i] for i in positions], [self.weights.views[i] for i in positions])
+        copy_weights([held[i] for i in positions], [self.weights.views[i] for i in positions])
 
     @torch.no_grad()
     def read_latent(self, positions: Sequence[int]) -> None:
         """Read latent weights from the parameters at these positions."""
         held = self.binding.local
-        copy_all([self.weights.views[i] for i in positions], [held[i] for i in positions])
+        read_latent(self.weights, positions, [held[i] for i in positions])
 
     # Gradients
 
@@ -265,7 +274,7 @@ class Training:
         held = self.binding.local
         suspects = self.written.suspects(self.weights, held)
         if suspects:
-            effective = self.method.effective_weights(self.weights, self.pruning)
+            effective = effective_weights(self.method, self.weights, self.pruning)
             adopt_written(self.weights, suspects, held, effective)
         return bool(suspects)
 
@@ -285,7 +294,7 @@ class Training:
         if all(old is new for old, new in pairs) and found == self._layout:
             return
         before = self.weights
-        effective = self.method.effective_weights(before, self.pruning)
+        effective = effective_weights(self.method, before, self.pruning)
         check_storage(self.binding.names, current)
         check_shards(before, current)
         for i, (weight, parameter) in enumerate(zip(self.binding.weights, current, strict=True)):

@@ -182,10 +182,12 @@ class ProbabilisticMasks(BoundMethod):
         ranks.masked_fill_(scores < last, 0.0).masked_fill_(scores > last, 1.0)
         return (~select(ranks.clone, k).pruned(ranks)).to(scores.dtype)
 
-    def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
-        # Adding 0 turns -0 into 0.
-        flats = [(pruning.mask.flat[part] * w).to(w.dtype).add_(0.0) for w, part in _parts(weights)]
-        return weights.like(flats).views
+    def write_effective(
+        self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
+    ) -> None:
+        for w, mask, u in zip(weights.views, pruning.mask.rows, out, strict=True):
+            # Adding 0 turns -0 into 0.
+            u.copy_(mask * w if mask.dtype != u.dtype else torch.mul(mask, w, out=u)).add_(0.0)
 
     def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
         # Sharp masks, and effective weights, may round to 0. All zeros of the network count.
