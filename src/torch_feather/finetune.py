@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .engine.binding import plain_optimizer
+from .engine.wrappers import plain_optimizer
 from .errors import ConfigurationError, some
 from .prunable import Filters, find_prunable
 from .weights.shards import local, reshard
@@ -37,7 +37,9 @@ class FixedMask:
 
     def __init__(self, parameters: Sequence[Tensor], optimizers: Sequence[Optimizer]):
         self._zeros = [(p, local(p).detach() == 0) for p in parameters]
-        self._handles = [o.register_step_post_hook(self._refill) for o in optimizers]
+        self._handles = [
+            plain_optimizer(o).register_step_post_hook(self._refill) for o in optimizers
+        ]
 
     @torch.no_grad()
     def _refill(self, optimizer: Optimizer, *_: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +91,26 @@ class StateDicts:
             held: positions of its prunable weights.
             state_dict: its own state dict.
         """
+        return checkpoint.with_entries(
+            state_dict, optimizer, self._exporter(training, optimizer, held)
+        )
+
+    def live(
+        self, training: Training, optimizer: Optimizer, held: Sequence[int]
+    ) -> dict[Tensor, dict[str, Tensor]]:
+        """Return entries for a live state, by parameter; arguments as for `save`."""
+        entries = self._exporter(training, optimizer, held)
+        found = {}
+        for g, i, parameter in checkpoint.parameters_of(optimizer):
+            added = entries(g, i)
+            if added is not None:
+                found[parameter] = {checkpoint.PREFIX + name: added[name] for name in added}
+        return found
+
+    def _exporter(
+        self, training: Training, optimizer: Optimizer, held: Sequence[int]
+    ) -> Callable[[int, int], dict[str, Tensor] | None]:
+        """Return a function of (group, position) that returns the entries of a parameter."""
         position_at = _positions(training, held)
         frozen = {
             (g, i)
@@ -101,7 +121,7 @@ class StateDicts:
         def entries(g: int, i: int) -> dict[str, Tensor] | None:
             return None if (g, i) in frozen else self.export(training, position_at.get((g, i)))
 
-        return checkpoint.with_entries(state_dict, optimizer, entries)
+        return entries
 
     def check(
         self,

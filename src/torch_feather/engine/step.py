@@ -10,6 +10,7 @@ The pieces take values and return values, and never call back. Only this file co
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,12 +27,14 @@ from ..errors import StateError, some, warn
 from ..prunable import Filters, find_prunable
 from ..weights.latent import copy_all
 from .binding import attached
+from .foreign import release_optimizers, watch_optimizers
 from .health import Health
 from .hooks import Handlers, OptimizerHooks, only_initializes
 from .loss_scale import watch_scalers
 from .state_dict import StateDicts
 from .step_in_backward import half_done, in_backward, incomplete
 from .training import Training
+from .wrappers import levels_of
 
 
 @dataclass
@@ -107,29 +110,35 @@ class Step:
             for o, one in enumerate(binding.optimizers)
         ]
         self._hooks = [
-            OptimizerHooks(one.optimizer, self._handlers(one)) for one in self.optimizers
+            OptimizerHooks(levels_of(one.optimizer), self._handlers(one))
+            for one in self.optimizers
         ]
-        for thing in (*binding.optimizers, *binding.parameters):
-            attached[thing] = True
+        self._things = [level for hooks in self._hooks for level in hooks.levels]
+        for thing in (*self._things, *binding.parameters):
+            attached[thing] = weakref.ref(self)
+        watch_optimizers()
         training.write_effective()
 
     def _handlers(self, one: OneOptimizer) -> Handlers:
         return Handlers(
             before=partial(self.before, one),
+            ready=partial(self._ready, one),
             after=partial(self.after, one),
             closure=partial(self._inside_closure, one),
             failed=partial(self._failed, one),
             save=partial(self._save, one),
             load=partial(self._load, one),
+            entries=partial(self._entries, one),
         )
 
     @torch.no_grad()
-    def before(self, one: OneOptimizer, closure: bool) -> None:
+    def before(self, one: OneOptimizer, closure: bool, ready: bool = True) -> None:
         """Before a step of an optimizer: complete gradients; its parameters become w.
 
         Args:
             one: the optimizer.
             closure: whether the step has a closure, which computes the gradients later.
+            ready: whether the gradients are ready; a wrapper may change them first.
         """
         self._warn_of_new_groups(one)
         one.initializes = only_initializes(one.optimizer)
@@ -137,23 +146,38 @@ class Step:
         if one.in_backward:
             self._before_in_backward(one, closure)
             return
-        if not closure:
+        if ready and not closure:
             self.training.complete_gradients(one.optimizer)
         self._check_sparse_start()
         self.training.absorb_external_writes()
         self._write_latent(one)
 
     @torch.no_grad()
-    def after(self, one: OneOptimizer) -> None:
-        """After a step of an optimizer: its parameters become u; the last one advances time."""
+    def _ready(self, one: OneOptimizer) -> None:
+        """Within a step of a wrapper: complete its gradients, with effective weights."""
+        if self.training.method.facts.completes and one.holds_latent:
+            with self._inside_closure(one):
+                pass
+
+    @torch.no_grad()
+    def after(self, one: OneOptimizer, taken: bool = True) -> None:
+        """After a step of an optimizer: its parameters become u; the last one advances time.
+
+        Args:
+            one: the optimizer.
+            taken: False if a wrapper skipped the step.
+        """
         if one.in_backward:
             self._after_in_backward(one)
             return
         self._read_latent(one)
         # A fused optimizer under GradScaler decides on the device whether it steps.
         skipped = getattr(one.optimizer, "found_inf", None)
-        taken = not one.initializes if skipped is None else skipped == 0
-        self._advance(taken if one.last else False)
+        if skipped is None:
+            counts: bool | Tensor = taken and not one.initializes
+        else:
+            counts = (skipped == 0) & taken
+        self._advance(counts if one.last else False)
 
     def _advance(self, taken: bool | Tensor) -> None:
         """Advance the schedule if the step was taken; thresholds move; parameters become u."""
@@ -212,9 +236,10 @@ class Step:
         self.training.release()
         for hooks in self._hooks:
             hooks.release()
-        binding = self.training.binding
-        for thing in (*binding.optimizers, *binding.parameters):
+        for thing in (*self._things, *self.training.binding.parameters):
             attached.pop(thing, None)
+        self._things.clear()
+        release_optimizers()
 
     def require_attached(self) -> None:
         """Raise StateError after `release`."""
@@ -263,6 +288,12 @@ class Step:
     def _save(self, one: OneOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self.sync()
         return self.states.save(self.training, one.optimizer, one.held, state_dict)
+
+    @torch.no_grad()
+    def _entries(self, one: OneOptimizer) -> dict[Tensor, dict[str, Tensor]]:
+        """Return the entries that a copy of an optimizer takes along."""
+        self.sync()
+        return self.states.live(self.training, one.optimizer, one.held)
 
     def _load(
         self, one: OneOptimizer, load_state_dict: Callable[..., Any], state_dict: dict[str, Any]
