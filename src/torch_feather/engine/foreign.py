@@ -17,6 +17,7 @@ from ..errors import StateError, some
 from .binding import attached
 from .checkpoint import PREFIX
 from .hooks import only_initializes
+from .wrappers import levels_of
 
 
 class _Watch:
@@ -94,6 +95,13 @@ def _refuse_loaded(optimizer: Optimizer) -> None:
 
 
 def _foreign(optimizer: Optimizer, held: list[Any], steps: list[Any]) -> StateError:
+    kind = type(optimizer).__name__
+    if any(level in attached for level in levels_of(optimizer)):
+        return StateError(
+            f"{kind} wraps the optimizer that was passed to sparsify, and may read or write "
+            f"parameters outside of its step, where they hold effective weights. Pass the {kind} "
+            "to sparsify."
+        )
     names = {
         id(weight.parameter): weight.name
         for step in steps
@@ -102,7 +110,7 @@ def _foreign(optimizer: Optimizer, held: list[Any], steps: list[Any]) -> StateEr
     found = [names[id(p)] for p in held if id(p) in names]
     weights = some(found) if found else f"{len(held)} weights"
     return StateError(
-        f"This {type(optimizer).__name__} would step {weights}, whose sparsifier belongs to another "
+        f"This {kind} would step {weights}, whose sparsifier belongs to another "
         "optimizer, so it would train effective weights instead of latent ones. To replace the "
         "optimizer during training: state = sparsifier.state_dict(); sparsifier.detach(); create "
         "the optimizer; call sparsify again with the same arguments; "

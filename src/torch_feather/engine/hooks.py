@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -120,6 +120,7 @@ class OptimizerHooks:
         for phase in ("first_step", "second_step"):  # SAM and similar optimizers
             if hasattr(level, phase):
                 self._wrap(level, phase, functools.partial(self._only_inside_step, level, phase))
+        self._wrap(level, "set_closure", functools.partial(_no_own_closure, level))  # GSAM
 
     def release(self) -> None:
         """Remove every hook and override."""
@@ -295,6 +296,13 @@ def _no_state_dict(level: Any) -> StateError:
     )
 
 
+def _no_own_closure(level: Any, *_: Any, **__: Any) -> NoReturn:
+    raise StateError(
+        f"After {type(level).__name__}.set_closure(), step() evaluates the model where the "
+        "parameters hold latent weights. Pass the closure to the step: optimizer.step(closure)."
+    )
+
+
 def _differentiates(level: Any, error: BaseException) -> bool:
     """Return whether a step failed because it differentiates gradients again."""
     if not isinstance(error, RuntimeError) or "modified by an inplace operation" not in str(error):
@@ -308,7 +316,7 @@ def _no_graph(level: Any) -> StateError:
         f"{type(level).__name__} differentiates the gradients inside step(), where the parameters "
         "hold latent weights: the graph of the gradients belongs to the effective weights. Compute "
         "second derivatives before step(), outside of the optimizer, or use an optimizer that "
-        "needs only gradients. The model is unchanged."
+        "needs only gradients. The weights are unchanged."
     )
 
 

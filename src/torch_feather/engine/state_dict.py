@@ -25,6 +25,7 @@ class StateDicts:
         fingerprint: the method's fingerprint.
 
     Attributes:
+        total_steps: optimizer steps of the whole training.
         strict: raise for a state of another run; otherwise load what fits.
 
     Example:
@@ -38,7 +39,7 @@ class StateDicts:
     """
 
     def __init__(self, sparsity: float, total_steps: int, fingerprint: str):
-        self._sparsity, self._total_steps = round(sparsity * 1e12), total_steps
+        self._sparsity, self.total_steps = round(sparsity * 1e12), total_steps
         self._method, self.strict = checkpoint.digest(fingerprint), True
 
     def header(self, training: Training, i: int | None, image: int = 0) -> Header:
@@ -55,7 +56,7 @@ class StateDicts:
         return Header(
             checkpoint.FORMAT,
             int(training.count),
-            self._total_steps,
+            self.total_steps,
             self._sparsity,
             self._method,
             shape,

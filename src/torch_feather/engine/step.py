@@ -34,6 +34,7 @@ from .loss_scale import watch_scalers
 from .state_dict import StateDicts
 from .step_in_backward import half_done, in_backward, incomplete
 from .training import Training
+from .turns import surplus, unequal
 from .wrappers import levels_of
 
 
@@ -50,6 +51,7 @@ class OneOptimizer:
         holds_latent: whether its parameters hold latent weights now.
         initializes: whether the present step only initializes its state.
         in_backward: whether the present step is inside a backward pass.
+        steps: number of its steps in this process.
         forward_values: values of its parameters in the forward pass, during a step inside the
             backward pass.
 
@@ -70,6 +72,7 @@ class OneOptimizer:
     holds_latent: bool = False
     initializes: bool = False
     in_backward: bool = False
+    steps: int = 0
     forward_values: list[Tensor] = field(default_factory=list)
 
 
@@ -141,6 +144,7 @@ class Step:
             ready: whether the gradients are ready; a wrapper may change them first.
         """
         self._warn_of_new_groups(one)
+        self._check_surplus(one)
         one.initializes = only_initializes(one.optimizer)
         one.in_backward = self.training.in_backward.is_open or in_backward()
         if one.in_backward:
@@ -177,6 +181,7 @@ class Step:
             counts: bool | Tensor = taken and not one.initializes
         else:
             counts = (skipped == 0) & taken
+        one.steps += taken and not one.initializes
         self._advance(counts if one.last else False)
 
     def _advance(self, taken: bool | Tensor) -> None:
@@ -323,10 +328,7 @@ class Step:
         alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
         if self._stepped or alone or self.training.weights.shards is not None:
             return
-        if (
-            devices.synchronizes(self.training.weights.device)
-            and torch.cuda.is_current_stream_capturing()
-        ):
+        if self._is_captured():
             return
         training = self.training
         every = range(len(training.weights.views))
@@ -341,6 +343,25 @@ class Step:
                 "sparsify. If the weights were loaded deliberately, call "
                 "sparsifier.reset_latents()."
             )
+
+    def _check_surplus(self, one: OneOptimizer) -> None:
+        """Raise for a step beyond `total_steps` if another order of the optimizers was meant."""
+        if not one.last or one.steps < 2 or self._is_captured() or not (counts := self.unequal()):
+            return
+        others = [other.steps for other in self.optimizers if other.held]
+        if min(others) < one.steps and int(self.training.count) >= self.states.total_steps:
+            raise surplus(counts, self.states.total_steps)
+
+    def unequal(self) -> str:
+        """Return a sentence about optimizers that step unequally often; '' if they do not."""
+        counted = [one for one in self.optimizers if one.held or one.last]
+        names = [type(one.optimizer).__name__ for one in counted]
+        return unequal(names, [one.steps for one in counted])
+
+    def _is_captured(self) -> bool:
+        """Return whether a CUDA graph is captured, when nothing can be read on the host."""
+        accelerated = devices.synchronizes(self.training.weights.device)
+        return accelerated and torch.cuda.is_current_stream_capturing()
 
     def _warn_of_new_groups(self, one: OneOptimizer) -> None:
         groups, known = one.optimizer.param_groups, one.groups
