@@ -1,4 +1,4 @@
-"""Sparse training under every optimizer of pytorch_optimizer, torch.optim and torchao's low-bit ones.
+"""Sparse training under every optimizer of torch.optim, pytorch_optimizer and torchao.
 
 For each optimizer a small network takes a few steps without and with `sparsify` (hard-ste, 50%,
 from the first step on). Checked are, bit for bit:
@@ -6,7 +6,7 @@ from the first step on). Checked are, bit for bit:
 trains     after each step exactly round(s N) weights are zero, and latent weights and biases equal
            those of a plain autograd program without torch-feather, in which the network uses
            w + (u - w).detach().
-resumes    a run that is saved after half of its steps and loaded into a new process state ends
+resumes    a run that is saved after half of its steps and loaded into a new network ends
            with the same weights, if the optimizer resumes exactly without sparsify too.
 copies     a deep copy of model and optimizer raises at its first step, and trains on exactly after
            sparsify.
@@ -137,7 +137,7 @@ def _driven(name: str) -> tuple[bool, bool]:
     return name in closure, name in {"SophiaH", "AdaHessian"}
 
 
-def _maker(name: str, kind: Any) -> Callable[[nn.Module], Any]:  # noqa: C901
+def _maker(name: str, kind: Any) -> Callable[[nn.Module], Any]:
     """Return a function that creates the optimizer of a model."""
 
     def inner(model: nn.Module) -> torch.optim.Optimizer:
@@ -227,8 +227,7 @@ class Run:
         kept[magnitudes.argsort(stable=True)[:pruned]] = 0.0  # of ties, the first are pruned
         masks = kept.split([w.numel() for w in weights])
         used = [
-            w + (w * mask.view_as(w) - w).detach()
-            for w, mask in zip(weights, masks, strict=True)
+            w + (w * mask.view_as(w) - w).detach() for w, mask in zip(weights, masks, strict=True)
         ]
         names = ["0.weight", "2.weight"]
         return torch.func.functional_call(self.model, dict(zip(names, used, strict=True)), (x,))
@@ -422,7 +421,9 @@ def summary(rows: list[Outcome]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="folder of table.md and outcomes.json")
     parser.add_argument("--only", nargs="*", help="names of optimizers")
     parser.add_argument("--again", action="store_true", help="repeat completed ones")
@@ -462,7 +463,10 @@ def write(record: Path, found: list[Outcome]) -> None:
     """Write outcomes.json and table.md."""
     rows = list({f"{row.package}.{row.name}": row for row in found}.values())
     record.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"outcomes": [asdict(row) for row in rows], "provenance": provenance(torch.device("cpu"))}
+    kept = {
+        "outcomes": [asdict(row) for row in rows],
+        "provenance": provenance(torch.device("cpu")),
+    }
     temporary = record.with_suffix(".tmp")
     temporary.write_text(json.dumps(kept, indent=1) + "\n")
     temporary.replace(record)

@@ -112,7 +112,9 @@ def make(wrapper=None, method="feather", attach="wrapper", **settings):
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     outer = inner if wrapper is None else wrapper(inner)
     settings = {"sparsity": 0.5, "total_steps": STEPS} | settings
-    sparsifier = feather.sparsify(model, outer if attach == "wrapper" else inner, method, **settings)
+    sparsifier = feather.sparsify(
+        model, outer if attach == "wrapper" else inner, method, **settings
+    )
     return model, outer, inner, sparsifier
 
 
@@ -191,7 +193,9 @@ def test_a_wrapper_may_skip_steps_which_do_not_count(method):
 def test_a_wrapper_that_steps_an_optimizer_with_a_sparsifier_is_an_error():
     model, outer, _, sparsifier = make(Pulled, attach="inside")
     gradients(model, 0)
-    with pytest.raises(StateError, match="Pulled wraps the optimizer .* Pass the Pulled to sparsify"):
+    with pytest.raises(
+        StateError, match=r"Pulled wraps the optimizer .* Pass the Pulled to sparsify"
+    ):
         outer.step()
     assert sparsifier.step_count == 0
 
@@ -440,7 +444,7 @@ def gan(order, total_steps):
 
 
 def test_the_schedule_counts_the_steps_of_the_last_optimizer():
-    model, sparsifier, step = gan("cg", total_steps=10)
+    _, sparsifier, step = gan("cg", total_steps=10)
     for iteration in range(10):
         for _ in range(5):
             step("c")
@@ -480,7 +484,9 @@ def test_an_unfinished_schedule_of_unequal_optimizers_says_what_is_counted():
         for _ in range(5):
             step("c")
         step("g")
-    with pytest.raises(StateError, match=r"After 10 of 50 steps.*Adam \(0\) 50 times, Adam \(1\) 10"):
+    with pytest.raises(
+        StateError, match=r"After 10 of 50 steps.*Adam \(0\) 50 times, Adam \(1\) 10"
+    ):
         sparsifier.finalize()
 
 

@@ -238,7 +238,12 @@ class OptimizerHooks:
         return self._save(state)
 
     def _loaded(
-        self, level: Any, load_state_dict: Callable[..., Any], state_dict: Any, *args: Any, **kw: Any
+        self,
+        level: Any,
+        load_state_dict: Callable[..., Any],
+        state_dict: Any,
+        *args: Any,
+        **kw: Any,
     ) -> Any:
         if self._loading:
             return load_state_dict(state_dict, *args, **kw)
@@ -251,9 +256,7 @@ class OptimizerHooks:
         self._loads += 1
         self._loading = True
         try:
-            return self._do.load(
-                lambda state: load_state_dict(state, *args, **kw), state_dict
-            )
+            return self._do.load(lambda state: load_state_dict(state, *args, **kw), state_dict)
         finally:
             self._loading = False
 

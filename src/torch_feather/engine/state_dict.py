@@ -101,7 +101,7 @@ class StateDicts:
     ) -> dict[Tensor, dict[str, Tensor]]:
         """Return entries for a live state, by parameter; arguments as for `save`."""
         entries = self._exporter(training, optimizer, held)
-        found = {}
+        found: dict[Tensor, dict[str, Tensor]] = {}
         for g, i, parameter in checkpoint.parameters_of(optimizer):
             added = entries(g, i)
             if added is not None:

@@ -113,8 +113,7 @@ class Step:
             for o, one in enumerate(binding.optimizers)
         ]
         self._hooks = [
-            OptimizerHooks(levels_of(one.optimizer), self._handlers(one))
-            for one in self.optimizers
+            OptimizerHooks(levels_of(one.optimizer), self._handlers(one)) for one in self.optimizers
         ]
         self._things = [level for hooks in self._hooks for level in hooks.levels]
         for thing in (*self._things, *binding.parameters):

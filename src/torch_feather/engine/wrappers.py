@@ -123,7 +123,7 @@ def checked(optimizer: Any) -> Any:
     if not isinstance(levels[-1], Optimizer):
         raise ConfigurationError(
             "optimizer must be a torch.optim.Optimizer or a sequence of them, got "
-            f"{type(optimizer).__name__}."
+            f"{type(optimizer).__module__}.{type(optimizer).__qualname__}."
         )
     for level in levels:
         if not hasattr(level, "__dict__"):
