@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 from collections import OrderedDict
+from contextlib import suppress
 from itertools import product
 
 import pytest
@@ -228,6 +229,38 @@ def test_a_step_that_raises_in_the_optimizer_inside_leaves_a_sparse_model(wrappe
     train(model, outer, 2, 4)
     assert sparsifier.step_count == 4
     assert feather.sparsity(model) == 0.5
+
+
+def test_a_step_that_a_wrapper_gives_up_does_not_count():
+    class Tolerant(Delegating):
+        def step(self, closure=None):
+            with suppress(ZeroDivisionError):
+                super().step(closure)
+
+    model, outer, inner, sparsifier = make(Tolerant, schedule="constant")
+    handle = inner.register_step_pre_hook(lambda *_: 1 / 0)
+    train(model, outer, 0, 2)
+    assert sparsifier.step_count == 0
+    handle.remove()
+    train(model, outer, 2, 4)
+    assert sparsifier.step_count == 2
+    assert feather.sparsity(model) == 0.5
+
+
+@pytest.mark.parametrize("base", [object, Optimizer])
+def test_a_wrapper_of_several_optimizers_is_an_error_that_asks_for_them(base):
+    def init(self, *optimizers):
+        self.optimizers = optimizers
+
+    groups = property(lambda self: [g for o in self.optimizers for g in o.param_groups])
+    members = {"__init__": init, "param_groups": groups, "step": lambda self: None}
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    both = type("Both", (base,), members)(
+        *[torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model]
+    )
+    with pytest.raises(ConfigurationError, match=r"Both.* [Pp]ass (the optimizers|these)"):
+        feather.sparsify(model, both, sparsity=0.5, total_steps=2)
+    feather.sparsify(model, both.optimizers, sparsity=0.5, total_steps=2)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

@@ -159,13 +159,12 @@ class OptimizerHooks:
         innermost = optimizer is self.levels[-1]
         if self._depth > 1:
             if self._may_skip and innermost:
-                self._taken = True
                 self._do.ready()
             return None
-        self._taken = innermost or not self._may_skip
+        self._taken = not self._may_skip
         positional = len(args) > 1 and callable(args[1])
         keyword = callable(kwargs.get("closure"))
-        self._do.before(positional or keyword, self._taken)
+        self._do.before(positional or keyword, innermost or not self._may_skip)
         if positional:
             return (args[0], self._around(args[1]), *args[2:]), kwargs
         if keyword:
@@ -174,6 +173,7 @@ class OptimizerHooks:
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._depth -= 1
+        self._taken |= optimizer is self.levels[-1]
         if self._depth == 0:
             self._do.after(self._taken)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -123,7 +123,8 @@ def checked(optimizer: Any) -> Any:
     if not isinstance(levels[-1], Optimizer):
         raise ConfigurationError(
             "optimizer must be a torch.optim.Optimizer or a sequence of them, got "
-            f"{type(optimizer).__module__}.{type(optimizer).__qualname__}."
+            f"{type(optimizer).__module__}.{type(optimizer).__qualname__}. If it wraps optimizers, "
+            "pass these."
         )
     for level in levels:
         if not hasattr(level, "__dict__"):
@@ -131,6 +132,12 @@ def checked(optimizer: Any) -> Any:
                 f"{type(level).__name__} has no __dict__, so its step cannot be observed. Pass the "
                 "optimizer that it wraps."
             )
+    if not isinstance(getattr(levels[0], "state", None), Mapping):
+        raise ConfigurationError(
+            f"{type(levels[0]).__name__} has no state by parameter, as a wrapper of several "
+            "optimizers. Pass the optimizers that it wraps to sparsify, in the order in which they "
+            "step."
+        )
     return levels[0]
 
 
