@@ -61,8 +61,8 @@ HEADER = """# Sparse training under every optimizer
 
     python benchmarks/optimizer_table.py --out results/optimizers
 
-A network of two linear layers takes 12 steps with `hard-ste` at 50% from the first step on, on a CPU,
-with the default options of each optimizer.
+A network of two linear layers takes 12 steps with `hard-ste` at 50% from the first step on, on a
+CPU, with the default options of each optimizer.
 
 - **trains**: after each step exactly round(s N) weights are zero, and latent weights and biases
   equal those of an autograd program without torch-feather, bit for bit. *refused*: an error of
