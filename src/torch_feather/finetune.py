@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .engine.binding import plain_optimizer
+from .engine.wrappers import plain_optimizer
 from .errors import ConfigurationError, some, warn
 from .participants import choose
 from .prunable import Filters
@@ -57,7 +57,7 @@ class FixedMask:
             _clear_gradient(parameter, mask)
             if parameter.requires_grad:
                 self._handles.append(_without_gradient(parameter, mask))
-        for optimizer in optimizers:
+        for optimizer in map(plain_optimizer, optimizers):
             self._handles.append(optimizer.register_step_pre_hook(self._clear_gradients))
             self._handles.append(optimizer.register_step_post_hook(self._refill))
 

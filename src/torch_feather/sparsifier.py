@@ -19,6 +19,7 @@ from .engine.health import Health, count_pruned_by
 from .engine.state_dict import StateDicts
 from .engine.step import Step
 from .engine.training import Training
+from .engine.turns import COUNTED
 from .errors import StateError, warn
 from .finetune import FixedMask
 from .measure.report import Report, report
@@ -282,10 +283,11 @@ class Sparsifier:
         """
         self.step.require_attached()
         if not self.at_target and not force:
+            counts = self.step.unequal()
             raise StateError(
                 f"After {self.step_count} of {self.total_steps} steps the sparsity is "
                 f"{self.sparsity:.4f}, not yet {self.target}. Continue training, or keep the model "
-                "as it is: finalize(force=True)."
+                "as it is: finalize(force=True)." + (f" {counts}{COUNTED}" if counts else "")
             )
         training = self._training
         # Read before `sync`, which rewrites parameters that were moved or cast.

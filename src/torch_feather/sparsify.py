@@ -46,7 +46,9 @@ def sparsify(
         sparsity: final fraction of zeros among the prunable weights, in [0, 1). Or a mapping from
             filters to fractions, one per group: ``{"*.attn.*": 0.9, "*": 0.95}``. The first filter
             that matches a weight counts; each group has exactly its number of zeros.
-        total_steps: optimizer steps of the whole training. Later steps keep the final sparsity.
+        total_steps: optimizer steps of the whole training; of several optimizers, those of the last
+            one. Later steps keep the final sparsity. But they are an error if another optimizer
+            steps less often than the last one, so that its steps were probably counted.
         include, exclude: filters that choose the prunable weights, see `prunable.find_prunable`.
         count: reference of a single `sparsity`: 'prunable' weights, or 'all' parameters of the
             model. With 'all', zeros are still among the prunable weights, and `Sparsifier.target`

@@ -281,7 +281,7 @@ def with_entries(
         >>> state["state"]
         {0: {'feather_latent': tensor([1., 1.])}}
     """
-    state = {key: dict(own) for key, own in state_dict["state"].items()}
+    state = _copy(state_dict["state"])
     for g, i, _ in parameters_of(optimizer):
         added = entries(g, i)
         if added is not None:
@@ -301,16 +301,24 @@ def split(
         >>> plain["state"], entries
         ({}, {(0, 0): {'latent': tensor([1., 1.])}})
     """
-    state = {key: dict(own) for key, own in state_dict["state"].items()}
+    state = _copy(state_dict["state"])
     entries = {
         (g, i): own_entries(state.get(key, {}))
         for g, group in enumerate(state_dict["param_groups"])
         for i, key in enumerate(group["params"])
     }
-    for own in state.values():
-        for name in own_entries(own):
+    for key, own in list(state.items()):
+        found = own_entries(own) if isinstance(own, dict) else {}
+        for name in found:
             del own[PREFIX + name]
-    return {**state_dict, "state": {key: own for key, own in state.items() if own}}, entries
+        if found and not own:
+            del state[key]
+    return {**state_dict, "state": state}, entries
+
+
+def _copy(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a copy of a state; some optimizers keep values that are no dicts in it."""
+    return {key: dict(own) if isinstance(own, dict) else own for key, own in state.items()}
 
 
 def by_position(
