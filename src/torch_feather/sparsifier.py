@@ -219,9 +219,10 @@ class Sparsifier:
         """Add the terms that need the gradients of all weights; otherwise `optimizer.step` does.
 
         Afterwards the gradients of the model are complete, and `parameters()` have their `.grad`,
-        penalties included. Call it after the last backward pass of a step, before clipping. With a
-        `GradScaler`, first call `scaler.unscale_` on each optimizer. Without new gradients, and
-        after `finalize`, it does nothing.
+        penalties included. Gradients that were assigned to `.grad`, such as those of
+        `torch.func.grad`, become gradients of the latent weights. Call it after the last backward
+        pass of a step, before clipping. With a `GradScaler`, first call `scaler.unscale_` on each
+        optimizer. Without new gradients, and after `finalize`, it does nothing.
         """
         if self.step.attached:
             self._training.complete_gradients()

@@ -137,6 +137,8 @@ class Step:
         if one.in_backward:
             self._before_in_backward(one, closure)
             return
+        if one.initializes:
+            self._settle(one)
         if not closure:
             self.training.complete_gradients(one.optimizer)
         self._check_sparse_start()
@@ -146,6 +148,7 @@ class Step:
     @torch.no_grad()
     def after(self, one: OneOptimizer) -> None:
         """After a step of an optimizer: its parameters become u; the last one advances time."""
+        self._settle(one)
         if one.in_backward:
             self._after_in_backward(one)
             return
@@ -175,6 +178,10 @@ class Step:
         self.training.read_latent(one.held)
         one.holds_latent = False
 
+    def _settle(self, one: OneOptimizer) -> None:
+        """Record that the gradients of an optimizer are dL/dw."""
+        self.training.assigned.settle(one.held, self.training.binding.parameters)
+
     @contextmanager
     def _inside_closure(self, one: OneOptimizer) -> Iterator[None]:
         """Around a closure: the network uses effective weights."""
@@ -183,6 +190,7 @@ class Step:
         try:
             yield
             self.training.complete_gradients(one.optimizer)
+            self._settle(one)
         finally:
             self._write_latent(one)
 
