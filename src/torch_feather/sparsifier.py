@@ -295,7 +295,7 @@ class Sparsifier:
         values = final_values(*state, training.count, written, effective)
         self._learned_sparsity, self._reached = self.learned_sparsity, self.at_target
         training.write(values)
-        self._inspect()
+        self._inspect(final=True)
         if self._reached and training.method.facts.exact and not force:
             check_count(*state, self.target)
         if self._reached and (violation := state[1].summary(state[0], state[2]).violation):
@@ -328,9 +328,9 @@ class Sparsifier:
         training.read_latent(range(len(training.binding.weights)))
         training.write_effective()
 
-    def _inspect(self) -> None:
+    def _inspect(self, final: bool = False) -> None:
         t = self._training
-        self._health.inspect(t.weights, t.binding.local, t.method, t.pruning)
+        self._health.inspect(t.weights, t.binding.local, t.method, t.pruning, t.count, final)
 
     # Saving and loading
 
