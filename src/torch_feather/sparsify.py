@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .errors import ConfigurationError
+from .left_out import describe_left_out, find_left_out, warn_of_left_out
 from .methods import AnyMethod, build_method
-from .prunable import Filters, find_prunable, list_filters
+from .prunable import Filters, Prunable, find_prunable, list_filters
 from .sparsifier import Sparsifier
 from .targets import Sparsity, Target, check_fraction
 from .weights.shards import reshard
@@ -88,8 +89,19 @@ def sparsify(
         reshard(model)
     include, exclude = list_filters(include), list_filters(exclude)
     prunable = find_prunable(model, include, exclude, frozen=False)
+    if include is None:
+        _check_left_out(model, prunable, exclude)
     target = Target.of(model, prunable, sparsity, count)
     if isinstance(method, str):
         method = build_method(method, sparsity=target.requested, **options)
     method, fraction = target.given_to(method)
     return Sparsifier(model, optimizer, method, fraction, int(total_steps), include, exclude)
+
+
+def _check_left_out(model: nn.Module, prunable: Sequence[Prunable], exclude: Filters) -> None:
+    """Warn of weights that the default choice leaves dense; raise if it leaves all of them."""
+    if not prunable and (left := find_left_out(model, prunable, exclude)):
+        raise ConfigurationError(
+            f"{type(model).__name__} has no prunable weights: {describe_left_out(model, left)}"
+        )
+    warn_of_left_out(model, prunable, exclude)
