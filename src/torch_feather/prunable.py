@@ -62,7 +62,7 @@ def find_prunable(
 
     By default these are the weights of convolutions, linear layers and attention projections.
     Biases, norms, embeddings, adapters (LoRA), and linear weights that are tied to an embedding are
-    not prunable. A weight with several names (tied, or of a module that is used twice) is matched by
+    not prunable. A weight with several names (tied, or of a module used twice) is matched by
     each of them.
 
     A filter has one of these forms; `include` and `exclude` take one, or several in an iterable:
