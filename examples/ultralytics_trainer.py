@@ -95,12 +95,14 @@ class SparseTrainer(DetectionTrainer):
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
         }
-        self._rewrite_last(lambda checkpoint: {**checkpoint, "sparse": exact})
+        self._rewrite_last(lambda state: {**state, "sparse": exact})
         return saved
 
     def final_eval(self) -> None:
         self.sparsifier.finalize()
-        self._rewrite_last(lambda checkpoint: {k: v for k, v in checkpoint.items() if k != "sparse"})
+        self._rewrite_last(
+            lambda checkpoint: {k: v for k, v in checkpoint.items() if k != "sparse"}
+        )
         super().final_eval()
 
     def _rewrite_last(self, change) -> None:

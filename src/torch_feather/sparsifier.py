@@ -296,6 +296,7 @@ class Sparsifier:
         self._learned_sparsity, self._reached = self.learned_sparsity, self.at_target
         training.write(values)
         self._inspect(final=True)
+        self.step.warn_of_averages()
         if self._reached and training.method.facts.exact and not force:
             check_count(*state, self.target)
         if self._reached and (violation := state[1].summary(state[0], state[2]).violation):

