@@ -131,9 +131,21 @@ def draw_squares(folder: Path, count: int = 16, size: int = 64) -> Path:
 
 def train(folder: Path, epochs: int, resume: bool = False) -> SparseTrainer:
     """Train in `folder`, or resume the run there."""
-    settings = {"epochs": epochs, "batch": 4, "nbs": 4, "imgsz": 64, "workers": 0, "device": "cpu",
-                "data": str(draw_squares(folder / "data")), "project": str(folder), "name": "run",
-                "model": "yolo11n.yaml", "amp": False, "plots": False, "verbose": False}  # fmt: skip
+    settings = {
+        "model": "yolo11n.yaml",
+        "data": str(draw_squares(folder / "data")),
+        "project": str(folder),
+        "name": "run",
+        "epochs": epochs,
+        "batch": 4,
+        "nbs": 4,
+        "imgsz": 64,
+        "workers": 0,
+        "device": "cpu",
+        "amp": False,
+        "plots": False,
+        "verbose": False,
+    }
     if resume:
         settings = {"resume": str(folder / "run" / "weights" / "last.pt")}
     trainer = SparseTrainer(overrides=settings)

@@ -84,8 +84,8 @@ def name_command_line_options(active: bool) -> None:
 
     Example:
         >>> name_command_line_options(True)
-        >>> option("exclude", ["fc.weight"])
-        '--set \'exclude=["fc.weight"]\''
+        >>> print(option("exclude", ["fc.weight"]))
+        --set 'exclude=["fc.weight"]'
         >>> name_command_line_options(False)
     """
     global _on_command_line
