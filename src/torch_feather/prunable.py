@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .adapters import is_adapter_part
 from .errors import ConfigurationError, some
 from .filters import (
     Filter,
@@ -32,6 +33,8 @@ WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
 # The same for linear layers of other libraries, by name, so that they need not be imported. Their
 # weight has shape (inputs, outputs). GPT-2 consists of these.
 FOREIGN_WEIGHTS = {"transformers.pytorch_utils.Conv1D": ("weight",)}
+# In `include`, this word stands for the default choice.
+DEFAULT = "default"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +71,9 @@ def find_prunable(
     """Return the prunable weights of a model, in the order of `named_modules`; tied ones once.
 
     By default these are the weights of convolutions, linear layers and attention projections.
-    Biases, norms, embeddings, and linear weights that are tied to an embedding are not prunable. A
-    weight with several names (tied, or of a module that is used twice) is matched by each of them.
+    Biases, norms, embeddings, adapters (LoRA), and linear weights that are tied to an embedding are
+    not prunable. A weight with several names (tied, or of a module used twice) is matched by
+    each of them.
 
     A filter has one of these forms; `include` and `exclude` take one, or several in an iterable:
 
@@ -79,6 +83,7 @@ def find_prunable(
     - A module type. Within modules of this type, `include` chooses the default weights, and the
       modules' own parameters with two or more dimensions. `exclude` matches all parameters.
     - A callable ``(module that holds it, parameter name) -> bool``.
+    - In `include`, the word ``"default"``: the default choice, to which other filters add.
 
     Args:
         model: any module, also one wrapped by `torch.compile` or DistributedDataParallel.
@@ -261,7 +266,7 @@ def _named(model: nn.Module) -> Iterator[_Named]:
         id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
     }
 
-    def walk(prefix: str, path: tuple[nn.Module, ...]) -> Iterator[_Named]:
+    def walk(prefix: str, path: tuple[nn.Module, ...], adapter: bool) -> Iterator[_Named]:
         module = path[-1]
         weights = default_weights(module)
         names = [name for name, p in module._parameters.items() if p is not None]
@@ -272,14 +277,14 @@ def _named(model: nn.Module) -> Iterator[_Named]:
                 names.append(name)
         for name in names:
             parameter = module._parameters.get(name)
-            default = name in weights and id(parameter) not in embedded
+            default = name in weights and id(parameter) not in embedded and not adapter
             yield _Named(prefix + name, module, name, parameter, path, default)
         for name, child in module._modules.items():
             if child is not None and child not in path:
                 inner = prefix if name == "_orig_mod" else f"{prefix}{name}."
-                yield from walk(inner, (*path, child))
+                yield from walk(inner, (*path, child), adapter or is_adapter_part(module, name))
 
-    yield from walk("", (model,))
+    yield from walk("", (model,), False)
 
 
 def default_weights(module: nn.Module) -> tuple[str, ...]:
@@ -328,7 +333,8 @@ def _matched(
     for one in list(flat_filters(filters)):
         hits = _hits(one, names, matches)
         # A callable may be a rule for any model, such as "all small layers", and match nothing.
-        if not hits and (isinstance(one, str | re.Pattern | type)):
+        may_be_empty = callable(one) or (role, one) == ("include", DEFAULT)
+        if not hits and (isinstance(one, type) or not may_be_empty):
             raise _nothing_matched(role, one, names, "parameter")
         found |= hits
     return [names[i] for i in sorted(found)]
@@ -336,6 +342,8 @@ def _matched(
 
 def _includes(one: Filter, named: _Named) -> bool:
     """Return whether a filter of `include` matches; a type matches weights alone."""
+    if one == DEFAULT and named.by_default:
+        return True
     if isinstance(one, type):
         own = isinstance(named.module, one) and _is_matrix(named.parameter)
         return own or (named.by_default and _matches(one, named))

@@ -222,9 +222,10 @@ class Sparsifier:
         """Add the terms that need the gradients of all weights; otherwise `optimizer.step` does.
 
         Afterwards the gradients of the model are complete, and `parameters()` have their `.grad`,
-        penalties included. Call it after the last backward pass of a step, before clipping. With a
-        `GradScaler`, first call `scaler.unscale_` on each optimizer. Without new gradients, and
-        after `finalize`, it does nothing.
+        penalties included. Gradients that were assigned to `.grad`, such as those of
+        `torch.func.grad`, become gradients of the latent weights. Call it after the last backward
+        pass of a step, before clipping. With a `GradScaler`, first call `scaler.unscale_` on each
+        optimizer. Without new gradients, and after `finalize`, it does nothing.
         """
         if self.step.attached:
             self._training.complete_gradients()
@@ -298,10 +299,11 @@ class Sparsifier:
         values = final_values(*state, training.count, written, effective)
         self._learned_sparsity, self._reached = self.learned_sparsity, self.at_target
         training.write(values)
-        self._inspect()
+        self._inspect(final=True)
         self._health.raise_if_not_finite(
             training.weights, training.binding.local, *state[1:], latent=values is effective
         )
+        self.step.warn_of_averages()
         if self._reached and training.method.facts.exact and not force:
             check_count(*state, self.target)
         if self._reached and (violation := state[1].summary(state[0], state[2]).violation):
@@ -345,9 +347,9 @@ class Sparsifier:
         training.read_latent(range(len(training.binding.weights)))
         training.write_effective()
 
-    def _inspect(self) -> None:
+    def _inspect(self, final: bool = False) -> None:
         t = self._training
-        self._health.inspect(t.weights, t.binding.local, t.method, t.pruning)
+        self._health.inspect(t.weights, t.binding.local, t.method, t.pruning, t.count, final)
 
     # Saving and loading
 

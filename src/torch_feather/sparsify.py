@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from .errors import ConfigurationError
 from .filters import Filters, list_filters
+from .left_out import describe_left_out, find_left_out, warn_of_left_out
 from .methods import AnyMethod, build_method
-from .prunable import find_prunable
+from .prunable import Prunable, find_prunable
 from .sparsifier import Sparsifier
 from .targets import Sparsity, Target, check_fraction
 from .weights.shards import reshard
@@ -91,8 +92,19 @@ def sparsify(
         reshard(model)
     include, exclude = list_filters(include), list_filters(exclude)
     prunable = find_prunable(model, include, exclude, frozen=False)
+    if include is None:
+        _check_left_out(model, prunable, exclude)
     target = Target.of(model, prunable, sparsity, count)
     if isinstance(method, str):
         method = build_method(method, sparsity=target.requested, **options)
     method, fraction = target.given_to(method)
     return Sparsifier(model, optimizer, method, fraction, int(total_steps), include, exclude)
+
+
+def _check_left_out(model: nn.Module, prunable: Sequence[Prunable], exclude: Filters) -> None:
+    """Warn of weights that the default choice leaves dense; raise if it leaves all of them."""
+    if not prunable and (left := find_left_out(model, prunable, exclude)):
+        raise ConfigurationError(
+            f"{type(model).__name__} has no prunable weights: {describe_left_out(model, left)}"
+        )
+    warn_of_left_out(model, prunable, exclude)

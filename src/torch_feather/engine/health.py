@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import devices
-from ..errors import FILL_LAYERS, NonFiniteWeightError, some, warn
+from ..errors import NonFiniteWeightError, fill_layers, option, some, warn
 from ..methods.base import BoundMethod, Pruning
 from ..prunable import is_lazy, unwrap
 from ..weights.latent import LatentWeights
@@ -53,7 +53,8 @@ class Health:
             for name, parameter in self._parameters()
             if not parameter.requires_grad and _count_not_finite(parameter).item()
         }
-        self._warned: set[str] = set()
+        self._empty: set[str] | None = None  # the layers that the warning listed
+        self._warned_of_zeros = False
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def check(
@@ -85,7 +86,7 @@ class Health:
             if weights.common(torch.tensor(int(nan))) or not _learned_finite(method):
                 self.raise_if_nan(weights, local, method, pruning)
             if self._steps % POLL == 0 or int(step) in (method.target_step, self._total_steps):
-                self.inspect(weights, local, method, pruning)
+                self.inspect(weights, local, method, pruning, step)
             if int(step) == self._total_steps:
                 self.raise_if_not_finite(weights, local, method, pruning)
         elif not torch.cuda.is_current_stream_capturing():
@@ -93,7 +94,7 @@ class Health:
                 self.raise_if_not_finite(weights, local, method, pruning)
             if self._pending is None and self._steps % POLL == 0:
                 with torch.cuda.device(weights.device):
-                    counts = _counts(weights, local, method, pruning)
+                    counts = _counts(weights, local, method, pruning, step)
                     pinned = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
                     event = torch.cuda.Event()
                     pinned.copy_(counts, non_blocking=True)
@@ -129,10 +130,15 @@ class Health:
         local: Sequence[Tensor],
         method: BoundMethod,
         pruning: Pruning,
+        step: Tensor,
+        final: bool = False,
     ) -> None:
-        """Check at once, which synchronizes the host; arguments and errors as for `check`."""
-        counts = _counts(weights, local, method, pruning).cpu()
-        self._report(weights, local, method, pruning, counts)
+        """Check at once, which synchronizes the host.
+
+        Arguments and errors as for `check`; `final` at the end of training.
+        """
+        counts = _counts(weights, local, method, pruning, step).cpu()
+        self._report(weights, local, method, pruning, counts, final)
 
     def raise_if_nan(
         self,
@@ -216,39 +222,51 @@ class Health:
         method: BoundMethod,
         pruning: Pruning,
         counts: Tensor,
+        final: bool = False,
     ) -> None:
-        nan, zeros, *kept = counts.tolist()
+        nan, zeros, step, *kept = counts.tolist()
         if nan:
             self.raise_if_nan(weights, local, method, pruning)
-        for name, left in zip(self._names, kept, strict=True):
-            if left == 0 and name not in self._warned:
-                self._warned.add(name)
-                warn(
-                    f"Every weight of {name} is pruned, so the layer returns only its bias. "
-                    f"{FILL_LAYERS}"
-                )
-        if zeros > 0 and "" not in self._warned:
-            self._warned.add("")
+        # Before the target, more layers may follow. One list is better than one warning per layer.
+        complete = step >= method.target_step or bool(method.facts.learned)
+        if final or (complete and self._empty is None):
+            named = self._empty or set()
+            pairs = zip(self._names, kept, strict=True)
+            if empty := [name for name, left in pairs if left == 0 and name not in named]:
+                self._empty = named | set(empty)
+                self._warn_of_empty(empty)
+        if zeros > 0 and not self._warned_of_zeros:
+            self._warned_of_zeros = True
             warn(
                 f"{zeros} latent weights that should be kept are exactly 0: the network has more "
-                "zeros than the target. Initialize these weights, or exclude them (exclude=)."
+                "zeros than the target. Initialize these weights, or exclude them "
+                f"({option('exclude')})."
             )
+
+    def _warn_of_empty(self, names: Sequence[str]) -> None:
+        which = names[0] if len(names) == 1 else f"{len(names)} layers ({some(names, 8)})"
+        returns = "the layer returns" if len(names) == 1 else "they return"
+        warn(f"Every weight of {which} is pruned, so {returns} only biases. {fill_layers(names)}")
 
 
 @torch.no_grad()
 def _counts(
-    weights: LatentWeights, local: Sequence[Tensor], method: BoundMethod, pruning: Pruning
+    weights: LatentWeights,
+    local: Sequence[Tensor],
+    method: BoundMethod,
+    pruning: Pruning,
+    step: Tensor,
 ) -> Tensor:
-    """Return counts: NaN of weights and thresholds, kept weights that are 0, kept ones per tensor.
+    """Return NaN of weights and thresholds, kept weights that are 0, step, kept ones per tensor.
 
     Returns:
-        int64 of shape (2 + tensors,).
+        int64 of shape (3 + tensors,).
     """
     broken = _broken(weights, method, pruning)
     nan = _count_nan(weights, local).sum() + (0 if broken is None else broken.sum())
     zero = weights.total(torch.stack([(part == 0).sum() for part in local])).sum()
     pruned = count_pruned_by(method, weights, pruning)
-    return torch.cat([torch.stack([nan, zero - pruned.sum()]), weights.sizes - pruned])
+    return torch.cat([torch.stack([nan, zero - pruned.sum(), step]), weights.sizes - pruned])
 
 
 def count_pruned_by(method: BoundMethod, weights: LatentWeights, pruning: Pruning) -> Tensor:

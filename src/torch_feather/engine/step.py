@@ -26,6 +26,7 @@ from .. import devices
 from ..errors import StateError, some, warn
 from ..prunable import Filters, find_prunable
 from ..weights.latent import copy_all
+from .averages import warn_of_averages
 from .binding import attached
 from .foreign import release_optimizers, watch_optimizers
 from .health import Health
@@ -104,6 +105,7 @@ class Step:
     ):
         self.training, self.health, self.states = training, health, states
         self._filters, self._stepped, self.attached = filters, False, True
+        self._warned_of_averages = False
         binding = training.binding
         if training.method.facts.completes and len(binding.optimizers) > 1:
             watch_scalers()
@@ -149,6 +151,8 @@ class Step:
         if one.in_backward:
             self._before_in_backward(one, closure)
             return
+        if one.initializes:
+            self._settle(one)
         if ready and not closure:
             self.training.complete_gradients(one.optimizer)
         self._check_sparse_start()
@@ -170,6 +174,7 @@ class Step:
             one: the optimizer.
             taken: False if a wrapper skipped the step.
         """
+        self._settle(one)
         if one.in_backward:
             self._after_in_backward(one)
             return
@@ -189,6 +194,8 @@ class Step:
         training.advance(taken)
         training.written.loaded = {}
         training.write_effective()
+        if not self._stepped:
+            self.warn_of_averages()
         self._stepped = True
         self.health.check(
             training.weights, training.binding.local, training.method, training.pruning,
@@ -203,6 +210,10 @@ class Step:
         self.training.read_latent(one.held)
         one.holds_latent = False
 
+    def _settle(self, one: OneOptimizer) -> None:
+        """Record that the gradients of an optimizer are dL/dw."""
+        self.training.assigned.settle(one.held, self.training.binding.parameters)
+
     @contextmanager
     def _inside_closure(self, one: OneOptimizer) -> Iterator[None]:
         """Around a closure: the network uses effective weights."""
@@ -211,6 +222,7 @@ class Step:
         try:
             yield
             self.training.complete_gradients(one.optimizer)
+            self._settle(one)
         finally:
             self._write_latent(one)
 
@@ -286,6 +298,11 @@ class Step:
         self.training.recover()
         weights = self.training.binding.weights
         raise incomplete(some([w.name for w in weights if w.optimizer in missing]))
+
+    def warn_of_averages(self) -> None:
+        """Warn once if another library averages the model, which would be dense."""
+        if not self._warned_of_averages:
+            self._warned_of_averages = warn_of_averages(self.training.binding.parameters)
 
     # State dicts
 

@@ -20,6 +20,7 @@ from ..weights.exchange import read_latent
 from ..weights.latent import LatentWeights
 from ..weights.passes import adopt_written
 from ..weights.shards import fsdp_units, is_sharded, local, local_part, reshard
+from .assigned_gradients import AssignedGradients
 from .binding import Binding, check_storage, layout
 from .external_writes import WriteDetector
 from .fixed_memory import keep_memory, move_state, store
@@ -56,6 +57,7 @@ class Training:
         count: optimizer steps taken, a 0-dimensional tensor on the device.
         written: detects external writes.
         pending: gradients that are not completed.
+        assigned: finds gradients that no tensor hook saw.
         in_backward: optimizers that step inside the backward pass.
 
     Example:
@@ -80,6 +82,7 @@ class Training:
         self.count = torch.zeros((), dtype=torch.int64, device=weights.device)
         self.pruning: Pruning = None
         self.pending, self.written = PendingGradients(), WriteDetector()
+        self.assigned = AssignedGradients(binding.names)
         self.in_backward = InBackwardStep([weight.optimizer for weight in binding.weights])
         self._passes: PassGradients | None = None
         self._layout = [layout(p) for p in binding.parameters]
@@ -177,6 +180,7 @@ class Training:
 
     def _pull_back(self, i: int, gradient: Tensor, effective: Tensor) -> Tensor:
         """Record a new gradient dL/du of weight tensor i, and return its dL/dw."""
+        self.assigned.hooked(i)
         if self.pending.report():
             self.forget_own_gradients()
         return self.method.pull_back(self.weights, self.pruning, i, gradient, effective)
@@ -188,14 +192,18 @@ class Training:
 
     @torch.no_grad()
     def complete_gradients(self, stepping: Optimizer | None = None) -> None:
-        """Complete new gradients, once.
+        """Take assigned gradients back to the latent weights, and complete new gradients; once.
 
         Args:
             stepping: the optimizer that steps next; None outside of a step.
         """
-        if not self.method.facts.completes:
+        completes = self.method.facts.completes
+        if completes:
+            self.follow_parameters()  # gradients may belong to parameters that were replaced
+        if self._passes is None:  # otherwise each pass converts its own
+            self._convert_assigned(None if completes else stepping)
+        if not completes:
             return
-        self.follow_parameters()  # gradients may belong to parameters that were replaced
         if not self.pending.are_due(self.binding.parameters):
             return
         scale = None
@@ -217,6 +225,17 @@ class Training:
             own = dict(completion.own)
         set_own_gradients(self.method, own)
         self.pending.complete()
+
+    def _convert_assigned(self, stepping: Optimizer | None = None) -> None:
+        """Turn gradients that no hook saw into dL/dw, those of one optimizer or all."""
+        binding = self.binding
+        every = range(len(binding.weights))
+        held = every if stepping is None else binding.held_by(binding.optimizers.index(stepping))
+        if self._gradient_hooks and self.assigned.find(held, binding.current()):
+            self.follow_parameters()
+            found = self.assigned.find(held, binding.parameters)
+            later_pass = self._passes is not None
+            self.assigned.convert(found, binding.parameters, self._pull_back, later_pass)
 
     def _completion(self, gradients: Sequence[Tensor | None], scale: Tensor | None) -> Completion:
         effective = [held.detach() for held in self.binding.local]
@@ -245,6 +264,7 @@ class Training:
         name = self.method.facts.random
         if name is None:
             return
+        self.assigned.settle(range(len(self.weights.views)), self.binding.parameters)
         self.method.state[name].flat.add_(1)
         self.write_effective()
         if self._passes is not None:
@@ -256,6 +276,7 @@ class Training:
         ended = self._passes is not None and self._passes.complete
         if self.method.facts.random is None or ended:
             return
+        self._convert_assigned()
         if not self.pending.are_due(self.binding.parameters):
             return  # the step was taken inside the pass
         if self._passes is None:

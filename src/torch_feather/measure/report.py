@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import FILL_LAYERS, ConfigurationError, some, warn
+from ..errors import ConfigurationError, fill_layers, some, warn
 from ..participants import Chosen, choose, tell_once
 from ..prunable import Filters, Prunable, is_lazy, unwrap
 from ..weights.shards import count_nonzero
@@ -340,7 +340,8 @@ def _notes(report: Report) -> list[str]:
         count = len(report.empty_layers)
         notes.append(
             f"WARNING: {count} {'layer is' if count == 1 else 'layers are'} EMPTY (all weights "
-            f"zero, nothing passes through): {', '.join(report.empty_layers)}. {FILL_LAYERS}"
+            f"zero, nothing passes through): {', '.join(report.empty_layers)}. "
+            f"{fill_layers(report.empty_layers)}"
         )
     return notes
 
