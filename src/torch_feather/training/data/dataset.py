@@ -84,7 +84,7 @@ class EncodedImages:
         """
         pixels = torch.empty(len(index), self.resolution, self.resolution, 3, dtype=torch.uint8)
         for target, i, seed in zip(pixels, index.tolist(), seeds.tolist(), strict=True):
-            target.copy_(self.prepare(self.files.decode(i), seed))
+            target.copy_(self.files.prepare(i, self.prepare, seed))
         return pixels
 
 
