@@ -75,11 +75,11 @@ def is_other_image(*path: str) -> bool:
 
 
 def _has(suffixes: tuple[str, ...], *path: str) -> bool:
-    return (
-        bool(path)
-        and path[-1].lower().endswith(suffixes)
-        and not any(step.startswith(".") for step in path)
-    )
+    return bool(path) and path[-1].lower().endswith(suffixes) and not _is_hidden(*path)
+
+
+def _is_hidden(*path: str) -> bool:
+    return any(step.startswith(".") and step != ".." for step in path)
 
 
 class _Index:
@@ -101,7 +101,7 @@ class _Index:
         path = steps(os.fsdecode(member.name))
         name = "/".join(path)
         stem, suffix = posixpath.splitext(name)
-        label = suffix == LABEL and not any(step.startswith(".") for step in path)
+        label = suffix == LABEL and not _is_hidden(*path)
         if not (label or is_image(*path) or is_other_image(*path)):
             if member.kind == SYMBOLIC:
                 target = posixpath.join(posixpath.dirname(name), os.fsdecode(member.target))
