@@ -139,7 +139,9 @@ def _rows(file: Path, label: str, classes: int) -> Iterator[tuple[bytes, int]]:
         raise
     except Exception as error:  # a damaged file may raise anything
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{printable(file)}: not a readable parquet file ({first})") from None
+        raise DataError(
+            f"{printable(file)}: not a readable parquet file ({printable(first)})"
+        ) from None
 
 
 def _read_archive(folder: Path, name: str) -> tuple[Arrays, Arrays]:

@@ -29,6 +29,8 @@ LAYOUT = (
     "folder; or a folder with train*.tar and val*.tar"
 )
 
+Identity = tuple[int, int] | str  # of a folder, whatever its path
+
 
 class Entry(NamedTuple):
     """One image. Entries are sorted by class and path, alike in folders and tar files.
@@ -160,12 +162,16 @@ def _to_files(
 
 def _in_folder(root: Path, part: str) -> Iterator[tuple[str, Entry]]:
     """Yield the images below a folder. Each folder is searched once, also if links point to it."""
-    visited: dict[tuple[int, int] | str, tuple[str, ...]] = {}
+    parents = Path(os.path.realpath(root / part)).parents
+    above = {_identity(parent, os.stat(parent)) for parent in parents}
+    visited: dict[Identity, tuple[str, ...]] = {}
     waiting: list[tuple[str, ...]] = [()]
     while waiting:
         inside = waiting.pop()
         folder = root.joinpath(part, *inside)
         files, folders, identity = _list_folder(folder)
+        if identity in above:
+            raise DataError(f"{printable(folder)}: is a folder that {part} is in. Remove the link.")
         before = visited.setdefault(identity, inside)
         if before is not inside:
             if before[:1] not in ((), inside[:1]):
@@ -180,7 +186,7 @@ def _in_folder(root: Path, part: str) -> Iterator[tuple[str, Entry]]:
             yield part, Entry(below[0], below, 0, str(Path(part, *below)))
 
 
-def _list_folder(folder: Path) -> tuple[list[str], list[str], tuple[int, int] | str]:
+def _list_folder(folder: Path) -> tuple[list[str], list[str], Identity]:
     """Return images and folders in a folder that are not hidden, and what identifies the folder."""
     files, folders = [], []
     try:
@@ -198,9 +204,13 @@ def _list_folder(folder: Path) -> tuple[list[str], list[str], tuple[int, int] | 
                     files.append(entry.name)
     except OSError as error:
         raise DataError(f"{printable(folder)}: cannot be read ({error.strerror})") from None
+    return files, folders, _identity(folder, status)
+
+
+def _identity(folder: Path, status: os.stat_result) -> Identity:
     if status.st_ino == 0:  # the file system does not number its files
-        return files, folders, os.path.realpath(folder)
-    return files, folders, (status.st_dev, status.st_ino)
+        return os.path.realpath(folder)
+    return status.st_dev, status.st_ino
 
 
 def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tuple[str, Entry]]:
