@@ -213,7 +213,7 @@ def shown(name: bytes) -> str:
 
     Example:
         >>> shown(b"a/b" + bytes([10, 255]))
-        'a/b\\\\x0a\\\\udcff'
+        'a/b\\\\n\\\\udcff'
     """
     text = printable(os.fsdecode(name))
     return text if len(text) <= 200 else text[:200] + "..."

@@ -23,10 +23,12 @@ class Images:
     Attributes:
         pixels: uint8 (N, H, W, C).
         labels: int64 (N,).
+        files: where the images are from; None if that is not known.
     """
 
     pixels: Tensor
     labels: Tensor
+    files: ImageFiles | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,7 +41,8 @@ class Images:
     def take(self, index: np.ndarray) -> Images:
         """Return the images at `index`, in that order."""
         chosen = torch.from_numpy(index)
-        return Images(self.pixels[chosen], self.labels[chosen])
+        files = None if self.files is None else self.files.take(index)
+        return Images(self.pixels[chosen], self.labels[chosen], files)
 
     def first(self) -> Tensor:
         """Return one image: uint8 (1, H, W, C)."""

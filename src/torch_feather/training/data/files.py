@@ -122,6 +122,21 @@ class ImageFiles:
         except DataError as error:
             raise self.error(i, str(error)) from None
 
+    def sizes(self) -> np.ndarray:
+        """Return the number of bytes of each encoded image, int64 (N,).
+
+        Raises:
+            DataError: a file does not exist any more.
+        """
+        in_tar = self.spans[:, 1] > 0
+        sizes = self.spans[:, 2].copy()
+        for i in np.flatnonzero(~in_tar).tolist():
+            try:
+                sizes[i] = self.path(i).stat().st_size
+            except OSError as error:
+                raise self.error(i, f"cannot be read ({error.strerror})") from None
+        return sizes
+
     def version(self) -> str:
         """Return a hash that changes if an image is changed, added or removed."""
         digest = hashlib.sha256()

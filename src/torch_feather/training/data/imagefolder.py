@@ -89,14 +89,16 @@ def _in_memory(
     if config.storage == "auto" and needed > MEMORY:
         raise MemoryStorageError
     center = _center(config, resolution)
-    every = Images(_kept("train", train, ready), torch.from_numpy(train.labels))
+    every = Images(_kept("train", train, ready), torch.from_numpy(train.labels), train)
     # Validation images are decoded again: evaluation prepares them in another way.
     held = train.take(held_out)
-    validation = Images(torch.from_numpy(_decode(held, center)), torch.from_numpy(held.labels))
+    validation = Images(
+        torch.from_numpy(_decode(held, center)), torch.from_numpy(held.labels), held
+    )
     return (
         every.take(kept) if len(held_out) else every,
         validation,
-        Images(_kept("test", test, center), torch.from_numpy(test.labels)),
+        Images(_kept("test", test, center), torch.from_numpy(test.labels), test),
     )
 
 
