@@ -234,6 +234,14 @@ def test_unreadable_settings_in_a_checkpoint_are_an_error(config, tmp_path, valu
         train(config, run.path, resume=True)
 
 
+@pytest.mark.parametrize("value", [3, "text", {"train": 3}, {"train": {"a": 3}}, {"train": {1: 2}}])
+def test_a_damaged_identity_of_the_images_is_an_error(config, tmp_path, value):
+    run = RunDirectory(interrupted(config, tmp_path / "run"))
+    run.save(run.load() | {"data": value})
+    with pytest.raises(CheckpointError, match=r"is damaged|the images have changed"):
+        train(config, run.path, resume=True)
+
+
 def test_names_sizes_and_digests_are_in_the_checkpoint(config, tmp_path):
     run = RunDirectory(interrupted(config, tmp_path / "run"))
     entry = run.load()["data"]["test"]["b"]

@@ -60,12 +60,15 @@ def check_same_run(
                 f"the checkpoint is of a run with other settings: {differences}. Restore them in "
                 "config.yaml, or start a new run in another --out."
             )
-    if (images := state.get("data")) is not None:
-        if changes := changed_data(images, data):
-            differences = "; ".join(changes[:3])
-            if len(changes) > 3:
-                differences += f"; and {len(changes) - 3} more"
-            _accept(config, differences, identity_digest(data), batches, state["batches"])
+    try:
+        changes = changed_data(state.get("data", data), data)
+    except (AttributeError, TypeError):
+        raise CheckpointError("the identity of the images in the checkpoint is damaged") from None
+    if changes:
+        differences = "; ".join(changes[:3])
+        if len(changes) > 3:
+            differences += f"; and {len(changes) - 3} more"
+        _accept(config, differences, identity_digest(data), batches, state.get("batches"))
     if (before := len(state["ranks"])) != ranks:
         warn(
             f"The run was started with {before} processes and continues with {ranks}. It trains on "
@@ -93,7 +96,7 @@ def check_same_data(expected: str | None, data: Mapping[str, Any], config: Confi
         )
 
 
-def _accept(config: Config, differences: str, digest: str, batches: int, before: int) -> None:
+def _accept(config: Config, differences: str, digest: str, batches: int, before: object) -> None:
     """Raise an error unless the user accepts the changed images, and the schedule allows it."""
     if batches != before:
         raise CheckpointError(
