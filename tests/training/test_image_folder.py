@@ -508,6 +508,14 @@ def test_only_regular_files_are_read(folder, special, storage):
         data.train.load(np.zeros(1, int), np.zeros(1, int))
 
 
+def test_a_link_to_itself_is_a_broken_link(folder):
+    (folder / "train" / "ape" / "x").symlink_to("x")
+    assert len(load_dataset(config(folder), 0).train) == 18
+    (folder / "train" / "ape" / "x.png").symlink_to("x.png")
+    with pytest.raises(DataError, match=r"x\.png: is a broken link"):
+        load_dataset(config(folder), 0)
+
+
 def test_a_folder_that_cannot_be_read_is_an_error(folder, monkeypatch):
     real = os.scandir
 

@@ -7,9 +7,10 @@ and `KEY.cls` (the number of the class). `validation` and `test` are accepted in
 
 from __future__ import annotations
 
+import errno
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,16 +196,26 @@ def _list_folder(folder: Path) -> tuple[list[str], list[str], Identity]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                if _is(entry.is_dir):
                     folders.append(entry.name)
                 elif is_image(entry.name) or is_other_image(entry.name):
-                    if not entry.is_file():
+                    if not _is(entry.is_file):
                         kind = "a broken link" if not os.path.exists(entry) else "no regular file"
                         raise DataError(f"{printable(folder / entry.name)}: is {kind}. Remove it.")
                     files.append(entry.name)
     except OSError as error:
         raise DataError(f"{printable(folder)}: cannot be read ({error.strerror})") from None
     return files, folders, _identity(folder, status)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Call `is_dir` or `is_file` of an entry. A link that leads to itself is neither."""
+    try:
+        return kind()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def _identity(folder: Path, status: os.stat_result) -> Identity:
