@@ -150,6 +150,8 @@ class SystemConfig:
     deterministic: bool = True  # bitwise identical results for the same seed and machine
     checkpoint_seconds: float = 60.0  # time between two checkpoints
     checkpoint_steps: int | None = None  # also write a checkpoint every so many steps
+    # A resumed run continues on changed images if this is their digest, which the error names.
+    accept_data: str | None = None
     tensorboard: bool = True  # log to TensorBoard if it is installed
     wandb: str | None = None  # Weights & Biases project to log to
 
