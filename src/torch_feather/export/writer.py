@@ -67,7 +67,7 @@ def save_sparse(
         True
     """
     path = to_path(path)
-    if dtype is not None and dtype not in STORED_AS:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in STORED_AS):
         raise ConfigurationError(
             f"Weights cannot be stored as {dtype!r:.80}. Use a type such as torch.float16."
         )
