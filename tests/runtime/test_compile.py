@@ -29,6 +29,7 @@ from runtime_cases import (
 from torch import nn
 from torch.nn.utils import prune
 
+import torch_feather as feather
 from torch_feather import FileFormatError, StateError
 from torch_feather.runtime import (
     CaptureError,
@@ -40,6 +41,7 @@ from torch_feather.runtime import (
     kernels,
     module,
 )
+from torch_feather.runtime.plan import Sparse
 
 SHAPE = (3, 8, 7)
 
@@ -427,6 +429,35 @@ def test_a_compiled_network_cannot_be_copied_or_saved(network):
             network_or_parent = network
         with pytest.raises(StateError, match="save_tuning"):
             attempt(network_or_parent)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_is_never_loaded_into_a_compiled_network(network, model, tmp_path, strict):
+    parent = nn.Sequential(network, nn.Linear(2, 2))
+    feather.save_sparse(model, tmp_path / "file")
+    for attempt in (
+        lambda: network.load_state_dict({}, strict=strict),
+        lambda: network.load_state_dict(model.state_dict(), strict=strict),
+        lambda: parent.load_state_dict({}, strict=strict),
+        lambda: parent.load_state_dict(nn.Sequential(model).state_dict(), strict=strict),
+        lambda: feather.load_sparse(tmp_path / "file", network),
+    ):
+        with pytest.raises(StateError, match="compile"):
+            attempt()
+
+
+def test_the_sign_of_a_zero_weight_does_not_matter():
+    weight, keep = torch.randn(16, 64), torch.rand(16, 64) < 0.1
+    x, outputs = torch.randn(3, 64), []
+    for values in (weight * keep, torch.where(keep, weight, 0.0)):  # with -0.0, and without
+        layer = nn.Linear(64, 16)
+        nn.init.zeros_(layer.bias)
+        layer.weight.data = values
+        network = compile_sparse(layer, x, threads=1, tuning={"weight": SPARSE})
+        (step,) = (step for step in network.plan.steps if isinstance(step, Sparse))
+        assert len(step.taps.values) == keep.sum()
+        outputs.append(network(x))
+    assert torch.equal(*outputs)
 
 
 # Tuning results
