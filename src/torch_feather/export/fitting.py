@@ -8,15 +8,20 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..errors import FileFormatError, StateError
 from .conversion import convert, without_negative_zeros
-from .manifest import plain_name
 
 
 class Described(Protocol):
-    """A tensor, or its description in a file."""
+    """A tensor, or its description in a file.
+
+    Example:
+        >>> given: Described = torch.ones(2, 3)
+        >>> tuple(given.shape), given.dtype
+        ((2, 3), torch.float32)
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,7 +58,7 @@ def differences(state: Mapping[str, Any], given: Mapping[str, Described]) -> lis
 
 def _difference(own: Any, given: Described) -> str | None:
     """Return why a tensor cannot be loaded into that of a model; None if it can."""
-    if isinstance(own, UninitializedTensorMixin):
+    if isinstance(own, UninitializedParameter | UninitializedBuffer):
         return "is of a lazy layer; call the model once with an input first"
     if not isinstance(own, Tensor) or own.is_meta:
         return "has no values in the model"
@@ -63,9 +68,7 @@ def _difference(own: Any, given: Described) -> str | None:
         return f"has layout {own.layout} in the model; only dense tensors can be loaded"
     if own.shape != given.shape:
         return f"has shape {list(given.shape)} in the file, {list(own.shape)} in the model"
-    if own.dtype != given.dtype and not (
-        own.is_floating_point() and given.dtype.is_floating_point
-    ):
+    if own.dtype != given.dtype and not (own.is_floating_point() and given.dtype.is_floating_point):
         return f"is {given.dtype} in the file, {own.dtype} in the model"
     return None
 
@@ -132,8 +135,8 @@ def _conflicts(state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Ite
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """Return the first byte of a tensor's memory and the byte after the last, in its storage."""
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    begin = tensor.storage_offset() * tensor.itemsize
+    last = sum(int(n - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = int(tensor.storage_offset()) * tensor.itemsize
     return begin, begin + (last + 1) * tensor.itemsize
 
 

@@ -72,7 +72,7 @@ def decode(packed: Array, width: int, count: int, size: int) -> Array:
         >>> decode(np.array([220], dtype=np.uint8), width=1, count=3, size=10)
         array([0, 1, 5])
     """
-    found, done, before = 0, 0, 0
+    found = before = 0  # positions so far; weights before the next code
     positions = np.empty(count, np.int64)
     for start in range(0, len(packed), width * CHUNK):  # a whole number of codes
         codes = _unpack(packed[start : start + width * CHUNK], width)

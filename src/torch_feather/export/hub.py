@@ -93,6 +93,7 @@ def upload(folder: Path, repository: str) -> str:
     return SCHEME + repository
 
 
+# long: most of it is the text of the card
 def model_card(repository: str, run: Mapping[str, Any], file: str) -> str:
     """Return README.md of a repository.
 

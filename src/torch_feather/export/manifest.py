@@ -247,13 +247,14 @@ def read(metadata: Mapping[str, str] | None, parts: Mapping[str, Part]) -> Manif
 def _sparsity(document: Mapping[str, Any], entries: Mapping[str, Entry]) -> float:
     """Return the sparsity. Zeros that version 0.1 counted as nonzero (-0.0) may be in addition."""
     sparsity = document.get("sparsity")
-    if type(sparsity) not in (int, float) or not 0 <= sparsity <= 1:
+    if type(sparsity) not in (int, float) or not 0 <= sparsity <= 1:  # type: ignore[operator]
         raise FileFormatError(f"invalid sparsity {sparsity!r:.40}")
+    sparsity = float(sparsity)  # type: ignore[arg-type]
     weights = [e for e in entries.values() if e.dtype.is_floating_point and len(e.shape) >= 2]
     size, zeros = sum(e.size for e in weights), sum(e.size - e.nonzeros for e in weights)
     valid = sparsity * size >= zeros * (1 - 1e-9)
     _require(valid, f"sparsity {sparsity}, but {zeros:,} of {size:,} weights are zero")
-    return float(sparsity)
+    return sparsity
 
 
 def _read_gaps(name: str, description: dict[str, Any], left: dict[str, Part]) -> Entry:
@@ -264,7 +265,8 @@ def _read_gaps(name: str, description: dict[str, Any], left: dict[str, Part]) ->
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise FileFormatError(f"{name:.80}: invalid shape {shape!r:.80}")
     dtype, size = _dtype(name, values), _size(name, shape)
-    _require(type(width) is int and width in WIDTHS, f"{name:.80}: invalid width {width!r:.40}")
+    if not isinstance(width, int) or isinstance(width, bool) or width not in WIDTHS:
+        raise FileFormatError(f"{name:.80}: invalid width {width!r:.40}")
     _require(len(values[1]) == 1 and values[1][0] <= size, f"{name:.80}: more values than weights")
     _require(
         codes[0] == "U8" and len(codes[1]) == 1, f"{name:.80}: positions are not a uint8 vector"

@@ -12,7 +12,7 @@ Tied tensors are stored once. manifest.py describes the header.
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path

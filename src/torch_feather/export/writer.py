@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..errors import ConfigurationError, warn
 from ..files import replace_file, to_path
@@ -60,6 +59,7 @@ def save_sparse(
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> import torch_feather as feather
         >>> path = Path(tempfile.mkdtemp()) / "eye.safetensors"
         >>> feather.save_sparse({"weight": torch.eye(1000)}, path)
@@ -73,6 +73,21 @@ def save_sparse(
         )
     save = import_safetensors().torch.save
     stored, tied = _split_tied(_named_tensors(model))
+    parts, descriptions, sparsity = _encode(stored, dtype)
+    header = manifest.write(descriptions, tied, sparsity, {} if metadata is None else metadata)
+    data = save(parts, metadata=header)
+    if (size := int.from_bytes(data[:8], "little")) > manifest.MAX_HEADER:
+        raise ConfigurationError(
+            f"Names and metadata take {size:,} bytes, but at most {manifest.MAX_HEADER:,} can be "
+            "read. Store less metadata."
+        )
+    replace_file(path, lambda file: file.write(data))
+
+
+def _encode(
+    stored: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], float]:
+    """Return the parts of all tensors, their descriptions, and the fraction of zeros."""
     parts: dict[str, Tensor] = {}
     descriptions: dict[str, dict[str, Any]] = {}
     weights = zeros = 0
@@ -84,15 +99,7 @@ def save_sparse(
         if _is_weight(tensor):
             weights, zeros = weights + tensor.numel(), zeros + tensor.numel() - nonzeros
     _warn_if_dense(zeros, weights)
-    sparsity = zeros / weights if weights else 0.0
-    header = manifest.write(descriptions, tied, sparsity, {} if metadata is None else metadata)
-    data = save(parts, metadata=header)
-    if (size := int.from_bytes(data[:8], "little")) > manifest.MAX_HEADER:
-        raise ConfigurationError(
-            f"Names and metadata take {size:,} bytes, but at most {manifest.MAX_HEADER:,} can be "
-            "read. Store less metadata."
-        )
-    replace_file(path, lambda file: file.write(data))
+    return parts, descriptions, zeros / weights if weights else 0.0
 
 
 def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,7 +124,7 @@ def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]
                 f"{name!r:.80} is not valid Unicode (a surrogate without its pair), so a file "
                 "cannot have a tensor of this name. Rename it."
             ) from None
-        if isinstance(value, UninitializedTensorMixin):
+        if isinstance(value, UninitializedParameter | UninitializedBuffer):
             raise ConfigurationError(
                 f"{name:.80} is of a lazy layer and has no values yet. Call the model once with an "
                 "input first."
