@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_feather as feather
 from torch_feather import ConfigurationError, FeatherWarning, FileFormatError, StateError
@@ -79,6 +81,17 @@ def test_gaps_are_never_longer_than_a_bitmask_or_the_columns_of_csr(density, row
     wide = 4 if mask.shape[1] > 2**16 else 2
     csr = wide * count + 4 * (rows + 1)
     assert len(encode(np.flatnonzero(mask))[0]) <= min(bitmask, csr)
+
+
+def test_decoding_needs_little_more_memory_than_its_result():
+    codes = np.full(2**20, 255, np.uint8)  # 8 million codes: nothing but zeros
+    codes[-1] = 254
+    tracemalloc.start()
+    positions = decode(codes, 1, 1, 2**23)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert positions.tolist() == [2**23 - 8]
+    assert peak < 4 * 2**20
 
 
 # Round trips
@@ -553,6 +566,23 @@ class Sharded(torch.Tensor):
     full_tensor = None
 
 
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own, that supports nothing."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError("no detach")
+
+
+def fake():
+    with FakeTensorMode():
+        return torch.ones(3)
+
+
 BAD_INPUT = {
     "no model": ([1, 2], "requires a module or a state dict, got list"),
     "no tensor": ({"a": 3}, "'a' is of type int"),
@@ -560,6 +590,21 @@ BAD_INPUT = {
     "meta": ({"a": torch.ones(2, device="meta")}, "a is on the meta device"),
     "sharded": ({"a": torch.ones(2).as_subclass(Sharded)}, "a is sharded. Gather the state first"),
     "layout": ({"a": torch.ones(2, 2).to_sparse()}, r"a is of layout torch\.sparse_coo"),
+    "nested": (
+        {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+        "a is nested: it has no dense values",
+    ),
+    "huge": (
+        {"a": torch.ones(2**12, 1).expand(2**12, 2**40)},
+        r"a cannot be stored \(.*memory",
+    ),
+    "fake": ({"a": fake()}, r"a cannot be stored \(aten"),
+    "wrapper": ({"a": Wrapper(torch.ones(3))}, r"a cannot be stored \(no detach"),
+    "many dimensions": ({"a": torch.ones([1] * 65)}, r"a.* cannot be stored"),
+    "huge and empty": (
+        {"a": torch.empty(0, 2**31, 2**31)},
+        "cannot be stored: a: shape .* is too large for a tensor",
+    ),
     "dtype": ({"a": torch.ones(2, dtype=torch.complex128)}, r"a is of torch\.complex128"),
     "name of the header": ({"__metadata__": torch.ones(2)}, "__metadata__: the name is not unique"),
     "surrogate": ({"\ud800": torch.ones(2)}, r"'\\ud800' is not valid Unicode .* Rename it"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ..errors import ConfigurationError, warn
+from ..errors import ConfigurationError, FileFormatError, warn
 from ..files import replace_file, to_path
 from ..prunable import unwrap
 from . import gaps, manifest
@@ -23,6 +24,7 @@ from .packages import import_safetensors
 # Bytes that the layout `gaps` adds to the header: a second name and two lines of JSON.
 OVERHEAD = 200
 
+TYPES = {dtype: name for name, dtype in manifest.DTYPES.items()}
 # Types of values that `dtype` accepts.
 STORED_AS = {dtype for dtype in manifest.DTYPES.values() if dtype.is_floating_point}
 
@@ -75,6 +77,10 @@ def save_sparse(
     stored, tied = _split_tied(_named_tensors(model))
     parts, descriptions, sparsity = _encode(stored, dtype)
     header = manifest.write(descriptions, tied, sparsity, {} if metadata is None else metadata)
+    try:  # what is written can be read
+        manifest.read(header, {n: (TYPES[p.dtype], tuple(p.shape)) for n, p in parts.items()})
+    except FileFormatError as error:
+        raise ConfigurationError(f"The model cannot be stored: {error}.") from None
     data = save(parts, metadata=header)
     if (size := int.from_bytes(data[:8], "little")) > manifest.MAX_HEADER:
         raise ConfigurationError(
@@ -92,9 +98,10 @@ def _encode(
     descriptions: dict[str, dict[str, Any]] = {}
     weights = zeros = 0
     for name, original in stored.items():
-        tensor = _storable(name, original, dtype)
-        descriptions[name], own, nonzeros = _smallest(name, tensor, stored.keys())
-        descriptions[name]["crc"] = manifest.checksum(tensor.dtype, tensor.shape, own.values())
+        with _tensor_errors(name):
+            tensor = _storable(name, original, dtype)
+            descriptions[name], own, nonzeros = _smallest(name, tensor, stored.keys())
+            descriptions[name]["crc"] = manifest.checksum(tensor.dtype, tensor.shape, own.values())
         parts |= own
         if _is_weight(tensor):
             weights, zeros = weights + tensor.numel(), zeros + tensor.numel() - nonzeros
@@ -135,12 +142,23 @@ def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]
             f"{', '.join(twice)}: the name is not unique in the file, where `_orig_mod.` is "
             "removed and `__metadata__` is reserved."
         )
-    return {plain_name(name): _resolved(value.detach()) for name, value in tensors.items()}
+    return {plain_name(name): _resolved(name, value) for name, value in tensors.items()}
 
 
-def _resolved(tensor: Tensor) -> Tensor:
+def _resolved(name: str, tensor: Tensor) -> Tensor:
     """Return a tensor whose memory holds its values: apply lazy conjugation and negation."""
-    return tensor.resolve_conj().resolve_neg()
+    with _tensor_errors(name):
+        return tensor.detach().resolve_conj().resolve_neg()
+
+
+@contextmanager
+def _tensor_errors(name: str) -> Iterator[None]:
+    """Convert the errors of a tensor without values, or of a huge one, to ConfigurationError."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ConfigurationError(f"{name} cannot be stored ({reason:.120}).") from None
 
 
 def _split_tied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -148,11 +166,17 @@ def _split_tied(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     first: dict[Any, str] = {}
     tied = {}
     for name, tensor in tensors.items():
-        if tensor.numel() and tensor.layout == torch.strided and not tensor.is_meta:
+        if _has_memory(tensor) and tensor.numel():
             memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             if (owner := first.setdefault(memory, name)) != name:
                 tied[name] = owner
     return {name: tensor for name, tensor in tensors.items() if name not in tied}, tied
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor has one value in memory for each of its elements, or may have."""
+    own = type(tensor) in (Tensor, nn.Parameter, nn.Buffer)  # not a wrapper of other tensors
+    return own and tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_nested
 
 
 def _storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -162,10 +186,11 @@ def _storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
             f"{name} is sharded. Gather the state first: torch.distributed.checkpoint.state_dict."
             "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
         )
-    if tensor.is_meta or tensor.layout != torch.strided:
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_nested:
         kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+        kind = "nested" if tensor.is_nested else kind
         raise ConfigurationError(f"{name} is {kind}: it has no dense values to store.")
-    tensor = tensor.cpu()
+    tensor = tensor.cpu().contiguous()
     if dtype is not None and _is_weight(tensor):
         try:
             tensor = convert(tensor, dtype)
@@ -176,7 +201,7 @@ def _storable(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
             ) from None
     if tensor.dtype not in manifest.DTYPES.values():
         raise ConfigurationError(f"{name} is of {tensor.dtype}, which sparse files do not support.")
-    return without_negative_zeros(tensor.contiguous())
+    return without_negative_zeros(tensor)
 
 
 def _is_weight(tensor: Tensor) -> bool:
