@@ -4,6 +4,8 @@ import copy
 import ctypes
 import functools
 import json
+import math
+import os
 import pickle
 import shutil
 import subprocess
@@ -520,6 +522,15 @@ TEXTS = {
     "tile of nothing": {"tile": [0, 8]},
     "time of text": {"dense_ms": "fast"},
     "sparse of text": {"sparse": "yes"},
+    "deep": "[" * 10**5,
+    "long number": '{"0.weight": ' + "9" * 5000 + "}",
+    "huge tile": {"tile": [10**9, 8]},
+    "tile of fractions": {"tile": [3.5, 8]},
+    "tile of booleans": {"tile": [True, 8]},
+    "sparsity out of range": {"sparsity": 2},
+    "boolean sparsity": {"sparsity": True},
+    "infinite time": {"dense_ms": math.inf},
+    "negative time": {"dense_ms": -1.0},
 }
 
 
@@ -532,6 +543,12 @@ def test_damaged_tuning_files(name, model, tmp_path, untimed):
     path.write_text(text)
     with pytest.raises(FileFormatError, match="holds no tuning results"):
         compile_sparse(model, torch.randn(2, *SHAPE), tuning=path)
+
+
+def test_a_pipe_is_no_tuning_file(model, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileFormatError, match="not a regular file"):
+        compile_sparse(model, torch.randn(2, *SHAPE), tuning=tmp_path / "pipe")
 
 
 # Without llvmlite
