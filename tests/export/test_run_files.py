@@ -224,7 +224,9 @@ def test_errors_of_the_hub(monkeypatch, raised, expected):
             assert "Pass hf://USER/NAME" in str(caught.value)
 
 
-@pytest.mark.parametrize("address", ["hf://", "hf://a/b/c", "hf://a b", "hf://@", "hf://..", "hf://\0"])
+@pytest.mark.parametrize(
+    "address", ["hf://", "hf://a/b/c", "hf://a b", "hf://@", "hf://..", "hf://\0"]
+)
 def test_invalid_addresses_are_errors_without_a_connection(address):
     with pytest.raises(feather.ConfigurationError, match="Pass hf://USER/NAME"):
         feather.load_sparse(address, torch.nn.Linear(2, 2))

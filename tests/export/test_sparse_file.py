@@ -341,8 +341,12 @@ SHARED = {
 @pytest.mark.filterwarnings("ignore:This model is not sparse")
 @pytest.mark.parametrize("views", SHARED.values(), ids=SHARED)
 def test_values_of_memory_that_a_model_shares_agree_or_are_errors(path, views):
+    dense = views(torch.randn(60, 60))  # stored in the layout dense
+    feather.save_sparse(dense, path)
+    with SparseFile(path) as file:
+        assert all(torch.equal(file.tensor(name), value) for name, value in dense.items())
     source = views(random_sparse((60, 60), 0.1))
-    feather.save_sparse(dict(source), path)
+    feather.save_sparse(source, path)
     tied = shared(**views(BASE.clone()))
     feather.load_sparse(path, tied)  # agrees: saved from such a model
     for name, value in source.items():

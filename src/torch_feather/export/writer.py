@@ -96,13 +96,18 @@ def _encode(
     """Return the parts of all tensors, their descriptions, and the fraction of zeros."""
     parts: dict[str, Tensor] = {}
     descriptions: dict[str, dict[str, Any]] = {}
+    memories: set[int] = set()
     weights = zeros = 0
     for name, original in stored.items():
         with _tensor_errors(name):
             tensor = _storable(name, original, dtype)
             descriptions[name], own, nonzeros = _smallest(name, tensor, stored.keys())
             descriptions[name]["crc"] = manifest.checksum(tensor.dtype, tensor.shape, own.values())
-        parts |= own
+        for part, values in own.items():
+            memory = values.untyped_storage().data_ptr()
+            # safetensors stores no two tensors that share memory, such as views of other shapes.
+            parts[part] = values.clone() if memory in memories else values
+            memories.add(memory)
         if _is_weight(tensor):
             weights, zeros = weights + tensor.numel(), zeros + tensor.numel() - nonzeros
     _warn_if_dense(zeros, weights)
