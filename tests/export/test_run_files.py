@@ -190,7 +190,7 @@ def test_a_pushed_network_can_be_loaded_from_the_hub(run, export, tmp_path, monk
     resolve_config("digits", folder / "config.yaml", {})  # the configuration is valid
 
 
-class Answer(OSError):
+class AnswerError(OSError):
     """What the client raises if the hub answers that there is no such repository."""
 
     response = object()
@@ -199,7 +199,7 @@ class Answer(OSError):
 @pytest.mark.parametrize(
     ("raised", "expected"),
     [
-        (Answer("401 Client Error.\nRepository Not Found"), feather.ConfigurationError),
+        (AnswerError("401 Client Error.\nRepository Not Found"), feather.ConfigurationError),
         (ValueError("Repo id must be"), feather.ConfigurationError),
         (KeyError("no such file"), feather.ConfigurationError),
         (ConnectionError("no network"), ConnectionError),

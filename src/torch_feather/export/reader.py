@@ -4,8 +4,8 @@ A sparse file is a safetensors file. Each tensor has the smaller one of two layo
 except for signs of zeros:
 
 - `dense`: all values, under the tensor's own name, as in any safetensors file.
-- `gaps`: the nonzero values (`NAME:values`), and their positions (`NAME:gaps`, see gaps.py). Version
-  0.1 also stored -0.0 as a value.
+- `gaps`: the nonzero values (`NAME:values`), and their positions (`NAME:gaps`, see gaps.py).
+  Version 0.1 also stored -0.0 as a value.
 
 Tied tensors are stored once. manifest.py describes the header.
 """

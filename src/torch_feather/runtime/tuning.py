@@ -122,7 +122,7 @@ def load_tuning(path: str | Path) -> dict[str, LayerTuning]:
 
 def _read_layer(stored: Mapping[str, Any]) -> LayerTuning:
     """Return the tuning of a layer; raise ValueError or TypeError if a value is impossible."""
-    layer = LayerTuning(**(stored | {"tile": Tile(*stored["tile"])}))
+    layer = LayerTuning(**{**stored, "tile": Tile(*stored["tile"])})
     for length in layer.tile:
         if type(length) is not int or not 1 <= length <= MAX_TILE:
             raise ValueError(f"tile {stored['tile']}")
