@@ -6,6 +6,7 @@ Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, se
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,9 @@ def load_teacher(config: Config, data: Dataset) -> nn.Module:
         else:
             weights = read_weights(Path(source))
             name = weights.network or config.network
+            with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+                # Before a network is created that only the file names. A few cannot be on meta.
+                weights.check(models.create(name, data.classes, data.channels))
             teacher = weights.fill(models.create(name, data.classes, data.channels))
     _try(teacher.eval(), source, data)
     return teacher
