@@ -42,6 +42,12 @@ class BoundWeight:
         optimizer: number of the optimizer that holds it.
         group: number of its parameter group.
         position: position in this group.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> weight = BoundWeight("head.weight", layer, "weight", layer.weight, 0, 0, 0)
+        >>> weight.local.shape
+        torch.Size([1, 2])
     """
 
     name: str

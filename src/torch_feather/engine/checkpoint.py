@@ -122,7 +122,12 @@ def digest(text: str) -> int:
 
 
 class Loaded(NamedTuple):
-    """The checked entries of one weight tensor: header, latent weights, state of the method."""
+    """The checked entries of one weight tensor: header, latent weights, state of the method.
+
+    Example:
+        >>> Loaded(Header(FORMAT, 3, 10, 0, 0, 0, 0), torch.ones(2), {}).header.step
+        3
+    """
 
     header: Header
     latent: Tensor
@@ -143,6 +148,11 @@ class Expected:
         header: returns the present header of a weight tensor.
         state: the method's present state.
         strict: raise for differences; otherwise load the entries that fit.
+
+    Example:
+        >>> header = Header(FORMAT, 3, 10, 0, 0, 0, 0)
+        >>> Expected(["w"], [torch.Size([2])], lambda i: header, {}, strict=True).header(0).step
+        3
     """
 
     names: Sequence[str]

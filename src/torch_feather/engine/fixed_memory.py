@@ -78,6 +78,17 @@ def store(method: BoundMethod, pruning: Pruning) -> Pruning:
 
     Returns:
         The pruning, with the memory of the state in place of its own.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.context import MethodContext
+        >>> from torch_feather.methods import spartan
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["w"], weights, 0.5, 10)
+        >>> method = spartan(sparsity=0.5).bind(context)
+        >>> pruning = store(method, method.update(weights, torch.tensor(10)))
+        >>> method.state["mask"].flat.count_nonzero(), pruning.mask is method.state["mask"].rows
+        (tensor(2), True)
     """
     for name in method.facts.stored:
         value, entry = getattr(pruning, name), method.state[name]

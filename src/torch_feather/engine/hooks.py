@@ -36,6 +36,23 @@ class Handlers:
         failed: called after a step that raised.
         save: returns the state dict that is saved.
         load: loads a state dict, given the optimizer's own `load_state_dict`.
+
+    Example:
+        >>> from contextlib import nullcontext
+        >>> handlers = Handlers(
+        ...     before=lambda closure: print("before, with closure" if closure else "before"),
+        ...     after=lambda: print("after"),
+        ...     closure=nullcontext,
+        ...     failed=lambda: print("failed"),
+        ...     save=lambda state: state,
+        ...     load=lambda load, state: load(state),
+        ... )
+        >>> optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
+        >>> hooks = OptimizerHooks(optimizer, handlers)
+        >>> optimizer.step(lambda: 0.0)
+        before, with closure
+        after
+        0.0
     """
 
     before: Callable[[bool], None]

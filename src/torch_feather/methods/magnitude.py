@@ -55,7 +55,17 @@ class Method:
 
 
 class Cutoffs(NamedTuple):
-    """The pruning of a method with thresholds."""
+    """The pruning of a method with thresholds.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.methods import feather
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> pruning = feather(sparsity=0.5).bind(context).update(weights, torch.tensor(5))
+        >>> pruning.segments[0].threshold, pruning.progress
+        (tensor(2.), tensor(0.5000, dtype=torch.float64))
+    """
 
     segments: list[Segment]
     """Cover all weights once."""

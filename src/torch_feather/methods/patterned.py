@@ -39,7 +39,17 @@ class PatternedMethod(Method):
 
 
 class PatternCutoffs(NamedTuple):
-    """The pruning of a method with a pattern."""
+    """The pruning of a method with a pattern.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.methods import feather
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 4)])
+        >>> context = MethodContext(nn.Linear(4, 4), ["weight"], weights, 0.5, 10)
+        >>> bound = feather(sparsity=0.5, pattern="4x2").bind(context)
+        >>> bound.update(weights, torch.tensor(10)).scores.size  # blocks
+        2
+    """
 
     scores: LatentWeights
     """The scores of the units, as if they were weights."""

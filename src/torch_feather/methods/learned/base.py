@@ -74,6 +74,16 @@ class Present(NamedTuple):
         slope: d tau / d r, as returned by `ThresholdParametrization.thresholds`.
         kept: counts the weights above their thresholds (all weights of dense tensors).
         sparsity: scheduled sparsity, 0-dimensional float64.
+
+    Example:
+        >>> now = Present(
+        ...     dense=torch.tensor([False, True]),
+        ...     slope=torch.ones(2),
+        ...     kept=lambda: torch.tensor([3, 4]),
+        ...     sparsity=torch.tensor(0.5, dtype=torch.float64),
+        ... )
+        >>> now.kept()[~now.dense].tolist()  # kept weights of the tensors with a threshold
+        [3]
     """
 
     dense: Tensor
@@ -115,7 +125,18 @@ class LearnedMethod:
 
 
 class Learned(NamedTuple):
-    """The pruning of a method with learned thresholds; tau and slope have one entry per tensor."""
+    """The pruning of a method with learned thresholds; tau and slope have one entry per tensor.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.methods import asl
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> bound = asl(sparsity=0.5, dense_below=0).bind(context)
+        >>> pruning = bound.update(weights, torch.tensor(5))
+        >>> pruning.progress, pruning.tau.shape
+        (tensor(0.5000, dtype=torch.float64), torch.Size([1]))
+    """
 
     segments: list[Segment]
     """Cover all weights once; they share one cutoff through |w| / tau."""
