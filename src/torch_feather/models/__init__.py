@@ -87,7 +87,7 @@ def create_timm(name: str, **options: Any) -> nn.Module:
 
     Example:
         >>> import torch
-        >>> model = create_timm("timm/test_resnet", num_classes=10, in_chans=3)
+        >>> model = create_timm("timm/mobilenetv3_small_050", num_classes=10, in_chans=3)
         >>> model(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """

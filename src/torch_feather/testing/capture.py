@@ -45,7 +45,7 @@ def tensors(*values: object) -> list[Tensor]:
     """Return the tensors in nested values.
 
     Args:
-        values: tensors, and tuples, lists and dicts of them at any depth; other values are left out.
+        values: tensors, and tuples, lists and dicts of them at any depth, with other values.
 
     Example:
         >>> tensors({"a": torch.ones(1)}, [torch.zeros(2), 3])
@@ -80,7 +80,7 @@ class Memory(TorchDispatchMode):
         super().__init__()
         self.found: dict[int, str] = {}
         self.allocated: set[int] = set()
-        self._held: list[Tensor] = []  # so that no address is used twice
+        self._held: list[Tensor] = []  # no address is used twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = tensors(args, kwargs or {})
