@@ -66,6 +66,17 @@ class Callbacks(Callback):
 
     Args:
         callbacks: called in this order.
+
+    Example:
+        >>> class Loud(Callback):
+        ...     def message(self, text):
+        ...         print(text.upper())
+        >>> class Plain(Callback):
+        ...     def message(self, text):
+        ...         print(text)
+        >>> Callbacks([Loud(), Plain()]).message("resuming")
+        RESUMING
+        resuming
     """
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:

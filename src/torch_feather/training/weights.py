@@ -26,6 +26,11 @@ class Weights:
         source: run directory or file.
         tensors: state dict, on the CPU.
         network: name of the network, for `models.create`; None if the source does not contain it.
+
+    Example:
+        >>> weights = Weights(Path("a.pt"), {"weight": torch.ones(1, 2)}, network=None)
+        >>> weights.fill(nn.Linear(2, 1, bias=False)).weight.tolist()
+        [[1.0, 1.0]]
     """
 
     source: Path

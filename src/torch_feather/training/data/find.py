@@ -27,7 +27,7 @@ LAYOUT = (
 )
 
 
-class Entry(NamedTuple):
+class _Entry(NamedTuple):
     """One image. Entries are sorted by class and path, alike in folders and tar files.
 
     Attributes:
@@ -55,6 +55,16 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
 
     Raises:
         DataError: the layout is not supported, or the parts have different classes.
+
+    Example:
+        >>> import tempfile
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png"):
+        ...     (root / name).parent.mkdir(parents=True)
+        ...     (root / name).touch()  # images are decoded later
+        >>> train, evaluation, classes = find_images(str(root))
+        >>> train.names.tolist(), train.labels.tolist(), classes
+        ([b'train/cat/a.png', b'train/dog/b.png'], [0, 1], 2)
     """
     if path is None:
         raise DataError(f"imagefolder requires --data-path: {LAYOUT}")
@@ -70,7 +80,7 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
         shards = [(file, part) for part in PARTS for file in sorted(root.glob(f"{part}*.tar"))]
         containers = tuple(file for file, _ in shards)
         found = (pair for i, (file, part) in enumerate(shards) for pair in _in_tar(file, i, part))
-    parts: dict[str, list[Entry]] = {}
+    parts: dict[str, list[_Entry]] = {}
     for part, entry in found:
         parts.setdefault(part, []).append(entry)
     if "train" not in parts:
@@ -88,7 +98,7 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
 
 
 def _common_classes(
-    root: Path, name: str, train: Iterable[Entry], test: Iterable[Entry]
+    root: Path, name: str, train: Iterable[_Entry], test: Iterable[_Entry]
 ) -> dict[str | int, int]:
     """Return labels by class, in the order of the names or numbers of the classes."""
     trained, tested = ({entry.kind for entry in part} for part in (train, test))
@@ -109,7 +119,7 @@ def _some(kinds: set[str | int]) -> str:
 
 
 def _to_files(
-    containers: tuple[Path, ...], entries: list[Entry], classes: dict[str | int, int]
+    containers: tuple[Path, ...], entries: list[_Entry], classes: dict[str | int, int]
 ) -> ImageFiles:
     entries.sort()
     return ImageFiles(
@@ -125,16 +135,16 @@ def _is_image(*path: str) -> bool:
     return path[-1].lower().endswith(SUFFIXES) and not any(s.startswith(".") for s in path)
 
 
-def _in_folder(root: Path, part: str) -> Iterator[tuple[str, Entry]]:
+def _in_folder(root: Path, part: str) -> Iterator[tuple[str, _Entry]]:
     for folder, folders, names in os.walk(root / part, followlinks=True):
         folders[:] = [step for step in folders if not step.startswith(".")]
         inside = Path(folder).relative_to(root / part).parts
         for name in filter(_is_image, names):
             below = (*inside, name)
-            yield part, Entry(below[0], below, 0, str(Path(part, *below)))
+            yield part, _Entry(below[0], below, 0, str(Path(part, *below)))
 
 
-def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tuple[str, Entry]]:
+def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tuple[str, _Entry]]:
     """Yield images of a tar file with their part: `part`, or the first folder that names one."""
     index = cached("tar-index", [version(file)], lambda: _index(file))
     members = zip(index["names"], index["spans"].tolist(), index["classes"].tolist(), strict=True)
@@ -146,7 +156,7 @@ def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tup
             continue
         below = path[path.index(found) + 1 :] if found in path[:-1] else path
         kind = below[0] if number < 0 else number
-        yield found, Entry(kind, below, container, name, offset, size)
+        yield found, _Entry(kind, below, container, name, offset, size)
 
 
 def _index(file: Path) -> dict[str, Any]:
