@@ -40,6 +40,13 @@ def grid(config: Config, variants: Mapping[str, Mapping[str, Any]], axes: GridAx
 
     Raises:
         ConfigurationError: an option that none of the methods has.
+
+    Example:
+        >>> variants = {"dense": {"method": "dense"}}
+        >>> variants["p = 2"] = {"method": "feather", "options": {"p": 2}}
+        >>> axes = GridAxes(sparsities=[0.9, 0.98], seeds=[0])
+        >>> [run.name for run in grid(resolve_config("digits"), variants, axes)]
+        ['digits-dense-0', 'digits-feather-p2-0.9-0', 'digits-feather-p2-0.98-0']
     """
     known = {variant["method"]: options_of(variant["method"]) for variant in variants.values()}
     for option in config.options:
