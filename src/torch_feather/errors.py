@@ -18,8 +18,12 @@ class FeatherError(Exception):
     """Base class of all errors of torch-feather.
 
     Example:
-        >>> issubclass(ConfigurationError, FeatherError)
-        True
+        >>> from torch_feather.operators import Power
+        >>> try:
+        ...     Power(0.5)
+        ... except FeatherError as error:
+        ...     print(type(error).__name__)
+        ConfigurationError
     """
 
 
@@ -91,7 +95,12 @@ class FeatherWarning(UserWarning):
 
     Example:
         >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore", FeatherWarning)  # training without these warnings
+        ...     warnings.simplefilter("error", FeatherWarning)  # stop at the first one
+        ...     try:
+        ...         warn("Every weight of head is pruned.")
+        ...     except FeatherWarning as error:
+        ...         print(error)
+        Every weight of head is pruned.
     """
 
 

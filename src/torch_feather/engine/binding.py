@@ -291,6 +291,11 @@ def check_storage(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
 
     Example:
         >>> check_storage(["weight"], [torch.ones(2, 3)])
+        >>> try:
+        ...     check_storage(["scale"], [torch.ones(())])
+        ... except ConfigurationError as error:
+        ...     print(error)
+        scale is a single number and cannot be pruned. Exclude it: exclude='scale'.
     """
     for name, parameter in zip(names, parameters, strict=True):
         _check_one(name, parameter)

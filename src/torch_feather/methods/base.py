@@ -103,7 +103,9 @@ class Summary:
         violation: a goal other than the sparsity that is not met, as the end of a sentence.
 
     Example:
-        >>> Summary(violation="its weights cost 120, more than the budget of 100.").learned_counts
+        >>> summary = Summary(learned_counts=torch.tensor([90, 45]))
+        >>> int(summary.learned_counts.sum()), summary.violation is None
+        (135, True)
     """
 
     learned_counts: Tensor | None = None

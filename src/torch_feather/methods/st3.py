@@ -65,8 +65,9 @@ class RescaledMethod(Method):
     """A `Method` whose kept weights are rescaled per output channel.
 
     Example:
-        >>> isinstance(st3(sparsity=0.9), RescaledMethod)
-        True
+        >>> method = st3(sparsity=0.9)
+        >>> type(method).__name__, method.operator
+        ('RescaledMethod', Power(p=1.0))
     """
 
     def bind(self, context: MethodContext) -> Rescaled:

@@ -22,6 +22,10 @@ class Callback:
         ...     steps = 0
         ...     def step(self, images):
         ...         self.steps += 1
+        >>> count = Count()
+        >>> count.step(images=128)
+        >>> count.steps
+        1
     """
 
     optional = False

@@ -44,6 +44,9 @@ class ThresholdParametrization(Protocol):
         ...         return r.exp(), r.exp()
         ...     def penalty(self, r, weights, now):
         ...         return torch.zeros_like(r)
+        >>> law: ThresholdParametrization = Exponential()
+        >>> law.thresholds(torch.zeros(2), LatentWeights([torch.ones(3), torch.ones(4)]))[0]
+        tensor([1., 1.])
     """
 
     @property
