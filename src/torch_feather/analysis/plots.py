@@ -25,6 +25,9 @@ def line_style(i: int) -> dict[str, Any]:
 
     The first 49 styles differ also without markers.
 
+    Args:
+        i: position of the series, from 0.
+
     Example:
         >>> line_style(0)["color"], line_style(0)["marker"]
         ('#0072B2', 'o')
@@ -216,6 +219,9 @@ def operators(powers: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, float("inf"))) ->
 
 def power_name(p: float) -> str:
     """Return the name of the power threshold with exponent p.
+
+    Args:
+        p: at least 1; may be infinite.
 
     Example:
         >>> power_name(1.0), power_name(3.0)

@@ -237,6 +237,9 @@ def _check_free(model: nn.Module, prunable: Sequence[Prunable]) -> None:
 def plain_optimizer(optimizer: Any) -> Any:
     """Return the optimizer inside wrappers such as those of Accelerate and Lightning.
 
+    Args:
+        optimizer: an optimizer, or a wrapper with the attribute `optimizer`.
+
     Example:
         >>> optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
         >>> plain_optimizer(optimizer) is optimizer
@@ -371,6 +374,9 @@ def _lookup(model: nn.Module, name: str) -> Tensor | None:
 
 def layout(parameter: Tensor) -> tuple[Any, ...]:
     """Return type, device, shapes and strides of a parameter and its local shard.
+
+    Args:
+        parameter: plain or sharded.
 
     Example:
         >>> layout(torch.ones(2, 3))[2:]

@@ -197,6 +197,9 @@ def only_initializes(optimizer: Optimizer) -> bool:
 
     torch.distributed.checkpoint makes such a step, with lr 0 on zero gradients.
 
+    Args:
+        optimizer: before its step.
+
     Example:
         >>> only_initializes(torch.optim.SGD([torch.ones(2)], lr=0.0))
         True

@@ -76,6 +76,11 @@ class Cutoffs(NamedTuple):
 class Thresholded(BoundMethod):
     """Prunes weights below a cutoff; subclasses find the cutoffs.
 
+    Args:
+        context: the model, its prunable weights, the target and the number of steps.
+        operator: the effective value of a kept weight.
+        gradient: how dL/du becomes dL/dw.
+
     Example:
         >>> from torch import nn
         >>> from torch_feather.methods import feather
@@ -205,6 +210,10 @@ class MagnitudePruning(Thresholded):
 
     State: `zeros`, the number of zeros of each tensor when training began. The schedule starts from
     them, so a model that is already sparse keeps its mask.
+
+    Args:
+        context: the model, its prunable weights, the target and the number of steps.
+        method: the parts of the method.
 
     Attributes:
         keeps_zeros: whether the schedule starts from these zeros; if not, `zeros` are 0.

@@ -67,6 +67,13 @@ class PatternCutoffs(NamedTuple):
 class PatternedPruning(MagnitudePruning):
     """A `PatternedMethod` on one model: the allocation finds cutoffs through scores of units.
 
+    Args:
+        context: the model, its prunable weights, the target and the number of steps.
+        method: the parts of the method.
+
+    Raises:
+        ConfigurationError: the pattern does not fit the shape of a weight, or the allocation.
+
     Example:
         >>> from torch import nn
         >>> from torch_feather.methods import feather

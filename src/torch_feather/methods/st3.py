@@ -80,6 +80,10 @@ class Rescaled(MagnitudePruning):
     r is the kept fraction of the output channel's sum of |w|: r = (mean of |w| with pruned weights
     as 0, + 1e-6) / (mean of |w| + 1e-6). The factor is not differentiated.
 
+    Args:
+        context: the model, its prunable weights, the target and the number of steps.
+        method: the parts of the method.
+
     Example:
         >>> from torch import nn
         >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])

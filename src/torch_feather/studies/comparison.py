@@ -57,6 +57,9 @@ def paired(
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95% t interval of the mean.
 
+    Args:
+        values: at least two numbers.
+
     Example:
         >>> low, high = interval([1.0, 2.0, 3.0])
         >>> round(low, 2), round(high, 2)
@@ -72,6 +75,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def is_significant(values: Sequence[float]) -> bool:
     """Return whether the 95% t interval of the mean excludes 0.
 
+    Args:
+        values: at least two numbers, such as paired differences.
+
     Example:
         >>> is_significant([1.0, 2.0, 3.0]), is_significant([1.9, 2.0, 2.1])
         (False, True)
@@ -82,6 +88,9 @@ def is_significant(values: Sequence[float]) -> bool:
 
 def p_value(values: Sequence[float]) -> float:
     """Return the two-sided p value of a t test against a mean of 0.
+
+    Args:
+        values: at least two numbers.
 
     Example:
         >>> round(p_value([1.0, 2.0, 3.0]), 3)
@@ -94,6 +103,9 @@ def p_value(values: Sequence[float]) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return Holm-corrected p values (Holm, Scandinavian Journal of Statistics, 1979).
+
+    Args:
+        p_values: uncorrected p values of one family, in any order.
 
     Example:
         >>> holm([0.01, 0.04, 0.03])

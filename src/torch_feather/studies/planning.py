@@ -93,6 +93,9 @@ def run_name(config: Config) -> str:
 
     Studies that need the same run find it under the same name.
 
+    Args:
+        config: configuration of the run; its recipe must be set.
+
     Example:
         >>> config = replace(resolve_config("cifar100"), sparsity=0.98, options={"p": 2.0})
         >>> run_name(config)

@@ -22,6 +22,9 @@ THETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def label_of(theta: float) -> str:
     """Return the label of runs with this θ.
 
+    Args:
+        theta: factor of the gradients of pruned weights, 0 to 1.
+
     Example:
         >>> label_of(0.25)
         'θ = 0.25'

@@ -102,6 +102,10 @@ def deviation(values: Sequence[float]) -> float:
 def with_deviation(values: Sequence[float], digits: int = 2) -> str:
     """Format mean ± standard deviation; the mean alone for a single value.
 
+    Args:
+        values: at least one number.
+        digits: decimals of both.
+
     Example:
         >>> with_deviation([40.0, 42.0, 44.0])
         '42.00 ± 2.00'
@@ -113,6 +117,9 @@ def with_deviation(values: Sequence[float], digits: int = 2) -> str:
 def percent(fraction: float) -> str:
     """Format a fraction as a percentage.
 
+    Args:
+        fraction: 0 to 1.
+
     Example:
         >>> percent(0.995)
         '99.5%'
@@ -122,6 +129,9 @@ def percent(fraction: float) -> str:
 
 def millions(number: float) -> str:
     """Format a number in millions with three significant digits.
+
+    Args:
+        number: a count, such as multiply-adds.
 
     Example:
         >>> millions(1234567), millions(123456)
@@ -133,6 +143,9 @@ def millions(number: float) -> str:
 def signed(number: float) -> str:
     """Format a number with its sign and two decimals.
 
+    Args:
+        number: such as a difference in percentage points.
+
     Example:
         >>> signed(1.5), signed(-1.5)
         ('+1.50', '−1.50')
@@ -143,6 +156,9 @@ def signed(number: float) -> str:
 def join(words: Sequence[str]) -> str:
     """Join words with commas and a final "and".
 
+    Args:
+        words: at least one.
+
     Example:
         >>> join(["90%", "95%", "99%"])
         '90%, 95% and 99%'
@@ -152,6 +168,9 @@ def join(words: Sequence[str]) -> str:
 
 def threads(count: int) -> str:
     """Format a number of threads.
+
+    Args:
+        count: at least 1.
 
     Example:
         >>> threads(1), threads(2)

@@ -57,6 +57,9 @@ def tensors(*values: object) -> list[Tensor]:
 def storage(tensor: Tensor) -> int:
     """Return an identifier of a tensor's memory.
 
+    Args:
+        tensor: any view of the memory gives the same identifier.
+
     Example:
         >>> a = torch.zeros(4)
         >>> storage(a[1:]) == storage(a), storage(a.clone()) == storage(a)

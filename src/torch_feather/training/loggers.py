@@ -31,6 +31,9 @@ __getattr__ = renamed_names(
 def logging_callbacks(config: Config) -> list[Callback]:
     """Return the callbacks that `config.system` requests.
 
+    Args:
+        config: the configuration of the run.
+
     Raises:
         ConfigurationError: `system.wandb` is set, but wandb is not installed.
 

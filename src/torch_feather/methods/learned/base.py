@@ -155,6 +155,13 @@ class Learned(NamedTuple):
 class LearnedThresholds(Thresholded):
     """A `LearnedMethod` on one model: the cutoff is at |w| / tau = 1 until the count is exact.
 
+    Args:
+        context: the model, its prunable weights, the target and the number of steps.
+        method: the parts of the method.
+
+    Raises:
+        ConfigurationError: the target needs more zeros than there are in prunable tensors.
+
     Example:
         >>> from torch import nn
         >>> from torch_feather.methods import asl

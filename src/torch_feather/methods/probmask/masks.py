@@ -100,6 +100,10 @@ class ProbabilisticMasks(BoundMethod):
     State: `probability` of each weight, Adam's `mean` and `square` of it, and `draws`, the number
     of masks drawn.
 
+    Args:
+        context: the model, its prunable weights, the target and the number of steps.
+        method: the parts of the method.
+
     Example:
         >>> from torch import nn
         >>> from torch_feather.methods import probmask

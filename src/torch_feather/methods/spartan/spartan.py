@@ -143,6 +143,12 @@ class Spartan(MagnitudePruning):
 
     State: `mask`, `threshold` and `frozen` of the present pruning, see `SoftMasks`.
 
+    Args:
+        context: the model, its prunable weights, the target and the number of steps.
+        method: operator, gradient rule, allocation and schedule of the hard cutoff.
+        beta: final inverse temperature.
+        freeze: step from which on the mask is constant.
+
     Example:
         >>> from torch import nn
         >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])

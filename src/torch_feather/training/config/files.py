@@ -16,6 +16,9 @@ from .schema import Config
 def to_dict(config: Config) -> dict[str, Any]:
     """Return all fields as nested plain values.
 
+    Args:
+        config: the configuration.
+
     Example:
         >>> to_dict(Config())["optimizer"]["momentum"]
         0.9
@@ -25,6 +28,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Return `config` as YAML; `load_config` reads an equal configuration from it.
+
+    Args:
+        config: the configuration.
 
     Example:
         >>> print(to_yaml(Config(seed=3)).splitlines()[10])

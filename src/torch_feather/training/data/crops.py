@@ -58,6 +58,11 @@ def random_boxes(uniform: Tensor, height: int, width: int, smallest: float) -> T
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     """Return an image, uint8 (H, W, C), scaled bilinearly with antialiasing.
 
+    Args:
+        pixels: the image.
+        height: height of the result in pixels.
+        width: width of the result in pixels.
+
     Example:
         >>> resize(torch.zeros(4, 6, 3, dtype=torch.uint8), 2, 3).shape
         torch.Size([2, 3, 3])
