@@ -36,6 +36,11 @@ class Weights:
         stored: state dict, on the CPU. None for a sparse file, which may describe tensors of any
             size, and is read when its shapes are known to be those of a network.
         network: name of the network, for `models.create`; None if the source does not contain it.
+
+    Example:
+        >>> weights = Weights(Path("a.pt"), {"weight": torch.ones(1, 2)}, network=None)
+        >>> weights.fill(nn.Linear(2, 1, bias=False)).weight.tolist()
+        [[1.0, 1.0]]
     """
 
     source: Path
