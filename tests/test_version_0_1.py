@@ -1,9 +1,9 @@
 """States, sparse files and run directories of version 0.1 load, and resume to the same end.
 
 Version 0.1 wrote `data/v0.1` with the loop, networks and settings of this module; the README there
-says how. The cube root differs from that of version 0.1 in the last bits, and powers, logarithms and
-fused multiply-adds differ between processors. So ends that depend on them are compared to 1e-5, and
-their zeros exactly. All other ends are compared bit for bit.
+says how. The cube root differs from that of version 0.1 in the last bits, and powers, logarithms
+and fused multiply-adds differ between processors. So ends that depend on them are compared to 1e-5,
+and their zeros exactly. All other ends are compared bit for bit.
 """
 
 import copy
