@@ -292,7 +292,8 @@ def emit_copy(width: int) -> str:
 def emit_scan(width: int, columns: int) -> str:
     """Return the function that adds rows of 64-bit words to the columns of a checksum.
 
-    Its arguments: weights, number of full rows, columns. It returns whether a weight is NaN.
+    Its arguments: weights, number of full rows, columns. It returns whether a weight is NaN
+    or infinite.
     """
     words = width // 2
     full = columns // words * words
@@ -306,10 +307,10 @@ def emit_scan(width: int, columns: int) -> str:
         both = Lanes(2 * lanes, tag + "f")
         bits = both.new(f"bitcast {v.type('i64')} {row} to {both.type('i32')}")
         bits = both.op("and", "i32", bits, both.constant("i32", SIGNLESS))
-        nan = both.new(f"icmp sgt {both.type('i32')} {bits}, {both.constant('i32', INFINITY)}")
-        some = both.any(nan)
-        old = both.new("load i1, ptr %nan")
-        both.lines.append(f"store i1 {both.new(f'or i1 {old}, {some}')}, ptr %nan")
+        odd = both.new(f"icmp sge {both.type('i32')} {bits}, {both.constant('i32', INFINITY)}")
+        some = both.any(odd)
+        old = both.new("load i1, ptr %odd")
+        both.lines.append(f"store i1 {both.new(f'or i1 {old}, {some}')}, ptr %odd")
         body += [
             f"br label %head{tag}",
             f"head{tag}:",
@@ -325,8 +326,8 @@ def emit_scan(width: int, columns: int) -> str:
             f"done{tag}:",
         ]
     rows = [
-        "%nan = alloca i1",
-        "store i1 false, ptr %nan",
+        "%odd = alloca i1",
+        "store i1 false, ptr %odd",
         "br label %head",
         "head:",
         "%r = phi i64 [0, %entry], [%nextr, %dones]",
@@ -339,7 +340,7 @@ def emit_scan(width: int, columns: int) -> str:
         "%nextr = add i64 %r, 1",
         "br label %head",
         "done:",
-        "%result = load i1, ptr %nan",
+        "%result = load i1, ptr %odd",
         "%number = zext i1 %result to i32",
     ]
     signature = "i32 @scan(ptr noalias %w, i64 %rows, ptr noalias %columns)"
