@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError
-from .kernels import Tile, Variant, library, tiles, vector_widths
+from .kernels import Tile, Variant, library
 from .memory import round_up
 from .plan import Plan, Sparse, Torch
 from .planes import Planes
@@ -74,10 +74,10 @@ class BatchPlan:
         """Return the tile of a layer: the requested one, or the closest one that fits."""
         plane, channels = step.out.layout.root().channel_stride(self.batch), step.layer.channels[1]
         requested = Tile(*self.tiles[step.layer.name])
-        width = requested.width
-        if width not in vector_widths():  # tuned on another machine
-            width = vector_widths()[0]
-        alike = [t for t in tiles() if t.width == width and t.vectors * width <= plane]
+        widths, width = library().target.widths, requested.width
+        if width not in widths:  # tuned on another machine
+            width = widths[0]
+        alike = [t for t in library().tiles if t.width == width and t.vectors * width <= plane]
         most = requested.channels if step.layer.combine == "fma" else 1
         shared = max(t.channels for t in alike if t.channels <= most and not channels % t.channels)
         fitting = [t for t in alike if t.channels == shared]

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from ..errors import FileFormatError
 from ..files import replace_file
 from .batch import BatchPlan
-from .kernels import Tile, tiles
+from .kernels import Tile, library
 from .layer import Layer
 from .plan import Plan, Sparse
 from .planes import PlaneLayout
@@ -68,12 +68,12 @@ def tune_layer(
     (step,) = (s for s in plan.steps if isinstance(s, Sparse))
     if layout is not None:
         step.out.layout.require(layout.height, layout.width, layout.pad_y, layout.pad_x)
-    requested = {layer.name: tiles()[0]}
+    requested = {layer.name: library().tiles[0]}
     batch_plan = BatchPlan(plan, {}, batch, requested, threads)
     workspace = Workspace(batch_plan)
     workspace(x, *residual)
     times: dict[Tile, float] = {}
-    for tile in tiles():
+    for tile in library().tiles:
         requested[layer.name] = tile
         if batch_plan.kernel(step)[0] == tile:  # it fits
             run = partial(workspace.native([step]), workspace.values)
