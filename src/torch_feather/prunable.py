@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import jit, nn
 
 from .errors import ConfigurationError, some
 
@@ -76,9 +76,9 @@ def find_prunable(
         frozen: whether to return weights that do not require gradients too.
 
     Raises:
-        ConfigurationError: `model` is not a module; or a glob, regex or type matches nothing. Also
-            a chosen weight that is computed from other parameters (parametrized, weight-normed) or
-            has no shape yet (lazy modules).
+        ConfigurationError: `model` is not a module, or contains TorchScript; or a glob, regex or
+            type matches nothing. Also a chosen weight that is computed from other parameters
+            (parametrized, weight-normed) or has no shape yet (lazy modules).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
@@ -239,8 +239,26 @@ class _Named:
         return id(self.parameter)
 
 
+def check_not_scripted(model: nn.Module) -> None:
+    """Check that no part of a model is TorchScript, which hides the kinds of its layers.
+
+    Raises:
+        ConfigurationError: a part is a TorchScript module.
+
+    Example:
+        >>> check_not_scripted(nn.Linear(2, 2))
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, jit.ScriptModule):
+            raise ConfigurationError(
+                f"{name or 'The model'} is a TorchScript module ({module.original_name}), which "
+                "hides its layers. Pass the model before torch.jit.script or torch.jit.trace."
+            )
+
+
 def _named(model: nn.Module) -> Iterator[_Named]:
     """Yield every parameter under every name, and default weights hidden by a parametrization."""
+    check_not_scripted(model)
     embedded = {
         id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
     }
