@@ -25,6 +25,11 @@ class BatchPlan:
         threads: number of threads of sparse layers.
         offsets: first float32 value of each activation in a workspace.
         size: number of float32 values in a workspace.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> BatchPlan(Plan(Graph()), {}, batch=2, tiles={}, threads=1).size  # no activations
+        0
     """
 
     def __init__(

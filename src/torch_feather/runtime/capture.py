@@ -37,6 +37,11 @@ class Captured(NamedTuple):
         unflatten: converts the list of tensors that the graph returns to the model's output.
         shapes: the strides of these tensors.
         reads_memory: whether the input must be contiguous and no part of another tensor.
+
+    Example:
+        >>> captured = capture(nn.ReLU(), torch.ones(3, 4))
+        >>> captured.accepts(torch.ones(5, 4)), captured.reads_memory
+        (True, False)
     """
 
     module: GraphModule
@@ -57,9 +62,9 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
         CaptureError: torch.export cannot capture the model, or the model writes into its input.
 
     Example:
-        >>> captured = capture(nn.Linear(4, 2), torch.ones(3, 4))
-        >>> [node.name for node in captured.module.graph.nodes]
-        ['x', 'layer', 'output']
+        >>> graph = capture(nn.ReLU(), torch.ones(3, 4)).module.graph
+        >>> [node.target for node in graph.nodes if node.op == "call_function"]
+        [<OpOverload(op='aten.relu', overload='default')>]
     """
     # torch.export specializes the graph for a batch of one.
     several = example if len(example) > 1 else torch.cat([example, example])

@@ -115,6 +115,12 @@ class SparseModule(nn.Module):
         chunk_size: number of samples that are processed together; None for whole batches.
         shape: shape of one sample of the input.
         plan: the steps of the network.
+
+    Example:
+        >>> import torch_feather as feather
+        >>> sparse = feather.compile_sparse(nn.Linear(64, 8), torch.zeros(1, 64), threads=1)
+        >>> list(sparse.tuning), sparse.shape
+        (['weight'], (64,))
     """
 
     @torch.inference_mode(False)

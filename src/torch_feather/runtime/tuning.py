@@ -35,6 +35,10 @@ class LayerTuning:
         sparsity: fraction of the layer's weights that is zero.
         dense_ms: milliseconds of the dense layer; None if it was not timed.
         sparse_ms: milliseconds of the sparse layer; None if it was not timed.
+
+    Example:
+        >>> LayerTuning(sparse=True, tile=Tile(2, 8), sparsity=0.9).tile.channels
+        1
     """
 
     sparse: bool
@@ -60,6 +64,16 @@ def tune_layer(
     Returns:
         The faster of both ways for this layer alone. The time of the whole network may favor the
         other one.
+
+    Example:
+        >>> graph = Graph()
+        >>> x = graph.placeholder("x")
+        >>> x.meta["val"] = torch.ones(1, 4)
+        >>> layer = Layer("weight", torch.eye(4), torch.zeros(4))
+        >>> node = graph.call_function(layer, (x,))
+        >>> node.meta["val"] = layer(torch.ones(1, 4))
+        >>> tune_layer(node, layer, batch=1, threads=1).sparsity
+        0.75
     """
     sparsity = layer.sparsity
     x, *residual = (_random_input(n, batch) for n in node.args if isinstance(n, Node))
@@ -89,6 +103,14 @@ def save_tuning(tuning: Mapping[str, LayerTuning], path: str | Path) -> None:
     Args:
         tuning: by the name of the layer's weight.
         path: the file, which is replaced atomically.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "tuning.json")
+        ...     save_tuning({"weight": LayerTuning(True, Tile(2, 8), 0.9)}, path)
+        ...     load_tuning(path)["weight"].sparsity
+        0.9
     """
     text = json.dumps({name: asdict(layer) for name, layer in tuning.items()}, indent=1)
     replace_file(Path(path), lambda file: file.write(f"{text}\n".encode()))
@@ -103,6 +125,14 @@ def load_tuning(path: str | Path) -> dict[str, LayerTuning]:
     Raises:
         FileFormatError: it is damaged or holds something else.
         OSError: the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "tuning.json")
+        ...     _ = path.write_text('{"w": {"sparse": false, "tile": [2, 8], "sparsity": 0.1}}')
+        ...     load_tuning(path)["w"].tile
+        Tile(vectors=2, width=8, channels=1)
     """
     try:
         found = json.loads(Path(path).read_text())

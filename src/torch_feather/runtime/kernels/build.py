@@ -19,8 +19,8 @@ def variants(target: Target) -> list[Variant]:
     """Return all convolution kernels of a processor.
 
     Example:
-        >>> len(variants(Target("wasm32")))
-        58
+        >>> variants(Target("wasm32"))[0].name
+        'fma_1x4x1'
     """
     return [
         Variant(tile, combine, residual, mask)
