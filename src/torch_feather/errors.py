@@ -58,7 +58,7 @@ class FeatherWarning(UserWarning):
 
 
 def warn(message: str, category: type[Warning] = FeatherWarning) -> None:
-    """Issue a warning that points at the user's line.
+    """Issue a warning that points at the user's line (on Python 3.11, at the line in this package).
 
     Args:
         message: what happened, and what to do.
@@ -70,16 +70,12 @@ def warn(message: str, category: type[Warning] = FeatherWarning) -> None:
         >>> caught[0].category.__name__
         'FeatherWarning'
     """
-    modules = (sys.modules.get("torch"), sys.modules[__name__])
-    internal = tuple(str(Path(m.__file__).parent) + os.sep for m in modules if m and m.__file__)
     if sys.version_info >= (3, 12):
+        modules = (sys.modules.get("torch"), sys.modules[__name__])
+        internal = tuple(str(Path(m.__file__).parent) + os.sep for m in modules if m and m.__file__)
         warnings.warn(message, category, skip_file_prefixes=internal)
-        return
-    # Python 3.11 has no skip_file_prefixes, so the level of the user's line is counted.
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(internal):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+    else:
+        warnings.warn(message, category, stacklevel=2)
 
 
 def nearest(wrong: object, known: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """Exactly round(s N) weights are zero at every step, for any weights."""
 
 import math
+import sys
 import warnings
 
 import pytest
@@ -295,7 +296,9 @@ def test_a_layer_that_begins_empty_is_reported_by_name_and_file():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with pytest.warns(UserWarning, match=r"1\.weight") as caught:
         feather.sparsify(model, optimizer, sparsity=0.6, total_steps=3, schedule="constant")
-    assert [warning.filename for warning in caught] == [__file__]
+    assert len(caught) == 1
+    if sys.version_info >= (3, 12):  # earlier versions cannot skip the frames of a package
+        assert caught[0].filename == __file__
     assert not (model[1].weight != 0).any()
 
 
