@@ -505,7 +505,7 @@ def test_a_whole_graph_of_torch_compile_is_refused(network):
     ids=["vmap", "grad", "jvp"],
 )
 def test_function_transforms_are_refused(transform, network):
-    with pytest.raises(InputError, match="within torch.func transforms"):
+    with pytest.raises(InputError, match=r"within torch\.func transforms"):
         transform(network, torch.randn(2, *SHAPE))
 
 

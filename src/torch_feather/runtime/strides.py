@@ -50,7 +50,10 @@ class ShapeModel:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         tensors = (*model.parameters(), *model.buffers())
         without_values = {id(t): self._mode.from_tensor(t.detach()) for t in tensors}
-        self._model = copy.deepcopy(model, without_values)
+        self._model: nn.Module | None = None
+        with suppress(Exception):  # not every model can be copied again
+            self._model = copy.deepcopy(model, without_values)
+        self._captured_contiguous = program.example_inputs[0][0].is_contiguous()
         self._known: dict[tuple[torch.Size, Strides], tuple[Strides | None, ...]] = {}
 
     def output_strides(self, x: Tensor) -> tuple[Strides | None, ...]:
@@ -71,9 +74,13 @@ class ShapeModel:
         return self._known[key]
 
     def _strides_for(self, x: Tensor) -> tuple[Strides | None, ...]:
-        # The graph is second: it lacks functions that did nothing for the example, such as
-        # `contiguous`. But it can run torch.cond without values.
-        for run in (self._run_model, self._run_graph):
+        # For other layouts than the example's the graph is second: it lacks functions that did
+        # nothing for the example, such as `contiguous`. But it can run torch.cond without values,
+        # and has no side effects.
+        runs = [self._run_model, self._run_graph]
+        if self._captured_contiguous and x.is_contiguous():
+            runs.reverse()
+        for run in runs:
             with suppress(Exception):  # the model fails where the compiled network may not
                 found = tuple(map(_strides_of, tree_leaves(run(x))))
                 if len(found) == self._outputs:
@@ -96,6 +103,7 @@ class ShapeModel:
 
     def _run_model(self, x: Tensor) -> Any:
         with torch.compiler.set_stance("force_eager"), _without_values(self._mode, x) as given:
+            assert self._model is not None
             return self._model(given)
 
     def _run_graph(self, x: Tensor, interpreter: Interpreter | None = None) -> Any:
