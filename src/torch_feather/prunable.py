@@ -9,9 +9,10 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import jit, nn
+from torch import nn
 
 from .errors import ConfigurationError, some
+from .scripted import check_not_scripted
 
 Filter = str | re.Pattern[str] | type[nn.Module] | Callable[[nn.Module, str], bool]
 Filters = Filter | Iterable[Filter] | None
@@ -237,23 +238,6 @@ class _Named:
         if self.parameter is None:
             return id(self.module), self.attribute
         return id(self.parameter)
-
-
-def check_not_scripted(model: nn.Module) -> None:
-    """Check that no part of a model is TorchScript, which hides the kinds of its layers.
-
-    Raises:
-        ConfigurationError: a part is a TorchScript module.
-
-    Example:
-        >>> check_not_scripted(nn.Linear(2, 2))
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, jit.ScriptModule):
-            raise ConfigurationError(
-                f"{name or 'The model'} is a TorchScript module ({module.original_name}), which "
-                "hides its layers. Pass the model before torch.jit.script or torch.jit.trace."
-            )
 
 
 def _named(model: nn.Module) -> Iterator[_Named]:

@@ -26,7 +26,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import ConfigurationError
-from ..prunable import check_not_scripted, default_weights, unwrap
+from ..prunable import default_weights, unwrap
+from ..scripted import check_not_scripted
 from ..weights.shards import count_nonzero, reshard
 
 
