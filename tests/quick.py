@@ -19,6 +19,7 @@ NONE = [
     "examples/test_lightning.py",
     "examples/test_timm.py",
     "examples/test_transformers.py",
+    "examples/test_ultralytics.py",
     "runtime/test_graphs.py",
     "runtime/test_networks.py",
     "studies/test_latency.py",

@@ -318,6 +318,48 @@ def test_a_layer_that_becomes_empty_while_training_is_reported_by_name():
     assert not (model[1].weight != 0).any()
 
 
+@pytest.mark.parametrize("steps", [4, 400])
+def test_one_warning_lists_all_empty_layers_and_the_option(steps):
+    """They become empty one after the other; at 400 steps, checks come before the target."""
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(6)))
+    with torch.no_grad():
+        for i, layer in enumerate(model[:5]):
+            layer.weight.mul_(10.0 ** (i - 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(model, optimizer, sparsity=0.9, total_steps=steps)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            optimizer.step()
+        sparsifier.finalize()
+    [text] = [str(w.message) for w in caught if issubclass(w.category, feather.FeatherWarning)]
+    assert all(f"{i}.weight" in text for i in range(5))
+    assert "5.weight" not in text
+    assert 'exclude=["0.weight", "1.weight", "2.weight", "..."]' in text
+    assert "min_density=0.01" in text
+
+
+def test_layers_that_become_empty_later_are_listed_at_the_end():
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(
+        model, optimizer, sparsity=0.5, total_steps=4, schedule="constant"
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+        with torch.no_grad():
+            model[0].weight.fill_(5.0)
+            model[1].weight.mul_(1e-4)
+        for _ in range(3):
+            optimizer.step()
+        sparsifier.finalize()
+    [text] = [str(w.message) for w in caught if issubclass(w.category, feather.FeatherWarning)]
+    assert text.startswith("Every weight of 1.weight is pruned")
+
+
 def test_more_zero_latents_than_pruned_weights_are_reported():
     """They cannot be repaired: the model then has more zeros than its schedule asks for."""
     model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 4))

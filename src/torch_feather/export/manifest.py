@@ -10,6 +10,7 @@ checksum as 8 hexadecimal digits, followed by the JSON object that it covers:
               {"layout": "gaps", "crc": ..., "shape": [...], "width": bits}
     tied      by name, the name under which the values of a tied tensor are stored
     metadata  what the caller of `save_sparse` passed: method, config, ...
+    prunable  names of the weights that took part in sparse training, if they are known
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -102,11 +103,13 @@ class Manifest:
         entries: tensors by name.
         sparsity: fraction of zeros among the floating-point tensors with two or more dimensions.
         metadata: what the caller of `save_sparse` passed.
+        prunable: names of the weights that took part in sparse training; None if unknown.
     """
 
     entries: dict[str, Entry]
     sparsity: float
     metadata: dict[str, Any]
+    prunable: list[str] | None = field(default=None, repr=False)
 
 
 Part = tuple[str, tuple[int, ...]]  # a tensor in safetensors: name of its type, shape
@@ -117,6 +120,7 @@ def write(
     tied: Mapping[str, str],
     sparsity: float,
     metadata: Mapping[str, Any],
+    prunable: Iterable[str] | None = None,
 ) -> dict[str, str]:
     """Return the safetensors metadata of a sparse file.
 
@@ -125,11 +129,14 @@ def write(
         tied: by name, the name under which the values of a tied tensor are stored.
         sparsity: fraction of zeros.
         metadata: any JSON object.
+        prunable: names of the weights that took part in sparse training; None if unknown.
 
     Raises:
         ConfigurationError: JSON cannot represent the metadata.
     """
     document = {"version": VERSION, "sparsity": sparsity, "tensors": tensors, "tied": tied}
+    if prunable is not None:
+        document["prunable"] = [n for n in prunable if n in tensors or n in tied]
     try:
         text = json.dumps(
             document | {"metadata": dict(metadata)}, separators=(",", ":"), allow_nan=False
@@ -211,7 +218,18 @@ def read(metadata: Mapping[str, str] | None, parts: Mapping[str, Part]) -> Manif
     sparsity = document.get("sparsity")
     if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
         raise FileFormatError(f"invalid sparsity {sparsity!r:.40}")
-    return Manifest(entries, float(sparsity), _object(document, "metadata"))
+    return Manifest(
+        entries, float(sparsity), _object(document, "metadata"), _prunable(document, entries)
+    )
+
+
+def _prunable(document: Mapping[str, Any], entries: Mapping[str, Entry]) -> list[str] | None:
+    names = document.get("prunable")
+    if names is None:
+        return None
+    valid = isinstance(names, list) and all(isinstance(n, str) and n in entries for n in names)
+    _require(valid, "the names of prunable weights are invalid")
+    return names
 
 
 def _read_gaps(name: str, description: dict[str, Any], left: dict[str, Part]) -> Entry:

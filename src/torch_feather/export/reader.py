@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, FileFormatError, StateError
+from ..participants import remember_names
 from ..prunable import unwrap
 from . import gaps, hub, manifest
 from .manifest import GAPS, VALUES, Entry, as_integers, plain_name
@@ -77,7 +78,9 @@ def load_sparse(path: str | PathLike[str], model: nn.Module) -> nn.Module:
             if entry.name not in read:
                 read[entry.name] = file.tensor(entry.name, limit=None)
         values = {name: read[file.entries[plain_name(name)].name] for name in state}
+        prunable = file.prunable
     unwrapped.load_state_dict(values)
+    remember_names(model, prunable)
     return model
 
 
@@ -109,6 +112,8 @@ class SparseFile:
     """Fraction of zeros among the floating-point tensors with two or more dimensions."""
     metadata: dict[str, Any]
     """The metadata that was passed to `save_sparse`."""
+    prunable: list[str] | None
+    """Names of the weights that took part in sparse training; None if the file has none."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = hub.download(fspath(path)) if hub.is_address(path) else Path(path)
@@ -118,6 +123,7 @@ class SparseFile:
             parts = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
             read = manifest.read(self._file.metadata(), parts)
         self.entries, self.sparsity, self.metadata = read.entries, read.sparsity, read.metadata
+        self.prunable = read.prunable
 
     def __enter__(self) -> SparseFile:
         return self

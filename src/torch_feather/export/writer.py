@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError, warn
 from ..files import replace_file
+from ..participants import participants
 from ..prunable import unwrap
 from . import gaps, manifest
 from .manifest import GAPS, VALUES, as_integers, plain_name
@@ -29,6 +30,7 @@ def save_sparse(
     *,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, Any] | None = None,
+    prunable: Iterable[str] | None = None,
 ) -> None:
     """Save a sparse model in a compact, lossless file with the keys of `model.state_dict()`.
 
@@ -43,6 +45,8 @@ def save_sparse(
             change. Biases, norms and their statistics keep their type. A nonzero weight that would
             become zero becomes the smallest number of the type.
         metadata: any JSON object. `SparseFile.metadata` returns it.
+        prunable: names of the weights that took part in sparse training, for `feather.sparsity`.
+            None: those that are known of the module.
 
     Raises:
         ConfigurationError: a file cannot represent the model, or a weight is out of the range of
@@ -76,7 +80,8 @@ def save_sparse(
             weights, zeros = weights + tensor.numel(), zeros + tensor.numel() - nonzeros
     _warn_if_dense(zeros, weights)
     sparsity = zeros / weights if weights else 0.0
-    header = manifest.write(descriptions, tied, sparsity, metadata or {})
+    known = participants(model) if isinstance(model, nn.Module) else None
+    header = manifest.write(descriptions, tied, sparsity, metadata or {}, prunable or known)
     data = save(parts, metadata=header)
     replace_file(Path(path), lambda file: file.write(data))
 

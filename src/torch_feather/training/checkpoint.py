@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..files import replace_file
+from ..participants import remember_names
 from .config import Config, flatten, load_config, to_dict, to_yaml
 from .deprecation import renamed_names, warn_renamed
 from .errors import CheckpointError, InUse, RunError
@@ -317,6 +318,14 @@ class RunDirectory:
         except (SafetensorError, RuntimeError, OSError) as error:
             first = str(error).splitlines()[0]
             raise RunError(f"{self.model_file}: damaged, or of another network ({first})") from None
+        remember_names(model, self.prunable())
+
+    def prunable(self) -> list[str] | None:
+        """Return the names of the weights that took part in sparse training; None if unknown."""
+        try:
+            return [layer["name"] for layer in self.read_report()["report"]["layers"]]
+        except (RunError, LookupError, TypeError):
+            return None
 
 
 def changed_keys(old: Config, new: Config) -> str:

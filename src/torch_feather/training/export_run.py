@@ -55,7 +55,8 @@ def export_run(
     run.read_report()  # raises RunError if the run is not complete
     if format == "sparse":
         tensors = read_weights(run.path).tensors
-        save_sparse(tensors, path, dtype=dtype, metadata=run_metadata(run))
+        metadata, prunable = run_metadata(run), run.prunable()
+        save_sparse(tensors, path, dtype=dtype, metadata=metadata, prunable=prunable)
     elif format == "onnx":
         export_onnx(*load_network(run, data_path), path)
     elif path.resolve() != run.model_file.resolve():

@@ -20,6 +20,7 @@ from .data import load_dataset
 from .deprecation import warn_renamed
 from .distributed import Ranks, process_group
 from .errors import RunError
+from .same_run import check_same_data
 from .task import Task
 
 
@@ -64,7 +65,8 @@ def train(
         results = _train_one(config, run, resume, callback, make_task, ranks)
         if config.compare_dense and "dense" not in results:
             baseline = run.dense_baseline()
-            dense = _train_one(config.dense(), baseline, True, callback, make_task, ranks)
+            digest = results.get("data_digest")
+            dense = _train_one(config.dense(), baseline, True, callback, make_task, ranks, digest)
             keys = ("test_accuracy", "test_loss", "macs", "seconds")
             results["dense"] = {key: dense[key] for key in keys}
             if ranks.first:
@@ -82,6 +84,7 @@ def _train_one(
     callback: Callback,
     make_task: Callable[..., Task],
     ranks: Ranks,
+    data_digest: str | None = None,
 ) -> dict[str, Any]:
     with ExitStack() as held, settings(config.system, ranks) as device:
 
@@ -98,6 +101,7 @@ def _train_one(
         task = make_task(
             config if saved is None else replace(config, init=None), data, device, ranks
         )
+        check_same_data(data_digest, task.data_identity, config)
         ranks.on_first(lambda: run.write_config(config))
         if saved is not None:
             task.load_state_dict(saved)

@@ -18,7 +18,7 @@ from ..errors import ConfigurationError
 from .callbacks import Callback
 from .checkpoint import RunDirectory, write_json
 from .config import Config
-from .data import Dataset, eval_loader, train_loader
+from .data import Dataset, data_identity, eval_loader, identity_digest, train_loader
 from .distillation import Distillation, load_teacher
 from .distributed import Ranks
 from .errors import CheckpointError, Interrupted, TrainingDiverged
@@ -26,6 +26,7 @@ from .evaluation import evaluate
 from .masks import record_masks
 from .optimizer import learning_rate, make_optimizer
 from .provenance import provenance
+from .same_run import check_same_run, run_identity
 from .sparsification import attach_sparsifier
 from .step import Step
 from .weights import read_weights
@@ -64,6 +65,7 @@ class Task:
             self.ranks.local_first(lambda: read_weights(init).fill(self.model))
         self.model.to(device).to(memory_format=layout)
         self.loader = train_loader(data, config, device, self.ranks)
+        self.data_identity = self.ranks.on_first(lambda: data_identity(data))
         self.example = data.example().to(device)
         self._check_example()
         self.total_steps = config.epochs * len(self.loader)
@@ -305,6 +307,7 @@ class Task:
         return {
             "network": self.config.network,
             "data": self.config.data.name,
+            "data_digest": identity_digest(self.data_identity),
             "classes": self.data.classes,
             "input_shape": list(self.example.shape[1:]),  # of one image, (C, H, W)
             "method": self.config.method,
@@ -335,6 +338,7 @@ class Task:
         The optimizer's state holds the latent weights.
         """
         return {
+            **run_identity(self.config, self.data_identity, len(self.loader)),
             "method": self.config.method,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -353,7 +357,8 @@ class Task:
         """Load a state of `state_dict`, also one of version 0.1, and continue from it.
 
         Raises:
-            CheckpointError: the state is of another method or teacher.
+            CheckpointError: the state is of another method or teacher, or of other settings or
+                images.
         """
         if state.get("method", self.config.method) != self.config.method:
             raise CheckpointError(
@@ -364,6 +369,8 @@ class Task:
                 "the checkpoint is of a run with another teacher or without one, or the weights of "
                 f"the teacher have changed: {self.config.distillation.teacher}"
             )
+        batches, ranks = len(self.loader), self.ranks.count
+        check_same_run(state, self.config, self.data_identity, batches, ranks)
         self.model.load_state_dict(state["model"])
         fused = self.optimizer.param_groups[0]["fused"]
         self.optimizer.load_state_dict(state["optimizer"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigurationError
-from ...methods import method_options
+from ...methods import method_options, unused_options
 from ..deprecation import renamed_fields
 
 DENSE = "dense"
@@ -150,6 +150,8 @@ class SystemConfig:
     deterministic: bool = True  # bitwise identical results for the same seed and machine
     checkpoint_seconds: float = 60.0  # time between two checkpoints
     checkpoint_steps: int | None = None  # also write a checkpoint every so many steps
+    # A resumed run continues on changed images if this is their digest, which the error names.
+    accept_data: str | None = None
     tensorboard: bool = True  # log to TensorBoard if it is installed
     wandb: str | None = None  # Weights & Biases project to log to
 
@@ -248,7 +250,9 @@ class Config:
         """
         defaults = {} if self.method == DENSE else method_options(self.method)
         defaults = {option: value for option, value in defaults.items() if _is_plain(value)}
-        return replace(self, options=defaults | self.options)
+        unused = unused_options(self.method, self.options)
+        options = defaults | self.options
+        return replace(self, options={o: v for o, v in options.items() if o not in unused})
 
 
 def _is_plain(value: Any) -> bool:
