@@ -34,6 +34,17 @@ def read_masks(run: Path, epochs: int) -> list[np.ndarray] | None:
 
     Returns:
         Packed bits (uint8) for each epoch, or None if a mask is missing.
+
+    Example:
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> (run / "masks").mkdir()
+        >>> for epoch in (1, 2):
+        ...     np.save(mask_file(run, epoch), np.packbits([1, 0, 1, 0, 0, 0, 0, epoch - 1]))
+        >>> [mask.tolist() for mask in read_masks(run, epochs=2)]
+        [[160], [161]]
+        >>> read_masks(run, epochs=3) is None  # there is no mask of epoch 3
+        True
     """
     files = [mask_file(run, epoch) for epoch in range(1, epochs + 1)]
     if not all(file.exists() for file in files):

@@ -272,6 +272,11 @@ def _counts(
 def count_pruned_by(method: BoundMethod, weights: LatentWeights, pruning: Pruning) -> Tensor:
     """Return the number of pruned weights of each tensor, int64 of shape (tensors,).
 
+    Args:
+        method: the method, bound to the weights.
+        weights: the latent weights.
+        pruning: the thresholds or masks of the method.
+
     Example:
         >>> from torch import nn
         >>> from torch_feather import sparsify

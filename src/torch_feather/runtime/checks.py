@@ -21,6 +21,10 @@ NOT_SAVED = (
     "or exported. Save the model (feather.save_sparse) and the tuning results (save_tuning), then "
     "compile again. To export it, export the model."
 )
+NOT_LOADED = (
+    "A compiled network has no state to load. Load the weights into the model (load_state_dict, "
+    "feather.load_sparse), then compile it again."
+)
 NOT_TRACED = (
     "A compiled network cannot be traced, exported or compiled by PyTorch (torch.jit.trace, "
     "torch.onnx.export, torch.export, torch.compile, torch.fx): its kernels compute outside of "

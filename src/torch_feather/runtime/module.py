@@ -20,6 +20,7 @@ from ..errors import StateError
 from .batch import BatchPlan
 from .capture import capture
 from .checks import (
+    NOT_LOADED,
     NOT_SAVED,
     NOT_TRACED,
     check_eager,
@@ -273,6 +274,18 @@ class SparseModule(nn.Module):
             StateError: always.
         """
         raise StateError(NOT_SAVED)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise an error: a compiled network has no state, so nothing would be loaded.
+
+        Raises:
+            StateError: always.
+        """
+        raise StateError(NOT_LOADED)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Raise the same error if a module that contains this one is loaded."""
+        raise StateError(NOT_LOADED)
 
     def save_tuning(self, path: str | Path) -> None:
         """Write the tuning results as JSON, for `compile_sparse(..., tuning=path)`.

@@ -36,6 +36,11 @@ class Run:
         name: name of its run directory.
         config: full configuration.
         label: name in tables and figures.
+
+    Example:
+        >>> run = Run("digits-gmp-0.9-0", Config(method="gmp", sparsity=0.9), "gmp")
+        >>> run.config.sparsity
+        0.9
     """
 
     name: str
@@ -54,6 +59,19 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises:
         RunError: the file cannot be read or is not the runs.json file of a study.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "runs.json"
+        >>> _ = path.write_text(json.dumps([dict.fromkeys(REQUIRED_KEYS, 0)]))
+        >>> read_rows(path)[0]["test_accuracy"]
+        0
+        >>> _ = path.write_text('[{"name": "a"}]')
+        >>> try:
+        ...     read_rows(path)
+        ... except RunError as error:
+        ...     print(error)
+        /...runs.json: not the runs.json of a study, or written by an older version; a row lacks ...
     """
     try:
         rows = json.loads(path.read_text())
@@ -82,6 +100,21 @@ def row_of(run: Run, directory: RunDirectory) -> Row:
 
     Raises:
         RunError: the run should have recorded its masks, and some are missing.
+
+    Example:
+        >>> import tempfile
+        >>> from ..training.checkpoint import write_json
+        >>> config = Config(method="gmp", sparsity=0.9, epochs=1)
+        >>> directory = RunDirectory(tempfile.mkdtemp())
+        >>> results = dict.fromkeys(("network", "test_loss", "train_loss", "commit", "versions"))
+        >>> results |= {"method": "gmp", "seed": 0, "epochs": 1, "target_sparsity": 0.9}
+        >>> results |= {"test_accuracy": 0.8, "report": {"weights": 100, "zeros": 90}}
+        >>> results |= {"macs": {"sparse": 10, "dense": 100}, "seconds": 1.23, "hardware": {}}
+        >>> write_json(directory.report_file, results)
+        >>> directory.write_metrics([{"epoch": 1, "train_loss": 2.0}])
+        >>> row = row_of(Run("digits-gmp-0.9-0", config, "gmp"), directory)
+        >>> row["sparsity"], row["macs"], row["seconds"], row["curve"]["train_loss"]
+        (0.9, 10, 1.2, [2.0])
     """
     results, metrics = directory.read_report(), directory.read_metrics()
     report = results["report"]
@@ -117,7 +150,19 @@ def row_of(run: Run, directory: RunDirectory) -> Row:
 
 
 def row_matches(row: Row, run: Run) -> bool:
-    """Return whether a recorded row has the settings of `run`, and its masks if it needs them."""
+    """Return whether a recorded row has the settings of `run`, and its masks if it needs them.
+
+    Args:
+        row: a row of `row_of` or `read_rows`.
+        run: the planned run.
+
+    Example:
+        >>> row = {"name": "a", "amp": False, "config": {"sparsity": 0.9}, "curve": {}}
+        >>> row_matches(row, Run("a", Config(sparsity=0.9), "feather"))
+        True
+        >>> row_matches(row, Run("a", Config(sparsity=0.95), "feather"))
+        False
+    """
     if row["name"] != run.name or row["amp"] != run.config.system.amp:
         return False
     if _needs_masks(run) and "mask_correlation" not in row["curve"]:

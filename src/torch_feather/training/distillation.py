@@ -6,6 +6,7 @@ Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, se
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ class Distillation:
     Attributes:
         teacher: the teacher in evaluation mode; its weights do not change.
         digest: a hash of the teacher's state dict, which identifies it.
+
+    Example:
+        >>> teacher, x = nn.Linear(2, 3), torch.ones(1, 2)
+        >>> distillation = Distillation(teacher, DistillationConfig(weight=0.5))
+        >>> loss = torch.tensor(2.0)
+        >>> distillation(loss, teacher(x), x)  # equal outputs: KL = 0
+        tensor(1.)
     """
 
     def __init__(
@@ -79,6 +87,17 @@ def load_teacher(config: Config, data: Dataset) -> nn.Module:
         ConfigurationError: the teacher does not accept the images of `data`, or has another
             number of classes.
         FeatherError: the teacher cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from .data import load_dataset
+        >>> path = Path(tempfile.mkdtemp()) / "teacher.pt"
+        >>> torch.save(models.create("resnet8", 10, 1).state_dict(), path)
+        >>> options = DistillationConfig(teacher=str(path))
+        >>> config = Config(network="resnet8", distillation=options)
+        >>> data = load_dataset(config.data, config.seed)
+        >>> load_teacher(config, data)(data.example()).shape
+        torch.Size([1, 10])
     """
     source = str(config.distillation.teacher)
     with torch.random.fork_rng(devices=[]):
@@ -87,12 +106,15 @@ def load_teacher(config: Config, data: Dataset) -> nn.Module:
         else:
             weights = read_weights(Path(source))
             name = weights.network or config.network
+            with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+                # Before a network is created that only the file names. A few cannot be on meta.
+                weights.check(models.create(name, data.classes, data.channels))
             teacher = weights.fill(models.create(name, data.classes, data.channels))
     _try(teacher.eval(), source, data)
     return teacher
 
 
-class Renormalized(nn.Module):
+class _Renormalized(nn.Module):
     """A network that expects another normalization than that of the data set.
 
     Args:
@@ -123,7 +145,7 @@ def _pretrained(source: str, data: Dataset) -> nn.Module:
     mean, std = (torch.tensor(network.pretrained_cfg[key]) for key in ("mean", "std"))
     if len(mean) != data.channels:
         raise _unfit(source, data, f"it expects {len(mean)} channels")
-    return Renormalized(network, data, mean, std)
+    return _Renormalized(network, data, mean, std)
 
 
 def _try(teacher: nn.Module, source: str, data: Dataset) -> None:

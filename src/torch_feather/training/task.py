@@ -51,6 +51,12 @@ class Task:
         seconds: duration of the training so far, without interruptions.
         history: the lines of metrics.jsonl.
         best: the best epoch so far and its network, if `config.select` is `best`.
+
+    Example:
+        >>> from .data import load_dataset
+        >>> config = Config(network="resnet8", epochs=2, batch_size=128)
+        >>> Task(config, load_dataset(config.data, 0), torch.device("cpu")).total_steps
+        22
     """
 
     def __init__(

@@ -16,6 +16,9 @@ from .schema import Config
 def to_dict(config: Config) -> dict[str, Any]:
     """Return all fields as nested plain values.
 
+    Args:
+        config: the configuration.
+
     Example:
         >>> to_dict(Config())["optimizer"]["momentum"]
         0.9
@@ -25,6 +28,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Return `config` as YAML; `load_config` reads an equal configuration from it.
+
+    Args:
+        config: the configuration.
 
     Example:
         >>> print(to_yaml(Config(seed=3)).splitlines()[10])
@@ -36,8 +42,18 @@ def to_yaml(config: Config) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
 
+    Args:
+        path: the file, UTF-8.
+
     Raises:
         ConfigurationError: the file does not exist, is not valid YAML, or holds no mapping.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "config.yaml"
+        >>> _ = path.write_text("epochs: 10\\noptimizer: {lr: 0.05}\\n")
+        >>> read_yaml(path)
+        {'epochs': 10, 'optimizer': {'lr': 0.05}}
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -58,7 +74,18 @@ def load_config(path: Path) -> Config:
 
     Fields that the file does not name have their defaults. Files of version 0.1 are supported.
 
+    Args:
+        path: the YAML file.
+
     Raises:
         ConfigurationError: the file cannot be read, or has an unknown key or a wrong value.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "config.yaml"
+        >>> _ = path.write_text("epochs: 10\\noptimizer: {lr: 0.05}\\n")
+        >>> config = load_config(path)
+        >>> config.epochs, config.optimizer.lr, config.batch_size
+        (10, 0.05, 128)
     """
     return apply(Config(), upgrade(read_yaml(path)), str(path))
