@@ -55,6 +55,11 @@ class Kernels:
 
     Raises:
         ImportError: llvmlite is not installed.
+
+    Example:
+        >>> found = kernels()
+        >>> if found:
+        ...     assert "copy" in found.functions
     """
 
     def __init__(self, columns: int):
