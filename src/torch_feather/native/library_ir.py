@@ -91,8 +91,9 @@ class LibraryText:
 
     def _convolutions(self) -> Iterator[str]:
         for variant in dict.fromkeys(call.variant for call in self.calls.values()):
-            for line in emit_convolution(variant):
-                yield line.replace("define void", "define internal void")
+            first, *lines = emit_convolution(variant)
+            yield first.replace("define void", "define internal void").replace("{", "noinline {")
+            yield from lines
 
     def _place(self, array: np.ndarray) -> int:
         """Return where the bytes of an array are among the constants."""

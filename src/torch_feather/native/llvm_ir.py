@@ -24,10 +24,10 @@ def emit_nest(name: str, nest: Nest) -> Iterator[str]:
     Example:
         >>> from .expressions import operand
         >>> next(emit_nest("copy", Nest((4,), (), operand(0), (1,), ((1,),))))
-        'define internal void @copy(ptr noalias %out, ptr %x0) {'
+        'define internal void @copy(ptr noalias %out, ptr %x0) noinline {'
     """
     operands = "".join(f", ptr %x{k}" for k in range(len(nest.operands)))
-    yield f"define internal void @{name}(ptr noalias %out{operands}) {{"
+    yield f"define internal void @{name}(ptr noalias %out{operands}) noinline {{"
     yield "entry:"
     code = FunctionText()
     code("%sum = alloca float")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -228,6 +229,16 @@ class _Lowering:
         buffer, plane = self._buffer(step.out), layout.channel_stride(batch)
         builder.fill(View.contiguous(buffer, (buffer.size,)), step.padding_value)
         strides = (layout.image_stride, plane, layout.row_stride, 1)
+        every = tuple(itertools.product(range(sy), range(sx)))
+        if step.phases == every and height % sy == 0 and width % sx == 0:  # one loop nest for all
+            split = transform(
+                source,
+                lambda t: t.unflatten(3, (-1, sx)).unflatten(2, (-1, sy)).permute(3, 5, 0, 1, 2, 4),
+            )
+            phase = channels * plane
+            grid = View(buffer, split.shape, (sx * phase, phase, *strides), layout.edge)
+            builder.copy(split, grid)
+            return
         for i, (a, b) in enumerate(step.phases):
             part = transform(source, lambda t, a=a, b=b: t[:, :, a::sy, b::sx])  # type: ignore[misc]
             start = layout.edge + i * channels * plane
@@ -243,7 +254,7 @@ class _Lowering:
             return args[0][args[1]]
         if all(isinstance(value, Tensor) for value in known):
             return target(*args, **kwargs)  # does not depend on the input
-        if getattr(target, "is_view", False):
+        if getattr(target, "is_view", False) and target not in self.supported:
             return self._views(target, args, kwargs)
         try:
             return self._function(node)(self.builder, *args, **kwargs)
@@ -264,7 +275,11 @@ class _Lowering:
     def _views(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Return views of a value: slices, permutations, splits."""
         view = self.builder.view(args[0])
-        found = target(_meta(view), *args[1:], **kwargs)
+        given = _meta(view)
+        found = target(given, *args[1:], **kwargs)
+        for x in [found] if isinstance(found, Tensor) else found:
+            if x.untyped_storage()._cdata != given.untyped_storage()._cdata:
+                raise NativeExportError(f"{target} copies a tensor of strides {view.strides}.")
         if isinstance(found, Tensor):
             return _view_of(view.buffer, found)
         return [_view_of(view.buffer, x) for x in found]

@@ -411,12 +411,14 @@ def _adaptive_avg_pool2d(builder: Builder, x: Any, size: Any) -> View:
     view = builder.view(x)
     height, width = view.shape[-2:]
     rows, columns = (n if m is None else m for n, m in zip((height, width), size, strict=True))
-    if height % rows or width % columns:
-        raise NativeExportError(
-            f"adaptive pooling of {height}x{width} to {rows}x{columns}: windows differ in size"
-        )
-    kernel = [height // rows, width // columns]
-    return _avg_pool2d(builder, view, kernel, kernel)
+    if height % rows == 0 and width % columns == 0:
+        kernel = [height // rows, width // columns]
+        return _avg_pool2d(builder, view, kernel, kernel)
+    # Windows differ in size: products with the matrices of the two dimensions.
+    for n, m in ((width, columns), (height, rows)):
+        matrix = F.adaptive_avg_pool1d(torch.eye(n), m)
+        view = transform(_matmul(builder, view, matrix), lambda t: t.transpose(-1, -2))
+    return view
 
 
 def _upsample_nearest(
