@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..prunable import unwrap
 from ..runtime.capture import capture
 from ..runtime.kernels import compile_object
 from ..runtime.tuning import LayerTuning, load_tuning
+from .c_source import CSource, constant_array
 from .errors import NativeExportError
 from .library_ir import LibraryText
 from .lowering import lower
@@ -93,6 +95,84 @@ def export_native(
         if link([compiled], library, target) and target == "host":
             _check(library, name, program, example, expected)
         return _install(made, to_path(directory))
+
+
+def export_c(
+    model: nn.Module, example_input: Tensor, directory: str | Path, *, name: str = "model"
+) -> list[Path]:
+    """Write a network as C99 source, for microcontrollers and any other processor.
+
+    The source has one function. It uses no heap, no threads, and only `math.h` of the C library.
+    The weights are constants, without zeros. The caller passes the memory of the activations.
+
+    Args:
+        model: takes one tensor; computes in float32. It is not changed.
+        example_input: (batch, ...), float32. The function accepts inputs of exactly this shape.
+        directory: folder of the files; it is created if it does not exist. Files of the same names
+            are replaced.
+        name: prefix of the files and functions.
+
+    Returns:
+        The files: source, header, and an example with an input and its output in PyTorch.
+
+    Raises:
+        ConfigurationError: the name is no C identifier, the example is no batch of float32, or the
+            model is not float32.
+        CaptureError: torch.export cannot capture the model.
+        NativeExportError: the network has an operation that is not supported.
+        OSError: a file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     files = export_c(nn.Linear(8, 4), torch.zeros(1, 8), folder)
+        ...     [file.name for file in files]
+        ['example.c', 'example_data.h', 'model.c', 'model.h']
+    """
+    check_name(name)
+    program, example, expected = prepare(model, example_input)
+    source = CSource(program)
+    outputs = range(len(program.outputs))
+    with TemporaryDirectory() as folder:
+        made = Path(folder)
+        (made / f"{name}.c").write_text(source.text(name))
+        header = {
+            "workspace": program.workspace,
+            "constants": source.constant_bytes,
+            "signature": source.signature(name),
+        }
+        (made / f"{name}.h").write_text(fill("model_c.h", program, name, **header))
+        buffers = [f"static float output_{i}[{name.upper()}_OUTPUT_{i}_SIZE];" for i in outputs]
+        called = {
+            "buffers": "\n".join(buffers),
+            "arguments": "".join(f", output_{i}" for i in outputs),
+        }
+        (made / "example.c").write_text(fill("example_c.c", program, name, **called))
+        data = [("example_input", example), ("example_output", expected[0])]
+        lines = [
+            line for key, x in data for line in constant_array("float", key, x.numpy().ravel())
+        ]
+        (made / "example_data.h").write_text("\n".join(lines))
+        return _install(made, to_path(directory))
+
+
+def c_sizes(directory: Path, name: str = "model") -> tuple[int, int]:
+    """Return the bytes of the workspace and of the constants of C source that `export_c` wrote.
+
+    Args:
+        directory: folder of the files.
+        name: prefix of the files.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = export_c(nn.Linear(8, 4), torch.zeros(1, 8), folder)
+        ...     c_sizes(Path(folder))
+        (896, 180)
+    """
+    text = (directory / f"{name}.h").read_text()
+    found = dict(re.findall(rf"#define {name.upper()}_(\w+) (\d+)", text))
+    return 4 * int(found["WORKSPACE"]), int(found["CONSTANT_BYTES"])
 
 
 def prepare(model: nn.Module, example_input: Tensor) -> tuple[Program, Tensor, list[Tensor]]:

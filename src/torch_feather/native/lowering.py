@@ -209,7 +209,7 @@ class _Lowering:
             for node, x in zip(step.node.all_input_nodes, step.x, strict=True)
         }
         out = self._buffer(step.out)
-        args, kwargs = map_arg((step.node.args, step.node.kwargs), views.__getitem__)
+        args, kwargs = map_arg((step.node.args, step.node.kwargs), views.__getitem__)  # type: ignore[arg-type]
         function = self._function(step.node)
         result = function(self.builder, *args, **kwargs)
         # Write into the planes of the plan, instead of the new tensor.
@@ -246,6 +246,7 @@ class _Lowering:
 
     def _torch(self, node: Node) -> Any:
         known = [self.values[n] for n in node.all_input_nodes]
+        args: Any
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.values[n])
         target: Any = node.target
         if isinstance(target, Layer):

@@ -9,7 +9,6 @@ import numpy as np
 
 from ..runtime.kernels import CONVOLUTION, Target, Tile, Variant, tiles
 from ..runtime.plan import Sparse
-from ..runtime.taps import Taps
 from ..runtime.tuning import LayerTuning
 from .program import Buffer, Convolution
 
@@ -56,12 +55,13 @@ def kernel_call(
         >>> import torch
         >>> from ..runtime.layer import Layer
         >>> from ..runtime.planes import PlaneLayout, Planes
+        >>> from ..runtime.taps import Taps
         >>> layer = Layer("weight", torch.eye(4), torch.zeros(4))
         >>> x, out = (Planes(PlaneLayout(1, 1), 4, 1, 1, (4,), linear=True) for _ in range(2))
         >>> step = Sparse(layer, Taps.from_layer(layer), x, out)
         >>> memory = Buffer("work", 80), Buffer("work", 80)
         >>> kernel_call(Convolution(step, *memory), 1, Target("riscv64-linux-gnu")).items
-        4
+        1
     """
     step = operation.step
     layer, layout = step.layer, step.out.layout.root()
@@ -113,6 +113,7 @@ def choose_tile(step: Sparse, plane: int, target: Target, measured: Tile | None 
         >>> import torch
         >>> from ..runtime.layer import Layer
         >>> from ..runtime.planes import PlaneLayout, Planes
+        >>> from ..runtime.taps import Taps
         >>> layer = Layer("weight", torch.eye(4), torch.zeros(4))
         >>> x, out = (Planes(PlaneLayout(1, 1), 4, 1, 1, (4,), linear=True) for _ in range(2))
         >>> step = Sparse(layer, Taps.from_layer(layer), x, out)

@@ -70,9 +70,7 @@ class Target(NamedTuple):
         """
         known = llvm().Target.from_triple(self.triple)
         options = {"reloc": "pic", "codemodel": "default"} if for_files else {}
-        return known.create_target_machine(
-            cpu=self.cpu, features=self.features, opt=3, **options
-        )
+        return known.create_target_machine(cpu=self.cpu, features=self.features, opt=3, **options)
 
 
 @functools.cache
