@@ -66,6 +66,7 @@ def _pow(x: Expr, power: Expr | float) -> Expr:
 
 FORMULAS: dict[Any, Callable[..., Expr]] = {
     aten.relu.default: lambda x: clamp(x, 0.0, None),
+    aten.relu6.default: lambda x: clamp(x, 0.0, 6.0),
     aten.hardtanh.default: lambda x, low=-1.0, high=1.0: clamp(x, low, high),
     aten.clamp.default: lambda x, min=None, max=None: clamp(x, min, max),
     aten.sigmoid.default: sigmoid,
@@ -75,6 +76,8 @@ FORMULAS: dict[Any, Callable[..., Expr]] = {
     aten.gelu.default: _gelu,
     aten.leaky_relu.default: _leaky_relu,
     aten.elu.default: _elu,
+    aten.celu.default: lambda x, alpha=1.0: _elu(x, alpha, 1.0, 1.0 / alpha),
+    aten.selu.default: lambda x: _elu(x, 1.6732632423543772, 1.0507009873554805),
     aten.softplus.default: _softplus,
     aten.mish.default: lambda x: x * call("tanh", _softplus(x)),
     aten.tanh.default: lambda x: call("tanh", x),
@@ -90,6 +93,8 @@ FORMULAS: dict[Any, Callable[..., Expr]] = {
     aten.sub.Tensor: lambda a, b, alpha=1: a - (b if alpha == 1 else alpha * b),
     aten.add.Scalar: lambda a, b, alpha=1: a + alpha * b,
     aten.sub.Scalar: lambda a, b, alpha=1: a - alpha * b,
+    aten.rsub.Scalar: lambda a, b, alpha=1: b - (a if alpha == 1 else a * alpha),
+    aten.rsub.Tensor: lambda a, b, alpha=1: b - (a if alpha == 1 else a * alpha),
     aten.mul.Tensor: lambda a, b: a * b,
     aten.mul.Scalar: lambda a, b: a * b,
     aten.div.Tensor: lambda a, b: a / b,

@@ -257,8 +257,9 @@ class _Lowering:
             return target(*args, **kwargs)  # does not depend on the input
         if getattr(target, "is_view", False) and target not in self.supported:
             return self._views(target, args, kwargs)
+        function = self._function(node)
         try:
-            return self._function(node)(self.builder, *args, **kwargs)
+            return function(self.builder, *args, **kwargs)
         except (NativeExportError, TypeError) as error:
             raise NativeExportError(
                 f"Native libraries do not support this call of {name_of(node)} (node {node.name}): "

@@ -57,6 +57,7 @@ def reduction(formula: Callable[[Expr, int], Expr]) -> Callable[..., View]:
     return add
 
 
+_sum = reduction(lambda x, n: total(x))
 _mean = reduction(lambda x, n: total(x) / n)
 
 
@@ -215,7 +216,8 @@ REDUCTIONS: dict[Any, Callable[..., Any]] = {
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
     aten.mean.dim: _mean,
     aten.mean.default: _mean,
-    aten.sum.dim_IntList: reduction(lambda x, n: total(x)),
+    aten.sum.dim_IntList: _sum,
+    aten.sum.default: _sum,
     aten.amax.default: reduction(lambda x, n: largest(x)),
     aten.softmax.int: _softmax,
     aten._softmax.default: lambda b, x, dim, half: _softmax(b, x, dim),

@@ -201,6 +201,7 @@ def _flatten(builder: Builder, x: Any, start: int = 0, end: int = -1) -> View:
 
 SHAPES: dict[Any, Callable[..., Any]] = {
     aten.reshape.default: Builder.reshape,
+    aten._unsafe_view.default: Builder.reshape,
     aten.flatten.using_ints: _flatten,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
