@@ -53,8 +53,8 @@ def find_target(name: str) -> Target:
 def compiler(target: str) -> list[str] | None:
     """Return the command of a C compiler that links for a target, or None.
 
-    It is the system's, if the target is an x86 and the host is too; otherwise zig, if it is
-    installed (`pip install ziglang`).
+    It is the system's compiler or cross compiler; otherwise zig, if it is installed
+    (`pip install ziglang`).
 
     Args:
         target: name of the target.
@@ -69,13 +69,20 @@ def compiler(target: str) -> list[str] | None:
             if (found := shutil.which(name)) is not None:
                 return [found]
     if target == "host":
-        return [*zig, "cc"] if (zig := _zig()) else None
-    if target not in ZIG or not (zig := _zig()):
+        return [*zig, "cc"] if (zig := find_zig()) else None
+    if (found := shutil.which(f"{target}-linux-gnu-gcc")) is not None:
+        return [found]
+    if target not in ZIG or not (zig := find_zig()):
         return None
     return [*zig, "cc", "-target", ZIG[target]]
 
 
-def _zig() -> list[str] | None:
+def find_zig() -> list[str] | None:
+    """Return the command of zig, from the path or from PyPI's `ziglang`; None if there is none.
+
+    Example:
+        >>> found = find_zig()
+    """
     if (found := shutil.which("zig")) is not None:
         return [found]
     if importlib.util.find_spec("ziglang") is not None:
