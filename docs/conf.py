@@ -44,7 +44,7 @@ NAVIGATION = {
     "README": {
         "Start": ["docs/quickstart", "docs/frameworks", "docs/faq", "docs/compatibility"],
         "Sparsity": ["docs/targets", "docs/patterns", "docs/finetuning"],
-        "Guides": ["docs/training", "docs/files", "docs/scale", "docs/runtime", "docs/deploy"],
+        "Guides": ["docs/training", "docs/files", "docs/scale", "docs/runtime", "docs/native", "docs/deploy"],
         "Methods": ["docs/methods/README"],
         "Studies and results": ["docs/studies", "results/README", "benchmarks/README"],
         "Reference": ["docs/reference/index", "docs/design", "CONTRIBUTING", "CHANGELOG"],

@@ -15,7 +15,7 @@ from .. import models
 from ..errors import ConfigurationError
 from ..export import SparseFile, export_onnx, hub, save_sparse
 from ..files import replace_file
-from ..native import export_c, export_native
+from ..native import c_sizes, export_c, export_native
 from .checkpoint import RunDirectory
 from .config import Config, to_dict, to_yaml
 from .data import load_dataset
@@ -186,7 +186,11 @@ def describe(run: RunDirectory, path: Path, format: str) -> str:
     """
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
-        return ", ".join(f"{file.name} ({file.stat().st_size:,} bytes)" for file in files)
+        text = ", ".join(f"{file.name} ({file.stat().st_size:,} bytes)" for file in files)
+        if format != "c":
+            return text
+        workspace, constants = c_sizes(path)
+        return f"{text}; RAM: {workspace:,} bytes; flash: {constants:,} bytes of constants"
     size = path.stat().st_size
     if format != "sparse":
         return f"{size:,} bytes, all zeros stored"
