@@ -28,7 +28,7 @@ def llvm() -> ModuleType:
         import llvmlite.binding as binding
     except ImportError:
         raise RuntimeMissingError(
-            "compile_sparse requires llvmlite, which is not installed: "
+            "Machine code requires llvmlite, which is not installed: "
             "pip install 'torch-feather[runtime]'"
         ) from None
     binding.initialize_all_targets()
