@@ -17,9 +17,10 @@ from torch import Tensor
 from .. import devices, scalars
 from ..allocation import Allocation
 from ..context import MethodContext
-from ..gradient_rules import GradientRule
+from ..gradient_rules import GradientRule, StraightThrough
 from ..operators import Operator
 from ..schedules import Schedule, make_table
+from ..weights import triton_passes
 from ..weights.latent import LatentWeights, PerTensor, write_if
 from ..weights.passes import pruned_mask, write_effective
 from ..weights.segments import Segment, segment_of
@@ -143,6 +144,10 @@ class Thresholded(BoundMethod):
         """
         if not self.facts.pulls_back:
             return gradient
+        if type(self.gradient) is StraightThrough and isinstance(self.gradient.theta, float):
+            result = triton_passes.pull_back(gradient, effective, cutoff, self.gradient.theta)
+            if result is not None:
+                return result
         on_device = devices.synchronizes(cutoff.device)
         if on_device or not cutoff > 0:
             effective = mark_kept(effective, cutoff <= 0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import devices
 from ..operators import Operator
-from . import plain
+from . import plain, triton_passes
 from .kept import kept_values
 from .latent import DEVICE_BLOCK, LatentWeights, copy_all
 from .segments import Segment, segment_of
@@ -68,10 +68,10 @@ def write_effective(
         >>> out.tolist()
         [0.0, -0.5, 1.5]
     """
-    if devices.synchronizes(weights.device):
-        _write_device(weights, segments, operator, out)
-    else:
+    if not devices.synchronizes(weights.device):
         plain.write_effective(weights, segments, operator, out)
+    elif not triton_passes.write_effective(weights, segments, operator, out):
+        _write_device(weights, segments, operator, out)
 
 
 def _write_device(
@@ -114,6 +114,8 @@ def adopt_written(
         >>> weights.views[0].tolist()  # 0 is the effective weight of 0.5, 3.0 is new
         [0.5, 3.0]
     """
+    if triton_passes.adopt(weights, which, values, effective):
+        return
     runs = [[i] for i in which]
     if devices.synchronizes(weights.device):
         runs = weights.constant(("runs", *which), lambda weights: _runs(weights, which))
