@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import launch
+from . import launching
 
 CHUNK = 1024
 """Weight tensors whose zeros are added at a time."""
@@ -60,7 +60,7 @@ def scheduled(
     out = torch.empty((), dtype=torch.float64, device=step.device)
     tensors = 0 if zeros is None else zeros.numel()
     counts = step if zeros is None else zeros
-    launch(
+    launching.launch(
         _scheduled, 1, step, targets.numel() - 1, targets, rests, counts, tensors, size, out,
         ZEROS=zeros is not None, CHUNK=CHUNK,
     )  # fmt: skip
@@ -76,7 +76,7 @@ def count_of(sparsity: Tensor, size: int) -> Tensor:
         True
     """
     out = torch.empty((), dtype=torch.int64, device=sparsity.device)
-    launch(_count, 1, sparsity, size, out, ROUNDING=ROUNDING)
+    launching.launch(_count, 1, sparsity, size, out, ROUNDING=ROUNDING)
     return out
 
 
@@ -89,5 +89,5 @@ def progress(step: Tensor, steps: int) -> Tensor:
         True
     """
     out = torch.empty((), dtype=torch.float64, device=step.device)
-    launch(_progress, 1, step, steps, out)
+    launching.launch(_progress, 1, step, steps, out)
     return out

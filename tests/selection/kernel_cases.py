@@ -8,7 +8,11 @@ from torch_feather.launching import WARPS
 
 
 def compiled_kernel(
-    function: Any, arguments: dict[str, str], constants: dict[str, Any], capability: int
+    function: Any,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    fusion: bool = False,
 ) -> Any:
     """Compile a kernel with the options of `launching.launch`.
 
@@ -17,6 +21,7 @@ def compiled_kernel(
         arguments: types by name, such as ``*fp32``.
         constants: compile-time constants by name.
         capability: of the GPU, such as 90.
+        fusion: whether products and sums may be fused.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -25,5 +30,5 @@ def compiled_kernel(
     return compile(
         ASTSource(fn=function, signature=signature, constexprs=constants),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": WARPS, "enable_fp_fusion": False},
+        options={"num_warps": WARPS, "enable_fp_fusion": fusion},
     )

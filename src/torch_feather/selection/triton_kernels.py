@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import launch
+from .. import launching
 from .cutoff import Cutoff
 from .float_bits import FLOAT_BITS, wide
 
@@ -42,11 +42,22 @@ time for each bin. The others are counted in memory: few scores share the digits
 
 
 @triton.jit
+def widened(x):
+    """Return half-precision numbers in float32, others unchanged."""
+    if x.dtype == tl.bfloat16:  # by hand: Triton's interpreter does not know the smallest ones
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif x.dtype == tl.float16:
+        return x.to(tl.float32)
+    else:
+        return x
+
+
+@triton.jit
 def _load_codes(scores, position, inside, INFINITY: tl.constexpr):
     """Return the bits of |score| as integers; all NaN get the code after infinity."""
-    value = tl.load(scores + position, mask=inside, other=0.0)
+    value = widened(tl.load(scores + position, mask=inside, other=0.0))
     if INFINITY < 0x7FFFFFFF:
-        bits = value.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     else:
         bits = value.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     return tl.minimum(bits, INFINITY + 1)
@@ -236,7 +247,7 @@ class TritonPasses:
         constants = {"INFINITY": self.infinity, "MINUS_ONE": MINUS_ONE[width]}
         if size <= SMALL:
             block = max(1024, triton.next_power_of_2(size))
-            launch(
+            launching.launch(
                 _select_small, 1, self.scores, size, k, last, bits,
                 WIDTH=width, BLOCK=block, **constants,
             )  # fmt: skip
@@ -252,14 +263,14 @@ class TritonPasses:
             for digit in digits:
                 shift -= digit
                 self._count(k, space, shift, digit, descends=True)
-            launch(
+            launching.launch(
                 _find_tie, self._programs, self.scores, self.scores.numel(), k, space, last, bits,
                 BLOCK=BLOCK, STATE=STATE, MOST_PROGRAMS=MOST_PROGRAMS, **constants,
             )  # fmt: skip
 
     def _count(self, k: Tensor, space: Tensor, shift: int, width: int, descends: bool) -> None:
         first = shift + width == torch.iinfo(self.integer).bits - 1
-        launch(
+        launching.launch(
             _count_digits, self._programs, self.scores, self.scores.numel(), k, space,
             SHIFT=shift, WIDTH=width, FIRST=first, DESCENDS=descends, INFINITY=self.infinity,
             BLOCK=BLOCK, STATE=STATE,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .. import roots
+from ..selection.triton_kernels import widened
 
 THIRD, TWO_THIRDS = tl.constexpr(roots.THIRD), tl.constexpr(roots.TWO_THIRDS)
 SHIFT, HALF_BIT = tl.constexpr(roots.SHIFT), tl.constexpr(roots.HALF_BIT)
@@ -51,11 +52,7 @@ def adopt_ranges(rows, latent, held, given, BLOCK: tl.constexpr):
     inside = i < length
     value = tl.load(_pointer(row, 0, held, latent) + i, mask=inside)
     before = tl.load(_pointer(row, 1, given, latent) + i, mask=inside)
-    if latent.dtype.element_ty == tl.float64:
-        same = value == before
-    else:
-        same = value.to(tl.float32) == before.to(tl.float32)
-    tl.store(w + i, value, mask=inside & (same == 0))
+    tl.store(w + i, value, mask=inside & (widened(value) != widened(before)))
 
 
 @triton.jit
@@ -122,7 +119,7 @@ def write_ranges(
     kind = latent.dtype.element_ty
     wide = tl.float64 if DOUBLE else tl.float32
     own = tl.load(source + i, mask=i < length, other=0.0)
-    w = own.to(wide)
+    w = widened(own).to(wide)
     score = tl.abs(w)
     if SCALED:
         score = score * tl.load(scale + segment)
@@ -135,7 +132,7 @@ def write_ranges(
         whole = tl.int64 if BITS == 64 else (tl.int32 if BITS == 32 else tl.int16)
         sign = own.to(whole, bitcast=True) & (-1 << (BITS - 1))
         least = (sign | 1).to(whole).to(kind, bitcast=True)
-        u = tl.where((u.to(wide) == 0) & (w != 0), least, u)
+        u = tl.where((widened(u) == 0) & (w != 0), least, u)
     u = tl.where((score < value) | tied, tl.zeros([BLOCK], kind), u)
     tl.store(_pointer(row, 0, base, latent) + i, u, mask=i < length)
 
@@ -145,10 +142,10 @@ def scale_pruned(gradient, effective, cutoff, out, size, theta, BLOCK: tl.conste
     """Write theta times the gradient of pruned weights, and the gradient of kept ones."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
-    g = tl.load(gradient + i, mask=inside, other=0.0)
-    u = tl.load(effective + i, mask=inside, other=0.0).to(tl.float32)
+    g = widened(tl.load(gradient + i, mask=inside, other=0.0))
+    u = widened(tl.load(effective + i, mask=inside, other=0.0))
     # With a cutoff at 0 or below only zeros are pruned, which count as kept.
-    kept = (u != 0) | (tl.load(cutoff) <= 0)
-    factor = tl.where(kept, 1.0, theta)
-    result = _rounded(g.to(tl.float32) * factor, gradient.dtype.element_ty)
+    pruned = tl.where(tl.load(cutoff) <= 0, 1.0, theta)
+    factor = tl.where(u != 0, 1.0, pruned)
+    result = _rounded(g * factor, gradient.dtype.element_ty)
     tl.store(out + i, result, mask=inside)
