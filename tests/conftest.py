@@ -6,10 +6,10 @@ from hypothesis import HealthCheck, settings
 from quick import pytest_collection_modifyitems, pytest_ignore_collect  # noqa: F401
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from torch_feather import launching
 from torch_feather.engine.health import Health
 from torch_feather.methods import magnitude
 from torch_feather.schedules import make_table
-from torch_feather import launching
 
 # Examples are derived from the test itself, so that a run can be repeated; no deadline, because
 # the machine that runs the suite may be busy.

@@ -9,4 +9,5 @@ import triton.language as tl
 
 @triton.jit
 def probe(number):
+    """Add one to a number."""
     tl.store(number, tl.load(number) + 1.0)

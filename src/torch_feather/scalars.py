@@ -25,8 +25,9 @@ def scheduled(
         size: number of weights.
 
     Example:
-        >>> targets, rests = torch.tensor([0.0, 0.4]).double(), torch.tensor([1.0, 0.5]).double()
-        >>> float(scheduled(torch.tensor(1), targets, rests, torch.tensor([2, 3]), 10).round(decimals=3))
+        >>> targets, rests = torch.tensor([[0.0, 0.4], [1.0, 0.5]]).double()
+        >>> found = scheduled(torch.tensor(1), targets, rests, torch.tensor([2, 3]), 10)
+        >>> round(float(found), 3)
         0.65
     """
     if launching.uses_triton(step.device):

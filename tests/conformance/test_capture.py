@@ -8,9 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_feather as feather
-from torch_feather import devices
+from torch_feather import devices, launching
 from torch_feather.engine import training
-from torch_feather import launching
 
 from .capture import Tape, reads_across
 from .harness import TOTAL, assert_same, start

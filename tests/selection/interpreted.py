@@ -66,7 +66,9 @@ def digits() -> None:
         shift = sum(FLOAT_BITS[dtype].digits)
         for width in FLOAT_BITS[dtype].digits:
             shift -= width
-            counts = [f(scores).count_digits(code, shift, width) for f in (TorchPasses, TritonPasses)]
+            counts = [
+                f(scores).count_digits(code, shift, width) for f in (TorchPasses, TritonPasses)
+            ]
             assert torch.equal(*counts), (dtype, shift)
 
 

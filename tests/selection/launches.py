@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import torch_feather as feather
 from torch_feather import devices, launching
 from torch_feather.operators import Hard
+from torch_feather.selection import triton_kernels
 from torch_feather.weights import passes, triton_passes
 from torch_feather.weights.exchange import write_latent
 from torch_feather.weights.latent import LatentWeights
@@ -66,14 +67,14 @@ def triton_on_a_cpu() -> Iterator[None]:
 def trained(layers: int, steps: int, dtype: torch.dtype, **options: Any) -> list[Tensor]:
     """Return parameters and latent weights after training."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(70 + i, 71 + i) for i in range(layers))).to(dtype)
+    model = nn.Sequential(*(nn.Linear(30 + i, 31 + i) for i in range(layers))).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     sparsifier = feather.sparsify(model, optimizer, sparsity=0.8, total_steps=steps, **options)
     for step in range(steps):
         if step == 2:  # an external write
             with torch.no_grad():
                 model[1].weight[3] = 0.5
-        model(torch.randn(8, 70, dtype=dtype)).square().mean().backward()
+        model(torch.randn(8, 30, dtype=dtype)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     ends = [p.detach().clone() for p in model.parameters()]
@@ -157,20 +158,20 @@ def other_layouts_take_the_form_of_pytorch() -> None:
 
 def launches_of_a_step(layers: int, **options: Any) -> tuple[list[str], list[str]]:
     """Return the launches of a step beside the optimizer's, and of the gradient hook of a layer."""
-    model = nn.Sequential(*(nn.Linear(120, 120) for _ in range(layers)))
+    model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(layers)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)
     sparsifier = feather.sparsify(model, optimizer, sparsity=0.8, total_steps=100, **options)
     for _ in range(2):  # tables and workspaces are made
-        model(torch.randn(4, 120)).square().sum().backward()
+        model(torch.randn(4, 20)).square().sum().backward()
         optimizer.step()
     [one] = sparsifier.step.optimizers
     hooks = list((model[0].weight._backward_hooks or {}).values())
-    gradient = torch.randn(120, 120)
+    gradient = torch.randn(20, 20)
 
     def counted(work: Callable[[], object]) -> list[str]:
-        with torch.no_grad(), Launches() as count:
-            with mock.patch.object(launching, "launch", count.launch):
-                work()
+        count = Launches()
+        with torch.no_grad(), count, mock.patch.object(launching, "launch", count.launch):
+            work()
         return count.names
 
     step = counted(lambda: sparsifier.step.before(one, closure=False))
@@ -179,7 +180,8 @@ def launches_of_a_step(layers: int, **options: Any) -> tuple[list[str], list[str
 
 
 def a_step_has_few_launches() -> None:
-    with triton_on_a_cpu():
+    # A few weights are enough for the form of many.
+    with triton_on_a_cpu(), mock.patch.object(triton_kernels, "SMALL", 100):
         for options in ({"theta": 1.0}, {"theta": 0.5}):
             few, hook = launches_of_a_step(2, **options)
             many, _ = launches_of_a_step(20, **options)

@@ -66,9 +66,9 @@ def test_kernels_round_each_product_and_sum(kind, tmp_path, monkeypatch):
     if bits < 64:
         pointers = dict.fromkeys(("gradient", "effective", "out"), f"*{kind}")
         numbers = {"cutoff": "*fp32", "size": "i64", "theta": "fp32"}
-        text = compiled_kernel(
-            kernels.scale_pruned, pointers | numbers, {"BLOCK": BLOCK}, 90
-        ).asm["ptx"]
+        text = compiled_kernel(kernels.scale_pruned, pointers | numbers, {"BLOCK": BLOCK}, 90).asm[
+            "ptx"
+        ]
         assert "fma" not in text
 
 

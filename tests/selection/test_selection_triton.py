@@ -34,7 +34,9 @@ def test_interpreted_kernels_find_the_reference_cutoff():
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype, target", [("fp32", 80), ("fp32", 90), ("bf16", 90), ("fp64", 90)])
+@pytest.mark.parametrize(
+    ("dtype", "target"), [("fp32", 80), ("fp32", 90), ("bf16", 90), ("fp64", 90)]
+)
 def test_kernels_compile_without_a_device(dtype, target, tmp_path, monkeypatch):
     from torch_feather.selection import triton_kernels as kernels
 

@@ -102,7 +102,7 @@ def packed(
 
 
 def _byte(tensor: Tensor) -> int:
-    return tensor.storage_offset() * tensor.element_size()
+    return int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _whole(

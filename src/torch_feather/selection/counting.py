@@ -52,12 +52,6 @@ class Passes(Protocol):
 
 
 def descend(
-        self, counts: Tensor, rank: Tensor, prefix: Tensor, shift: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Step into the bin that holds `rank`; arguments as for the function `descend`."""
-
-
-def descend(
     counts: Tensor, rank: Tensor, prefix: Tensor, shift: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Step into the first bin at which the running sum of counts reaches `rank`.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .float_bits import FLOAT_BITS, FloatBits
+from .float_bits import FloatBits
 
 
 class Cutoff(NamedTuple):
@@ -55,6 +55,7 @@ def cutoff_at(k: Tensor, code: Tensor, tied: Tensor, last: Tensor, bits: FloatBi
         bits: the float type of the scores.
 
     Example:
+        >>> from torch_feather.selection.float_bits import FLOAT_BITS
         >>> one = torch.tensor(1.0).view(torch.int32).long()
         >>> k, tied, last = torch.tensor(2), torch.tensor(False), torch.tensor(4)
         >>> float(cutoff_at(k, one, tied, last, FLOAT_BITS[torch.float32]).value)

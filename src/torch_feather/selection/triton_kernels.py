@@ -32,7 +32,7 @@ MOST_PROGRAMS = 2048
 SMALL = 8192
 """Scores that one program selects from alone."""
 STATE = 8
-"""Numbers in front of the counts: programs that arrived, code, rank in its bin, count of its bin."""
+"""Numbers in front of the counts: programs that arrived, code, rank in its bin, its count."""
 MOST_BINS = 2048
 MINUS_ONE = {32: -0x4080_0000, 64: -0x4010_0000_0000_0000}
 """The bits of -1.0 by width of the scores, as integers."""
@@ -205,7 +205,7 @@ def _select_small(
     for number in tl.static_range((WIDTH + 6) // 8):
         code, rank, equal = _next_digit(
             codes, inside, code, rank, WIDTH - 1 - 8 * number,
-            WIDTH - 9 - 8 * number if WIDTH > 9 + 8 * number else 0,
+            WIDTH - 9 - 8 * number if 9 + 8 * number < WIDTH else 0,
         )  # fmt: skip
     tied = (equal > rank) & (code <= INFINITY) & (count > 0)
     tie = (inside & (codes == code)).to(tl.int64)

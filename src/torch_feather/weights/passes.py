@@ -80,6 +80,7 @@ def _write_device(
     """Write effective weights without a host read."""
     flats = [torch.empty_like(part.flat) for part in weights.parts]
     for part, flat in zip(weights.parts, flats, strict=True):
+        zero = flat.new_zeros(())
         for segment in segments:
             first, end = weights.local_range(segment.start, segment.stop)
             start, stop = max(first, part.start), min(end, part.stop)
@@ -87,7 +88,7 @@ def _write_device(
                 inside = slice(a - part.start, min(a + DEVICE_BLOCK, stop) - part.start)
                 block = part.flat[inside].to(weights.wide)
                 kept = kept_values(block, segment.threshold, operator, flat.dtype)
-                flat[inside] = kept.masked_fill(segment.pruned(block.abs(), a), 0.0)
+                torch.where(segment.pruned(block.abs(), a), zero, kept, out=flat[inside])
     copy_all(out, weights.like(flats).views)
 
 

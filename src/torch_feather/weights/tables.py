@@ -64,11 +64,15 @@ def tables(
     for part, members in _by_part(weights, positions):
         views = [weights.views[positions[m]] for m in members]
         chosen = [[one[m] for m in members] for one in lists]
-        if not all(_alike(one, view) for each in chosen for one, view in zip(each, views, strict=True)):
+        if not all(
+            _alike(one, view) for each in chosen for one, view in zip(each, views, strict=True)
+        ):
             return None
         addresses = [[one.data_ptr() for one in each] for each in chosen]
         bases = [each[0] for each in addresses]
-        offsets = tuple(tuple(a - base for a in each) for each, base in zip(addresses, bases, strict=True))
+        offsets = tuple(
+            tuple(a - base for a in each) for each, base in zip(addresses, bases, strict=True)
+        )
         bounds = tuple((segment.start, segment.stop) for segment in segments)
         held = tuple(positions[m] for m in members)
         rows = _rows(weights, part, (held, bounds, offsets), segments)

@@ -71,7 +71,7 @@ def _cube_root(x):
 @triton.jit
 def _rounded(x, KIND: tl.constexpr):
     """Return numbers in another type, rounded to nearest even."""
-    if KIND == tl.bfloat16:  # by hand: Triton's interpreter truncates
+    if tl.bfloat16 == KIND:  # by hand: Triton's interpreter truncates
         bits = x.to(tl.int32, bitcast=True)
         top = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         top = tl.where(x == x, top, 0x7FC0)
@@ -108,7 +108,9 @@ def _operator(w, tau, P: tl.constexpr, DOUBLE: tl.constexpr):
         return tl.where(w == 0, w, root * w)
 
 
-@triton.jit(do_not_specialize=["base", "start"], do_not_specialize_on_alignment=["cutoff", "last", "tau"])
+@triton.jit(
+    do_not_specialize=["base", "start"], do_not_specialize_on_alignment=["cutoff", "last", "tau"]
+)
 def write_ranges(
     rows, latent, base, start, cutoff, last, tau, scale, P: tl.constexpr, SCALED: tl.constexpr,
     DOUBLE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,

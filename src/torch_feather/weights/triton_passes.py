@@ -43,9 +43,7 @@ def copy(
     from .triton_kernels import copy_ranges
 
     for part, rows, (base,) in found:
-        launching.launch(
-            copy_ranges, len(rows), rows, part.flat, base, READS=reads, BLOCK=BLOCK
-        )
+        launching.launch(copy_ranges, len(rows), rows, part.flat, base, READS=reads, BLOCK=BLOCK)
     increment_version(weights.flats if reads else list(tensors))
     return True
 
