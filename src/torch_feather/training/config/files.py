@@ -10,6 +10,7 @@ import yaml
 
 from ...errors import ConfigurationError
 from .keys import apply, upgrade
+from .plain_yaml import parse_yaml, read_small_text
 from .schema import Config
 
 
@@ -37,17 +38,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
 
     Raises:
-        ConfigurationError: the file does not exist, is not valid YAML, or holds no mapping.
+        ConfigurationError: the file does not exist, is not plain, small YAML (see `parse_yaml`), or
+            holds no mapping.
     """
+    text = read_small_text(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigurationError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0]
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        position = f", line {line + 1}" if line is not None else ""
-        raise ConfigurationError(f"{path}{position}: not valid YAML: {first}") from None
+        values = parse_yaml(text)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}, {error}") from None
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path}: expected keys and values, such as 'epochs: 10'")
     return values
