@@ -15,6 +15,10 @@ class CheckpointError(RunError):
     """A checkpoint cannot be read, or belongs to another run."""
 
 
+class DamagedCheckpoint(CheckpointError):  # noqa: N818
+    """A checkpoint that is damaged, or whole with wrong contents; an older one may be right."""
+
+
 class TrainingDiverged(FeatherError):  # noqa: N818  (the name describes the event)
     """The training loss became infinite or NaN."""
 
@@ -24,4 +28,4 @@ class InUse(RunError):  # noqa: N818
 
 
 class Interrupted(RunError):  # noqa: N818
-    """Ctrl-C or SIGTERM stopped the run. A checkpoint was written; the run can be resumed."""
+    """Ctrl-C or SIGTERM stopped the run; it can be resumed from its last checkpoint."""

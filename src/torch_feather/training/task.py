@@ -14,15 +14,14 @@ from torch import Tensor, nn
 import torch_feather as feather
 
 from .. import models
-from ..errors import ConfigurationError
 from .callbacks import Callback
 from .checkpoint import RunDirectory, write_json
-from .config import Config
+from .config import Config, to_yaml
 from .data import Dataset, eval_loader, train_loader
 from .distillation import Distillation, load_teacher
 from .distributed import Ranks
 from .errors import CheckpointError, Interrupted, TrainingDiverged
-from .evaluation import evaluate
+from .evaluation import StoppedEvaluation, check_accepts, evaluate, until
 from .masks import record_masks
 from .optimizer import learning_rate, make_optimizer
 from .provenance import provenance
@@ -65,7 +64,7 @@ class Task:
         self.model.to(device).to(memory_format=layout)
         self.loader = train_loader(data, config, device, self.ranks)
         self.example = data.example().to(device)
-        self._check_example()
+        check_accepts(self.model, config.network, self.example)
         self.total_steps = config.epochs * len(self.loader)
         self.optimizer = make_optimizer(
             self.model, config.optimizer, fused=True if config.system.cuda_graph else None
@@ -101,17 +100,6 @@ class Task:
         self.best: dict[str, Any] | None = None
         if self.ranks.count > 1:  # random numbers of the network, as of dropout, differ by rank
             torch.manual_seed(config.seed + self.ranks.rank)
-
-    def _check_example(self) -> None:
-        """Raise a ConfigurationError if the network does not accept the images."""
-        try:
-            feather.count_flops(self.model, self.example)
-        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            size = "x".join(map(str, self.example.shape[1:]))
-            raise ConfigurationError(
-                f"network {self.config.network!r} does not accept images of {size}: {first}"
-            ) from None
 
     def _make_distillation(self, layout: torch.memory_format) -> Distillation | None:
         options = self.config.distillation
@@ -160,7 +148,14 @@ class Task:
                     raise Interrupted(
                         f"stopped at step {self.step} of {self.total_steps}; {run.resume_hint()}"
                     )
-            self.end_epoch(self.images - before, began)
+            try:
+                self.end_epoch(self.images - before, began, stop_requested)
+            except StoppedEvaluation:
+                self.save(run, began)
+                raise Interrupted(
+                    f"stopped in the evaluation after step {self.step} of {self.total_steps}; "
+                    f"{run.resume_hint()}"
+                ) from None
             if self.ranks.first:
                 run.write_metrics(self.history)
                 if self.config.track_masks and self.sparsifier is not None:
@@ -176,17 +171,23 @@ class Task:
             began: when the present epoch began, by `time.perf_counter`; None between two epochs.
         """
         state = self.state_dict()
+        # To restore config.yaml if it is lost.
+        state["config"] = to_yaml(self.config.written_out())
         if began is not None:
             state["seconds"] = self._elapsed(began)
         if self.ranks.first:
             run.save(state)
 
-    def end_epoch(self, images: int, began: float) -> None:
+    def end_epoch(
+        self, images: int, began: float, stop_requested: Callable[[], bool] = lambda: False
+    ) -> None:
         """Read the loss of the epoch, evaluate, and append the metrics to the history.
 
         Args:
             images: images that this process trained on since `began`.
             began: when the epoch began or was resumed, by `time.perf_counter`.
+            stop_requested: with one process, called after each batch of the evaluation; true ends
+                it, and nothing has changed.
 
         Raises:
             TrainingDiverged: the training loss is not finite.
@@ -198,15 +199,17 @@ class Task:
                 f"the training loss became {train_loss} in epoch {self.epoch + 1}. "
                 "Try a smaller optimizer.lr or a smaller optimizer.clip."
             )
-        self.epoch += 1
         self.ranks.broadcast_buffers(self.model)
-        last = self.epoch == self.config.epochs
+        epoch = self.epoch + 1
         measured: dict[str, float | None] = dict.fromkeys(
             ("val_loss", "val_acc", "test_loss", "test_acc")
         )
-        if last or self.epoch % self.config.evaluate_every == 0:
-            loss, accuracy = self.evaluate(self.watched_images)
+        if epoch == self.config.epochs or epoch % self.config.evaluate_every == 0:
+            images_or_stop = until(stop_requested, self.watched_images)
+            alone = self.ranks.count == 1  # otherwise all ranks would have to agree on each batch
+            loss, accuracy = self.evaluate(images_or_stop if alone else self.watched_images)
             measured |= {f"{self.watched}_loss": loss, f"{self.watched}_acc": accuracy}
+        self.epoch = epoch
         self.history.append(
             {
                 "epoch": self.epoch,

@@ -34,6 +34,33 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
+def parse_config(text: str, source: str) -> Config:
+    """Return the configuration in a text of `to_yaml`.
+
+    Args:
+        text: the text.
+        source: where it comes from, for messages.
+
+    Raises:
+        ConfigurationError: the text is not plain YAML, or has an unknown key or a wrong value.
+
+    Example:
+        >>> parse_config(to_yaml(Config(seed=3)), "example").seed
+        3
+    """
+    return apply(Config(), upgrade(_parse_mapping(text, source)), source)
+
+
+def _parse_mapping(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = parse_yaml(text)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{source}, {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{source}: expected keys and values, such as 'epochs: 10'")
+    return values
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
 
@@ -41,14 +68,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigurationError: the file does not exist, is not plain, small YAML (see `parse_yaml`), or
             holds no mapping.
     """
-    text = read_small_text(path)
-    try:
-        values = parse_yaml(text)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{path}, {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigurationError(f"{path}: expected keys and values, such as 'epochs: 10'")
-    return values
+    return _parse_mapping(read_small_text(path), str(path))
 
 
 def load_config(path: Path) -> Config:
@@ -59,4 +79,4 @@ def load_config(path: Path) -> Config:
     Raises:
         ConfigurationError: the file cannot be read, or has an unknown key or a wrong value.
     """
-    return apply(Config(), upgrade(read_yaml(path)), str(path))
+    return parse_config(read_small_text(path), str(path))
