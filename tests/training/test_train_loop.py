@@ -457,7 +457,7 @@ def test_costs_of_a_method_can_be_milliseconds_on_this_machine(tmp_path):
     results = train(tiny(epochs=1, method="feather-flops", **options), tmp_path / "run")
     assert results["report"]["zeros"] == round(0.95 * results["report"]["weights"])
     with pytest.raises(
-        ConfigurationError, match="'costs' of .* must be None or a mapping, got 'hours'"
+        ConfigurationError, match=r"'costs' of .* must be None or a mapping, got 'hours'"
     ):
         train(tiny(method="feather-flops", **{"options.costs": "hours"}), tmp_path / "other")
 

@@ -10,6 +10,7 @@ from .output import make_console
 
 def methods() -> None:
     """List the values of --method, with the options of each method and their defaults."""
+    from rich.markup import escape
     from rich.table import Table
 
     from ..errors import ConfigurationError
@@ -22,9 +23,9 @@ def methods() -> None:
     for name in available_methods():
         try:
             options = ", ".join(starmap(_format, method_options(name).items()))
-            table.add_row(name, describe_method(name), options)
+            table.add_row(*map(escape, (name, describe_method(name), options)))
         except ConfigurationError as error:  # a method of another package that cannot be imported
-            table.add_row(name, f"not available: {error}", "")
+            table.add_row(escape(name), escape(f"not available: {error}"), "")
     table.add_row("dense", "No sparsity: trains all weights.", "")
     table.add_row("package.module:factory", "A method of your own, imported by its name.", "")
     make_console().print(table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,16 +13,13 @@ from ..errors import ConfigurationError
 from ..training import Config
 from ..training.checkpoint import RunDirectory, changed_keys
 from ..training.config import DENSE, apply, flatten, to_dict
+from ..training.content import anything, items, mapping, read_json
 from ..training.errors import RunError
+from ..training.schemas import ROW
 from .options import current_option
 
 Row = dict[str, Any]
 
-REQUIRED_KEYS = (
-    *("name", "label", "data", "amp", "select", "config", "network", "method", "seed", "epochs"),
-    *("sparsity", "learned_sparsity", "test_accuracy", "weights", "zeros", "macs", "dense_macs"),
-    *("seconds", "curve", "commit", "versions", "hardware"),
-)
 RENAMED_KEYS = {"own_sparsity": "learned_sparsity"}  # version 0.1: this version
 CURVES = ("epoch", "train_loss", "val_acc", "test_acc", "sparsity")
 
@@ -56,21 +52,19 @@ def read_rows(path: Path) -> list[Row]:
         RunError: the file cannot be read or is not the runs.json file of a study.
     """
     try:
-        rows = json.loads(path.read_text())
+        return read_json(path, _rows, "Give the runs.json that a study wrote, or leave --rows out.")
     except FileNotFoundError:
         raise RunError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read as the runs.json of a study ({error})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise RunError(f"{path}: not the runs.json of a study")
-    rows = [{RENAMED_KEYS.get(key, key): value for key, value in row.items()} for row in rows]
-    for row in rows:
-        if missing := [key for key in REQUIRED_KEYS if key not in row]:
-            raise RunError(
-                f"{path}: not the runs.json of a study, or written by an older version; a row "
-                f"lacks {', '.join(missing)}"
-            )
-    return rows
+
+
+def _rows(value: Any, at: str) -> None:
+    """Check the content of runs.json, and give the keys of its rows their present names."""
+    items(mapping(anything))(value, at)
+    for row in value:
+        for old, new in RENAMED_KEYS.items():
+            if old in row:
+                row[new] = row.pop(old)
+    items(ROW)(value, "row")
 
 
 def row_of(run: Run, directory: RunDirectory) -> Row:
@@ -84,9 +78,14 @@ def row_of(run: Run, directory: RunDirectory) -> Row:
         RunError: the run should have recorded its masks, and some are missing.
     """
     results, metrics = directory.read_report(), directory.read_metrics()
+    if len(metrics) != results["epochs"]:
+        raise RunError(
+            f"{directory.metrics_file}: has {len(metrics)} lines, but report.json names "
+            f"{results['epochs']} epochs. Remove {directory.path} to train the run again."
+        )
     report = results["report"]
     curve = {key: [line.get(key) for line in metrics] for key in CURVES}
-    masks = read_masks(directory.path, results["epochs"])
+    masks = read_masks(directory.path, results["epochs"], report["weights"])
     if masks is not None:
         found = correlations(masks, report["weights"])
         curve["mask_correlation"] = [None if math.isnan(r) else r for r in found]
