@@ -123,9 +123,9 @@ def row_matches(row: Row, run: Run) -> bool:
         return False
     try:
         recorded = apply(Config(), _current_settings(row["config"]), row["name"])
-    except ConfigurationError:  # the row has settings that no longer exist
+        return not changed_keys(recorded, run.config.written_out())
+    except ConfigurationError:  # the row has settings or a method that no longer exist
         return False
-    return not changed_keys(recorded, run.config.written_out())
 
 
 def _needs_masks(run: Run) -> bool:
@@ -134,7 +134,7 @@ def _needs_masks(run: Run) -> bool:
 
 def _current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return recorded settings with option names of version 0.1 replaced."""
-    method, prefix = settings.get("method", DENSE), "options."
+    method, prefix = str(settings.get("method", DENSE)), "options."
     return {
         prefix + current_option(method, key.removeprefix(prefix))
         if key.startswith(prefix)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigurationError
-from .checkpoint_files import FORMAT, newest, set_aside
+from .checkpoint_files import FORMAT, newest, set_aside, structure
 from .config import Config, flatten, load_config, parse_config, to_dict, to_yaml
 from .content import read_json, read_json_lines
 from .deprecation import renamed_names, warn_renamed
@@ -190,7 +190,9 @@ class RunDirectory:
         """Store `state` as the last checkpoint, and keep the one before it."""
         new = self.last.with_name("new.pt")
         new.parent.mkdir(exist_ok=True)
-        write_atomically(new, lambda file: torch.save({"format": FORMAT, **state}, file))
+        state = {"format": FORMAT, **state}
+        state["structure"] = structure(state)
+        write_atomically(new, lambda file: torch.save(state, file))
         if self.last.exists():
             os.replace(self.last, self.previous)
         os.replace(new, self.last)
@@ -254,6 +256,21 @@ class RunDirectory:
                     f"{self.resume_hint()}, which restores it from the checkpoint."
                 )
             raise ConfigurationError(f"{error}. {remedy}") from None
+
+    def read_finished(self) -> tuple[Config, dict[str, Any]]:
+        """Return the configuration and the results of a finished run.
+
+        Raises:
+            RunError: as `read_report`, or config.yaml and report.json are of different runs.
+            ConfigurationError: as `read_config`.
+        """
+        config, results = self.read_config(), self.read_report()
+        if config.network != results["network"]:
+            raise RunError(
+                f"{self.config_file}: names the network {config.network!r}, but report.json "
+                f"{results['network']!r}. Restore the file of this run."
+            )
+        return config, results
 
     def stored_config(self, warn: Callable[[str], object] = _ignore) -> Config | None:
         """Return the configuration from config.yaml; if it is missing, from a checkpoint.
@@ -329,9 +346,10 @@ class RunDirectory:
                 raise RuntimeError(f"the type of {other[0]} is {tensors[other[0]].dtype}")
             model.load_state_dict(tensors)
         except (SafetensorError, RuntimeError, OSError, KeyError) as error:
-            reason = " ".join(" ".join(str(error).split()).split(" ")[:40])
+            reason = " ".join(str(error).split())[:200]
             raise RunError(
-                f"{self.model_file}: damaged, or of another network ({reason}). "
+                f"{self.model_file}: damaged, or not of the network in {self.config_file} "
+                f"({reason}). "
                 + self._rewrite_hint().replace("metrics.jsonl", self.model_file.name)
             ) from None
 

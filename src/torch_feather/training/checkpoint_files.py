@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +10,43 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .errors import CheckpointError, DamagedCheckpoint
 
 FORMAT = 2
+
+
+def structure(value: Any) -> str:
+    """Return a hash of a nested value: keys, types, shapes, numbers and text.
+
+    The values of tensors are left out; zip files have checksums of them.
+
+    Example:
+        >>> structure({"w": torch.zeros(2)}) == structure({"w": torch.ones(2)})
+        True
+        >>> structure({"w": torch.zeros(2)}) == structure({"w": torch.zeros(3)})
+        False
+    """
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.update(f"{value.dtype}{tuple(value.shape)};".encode())
+        elif isinstance(value, dict):
+            found.update(f"dict {len(value)};".encode())
+            for key, item in value.items():
+                add(key)
+                add(item)
+        elif isinstance(value, list | tuple):
+            found.update(f"list {len(value)};".encode())
+            for item in value:
+                add(item)
+        else:
+            found.update(f"{type(value).__name__} {value!r};".encode("utf-8", "replace"))
+
+    add(value)
+    return found.hexdigest()
 
 
 class Found(NamedTuple):
@@ -48,6 +82,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint("not a checkpoint of feather train")
     if found != FORMAT:
         raise CheckpointError(f"{path}: has format {found}, but this version reads {FORMAT}")
+    saved = state.pop("structure", None)  # version 0.1 did not write it
+    if saved is not None and saved != structure(state):
+        raise DamagedCheckpoint("changed after it was written")
     return state
 
 

@@ -59,6 +59,7 @@ def export_run(
     elif format == "onnx":
         export_onnx(*load_network(run, data_path), path)
     elif path.resolve() != run.model_file.resolve():
+        read_weights(run.path)  # raises RunError if the file is damaged
         with open(run.model_file, "rb") as file:
             replace_file(path, lambda new: shutil.copyfileobj(file, new))
     return path
@@ -77,7 +78,7 @@ def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Mo
     Raises:
         RunError: the run is not complete, or cannot be read.
     """
-    config, results = run.read_config(), run.read_report()
+    config, results = run.read_finished()
     if "input_shape" in results:
         shape, classes = results["input_shape"], results["classes"]
     else:
@@ -98,13 +99,13 @@ def run_metadata(run: RunDirectory) -> dict[str, Any]:
     Raises:
         RunError: the run is not complete, or cannot be read.
     """
-    results = run.read_report()
+    config, results = run.read_finished()
     keys = ("network", "data", "classes", "input_shape", "method", "test_accuracy", "macs")
     metadata = {key: results[key] for key in keys if key in results}
     return metadata | {
         "weights": results["report"]["weights"],
         "zeros": results["report"]["zeros"],
-        "config": to_dict(_without_local_paths(run.read_config())),
+        "config": to_dict(_without_local_paths(config)),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,7 @@ from .content import (
 )
 from .errors import CheckpointError, DamagedCheckpoint
 from .schemas import count, fraction, history
-
-if TYPE_CHECKING:
-    from .task import Task
+from .task import Task
 
 _BEST = record(
     {
@@ -109,7 +107,8 @@ def _check_progress(task: Task, state: Mapping[str, Any]) -> None:
     step = task.epoch * batches + position
     require(task.step == step, "step", f"{step}, after {task.epoch} epochs", task.step)
     require(len(task.history) == task.epoch, "history", f"{task.epoch} lines", len(task.history))
-    require((task.images > 0) == (position > 0), "images", "those of the epoch", task.images)
+    images = min(position * task.config.batch_size, len(task.data.train))
+    require(task.images == images, "images", f"{images}, after {position} steps", task.images)
 
 
 def _check_optimizer(task: Task, before: list[dict[str, Any]]) -> None:
@@ -121,7 +120,8 @@ def _check_optimizer(task: Task, before: list[dict[str, Any]]) -> None:
         for key in fresh.keys() - {"params", "lr", "fused"}:
             own, value = fresh[key], group.setdefault(key, fresh[key])
             numbers = type(own) in (int, float) and type(value) in (int, float)
-            same = numbers and math.isfinite(value)
+            # Another task may change its values with time, but not their kind.
+            same = type(task) is not Task and numbers and math.isfinite(value)
             at = f"optimizer.param_groups[{i}].{key}"
             require(same or (type(own) is type(value) and own == value), at, repr(own), value)
     keys: set[str] | None = None
@@ -131,8 +131,9 @@ def _check_optimizer(task: Task, before: list[dict[str, Any]]) -> None:
                 fits = value.ndim == 0 or value.shape == parameter.shape
                 at = f"optimizer.state.{key}"
                 require(fits, at, f"of shape {tuple(parameter.shape)}", tuple(value.shape))
-        keys = keys or set(own)
-        same_names(own, keys, "an entry of optimizer.state")
+        present = {f"{key} ({type(value).__name__})" for key, value in own.items()}
+        keys = present if keys is None else keys
+        same_names(present, keys, "an entry of optimizer.state")
     if task.step > 0 and task.config.optimizer.momentum > 0:
         require(bool(keys), "optimizer.state", "the state after a step", {})
 

@@ -73,7 +73,7 @@ def read_weights(source: Path | str) -> Weights:
     path = Path(source)
     if path.is_dir():
         run = RunDirectory(path)
-        config, _ = run.read_config(), run.read_report()  # raises RunError if not complete
+        config, _ = run.read_finished()  # raises RunError if not complete
         return Weights(path, _read_safetensors(run.model_file), config.network)
     if not path.exists():
         raise RunError(f"{path}: no such run directory or file")
@@ -97,7 +97,9 @@ def _read_errors(path: Path) -> Iterator[None]:
             error, pickle.UnpicklingError
         ):  # its message explains how to load it unsafely
             reason = "it is damaged, or holds more than tensors"
-        raise RunError(f"{path}: cannot be read as weights ({reason})") from None
+        raise RunError(
+            f"{path}: cannot be read as weights ({reason}). Restore it, or name another file."
+        ) from None
 
 
 def _is_sparse(path: Path) -> bool:
@@ -110,6 +112,8 @@ def _is_sparse(path: Path) -> bool:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
+    if not path.is_file():
+        raise RunError(f"{path}: no such file, or not a regular one. Restore it from a copy.")
     with _read_errors(path):
         return load_file(path)
 
