@@ -544,3 +544,24 @@ def test_a_cuda_graph_trains_the_same_network(tmp_path, also):
     again = train(config, tmp_path / "again", resume=True)
     assert again["report"]["zeros"] == captured["report"]["zeros"]
     assert again["test_accuracy"] == pytest.approx(captured["test_accuracy"], abs=0.03)
+
+
+def test_a_stop_during_an_evaluation_keeps_the_epoch(finished, tmp_path, monkeypatch):
+    """The checkpoint is that of the end of the epoch, and the run ends with the same bits."""
+    folder, evaluations = tmp_path / "run", itertools.count(1)
+    real = Task.evaluate
+
+    def evaluate_and_stop(self, images):
+        if next(evaluations) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, images)
+
+    monkeypatch.setattr(Task, "evaluate", evaluate_and_stop)
+    with pytest.raises(Interrupted, match="stopped in the evaluation after step"):
+        train(tiny(), folder)
+    monkeypatch.undo()
+    monkeypatch.setitem(feather.models._MODELS, "tiny", TinyNetwork)
+    saved = RunDirectory(folder).load()
+    assert (saved["epoch"], saved["images"] > 0) == (1, True)
+    train(tiny(), folder, resume=True)
+    assert results_of(folder) == results_of(finished[0])

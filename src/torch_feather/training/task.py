@@ -129,13 +129,14 @@ class Task:
         system = self.config.system
         saved_at = time.monotonic()
         while self.epoch < self.config.epochs:
-            began, before = time.perf_counter(), self.images
+            began, before, position = time.perf_counter(), self.images, self.loader.state_dict()
             self.model.train()
             for batch in self.loader:
                 self.train_step(batch, self.learning_rate(self.step))
                 self.step += 1
                 self.images += batch.total
                 callback.step(batch.total)
+                position = self.loader.state_dict()  # after the last batch, the next epoch begins
                 due = time.monotonic() - saved_at >= system.checkpoint_seconds
                 if system.checkpoint_steps is not None:
                     due = due or self.step % system.checkpoint_steps == 0
@@ -151,11 +152,9 @@ class Task:
             try:
                 self.end_epoch(self.images - before, began, stop_requested)
             except StoppedEvaluation:
-                self.save(run, began)
-                raise Interrupted(
-                    f"stopped in the evaluation after step {self.step} of {self.total_steps}; "
-                    f"{run.resume_hint()}"
-                ) from None
+                self.save(run, began, position)
+                where = f"in the evaluation after step {self.step} of {self.total_steps}"
+                raise Interrupted(f"stopped {where}; {run.resume_hint()}") from None
             if self.ranks.first:
                 run.write_metrics(self.history)
                 if self.config.track_masks and self.sparsifier is not None:
@@ -163,16 +162,19 @@ class Task:
             callback.epoch(self.history[-1])
         self.save(run)
 
-    def save(self, run: RunDirectory, began: float | None = None) -> None:
+    def save(
+        self, run: RunDirectory, began: float | None = None, position: dict | None = None
+    ) -> None:
         """Write a checkpoint.
 
         Args:
             run: the run directory.
             began: when the present epoch began, by `time.perf_counter`; None between two epochs.
+            position: state of the loader; None for its present state.
         """
-        state = self.state_dict()
-        # To restore config.yaml if it is lost.
-        state["config"] = to_yaml(self.config.written_out())
+        # The configuration restores config.yaml if it is lost.
+        state = self.state_dict() | {"config": to_yaml(self.config.written_out())}
+        state["loader"] = position or state["loader"]
         if began is not None:
             state["seconds"] = self._elapsed(began)
         if self.ranks.first:
