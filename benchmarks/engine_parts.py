@@ -59,17 +59,18 @@ def step_parts(sparsifier: feather.Sparsifier, step_count: Tensor | None = None)
     """
     training = sparsifier.step.training
     count = training.count if step_count is None else step_count
+    spare = [torch.empty_like(view) for view in training.weights.views]
     return {
         "threshold": lambda: training.method.update(training.weights, count),
-        "effective_weights": lambda: training.method.effective_weights(
-            training.weights, training.pruning
+        "effective_weights": lambda: training.method.write_effective(
+            training.weights, training.pruning, spare
         ),
     }
 
 
 def copy_parts(sparsifier: feather.Sparsifier) -> Calls:
     """Return the copies and checks within a step, by name; allocates two copies of the weights."""
-    effective = step_parts(sparsifier)["effective_weights"]()
+    effective = [p.detach().clone() for p in parameters(sparsifier)]
     spare = [torch.empty_like(values) for values in effective]
     # A copy into the parameters would count as an external write.
     parts: Calls = {"copy": lambda: copy_all(spare, effective)}

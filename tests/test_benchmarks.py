@@ -301,3 +301,35 @@ def test_completed_runs_are_read_and_not_repeated(reference_accuracy, checkout, 
     assert entry["n"] == 1
     with pytest.raises(SystemExit, match="other settings"):
         reference_accuracy.main([*arguments, "--set", "optimizer.lr=0.2"])
+
+
+def test_the_table_of_optimizers_tells_working_ones_from_others(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    table = importlib.import_module("optimizer_table")
+
+    class Careless(torch.optim.SGD):
+        """Changes a weight once, so that it differs from what autograd trains."""
+
+        def step(self, closure=None):
+            super().step(closure)
+            model.append(0)
+            if len(model) == 2 * table.STEPS:  # after the dense run
+                with torch.no_grad():
+                    self.param_groups[0]["params"][0].add_(1.0)
+
+    model = []
+    wrong = table.Case("torch", "Careless", lambda net: Careless(net.parameters(), lr=0.1))
+    right = next(case for case in table.cases() if case.name == "SGD")
+    late = next(case for case in table.cases() if case.name == "ScheduleFreeAdamW")
+    monkeypatch.setattr(table, "cases", lambda: iter([right, wrong, late]))
+    table.main(["--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "outcomes.json").read_text())["outcomes"]
+    assert [row["trains"] for row in rows] == ["yes", "no", "refused"]
+    assert rows[0]["resumes"] == rows[0]["copies"] == "yes"
+    assert "other weights than the reference" in rows[1]["note"]
+    assert "ScheduleFreeAdamW writes parameters" in rows[2]["note"]
+    assert "| torch | `SGD` | yes | yes | yes |" in (tmp_path / "table.md").read_text()
+    capsys.readouterr()
+    table.main(["--out", str(tmp_path)])
+    assert "SGD " not in capsys.readouterr().out  # completed ones are not repeated

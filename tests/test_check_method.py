@@ -91,8 +91,10 @@ class Unseeded(MagnitudePruning):
 class ZerosNaN(MagnitudePruning):
     """Prunes NaN silently."""
 
-    def effective_weights(self, weights, pruning):
-        return [u.nan_to_num(0.0) for u in super().effective_weights(weights, pruning)]
+    def write_effective(self, weights, pruning, out):
+        super().write_effective(weights, pruning, out)
+        for u in out:
+            u.nan_to_num_(0.0)
 
 
 @pytest.mark.filterwarnings("ignore::torch_feather.FeatherWarning")

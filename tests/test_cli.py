@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import torch_feather
 from torch_feather import available_methods
 from torch_feather.cli import main
+from torch_feather.errors import FeatherWarning
 from torch_feather.recipes import available_recipes
+from torch_feather.training.config import parse_assignments
 from torch_feather.training.console import percent
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -246,3 +249,20 @@ def test_help_does_not_import_training_dependencies():
     script = f"import sys, torch_feather.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_warning_names_options_in_the_form_of_the_command_line(feather):
+    """What it suggests can be given to the command as it is."""
+    _, _, errors = feather("train", "--sparsity", "0.9995", *QUICK, "--out", "run")
+    [line] = [line for line in errors.splitlines() if "Every weight of" in line]
+    arguments = re.findall(r"(--set (?:'[^']*'|[\w.]+=[\d.]*\d))", line)
+    assert [a.split("=")[0] for a in arguments] == ["--set 'exclude", "--set options.min_density"]
+    [exclude] = re.findall(r"--set '([^']*)'", line)
+    assert parse_assignments([exclude])["exclude"][0].endswith(".weight")
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1000))
+    torch.nn.init.constant_(model[0].weight, 1e-6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(FeatherWarning, match=r'\(exclude=\["0.weight"\]\).*min_density'):  # Python
+        torch_feather.sparsify(
+            model, optimizer, sparsity=0.9, total_steps=1, schedule="constant"
+        )  # fmt: skip

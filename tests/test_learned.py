@@ -419,3 +419,85 @@ def test_the_default_theta_of_feather_applies_to_its_learned_backbone():
         build_method("feather-asl+", sparsity=s).gradient.theta for s in (0.9, 0.95, 0.951, 0.99)
     ]
     assert thetas == [1.0, 1.0, 0.5, 0.5]
+
+
+# --- the budget of ASL ------------------------------------------------------------------------
+
+
+class Groups(nn.Module):
+    """Weights without groups: 144, 9216, 2304, 640."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3)
+        self.depthwise = nn.Conv2d(32, 32, 3, groups=32)  # 288 weights
+        self.grouped = nn.Conv2d(16, 16, 3, groups=4)  # 576 weights
+        self.head = nn.Linear(64, 10)
+
+
+def budget_gradient(r: torch.Tensor, sizes: list[int], sparsity: float) -> torch.Tensor:
+    """d/dr of 10 (D - (1 - s))^2, with D the density over these layers, by autograd."""
+    r = r.clone().requires_grad_()
+    n = torch.tensor(sizes, dtype=torch.float64)
+    density = ((1 - torch.erf(r / math.sqrt(2))) * n).sum() / n.sum()
+    (10 * (density - 1 + sparsity) ** 2).backward()
+    return r.grad
+
+
+@pytest.mark.parametrize("pruned", [["depthwise", "grouped"], ["depthwise"]], ids=str)
+def test_asl_has_the_budget_of_its_public_code(pruned):
+    """Small layers stay dense and do not count; groups do not make a layer small."""
+    model = Groups().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    below = 1000 if len(pruned) == 2 else 5000
+    sparsifier = feather.sparsify(
+        model, optimizer, "asl", sparsity=0.1, total_steps=100, dense_below=below
+    )
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    [r] = sparsifier.parameters()
+    with torch.no_grad():
+        r.copy_(torch.tensor([0.1, 0.4, 0.7, 1.0]))
+    sparsifier.complete_gradients()
+    names = ["stem", "depthwise", "grouped", "head"]
+    at = [names.index(name) for name in pruned]
+    sizes = [model.get_submodule(name).weight.numel() for name in pruned]
+    expected = torch.zeros(4, dtype=torch.float64)
+    expected[at] = budget_gradient(r.detach()[at], sizes, 0.1)
+    torch.testing.assert_close(r.grad, expected)
+    # The thresholds prune these layers alone.
+    optimizer.step()
+    zeros = {name: bool((model.get_submodule(name).weight == 0).any()) for name in names}
+    assert [name for name in names if zeros[name]] == pruned
+
+
+def test_a_run_with_the_budget_of_version_0_1_keeps_it():
+    """Its states have no entry that says which layers the budget counts."""
+
+    def start():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 20))  # 1600 and 800 weights
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return (
+            model,
+            optimizer,
+            feather.sparsify(model, optimizer, "asl", sparsity=0.6, total_steps=100),
+        )
+
+    model, optimizer, sparsifier = start()
+    state = optimizer.state_dict()
+    for own in state["state"].values():
+        own.pop("feather_dense", None)
+    optimizer.load_state_dict(state)
+    [r] = sparsifier.parameters()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    sparsifier.complete_gradients()
+    density = (1 - math.erf(float(r[0]) / math.sqrt(2))) * 1600 / 2400 + 800 / 2400
+    slope = -math.sqrt(2 / math.pi) * math.exp(-(float(r[0]) ** 2) / 2) * 1600 / 2400
+    assert float(r.grad[0]) == pytest.approx(20 * (density - 0.4) * slope, rel=1e-5)
+    assert float(r.grad[1]) == 0
+    again = start()[2]
+    again.load_state_dict(sparsifier.state_dict())
+    assert again.state_dict()["1.weight"]["dense"].view(torch.int64).tolist() == [1]
+    assert start()[2].state_dict()["1.weight"]["dense"].view(torch.int64).tolist() == [2]

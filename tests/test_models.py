@@ -173,3 +173,11 @@ def test_the_suggestion_has_the_common_form(name):
 def test_numbers_below_one_are_errors(counts):
     with pytest.raises(ValueError, match="at least 1"):
         models.create("resnet8", **counts)
+
+
+def test_the_bias_of_densenets_classifier_starts_at_zero():
+    """As in the public code of Feather's authors; the weight keeps PyTorch's default."""
+    torch.manual_seed(0)
+    model = models.densenet40_24()
+    assert not model.fc.bias.any()
+    assert 0 < model.fc.weight.abs().max() <= 1 / math.sqrt(model.fc.in_features)

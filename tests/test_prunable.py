@@ -152,3 +152,46 @@ def test_a_filter_that_matches_nothing_is_an_error_that_names_the_nearest(role, 
 def test_an_invalid_filter_is_an_error(given):
     with pytest.raises(ConfigurationError, match="take a glob"):
         find_prunable(nn.Linear(2, 2), include=given)
+
+
+NAMES = ["stage[0]", "stage[1]", "a[!b]", "[", "]", "x[]", "s*", "q?", "[[]", "plain"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_exact_name_of_a_parameter_matches_itself(name):
+    model = nn.ModuleDict({one: nn.Linear(2, 2, bias=False) for one in NAMES})
+    exact = f"{name}.weight"
+    assert exact in chosen(model, include=exact)
+    assert exact not in chosen(model, exclude=exact)
+    if not set(name) & set("*?"):  # these are wildcards as well
+        assert chosen(model, include=exact) == [exact]
+        assert chosen(model, exclude=exact) == [f"{n}.weight" for n in NAMES if n != name]
+
+
+def test_brackets_are_sets_of_characters_too():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    assert chosen(model, include="[02].weight") == ["0.weight", "2.weight"]
+    assert chosen(model, exclude="[!3].*") == ["3.weight"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["stage[0]", "stage[2].weight", "*stage[2]*", "age[0].weight", "[0]", "stage[0].wieght"],
+)
+def test_a_hint_matches_what_it_names(wrong):
+    """Names have brackets, which a hint must not turn into a set of characters."""
+    model = nn.ModuleDict({f"stage[{i}]": nn.Linear(2, 2) for i in range(2)})
+    with pytest.raises(ConfigurationError, match="did you mean") as error:
+        find_prunable(model, exclude=wrong)
+    hints = re.findall(r"'([^']+)'", str(error.value).partition("did you mean")[2])
+    assert hints
+    for hint in hints:
+        assert find_prunable(model, include=hint)
+
+
+def test_an_exact_name_is_one_group_of_targets():
+    from torch_feather.prunable import group_prunable
+
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("s[0]", "s0", "s[1]")})
+    found = find_prunable(model)
+    assert group_prunable(model, found, ["s[0].weight", "*"]) == [0, 1, 1]

@@ -24,6 +24,7 @@ from .errors import (
     StateError,
 )
 from .finetune import FixedMask, keep_zeros
+from .info import engine_info
 from .measure import count_flops, recalibrate_batchnorm, report, sparsity
 from .methods import available_methods, register_method
 from .operators import power_threshold
@@ -58,6 +59,7 @@ __all__ = [
     "available_methods",
     "compile_sparse",
     "count_flops",
+    "engine_info",
     "keep_zeros",
     "load_sparse",
     "models",

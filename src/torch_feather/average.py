@@ -6,12 +6,15 @@ was 0 at every step. The thresholded average of the latent weights is sparse.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigurationError, StateError
+from .errors import ConfigurationError, NonFiniteWeightError, StateError, some
+from .methods.base import effective_weights
+from .participants import remember_names
 from .prunable import unwrap
 from .sparsifier import Sparsifier
 from .weights.latent import copy_all
@@ -29,6 +32,7 @@ class LatentAverage:
 
     Raises:
         ConfigurationError: decay is out of range, or the weights are sharded.
+        NonFiniteWeightError: weights of the model are not finite.
 
     Example:
         >>> import copy
@@ -57,10 +61,13 @@ class LatentAverage:
         sparsifier.step.sync()
         self._latent = [flat.clone() for flat in sparsifier.step.training.weights.flats]
         self._others = {name: p.detach().clone() for name, p in self._other_parameters()}
+        _require_finite(self._latent, self._others)
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the present weights: average <- decay average + (1 - decay) w.
+
+        Weights that are not finite leave their average unchanged.
 
         Raises:
             StateError: the model was moved or cast after the average began.
@@ -72,9 +79,13 @@ class LatentAverage:
             raise StateError(
                 "The model was moved or cast after the average began. Create a new LatentAverage."
             )
-        torch._foreach_lerp_(self._latent, flats, 1.0 - self.decay)
-        for name, parameter in self._other_parameters():
-            self._others[name].lerp_(parameter.detach(), 1.0 - self.decay)
+        others = self._other_parameters()
+        averages = [*self._latent, *(self._others[name] for name, _ in others)]
+        values = [*flats, *(parameter.detach() for _, parameter in others)]
+        for average, value in zip(averages, values, strict=True):
+            moved = torch.lerp(average, value, 1.0 - self.decay)
+            # Without synchronization: the host does not know whether the values are finite.
+            torch.where(moved.isfinite(), moved, average, out=average)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> nn.Module:
@@ -97,12 +108,13 @@ class LatentAverage:
         training = self.sparsifier.step.training
         weights = training.weights.like(self._latent)
         pruning = training.method.update(weights, training.count)
-        effective = training.method.effective_weights(weights, pruning)
+        effective = effective_weights(training.method, weights, pruning)
         copy_all([target.get_parameter(name) for name in training.binding.names], effective)
         for name, value in self._others.items():
             target.get_parameter(name).copy_(value)
         for name, buffer in source.named_buffers():
             target.get_buffer(name).copy_(buffer)
+        remember_names(model, training.binding.names)
         return model
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,11 +130,13 @@ class LatentAverage:
 
         Raises:
             StateError: it belongs to another model, or to other prunable weights.
+            NonFiniteWeightError: its values are not finite.
         """
         latent, others = state.get("latent", []), state.get("others", {})
         fits = [flat.shape for flat in latent] == [flat.shape for flat in self._latent]
         if not fits or others.keys() != self._others.keys():
             raise StateError("This average belongs to another model, or to other prunable weights.")
+        _require_finite(latent, others)
         self.decay = state["decay"]
         copy_all(self._latent, latent)
         for name, value in others.items():
@@ -133,6 +147,18 @@ class LatentAverage:
         taken = {id(parameter) for parameter in self.sparsifier.step.training.binding.parameters}
         named = unwrap(self.sparsifier.model).named_parameters()
         return [(name, p) for name, p in named if id(p) not in taken]
+
+
+def _require_finite(latent: Sequence[Tensor], others: Mapping[str, Tensor]) -> None:
+    """Raise NonFiniteWeightError if values of an average are not finite."""
+    broken = [name for name, value in others.items() if not value.isfinite().all()]
+    if not all(flat.isfinite().all() for flat in latent):
+        broken.insert(0, "prunable weights")
+    if broken:
+        raise NonFiniteWeightError(
+            f"An average cannot begin with values that are not finite: {some(broken)}. Load an "
+            "earlier checkpoint."
+        )
 
 
 def _kind(flat: Tensor) -> tuple[Any, ...]:

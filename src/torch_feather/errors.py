@@ -7,12 +7,6 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-# Advice for a layer that lost every weight.
-FILL_LAYERS = (
-    "Exclude layers that must keep weights (exclude=), lower the sparsity, or use a method that "
-    "keeps a fraction of each layer, such as feather with min_density=0.01."
-)
-
 
 class FeatherError(Exception):
     """Base class of all errors of torch-feather.
@@ -45,7 +39,7 @@ class FileFormatError(FeatherError, ValueError):
 
 
 class NonFiniteWeightError(FeatherError, FloatingPointError):
-    """A latent weight or a learned threshold became NaN."""
+    """A weight or a learned threshold became NaN, or training ends with a value not finite."""
 
 
 class FeatherWarning(UserWarning):
@@ -58,7 +52,7 @@ class FeatherWarning(UserWarning):
 
 
 def warn(message: str, category: type[Warning] = FeatherWarning) -> None:
-    """Issue a warning that points at the user's line.
+    """Issue a warning that points at the user's line (on Python 3.11, at the line in this package).
 
     Args:
         message: what happened, and what to do.
@@ -70,16 +64,71 @@ def warn(message: str, category: type[Warning] = FeatherWarning) -> None:
         >>> caught[0].category.__name__
         'FeatherWarning'
     """
-    modules = (sys.modules.get("torch"), sys.modules[__name__])
-    internal = tuple(str(Path(m.__file__).parent) + os.sep for m in modules if m and m.__file__)
     if sys.version_info >= (3, 12):
+        modules = (sys.modules.get("torch"), sys.modules[__name__])
+        internal = tuple(str(Path(m.__file__).parent) + os.sep for m in modules if m and m.__file__)
         warnings.warn(message, category, skip_file_prefixes=internal)
-        return
-    # Python 3.11 has no skip_file_prefixes, so the level of the user's line is counted.
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(internal):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+    else:
+        warnings.warn(message, category, stacklevel=2)
+
+
+# Whether options are given on the command line. Messages name them in that form.
+_on_command_line = False
+
+
+def name_command_line_options(active: bool) -> None:
+    """Let messages name options as `--set name=value` instead of Python keywords.
+
+    Args:
+        active: whether the user gives options on the command line.
+
+    Example:
+        >>> name_command_line_options(True)
+        >>> print(option("exclude", ["fc.weight"]))
+        --set 'exclude=["fc.weight"]'
+        >>> name_command_line_options(False)
+    """
+    global _on_command_line
+    _on_command_line = active
+
+
+def option(name: str, value: object = None, *, of_method: bool = False) -> str:
+    """Return the text by which the user sets an option: a keyword, or an argument of the command.
+
+    Args:
+        name: the keyword of `sparsify`.
+        value: the value to show; None for the name alone.
+        of_method: whether it is an option of the method.
+
+    Example:
+        >>> option("exclude", ["fc.weight"]), option("min_density", 0.01, of_method=True)
+        ('exclude=["fc.weight"]', 'min_density=0.01')
+    """
+    listed = isinstance(value, list | tuple)
+    items = ", ".join(f'"{item}"' for item in value) if listed else ""  # type: ignore[attr-defined]
+    text = f"[{items}]" if listed else "" if value is None else str(value)
+    if not _on_command_line:
+        return f"{name}={text}"
+    assignment = f"{'options.' if of_method else ''}{name}={text}"
+    return f"--set '{assignment}'" if listed else f"--set {assignment}"
+
+
+def fill_layers(names: Sequence[str] = ()) -> str:
+    """Return the advice for layers in which every weight is pruned.
+
+    Args:
+        names: names of their weights.
+
+    Example:
+        >>> fill_layers(["fc.weight"])[:67]
+        'Exclude layers that must keep weights (exclude=["fc.weight"]), lowe'
+    """
+    listed = [*names[:3], *(["..."] if len(names) > 3 else [])]
+    return (
+        f"Exclude layers that must keep weights ({option('exclude', listed or None)}), lower the "
+        "sparsity, or use a method that keeps a fraction of each layer, such as feather with "
+        f"{option('min_density', 0.01, of_method=True)}."
+    )
 
 
 def nearest(wrong: object, known: Iterable[str]) -> str:

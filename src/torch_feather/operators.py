@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigurationError
+from .roots import cube_root, square_root
 
 
 class Operator(ABC):
@@ -75,9 +76,21 @@ class Power(Operator):
         if self.p == 1.0:
             return w - tau * w.sign()
         ratio = tau / w.abs()
-        ratio = ratio.pow_(self.p).neg_().add_(1.0).clamp_min_(0.0).pow_(1.0 / self.p)
+        rest = (1.0 - self._power(ratio)).clamp_min_(0.0)
         # 0 / 0 if both are 0: such a weight is its own effective value.
-        return torch.where(w == 0, w, ratio.mul_(w))
+        return torch.where(w == 0, w, self._root(rest) * w)
+
+    def _power(self, x: Tensor) -> Tensor:
+        """Return x^p; for p = 2 and 3 by products, which all devices round alike."""
+        if self.p == 2.0:
+            return x * x
+        return x * x * x if self.p == 3.0 else x.pow(self.p)
+
+    def _root(self, x: Tensor) -> Tensor:
+        """Return x^(1/p) of numbers in [0, 1]; for p = 2 and 3 with the same bits everywhere."""
+        if self.p == 2.0:
+            return square_root(x)
+        return cube_root(x) if self.p == 3.0 else x.pow(1.0 / self.p)
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from .adapters import is_adapter_part
 from .errors import ConfigurationError, some
+from .filters import (
+    Filter,
+    Filters,
+    flat_filters,
+    matches_glob,
+    nothing_matched,
+    text_of,
+)
 
-Filter = str | re.Pattern[str] | type[nn.Module] | Callable[[nn.Module, str], bool]
-Filters = Filter | Iterable[Filter] | None
 Convolution = nn.modules.conv._ConvNd
 
 # Parameters that are prunable by default, by the class of their module (subclasses included). All
@@ -28,6 +33,8 @@ WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
 # The same for linear layers of other libraries, by name, so that they need not be imported. Their
 # weight has shape (inputs, outputs). GPT-2 consists of these.
 FOREIGN_WEIGHTS = {"transformers.pytorch_utils.Conv1D": ("weight",)}
+# In `include`, this word stands for the default choice.
+DEFAULT = "default"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,28 +59,39 @@ class Prunable:
     parameter: nn.Parameter
 
 
+# long: the docstring lists the forms of filters.
 def find_prunable(
-    model: nn.Module, include: Filters = None, exclude: Filters = None, *, frozen: bool = True
+    model: nn.Module,
+    include: Filters = None,
+    exclude: Filters = None,
+    *,
+    frozen: bool = True,
+    computed: bool = True,
 ) -> list[Prunable]:
     """Return the prunable weights of a model, in the order of `named_modules`; tied ones once.
 
     By default these are the weights of convolutions, linear layers and attention projections.
-    Biases, norms, embeddings, and linear weights that are tied to an embedding are not prunable. A
-    weight with several names (tied, or of a module that is used twice) is matched by each of them.
+    Biases, norms, embeddings, adapters (LoRA), and linear weights that are tied to an embedding are
+    not prunable. A weight with several names (tied, or of a module used twice) is matched by
+    each of them.
 
     A filter has one of these forms; `include` and `exclude` take one, or several in an iterable:
 
     - A glob on the dotted parameter name, such as ``"blocks.*.weight"``; ``*`` matches dots too.
+      Brackets match themselves, or one of the characters within: ``"stage[12].*"``.
     - A compiled regex, searched in the name.
     - A module type. Within modules of this type, `include` chooses the default weights, and the
       modules' own parameters with two or more dimensions. `exclude` matches all parameters.
     - A callable ``(module that holds it, parameter name) -> bool``.
+    - In `include`, the word ``"default"``: the default choice, to which other filters add.
 
     Args:
         model: any module, also one wrapped by `torch.compile` or DistributedDataParallel.
         include: filters that replace the default choice.
         exclude: filters of weights that are not prunable.
         frozen: whether to return weights that do not require gradients too.
+        computed: whether a chosen weight that is computed from other parameters is an error;
+            otherwise it is left out, and so is one without a shape.
 
     Raises:
         ConfigurationError: `model` is not a module; or a glob, regex or type matches nothing. Also
@@ -103,25 +121,27 @@ def find_prunable(
     for one in chosen:
         if one.key in excluded or one.key in found:
             continue
-        parameter = _usable(one)
-        found[one.key] = Prunable(one.name, one.module, one.attribute, parameter)
+        if problem := _problem(one):
+            if computed:
+                raise ConfigurationError(problem)
+            continue
+        assert one.parameter is not None
+        found[one.key] = Prunable(one.name, one.module, one.attribute, one.parameter)
     return [item for item in found.values() if frozen or item.parameter.requires_grad]
 
 
-def _usable(one: _Named) -> nn.Parameter:
-    """Return the parameter; raise ConfigurationError if it cannot be pruned."""
+def _problem(one: _Named) -> str | None:
+    """Return why a parameter cannot be pruned; None if it can."""
     name, kind = one.name, type(one.module).__name__
     if one.parameter is None:
-        raise ConfigurationError(
+        return (
             f"{name} is computed from other parameters ({kind} is parametrized or weight-normed), "
             "so its zeros would not last. Remove the parametrization first, or leave the layer "
             f"out: exclude={name!r}."
         )
-    if isinstance(one.parameter, nn.parameter.UninitializedParameter):
-        raise ConfigurationError(
-            f"{name} has no shape yet ({kind} is lazy). Run one batch through the model first."
-        )
-    return one.parameter
+    if is_lazy(one.parameter):
+        return f"{name} has no shape yet ({kind} is lazy). Run one batch through the model first."
+    return None
 
 
 def convolutions(model: nn.Module) -> list[tuple[str, Convolution]]:
@@ -136,16 +156,6 @@ def convolutions(model: nn.Module) -> list[tuple[str, Convolution]]:
         for one in _named(unwrap(model))
         if isinstance(one.module, Convolution) and one.attribute == "weight"
     ]
-
-
-def list_filters(filters: Filters) -> list[Filter] | None:
-    """Return filters as a list, which can be read twice; None for None.
-
-    Example:
-        >>> list_filters(name for name in ("a.*", "b.*"))
-        ['a.*', 'b.*']
-    """
-    return None if filters is None else list(_flat(filters))
 
 
 def group_prunable(
@@ -172,14 +182,15 @@ def group_prunable(
     aliases = [by_parameter[id(item.parameter)] for item in prunable]
     groups = [-1] * len(prunable)
     for g, one in enumerate(filters):
-        matching = [i for i, a in enumerate(aliases) if any(_matches(one, name) for name in a)]
+        candidates = [name for names in aliases for name in names]
+        hits = {candidates[i] for i in _hits(one, candidates, _matches)}
+        matching = [i for i, names in enumerate(aliases) if not hits.isdisjoint(names)]
         if not matching:
-            candidates = [name for names in aliases for name in names]
             raise _nothing_matched("sparsity", one, candidates, "prunable weight")
         own = [i for i in matching if groups[i] < 0]
         if not own:
             raise ConfigurationError(
-                f"sparsity: every weight that {_text(one)} matches is matched by an entry before "
+                f"sparsity: every weight that {text_of(one)} matches is matched by an entry before "
                 "it already. The first match counts: put the special ones first."
             )
         for i in own:
@@ -191,6 +202,16 @@ def group_prunable(
             'such as "*": 0.9 (0 keeps them dense), or leave them out: exclude=.'
         )
     return groups
+
+
+def is_lazy(parameter: Any) -> bool:
+    """Return whether a parameter has no shape yet.
+
+    Example:
+        >>> is_lazy(nn.LazyLinear(2).weight)
+        True
+    """
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -245,7 +266,7 @@ def _named(model: nn.Module) -> Iterator[_Named]:
         id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
     }
 
-    def walk(prefix: str, path: tuple[nn.Module, ...]) -> Iterator[_Named]:
+    def walk(prefix: str, path: tuple[nn.Module, ...], adapter: bool) -> Iterator[_Named]:
         module = path[-1]
         weights = default_weights(module)
         names = [name for name, p in module._parameters.items() if p is not None]
@@ -256,14 +277,14 @@ def _named(model: nn.Module) -> Iterator[_Named]:
                 names.append(name)
         for name in names:
             parameter = module._parameters.get(name)
-            default = name in weights and id(parameter) not in embedded
+            default = name in weights and id(parameter) not in embedded and not adapter
             yield _Named(prefix + name, module, name, parameter, path, default)
         for name, child in module._modules.items():
             if child is not None and child not in path:
                 inner = prefix if name == "_orig_mod" else f"{prefix}{name}."
-                yield from walk(inner, (*path, child))
+                yield from walk(inner, (*path, child), adapter or is_adapter_part(module, name))
 
-    yield from walk("", (model,))
+    yield from walk("", (model,), False)
 
 
 def default_weights(module: nn.Module) -> tuple[str, ...]:
@@ -295,37 +316,34 @@ def output_groups(module: nn.Module) -> int | None:
     return 1 if foreign else None
 
 
+def _hits(one: Filter, names: Sequence[_Named], matches: Callable[[Any, _Named], bool]) -> set[int]:
+    """Return the positions of the names that a filter matches; an exact name matches no other."""
+    if isinstance(one, str) and not set("*?") & set(one):
+        exact = {i for i, name in enumerate(names) if name.name == one}
+        if exact:
+            return exact
+    return {i for i, name in enumerate(names) if matches(one, name)}
+
+
 def _matched(
     names: Sequence[_Named], filters: Any, role: str, matches: Callable[[Any, _Named], bool]
 ) -> list[_Named]:
     """Return the names that at least one of the filters matches, in order."""
     found: set[int] = set()
-    for one in list(_flat(filters)):
-        hits = {i for i, name in enumerate(names) if matches(one, name)}
+    for one in list(flat_filters(filters)):
+        hits = _hits(one, names, matches)
         # A callable may be a rule for any model, such as "all small layers", and match nothing.
-        if not hits and (isinstance(one, str | re.Pattern | type)):
+        may_be_empty = callable(one) or (role, one) == ("include", DEFAULT)
+        if not hits and (isinstance(one, type) or not may_be_empty):
             raise _nothing_matched(role, one, names, "parameter")
         found |= hits
     return [names[i] for i in sorted(found)]
 
 
-def _flat(filters: Any) -> Iterator[Filter]:
-    """Yield the filters in nested iterables; raise ConfigurationError for anything else."""
-    rule = callable(filters) and not isinstance(filters, nn.Module)
-    if isinstance(filters, str | re.Pattern | type) or rule:
-        yield filters
-    elif isinstance(filters, Iterable):
-        for one in filters:
-            yield from _flat(one)
-    else:
-        raise ConfigurationError(
-            "include and exclude take a glob, a compiled regex, a module type, a callable "
-            f"(module, name) -> bool, or several of these; got {filters!r}."
-        )
-
-
 def _includes(one: Filter, named: _Named) -> bool:
     """Return whether a filter of `include` matches; a type matches weights alone."""
+    if one == DEFAULT and named.by_default:
+        return True
     if isinstance(one, type):
         own = isinstance(named.module, one) and _is_matrix(named.parameter)
         return own or (named.by_default and _matches(one, named))
@@ -335,7 +353,7 @@ def _includes(one: Filter, named: _Named) -> bool:
 def _matches(one: Filter, named: _Named) -> bool:
     """Return whether a filter matches; a type matches everything within modules of it."""
     if isinstance(one, str):
-        return fnmatchcase(named.name, one)
+        return matches_glob(one, named.name)
     if isinstance(one, re.Pattern):
         return one.search(named.name) is not None
     if isinstance(one, type):
@@ -345,7 +363,7 @@ def _matches(one: Filter, named: _Named) -> bool:
 
 def _is_matrix(parameter: nn.Parameter | None) -> bool:
     """Return whether a parameter has two or more dimensions, or none that are known yet."""
-    if parameter is None or isinstance(parameter, nn.parameter.UninitializedParameter):
+    if parameter is None or is_lazy(parameter):
         return True
     return parameter.dim() >= 2
 
@@ -354,30 +372,5 @@ def _nothing_matched(
     role: str, one: Filter, candidates: Sequence[_Named], noun: str
 ) -> ConfigurationError:
     """Return the error for a filter without a match; it names similar candidates."""
-    if isinstance(one, type):
-        kinds = dict.fromkeys(type(m).__name__ for c in candidates for m in c.path[1:] or c.path)
-        hint = f" There are modules of type {some(list(kinds), 8)}."
-        return ConfigurationError(
-            f"{role}: {_text(one)} holds no {noun}, so there is nothing to prune in it.{hint}"
-        )
-    names = list(dict.fromkeys(candidate.name for candidate in candidates))
-    text = one if isinstance(one, str) else one.pattern if isinstance(one, re.Pattern) else ""
-    core = text.replace("\\", "").strip("*.^$")
-    modules = {f"{name.rpartition('.')[0]}.*" for name in names if "." in name}
-    if f"{core}.*" in modules and text != f"{core}.*":
-        hint = f"; did you mean {core + '.*'!r}?"
-    elif core and any(core in name for name in names):
-        hint = f"; did you mean {f'*{core}*'!r}?"
-    elif near := get_close_matches(text, [*names, *modules], n=3):
-        hint = f"; did you mean {' or '.join(map(repr, near))}?"
-    else:
-        hint = f". There are {some(names, 8)}."
-    return ConfigurationError(
-        f"{role}: {_text(one)} matches the name of no {noun}, so there is nothing to prune in "
-        f"it{hint}"
-    )
-
-
-def _text(one: Filter) -> str:
-    """Return a filter as text for a message."""
-    return one.__name__ if isinstance(one, type) else repr(one)
+    kinds = (type(m).__name__ for c in candidates for m in c.path[1:] or c.path)
+    return nothing_matched(role, one, [c.name for c in candidates], kinds, noun)

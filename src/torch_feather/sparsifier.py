@@ -19,10 +19,12 @@ from .engine.health import Health, count_pruned_by
 from .engine.state_dict import StateDicts
 from .engine.step import Step
 from .engine.training import Training
+from .engine.turns import COUNTED
 from .errors import StateError, warn
 from .finetune import FixedMask
 from .measure.report import Report, report
 from .methods.base import AnyMethod, no_learning_rate
+from .participants import forget, remember
 from .prunable import Filters, find_prunable
 from .weights.latent import LatentWeights
 from .weights.ranks import check_ranks
@@ -67,7 +69,7 @@ class Sparsifier:
         prunable = find_prunable(model, include, exclude, frozen=False)
         binding = bind(model, prunable, optimizer)
         weights = LatentWeights(binding.parameters)
-        self._health = Health(binding.names, total_steps)
+        self._health = Health(model, binding.names, total_steps)
         self._health.raise_if_nan(weights, binding.local)
         bound = method.bind(MethodContext(model, binding.names, weights, sparsity, total_steps))
         if bound.facts.follows_lr and binding.learning_rate() is None:
@@ -80,8 +82,9 @@ class Sparsifier:
         try:
             self.step.adopt_loaded_state()
         except StateError:
-            self.detach()
+            self._restore_latent()
             raise
+        remember(model, prunable)
         if bound.target_step == 0:
             self._inspect()
 
@@ -219,9 +222,10 @@ class Sparsifier:
         """Add the terms that need the gradients of all weights; otherwise `optimizer.step` does.
 
         Afterwards the gradients of the model are complete, and `parameters()` have their `.grad`,
-        penalties included. Call it after the last backward pass of a step, before clipping. With a
-        `GradScaler`, first call `scaler.unscale_` on each optimizer. Without new gradients, and
-        after `finalize`, it does nothing.
+        penalties included. Gradients that were assigned to `.grad`, such as those of
+        `torch.func.grad`, become gradients of the latent weights. Call it after the last backward
+        pass of a step, before clipping. With a `GradScaler`, first call `scaler.unscale_` on each
+        optimizer. Without new gradients, and after `finalize`, it does nothing.
         """
         if self.step.attached:
             self._training.complete_gradients()
@@ -267,23 +271,24 @@ class Sparsifier:
 
         Args:
             force: end even if the target is not reached.
-            keep_masks: whether training continues. Every further step then keeps pruned weights
-                at 0, which momentum would revive, until `detach()`. After a restart of that phase,
-                use `keep_zeros(model, optimizer)`.
+            keep_masks: whether training continues. Until `detach()`, pruned weights then stay 0,
+                which momentum would change, and their gradients are 0. After a restart of that
+                phase, use `keep_zeros(model, optimizer)`.
 
         Returns:
             The model.
 
         Raises:
             StateError: the target is not reached, or not exactly.
-            NonFiniteWeightError: weights or thresholds are NaN.
+            NonFiniteWeightError: a parameter of the model, or a threshold, is not finite.
         """
         self.step.require_attached()
         if not self.at_target and not force:
+            counts = self.step.unequal()
             raise StateError(
                 f"After {self.step_count} of {self.total_steps} steps the sparsity is "
                 f"{self.sparsity:.4f}, not yet {self.target}. Continue training, or keep the model "
-                "as it is: finalize(force=True)."
+                "as it is: finalize(force=True)." + (f" {counts}{COUNTED}" if counts else "")
             )
         training = self._training
         # Read before `sync`, which rewrites parameters that were moved or cast.
@@ -294,14 +299,25 @@ class Sparsifier:
         values = final_values(*state, training.count, written, effective)
         self._learned_sparsity, self._reached = self.learned_sparsity, self.at_target
         training.write(values)
-        self._inspect()
+        self._inspect(final=True)
+        self._health.raise_if_not_finite(
+            training.weights, training.binding.local, *state[1:], latent=values is effective
+        )
+        self.step.warn_of_averages()
         if self._reached and training.method.facts.exact and not force:
             check_count(*state, self.target)
         if self._reached and (violation := state[1].summary(state[0], state[2]).violation):
             warn(f"The network has its target sparsity, but {violation}")
         self.step.release()
         if keep_masks:
-            self._fixed_mask = FixedMask(training.binding.parameters, training.binding.optimizers)
+            # A kept weight that happens to be 0, as in a layer that starts at 0, is still trained.
+            every = range(len(training.weights.views))
+            pruned = [state[1].pruned(state[0], state[2], i) for i in every]
+            self._fixed_mask = FixedMask(
+                training.binding.parameters,
+                training.binding.optimizers,
+                pruned if values is effective else None,
+            )
         return self.model
 
     def detach(self) -> nn.Module:
@@ -314,10 +330,14 @@ class Sparsifier:
             self._fixed_mask = None
             return self.model
         self.step.require_attached()
+        self._restore_latent()
+        forget(self.model)
+        return self.model
+
+    def _restore_latent(self) -> None:
         self.step.sync()
         self._training.write(self._training.weights.views)
         self.step.release()
-        return self.model
 
     def reset_latents(self) -> None:
         """Set the latent weights to the present values of the parameters, zeros included."""
@@ -327,9 +347,9 @@ class Sparsifier:
         training.read_latent(range(len(training.binding.weights)))
         training.write_effective()
 
-    def _inspect(self) -> None:
+    def _inspect(self, final: bool = False) -> None:
         t = self._training
-        self._health.inspect(t.weights, t.binding.local, t.method, t.pruning)
+        self._health.inspect(t.weights, t.binding.local, t.method, t.pruning, t.count, final)
 
     # Saving and loading
 
@@ -355,6 +375,7 @@ class Sparsifier:
         foreign = [name for name in state if name not in names]
         loaded = self._states.check(self._training, found, every, foreign)
         self._states.load(self._training, loaded, every)
+        self._health.resume_at(self.step_count)
 
     @contextmanager
     def relaxed_loading(self) -> Iterator[None]:

@@ -10,8 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .errors import ConfigurationError
+from .filters import Filters, list_filters
+from .left_out import describe_left_out, find_left_out, warn_of_left_out
 from .methods import AnyMethod, build_method
-from .prunable import Filters, find_prunable, list_filters
+from .prunable import Prunable, find_prunable
 from .sparsifier import Sparsifier
 from .targets import Sparsity, Target, check_fraction
 from .weights.shards import reshard
@@ -45,7 +47,9 @@ def sparsify(
         sparsity: final fraction of zeros among the prunable weights, in [0, 1). Or a mapping from
             filters to fractions, one per group: ``{"*.attn.*": 0.9, "*": 0.95}``. The first filter
             that matches a weight counts; each group has exactly its number of zeros.
-        total_steps: optimizer steps of the whole training. Later steps keep the final sparsity.
+        total_steps: optimizer steps of the whole training; of several optimizers, those of the last
+            one. Later steps keep the final sparsity. But they are an error if another optimizer
+            steps less often than the last one, so that its steps were probably counted.
         include, exclude: filters that choose the prunable weights, see `prunable.find_prunable`.
         count: reference of a single `sparsity`: 'prunable' weights, or 'all' parameters of the
             model. With 'all', zeros are still among the prunable weights, and `Sparsifier.target`
@@ -88,8 +92,19 @@ def sparsify(
         reshard(model)
     include, exclude = list_filters(include), list_filters(exclude)
     prunable = find_prunable(model, include, exclude, frozen=False)
+    if include is None:
+        _check_left_out(model, prunable, exclude)
     target = Target.of(model, prunable, sparsity, count)
     if isinstance(method, str):
         method = build_method(method, sparsity=target.requested, **options)
     method, fraction = target.given_to(method)
     return Sparsifier(model, optimizer, method, fraction, int(total_steps), include, exclude)
+
+
+def _check_left_out(model: nn.Module, prunable: Sequence[Prunable], exclude: Filters) -> None:
+    """Warn of weights that the default choice leaves dense; raise if it leaves all of them."""
+    if not prunable and (left := find_left_out(model, prunable, exclude)):
+        raise ConfigurationError(
+            f"{type(model).__name__} has no prunable weights: {describe_left_out(model, left)}"
+        )
+    warn_of_left_out(model, prunable, exclude)

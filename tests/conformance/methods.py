@@ -424,10 +424,12 @@ class ASL(LearnedThreshold):
 
     def penalty(self) -> Tensor:
         [r] = self.learned
+        sizes = {n: w.numel() for n, w in self.latent.items() if n not in self.dense}
         density = 0.0
-        for i, (name, w) in enumerate(self.latent.items()):
-            fraction = 1.0 if name in self.dense else 1 - torch.erf(r[i] / math.sqrt(2))
-            density = density + fraction * w.numel() / self.size
+        for i, name in enumerate(self.latent):
+            if name in sizes:
+                fraction = 1 - torch.erf(r[i] / math.sqrt(2))
+                density = density + fraction * sizes[name] / sum(sizes.values())
         return self.budget_weight * (density - (1 - self.target)) ** 2
 
 

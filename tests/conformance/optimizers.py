@@ -80,6 +80,53 @@ class ReassigningSGD(Optimizer):
         return loss
 
 
+class Delegating(Optimizer):
+    """Holds another optimizer and never calls `Optimizer.__init__`, as wrappers of DP-SGD do."""
+
+    def __init__(self, optimizer):
+        self.original = optimizer
+
+    def __getstate__(self):
+        return dict(vars(self))
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+
+    param_groups = property(lambda self: self.original.param_groups)
+    state = property(lambda self: self.original.state)
+    defaults = property(lambda self: self.original.defaults)
+
+    def step(self, closure=None):
+        return self.original.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.original.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return self.original.state_dict()
+
+    def load_state_dict(self, state):
+        self.original.load_state_dict(state)
+
+
+class TrustRatio(Delegating):
+    """Scales gradients by the norms of the weights, as LARC does, and decays weights afterwards."""
+
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            loss = closure()
+        with torch.no_grad():
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            for p in parameters:
+                if p.grad is not None:
+                    p.grad.mul_(p.norm() / (p.grad.norm() + 1))
+            self.original.step()
+            for p in parameters:
+                p.mul_(0.99)
+        return loss
+
+
 def _elsewhere(package: str, name: str, **options: object) -> list[OptimizerCase]:
     """The case of an optimizer of another package; none if that is missing, as on GPU hosts."""
     if find_spec(package) is None:
@@ -120,6 +167,8 @@ OPTIMIZERS = {
             needs_closure=True,
         ),
         OptimizerCase("muon+adamw", _muon_and_adamw, tolerance=1e-3),
+        OptimizerCase("sgd-delegating", lambda ps: Delegating(SGD(ps, 0.1, 0.9))),
+        OptimizerCase("sgd-trust-ratio", lambda ps: TrustRatio(SGD(ps, 0.1, 0.9))),
         *_elsewhere("pytorch_optimizer", "Lion", lr=0.003),
         *_elsewhere("pytorch_optimizer", "Lamb", lr=0.01),
         *_elsewhere("pytorch_optimizer", "SOAP", lr=0.01),

@@ -13,7 +13,7 @@ from torch_feather import devices
 from torch_feather.operators import Hard, Power
 from torch_feather.selection import select
 from torch_feather.weights.latent import LatentWeights
-from torch_feather.weights.passes import effective_weights
+from torch_feather.weights.passes import write_effective
 from torch_feather.weights.segments import Segment
 
 
@@ -43,9 +43,10 @@ def test_effective_weights_on_a_device_equal_those_on_the_cpu(operator, fill, mo
     weights = LatentWeights([w[fill]])
     for k in (0, 1, 700, 3400):
         segments = [Segment(0, 3500, select(weights.magnitudes, torch.tensor(k)))]
-        (on_cpu,) = effective_weights(weights, segments, operator)
+        on_cpu, on_device = torch.empty(2, 70, 50)
+        write_effective(weights, segments, operator, [on_cpu])
         with monkeypatch.context() as patch:
             patch.setattr(devices, "synchronizes", lambda _: True)
-            (on_device,) = effective_weights(weights, segments, operator)
+            write_effective(weights, segments, operator, [on_device])
         assert torch.equal(on_cpu == 0, on_device == 0)
         torch.testing.assert_close(on_cpu, on_device)

@@ -21,7 +21,7 @@ from torch_feather.methods.options import ALLOCATIONS
 from torch_feather.operators import Hard, Soft
 from torch_feather.schedules import Constant, Cubic, Stairs
 from torch_feather.weights.latent import LatentWeights
-from torch_feather.weights.passes import count_pruned, effective_weights, pruned_mask
+from torch_feather.weights.passes import count_pruned, pruned_mask, write_effective
 from torch_feather.weights.segments import Segment
 from torch_feather.weights.selecting import select_weights
 
@@ -223,7 +223,8 @@ def test_the_threshold_of_scaled_magnitudes_is_below_every_kept_one(dtype):
             kept = ~pruned_mask(weights, [segment], 0)
             assert int(kept.sum()) == 12 - k
             assert (w[kept] > segment.threshold).all()
-            [u] = effective_weights(weights, [segment], Soft())
+            u = torch.empty_like(w)
+            write_effective(weights, [segment], Soft(), [u])
             assert torch.equal(u > 0, kept)
 
 
@@ -352,6 +353,7 @@ def test_costs_that_were_given_survive_a_restart():
     [
         ({}, "example_input"),
         ({"gamma": 1.0, "budget": 5.0}, "either"),
+        ({"gamma": 0.25, "budget": 5.0}, "either"),  # also if it is what is used without a budget
         ({"gamma": 1.0}, "example_input"),
         ({"gamma": -1.0, "costs": {}}, "gamma"),
         ({"gamma": 1.0, "costs": "seconds"}, "map weight names to numbers"),

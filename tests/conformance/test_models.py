@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import re
 import warnings
 
@@ -293,6 +294,56 @@ def test_a_latent_average_does_not_overwrite_the_model_in_training():
     other = feather.LatentAverage(start("convnet").sparsifier)
     with pytest.raises(feather.StateError):
         average.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_average_never_takes_in_values_that_are_not_finite(value):
+    """The next finite values are averaged again, and only the broken ones are left out."""
+    run = start("mlp", sparsity=0.5)
+    average = feather.LatentAverage(run.sparsifier, decay=0.75)
+    run.train(0, 2)
+    average.update()
+    before = average.state_dict()
+    flats = run.sparsifier.step.training.weights.flats
+    latent = [flat.clone() for flat in flats]
+    with torch.no_grad():
+        for flat in flats:
+            flat[::3] = value
+        run.model[2].bias[1] = value
+    average.update()
+    after = average.state_dict()
+    for old, new, flat in zip(before["latent"], after["latent"], latent, strict=True):
+        expected = old.lerp(flat, 0.25)
+        expected[::3] = old[::3]
+        assert torch.equal(new, expected)
+    bias = before["others"]["2.bias"].lerp(run.model[2].bias.detach(), 0.25)
+    bias[1] = before["others"]["2.bias"][1]
+    assert torch.equal(after["others"]["2.bias"], bias)
+
+
+def test_an_average_in_half_precision_does_not_overflow():
+    model = nn.Linear(4, 4).half()
+    with torch.no_grad():
+        model.weight.fill_(60000.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(model, optimizer, sparsity=0.0, total_steps=2)
+    average = feather.LatentAverage(sparsifier, decay=0.25)
+    with torch.no_grad():
+        model.weight.fill_(-60000.0)  # the difference of the two is not finite
+    average.update()
+    assert all(flat.isfinite().all() for flat in average.state_dict()["latent"])
+
+
+def test_an_average_does_not_begin_with_values_that_are_not_finite():
+    run = start("mlp")
+    state = feather.LatentAverage(run.sparsifier).state_dict()
+    state["others"]["0.bias"][0] = math.inf
+    with pytest.raises(feather.NonFiniteWeightError, match=r"0\.bias"):
+        feather.LatentAverage(run.sparsifier).load_state_dict(state)
+    with torch.no_grad():
+        run.model[0].bias[0] = math.nan
+    with pytest.raises(feather.NonFiniteWeightError, match=r"0\.bias"):
+        feather.LatentAverage(run.sparsifier)
 
 
 def test_averaging_leaves_training_alone():

@@ -39,6 +39,7 @@ import torch_feather as feather
 from torch_feather import devices
 from torch_feather.allocation import FlopsBiased, Global
 from torch_feather.errors import ConfigurationError, NonFiniteWeightError, StateError
+from torch_feather.weights.shards import local
 
 CHECKS = {}
 
@@ -218,11 +219,52 @@ def results_are_global_on_every_rank(folder):
     step(model, optimizer, sparsifier, 0, ranks=(dist.get_rank(), 2))
     assert zeros(model) == pruned
     assert torch.equal(whole(sparsifier.masks()["0.weight"]), whole(masks["0.weight"]))
+    for name, mask in masks.items():  # of the last backward pass: pruned weights have no gradient
+        gradient = whole(model.get_parameter(name).grad)
+        assert (gradient[~whole(mask)] == 0).all()
+        assert (gradient[whole(mask)] != 0).any()
     dense = shard(network())
     _, sparsifier = attach(dense, schedule="constant")
     latent = wholes(sparsifier.latent_weights())
     sparsifier.detach()
     assert all(torch.equal(whole(dense.get_parameter(name)), w) for name, w in latent.items())
+
+
+@check(2)
+def a_fixed_mask_clips_as_in_one_process(folder):
+    """The hook that clears gradients of pruned weights works on shards, before the norm."""
+    norms = []
+    for make in (network, lambda: shard(network())):
+        model = make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torch.no_grad():
+            for p in model.parameters():
+                local(p).masked_fill_(local(p).abs() < 0.15, 0.0)
+        feather.keep_zeros(model, optimizer)
+        x, y = data(model, 0)
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        norms.append(float(whole(torch.nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.dim() > 1]
+        ))))  # fmt: skip
+        for p in model.parameters():
+            if p.dim() > 1:
+                assert (whole(p.grad)[whole(p.detach()) == 0] == 0).all()
+    assert abs(norms[0] - norms[1]) < 1e-6 * norms[0]
+
+
+@check(2)
+def the_end_of_training_is_checked_on_all_ranks(folder):
+    """A value that is not finite in one shard is an error on every rank."""
+    model = shard(network())
+    optimizer, sparsifier = attach(model, schedule="constant")
+    for number in range(STEPS):
+        step(model, optimizer, sparsifier, number, ranks=(dist.get_rank(), 2))
+    bias = local(model[0].bias)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            bias.fill_(torch.nan)
+    with pytest.raises(NonFiniteWeightError, match=r"0\.bias"):
+        sparsifier.finalize(force=True)
 
 
 @check(2)

@@ -106,7 +106,9 @@ def sign(document, parts):
     for name, description in document["tensors"].items():
         own = [parts[p] for p in (name, name + ":values", name + ":gaps") if p in parts]
         shape = description.get("shape", list(own[0].shape) if own else [])
-        if own and isinstance(shape, list):
+        crc = description.get("crc")
+        forged = type(crc) is not int or crc >= 2**32
+        if own and isinstance(shape, list) and not forged:
             description["crc"] = manifest.checksum(own[0].dtype, shape, own)
 
 
@@ -131,6 +133,16 @@ def part(name, change):
     return edit
 
 
+def both(*edits):
+    """Return several edits as one."""
+
+    def edit(document, parts):
+        for one in edits:
+            one(document, parts)
+
+    return edit
+
+
 ENTRY = ("tensors", "weight")
 EDITS = {
     "future version": (at("version", value=2), "format version 2 is newer than version 1"),
@@ -140,6 +152,11 @@ EDITS = {
     "no tied": (at("tied", value=None), "no object 'tied'"),
     "metadata": (at("metadata", value="x"), "no object 'metadata'"),
     "sparsity": (at("sparsity", value=7), "invalid sparsity 7"),
+    "boolean sparsity": (at("sparsity", value=True), "invalid sparsity True"),
+    "text as sparsity": (at("sparsity", value="0.9"), "invalid sparsity '0.9'"),
+    "lower sparsity": (at("sparsity", value=0.9), "sparsity 0.9, but 1,970 of 2,000 weights"),
+    "checksum": (at("tensors", "mask", "crc", value=2**32), "mask: invalid checksum 4294967296"),
+    "boolean checksum": (at("tensors", "mask", "crc", value=True), "mask: invalid checksum True"),
     "description": (at(*ENTRY, value=3), "weight: the description is not an object"),
     "layout": (
         at(*ENTRY, "layout", value="os.system"),
@@ -152,13 +169,18 @@ EDITS = {
     "huge shape": (at(*ENTRY, "shape", value=[2**40, 2**40]), "too large for a tensor"),
     "absurd shape": (at(*ENTRY, "shape", value=[10**4000] * 9), "too large for a tensor"),
     "many dimensions": (at(*ENTRY, "shape", value=[1] * 10**5), "too large for a tensor"),
-    "large shape": (at(*ENTRY, "shape", value=[2**31, 2**31]), "requires 18,446,744,"),
+    "large shape": (
+        both(at(*ENTRY, "shape", value=[2**20, 2**31]), at("sparsity", value=1.0)),
+        "requires 9,007,199,",
+    ),
+    "larger shape": (at(*ENTRY, "shape", value=[2**30, 2**31]), "too large for a tensor"),
     "small shape": (at(*ENTRY, "shape", value=[4, 50]), r"position \d+ in a tensor of 200"),
     "tiny shape": (at(*ENTRY, "shape", value=[2]), "more values than weights"),
     "width": (at(*ENTRY, "width", value=40), "invalid width 40"),
     "zero width": (at(*ENTRY, "width", value=0), "invalid width 0"),
     "other width": (at(*ENTRY, "width", value=1), "positions for 30 values"),
     "zeros": (at("tensors", "bias", "zeros", value=6), "invalid number of zeros 6"),
+    "too few zeros": (at("tensors", "bias", "zeros", value=5), "number of zeros is wrong"),
     "tied to nothing": (at("tied", "x", value="y"), "x: invalid tie to 'y'"),
     "tied to a tie": (at("tied", "x", value="again"), "x: invalid tie to 'again'"),
     "tied twice": (at("tied", "bias", value="weight"), "bias: invalid tie to 'weight'"),
@@ -166,8 +188,20 @@ EDITS = {
     "lost part": (lambda d, p: p.pop("weight:gaps"), "weight: values or positions are missing"),
     "lost tensor": (lambda d, p: p.pop("bias"), "bias: values are missing"),
     "unknown tensor": (lambda d, p: p.update(x=torch.ones(1)), "does not describe: x"),
-    "fewer values": (part("weight:values", lambda v: v[1:]), "30 positions for 29 values"),
-    "more gaps": (part("weight:gaps", lambda g: torch.cat([g, 0 * g])), "positions for 30 values"),
+    "fewer values": (
+        both(part("weight:values", lambda v: v[1:]), at("sparsity", value=1.0)),
+        "more than 29 positions",
+    ),
+    "more gaps": (
+        part("weight:gaps", lambda g: torch.cat([g, 0 * g[:4]])),
+        "more than 30 positions",
+    ),
+    "too many gaps": (
+        part("weight:gaps", lambda g: torch.cat([g, g, g])),
+        "102 bytes of positions for 30 values in a tensor of 2,000 weights, which take 34 to 38",
+    ),
+    "too few gaps": (part("weight:gaps", lambda g: g[:33]), "33 bytes of positions for 30 values"),
+    "a value of zero": (part("weight:values", lambda v: 0 * v), "weight: a stored value is 0"),
     "gaps of floats": (
         part("weight:gaps", lambda g: g.float()),
         "positions are not a uint8 vector",
@@ -284,11 +318,12 @@ def test_memory_is_allocated_only_within_the_limit(path):
 
 def test_a_huge_shape_does_not_affect_a_model(whole, path):
     document, parts = parsed(whole)
-    document["tensors"]["weight"]["shape"] = [2**31, 2**31]
+    document["tensors"]["weight"]["shape"] = [2**20, 2**31]
+    document["sparsity"] = 1.0
     sign(document, parts)
     forge(path, document, parts)
     model = nn.Module()
     for name, value in MODEL.items():
         model.register_buffer(name, value)
-    with pytest.raises(StateError, match=r"weight has shape \[2147483648, 2147483648\]"):
+    with pytest.raises(StateError, match=r"weight has shape \[1048576, 2147483648\]"):
         feather.load_sparse(path, model)

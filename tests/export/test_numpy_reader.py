@@ -31,7 +31,7 @@ def test_it_reads_files_of_the_library(dtype, tmp_path):
     }
     tensors |= {
         "tied": tensors["density 0.1"],
-        "special": torch.tensor([-0.0, float("nan"), float("-inf")] + [0.0] * 999).to(dtype),
+        "special": torch.tensor([1e-45, float("nan"), float("-inf")] + [0.0] * 999).to(dtype),
         "scalar": torch.tensor(3),
         "empty": torch.zeros(0, 3),
         "bytes": torch.eye(50, dtype=torch.uint8),

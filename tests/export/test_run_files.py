@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import types
 
 import pytest
 import torch
@@ -187,6 +188,48 @@ def test_a_pushed_network_can_be_loaded_from_the_hub(run, export, tmp_path, monk
     assert str(tmp_path) not in card
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})  # the instructions work
     resolve_config("digits", folder / "config.yaml", {})  # the configuration is valid
+
+
+class AnswerError(OSError):
+    """What the client raises if the hub answers that there is no such repository."""
+
+    response = object()
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (AnswerError("401 Client Error.\nRepository Not Found"), feather.ConfigurationError),
+        (ValueError("Repo id must be"), feather.ConfigurationError),
+        (KeyError("no such file"), feather.ConfigurationError),
+        (ConnectionError("no network"), ConnectionError),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_errors_of_the_hub(monkeypatch, raised, expected):
+    def fail(*_, **__):
+        raise raised
+
+    client = types.SimpleNamespace(hf_hub_download=fail, create_repo=fail)
+    monkeypatch.setattr(hub, "import_huggingface_hub", lambda: client)
+    for action in (
+        lambda: feather.load_sparse("hf://me/small", torch.nn.Linear(2, 2)),
+        lambda: SparseFile("hf://me/small@v1"),
+        lambda: hub.upload(None, "me/small"),
+    ):
+        with pytest.raises(expected) as caught:
+            action()
+        if expected is feather.ConfigurationError:
+            assert "hf://me/small" in str(caught.value)
+            assert "Pass hf://USER/NAME" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["hf://", "hf://a/b/c", "hf://a b", "hf://@", "hf://..", "hf://\0"]
+)
+def test_invalid_addresses_are_errors_without_a_connection(address):
+    with pytest.raises(feather.ConfigurationError, match="Pass hf://USER/NAME"):
+        feather.load_sparse(address, torch.nn.Linear(2, 2))
 
 
 # Errors

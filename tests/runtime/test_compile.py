@@ -4,6 +4,8 @@ import copy
 import ctypes
 import functools
 import json
+import math
+import os
 import pickle
 import shutil
 import subprocess
@@ -29,6 +31,7 @@ from runtime_cases import (
 from torch import nn
 from torch.nn.utils import prune
 
+import torch_feather as feather
 from torch_feather import FileFormatError, StateError
 from torch_feather.runtime import (
     CaptureError,
@@ -40,6 +43,7 @@ from torch_feather.runtime import (
     kernels,
     module,
 )
+from torch_feather.runtime.plan import Sparse
 
 SHAPE = (3, 8, 7)
 
@@ -429,6 +433,35 @@ def test_a_compiled_network_cannot_be_copied_or_saved(network):
             attempt(network_or_parent)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_is_never_loaded_into_a_compiled_network(network, model, tmp_path, strict):
+    parent = nn.Sequential(network, nn.Linear(2, 2))
+    feather.save_sparse(model, tmp_path / "file")
+    for attempt in (
+        lambda: network.load_state_dict({}, strict=strict),
+        lambda: network.load_state_dict(model.state_dict(), strict=strict),
+        lambda: parent.load_state_dict({}, strict=strict),
+        lambda: parent.load_state_dict(nn.Sequential(model).state_dict(), strict=strict),
+        lambda: feather.load_sparse(tmp_path / "file", network),
+    ):
+        with pytest.raises(StateError, match="compile"):
+            attempt()
+
+
+def test_the_sign_of_a_zero_weight_does_not_matter():
+    weight, keep = torch.randn(16, 64), torch.rand(16, 64) < 0.1
+    x, outputs = torch.randn(3, 64), []
+    for values in (weight * keep, torch.where(keep, weight, 0.0)):  # with -0.0, and without
+        layer = nn.Linear(64, 16)
+        nn.init.zeros_(layer.bias)
+        layer.weight.data = values
+        network = compile_sparse(layer, x, threads=1, tuning={"weight": SPARSE})
+        (step,) = (step for step in network.plan.steps if isinstance(step, Sparse))
+        assert len(step.taps.values) == keep.sum()
+        outputs.append(network(x))
+    assert torch.equal(*outputs)
+
+
 # Tuning results
 
 
@@ -489,6 +522,15 @@ TEXTS = {
     "tile of nothing": {"tile": [0, 8]},
     "time of text": {"dense_ms": "fast"},
     "sparse of text": {"sparse": "yes"},
+    "deep": "[" * 10**5,
+    "long number": '{"0.weight": ' + "9" * 5000 + "}",
+    "huge tile": {"tile": [10**9, 8]},
+    "tile of fractions": {"tile": [3.5, 8]},
+    "tile of booleans": {"tile": [True, 8]},
+    "sparsity out of range": {"sparsity": 2},
+    "boolean sparsity": {"sparsity": True},
+    "infinite time": {"dense_ms": math.inf},
+    "negative time": {"dense_ms": -1.0},
 }
 
 
@@ -501,6 +543,12 @@ def test_damaged_tuning_files(name, model, tmp_path, untimed):
     path.write_text(text)
     with pytest.raises(FileFormatError, match="holds no tuning results"):
         compile_sparse(model, torch.randn(2, *SHAPE), tuning=path)
+
+
+def test_a_pipe_is_no_tuning_file(model, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileFormatError, match="not a regular file"):
+        compile_sparse(model, torch.randn(2, *SHAPE), tuning=tmp_path / "pipe")
 
 
 # Without llvmlite

@@ -1,4 +1,5 @@
 import io
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch_feather.errors import FeatherWarning
 from torch_feather.training.config import DataConfig
 from torch_feather.training.data import EvalLoader, TrainLoader, cache_folder, load_dataset
+from torch_feather.training.data import cifar as cifar_files
 from torch_feather.training.distributed import Ranks
 from torch_feather.training.errors import DataError
 
@@ -183,6 +185,95 @@ def test_bad_files_are_a_one_line_error_that_names_them(folder, damage, message)
     with pytest.raises(DataError, match=message) as caught:
         load_dataset(cifar(folder), seed=0)
     assert "\n" not in str(caught.value)
+
+
+def test_a_decompression_bomb_in_a_parquet_file_is_an_error(folder):
+    stream = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(stream, "PNG")
+    table = pyarrow.table({"img": [{"bytes": stream.getvalue(), "path": ""}], "fine_label": [0]})
+    pyarrow.parquet.write_table(table, folder / "test-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=r"test-00000.*row 0 cannot be decoded"):
+        load_dataset(cifar(folder), seed=0)
+
+
+def test_rows_that_repeat_one_large_image_take_bounded_memory(folder, monkeypatch):
+    cell = encode(random_images(1, 0)[0])
+    table = pyarrow.table({"img": [cell] * 5000, "fine_label": [1] * 5000})
+    file = folder / "test-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(table, file)  # stores the image once
+    assert file.stat().st_size < 50_000
+    monkeypatch.setattr(cifar_files, "MEMORY", 1000 * 32 * 32 * 3)
+    with pytest.raises(DataError, match=r"row 1000 is more than the .* bytes of pixels allowed"):
+        load_dataset(cifar(folder), seed=0)
+
+
+def _without_bytes(folder):
+    table = pyarrow.table({"img": [{"bytes": None, "path": "x"}], "fine_label": [0]})
+    pyarrow.parquet.write_table(table, folder / "test-00000-of-00001.parquet")
+
+
+def _without_label(folder):
+    image = encode(random_images(1, 0)[0])
+    table = pyarrow.table({"img": [image, image], "fine_label": [0, None]})
+    pyarrow.parquet.write_table(table, folder / "test-00000-of-00001.parquet")
+
+
+def _texts(folder):
+    table = pyarrow.table({"img": ["x", "y"], "fine_label": [0, 1]})
+    pyarrow.parquet.write_table(table, folder / "test-00000-of-00001.parquet")
+
+
+def _fifo(folder):
+    (folder / "test-00000-of-00001.parquet").unlink()
+    os.mkfifo(folder / "test-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_without_bytes, "row 0 has no image"),
+        (_without_label, "row 1 has no label"),
+        (_texts, "not a readable parquet file|has no image"),
+        (_fifo, "not a regular file"),
+    ],
+)
+def test_unusual_parquet_files_are_a_one_line_error(folder, damage, message):
+    damage(folder)
+    with pytest.raises(DataError, match=message) as caught:
+        load_dataset(cifar(folder), seed=0)
+    assert "test-00000-of-00001.parquet" in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def damaged_files(whole):
+    """Yield files cut at, and with a byte changed at, many offsets."""
+    for position in range(0, len(whole), 13):
+        yield whole[:position]
+        changed = bytearray(whole)
+        changed[position] ^= 1 << position % 8
+        yield bytes(changed)
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_a_damaged_parquet_file_gives_the_right_images_or_an_error(folder, compression):
+    file = folder / "test-00000-of-00001.parquet"
+    pixels = random_images(3, 1, size=4)
+    table = pyarrow.table({"img": [encode(p) for p in pixels], "fine_label": [3, 1, 2]})
+    pyarrow.parquet.write_table(
+        table, file, compression=compression, write_page_checksum=True, store_schema=False
+    )
+    messages = []
+    for content in damaged_files(file.read_bytes()):
+        file.write_bytes(content)
+        try:
+            arrays = cifar_files._read_parquet([file], "fine_label", 100)
+        except DataError as error:
+            messages.append(str(error))
+        else:
+            assert np.array_equal(arrays["pixels"], pixels)
+            assert arrays["labels"].tolist() == [3, 1, 2]
+    assert len(messages) > 50
+    assert all(file.name in message and message.isprintable() for message in messages)
 
 
 def test_a_missing_folder_is_named(tmp_path):

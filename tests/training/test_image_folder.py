@@ -1,4 +1,7 @@
+import errno
 import io
+import os
+import stat
 import tarfile
 from dataclasses import replace
 
@@ -7,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from torch_feather.errors import FeatherWarning
 from torch_feather.training.config import DataConfig
 from torch_feather.training.data import (
     EncodedImages,
@@ -16,6 +20,7 @@ from torch_feather.training.data import (
     files,
     imagefolder,
     load_dataset,
+    tar_index,
 )
 from torch_feather.training.data.prepare import Center
 from torch_feather.training.data.stream import StreamEvalLoader, StreamTrainLoader
@@ -306,10 +311,9 @@ def test_a_tar_file_is_searched_once_per_version(tmp_path, monkeypatch):
     file = _one_tar("")(tmp_path)
     settings = config(file, storage="stream")
     assert len(load_dataset(settings, 0).train) == 18
-    real = tarfile.open
-    monkeypatch.setattr(tarfile, "open", None)
-    assert len(load_dataset(settings, 0).train) == 18
-    monkeypatch.setattr(tarfile, "open", real)
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_index, "read_members", None)
+        assert len(load_dataset(settings, 0).train) == 18
     write_tar(file, collection() | {"train/ape/more.png": png(500)})
     assert len(load_dataset(settings, 0).train) == 19
 
@@ -439,6 +443,126 @@ def test_images_of_every_mode_are_converted_to_three_channels(tmp_path):
         images[name] = stream.getvalue()
     data = load_dataset(config(write_folder(tmp_path / "kinds", images)), seed=0)
     assert data.train.pixels.shape == (18, 24, 24, 3)
+
+
+def test_a_folder_is_searched_once_however_many_links_point_to_it(folder):
+    for part, kind in (("train", "ape"), ("val", "bee")):
+        for i in range(3):
+            (folder / part / kind / f"self{i}").symlink_to(".")
+            (folder / part / kind / f"up{i}").symlink_to("..")
+            (folder / part / kind / f"class{i}").symlink_to(f"../{kind}")
+    data = load_dataset(config(folder), 0)
+    assert (data.classes, len(data.train), len(data.test)) == (3, 18, 9)
+
+
+def test_a_link_to_a_folder_above_is_an_error(folder):
+    (folder / "val" / "bee" / "up").symlink_to("../..")
+    with pytest.raises(DataError, match="up: is a folder that val is in"):
+        load_dataset(config(folder), 0)
+
+
+def test_links_of_links_are_found_in_time_linear_in_the_folders(folder):
+    below = folder / "train" / "ape" / "0"
+    for level in range(1, 40):  # 2**39 paths
+        below.mkdir()
+        (below / "twice").symlink_to(str(level))
+        below = below / str(level)
+    below.mkdir()
+    (below / "deep.png").write_bytes(png(7))
+    assert len(load_dataset(config(folder), 0).train) == 19
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed(folder, tmp_path):
+    (folder / "train" / "ape").rename(tmp_path / "elsewhere")
+    (folder / "train" / "ape").symlink_to(tmp_path / "elsewhere")
+    assert len(load_dataset(config(folder), 0).train) == 18
+
+
+def test_one_folder_as_two_classes_is_an_error(folder):
+    for part in ("train", "val"):
+        (folder / part / "dog").symlink_to("cat")
+    with pytest.raises(DataError, match="dog: is also the folder cat, of another class"):
+        load_dataset(config(folder), 0)
+
+
+@pytest.mark.parametrize("storage", ["memory", "stream"])
+@pytest.mark.parametrize("special", ["fifo", "device", "socket", "broken link"])
+def test_only_regular_files_are_read(folder, special, storage):
+    def make(path):
+        if special == "fifo":
+            os.mkfifo(path)
+        elif special == "socket":
+            os.mknod(path, stat.S_IFSOCK | 0o600)
+        else:
+            path.symlink_to("/dev/zero" if special == "device" else "nowhere")
+
+    make(folder / "train" / "ape" / "x.png")
+    with pytest.raises(DataError, match=r"x\.png: is (no regular file|a broken link)\. Remove it"):
+        load_dataset(config(folder, storage=storage), 0)
+    (folder / "train" / "ape" / "x.png").unlink()
+    data = load_dataset(config(folder, storage="stream", resolution=16), 0)
+    path = data.train.files.path(0)  # replaced after it was found
+    path.unlink()
+    make(path)
+    with pytest.raises(DataError, match=r"not a regular file|No such file|No such device"):
+        data.train.load(np.zeros(1, int), np.zeros(1, int))
+
+
+def test_a_link_to_itself_is_a_broken_link(folder):
+    (folder / "train" / "ape" / "x").symlink_to("x")
+    assert len(load_dataset(config(folder), 0).train) == 18
+    (folder / "train" / "ape" / "x.png").symlink_to("x.png")
+    with pytest.raises(DataError, match=r"x\.png: is a broken link"):
+        load_dataset(config(folder), 0)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(folder, monkeypatch):
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("bee"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"bee: cannot be read \(Permission denied\)"):
+        load_dataset(config(folder), 0)
+
+
+def test_the_size_of_a_file_is_bounded(folder):
+    os.truncate(folder / "train" / "ape" / "000.png", 2**30 + 1)
+    with pytest.raises(DataError, match=r"000\.png: has 1,073,741,825 bytes, but at most"):
+        load_dataset(config(folder), 0)
+
+
+@pytest.mark.parametrize("storage", ["memory", "stream"])
+def test_a_long_image_that_would_take_gigabytes_when_scaled_is_an_error(folder, storage):
+    (folder / "val" / "bee" / "001.png").write_bytes(png(0, (1, 60_000)))
+    settings = config(folder, storage=storage, resolution=224)
+    with pytest.raises(DataError, match=r"001\.png: 60000x1 pixels, with a shorter side of 224"):
+        of_stream(load_dataset(settings, 0).test)
+
+
+def test_two_spellings_of_one_class_are_an_error(folder):
+    for part in ("train", "val"):
+        for name in ("caf\u00e9", "cafe\u0301"):
+            write_folder(folder, {f"{part}/{name}/1.png": png(1)})
+    with pytest.raises(DataError, match="two spellings of the same class"):
+        load_dataset(config(folder), 0)
+
+
+def test_images_of_other_formats_are_named(folder):
+    (folder / "train" / "ape" / "x.gif").write_bytes(b"")
+    (folder / "train" / "ape" / "y.avif").write_bytes(b"")
+    with pytest.warns(FeatherWarning, match=r"[xy]\.(gif|avif) and 1 more: images of this format"):
+        assert len(load_dataset(config(folder), 0).train) == 18
+
+
+def test_names_with_control_characters_are_escaped_in_messages(folder):
+    write_folder(folder, {"train/ape/a\n\x1b[31m\udcff.png": b"no image"})
+    with pytest.raises(DataError, match=r"a\\n\\x1b\[31m\\udcff\.png: cannot be decoded") as caught:
+        load_dataset(config(folder), 0)
+    assert str(caught.value).isprintable()
 
 
 # --- batches of both storages ------------------------------------------------------------------

@@ -301,3 +301,15 @@ def test_text_that_names_no_file_is_refused():
         for key in ("data.path", "options.schedule", "include"):
             with pytest.raises(ConfigurationError, match=f"here: {key} must be text without"):
                 apply(Config(), {key: text}, "here")
+
+
+def test_a_budget_stands_in_place_of_the_default_bias(tmp_path):
+    """Version 0.1 stored the default bias with a budget, and ignored it."""
+    budget, bias = {"method": "feather-flops", "options": {"budget": 1e6}}, {"options.gamma": 0.25}
+    given = apply(Config(), budget, "here")
+    assert given.written_out().options.get("budget") == 1e6
+    assert "gamma" not in given.written_out().options
+    stored = apply(given, bias, "here")
+    (tmp_path / "config.yaml").write_text(to_yaml(stored))
+    assert load_config(tmp_path / "config.yaml").options == {"budget": 1e6}
+    assert Config(method="feather-flops").written_out().options["gamma"] == 0.25

@@ -47,6 +47,7 @@ def _show_version(requested: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -58,6 +59,10 @@ def _options(
 
     Start with `feather train`. It takes a minute and downloads nothing.
     """
+    from ..errors import name_command_line_options
+
+    name_command_line_options(True)
+    context.call_on_close(lambda: name_command_line_options(False))
 
 
 def main() -> None:

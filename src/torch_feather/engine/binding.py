@@ -15,18 +15,9 @@ from ..errors import ConfigurationError, StateError, some
 from ..methods.base import Rate
 from ..prunable import Prunable, unwrap
 from ..weights.shards import fsdp_units, is_sharded, local
+from .wrappers import checked, levels_of
 
-# Optimizers that write parameters outside of step(), when these hold effective weights.
-WRITE_OUTSIDE_STEP = ("ScheduleFree", "Lookahead")
-# Optimizers that are not supported: the reason, and an alternative.
-UNSUPPORTED = {
-    "ZeroRedundancyOptimizer": "has a state dict of its own, without latent weights. Use "
-    "fully_shard with a plain optimizer, which shards the optimizer's state and the latent weights",
-    "CPUOffloadOptimizer": "trains copies of the weights. Use fully_shard with CPUOffloadPolicy "
-    "and a plain optimizer, which keeps weights, latent weights and state on the CPU",
-}
-
-# Optimizers and parameters that have a sparsifier.
+# Optimizers and parameters that have a sparsifier; weak references to its `Step`.
 attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -228,48 +219,15 @@ def _check_free(model: nn.Module, prunable: Sequence[Prunable]) -> None:
             )
 
 
-def plain_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer inside wrappers such as those of Accelerate and Lightning.
-
-    Example:
-        >>> optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
-        >>> plain_optimizer(optimizer) is optimizer
-        True
-    """
-    while hasattr(optimizer, "optimizer") and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
 def _checked(optimizer: Any) -> Optimizer:
-    """Return the torch optimizer inside wrappers; raise ConfigurationError if unsupported."""
-    optimizer = plain_optimizer(optimizer)
-    kinds = [kind.__name__ for kind in type(optimizer).__mro__]
-    wrapped = getattr(optimizer, "optimizer", None) or getattr(optimizer, "base_optimizer", None)
-    if wrapped is not None:
-        kinds += [kind.__name__ for kind in type(wrapped).__mro__]
-    for unsupported in WRITE_OUTSIDE_STEP:
-        name = next((kind for kind in kinds if unsupported in kind), None)
-        if name:
-            raise ConfigurationError(
-                f"{name} writes parameters outside of step(), where they hold effective weights "
-                "instead of latent ones. Use a plain optimizer; for averaged weights use "
-                "torch_feather.LatentAverage."
-            )
-    for unsupported, reason in UNSUPPORTED.items():
-        if unsupported in kinds:
-            raise ConfigurationError(f"{unsupported} is not supported: it {reason}.")
-    if not isinstance(optimizer, Optimizer):
+    """Return the optimizer to attach to; raise ConfigurationError if it is not supported."""
+    found = checked(optimizer)
+    if any(level in attached for level in levels_of(found)):
         raise ConfigurationError(
-            "optimizer must be a torch.optim.Optimizer or a sequence of them, got "
-            f"{type(optimizer).__name__}."
-        )
-    if optimizer in attached:
-        raise ConfigurationError(
-            f"This {type(optimizer).__name__} already has a sparsifier. Call its detach() or "
+            f"This {type(found).__name__} already has a sparsifier. Call its detach() or "
             "finalize() first."
         )
-    return optimizer
+    return found
 
 
 def check_storage(names: Sequence[str], parameters: Sequence[Tensor]) -> None:

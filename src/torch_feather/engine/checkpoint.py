@@ -142,6 +142,7 @@ class Expected:
         shapes: their global shapes.
         header: returns the present header of a weight tensor.
         state: the method's present state.
+        absent: entries of it that states of earlier versions lack, with the values they stand for.
         strict: raise for differences; otherwise load the entries that fit.
     """
 
@@ -149,6 +150,7 @@ class Expected:
     shapes: Sequence[torch.Size]
     header: Callable[[int], Header]
     state: Mapping[str, PerTensor]
+    absent: Mapping[str, PerTensor]
     strict: bool
 
 
@@ -173,7 +175,7 @@ def check_loaded(
 
     Example:
         >>> header = Header(FORMAT, 3, 10, 0, 0, 0, 0)
-        >>> expected = Expected(["w"], [torch.Size([2])], lambda i: header, {}, strict=True)
+        >>> expected = Expected(["w"], [torch.Size([2])], lambda i: header, {}, {}, strict=True)
         >>> check_loaded(expected, {0: exported(torch.ones(2), header)}, [0])[0].latent
         tensor([1., 1.])
     """
@@ -203,7 +205,8 @@ def _check_one(expected: Expected, own: Entries, i: int, hint: str) -> Loaded | 
     latent, saved = own["latent"], Header.read(own["header"])
     if saved is None:
         raise StateError(f"The state's header for {name} is damaged. Load another checkpoint.")
-    differences = saved.differences(expected.header(i))
+    present = expected.header(i)
+    differences = saved.differences(present)
     if latent.shape != shape:
         differences.append(
             f"its latent weights have shape {tuple(latent.shape)}, the parameter {tuple(shape)}"
@@ -211,6 +214,8 @@ def _check_one(expected: Expected, own: Entries, i: int, hint: str) -> Loaded | 
     state = {}
     for key, entry in expected.state.items():
         value = from_bytes(own.get(key), entry.rows[i])
+        if key not in own and key in expected.absent and saved.method == present.method:
+            value = expected.absent[key].rows[i]
         if value is not None:
             state[key] = value
         else:
@@ -276,7 +281,7 @@ def with_entries(
         >>> state["state"]
         {0: {'feather_latent': tensor([1., 1.])}}
     """
-    state = {key: dict(own) for key, own in state_dict["state"].items()}
+    state = _copy(state_dict["state"])
     for g, i, _ in parameters_of(optimizer):
         added = entries(g, i)
         if added is not None:
@@ -296,16 +301,24 @@ def split(
         >>> plain["state"], entries
         ({}, {(0, 0): {'latent': tensor([1., 1.])}})
     """
-    state = {key: dict(own) for key, own in state_dict["state"].items()}
+    state = _copy(state_dict["state"])
     entries = {
         (g, i): own_entries(state.get(key, {}))
         for g, group in enumerate(state_dict["param_groups"])
         for i, key in enumerate(group["params"])
     }
-    for own in state.values():
-        for name in own_entries(own):
+    for key, own in list(state.items()):
+        found = own_entries(own) if isinstance(own, dict) else {}
+        for name in found:
             del own[PREFIX + name]
-    return {**state_dict, "state": {key: own for key, own in state.items() if own}}, entries
+        if found and not own:
+            del state[key]
+    return {**state_dict, "state": state}, entries
+
+
+def _copy(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a copy of a state; some optimizers keep values that are no dicts in it."""
+    return {key: dict(own) if isinstance(own, dict) else own for key, own in state.items()}
 
 
 def by_position(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import devices
-from ..weights.checksum import checksum, checksum_of
+from ..weights.checksum import Recorded, checksum, checksum_of
 from ..weights.latent import LatentWeights
 
 
@@ -25,11 +25,12 @@ class WriteDetector:
         loaded: checksums of effective weights in a loaded checkpoint, by position. These values may
             differ in the last bits if they were computed on another device; they are not external
             writes.
+        nan: whether a recorded value on a CPU was NaN.
 
     Example:
         >>> w = torch.ones(2)
         >>> weights, detector = LatentWeights([w]), WriteDetector()
-        >>> detector.record(weights, [w])
+        >>> detector.record(weights, Recorded([w]))
         >>> detector.suspects(weights, [w])
         []
         >>> _ = w.zero_()
@@ -40,15 +41,21 @@ class WriteDetector:
     def __init__(self) -> None:
         self.loaded: dict[int, int] = {}
         self._marks: list[tuple[int, int]] = []
+        self.nan = False
 
-    def record(self, weights: LatentWeights, local: Sequence[Tensor]) -> None:
+    def record(self, weights: LatentWeights, local: Recorded) -> None:
         """Record the present values of the parameters.
 
         Args:
             weights: the latent weights.
             local: local shards of the parameters.
         """
-        self._marks = [] if devices.synchronizes(weights.device) else _marks(local)
+        self._marks, self.nan = [], False
+        if not devices.synchronizes(weights.device):
+            sums = [local.sums_of(i) for i in range(len(local))]
+            versions = [part._version for part in local]
+            self._marks = [(v, one.checksum) for v, one in zip(versions, sums, strict=True)]
+            self.nan = any(one.nan for one in sums)
 
     def invalidate(self) -> None:
         """Make all parameters suspects, for a reason that this process alone may know."""

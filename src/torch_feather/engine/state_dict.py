@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class StateDicts:
         fingerprint: the method's fingerprint.
 
     Attributes:
+        total_steps: optimizer steps of the whole training.
         strict: raise for a state of another run; otherwise load what fits.
 
     Example:
@@ -38,7 +39,7 @@ class StateDicts:
     """
 
     def __init__(self, sparsity: float, total_steps: int, fingerprint: str):
-        self._sparsity, self._total_steps = round(sparsity * 1e12), total_steps
+        self._sparsity, self.total_steps = round(sparsity * 1e12), total_steps
         self._method, self.strict = checkpoint.digest(fingerprint), True
 
     def header(self, training: Training, i: int | None, image: int = 0) -> Header:
@@ -55,7 +56,7 @@ class StateDicts:
         return Header(
             checkpoint.FORMAT,
             int(training.count),
-            self._total_steps,
+            self.total_steps,
             self._sparsity,
             self._method,
             shape,
@@ -91,6 +92,26 @@ class StateDicts:
             held: positions of its prunable weights.
             state_dict: its own state dict.
         """
+        return checkpoint.with_entries(
+            state_dict, optimizer, self._exporter(training, optimizer, held)
+        )
+
+    def live(
+        self, training: Training, optimizer: Optimizer, held: Sequence[int]
+    ) -> dict[Tensor, dict[str, Tensor]]:
+        """Return entries for a live state, by parameter; arguments as for `save`."""
+        entries = self._exporter(training, optimizer, held)
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        for g, i, parameter in checkpoint.parameters_of(optimizer):
+            added = entries(g, i)
+            if added is not None:
+                found[parameter] = {checkpoint.PREFIX + name: added[name] for name in added}
+        return found
+
+    def _exporter(
+        self, training: Training, optimizer: Optimizer, held: Sequence[int]
+    ) -> Callable[[int, int], dict[str, Tensor] | None]:
+        """Return a function of (group, position) that returns the entries of a parameter."""
         position_at = _positions(training, held)
         frozen = {
             (g, i)
@@ -101,7 +122,7 @@ class StateDicts:
         def entries(g: int, i: int) -> dict[str, Tensor] | None:
             return None if (g, i) in frozen else self.export(training, position_at.get((g, i)))
 
-        return checkpoint.with_entries(state_dict, optimizer, entries)
+        return entries
 
     def check(
         self,
@@ -117,6 +138,7 @@ class StateDicts:
             [parameter.shape for parameter in training.binding.parameters],
             lambda i: self.header(training, i),
             training.method.state,
+            training.method.facts.absent,
             self.strict,
         )
         return checkpoint.check_loaded(expected, found, positions, foreign, hint)
@@ -138,8 +160,11 @@ class StateDicts:
         found, foreign = checkpoint.by_position(entries, _positions(training, held))
         return plain, self.check(training, found, held, foreign)
 
-    def adopt(self, training: Training, optimizer: Optimizer, held: Sequence[int]) -> None:
+    def adopt(self, training: Training, optimizer: Optimizer, held: Sequence[int]) -> bool:
         """Load entries that were loaded into an optimizer before `sparsify` was called.
+
+        Returns:
+            Whether there were any.
 
         Args:
             training: the training run.
@@ -151,11 +176,12 @@ class StateDicts:
         """
         entries = checkpoint.take_live_entries(optimizer)
         if not entries:
-            return
+            return False
         found, foreign = checkpoint.by_position(entries, _positions(training, held))
         loaded = self.check(training, found, held, foreign, checkpoint.RELAXED_EARLY)
         self.load(training, loaded, held)
         checkpoint.drop_live_entries(optimizer)
+        return True
 
     @torch.no_grad()
     def load(

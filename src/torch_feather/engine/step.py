@@ -10,6 +10,7 @@ The pieces take values and return values, and never call back. Only this file co
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,13 +26,17 @@ from .. import devices
 from ..errors import StateError, some, warn
 from ..prunable import Filters, find_prunable
 from ..weights.latent import copy_all
+from .averages import warn_of_averages
 from .binding import attached
+from .foreign import release_optimizers, watch_optimizers
 from .health import Health
 from .hooks import Handlers, OptimizerHooks, only_initializes
 from .loss_scale import watch_scalers
 from .state_dict import StateDicts
 from .step_in_backward import half_done, in_backward, incomplete
 from .training import Training
+from .turns import surplus, unequal
+from .wrappers import levels_of
 
 
 @dataclass
@@ -47,6 +52,7 @@ class OneOptimizer:
         holds_latent: whether its parameters hold latent weights now.
         initializes: whether the present step only initializes its state.
         in_backward: whether the present step is inside a backward pass.
+        steps: number of its steps in this process.
         forward_values: values of its parameters in the forward pass, during a step inside the
             backward pass.
 
@@ -67,6 +73,7 @@ class OneOptimizer:
     holds_latent: bool = False
     initializes: bool = False
     in_backward: bool = False
+    steps: int = 0
     forward_values: list[Tensor] = field(default_factory=list)
 
 
@@ -98,6 +105,7 @@ class Step:
     ):
         self.training, self.health, self.states = training, health, states
         self._filters, self._stepped, self.attached = filters, False, True
+        self._warned_of_averages = False
         binding = training.binding
         if training.method.facts.completes and len(binding.optimizers) > 1:
             watch_scalers()
@@ -107,53 +115,78 @@ class Step:
             for o, one in enumerate(binding.optimizers)
         ]
         self._hooks = [
-            OptimizerHooks(one.optimizer, self._handlers(one)) for one in self.optimizers
+            OptimizerHooks(levels_of(one.optimizer), self._handlers(one)) for one in self.optimizers
         ]
-        for thing in (*binding.optimizers, *binding.parameters):
-            attached[thing] = True
+        self._things = [level for hooks in self._hooks for level in hooks.levels]
+        for thing in (*self._things, *binding.parameters):
+            attached[thing] = weakref.ref(self)
+        watch_optimizers()
         training.write_effective()
 
     def _handlers(self, one: OneOptimizer) -> Handlers:
         return Handlers(
             before=partial(self.before, one),
+            ready=partial(self._ready, one),
             after=partial(self.after, one),
             closure=partial(self._inside_closure, one),
             failed=partial(self._failed, one),
             save=partial(self._save, one),
             load=partial(self._load, one),
+            entries=partial(self._entries, one),
         )
 
     @torch.no_grad()
-    def before(self, one: OneOptimizer, closure: bool) -> None:
+    def before(self, one: OneOptimizer, closure: bool, ready: bool = True) -> None:
         """Before a step of an optimizer: complete gradients; its parameters become w.
 
         Args:
             one: the optimizer.
             closure: whether the step has a closure, which computes the gradients later.
+            ready: whether the gradients are ready; a wrapper may change them first.
         """
         self._warn_of_new_groups(one)
+        self._check_surplus(one)
         one.initializes = only_initializes(one.optimizer)
         one.in_backward = self.training.in_backward.is_open or in_backward()
         if one.in_backward:
             self._before_in_backward(one, closure)
             return
-        if not closure:
+        if one.initializes:
+            self._settle(one)
+        if ready and not closure:
             self.training.complete_gradients(one.optimizer)
         self._check_sparse_start()
         self.training.absorb_external_writes()
         self._write_latent(one)
 
     @torch.no_grad()
-    def after(self, one: OneOptimizer) -> None:
-        """After a step of an optimizer: its parameters become u; the last one advances time."""
+    def _ready(self, one: OneOptimizer) -> None:
+        """Within a step of a wrapper: complete its gradients, with effective weights."""
+        if self.training.method.facts.completes and one.holds_latent:
+            with self._inside_closure(one):
+                pass
+
+    @torch.no_grad()
+    def after(self, one: OneOptimizer, taken: bool = True) -> None:
+        """After a step of an optimizer: its parameters become u; the last one advances time.
+
+        Args:
+            one: the optimizer.
+            taken: False if a wrapper skipped the step.
+        """
+        self._settle(one)
         if one.in_backward:
             self._after_in_backward(one)
             return
         self._read_latent(one)
         # A fused optimizer under GradScaler decides on the device whether it steps.
         skipped = getattr(one.optimizer, "found_inf", None)
-        taken = not one.initializes if skipped is None else skipped == 0
-        self._advance(taken if one.last else False)
+        if skipped is None:
+            counts: bool | Tensor = taken and not one.initializes
+        else:
+            counts = (skipped == 0) & taken
+        one.steps += taken and not one.initializes
+        self._advance(counts if one.last else False)
 
     def _advance(self, taken: bool | Tensor) -> None:
         """Advance the schedule if the step was taken; thresholds move; parameters become u."""
@@ -161,10 +194,12 @@ class Step:
         training.advance(taken)
         training.written.loaded = {}
         training.write_effective()
+        if not self._stepped:
+            self.warn_of_averages()
         self._stepped = True
         self.health.check(
             training.weights, training.binding.local, training.method, training.pruning,
-            training.count,
+            training.count, training.written.nan,
         )  # fmt: skip
 
     def _write_latent(self, one: OneOptimizer) -> None:
@@ -175,6 +210,10 @@ class Step:
         self.training.read_latent(one.held)
         one.holds_latent = False
 
+    def _settle(self, one: OneOptimizer) -> None:
+        """Record that the gradients of an optimizer are dL/dw."""
+        self.training.assigned.settle(one.held, self.training.binding.parameters)
+
     @contextmanager
     def _inside_closure(self, one: OneOptimizer) -> Iterator[None]:
         """Around a closure: the network uses effective weights."""
@@ -183,6 +222,7 @@ class Step:
         try:
             yield
             self.training.complete_gradients(one.optimizer)
+            self._settle(one)
         finally:
             self._write_latent(one)
 
@@ -212,9 +252,10 @@ class Step:
         self.training.release()
         for hooks in self._hooks:
             hooks.release()
-        binding = self.training.binding
-        for thing in (*binding.optimizers, *binding.parameters):
+        for thing in (*self._things, *self.training.binding.parameters):
             attached.pop(thing, None)
+        self._things.clear()
+        release_optimizers()
 
     def require_attached(self) -> None:
         """Raise StateError after `release`."""
@@ -258,11 +299,22 @@ class Step:
         weights = self.training.binding.weights
         raise incomplete(some([w.name for w in weights if w.optimizer in missing]))
 
+    def warn_of_averages(self) -> None:
+        """Warn once if another library averages the model, which would be dense."""
+        if not self._warned_of_averages:
+            self._warned_of_averages = warn_of_averages(self.training.binding.parameters)
+
     # State dicts
 
     def _save(self, one: OneOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self.sync()
         return self.states.save(self.training, one.optimizer, one.held, state_dict)
+
+    @torch.no_grad()
+    def _entries(self, one: OneOptimizer) -> dict[Tensor, dict[str, Tensor]]:
+        """Return the entries that a copy of an optimizer takes along."""
+        self.sync()
+        return self.states.live(self.training, one.optimizer, one.held)
 
     def _load(
         self, one: OneOptimizer, load_state_dict: Callable[..., Any], state_dict: dict[str, Any]
@@ -270,6 +322,7 @@ class Step:
         plain, entries = self.states.read(self.training, one.held, state_dict)
         result = load_state_dict(plain)
         self.states.load(self.training, entries, one.held)
+        self.health.resume_at(int(self.training.count))
         return result
 
     def adopt_loaded_state(self) -> None:
@@ -279,7 +332,8 @@ class Step:
             StateError: the state belongs to another run.
         """
         for one in self.optimizers:
-            self.states.adopt(self.training, one.optimizer, one.held)
+            if self.states.adopt(self.training, one.optimizer, one.held):
+                self.health.resume_at(int(self.training.count))
 
     # Checks of changes by other code
 
@@ -292,10 +346,7 @@ class Step:
         alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
         if self._stepped or alone or self.training.weights.shards is not None:
             return
-        if (
-            devices.synchronizes(self.training.weights.device)
-            and torch.cuda.is_current_stream_capturing()
-        ):
+        if self._is_captured():
             return
         training = self.training
         every = range(len(training.weights.views))
@@ -310,6 +361,25 @@ class Step:
                 "sparsify. If the weights were loaded deliberately, call "
                 "sparsifier.reset_latents()."
             )
+
+    def _check_surplus(self, one: OneOptimizer) -> None:
+        """Raise for a step beyond `total_steps` if another order of the optimizers was meant."""
+        if not one.last or one.steps < 2 or self._is_captured() or not (counts := self.unequal()):
+            return
+        others = [other.steps for other in self.optimizers if other.held]
+        if min(others) < one.steps and int(self.training.count) >= self.states.total_steps:
+            raise surplus(counts, self.states.total_steps)
+
+    def unequal(self) -> str:
+        """Return a sentence about optimizers that step unequally often; '' if they do not."""
+        counted = [one for one in self.optimizers if one.held or one.last]
+        names = [type(one.optimizer).__name__ for one in counted]
+        return unequal(names, [one.steps for one in counted])
+
+    def _is_captured(self) -> bool:
+        """Return whether a CUDA graph is captured, when nothing can be read on the host."""
+        accelerated = devices.synchronizes(self.training.weights.device)
+        return accelerated and torch.cuda.is_current_stream_capturing()
 
     def _warn_of_new_groups(self, one: OneOptimizer) -> None:
         groups, known = one.optimizer.param_groups, one.groups

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigurationError, StateError, warn
-from ..methods.base import BoundMethod, Completion, Pruning
-from ..weights.latent import LatentWeights, copy_all
+from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
+from ..weights.checksum import Recorded
+from ..weights.compiled import copy_weights
+from ..weights.exchange import read_latent
+from ..weights.latent import LatentWeights
 from ..weights.passes import adopt_written
 from ..weights.shards import fsdp_units, is_sharded, local, local_part, reshard
+from .assigned_gradients import AssignedGradients
 from .binding import Binding, check_storage, layout
 from .external_writes import WriteDetector
 from .fixed_memory import keep_memory, move_state, store
@@ -53,6 +57,7 @@ class Training:
         count: optimizer steps taken, a 0-dimensional tensor on the device.
         written: detects external writes.
         pending: gradients that are not completed.
+        assigned: finds gradients that no tensor hook saw.
         in_backward: optimizers that step inside the backward pass.
 
     Example:
@@ -77,6 +82,7 @@ class Training:
         self.count = torch.zeros((), dtype=torch.int64, device=weights.device)
         self.pruning: Pruning = None
         self.pending, self.written = PendingGradients(), WriteDetector()
+        self.assigned = AssignedGradients(binding.names)
         self.in_backward = InBackwardStep([weight.optimizer for weight in binding.weights])
         self._passes: PassGradients | None = None
         self._layout = [layout(p) for p in binding.parameters]
@@ -91,7 +97,13 @@ class Training:
         """Update thresholds or masks; parameters become u = R(w)."""
         new = store(self.method, self.method.update(self.weights, self.count))
         self.pruning = keep_memory(self.pruning, new, self.weights.device)
-        self.write(self.method.effective_weights(self.weights, self.pruning))
+        self._write()
+
+    def _write(self) -> None:
+        """Write u into the parameters, and record it for the detection of external writes."""
+        held = Recorded(self.binding.local)
+        self.method.write_effective(self.weights, self.pruning, held)
+        self.written.record(self.weights, held)
 
     @torch.no_grad()
     def write(self, values: Sequence[Tensor]) -> None:
@@ -100,8 +112,8 @@ class Training:
         Args:
             values: one local tensor per weight tensor.
         """
-        held = self.binding.local
-        copy_all(held, values)
+        held = Recorded(self.binding.local)
+        copy_weights(held, values)
         self.written.record(self.weights, held)
 
     @torch.no_grad()
@@ -140,20 +152,20 @@ class Training:
         if self.weights.shards is None:
             self.write_effective()
             return
-        self.write(self.method.effective_weights(self.weights, self.pruning))
+        self._write()
         self.written.invalidate()
 
     @torch.no_grad()
     def write_latent(self, positions: Sequence[int]) -> None:
         """Write latent weights into the parameters at these positions."""
         held = self.binding.local
-        copy_all([held[i] for i in positions], [self.weights.views[i] for i in positions])
+        copy_weights([held[i] for i in positions], [self.weights.views[i] for i in positions])
 
     @torch.no_grad()
     def read_latent(self, positions: Sequence[int]) -> None:
         """Read latent weights from the parameters at these positions."""
         held = self.binding.local
-        copy_all([self.weights.views[i] for i in positions], [held[i] for i in positions])
+        read_latent(self.weights, positions, [held[i] for i in positions])
 
     # Gradients
 
@@ -168,6 +180,7 @@ class Training:
 
     def _pull_back(self, i: int, gradient: Tensor, effective: Tensor) -> Tensor:
         """Record a new gradient dL/du of weight tensor i, and return its dL/dw."""
+        self.assigned.hooked(i)
         if self.pending.report():
             self.forget_own_gradients()
         return self.method.pull_back(self.weights, self.pruning, i, gradient, effective)
@@ -179,14 +192,18 @@ class Training:
 
     @torch.no_grad()
     def complete_gradients(self, stepping: Optimizer | None = None) -> None:
-        """Complete new gradients, once.
+        """Take assigned gradients back to the latent weights, and complete new gradients; once.
 
         Args:
             stepping: the optimizer that steps next; None outside of a step.
         """
-        if not self.method.facts.completes:
+        completes = self.method.facts.completes
+        if completes:
+            self.follow_parameters()  # gradients may belong to parameters that were replaced
+        if self._passes is None:  # otherwise each pass converts its own
+            self._convert_assigned(None if completes else stepping)
+        if not completes:
             return
-        self.follow_parameters()  # gradients may belong to parameters that were replaced
         if not self.pending.are_due(self.binding.parameters):
             return
         scale = None
@@ -208,6 +225,17 @@ class Training:
             own = dict(completion.own)
         set_own_gradients(self.method, own)
         self.pending.complete()
+
+    def _convert_assigned(self, stepping: Optimizer | None = None) -> None:
+        """Turn gradients that no hook saw into dL/dw, those of one optimizer or all."""
+        binding = self.binding
+        every = range(len(binding.weights))
+        held = every if stepping is None else binding.held_by(binding.optimizers.index(stepping))
+        if self._gradient_hooks and self.assigned.find(held, binding.current()):
+            self.follow_parameters()
+            found = self.assigned.find(held, binding.parameters)
+            later_pass = self._passes is not None
+            self.assigned.convert(found, binding.parameters, self._pull_back, later_pass)
 
     def _completion(self, gradients: Sequence[Tensor | None], scale: Tensor | None) -> Completion:
         effective = [held.detach() for held in self.binding.local]
@@ -236,6 +264,7 @@ class Training:
         name = self.method.facts.random
         if name is None:
             return
+        self.assigned.settle(range(len(self.weights.views)), self.binding.parameters)
         self.method.state[name].flat.add_(1)
         self.write_effective()
         if self._passes is not None:
@@ -247,6 +276,7 @@ class Training:
         ended = self._passes is not None and self._passes.complete
         if self.method.facts.random is None or ended:
             return
+        self._convert_assigned()
         if not self.pending.are_due(self.binding.parameters):
             return  # the step was taken inside the pass
         if self._passes is None:
@@ -265,7 +295,7 @@ class Training:
         held = self.binding.local
         suspects = self.written.suspects(self.weights, held)
         if suspects:
-            effective = self.method.effective_weights(self.weights, self.pruning)
+            effective = effective_weights(self.method, self.weights, self.pruning)
             adopt_written(self.weights, suspects, held, effective)
         return bool(suspects)
 
@@ -285,7 +315,7 @@ class Training:
         if all(old is new for old, new in pairs) and found == self._layout:
             return
         before = self.weights
-        effective = self.method.effective_weights(before, self.pruning)
+        effective = effective_weights(self.method, before, self.pruning)
         check_storage(self.binding.names, current)
         check_shards(before, current)
         for i, (weight, parameter) in enumerate(zip(self.binding.weights, current, strict=True)):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 WIDTHS = range(1, 17)
+CHUNK = 2**14  # times `width` bytes of codes are decoded at a time
 
 Array = np.ndarray
 
@@ -71,14 +72,43 @@ def decode(packed: Array, width: int, count: int, size: int) -> Array:
         >>> decode(np.array([220], dtype=np.uint8), width=1, count=3, size=10)
         array([0, 1, 5])
     """
-    bits = np.unpackbits(packed, bitorder="little")
-    whole = bits[: len(bits) // width * width].reshape(-1, width)
-    codes = np.packbits(whole, axis=1, bitorder="little").view("u1" if width <= 8 else "<u2")[:, 0]
-    escape = 2**width - 1
-    is_value = codes != escape
-    positions = np.cumsum(codes + is_value, dtype=np.int64)[is_value] - 1
-    if len(positions) != count:
-        raise ValueError(f"{len(positions)} positions for {count} values")
+    found = before = 0  # positions so far; weights before the next code
+    positions = np.empty(count, np.int64)
+    for start in range(0, len(packed), width * CHUNK):  # a whole number of codes
+        codes = _unpack(packed[start : start + width * CHUNK], width)
+        is_value = codes != 2**width - 1
+        ends = np.cumsum(codes + is_value, dtype=np.int64)
+        new = ends[is_value]
+        if found + len(new) > count:
+            raise ValueError(f"more than {count} positions for {count} values")
+        positions[found : found + len(new)] = new + (before - 1)
+        found += len(new)
+        before += int(ends[-1]) if len(ends) else 0
+    if found != count:
+        raise ValueError(f"{found} positions for {count} values")
     if count and positions[-1] >= size:
         raise ValueError(f"position {positions[-1]} in a tensor of {size} weights")
     return positions
+
+
+def _unpack(packed: Array, width: int) -> Array:
+    """Return the codes of a part that starts with a code."""
+    bits = np.unpackbits(packed, bitorder="little")
+    whole = bits[: len(bits) // width * width].reshape(-1, width)
+    return np.packbits(whole, axis=1, bitorder="little").view("u1" if width <= 8 else "<u2")[:, 0]
+
+
+def size_of_codes(width: int, count: int, size: int) -> tuple[int, int]:
+    """Return the smallest and the largest number of bytes that positions can take.
+
+    Args:
+        width: bits of a code.
+        count: number of nonzero values.
+        size: number of weights.
+
+    Example:
+        >>> size_of_codes(width=1, count=3, size=10)
+        (1, 2)
+    """
+    escapes = (size - count) // (2**width - 1)
+    return -(-width * count // 8), -(-width * (count + escapes) // 8)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from os import PathLike
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from ..errors import ConfigurationError
 from .markdown import escape_markdown
 from .packages import import_huggingface_hub
 
@@ -15,7 +16,7 @@ FILE = "model.sparse.safetensors"
 SCHEME = "hf://"
 
 
-def is_address(path: str | PathLike[str]) -> bool:
+def is_address(path: object) -> TypeGuard[str]:
     """Return whether a path is an address on the hub.
 
     Example:
@@ -35,11 +36,36 @@ def download(address: str) -> Path:
         The local file.
 
     Raises:
+        ConfigurationError: the address is invalid, or the hub has no such file.
         ImportError: huggingface_hub is not installed.
+        OSError: the hub cannot be reached.
+
+    Example:
+        >>> download("hf://one/two/three")
+        Traceback (most recent call last):
+        torch_feather.errors.ConfigurationError: hf://one/two/three: ...
     """
     repository, _, revision = address.removeprefix(SCHEME).partition("@")
     client = import_huggingface_hub()
-    return Path(client.hf_hub_download(repository, FILE, revision=revision or None))
+    with _client_errors(address):
+        return Path(client.hf_hub_download(repository, FILE, revision=revision or None))
+
+
+@contextmanager
+def _client_errors(address: str) -> Iterator[None]:
+    """Convert the client's errors about an address into ConfigurationError."""
+    try:
+        yield
+    except Exception as error:
+        # The client's errors about connections are an OSError, with a status if the hub answered.
+        answered = getattr(error, "response", None) is not None
+        if isinstance(error, OSError) and not answered:
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigurationError(
+            f"{address}: {first} Pass hf://USER/NAME or hf://USER/NAME@REVISION of a repository "
+            f"with the file {FILE}; private ones require 'hf auth login'."
+        ) from error
 
 
 def upload(folder: Path, repository: str) -> str:
@@ -53,14 +79,23 @@ def upload(folder: Path, repository: str) -> str:
         The address of the repository.
 
     Raises:
+        ConfigurationError: the name is invalid, or the hub refuses the upload.
         ImportError: huggingface_hub is not installed.
+        OSError: the hub cannot be reached.
+
+    Example:
+        >>> upload(Path("folder"), "one/two/three")
+        Traceback (most recent call last):
+        torch_feather.errors.ConfigurationError: hf://one/two/three: ...
     """
     client = import_huggingface_hub()
-    client.create_repo(repository, exist_ok=True)
-    client.upload_folder(repo_id=repository, folder_path=folder)
+    with _client_errors(SCHEME + repository):
+        client.create_repo(repository, exist_ok=True)
+        client.upload_folder(repo_id=repository, folder_path=folder)
     return SCHEME + repository
 
 
+# long: most of it is the text of the card
 def model_card(repository: str, run: Mapping[str, Any], file: str) -> str:
     """Return README.md of a repository.
 
@@ -71,6 +106,15 @@ def model_card(repository: str, run: Mapping[str, Any], file: str) -> str:
 
     Raises:
         ImportError: huggingface_hub is not installed.
+
+    Example:
+        >>> run = {"network": "resnet8", "data": "digits", "classes": 10, "input_shape": [1, 8, 8]}
+        >>> run |= {"method": "feather", "test_accuracy": 0.9, "zeros": 19, "weights": 20}
+        >>> run |= {"macs": {"dense": 40, "sparse": 2}}
+        >>> print(model_card("USER/NAME", run, "60 bytes").split("|---|---|")[1][:51])
+        <BLANKLINE>
+        | test accuracy | 90.00% |
+        | sparsity | 95.00% of
     """
     client = import_huggingface_hub()
     name = repository.split("/")[-1]

@@ -10,14 +10,15 @@ checksum as 8 hexadecimal digits, followed by the JSON object that it covers:
               {"layout": "gaps", "crc": ..., "shape": [...], "width": bits}
     tied      by name, the name under which the values of a tied tensor are stored
     metadata  what the caller of `save_sparse` passed: method, config, ...
+    prunable  names of the weights that took part in sparse training, if they are known
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError, FileFormatError
-from .gaps import WIDTHS
+from .conversion import as_integers
+from .gaps import WIDTHS, size_of_codes
 
 KEY = "torch-feather"
 VERSION = 1
@@ -51,12 +53,19 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+MAX_DIMENSIONS = 64  # of a tensor in PyTorch
+MAX_HEADER = 100_000_000  # bytes, of a safetensors file
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a sparse file, as described by the header."""
+    """A tensor of a sparse file, as described by the header.
+
+    Example:
+        >>> entry = Entry("fc.weight", (10, 64), torch.float32, 32, width=4, bytes=180, crc=0)
+        >>> entry.layout, entry.sparsity, entry.dense_bytes
+        ('gaps', 0.95, 2560)
+    """
 
     name: str
     """Name under which the values are stored. It differs from the tensor's name if it is tied."""
@@ -65,7 +74,8 @@ class Entry:
     dtype: torch.dtype
     """Type of the values in the file."""
     nonzeros: int
-    """Number of nonzero values. In the layout `gaps`, -0.0 counts as nonzero."""
+    """Number of nonzero values. In files of version 0.1, -0.0 counts as nonzero in the layout
+    `gaps`."""
     width: int | None
     """Bits of a code in the layout `gaps`; None in the layout `dense`."""
     bytes: int
@@ -102,11 +112,17 @@ class Manifest:
         entries: tensors by name.
         sparsity: fraction of zeros among the floating-point tensors with two or more dimensions.
         metadata: what the caller of `save_sparse` passed.
+        prunable: names of the weights that took part in sparse training; None if unknown.
+
+    Example:
+        >>> read(write({}, {}, 0.0, {"method": "feather"}), {})
+        Manifest(entries={}, sparsity=0.0, metadata={'method': 'feather'})
     """
 
     entries: dict[str, Entry]
     sparsity: float
     metadata: dict[str, Any]
+    prunable: list[str] | None = field(default=None, repr=False)
 
 
 Part = tuple[str, tuple[int, ...]]  # a tensor in safetensors: name of its type, shape
@@ -117,6 +133,7 @@ def write(
     tied: Mapping[str, str],
     sparsity: float,
     metadata: Mapping[str, Any],
+    prunable: Iterable[str] | None = None,
 ) -> dict[str, str]:
     """Return the safetensors metadata of a sparse file.
 
@@ -125,20 +142,44 @@ def write(
         tied: by name, the name under which the values of a tied tensor are stored.
         sparsity: fraction of zeros.
         metadata: any JSON object.
+        prunable: names of the weights that took part in sparse training; None if unknown.
 
     Raises:
         ConfigurationError: JSON cannot represent the metadata.
+
+    Example:
+        >>> write({}, {}, 0.0, {})[KEY][8:]
+        '{"version":1,"sparsity":0.0,"tensors":{},"tied":{},"metadata":{}}'
     """
     document = {"version": VERSION, "sparsity": sparsity, "tensors": tensors, "tied": tied}
+    if prunable is not None:
+        document["prunable"] = [n for n in prunable if n in tensors or n in tied]
     try:
+        if not isinstance(metadata, Mapping):
+            raise TypeError(f"it is of type {type(metadata).__name__}")
+        _require_text_keys(metadata)
         text = json.dumps(
             document | {"metadata": dict(metadata)}, separators=(",", ":"), allow_nan=False
         )
+        _parse(f"{zlib.crc32(text.encode()):08x}{text}")  # the reader has limits of its own
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigurationError(
-            f"metadata must consist of JSON types: finite numbers, strings, lists, dicts ({error})"
+            "metadata must consist of JSON types: finite numbers, strings, lists, dicts with "
+            f"strings as keys ({error!s:.200})"
         ) from None
     return {KEY: f"{zlib.crc32(text.encode()):08x}{text}"}
+
+
+def _require_text_keys(value: Any) -> None:
+    """Raise TypeError if a dict has keys that JSON would convert to strings."""
+    if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"the key {wrong[0]!r:.40} is of type {type(wrong[0]).__name__}")
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return
+    for inner in value:
+        _require_text_keys(inner)
 
 
 def checksum(dtype: torch.dtype, shape: Iterable[int], parts: Iterable[Tensor]) -> int:
@@ -150,21 +191,15 @@ def checksum(dtype: torch.dtype, shape: Iterable[int], parts: Iterable[Tensor]) 
         dtype: type of the tensor.
         shape: shape of the tensor.
         parts: its values; in the layout `gaps` followed by the codes.
+
+    Example:
+        >>> f"{checksum(torch.float32, [2], [torch.ones(2)]):08x}"
+        'd507ec56'
     """
     crc = zlib.crc32(f"{str(dtype).removeprefix('torch.')} {list(shape)}".encode())
     for part in parts:
         crc = zlib.crc32(as_integers(part.reshape(-1)).numpy().data, crc)
     return crc
-
-
-def as_integers(tensor: Tensor) -> Tensor:
-    """Return a view of a tensor that has an integer type of the same size.
-
-    Example:
-        >>> as_integers(torch.tensor([0.0, -0.0]))
-        tensor([          0, -2147483648], dtype=torch.int32)
-    """
-    return tensor.view(INTEGERS[tensor.dtype.itemsize])
 
 
 def read(metadata: Mapping[str, str] | None, parts: Mapping[str, Part]) -> Manifest:
@@ -176,6 +211,11 @@ def read(metadata: Mapping[str, str] | None, parts: Mapping[str, Part]) -> Manif
 
     Raises:
         FileFormatError: the header is invalid, has another version, or contradicts the tensors.
+
+    Example:
+        >>> read({}, {"weight": ("F32", (10, 64))})
+        Traceback (most recent call last):
+        torch_feather.errors.FileFormatError: not written by save_sparse. Read plain ...
     """
     if KEY not in (metadata or {}):
         raise FileFormatError(
@@ -208,10 +248,34 @@ def read(metadata: Mapping[str, str] | None, parts: Mapping[str, Part]) -> Manif
         valid = alias not in stored and isinstance(name, str) and name in stored
         _require(valid, f"{alias:.80}: invalid tie to {name!r:.80}")
         entries[alias] = stored[name]
+    return Manifest(
+        entries,
+        _sparsity(document, stored),
+        _object(document, "metadata"),
+        _prunable(document, entries),
+    )
+
+
+def _sparsity(document: Mapping[str, Any], entries: Mapping[str, Entry]) -> float:
+    """Return the sparsity. Zeros that version 0.1 counted as nonzero (-0.0) may be in addition."""
     sparsity = document.get("sparsity")
-    if not isinstance(sparsity, int | float) or not 0 <= sparsity <= 1:
+    if type(sparsity) not in (int, float) or not 0 <= sparsity <= 1:  # type: ignore[operator]
         raise FileFormatError(f"invalid sparsity {sparsity!r:.40}")
-    return Manifest(entries, float(sparsity), _object(document, "metadata"))
+    sparsity = float(sparsity)  # type: ignore[arg-type]
+    weights = [e for e in entries.values() if e.dtype.is_floating_point and len(e.shape) >= 2]
+    size, zeros = sum(e.size for e in weights), sum(e.size - e.nonzeros for e in weights)
+    valid = sparsity * size >= zeros * (1 - 1e-9)
+    _require(valid, f"sparsity {sparsity}, but {zeros:,} of {size:,} weights are zero")
+    return sparsity
+
+
+def _prunable(document: Mapping[str, Any], entries: Mapping[str, Entry]) -> list[str] | None:
+    names = document.get("prunable")
+    if names is None:
+        return None
+    valid = isinstance(names, list) and all(isinstance(n, str) and n in entries for n in names)
+    _require(valid, "the names of prunable weights are invalid")
+    return names
 
 
 def _read_gaps(name: str, description: dict[str, Any], left: dict[str, Part]) -> Entry:
@@ -221,15 +285,21 @@ def _read_gaps(name: str, description: dict[str, Any], left: dict[str, Part]) ->
     shape, width = description.get("shape"), description.get("width")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise FileFormatError(f"{name:.80}: invalid shape {shape!r:.80}")
-    size = prod(shape) if len(shape) <= 64 else 2**63
-    _require(size < 2**63, f"{name:.80}: shape {shape!r:.80} is too large for a tensor")
-    _require(type(width) is int and width in WIDTHS, f"{name:.80}: invalid width {width!r:.40}")
+    dtype, size = _dtype(name, values), _size(name, shape)
+    if not isinstance(width, int) or isinstance(width, bool) or width not in WIDTHS:
+        raise FileFormatError(f"{name:.80}: invalid width {width!r:.40}")
     _require(len(values[1]) == 1 and values[1][0] <= size, f"{name:.80}: more values than weights")
     _require(
         codes[0] == "U8" and len(codes[1]) == 1, f"{name:.80}: positions are not a uint8 vector"
     )
-    dtype, count = _dtype(name, values), values[1][0]
-    stored = count * dtype.itemsize + codes[1][0]
+    count, length = values[1][0], codes[1][0]
+    least, most = size_of_codes(width, count, size)
+    _require(
+        least <= length <= most,
+        f"{name:.80}: {length:,} bytes of positions for {count:,} values in a tensor of {size:,} "
+        f"weights, which take {least:,} to {most:,} bytes",
+    )
+    stored = count * dtype.itemsize + length
     return Entry(name, tuple(shape), dtype, count, width, stored, _crc(name, description))
 
 
@@ -237,7 +307,7 @@ def _read_dense(name: str, description: dict[str, Any], left: dict[str, Part]) -
     part, zeros = left.pop(name, None), description.get("zeros", 0)
     if part is None:
         raise FileFormatError(f"{name:.80}: values are missing")
-    dtype, size = _dtype(name, part), prod(part[1])
+    dtype, size = _dtype(name, part), _size(name, part[1])
     _require(
         type(zeros) is int and 0 <= zeros <= size,
         f"{name:.80}: invalid number of zeros {zeros!r:.40}",
@@ -246,9 +316,17 @@ def _read_dense(name: str, description: dict[str, Any], left: dict[str, Part]) -
     return Entry(name, part[1], dtype, size - zeros, None, stored, _crc(name, description))
 
 
+def _size(name: str, shape: Sequence[int]) -> int:
+    """Return the number of values of a shape. Its strides must be numbers of 64 bits, too."""
+    bounded = len(shape) <= MAX_DIMENSIONS and all(n < 2**63 for n in shape)
+    if not bounded or prod(max(n, 1) for n in shape) >= 2**60:  # of up to 8 bytes
+        raise FileFormatError(f"{name:.80}: shape {shape!r:.80} is too large for a tensor")
+    return prod(shape)
+
+
 def _crc(name: str, description: dict[str, Any]) -> int:
     crc = description.get("crc")
-    if type(crc) is not int:
+    if type(crc) is not int or not 0 <= crc < 2**32:
         raise FileFormatError(f"{name:.80}: invalid checksum {crc!r:.40}")
     return crc
 

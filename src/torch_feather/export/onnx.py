@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import FeatherError
-from ..files import replace_file
+from ..errors import ConfigurationError, FeatherError
+from ..files import replace_file, to_path
 from ..prunable import unwrap
 
 TOLERANCE = 1e-5  # relative to the largest output
@@ -27,11 +26,23 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | PathLike[str]) ->
         path: the file, which is replaced atomically; on any error it is unchanged.
 
     Raises:
+        ConfigurationError: `model` is not a module, `example` is not a batch, or `path` is no path.
         ImportError: onnx, onnxscript or onnxruntime is not installed.
         FeatherError: the outputs differ by more than 1e-5 of the largest output.
         torch.onnx.OnnxExporterError: PyTorch cannot express the model in ONNX.
         OSError: the file cannot be written.
+
+    Example:
+        >>> export_onnx(nn.Linear(4, 2), torch.tensor(0.0), "model.onnx")
+        Traceback (most recent call last):
+        torch_feather.errors.ConfigurationError: The example must be a batch (1, ...), got a ...
     """
+    path = to_path(path)
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"export_onnx requires a module, got {type(model).__name__}.")
+    if not isinstance(example, Tensor) or not example.dim():
+        kind = "tensor without dimensions" if isinstance(example, Tensor) else type(example)
+        raise ConfigurationError(f"The example must be a batch (1, ...), got a {kind}.")
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
@@ -62,4 +73,4 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | PathLike[str]) ->
                 f"Outputs in onnxruntime differ from PyTorch's by {difference:.1e} of the largest. "
                 f"{path} was not written."
             )
-    replace_file(Path(path), lambda file: file.write(data))
+    replace_file(path, lambda file: file.write(data))

@@ -10,6 +10,10 @@ def import_safetensors() -> Any:
 
     Raises:
         ImportError: it is not installed; the message says how to install it.
+
+    Example:
+        >>> import_safetensors().__name__
+        'safetensors'
     """
     try:
         import safetensors.torch
@@ -25,6 +29,10 @@ def import_huggingface_hub() -> Any:
 
     Raises:
         ImportError: it is not installed; the message says how to install it.
+
+    Example:
+        >>> import_huggingface_hub().__name__
+        'huggingface_hub'
     """
     try:
         import huggingface_hub

@@ -1,19 +1,21 @@
 """Reading of sparse files.
 
-A sparse file is a safetensors file. Each tensor has the smaller one of two layouts, both lossless:
+A sparse file is a safetensors file. Each tensor has the smaller one of two layouts, both lossless
+except for signs of zeros:
 
 - `dense`: all values, under the tensor's own name, as in any safetensors file.
-- `gaps`: the values whose bits are not all 0 (`NAME:values`), and their positions (`NAME:gaps`,
-  see gaps.py).
+- `gaps`: the nonzero values (`NAME:values`), and their positions (`NAME:gaps`, see gaps.py).
+  Version 0.1 also stored -0.0 as a value.
 
 Tied tensors are stored once. manifest.py describes the header.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterator
 from contextlib import contextmanager
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, FileFormatError, StateError
+from ..files import to_path
+from ..participants import remember_names
 from ..prunable import unwrap
-from . import gaps, hub, manifest
-from .manifest import GAPS, VALUES, Entry, as_integers, plain_name
+from . import fitting, gaps, hub, manifest
+from .conversion import as_integers, is_zero
+from .manifest import GAPS, VALUES, Entry, plain_name
 from .packages import import_safetensors
 
 LIMIT = 2**32
@@ -36,7 +41,8 @@ def load_sparse(path: str | PathLike[str], model: nn.Module) -> nn.Module:
 
     Args:
         path: the file; "hf://USER/NAME" or "hf://USER/NAME@REVISION" on the Hugging Face hub.
-        model: the same network, on any device. It keeps its types.
+        model: the same network, on any device. It keeps its types: values are converted, where a
+            nonzero value that would become zero becomes the smallest number of the type.
 
     Returns:
         The model.
@@ -44,10 +50,11 @@ def load_sparse(path: str | PathLike[str], model: nn.Module) -> nn.Module:
     Raises:
         FileFormatError: the file is truncated or damaged, has a newer version, or is not a sparse
             file.
-        StateError: the file belongs to another model.
-        ConfigurationError: `model` is not a module.
+        StateError: the file belongs to another model, a value is out of the range of the model's
+            type, or tensors that are tied in the model have different values in the file.
+        ConfigurationError: `model` is not a module, or `path` is no path or address.
         ImportError: safetensors is not installed; for "hf://", huggingface_hub is not installed.
-        OSError: the file cannot be read.
+        OSError: the file cannot be read or downloaded.
 
     Example:
         >>> import tempfile
@@ -65,20 +72,29 @@ def load_sparse(path: str | PathLike[str], model: nn.Module) -> nn.Module:
         raise ConfigurationError(
             f"load_sparse(path, model) requires a module, got {type(model).__name__}."
         )
-    unwrapped = unwrap(model)
-    state = unwrapped.state_dict()
     with SparseFile(path) as file:
-        if problems := _differences({plain_name(n): value for n, value in state.items()}, file):
-            raise StateError(
-                f"{path} does not fit {type(unwrapped).__name__}: {'; '.join(problems)}."
-            )
-        read = {}
-        for entry in file.entries.values():
-            if entry.name not in read:
-                read[entry.name] = file.tensor(entry.name, limit=None)
-        values = {name: read[file.entries[plain_name(name)].name] for name in state}
-    unwrapped.load_state_dict(values)
+        _load(file, unwrap(model))
+        remember_names(model, file.prunable)
     return model
+
+
+def _load(file: SparseFile, model: nn.Module) -> None:
+    state = model.state_dict()
+    read: dict[str, Tensor] = {}  # by the name under which values are stored
+
+    def value(name: str) -> Tensor:
+        entry = file.entries[plain_name(name)]
+        if entry.name not in read:
+            read[entry.name] = file.tensor(entry.name, limit=None)
+        return read[entry.name]
+
+    def values() -> dict[str, Tensor]:
+        plain = {plain_name(name): value for name, value in state.items()}
+        if problems := fitting.differences(plain, file.entries):
+            raise StateError("; ".join(problems))
+        return fitting.fitted(state, state, value)
+
+    fitting.load(model, values, file.path)
 
 
 class SparseFile:
@@ -109,15 +125,21 @@ class SparseFile:
     """Fraction of zeros among the floating-point tensors with two or more dimensions."""
     metadata: dict[str, Any]
     """The metadata that was passed to `save_sparse`."""
+    prunable: list[str] | None
+    """Names of the weights that took part in sparse training; None if the file has none."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = hub.download(fspath(path)) if hub.is_address(path) else Path(path)
+        self.path = hub.download(path) if hub.is_address(path) else to_path(path)
+        safetensors = import_safetensors()
+        if not stat.S_ISREG(self.path.stat().st_mode):  # opening a pipe would wait for a writer
+            raise FileFormatError(f"{self.path}: not a regular file")
         with _format_errors(self.path):
-            self._file = import_safetensors().safe_open(self.path, framework="pt")
+            self._file = safetensors.safe_open(self.path, framework="pt")
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
             parts = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
             read = manifest.read(self._file.metadata(), parts)
         self.entries, self.sparsity, self.metadata = read.entries, read.sparsity, read.metadata
+        self.prunable = read.prunable
 
     def __enter__(self) -> SparseFile:
         return self
@@ -153,8 +175,15 @@ class SparseFile:
                 f"the limit of {limit:,}. To read it, raise the limit: "
                 f"tensor({name!r}, limit=...)."
             )
-        positions, values = self.nonzeros(name)
-        dense = torch.zeros(entry.size, dtype=entry.dtype)
+        values, codes = self._read(entry)
+        positions = self._positions(entry, values, codes)
+        try:
+            dense = torch.zeros(entry.size, dtype=entry.dtype)
+        except RuntimeError:  # a MemoryError of PyTorch
+            raise FileFormatError(
+                f"{self.path}: {name:.80} requires {entry.dense_bytes:,} bytes, more memory than "
+                "there is"
+            ) from None
         as_integers(dense)[positions] = as_integers(values)
         return dense.reshape(entry.shape)
 
@@ -178,12 +207,20 @@ class SparseFile:
         entry = self.entries[name]
         values, *codes = self._read(entry)
         if entry.width is None:
-            flat = values.reshape(-1)
-            found = as_integers(flat).ne(0).nonzero().reshape(-1)
-            return found, flat[found]
+            values = values.reshape(-1)
+            positions = torch.arange(len(values))
+        else:
+            positions = self._positions(entry, values, codes[0])
+        found = ~is_zero(values)  # version 0.1 stored -0.0 like nonzero values
+        return positions[found], values[found]
+
+    def _positions(self, entry: Entry, values: Tensor, codes: Tensor) -> Tensor:
+        """Return the positions of the stored values of the layout `gaps`."""
+        assert entry.width is not None
         with _format_errors(self.path, entry.name):
-            positions = gaps.decode(codes[0].numpy(), entry.width, len(values), entry.size)
-        return torch.from_numpy(positions), values.clone()
+            return torch.from_numpy(
+                gaps.decode(codes.numpy(), entry.width, len(values), entry.size)
+            )
 
     def _read(self, entry: Entry) -> list[Tensor]:
         """Read values and, in the layout `gaps`, codes. They may share memory with the file."""
@@ -196,7 +233,18 @@ class SparseFile:
                 raise FileFormatError(f"{entry.name:.80}: the checksum of the data is wrong")
             if entry.dtype == torch.bool and parts[0].view(torch.uint8).gt(1).any():
                 raise FileFormatError(f"{entry.name:.80}: a boolean that is neither 0 nor 1")
+            _check_zeros(entry, parts[0])
         return parts
+
+
+def _check_zeros(entry: Entry, values: Tensor) -> None:
+    """Check the number of zeros. Version 0.1 counted some -0.0 as nonzero."""
+    least = int(as_integers(values).eq(0).sum())
+    if entry.width is not None:
+        if least:
+            raise FileFormatError(f"{entry.name:.80}: a stored value is 0")
+    elif not least <= entry.size - entry.nonzeros <= int(is_zero(values).sum()):
+        raise FileFormatError(f"{entry.name:.80}: the number of zeros is wrong")
 
 
 @contextmanager
@@ -208,36 +256,10 @@ def _format_errors(path: Path, name: str = "") -> Iterator[None]:
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from None
     except (
-        *(ValueError, TypeError, KeyError, RuntimeError),
+        *(ValueError, TypeError, KeyError, RuntimeError, OverflowError),
         import_safetensors().SafetensorError,
     ) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileFormatError(
             f"{position}truncated, damaged, or not a safetensors file ({first})"
         ) from None
-
-
-def _differences(state: Mapping[str, Any], file: SparseFile) -> list[str]:
-    """Return why a file cannot be loaded, in the terms of `load_state_dict`."""
-
-    def names(kind: str, found: set[str]) -> list[str]:
-        shown = sorted(found)[:5] + (["..."] if len(found) > 5 else [])
-        return [f"{kind} {', '.join(shown)}"] if found else []
-
-    problems = names("missing key(s) in the file:", state.keys() - file.entries.keys())
-    problems += names("unexpected key(s) in the file:", file.entries.keys() - state.keys())
-    for name in state.keys() & file.entries.keys():
-        own, entry = state[name], file.entries[name]
-        if not isinstance(own, Tensor) or own.is_meta:
-            problems.append(f"{name} has no values in the model")
-        elif hasattr(own, "full_tensor"):
-            problems.append(f"{name} is sharded in the model; load the file before sharding")
-        elif own.shape != entry.shape:
-            problems.append(
-                f"{name} has shape {list(entry.shape)} in the file, {list(own.shape)} in the model"
-            )
-        elif own.dtype != entry.dtype and not (
-            own.is_floating_point() and entry.dtype.is_floating_point
-        ):
-            problems.append(f"{name} is {entry.dtype} in the file, {own.dtype} in the model")
-    return problems if len(problems) <= 6 else [*problems[:6], "..."]

@@ -119,17 +119,22 @@ def count_flops(model: nn.Module, example_input: Any) -> Flops:
             f"{type(model).__name__} called no convolution, linear or attention module that has "
             "weights, so there is nothing to count."
         )
+    with _plain_evaluation(model):  # in training mode, reading a weight may change a module
+        weights = [
+            (name, type(module).__name__, tuple(weight.shape))
+            for prefix, module in counted.items()
+            for name, weight in _weights(prefix, module)
+        ]
     return Flops(
         [
             LayerFlops(
                 name=name,
-                kind=type(module).__name__,
+                kind=kind,
                 dense=_per_sample(dense[name], batch),
                 sparse=_per_sample(sparse[name], batch),
-                weight_shape=tuple(weight.shape),
+                weight_shape=shape,
             )
-            for prefix, module in counted.items()
-            for name, weight in _weights(prefix, module)
+            for name, kind, shape in weights
         ]
     )
 

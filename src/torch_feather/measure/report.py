@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from operator import attrgetter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import FILL_LAYERS, ConfigurationError
-from ..prunable import Filters, Prunable, find_prunable, unwrap
+from ..errors import ConfigurationError, fill_layers, some, warn
+from ..participants import Chosen, choose, tell_once
+from ..prunable import Filters, Prunable, is_lazy, unwrap
 from ..weights.shards import count_nonzero
 from .flops import count_flops
 
@@ -51,6 +51,11 @@ class LayerReport:
         """Whether every weight is 0, so that the output does not depend on the input."""
         return 0 < self.weights == self.zeros
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as numbers, strings and lists, for JSON."""
+        derived = {"sparsity": self.sparsity, "empty": self.empty}
+        return asdict(self) | {"shape": list(self.shape)} | derived
+
 
 @dataclass(frozen=True)
 class Report:
@@ -64,6 +69,8 @@ class Report:
         parameters: number of all parameters of the model, prunable or not.
         learned_sparsity: fraction that the method prunes without the final exact-count pruning, as
             `Sparsifier.learned_sparsity`. None without a sparsifier.
+        others: entries of further weights that are prunable by default, such as frozen or excluded
+            ones. All numbers above are without them.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -82,6 +89,7 @@ class Report:
     sparse_macs: int | None = None
     parameters: int | None = None
     learned_sparsity: float | None = None
+    others: list[LayerReport] = field(default_factory=list)
 
     @property
     def weights(self) -> int:
@@ -104,6 +112,12 @@ class Report:
         return self.zeros / self.parameters if self.parameters else None
 
     @property
+    def sparsity_with_others(self) -> float:
+        """Fraction of the prunable weights and `others` that are exactly 0."""
+        layers = [*self.layers, *self.others]
+        return sum(layer.zeros for layer in layers) / sum(layer.weights for layer in layers)
+
+    @property
     def empty_layers(self) -> list[str]:
         """Names of the layers in which every weight is 0."""
         return [layer.name for layer in self.layers if layer.empty]
@@ -117,14 +131,12 @@ class Report:
             "learned_sparsity": self.learned_sparsity,
             "parameters": self.parameters,
             "sparsity_of_all": self.sparsity_of_all,
+            "sparsity_with_others": self.sparsity_with_others,
             "dense_macs": self.dense_macs,
             "sparse_macs": self.sparse_macs,
             "empty_layers": self.empty_layers,
-            "layers": [
-                asdict(layer)
-                | {"shape": list(layer.shape), "sparsity": layer.sparsity, "empty": layer.empty}
-                for layer in self.layers
-            ],
+            "layers": [layer.to_dict() for layer in self.layers],
+            "others": [layer.to_dict() for layer in self.others],
         }
 
     def __str__(self) -> str:
@@ -143,7 +155,7 @@ def report(
 
     Args:
         model: any module.
-        include, exclude: filters that choose the weights, see `prunable.find_prunable`.
+        include, exclude: filters that choose the weights, as for `sparsity`.
         example_input: an input to count multiply-adds with, as for `count_flops`. None: they are
             not counted.
         thresholds: thresholds to list, by weight name, as `Sparsifier.thresholds()` returns them.
@@ -156,42 +168,52 @@ def report(
         >>> [(layer.name, layer.weights) for layer in report(model).layers]
         [('0.weight', 8), ('1.weight', 2)]
     """
-    prunable = _some_prunable(model, include, exclude)
+    chosen = _choose(model, include, exclude)
     macs: dict[int, tuple[int, int]] = {}
     totals: tuple[int | None, int | None] = (None, None)
     if example_input is not None:
         flops = count_flops(model, example_input)
         totals = (flops.dense, flops.sparse)
+        by_name = dict(unwrap(model).named_parameters(remove_duplicate=False))
         for layer in flops.layers:
             # By identity: a weight with several names gets the sum over its uses.
-            weight = attrgetter(layer.name)(unwrap(model))
+            weight = by_name.get(layer.name)  # None if it is computed from other parameters
             dense, sparse = macs.get(id(weight), (0, 0))
             macs[id(weight)] = (dense + layer.dense, sparse + layer.sparse)
-    layers = []
-    for item in prunable:
+
+    def entry(item: Prunable) -> LayerReport:
         threshold = (thresholds or {}).get(item.name)
         dense_macs, sparse_macs = macs.get(id(item.parameter), (None, None))
-        layers.append(
-            LayerReport(
-                name=item.name,
-                shape=tuple(item.parameter.shape),
-                weights=item.parameter.numel(),
-                zeros=_zeros(item),
-                threshold=None if threshold is None else float(threshold),
-                dense_macs=dense_macs,
-                sparse_macs=sparse_macs,
-            )
+        return LayerReport(
+            name=item.name,
+            shape=tuple(item.parameter.shape),
+            weights=item.parameter.numel(),
+            zeros=_zeros([item]),
+            threshold=None if threshold is None else float(threshold),
+            dense_macs=dense_macs,
+            sparse_macs=sparse_macs,
         )
-    parameters = sum(parameter.numel() for parameter in unwrap(model).parameters())
-    return Report(layers, *totals, parameters)
+
+    layers, others = [entry(item) for item in chosen.weights], [entry(i) for i in chosen.others]
+    parameters = sum(p.numel() for p in unwrap(model).parameters() if not is_lazy(p))
+    return Report(layers, *totals, parameters, others=others)
 
 
 def sparsity(model: nn.Module, include: Filters = None, exclude: Filters = None) -> float:
     """Return the fraction of exact zeros among the prunable weights of a model.
 
+    After `sparsify`, these are the weights that took part in sparse training. So the result is the
+    number that was asked for, also if layers were frozen, included or excluded. If other weights of
+    the model are prunable by default, a warning gives the fraction with them, once per model.
+
+    Python remembers the weights that took part as long as the model lives, `load_sparse` reads them
+    from the file. A copy of a model, or a loaded state dict, does not contain them: then the
+    weights are those that are prunable by default.
+
     Args:
         model: any module.
-        include, exclude: filters that choose the weights, see `prunable.find_prunable`.
+        include: filters that choose other weights, see `prunable.find_prunable`.
+        exclude: filters of weights to leave out.
 
     Raises:
         ConfigurationError: no weight is prunable.
@@ -202,22 +224,37 @@ def sparsity(model: nn.Module, include: Filters = None, exclude: Filters = None)
         >>> sparsity(model)
         0.5
     """
-    prunable = _some_prunable(model, include, exclude)
-    return sum(map(_zeros, prunable)) / sum(item.parameter.numel() for item in prunable)
+    chosen = _choose(model, include, exclude)
+    zeros, size = _zeros(chosen.weights), _size(chosen.weights)
+    others = _size(chosen.others)
+    if chosen.remembered and exclude is None and others and tell_once(model):
+        both = (zeros + _zeros(chosen.others)) / (size + others)
+        warn(
+            f"The sparsity {zeros / size:.6g} is that of the {size:,} weights that took part in "
+            f"sparse training. {some([item.name for item in chosen.others])} did not, such as "
+            f"frozen or excluded layers. With these {others:,} weights it is {both:.6g}. To choose "
+            "the weights, pass include=."
+        )
+    return zeros / size
 
 
-def _some_prunable(model: nn.Module, include: Filters, exclude: Filters) -> list[Prunable]:
-    """Return the prunable weights; raise ConfigurationError if there are none."""
-    prunable = find_prunable(model, include, exclude)
-    if not any(item.parameter.numel() for item in prunable):
-        chosen = "" if include is None and exclude is None else " that include and exclude leave"
-        raise ConfigurationError(f"{type(model).__name__} has no prunable weight{chosen}.")
-    return prunable
+def _choose(model: nn.Module, include: Filters, exclude: Filters) -> Chosen:
+    """Return the weights to measure; raise ConfigurationError if there are none."""
+    chosen = choose(model, include, exclude)
+    if not _size(chosen.weights):
+        left = "" if include is None and exclude is None else " that include and exclude leave"
+        raise ConfigurationError(f"{type(model).__name__} has no prunable weight{left}.")
+    return chosen
 
 
-def _zeros(item: Prunable) -> int:
+def _size(weights: Iterable[Prunable]) -> int:
+    """Return the number of weights."""
+    return sum(item.parameter.numel() for item in weights)
+
+
+def _zeros(weights: Iterable[Prunable]) -> int:
     """Return the number of exact zeros, over all processes."""
-    return item.parameter.numel() - count_nonzero(item.parameter)
+    return sum(item.parameter.numel() - count_nonzero(item.parameter) for item in weights)
 
 
 EMPTY_MARK = "<-- EMPTY"
@@ -279,6 +316,14 @@ def _notes(report: Report) -> list[str]:
             f"Of all {report.parameters:,} parameters of the model, these zeros are "
             f"{percent(report.zeros, report.parameters)}."
         )
+    if report.others:
+        others = sum(layer.weights for layer in report.others)
+        zeros = report.zeros + sum(layer.zeros for layer in report.others)
+        names = some([layer.name for layer in report.others])
+        notes.append(
+            f"Not listed, such as frozen or excluded layers: {others:,} weights of {names}. With "
+            f"them, {percent(zeros, report.weights + others)} of the weights are zero."
+        )
     learned = report.learned_sparsity
     if learned is not None and round(learned * report.weights) != report.zeros:
         notes.append(
@@ -295,7 +340,8 @@ def _notes(report: Report) -> list[str]:
         count = len(report.empty_layers)
         notes.append(
             f"WARNING: {count} {'layer is' if count == 1 else 'layers are'} EMPTY (all weights "
-            f"zero, nothing passes through): {', '.join(report.empty_layers)}. {FILL_LAYERS}"
+            f"zero, nothing passes through): {', '.join(report.empty_layers)}. "
+            f"{fill_layers(report.empty_layers)}"
         )
     return notes
 

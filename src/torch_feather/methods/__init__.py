@@ -28,6 +28,7 @@ from .registry import (
     find_method,
     method_options,
     register_method,
+    unused_options,
 )
 from .spartan import spartan
 from .st3 import st3, st3_sigma
@@ -66,4 +67,5 @@ __all__ = [
     "st3",
     "st3_sigma",
     "str_",
+    "unused_options",
 ]

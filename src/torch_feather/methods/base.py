@@ -8,10 +8,10 @@ returns a `BoundMethod`, the method on one model. In one step the engine calls, 
     (the optimizer steps)
     after_step           own parameters step; latent weights may be changed
     update               thresholds or masks of the new latent weights
-    effective_weights    u = R(w)
+    write_effective      u = R(w)
 
 `update` returns a value, the *pruning* of the step, which the engine passes to all other calls.
-`update` and `effective_weights` depend on their arguments and `state` alone. So the engine can
+`update` and `write_effective` depend on their arguments and `state` alone. So the engine can
 apply them to other weights, such as an average. Everything that lasts longer than a step is in
 `state`, in fixed tensors that are written in place. So a step can be captured in a CUDA graph.
 """
@@ -55,6 +55,8 @@ class Facts:
             1 after each pass and each step.
         stored: fields of the pruning, a NamedTuple, that the engine copies into the entries of
             `state` with the same names after each update of its own weights.
+        absent: entries of `state` that states of version 0.1 do not have, with the values that they
+            stand for.
         passes: forward and backward passes per step, each with random numbers of its own.
         exact: exactly round(s N) weights are zero from `target_step` on.
         on_shards: works if the weights are sharded over processes.
@@ -71,6 +73,7 @@ class Facts:
     clips_own: bool = True
     random: str | None = None
     stored: tuple[str, ...] = ()
+    absent: Mapping[str, PerTensor] = field(default_factory=dict)
     passes: int = 1
     exact: bool = True
     on_shards: bool = False
@@ -139,7 +142,7 @@ class BoundMethod(ABC):
         >>> weights = LatentWeights([torch.ones(4)])
         >>> method = Random(MethodContext(nn.Linear(1, 1), ["w"], weights, 0.5, 10))
         >>> masks = method.update(weights, torch.tensor(0))
-        >>> method.effective_weights(weights, masks)[0].shape
+        >>> effective_weights(method, weights, masks)[0].shape
         torch.Size([4])
     """
 
@@ -165,10 +168,18 @@ class BoundMethod(ABC):
             step: 0-dimensional int64. If `devices.synchronizes`, the host must not read it.
         """
 
-    def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
-        """Return u of each weight tensor, as new tensors in its shape and layout."""
-        pairs = zip(weights.views, pruning, strict=True)
-        return [torch.where(kept, w, torch.zeros_like(w)) for w, kept in pairs]
+    def write_effective(
+        self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
+    ) -> None:
+        """Write u of each weight tensor.
+
+        Args:
+            weights: the latent weights w.
+            pruning: their pruning.
+            out: tensors in the shapes and layouts of `weights.views`, to overwrite.
+        """
+        for w, kept, u in zip(weights.views, pruning, out, strict=True):
+            torch.where(kept, w, w.new_zeros(()), out=u)
 
     def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
         """Return the mask of the pruned weights of tensor i, in its shape."""
@@ -240,6 +251,26 @@ class BoundMethod(ABC):
     def summary(self, weights: LatentWeights, pruning: Pruning) -> Summary:
         """Return facts about the pruned network, beyond the count of zeros."""
         return Summary()
+
+
+@torch.no_grad()
+def effective_weights(
+    method: BoundMethod, weights: LatentWeights, pruning: Pruning
+) -> list[Tensor]:
+    """Return u of each weight tensor, as new tensors in its shape and layout.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.methods import gmp
+        >>> weights = LatentWeights([torch.tensor([1.0, 2.0])])
+        >>> context = MethodContext(nn.Linear(2, 1), ["weight"], weights, 0.5, 10)
+        >>> method = gmp(sparsity=0.5, schedule="constant").bind(context)
+        >>> effective_weights(method, weights, method.update(weights, torch.tensor(0)))
+        [tensor([0., 2.])]
+    """
+    out = [torch.empty_like(view) for view in weights.views]
+    method.write_effective(weights, pruning, out)
+    return out
 
 
 class AnyMethod(Protocol):

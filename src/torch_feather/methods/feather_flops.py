@@ -17,7 +17,7 @@ GAMMA = 0.25
 def feather_flops(
     *,
     sparsity: float,
-    gamma: float | None = GAMMA,
+    gamma: float | None = None,
     budget: float | None = None,
     costs: Mapping[str, float] | None = None,
     example_input: Any = None,
@@ -34,11 +34,11 @@ def feather_flops(
 
     Args:
         sparsity: final fraction of zeros.
-        gamma: the bias, >= 0; 0 is `feather`. With a bias of 0.5, little more than the classifier
-            can remain at 98%.
+        gamma: the bias, >= 0; 0 is `feather`. None: 0.25 without a budget. With a bias of 0.5,
+            little more than the classifier can remain at 98%.
         budget: maximum cost of the prunable weights at the final sparsity, in multiply-adds per
             sample or the unit of `costs`. After each step, gamma becomes the smallest bias that
-            meets the budget with the present weights. Leave gamma at its default.
+            meets the budget with the present weights, so gamma cannot be given too.
         costs: cost of a weight, by name of its tensor: multiply-adds, or a time as
             `torch_feather.runtime.layer_milliseconds` measures it.
         example_input: instead of `costs`, an input of the network to count multiply-adds with.
@@ -51,8 +51,8 @@ def feather_flops(
         >>> feather_flops(sparsity=0.9, gamma=0.5, costs={"0.weight": 64.0}).allocation
         FlopsBiased(gamma=0.5, budget=None)
     """
-    if budget is not None and gamma == GAMMA:
-        gamma = None
+    if budget is None and gamma is None:
+        gamma = GAMMA
     return Method(
         operator=make_operator(p),
         gradient=make_gradient(theta, sparsity),

@@ -6,6 +6,7 @@ Weights below their cutoff are 0; the operator gives the effective value of the 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from ..gradient_rules import GradientRule
 from ..operators import Operator
 from ..schedules import Schedule, make_table
 from ..weights.latent import LatentWeights, PerTensor, write_if
-from ..weights.passes import effective_weights, pruned_mask
+from ..weights.passes import pruned_mask, write_effective
 from ..weights.segments import Segment, segment_of
 from .base import BoundMethod, Facts, Gradients, Pruning, Rate, Summary
 
@@ -93,8 +94,10 @@ class Thresholded(BoundMethod):
         """Return the completed fraction of training after `step` steps, 0-dimensional float64."""
         return (step.double() / self.total_steps).clamp(max=1.0)
 
-    def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
-        return effective_weights(weights, pruning.segments, self.operator)
+    def write_effective(
+        self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
+    ) -> None:
+        write_effective(weights, pruning.segments, self.operator, out)
 
     def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
         return pruned_mask(weights, pruning.segments, i)

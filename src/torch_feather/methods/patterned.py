@@ -12,8 +12,9 @@ from torch import Tensor
 from ..context import MethodContext
 from ..errors import ConfigurationError
 from ..patterns import NM, Pattern
+from ..weights.kept import keep_nonzero
 from ..weights.latent import LatentWeights, copy_all
-from ..weights.passes import count_pruned, keep_nonzero, pruned_mask
+from ..weights.passes import count_pruned, pruned_mask
 from ..weights.segments import Segment, segment_of
 from .base import Gradients, Pruning, Rate
 from .magnitude import MagnitudePruning, Method, mark_kept
@@ -108,8 +109,9 @@ class PatternedPruning(MagnitudePruning):
         scores = self._scores(weights)
         return PatternCutoffs(scores, self.cutoffs(scores, step), self.progress(step))
 
-    def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
-        found = []
+    def write_effective(
+        self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
+    ) -> None:
         for i, w in enumerate(weights.views):
             wide, pruned = w.to(weights.wide), self._pruned_units(pruning, i)
             if not self.operator.is_identity:
@@ -117,9 +119,8 @@ class PatternedPruning(MagnitudePruning):
                 wide = self.pattern.effective_weights(
                     wide, pruning.scores.views[i], pruned, tau, self.operator
                 )
-            u = keep_nonzero(wide.to(w.dtype), w).masked_fill(self.pattern.expand(pruned), 0.0)
-            found.append(torch.empty_like(w).copy_(u))  # in the layout of w
-        return found
+            kept = keep_nonzero(wide.to(w.dtype), w)
+            out[i].copy_(kept.masked_fill_(self.pattern.expand(pruned), 0.0))
 
     def _pruned_units(self, pruning: PatternCutoffs, i: int) -> Tensor:
         """Return the mask of the pruned units of tensor i."""

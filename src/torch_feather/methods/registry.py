@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ConfigurationError, nearest
 from .base import AnyMethod
 from .feather import feather
-from .feather_flops import feather_flops
+from .feather_flops import GAMMA, feather_flops
 from .gmp import feather_gmp, gmp
 from .learned import asl, asl_plus, feather_asl_plus, str_
 from .option_types import check_option_types
@@ -52,6 +52,10 @@ RENAMED_OPTIONS = {
     "str": {"rate": "lr_multiplier"},
     "probmask": {"rate": "lr"},
 }
+
+# By method: an option, its default, and another option that it cannot be combined with. The default
+# holds only without the other one; the factory's own default is None.
+ALTERNATIVES = {"feather-flops": ("gamma", GAMMA, "budget")}
 
 
 def available_methods() -> list[str]:
@@ -135,7 +139,32 @@ def method_options(name: str) -> dict[str, Any]:
     """
     parameters = inspect.signature(find_method(name)).parameters.values()
     kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
-    return {p.name: p.default for p in parameters if p.name != "sparsity" and p.kind not in kinds}
+    option, default, _ = ALTERNATIVES.get(name, ("", None, ""))
+    return {
+        p.name: default if p.name == option else p.default
+        for p in parameters
+        if p.name != "sparsity" and p.kind not in kinds
+    }
+
+
+def unused_options(name: str, options: Mapping[str, Any]) -> set[str]:
+    """Return the options whose default does not hold with these options.
+
+    Configurations that version 0.1 stored have such options, which it ignored.
+
+    Args:
+        name: name of the method.
+        options: its options.
+
+    Example:
+        >>> unused_options("feather-flops", {"budget": 1e6, "gamma": 0.25})
+        {'gamma'}
+        >>> unused_options("feather-flops", {"gamma": 0.25})
+        set()
+    """
+    option, default, other = ALTERNATIVES.get(name, ("", None, ""))
+    unused = options.get(other) is not None and options.get(option, default) == default
+    return {option} if unused else set()
 
 
 def describe_method(name: str) -> str:

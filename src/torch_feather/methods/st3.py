@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -84,8 +85,9 @@ class Rescaled(MagnitudePruning):
         >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
         >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
         >>> bound = st3(sparsity=0.5, schedule="constant").bind(context)
-        >>> u = bound.effective_weights(weights, bound.update(weights, torch.tensor(0)))
-        >>> u[0]  # (3 - 2) and (4 - 2) times 1.01 / (7 / 10 + 0.01)
+        >>> u = torch.empty(1, 4)
+        >>> bound.write_effective(weights, bound.update(weights, torch.tensor(0)), [u])
+        >>> u  # (3 - 2) and (4 - 2) times 1.01 / (7 / 10 + 0.01)
         tensor([[0.0000, 0.0000, 1.4225, 2.8451]])
     """
 
@@ -102,9 +104,11 @@ class Rescaled(MagnitudePruning):
     def fingerprint(self) -> str:
         return f"rescaled {super().fingerprint}"
 
-    def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
-        found = super().effective_weights(weights, pruning)
-        for i, (w, u) in enumerate(zip(weights.views, found, strict=True)):
+    def write_effective(
+        self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
+    ) -> None:
+        super().write_effective(weights, pruning, out)
+        for i, (w, u) in enumerate(zip(weights.views, out, strict=True)):
             magnitude = self._by_channel(i, w.abs().to(weights.wide))
             kept = magnitude * (self._by_channel(i, u) != 0)
             means = torch.stack([kept.mean(1), magnitude.mean(1)], 1)
@@ -116,7 +120,6 @@ class Rescaled(MagnitudePruning):
                 u = u.unflatten(0, (groups, -1))
                 factor = factor.view(groups, 1, -1)
             u.mul_(factor.view(*factor.shape, *[1] * (u.dim() - factor.dim())))
-        return found
 
     def _by_channel(self, i: int, x: Tensor) -> Tensor:
         """Return the local values of tensor i in shape (output channels, weights of each)."""

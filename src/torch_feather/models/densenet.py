@@ -73,6 +73,7 @@ class DenseNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # N(0, 2 / (k²·out))
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images `(B, in_channels, H, W)` to logits `(B, num_classes)`; H and W at least 4."""

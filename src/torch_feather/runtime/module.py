@@ -253,6 +253,18 @@ class SparseModule(nn.Module):
         """
         raise StateError(_NOT_SAVED)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise an error: a compiled network has no state, so nothing would be loaded.
+
+        Raises:
+            StateError: always.
+        """
+        raise StateError(_NOT_LOADED)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Raise the same error if a module that contains this one is loaded."""
+        raise StateError(_NOT_LOADED)
+
     def save_tuning(self, path: str | Path) -> None:
         """Write the tuning results as JSON, for `compile_sparse(..., tuning=path)`.
 
@@ -304,6 +316,11 @@ _NOT_SAVED = (
     "A compiled network works on this machine and in this process only and cannot be saved or "
     "copied. Save the model (feather.save_sparse) and the tuning results (save_tuning), then "
     "compile again."
+)
+
+_NOT_LOADED = (
+    "A compiled network has no state to load. Load the weights into the model (load_state_dict, "
+    "feather.load_sparse), then compile it again."
 )
 
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from ..errors import FileFormatError
-from ..files import replace_file
+from ..files import replace_file, to_path
 from .batch import BatchPlan
 from .kernels import Tile, tiles
 from .layer import Layer
@@ -22,6 +23,8 @@ from .plan import Plan, Sparse
 from .planes import PlaneLayout
 from .timing import milliseconds
 from .workspace import Workspace
+
+MAX_TILE = 64  # vectors, values of a vector, or channels; larger ones would take long to compile
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def save_tuning(tuning: Mapping[str, LayerTuning], path: str | Path) -> None:
         path: the file, which is replaced atomically.
     """
     text = json.dumps({name: asdict(layer) for name, layer in tuning.items()}, indent=1)
-    replace_file(Path(path), lambda file: file.write(f"{text}\n".encode()))
+    replace_file(to_path(path), lambda file: file.write(f"{text}\n".encode()))
 
 
 def load_tuning(path: str | Path) -> dict[str, LayerTuning]:
@@ -104,23 +107,32 @@ def load_tuning(path: str | Path) -> dict[str, LayerTuning]:
         FileFormatError: it is damaged or holds something else.
         OSError: the file cannot be read.
     """
+    path = to_path(path)
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+        raise FileFormatError(f"{path} is not a regular file. Pass a file of save_tuning.")
     try:
-        found = json.loads(Path(path).read_text())
-        tuning = {
-            name: LayerTuning(**(layer | {"tile": Tile(*layer["tile"])}))
-            for name, layer in found.items()
-        }
-        for layer in tuning.values():
-            times = (t for t in (layer.dense_ms, layer.sparse_ms) if t is not None)
-            if min(layer.tile) < 1 or not isinstance(layer.sparse, bool):
-                raise ValueError(layer)
-            [float(n) for n in (layer.sparsity, *times)]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        found = json.loads(path.read_text())
+        return {name: _read_layer(layer) for name, layer in found.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FileFormatError(
-            f"{path} holds no tuning results of compile_sparse, or is damaged ({error!r}). Compile "
-            "without it and save them again."
+            f"{path} holds no tuning results of compile_sparse, or is damaged ({error!r:.200}). "
+            "Compile without it and save them again."
         ) from error
-    return tuning
+
+
+def _read_layer(stored: Mapping[str, Any]) -> LayerTuning:
+    """Return the tuning of a layer; raise ValueError or TypeError if a value is impossible."""
+    layer = LayerTuning(**{**stored, "tile": Tile(*stored["tile"])})
+    for length in layer.tile:
+        if type(length) is not int or not 1 <= length <= MAX_TILE:
+            raise ValueError(f"tile {stored['tile']}")
+    times = [t for t in (layer.dense_ms, layer.sparse_ms) if t is not None]
+    for number, most in ((layer.sparsity, 1), *((t, math.inf) for t in times)):
+        if type(number) not in (int, float) or not 0 <= number <= most or number == math.inf:
+            raise ValueError(f"{number!r:.40} is out of range")
+    if not isinstance(layer.sparse, bool):
+        raise TypeError(f"sparse is {layer.sparse!r:.40}")
+    return layer
 
 
 def _plan_of_layer(node: Node, layer: Layer) -> Plan:

@@ -1,25 +1,168 @@
-"""Selection on a CPU: a sample brackets the k-th score, one pivot finds it in the bracket."""
+"""Selection on a CPU: few scores around the k-th one are collected, and it is found among them."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..threads import for_each, scratch
+from .bracket import Bracket
 from .cutoff import Cutoff
 
 SMALL = 1 << 16
-"""Below this number of scores a sample gains nothing."""
+"""Below this number of scores a bracket gains nothing."""
 BLOCK = 1 << 16
 """Scores compared at a time, which bounds the temporary memory."""
-MARGIN = 4.0
-"""Half-width of the bracket in standard deviations of the sampled rank; it misses 1 in 16000."""
+MARGINS = 4.0, 16.0
+"""Half-widths of the bracket in standard deviations of the sampled rank; 4 miss 1 in 16000."""
+
+INTEGER: dict[Any, Any] = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
+
+
+class Scores(ABC):
+    """Scores >= 0 in blocks; NaN ranks above infinity.
+
+    A block holds the bits of its scores as integers without the sign. They are ordered like the
+    scores, and any NaN is above infinity.
+
+    Attributes:
+        size: number of scores.
+        dtype: NumPy type of the scores.
+
+    Example:
+        >>> TensorScores(torch.tensor([3.0, 1.0, 2.0])).size
+        3
+    """
+
+    size: int
+    dtype: np.dtype
+
+    @abstractmethod
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """Return scores start to stop as integers, in memory that the next call may use again."""
+
+    @abstractmethod
+    def sample(self, step: int) -> np.ndarray:
+        """Return every `step`-th score, in new memory."""
+
+    def collect(self, start: int, stop: int, low: int, high: int) -> tuple[int, np.ndarray]:
+        """Count the scores up to `low`, and return those strictly between `low` and `high`.
+
+        Args:
+            start: first score.
+            stop: end of the range.
+            low: the lower bound, as an integer.
+            high: the upper bound, as an integer.
+        """
+        bits = self.block(start, stop)
+        above = np.greater(bits, low, out=scratch("above", bits.size, bool))
+        count = bits.size - int(np.count_nonzero(above))
+        within = np.less(bits, high, out=scratch("within", bits.size, bool))
+        return count, bits[np.logical_and(within, above, out=within)]
+
+    def collect_all(self, low: float, high: float) -> tuple[int, np.ndarray]:
+        """Count the scores up to `low`, and return those strictly between `low` and `high`."""
+        least, most = self.as_integer(low), self.as_integer(high)
+        parts = for_each(
+            lambda a: self.collect(a, min(a + BLOCK, self.size), least, most),
+            range(0, self.size, BLOCK),
+        )
+        return sum(count for count, _ in parts), np.concatenate([near for _, near in parts])
+
+    def as_integer(self, value: float | np.floating) -> int:
+        """Return the bits of a score as an integer."""
+        return int(np.array(value, self.dtype).view(INTEGER[self.dtype]))
+
+    def count_up_to(self, bound: int) -> int:
+        """Return the number of scores up to a bound, as an integer."""
+        return sum(
+            for_each(
+                lambda a: int(np.count_nonzero(self._block(a) <= bound)), range(0, self.size, BLOCK)
+            )
+        )
+
+    def find(self, value: int, n: int) -> int:
+        """Return the index of the n-th score, from 1, that equals a value, as an integer."""
+        for a in range(0, self.size, BLOCK):
+            equal = self._block(a) == value
+            count = int(np.count_nonzero(equal))
+            if n <= count:
+                return a + int(np.flatnonzero(equal)[n - 1])
+            n -= count
+        raise AssertionError("fewer scores equal the value")
+
+    def _block(self, start: int) -> np.ndarray:
+        return self.block(start, min(start + BLOCK, self.size))
+
+
+class TensorScores(Scores):
+    """The scores in a tensor.
+
+    Args:
+        scores: flat float32 or float64 tensor of numbers >= 0, on the CPU. It is only read.
+
+    Example:
+        >>> TensorScores(torch.tensor([1.0, 2.0])).block(0, 1).view(np.float32).tolist()
+        [1.0]
+    """
+
+    def __init__(self, scores: Tensor):
+        self._array = scores.numpy()
+        self.size, self.dtype = self._array.size, self._array.dtype
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        return magnitude_bits(self._array[start:stop])
+
+    def sample(self, step: int) -> np.ndarray:
+        return np.abs(self._array[::step])
+
+
+def magnitude_bits(values: np.ndarray, scale: Any = None) -> np.ndarray:
+    """Return the bits of |values|, or of |values| * scale, as integers, in memory of this thread.
+
+    Args:
+        values: float32 or float64, flat.
+        scale: a number of the same type, >= 0.
+
+    Example:
+        >>> magnitude_bits(np.float32([-2.0]), np.float32(3.0)).view(np.float32).tolist()
+        [6.0]
+    """
+    integer = INTEGER[values.dtype]
+    out = scratch("bits", values.size, integer)
+    if scale is not None:
+        with np.errstate(all="ignore"):
+            np.multiply(values, scale, out=out.view(values.dtype))
+    # Clearing the sign makes -0 a zero, and the NaN that x86 produces (negative) a NaN.
+    source = values.view(integer) if scale is None else out
+    return np.bitwise_and(source, np.iinfo(integer).max, out=out)
+
+
+class Collected(NamedTuple):
+    """What `Scores.collect` found in all scores, before a selection.
+
+    Example:
+        >>> Collected((1.0, 2.0), 3, np.zeros(0, np.int32), []).below
+        3
+    """
+
+    bounds: tuple[float, float]
+    """Lower and upper bound."""
+    below: int
+    """Number of scores up to the lower bound."""
+    near: np.ndarray
+    """Scores strictly between the bounds, as integers."""
+    versions: list[int]
+    """Versions of the tensors that were read."""
 
 
 def select_cpu(fill: Callable[[], Tensor], k: int) -> Cutoff:
-    """Return the cutoff of the k smallest scores, by a partition around the k-th one.
+    """Return the cutoff of the k smallest scores in a tensor.
 
     Args:
         fill: returns the scores, as for `select`.
@@ -29,58 +172,103 @@ def select_cpu(fill: Callable[[], Tensor], k: int) -> Cutoff:
         >>> float(select_cpu(lambda: torch.tensor([3.0, 1.0, 2.0]), 2).value)
         2.0
     """
-    scores = fill()
+    return select_scores(TensorScores(fill()), k)
+
+
+def select_scores(scores: Scores, k: int, bracket: Bracket | None = None) -> Cutoff:
+    """Return the cutoff of the k smallest scores; no memory of their size is allocated.
+
+    Args:
+        scores: the scores.
+        k: number of scores to prune.
+        bracket: where the k-th score is expected; it is updated. None if nothing is known.
+
+    Example:
+        >>> bracket = Bracket()
+        >>> float(select_scores(TensorScores(torch.tensor([3.0, 1.0, 2.0])), 2, bracket).value)
+        2.0
+        >>> bracket.value
+        2.0
+    """
+    number, everywhere = scores.dtype.type, scores.size - 1
     if k == 0:
-        return Cutoff(scores.new_tensor(-1.0), torch.tensor(-1), scores.new_tensor(0.0))
-    array = scores.numpy()
-    near, rank = _bracket(array, k)
-    if near.min() != near.max():  # partition is slow on equal scores, such as initial zeros
-        near.partition(rank - 1)
-    value, kept = near[rank - 1], near[rank:]
+        return _cutoff(number(-1.0), -1, number(0.0))
+    found = None
+    if bracket is not None and bracket.bounds is not None and scores.size >= SMALL:
+        found = _find(scores, k, *bracket.bounds)
+    if found is None:
+        found = _sampled(scores, k)
+    value, below, equal = found
+    if bracket is not None:
+        bracket.update(float(value))
     if np.isnan(value):  # more NaN than kept weights: all other scores are pruned, NaN never
-        infinity = scores.new_tensor(np.inf)
-        return Cutoff(infinity, torch.tensor(scores.numel() - 1), infinity)
-    # fmin, not min: NaN must not hide a tie.
-    tied = kept.size > 0 and bool(np.fmin.reduce(kept) == value)
-    if not tied:
-        last, threshold = scores.numel() - 1, value
-    else:
-        needed = int(np.count_nonzero(near[:rank] == value))
-        in_order = fill().numpy() if near is array else array
-        last = int(np.flatnonzero(in_order == value)[needed - 1])
-        threshold = np.nextafter(value, value.dtype.type(0))
-    return Cutoff(
-        scores.new_tensor(value.item()), torch.tensor(last), scores.new_tensor(threshold.item())
-    )
+        return _cutoff(number(np.inf), everywhere, number(np.inf))
+    if k == below + equal:
+        return _cutoff(value, everywhere, value)
+    last = scores.find(scores.as_integer(value), k - below)
+    return _cutoff(value, last, np.nextafter(value, number(0)))
 
 
-def _bracket(scores: np.ndarray, k: int) -> tuple[np.ndarray, int]:
-    """Return few scores that include all equal to the k-th smallest, and its rank among them.
+def _cutoff(value: np.floating, last: int, threshold: np.floating) -> Cutoff:
+    as_tensor = torch.from_numpy(np.array([value, threshold]))
+    return Cutoff(as_tensor[0], torch.tensor(last), as_tensor[1])
+
+
+def _find(scores: Scores, k: int, low: float, high: float) -> tuple[np.floating, int, int] | None:
+    """Return the k-th smallest score, the number of smaller and of equal ones.
+
+    Args:
+        scores: the scores.
+        k: rank, from 1.
+        low: no score below it is expected to be the k-th; itself is allowed.
+        high: no score above it is expected to be the k-th; itself is allowed.
+
+    Returns:
+        None if the k-th score is not within the bounds.
+    """
+    number = scores.dtype.type
+    below, near = scores.collect_all(low, high)
+    if k <= below:  # at most `low`: only equality is known to be right, such as initial zeros
+        smaller = scores.count_up_to(scores.as_integer(low) - 1)
+        return (number(low), smaller, below - smaller) if smaller < k else None
+    rank = k - below
+    if rank > near.size:
+        smaller = below + near.size
+        equal = scores.count_up_to(scores.as_integer(high)) - smaller
+        return (number(high), smaller, equal) if k <= smaller + equal else None
+    if near.min() != near.max():  # partition is slow on equal scores
+        near.partition(rank - 1)
+    value = near[rank - 1]
+    smaller = below + int(np.count_nonzero(near < value))
+    equal = int(np.count_nonzero(near == value))
+    found: np.floating = near[rank - 1 : rank].view(scores.dtype)[0]
+    return found, smaller, equal
+
+
+def _sampled(scores: Scores, k: int) -> tuple[np.floating, int, int]:
+    """Return the k-th smallest score, the number of smaller and of equal ones; NaN if it is NaN.
 
     A sample brackets the k-th score between two values, as in SELECT (Floyd and Rivest, 1975), and
-    a count of the scores below confirms the bracket. If it does not hold, all scores are returned.
+    a count of the scores below confirms the bracket. If it does not hold, a wider one is tried.
 
     Why not partition all scores: with NumPy's AVX2 code that is as fast. With its AVX-512 code on
     AMD's Zen 4 it is seven times slower, because compressing stores are slow there.
     """
     size = scores.size
-    if size < SMALL:
-        return scores, k
-    # An odd step, so that it does not stay within one column of a weight matrix.
-    sample = scores[:: int(size ** (1 / 3)) | 1].copy()
-    center = k / size * sample.size
-    half_width = MARGIN * (center * (1 - k / size)) ** 0.5 + 1
-    low, high = int(center - half_width), int(center + half_width)
-    sample.partition([rank for rank in (low, high) if 0 < rank < sample.size] or [0])
-    least = sample[low] if low > 0 else 0
-    most = sample[high] if high < sample.size else np.inf
-    below, near = 0, []
-    for start in range(0, size, BLOCK):
-        block = scores[start : start + BLOCK]
-        under = block < least
-        below += int(np.count_nonzero(under))
-        near.append(block[np.greater(block <= most, under)])  # within both bounds
-    bracketed = np.concatenate(near)
-    if not below < k <= below + bracketed.size:
-        return scores, k
-    return bracketed, k - below
+    if size >= SMALL:
+        # An odd step, so that it does not stay within one column of a weight matrix.
+        sample = scores.sample(int(size ** (1 / 3)) | 1)
+        sample.sort()
+        center = k / size * sample.size
+        for margin in MARGINS:
+            half_width = margin * (center * (1 - k / size)) ** 0.5 + 1
+            low, high = int(center - half_width), int(center + half_width)
+            least = sample[low] if low > 0 else 0.0
+            most = sample[high] if high < sample.size else np.inf
+            if np.isnan(least):
+                break
+            found = _find(scores, k, least, np.inf if np.isnan(most) else most)
+            if found is not None:
+                return found
+    found = _find(scores, k, 0.0, np.inf)
+    return (scores.dtype.type(np.nan), 0, 0) if found is None else found

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..average import LatentAverage
 from ..errors import NonFiniteWeightError, StateError
 from ..methods import find_method
+from ..methods.base import effective_weights
 from ..sparsify import sparsify
 from .capture import Tape, simulated_device
 from .problem import STEPS, Factory, Run, call, describe, differences, make_batch, make_network
@@ -123,7 +124,7 @@ def facts(factory: Factory, sparsity: float) -> None:
     assert isinstance(method.fingerprint, str), "the fingerprint is no text"
     assert method.fingerprint, "the fingerprint is empty"
     gradients = [torch.randn_like(w) for w in weights.views]
-    effective = method.effective_weights(weights, pruning)
+    effective = effective_weights(method, weights, pruning)
     with torch.no_grad():
         for i, (g, u) in enumerate(zip(gradients, effective, strict=True)):
             if not method.facts.pulls_back:
@@ -137,7 +138,7 @@ def facts(factory: Factory, sparsity: float) -> None:
 
 
 def pure_update(factory: Factory, sparsity: float) -> None:
-    """`update` and `effective_weights` of other weights change nothing of the run."""
+    """`update` and `write_effective` of other weights change nothing of the run."""
     a, b = Run(factory, sparsity).train(0, 4), Run(factory, sparsity).train(0, 4)
     average = LatentAverage(b.sparsifier, 0.5)
     for step in range(4, STEPS):

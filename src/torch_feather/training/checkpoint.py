@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from ..errors import ConfigurationError
+from ..participants import remember_names
 from .checkpoint_files import FORMAT, newest, set_aside, structure
-from .config import Config, flatten, load_config, parse_config, to_dict, to_yaml
+from .config import Config, apply, flatten, load_config, to_dict, to_yaml, upgrade
 from .content import read_json, read_json_lines
 from .deprecation import renamed_names, warn_renamed
 from .errors import CheckpointError, InUse, RunError
@@ -257,21 +258,6 @@ class RunDirectory:
                 )
             raise ConfigurationError(f"{error}. {remedy}") from None
 
-    def read_finished(self) -> tuple[Config, dict[str, Any]]:
-        """Return the configuration and the results of a finished run.
-
-        Raises:
-            RunError: as `read_report`, or config.yaml and report.json are of different runs.
-            ConfigurationError: as `read_config`.
-        """
-        config, results = self.read_config(), self.read_report()
-        if config.network != results["network"]:
-            raise RunError(
-                f"{self.config_file}: names the network {config.network!r}, but report.json "
-                f"{results['network']!r}. Restore the file of this run."
-            )
-        return config, results
-
     def stored_config(self, warn: Callable[[str], object] = _ignore) -> Config | None:
         """Return the configuration from config.yaml; if it is missing, from a checkpoint.
 
@@ -289,11 +275,11 @@ class RunDirectory:
             return self.read_config()
         found = newest(self.present_checkpoints(), {})
         stored = found.state.get("config") if found is not None else None
-        if found is None or not isinstance(stored, str):
+        if found is None or not isinstance(stored, dict):
             return None
         warn(f"{self.config_file} is missing; its settings are taken from {found.path.name}")
         try:
-            return parse_config(stored, f"{found.path}: config")
+            return apply(Config(), upgrade(stored), f"{found.path}: config")
         except ConfigurationError as error:
             raise CheckpointError(
                 f"{error}. Write the settings of the run into {self.config_file}."
@@ -352,6 +338,14 @@ class RunDirectory:
                 f"({reason}). "
                 + self._rewrite_hint().replace("metrics.jsonl", self.model_file.name)
             ) from None
+        remember_names(model, self.prunable())
+
+    def prunable(self) -> list[str] | None:
+        """Return the names of the weights that took part in sparse training; None if unknown."""
+        try:
+            return [layer["name"] for layer in self.read_report()["report"]["layers"]]
+        except RunError:
+            return None
 
     def _no_model(self) -> str:
         """Return why model.safetensors is missing, and what to do."""

@@ -203,10 +203,15 @@ def layer_table(report: dict[str, Any]) -> Text:
         report: the value of `report` in report.json, also of version 0.1.
     """
     keys = [field.name for field in fields(LayerReport)]
-    layers = [LayerReport(**{key: row[key] for key in keys}) for row in report["layers"]]
-    others = [field.name for field in fields(Report) if field.name != "layers"]
-    values = {key: report.get(key, report.get(OLD_KEYS.get(key, ""))) for key in others}
-    text = Text(str(Report(layers, **values)))
+    layers, others = (
+        [LayerReport(**{key: row[key] for key in keys}) for row in report.get(name, [])]
+        for name in ("layers", "others")
+    )
+    names = [field.name for field in fields(Report) if field.name not in ("layers", "others")]
+    values: dict[str, Any] = {
+        key: report.get(key, report.get(OLD_KEYS.get(key, ""))) for key in names
+    }
+    text = Text(str(Report(layers, **values, others=others)))
     text.highlight_regex(r"\A.*", "bold")
     text.highlight_regex(re.compile(f"^.*{EMPTY_MARK}$", re.MULTILINE), "bold red")
     return text

@@ -6,6 +6,7 @@ Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, se
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .. import models
 from ..errors import ConfigurationError
 from .config import Config, DistillationConfig
 from .data import Dataset
+from .distributed import Ranks
 from .weights import read_weights
 
 
@@ -65,6 +67,28 @@ class Distillation:
         return loss.lerp(divergence * temperature**2, self.options.weight)
 
 
+def make_distillation(
+    config: Config, data: Dataset, device: torch.device, layout: torch.memory_format, ranks: Ranks
+) -> Distillation | None:
+    """Return the loss with the teacher of a configuration; None if it has no teacher.
+
+    Args:
+        config: the configuration of the run.
+        data: the data set of the run.
+        device: device of the teacher.
+        layout: memory format of the teacher.
+        ranks: the processes that train together.
+
+    Raises:
+        FeatherError: as `load_teacher`.
+    """
+    if config.distillation.teacher is None:
+        return None
+    teacher = ranks.local_first(lambda: load_teacher(config, data))
+    teacher.to(device).to(memory_format=layout)
+    return Distillation(teacher, config.distillation, config.system.compile)
+
+
 def load_teacher(config: Config, data: Dataset) -> nn.Module:
     """Load the network that `config.distillation.teacher` names, on the CPU.
 
@@ -87,6 +111,9 @@ def load_teacher(config: Config, data: Dataset) -> nn.Module:
         else:
             weights = read_weights(Path(source))
             name = weights.network or config.network
+            with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+                # Before a network is created that only the file names. A few cannot be on meta.
+                weights.check(models.create(name, data.classes, data.channels))
             teacher = weights.fill(models.create(name, data.classes, data.channels))
     _try(teacher.eval(), source, data)
     return teacher

@@ -18,7 +18,7 @@ from ..files import replace_file
 from .checkpoint import RunDirectory
 from .config import Config, to_dict, to_yaml
 from .data import load_dataset
-from .weights import read_weights
+from .weights import read_finished, read_weights
 
 FORMATS = {"sparse": hub.FILE, "safetensors": "model.safetensors", "onnx": "model.onnx"}
 
@@ -55,7 +55,8 @@ def export_run(
     run.read_report()  # raises RunError if the run is not complete
     if format == "sparse":
         tensors = read_weights(run.path).tensors
-        save_sparse(tensors, path, dtype=dtype, metadata=run_metadata(run))
+        metadata, prunable = run_metadata(run), run.prunable()
+        save_sparse(tensors, path, dtype=dtype, metadata=metadata, prunable=prunable)
     elif format == "onnx":
         export_onnx(*load_network(run, data_path), path)
     elif path.resolve() != run.model_file.resolve():
@@ -78,7 +79,7 @@ def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Mo
     Raises:
         RunError: the run is not complete, or cannot be read.
     """
-    config, results = run.read_finished()
+    config, results = read_finished(run)
     if "input_shape" in results:
         shape, classes = results["input_shape"], results["classes"]
     else:
@@ -99,7 +100,7 @@ def run_metadata(run: RunDirectory) -> dict[str, Any]:
     Raises:
         RunError: the run is not complete, or cannot be read.
     """
-    config, results = run.read_finished()
+    config, results = read_finished(run)
     keys = ("network", "data", "classes", "input_shape", "method", "test_accuracy", "macs")
     metadata = {key: results[key] for key in keys if key in results}
     return metadata | {

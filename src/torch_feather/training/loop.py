@@ -21,6 +21,7 @@ from .deprecation import warn_renamed
 from .distributed import Ranks, process_group
 from .errors import DamagedCheckpoint, RunError
 from .restore import restore
+from .same_run import check_same_data
 from .signals import stop_requests
 from .task import Task
 
@@ -67,7 +68,8 @@ def train(
         results = _train_one(config, run, resume, callback, make_task, ranks)
         if config.compare_dense and "dense" not in results:
             baseline = run.dense_baseline()
-            dense = _train_one(config.dense(), baseline, True, callback, make_task, ranks)
+            digest = results.get("data_digest")
+            dense = _train_one(config.dense(), baseline, True, callback, make_task, ranks, digest)
             keys = ("test_accuracy", "test_loss", "macs", "seconds")
             results["dense"] = {key: dense[key] for key in keys}
             if ranks.first:
@@ -85,6 +87,7 @@ def _train_one(
     callback: Callback,
     make_task: Callable[..., Task],
     ranks: Ranks,
+    data_digest: str | None = None,
 ) -> dict[str, Any]:
     with ExitStack() as held, settings(config.system, ranks) as device:
 
@@ -105,6 +108,7 @@ def _train_one(
         task = _begin_or_resume(
             lambda config: make_task(config, data, device, ranks), config, run, callback, ranks
         )
+        check_same_data(data_digest, task.data_identity, config)
         ranks.on_first(lambda: run.write_config(config))
         callback.begin(config, task.total_steps, task.step, run)
         try:

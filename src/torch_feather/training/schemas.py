@@ -63,6 +63,7 @@ _REPORT = zeros_of_weights(
             "parameters": nullable(integer(1)),
             "dense_macs": nullable(count),
             "sparse_macs": nullable(count),
+            "others": items(_LAYER),
         },
     )
 )
@@ -90,6 +91,7 @@ RESULTS = record(
         **PROVENANCE,
     },
     {
+        "data_digest": text,
         "classes": integer(1, 10**6),
         "input_shape": items(integer(1, 10**5), 1),
         "learned_sparsity": nullable(fraction),

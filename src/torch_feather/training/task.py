@@ -16,15 +16,16 @@ import torch_feather as feather
 from .. import models
 from .callbacks import Callback
 from .checkpoint import RunDirectory, write_json
-from .config import Config, to_yaml
-from .data import Dataset, eval_loader, train_loader
-from .distillation import Distillation, load_teacher
+from .config import Config
+from .data import Dataset, data_identity, eval_loader, identity_digest, train_loader
+from .distillation import make_distillation
 from .distributed import Ranks
 from .errors import CheckpointError, Interrupted, TrainingDiverged
 from .evaluation import StoppedEvaluation, check_accepts, evaluate, until
 from .masks import record_masks
 from .optimizer import learning_rate, make_optimizer
 from .provenance import provenance
+from .same_run import check_same_run, run_identity
 from .sparsification import attach_sparsifier
 from .step import Step
 from .weights import read_weights
@@ -63,6 +64,7 @@ class Task:
             self.ranks.local_first(lambda: read_weights(init).fill(self.model))
         self.model.to(device).to(memory_format=layout)
         self.loader = train_loader(data, config, device, self.ranks)
+        self.data_identity = self.ranks.on_first(lambda: data_identity(data))
         self.example = data.example().to(device)
         check_accepts(self.model, config.network, self.example)
         self.total_steps = config.epochs * len(self.loader)
@@ -72,7 +74,7 @@ class Task:
         self.sparsifier = attach_sparsifier(
             config, self.model, self.optimizer, self.total_steps, self.example, self.ranks
         )
-        self.distillation = self._make_distillation(layout)
+        self.distillation = make_distillation(config, data, device, layout, self.ranks)
         self.train_step = Step(
             self.model,
             self.optimizer,
@@ -100,14 +102,6 @@ class Task:
         self.best: dict[str, Any] | None = None
         if self.ranks.count > 1:  # random numbers of the network, as of dropout, differ by rank
             torch.manual_seed(config.seed + self.ranks.rank)
-
-    def _make_distillation(self, layout: torch.memory_format) -> Distillation | None:
-        options = self.config.distillation
-        if options.teacher is None:
-            return None
-        teacher = self.ranks.local_first(lambda: load_teacher(self.config, self.data))
-        teacher.to(self.device).to(memory_format=layout)
-        return Distillation(teacher, options, self.config.system.compile)
 
     def fit(
         self,
@@ -172,8 +166,7 @@ class Task:
             began: when the present epoch began, by `time.perf_counter`; None between two epochs.
             position: state of the loader; None for its present state.
         """
-        # The configuration restores config.yaml if it is lost.
-        state = self.state_dict() | {"config": to_yaml(self.config.written_out())}
+        state = self.state_dict()
         state["loader"] = position or state["loader"]
         if began is not None:
             state["seconds"] = self._elapsed(began)
@@ -310,6 +303,7 @@ class Task:
         return {
             "network": self.config.network,
             "data": self.config.data.name,
+            "data_digest": identity_digest(self.data_identity),
             "classes": self.data.classes,
             "input_shape": list(self.example.shape[1:]),  # of one image, (C, H, W)
             "method": self.config.method,
@@ -340,6 +334,7 @@ class Task:
         The optimizer's state holds the latent weights.
         """
         return {
+            **run_identity(self.config, self.data_identity, len(self.loader)),
             "method": self.config.method,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -358,7 +353,8 @@ class Task:
         """Load a state of `state_dict`, also one of version 0.1, and continue from it.
 
         Raises:
-            CheckpointError: the state is of another method or teacher.
+            CheckpointError: the state is of another method or teacher, or of other settings or
+                images.
         """
         if state.get("method", self.config.method) != self.config.method:
             raise CheckpointError(
@@ -369,6 +365,8 @@ class Task:
                 "the checkpoint is of a run with another teacher or without one, or the weights of "
                 f"the teacher have changed: {self.config.distillation.teacher}"
             )
+        batches, ranks = len(self.loader), self.ranks.count
+        check_same_run(state, self.config, self.data_identity, batches, ranks)
         self.model.load_state_dict(state["model"])
         fused = self.optimizer.param_groups[0]["fused"]
         self.optimizer.load_state_dict(state["optimizer"])

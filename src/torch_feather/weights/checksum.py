@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..threads import for_each
+from . import compiled
+from .compiled import COLUMNS
 from .latent import BLOCK, LatentWeights
 
 
@@ -36,9 +42,77 @@ def checksum_of(weights: LatentWeights, i: int, here: Tensor) -> int:
     return int(shards.sum(torch.tensor(_signed(total))))
 
 
-# A prime, so that exchanged rows or channels rarely keep their words in the same columns.
-_COLUMNS = 509
-_FACTORS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, _COLUMNS) | 1
+_FACTORS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, COLUMNS) | 1
+
+
+ROW_BYTES = 8 * COLUMNS
+_ROWS = 64  # rows at a time: they stay in the cache while they are read twice
+
+
+class Sums(NamedTuple):
+    """Sums over a range of a tensor's memory that begins at a row.
+
+    Example:
+        >>> sums = Sums.of(torch.tensor([1.0, torch.nan]))
+        >>> sums.nan, sums.checksum == checksum(torch.tensor([1.0, torch.nan]))
+        (True, True)
+    """
+
+    columns: np.ndarray
+    """int64 of shape (COLUMNS,)."""
+    rest: int
+    """The bytes of an incomplete last word; only the end of a tensor has one."""
+    nan: bool
+    """Whether a value is NaN."""
+
+    @classmethod
+    def of(cls, flat: Tensor, with_nan: bool = True) -> Sums:
+        """Return the sums over a range.
+
+        Args:
+            flat: values on a CPU, flat and contiguous.
+            with_nan: whether to look for NaN; `nan` is False otherwise.
+        """
+        data, width = flat.view(torch.uint8).numpy(), flat.element_size()
+        words = data[: data.size // 8 * 8].view(np.int64)
+        columns, nan, start = np.zeros(COLUMNS, np.int64), False, 0
+        if flat.dtype == torch.float32 and compiled.kernels() is not None:
+            start = words.size // COLUMNS * COLUMNS
+            nan = compiled.scan(words[:start], columns)
+        for a in range(start, words.size, _ROWS * COLUMNS):
+            block = words[a : a + _ROWS * COLUMNS]
+            if with_nan:
+                nan |= _has_nan(flat[a * 8 // width : (a + block.size) * 8 // width])
+            if width == 8:
+                # Sign bits would be the topmost bits, and an even number of them cancels: mix them
+                # in.
+                block = block ^ (block.view(np.uint64) >> 1).view(np.int64)
+            full = block.size // COLUMNS * COLUMNS
+            if full:
+                columns += np.add.reduce(block[:full].reshape(-1, COLUMNS), axis=0)
+            columns[: block.size - full] += block[full:]
+        rest = data[words.size * 8 :]
+        if with_nan and rest.size:
+            nan |= _has_nan(flat[words.size * 8 // width :])
+        return cls(columns, int.from_bytes(rest.tobytes(), "little"), nan)
+
+    @property
+    def checksum(self) -> int:
+        """The `checksum` of a tensor, from the sums over all of it."""
+        return _signed(int(np.dot(self.columns, _FACTORS)) + self.rest * int(_FACTORS[-1]))
+
+
+def joined(parts: Sequence[Sums]) -> Sums:
+    """Return the sums over all of a tensor, from those over its ranges.
+
+    Example:
+        >>> w = torch.ones(2 * ROW_BYTES)
+        >>> parts = [Sums.of(w[:ROW_BYTES]), Sums.of(w[ROW_BYTES:])]
+        >>> joined(parts).checksum == checksum(w)
+        True
+    """
+    columns = np.sum([part.columns for part in parts], axis=0)
+    return Sums(columns, sum(part.rest for part in parts), any(part.nan for part in parts))
 
 
 def checksum(tensor: Tensor) -> int:
@@ -58,17 +132,60 @@ def checksum(tensor: Tensor) -> int:
         >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
         False
     """
+    return tensor_sums(tensor, with_nan=False).checksum
+
+
+def tensor_sums(tensor: Tensor, with_nan: bool = True) -> Sums:
+    """Return the sums over all of a tensor, computed by several threads.
+
+    Args:
+        tensor: dense in memory, on any device.
+        with_nan: whether to look for NaN.
+
+    Example:
+        >>> tensor_sums(torch.tensor([[1.0, 2.0]])).nan
+        False
+    """
     flat = tensor.detach().as_strided((tensor.numel(),), (1,)).cpu()
-    data = flat.view(torch.uint8).numpy()
-    words = data[: data.size // 8 * 8].view(np.int64)
-    if tensor.element_size() == 8:
-        # Sign bits would be the topmost bits, and an even number of them cancels: mix them in.
-        words = words ^ (words.view(np.uint64) >> 1).view(np.int64)
-    rows = words.size // _COLUMNS
-    columns = np.add.reduce(words[: rows * _COLUMNS].reshape(rows, _COLUMNS), axis=0)
-    columns[: words.size - rows * _COLUMNS] += words[rows * _COLUMNS :]
-    rest = int.from_bytes(data[words.size * 8 :].tobytes(), "little")
-    return _signed(int(np.dot(columns, _FACTORS)) + rest * int(_FACTORS[-1]))
+    step = 4 * _ROWS * ROW_BYTES // flat.element_size()
+    if flat.numel() <= step:
+        return Sums.of(flat, with_nan)
+    starts = range(0, flat.numel(), step)
+    return joined(for_each(lambda a: Sums.of(flat[a : a + step], with_nan), starts))
+
+
+def _has_nan(flat: Tensor) -> bool:
+    """Return whether a value is NaN."""
+    if flat.element_size() == 2:  # NumPy has no bfloat16, and float16 is slow there
+        return bool(flat.sum(dtype=torch.float32).isnan())
+    return flat.numel() > 0 and bool(np.isnan(np.maximum.reduce(flat.numpy())))
+
+
+class Recorded(list[Tensor]):
+    """Tensors to write, with the checksums that were computed while they were in the cache.
+
+    Attributes:
+        sums: by position, and the version of the tensor at which they hold.
+
+    Example:
+        >>> w = torch.ones(2)
+        >>> recorded = Recorded([w])
+        >>> recorded.sums[0] = w._version, Sums.of(w)
+        >>> _ = w.zero_()
+        >>> recorded.sums_of(0).checksum == checksum(w)  # computed again
+        True
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        super().__init__(tensors)
+        self.sums: dict[int, tuple[int, Sums]] = {}
+
+    def sums_of(self, i: int) -> Sums:
+        """Return the sums over a tensor."""
+        version, sums = self.sums.get(i, (None, None))
+        if sums is None or version != self[i]._version:
+            return tensor_sums(self[i])
+        return sums
 
 
 def partial_checksum(tensor: Tensor, index: Tensor, size: int) -> int:
@@ -95,7 +212,7 @@ def partial_checksum(tensor: Tensor, index: Tensor, size: int) -> int:
         bits ^= bits >> np.uint64(1)
     position, per_word = index.numpy(), 8 // width
     in_words = position < size // per_word * per_word  # the others are in the incomplete last word
-    column = np.where(in_words, position // per_word % _COLUMNS, -1)
+    column = np.where(in_words, position // per_word % COLUMNS, -1)
     shift = (position % per_word * 8 * width).astype(np.uint64)
     return _signed(int(np.dot(bits << shift, _FACTORS.view(np.uint64)[column])))
 

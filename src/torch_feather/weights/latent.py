@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..selection.cpu import Collected
 from .shards import local, shards_of
 
 # Weights per block on a CPU: a block stays in the L2 cache.
@@ -86,6 +87,7 @@ class LatentWeights:
         shards: layout of the shards; None if all weights are local.
         wide: type of magnitudes and thresholds: float64 if a parameter is, else float32.
         device: device of the weights.
+        collected: what the next selection from all weights needs, if a copy has collected it.
 
     Example:
         >>> weights = LatentWeights([torch.tensor([[1.0, -2.0]]), torch.tensor([3.0])])
@@ -110,6 +112,7 @@ class LatentWeights:
         self.spans: list[tuple[int, int]] = [(0, 0)] * len(parameters)
         self.local_spans: list[tuple[int, int]] = [(0, 0)] * len(parameters)
         self.parts: list[Part] = []
+        self.collected: Collected | None = None
         self._constants: dict[Hashable, Any] = {}
         start = first = 0
         for dtype in dict.fromkeys(p.dtype for p in parameters):
@@ -246,13 +249,14 @@ class LatentWeights:
             "local_spans": [local_spans[i] for i in members],
             "wide": self.wide,
             "device": self.device,
+            "collected": None,
             "_constants": {},
         }
 
     def like(self, values: Sequence[Tensor]) -> LatentWeights:
         """Return latent weights in the same layout, with the flat `values` in place of `flats`."""
         other = object.__new__(LatentWeights)
-        other.__dict__.update(self.__dict__, views=list(self.views), parts=[])
+        other.__dict__.update(self.__dict__, views=list(self.views), parts=[], collected=None)
         for part, flat in zip(self.parts, values, strict=True):
             other.parts.append(Part(flat, part.start, []))
         for i, (start, _) in enumerate(self.local_spans):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import devices
 from ..operators import Operator
-from .latent import BLOCK, DEVICE_BLOCK, LatentWeights, copy_all
+from . import plain
+from .kept import kept_values
+from .latent import DEVICE_BLOCK, LatentWeights, copy_all
 from .segments import Segment, segment_of
 
 
@@ -24,6 +25,8 @@ def pruned_mask(weights: LatentWeights, segments: Sequence[Segment], i: int) -> 
         >>> pruned_mask(weights, [Segment(0, 3, cutoff)], 0).tolist()
         [True, True, False]
     """
+    if not devices.synchronizes(weights.device):
+        return plain.pruned_mask(weights, segment_of(weights, segments, i), i)
     start, stop = weights.local_spans[i]
     flat = segment_of(weights, segments, i).pruned(weights.local_magnitudes(start, stop), start)
     return flat.as_strided(weights.views[i].shape, weights.views[i].stride())
@@ -43,10 +46,10 @@ def count_pruned(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
     return weights.total(torch.stack(counts))
 
 
-def effective_weights(
-    weights: LatentWeights, segments: Sequence[Segment], operator: Operator
-) -> list[Tensor]:
-    """Return u: 0 for pruned weights, the operator's value for kept ones.
+def write_effective(
+    weights: LatentWeights, segments: Sequence[Segment], operator: Operator, out: Sequence[Tensor]
+) -> None:
+    """Write u: 0 for pruned weights, the operator's value for kept ones.
 
     A kept weight is never rounded to 0: it takes the smallest number of its type instead.
 
@@ -54,116 +57,38 @@ def effective_weights(
         weights: the latent weights w.
         segments: cover all weights once.
         operator: maps kept weights to effective ones.
-
-    Returns:
-        One new tensor per view, in its shape and layout.
+        out: local tensors in the shapes and layouts of the views. They are overwritten.
 
     Example:
         >>> from torch_feather.operators import Soft
         >>> from torch_feather.selection import Cutoff
-        >>> weights = LatentWeights([torch.tensor([0.5, -1.0, 2.0])])
+        >>> weights, out = LatentWeights([torch.tensor([0.5, -1.0, 2.0])]), torch.empty(3)
         >>> cutoff = Cutoff(torch.tensor(0.5), torch.tensor(2), torch.tensor(0.5))
-        >>> effective_weights(weights, [Segment(0, 3, cutoff)], Soft())[0].tolist()
+        >>> write_effective(weights, [Segment(0, 3, cutoff)], Soft(), [out])
+        >>> out.tolist()
         [0.0, -0.5, 1.5]
     """
-    out: list[Tensor] = [torch.empty(0)] * len(weights.views)
-    on_device = devices.synchronizes(weights.device)
-    write = _write_device if on_device else _write_cpu
-    if weights.shards is not None and not on_device:
-        # Vector instructions round differently from the scalar code for the rest of a range. One
-        # range per tensor gives all copies of a tensor the same bits on all processes.
-        segments = [
-            segment_of(weights, segments, i)._replace(start=start, stop=stop)
-            for i, (start, stop) in enumerate(weights.spans)
-        ]
-    for part in weights.parts:
-        flat = torch.empty_like(part.flat)
-        for segment in segments:
-            first, end = weights.local_range(segment.start, segment.stop)
-            a, b = max(first, part.start), min(end, part.stop)
-            if a < b:
-                inside = slice(a - part.start, b - part.start)
-                write(part.flat[inside], segment, operator, a, flat[inside], weights.wide)
-        for i, view in enumerate(weights.views):
-            if weights.part_of(i) is part:
-                start = weights.local_spans[i][0] - part.start
-                out[i] = flat.as_strided(view.shape, view.stride(), start)
-    return out
+    if devices.synchronizes(weights.device):
+        _write_device(weights, segments, operator, out)
+    else:
+        plain.write_effective(weights, segments, operator, out)
 
 
 def _write_device(
-    w: Tensor, segment: Segment, operator: Operator, offset: int, out: Tensor, wide: torch.dtype
+    weights: LatentWeights, segments: Sequence[Segment], operator: Operator, out: Sequence[Tensor]
 ) -> None:
-    """Write the effective weights of `w` without a host read."""
-    threshold = segment.threshold
-    for a in range(0, w.numel(), DEVICE_BLOCK):
-        block = w[a : a + DEVICE_BLOCK].to(wide)
-        kept = kept_values(block, threshold, operator, w.dtype)
-        pruned = segment.pruned(block.abs(), offset + a)
-        out[a : a + DEVICE_BLOCK] = kept.masked_fill(pruned, 0.0)
-
-
-def _write_cpu(
-    w: Tensor, segment: Segment, operator: Operator, offset: int, out: Tensor, wide: torch.dtype
-) -> None:
-    """Compare block by block in the cache, and apply the operator to kept weights alone."""
-    cutoff, threshold, scale = segment.cutoff, segment.threshold, segment.scale
-    if cutoff.value < 0 and (operator.is_identity or operator.identity_at_zero):
-        out.copy_(w)
-        return
-    value, last = cutoff.value.item(), int(cutoff.last)
-    out.zero_()
-    # As integers: for half precision, scatter_ takes time in proportion to `out`, not to `index`.
-    bits = out.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[out.element_size()])
-    kept: list[np.ndarray] = []
-    pending = 0
-    for a in range(0, w.numel(), BLOCK):
-        scores = w[a : a + BLOCK].to(wide).abs()
-        if scale is not None:
-            scores *= scale
-        # No comparison holds for NaN, which is kept.
-        if offset + a + scores.numel() - 1 <= last:
-            pruned = scores.numpy() <= value
-        elif last < offset + a:
-            pruned = scores.numpy() < value
-        else:
-            pruned = cutoff.pruned(scores, offset + a).numpy()
-        index = np.logical_not(pruned, out=pruned).nonzero()[0]
-        index += a
-        kept.append(index)
-        pending += index.size
-        if pending >= BLOCK or a + BLOCK >= w.numel():
-            chosen = torch.from_numpy(np.concatenate(kept))
-            values = kept_values(w[chosen].to(wide), threshold, operator, w.dtype)
-            bits.scatter_(0, chosen, values.view(bits.dtype))
-            kept, pending = [], 0
-
-
-def kept_values(w: Tensor, tau: Tensor, operator: Operator, dtype: torch.dtype) -> Tensor:
-    """Return the effective values of kept weights `w` in type `dtype`, 0 only if w is 0.
-
-    Example:
-        >>> from torch_feather.operators import Soft
-        >>> kept_values(torch.tensor([2.0]), torch.tensor(0.5), Soft(), torch.float32)
-        tensor([1.5000])
-    """
-    if operator.is_identity:
-        return w.to(dtype)
-    return keep_nonzero(operator(w, tau).to(dtype), w)
-
-
-def keep_nonzero(values: Tensor, w: Tensor) -> Tensor:
-    """Return `values`, with 0 replaced by the smallest number of their type unless w is 0.
-
-    Example:
-        >>> w = torch.tensor([1e-9, 0.0])
-        >>> keep_nonzero(w.half(), w) > 0
-        tensor([ True, False])
-    """
-    info = torch.finfo(values.dtype)
-    least = values.new_full((), info.smallest_normal * info.eps)
-    vanished = (values == 0) & (w != 0)
-    return torch.where(vanished, least.copysign(w.to(values.dtype)), values)
+    """Write effective weights without a host read."""
+    flats = [torch.empty_like(part.flat) for part in weights.parts]
+    for part, flat in zip(weights.parts, flats, strict=True):
+        for segment in segments:
+            first, end = weights.local_range(segment.start, segment.stop)
+            start, stop = max(first, part.start), min(end, part.stop)
+            for a in range(start, stop, DEVICE_BLOCK):
+                inside = slice(a - part.start, min(a + DEVICE_BLOCK, stop) - part.start)
+                block = part.flat[inside].to(weights.wide)
+                kept = kept_values(block, segment.threshold, operator, flat.dtype)
+                flat[inside] = kept.masked_fill(segment.pruned(block.abs(), a), 0.0)
+    copy_all(out, weights.like(flats).views)
 
 
 def adopt_written(

@@ -8,8 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..selection import Cutoff, select, select_sharded
+from ..selection.cpu import select_scores
+from .exchange import bracket_of
 from .latent import LatentWeights
+from .scores import WeightScores
 
 
 def select_weights(
@@ -27,6 +31,8 @@ def select_weights(
         >>> float(select_weights(weights, torch.tensor(2)).value)
         2.0
     """
+    if weights.shards is None and not devices.synchronizes(weights.device):
+        return _select_cpu(weights, int(k), 0, weights.size, scales)
     fill = weights.magnitudes if scales is None else partial(_scores, weights, scales)
     if weights.shards is None:
         return select(fill, k)
@@ -48,11 +54,23 @@ def select_each(weights: LatentWeights, counts: Tensor) -> list[Cutoff]:
     if weights.shards is not None:
         scores = [weights.magnitudes(*span) for span in weights.spans]
         return _select_sharded(weights, scores, counts, weights.spans)
-    cutoffs = []
-    for (start, stop), count in zip(weights.spans, counts, strict=True):
-        cutoff = select(partial(weights.magnitudes, start, stop), count)
+    cutoffs, on_device = [], devices.synchronizes(weights.device)
+    ks = counts.unbind() if on_device else counts.tolist()
+    for (start, stop), k in zip(weights.spans, ks, strict=True):
+        if on_device:
+            cutoff = select(partial(weights.magnitudes, start, stop), k)
+        else:
+            cutoff = _select_cpu(weights, k, start, stop)
         cutoffs.append(cutoff._replace(last=cutoff.last + start))
     return cutoffs
+
+
+def _select_cpu(
+    weights: LatentWeights, k: int, start: int, stop: int, scales: Sequence[Tensor] | None = None
+) -> Cutoff:
+    """Return the cutoff of the k smallest scores of a range; the last one narrows the search."""
+    bracket = bracket_of(weights, start, stop, scales is not None)
+    return select_scores(WeightScores(weights, start, stop, scales), k, bracket)
 
 
 def _scores(weights: LatentWeights, scales: Sequence[Tensor]) -> Tensor:

@@ -32,8 +32,8 @@ def asl(
     """Return ASL: a hard threshold per layer at r times the standard deviation of its weights.
 
     Source: Retsinas et al., Online Weight Pruning via Adaptive Sparsity Loss (ICIP 2021). The
-    initial r, the learning rates and the dense layers are those of its public code. That code also
-    subtracts the mean of each layer at every forward pass; this method does not.
+    initial r, the learning rates, the budget and the dense layers are those of its public code.
+    That code also subtracts the mean of each layer at every forward pass; this method does not.
 
     Args:
         sparsity: final fraction of zeros. A term of the loss pulls towards it, assuming normally
@@ -42,7 +42,7 @@ def asl(
         budget_weight: lambda, the weight of (density - target density)^2 in the loss.
         lr_multiplier: learning rate of r as a multiple of the optimizer's.
         momentum: momentum of r. r has no weight decay.
-        dense_below: layers of fewer weights stay dense.
+        dense_below: layers of fewer weights stay dense; see `LearnedMethod`.
 
     Example:
         >>> asl(sparsity=0.9).dense_below
@@ -63,8 +63,9 @@ def asl(
 class StandardDeviations:
     """tau = clamp(r, 0, 5) std(w) + 1e-6, and a penalty on the density of normal weights.
 
-    The penalty is budget_weight (D - (1 - s))^2. D = sum n (1 - erf(r / sqrt 2)) / N is the density
-    of layers with normally distributed weights; dense layers count as 1.
+    The penalty is budget_weight (D - (1 - s))^2. D = sum n (1 - erf(r / sqrt 2)) / sum n is the
+    density of layers with normally distributed weights. The sums are over the layers that do not
+    stay dense, as in ASL's public code.
 
     Attributes:
         budget_weight: lambda.
@@ -98,7 +99,10 @@ class StandardDeviations:
 
     def penalty(self, r: Tensor, weights: LatentWeights, now: Present) -> Tensor:
         """Return the gradient of the penalty in r."""
-        fraction = weights.sizes.to(r.dtype) / weights.size
+        sizes = weights.sizes
+        if now.outside is not None:
+            sizes = sizes.masked_fill(now.outside, 0)
+        fraction = sizes.to(r.dtype) / sizes.sum().clamp_min(1)
         density = (fraction * torch.erfc(r / math.sqrt(2)).masked_fill(now.dense, 1.0)).sum()
         slope = -math.sqrt(2 / math.pi) * torch.exp(-(r**2) / 2)
         return 2 * self.budget_weight * (density - (1 - now.sparsity)) * fraction * slope

@@ -21,6 +21,7 @@ from ...context import MethodContext
 from ...errors import ConfigurationError
 from ...gradient_rules import GradientRule
 from ...operators import Operator
+from ...prunable import convolutions
 from ...schedules import Schedule
 from ...selection import Cutoff
 from ...weights.latent import LatentWeights, PerTensor
@@ -74,12 +75,14 @@ class Present(NamedTuple):
         slope: d tau / d r, as returned by `ThresholdParametrization.thresholds`.
         kept: counts the weights above their thresholds (all weights of dense tensors).
         sparsity: scheduled sparsity, 0-dimensional float64.
+        outside: mask of the dense tensors that do not count in the budget; None for none.
     """
 
     dense: Tensor
     slope: Tensor
     kept: Callable[[], Tensor]
     sparsity: Tensor
+    outside: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class LearnedMethod:
         law: meaning of the learned parameters, and their penalty.
         optimizer: optimizer of the learned parameters.
         schedule: the target sparsity over time.
-        dense_below: tensors of fewer weights stay dense.
+        dense_below: tensors of fewer weights stay dense. A convolution with groups counts with the
+            weights that it would have without groups, as in ASL's public code.
         exact_from: fraction of training after which the count is made exact. None: never; the
             method learns the final sparsity.
 
@@ -131,6 +135,9 @@ class Learned(NamedTuple):
 class LearnedThresholds(Thresholded):
     """A `LearnedMethod` on one model: the cutoff is at |w| / tau = 1 until the count is exact.
 
+    State: r and its velocity, and `dense` of each tensor: 0 if it is pruned, 2 if it stays dense,
+    and 1 if it stays dense and counts in the budget with density 1, as in version 0.1.
+
     Example:
         >>> from torch import nn
         >>> from torch_feather.methods import asl
@@ -147,16 +154,19 @@ class LearnedThresholds(Thresholded):
         self.timetable = Timetable(method.schedule, context)
         begin = 1.0 if method.exact_from is None else method.exact_from
         self.target_step = max(math.ceil(begin * context.total_steps), self.timetable.target_step)
-        self._check(context)
+        dense = _stay_dense(context, method.dense_below)
+        self._check(context, dense)
         weights, unit = context.weights, method.law.unit
         start = method.law.start(weights, context.sparsity)
         r = torch.full((len(weights.views),), start, dtype=weights.wide, device=weights.device)
         self.state = {
             unit: PerTensor.of(r),
             f"{unit}_velocity": PerTensor.of(torch.zeros_like(r)),
+            "dense": PerTensor.of(2 * torch.tensor(dense, device=weights.device).long()),
         }
         self.facts = replace(
             self.facts,
+            absent={"dense": PerTensor.of((weights.sizes < method.dense_below).long())},
             completes=True,
             learned=(unit,),
             follows_lr=True,
@@ -167,10 +177,10 @@ class LearnedThresholds(Thresholded):
             on_shards=True,
         )
 
-    def _check(self, context: MethodContext) -> None:
+    def _check(self, context: MethodContext, dense: Sequence[bool]) -> None:
         """Raise ConfigurationError if too many weights stay dense for the target."""
         sizes = [shape.numel() for shape in context.weights.shapes]
-        most = sum(n for n in sizes if n >= self.method.dense_below)
+        most = sum(n for n, stays in zip(sizes, dense, strict=True) if not stays)
         target = round(context.sparsity * sum(sizes))
         if target > most:
             raise ConfigurationError(
@@ -212,16 +222,16 @@ class LearnedThresholds(Thresholded):
     def scale(self, tau: Tensor, weights: LatentWeights) -> Tensor:
         """Return 1 / tau, by which magnitudes are ranked; infinite if a tensor stays dense."""
         scale = 1 / tau.clamp_min(torch.finfo(weights.wide).tiny)
-        return scale.masked_fill(self._is_dense(weights), torch.inf).to(weights.wide)
+        return scale.masked_fill(self._is_dense(), torch.inf).to(weights.wide)
 
     def exact_cutoff(self, sparsity: Tensor, scale: Tensor, weights: LatentWeights) -> Cutoff:
         """Return the cutoff that prunes exactly the round(s N) lowest |w| times scale."""
         k = (sparsity * weights.size).round().long()
         return select_weights(weights, k, list(scale))
 
-    def _is_dense(self, weights: LatentWeights) -> Tensor:
+    def _is_dense(self) -> Tensor:
         """Return the mask of the tensors that stay dense."""
-        return weights.sizes < self.method.dense_below
+        return self.state["dense"].flat != 0
 
     def _learned_counts(self, weights: LatentWeights, pruning: Learned) -> Tensor:
         """Return how many weights of each tensor the thresholds prune, without the exact count."""
@@ -259,12 +269,13 @@ class LearnedThresholds(Thresholded):
         own = total * torch.where(pruning.tau > 0, pruning.slope / pruning.tau, 0.0)
         if scale is not None:
             own /= scale
-        dense = self._is_dense(weights)
+        dense = self._is_dense()
         present = Present(
             dense,
             pruning.slope,
             lambda: weights.sizes - self._learned_counts(weights, pruning),
             pruning.target,
+            outside=self.state["dense"].flat == 2,
         )
         own += self.method.law.penalty(self.r, weights, present)
         own = own.masked_fill(dense, 0.0).to(self.r.dtype)
@@ -296,6 +307,15 @@ class LearnedThresholds(Thresholded):
     ) -> None:
         velocity = self.state[f"{self.method.law.unit}_velocity"].flat
         self.method.optimizer.step(self.r, velocity, lr, taken)
+
+
+def _stay_dense(context: MethodContext, below: int) -> tuple[bool, ...]:
+    """Return which weight tensors stay dense: those that have fewer weights without groups."""
+    groups = {name: layer.groups for name, layer in convolutions(context.model)}
+    sizes = [shape.numel() for shape in context.weights.shapes]
+    return tuple(
+        size * groups.get(name, 1) < below for name, size in zip(context.names, sizes, strict=True)
+    )
 
 
 def _at_one(weights: LatentWeights) -> Cutoff:

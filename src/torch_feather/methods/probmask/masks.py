@@ -25,7 +25,8 @@ from ..own_parameters import Adam
 from .projection import project_
 from .random_numbers import uniform
 
-# Distance of probabilities from 0 and 1 in logits; otherwise the gradient is 0/0 at the start.
+# Distance of probabilities from 0 and 1 in logits. At 1, where they start, the formula of the
+# gradient is 0/0. The public code's first projection, 21 halvings, leaves them at this distance.
 MARGIN = 2.0**-21
 # Fractions of the epochs at which pruning begins and ends.
 BEGIN, END = 0.16, 0.6
@@ -181,10 +182,12 @@ class ProbabilisticMasks(BoundMethod):
         ranks.masked_fill_(scores < last, 0.0).masked_fill_(scores > last, 1.0)
         return (~select(ranks.clone, k).pruned(ranks)).to(scores.dtype)
 
-    def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
-        # Adding 0 turns -0 into 0.
-        flats = [(pruning.mask.flat[part] * w).to(w.dtype).add_(0.0) for w, part in _parts(weights)]
-        return weights.like(flats).views
+    def write_effective(
+        self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
+    ) -> None:
+        for w, mask, u in zip(weights.views, pruning.mask.rows, out, strict=True):
+            # Adding 0 turns -0 into 0.
+            u.copy_(mask * w if mask.dtype != u.dtype else torch.mul(mask, w, out=u)).add_(0.0)
 
     def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
         # Sharp masks, and effective weights, may round to 0. All zeros of the network count.

@@ -18,7 +18,7 @@ def probmask(
     """Return ProbMask: random soft masks from learned probabilities, projected onto the budget.
 
     Source: Zhou et al., Effective Sparsification of Neural Networks with Global Sparsity
-    Constraint (CVPR 2021), and its public code for the margin at 0 and 1. Their last phase
+    Constraint (CVPR 2021), and its public code. Their last phase
     fine-tunes the best of ten random masks, with approximately the target sparsity. This method
     takes the mask of the most probable weights, with exactly the target sparsity.
 

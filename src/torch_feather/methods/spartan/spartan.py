@@ -17,8 +17,9 @@ from ...errors import ConfigurationError
 from ...gradient_rules import StraightThrough
 from ...operators import Hard
 from ...schedules import Linear, count_steps
+from ...weights.kept import keep_nonzero
 from ...weights.latent import LatentWeights, PerTensor
-from ...weights.passes import keep_nonzero, pruned_mask
+from ...weights.passes import pruned_mask
 from ...weights.segments import Segment, position_of
 from ..base import Completion, Gradients, Pruning
 from ..magnitude import MagnitudePruning, Method
@@ -139,8 +140,9 @@ class Spartan(MagnitudePruning):
         >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
         >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
         >>> bound = spartan(sparsity=0.5).bind(context)
-        >>> u = bound.effective_weights(weights, bound.update(weights, torch.tensor(2)))
-        >>> u[0] / weights.views[0]
+        >>> u = torch.empty_like(weights.views[0])
+        >>> bound.write_effective(weights, bound.update(weights, torch.tensor(2)), [u])
+        >>> u / weights.views[0]
         tensor([[0.0000, 0.0000, 0.9466, 0.9998]])
     """
 
@@ -190,9 +192,11 @@ class Spartan(MagnitudePruning):
             found = torch.where(stays, threshold, found)
         return SoftMasks(new, found, done, soft, segments, positions)
 
-    def effective_weights(self, weights: LatentWeights, pruning: Pruning) -> list[Tensor]:
-        pairs = zip(weights.views, pruning.mask, strict=True)
-        return [_effective(w, mask) for w, mask in pairs]
+    def write_effective(
+        self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
+    ) -> None:
+        for w, mask, u in zip(weights.views, pruning.mask, out, strict=True):
+            u.copy_(_effective(w, mask))
 
     def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
         return pruning.mask[i] == 0

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import ConfigurationError, nearest
-from ...methods import RENAMED_OPTIONS
+from ...methods import RENAMED_OPTIONS, unused_options
 from ...methods.option_types import check_option_types, shorten
 from ...methods.registry import METHODS
 from .schema import Config
@@ -67,7 +67,11 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     flat = flatten(values)
     renamed = _renamed(flat, Config().method)
-    return {renamed.get(key, key): value for key, value in flat.items()}
+    flat = {renamed.get(key, key): value for key, value in flat.items()}
+    options = {key.removeprefix("options."): value for key, value in flat.items()}
+    for option in unused_options(str(flat.get("method", Config().method)), options):
+        flat.pop(f"options.{option}", None)
+    return flat
 
 
 def _renamed(flat: Mapping[str, Any], method: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigurationError
-from ...methods import method_options
+from ...methods import method_options, unused_options
 from ...methods.option_types import shorten
 from ..deprecation import renamed_fields
 
@@ -170,6 +170,8 @@ class SystemConfig:
     # Ctrl-C, SIGTERM: how long to wait for the end of the step, after which a checkpoint is
     # written. A longer step is abandoned; the run then resumes from the checkpoint before it.
     stop_seconds: float = 20.0
+    # A resumed run continues on changed images if this is their digest, which the error names.
+    accept_data: str | None = None
     tensorboard: bool = True  # log to TensorBoard if it is installed
     wandb: str | None = None  # Weights & Biases project to log to
 
@@ -265,7 +267,9 @@ class Config:
         """
         defaults = {} if self.method == DENSE else method_options(self.method)
         defaults = {option: value for option, value in defaults.items() if _is_plain(value)}
-        return replace(self, options=defaults | self.options)
+        unused = unused_options(self.method, self.options)
+        options = defaults | self.options
+        return replace(self, options={o: v for o, v in options.items() if o not in unused})
 
 
 def _is_plain(value: Any) -> bool:

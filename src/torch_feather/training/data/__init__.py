@@ -7,6 +7,7 @@ decoded and augmented by worker processes during training.
 from .cache import cache_folder
 from .dataset import Dataset, EncodedImages, Images
 from .epochs import Batch
+from .identity import changed_data, data_identity, identity_digest
 from .load import load_dataset
 from .loaders import eval_loader, train_loader
 from .memory import EvalLoader, TrainLoader
@@ -21,7 +22,10 @@ __all__ = [
     "Normalize",
     "TrainLoader",
     "cache_folder",
+    "changed_data",
+    "data_identity",
     "eval_loader",
+    "identity_digest",
     "load_dataset",
     "train_loader",
 ]

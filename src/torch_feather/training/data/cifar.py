@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, printable
 from .cache import cached, version
 from .dataset import Arrays
+from .images import VERSION, decode_image
+from .regular import open_regular
+from .shards import complete_shards
+
+MEMORY = 4 * 2**30  # largest number of bytes of pixels
+ROWS = 64  # rows of a parquet file to decode at a time
 
 
 def cifar(name: str, label: str, classes: int) -> Callable[[str | None], tuple[Arrays, Arrays]]:
@@ -49,66 +54,94 @@ def cifar(name: str, label: str, classes: int) -> Callable[[str | None], tuple[A
 
 
 def _shards(folder: Path, split: str) -> list[Path]:
-    files = sorted(folder.glob(f"{split}*.parquet"))
+    files = complete_shards(folder, split, "parquet")
     if not files:
-        raise DataError(f"{folder}: has no {split}*.parquet")
-    for file in files:
-        numbered = re.search(r"-of-(\d+)\.parquet$", file.name)
-        if numbered and int(numbered.group(1)) != len(files):
-            raise DataError(
-                f"{folder}: has {len(files)} of {int(numbered.group(1))} {split} files, according "
-                f"to {file.name}. Download the missing files."
-            )
+        raise DataError(f"{printable(folder)}: has no {split}*.parquet")
     return files
 
 
 def _parquet(name: str, files: list[Path], label: str, classes: int) -> Arrays:
     read = partial(_read_parquet, files, label, classes)
-    arrays = cached(name, [version(file) for file in files], read)
+    arrays = cached(name, [VERSION, *(version(file) for file in files)], read)
     return arrays["pixels"], arrays["labels"]
 
 
 def _read_parquet(files: list[Path], label: str, classes: int) -> dict[str, np.ndarray]:
     """Read the columns `img` {bytes, path} and `label`, as on the Hugging Face hub."""
     try:
-        import pyarrow
-        import pyarrow.parquet
-        from PIL import Image
+        import pyarrow.parquet  # noqa: F401
     except ImportError as error:
         raise DataError(
             f"parquet files require {error.name}. Run pip install 'torch-feather[train]'."
         ) from None
     pixels: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
+    labels: list[int] = []
     for file in files:
-        try:
-            table = pyarrow.parquet.read_table(file)
-        except (pyarrow.ArrowException, OSError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise DataError(f"{file}: not a readable parquet file ({first})") from None
-        if not {"img", label} <= set(table.column_names):
-            raise DataError(
-                f"{file}: expected the columns img and {label}, "
-                f"found {', '.join(table.column_names)}"
-            )
-        for row, cell in enumerate(table.column("img")):
+        for row, (content, number) in enumerate(_rows(file, label, classes)):
+            where = f"{printable(file)}: the image in row {row}"
             try:
-                image = Image.open(io.BytesIO(cell.as_py()["bytes"])).convert("RGB")
-            except (OSError, ValueError, TypeError, KeyError, SyntaxError):
-                raise DataError(f"{file}: the image in row {row} cannot be decoded") from None
-            pixels.append(np.asarray(image))
-            if pixels[-1].shape != pixels[0].shape or image.width != image.height:
+                image = decode_image(content)
+            except ValueError as error:
+                raise DataError(f"{where} cannot be decoded ({error})") from None
+            if image.shape[0] != image.shape[1] or (pixels and image.shape != pixels[0].shape):
                 raise DataError(
-                    f"{file}: the image in row {row} has {image.width}x{image.height} pixels, "
-                    "but all images must be squares of one size"
+                    f"{where} has {image.shape[1]}x{image.shape[0]} pixels, but all images must be "
+                    "squares of one size"
                 )
-        if table.num_rows == 0:
-            raise DataError(f"{file}: has no images")
-        column = table.column(label).to_numpy()
-        if column.dtype.kind not in "iu" or ((column < 0) | (column >= classes)).any():
-            raise DataError(f"{file}: {label} must hold integers from 0 to {classes - 1}")
-        labels.append(column.astype(np.int64))
-    return {"pixels": np.stack(pixels), "labels": np.concatenate(labels)}
+            if (len(pixels) + 1) * image.size > MEMORY:
+                raise DataError(f"{where} is more than the {MEMORY:,} bytes of pixels allowed")
+            if not 0 <= number < classes:
+                raise DataError(
+                    f"{printable(file)}: {label} must hold integers from 0 to {classes - 1}"
+                )
+            pixels.append(image)
+            labels.append(number)
+    return {"pixels": np.stack(pixels), "labels": np.array(labels, dtype=np.int64)}
+
+
+def _rows(file: Path, label: str, classes: int) -> Iterator[tuple[bytes, int]]:
+    """Yield the encoded image and the label of each row of a parquet file.
+
+    The file is read in small batches: a few bytes can stand for any number of equal rows.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    os.close(open_regular(file)[0])
+    count = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as parquet:
+            names = parquet.schema_arrow.names
+            if not {"img", label} <= set(names):
+                raise DataError(
+                    f"{printable(file)}: expected the columns img and {label}, "
+                    f"found {', '.join(map(printable, names[:20]))}"
+                )
+            if parquet.metadata.num_rows == 0:
+                raise DataError(f"{printable(file)}: has no images")
+            if not pyarrow.types.is_integer(parquet.schema_arrow.field(label).type):
+                raise DataError(
+                    f"{printable(file)}: {label} must hold integers from 0 to {classes - 1}"
+                )
+            for batch in parquet.iter_batches(ROWS, columns=["img.bytes", label]):
+                for cell, number in zip(batch["img"], batch[label], strict=True):
+                    content = (cell.as_py() or {}).get("bytes")
+                    if not isinstance(content, bytes) or not number.is_valid:
+                        missing = "image" if number.is_valid else "label"
+                        raise DataError(f"{printable(file)}: row {count} has no {missing}")
+                    count += 1
+                    yield content, number.as_py()
+            if count != parquet.metadata.num_rows:
+                raise DataError(
+                    f"{printable(file)}: has {count} rows instead of {parquet.metadata.num_rows}"
+                )
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{printable(file)}: not a readable parquet file ({printable(first)})"
+        ) from None
 
 
 def _read_archive(folder: Path, name: str) -> tuple[Arrays, Arrays]:
@@ -120,6 +153,8 @@ def _read_archive(folder: Path, name: str) -> tuple[Arrays, Arrays]:
             "the CIFAR archive requires torchvision. Run pip install 'torch-feather[vision]'."
         ) from None
     cls = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    for file in (folder / cls.base_folder).iterdir():
+        os.close(open_regular(file)[0])
     try:
         parts = [cls(str(folder), train=train, download=False) for train in (True, False)]
     except Exception:  # unpickling a damaged file may raise anything

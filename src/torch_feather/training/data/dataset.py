@@ -23,10 +23,12 @@ class Images:
     Attributes:
         pixels: uint8 (N, H, W, C).
         labels: int64 (N,).
+        files: where the images are from; None if that is not known.
     """
 
     pixels: Tensor
     labels: Tensor
+    files: ImageFiles | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,7 +41,8 @@ class Images:
     def take(self, index: np.ndarray) -> Images:
         """Return the images at `index`, in that order."""
         chosen = torch.from_numpy(index)
-        return Images(self.pixels[chosen], self.labels[chosen])
+        files = None if self.files is None else self.files.take(index)
+        return Images(self.pixels[chosen], self.labels[chosen], files)
 
     def first(self) -> Tensor:
         """Return one image: uint8 (1, H, W, C)."""
@@ -84,7 +87,7 @@ class EncodedImages:
         """
         pixels = torch.empty(len(index), self.resolution, self.resolution, 3, dtype=torch.uint8)
         for target, i, seed in zip(pixels, index.tolist(), seeds.tolist(), strict=True):
-            target.copy_(self.prepare(self.files.decode(i), seed))
+            target.copy_(self.files.prepare(i, self.prepare, seed))
         return pixels
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,10 +12,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, printable
 from .cache import version
+from .images import decode_image
+from .names import Names
+from .regular import LARGEST, open_regular, read_regular
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def image_error(path: Path, offset: int, problem: str) -> DataError:
+    """Return an error of an image.
+
+    Args:
+        path: its path; a tar file counts as a folder.
+        offset: offset of its bytes in a tar file; 0 in a folder.
+        problem: what is wrong.
+
+    Example:
+        >>> print(image_error(Path("a.tar/b.png"), 512, "is too large"))
+        a.tar/b.png: is too large (at byte 512 of the tar file)
+    """
+    where = f" (at byte {offset} of the tar file)" if offset else ""
+    return DataError(f"{printable(path)}: {problem}{where}")
 
 
 @dataclass(frozen=True)
@@ -24,15 +43,17 @@ class ImageFiles:
 
     Attributes:
         containers: one folder, or tar files.
-        names: path within the container, bytes (N,).
+        names: path within the container, N names.
         spans: index of the container, then offset and size in a tar file, int64 (N, 3).
         labels: int64 (N,).
+        classes: names of the classes, in the order of their labels.
     """
 
     containers: tuple[Path, ...]
-    names: np.ndarray
+    names: Names
     spans: np.ndarray
     labels: np.ndarray
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,24 +61,43 @@ class ImageFiles:
     def take(self, index: np.ndarray) -> ImageFiles:
         """Return the images at `index`, in that order."""
         return replace(
-            self, names=self.names[index], spans=self.spans[index], labels=self.labels[index]
+            self,
+            names=self.names.take(index),
+            spans=self.spans[index],
+            labels=self.labels[index],
         )
 
     def path(self, i: int) -> Path:
-        """Return the path of an image, for messages; a tar file counts as a folder."""
+        """Return the path of an image; a tar file counts as a folder."""
         return self.containers[self.spans[i, 0]] / os.fsdecode(self.names[i])
 
+    def error(self, i: int, problem: str) -> DataError:
+        """Return an error of an image, with its path and, in a tar file, its offset."""
+        return image_error(self.path(i), int(self.spans[i, 1]), problem)
+
     def read(self, i: int) -> bytes:
-        """Return the encoded bytes of an image."""
+        """Return the encoded bytes of an image.
+
+        Raises:
+            DataError: the file cannot be read, is no regular file, or is too large.
+        """
         container, offset, size = self.spans[i].tolist()
-        if self.containers[container].is_dir():
-            return self.path(i).read_bytes()
-        # Opened for each image: there can be more shards than a process may keep open.
-        descriptor = os.open(self.containers[container], os.O_RDONLY)
         try:
-            return os.pread(descriptor, size, offset)
+            if not offset:  # no tar file has a member at its first byte
+                return read_regular(self.path(i))
+            if size > LARGEST:
+                raise self.error(i, f"has {size:,} bytes, but at most {LARGEST:,} are read")
+            # Opened for each image: there can be more shards than a process may keep open.
+            descriptor, _ = open_regular(self.containers[container])
+        except OSError as error:
+            raise self.error(i, f"cannot be decoded as an image ({error.strerror})") from None
+        try:
+            content = os.pread(descriptor, size, offset)
         finally:
             os.close(descriptor)
+        if len(content) < size:
+            raise self.error(i, "cannot be decoded as an image (the tar file was truncated)")
+        return content
 
     def decode(self, i: int) -> Tensor:
         """Return the pixels of an image, uint8 (H, W, 3).
@@ -66,21 +106,42 @@ class ImageFiles:
             DataError: the image cannot be decoded; the message names it.
         """
         try:
-            from PIL import Image
-        except ImportError:
-            raise DataError(
-                "images require Pillow. Run pip install 'torch-feather[train]'."
-            ) from None
+            return torch.from_numpy(decode_image(self.read(i)))
+        except ValueError as error:
+            raise self.error(i, f"cannot be decoded as an image ({error})") from None
+
+    def prepare(self, i: int, prepare: Callable[[Tensor, int], Tensor], seed: int = 0) -> Tensor:
+        """Return the decoded image `i` after `prepare`.
+
+        Raises:
+            DataError: the image cannot be decoded or prepared; the message names it.
+        """
+        pixels = self.decode(i)
         try:
-            with Image.open(io.BytesIO(self.read(i))) as image:
-                return torch.from_numpy(np.array(image.convert("RGB")))
-        except Exception as error:  # a damaged file may raise anything
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{self.path(i)}: cannot be decoded as an image ({first})") from None
+            return prepare(pixels, seed)
+        except DataError as error:
+            raise self.error(i, str(error)) from None
+
+    def sizes(self) -> np.ndarray:
+        """Return the number of bytes of each encoded image, int64 (N,).
+
+        Raises:
+            DataError: a file does not exist any more.
+        """
+        in_tar = self.spans[:, 1] > 0
+        sizes = self.spans[:, 2].copy()
+        for i in np.flatnonzero(~in_tar).tolist():
+            try:
+                sizes[i] = self.path(i).stat().st_size
+            except OSError as error:
+                raise self.error(i, f"cannot be read ({error.strerror})") from None
+        return sizes
 
     def version(self) -> str:
         """Return a hash that changes if an image is changed, added or removed."""
-        digest = hashlib.sha256(self.names.tobytes() + self.spans.tobytes())
+        digest = hashlib.sha256()
+        for array in (self.names.text, self.names.ends, self.spans):
+            digest.update(array.tobytes())
         if self.containers[0].is_dir():
             stats = (self.path(i).stat() for i in range(len(self)))
             found = [

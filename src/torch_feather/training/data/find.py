@@ -7,17 +7,21 @@ and `KEY.cls` (the number of the class). `validation` and `test` are accepted in
 
 from __future__ import annotations
 
+import errno
 import os
-import tarfile
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import DataError
-from .cache import cached, version
-from .files import SUFFIXES, ImageFiles
+from ...errors import some, warn
+from ..errors import DataError, printable
+from .files import SUFFIXES, ImageFiles, image_error
+from .names import Names
+from .shards import complete_shards
+from .tar_index import is_image, is_other_image, steps, tar_index
 
 HELD_BACK = ("val", "validation", "test")  # accepted names of the evaluation images
 PARTS = ("train", *HELD_BACK)
@@ -25,6 +29,8 @@ LAYOUT = (
     "a folder with train/ and val/, each with a folder of images per class; a tar file of such a "
     "folder; or a folder with train*.tar and val*.tar"
 )
+
+Identity = tuple[int, int] | str  # of a folder, whatever its path
 
 
 class Entry(NamedTuple):
@@ -63,28 +69,56 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
     if root.is_file():
         found = _in_tar(root, 0)
     elif not root.is_dir():
-        raise DataError(f"{root}: no such file or folder. Set --data-path to {LAYOUT}.")
+        raise DataError(f"{printable(root)}: no such file or folder. Set --data-path to {LAYOUT}.")
     elif (root / "train").is_dir():
-        found = (pair for part in PARTS for pair in _in_folder(root, part))
+        present = [part for part in PARTS if (root / part).is_dir() or (root / part).is_symlink()]
+        found = (pair for part in present for pair in _in_folder(root, part))
     else:
-        shards = [(file, part) for part in PARTS for file in sorted(root.glob(f"{part}*.tar"))]
+        shards = [(file, part) for part in PARTS for file in complete_shards(root, part, "tar")]
         containers = tuple(file for file, _ in shards)
         found = (pair for i, (file, part) in enumerate(shards) for pair in _in_tar(file, i, part))
     parts: dict[str, list[Entry]] = {}
+    unread: list[str] = []
     for part, entry in found:
-        parts.setdefault(part, []).append(entry)
+        if is_image(*entry.below):
+            parts.setdefault(part, []).append(entry)
+        else:
+            unread.append(printable(containers[entry.container] / entry.name))
+    if unread:
+        warn(
+            f"{some(unread, 1)}: images of this format are not read. Convert them to one of "
+            f"{', '.join(SUFFIXES)}, or remove them."
+        )
     if "train" not in parts:
-        raise DataError(f"{root}: no training images; expected {LAYOUT}")
+        raise DataError(f"{printable(root)}: no training images; expected {LAYOUT}")
     held_back = next((part for part in HELD_BACK if part in parts), None)
     if held_back is None:
-        raise DataError(f"{root}: no images in {', '.join(HELD_BACK[:-1])} or {HELD_BACK[-1]}")
-    for entry in parts["train"] + parts[held_back]:
-        if len(entry.below) == 1 and entry.kind == entry.below[0]:
-            stray = containers[entry.container] / entry.name
-            raise DataError(f"{stray}: is neither in the folder of a class nor has a .cls file")
+        raise DataError(
+            f"{printable(root)}: no images in {', '.join(HELD_BACK[:-1])} or {HELD_BACK[-1]}"
+        )
+    _check_labels(containers, parts["train"] + parts[held_back])
     classes = _common_classes(root, held_back, parts["train"], parts[held_back])
     train, test = (_to_files(containers, parts[part], classes) for part in ("train", held_back))
     return train, test, len(classes)
+
+
+def _check_labels(containers: tuple[Path, ...], entries: list[Entry]) -> None:
+    """Raise a DataError for an image without a class, or if classes are given in two ways."""
+    numbered = next((entry for entry in entries if isinstance(entry.kind, int)), None)
+    for entry in entries:
+        if isinstance(entry.kind, int):
+            continue
+        if len(entry.below) == 1:
+            problem = "is neither in the folder of a class nor has a .cls file"
+        elif numbered is not None:
+            other = printable(containers[numbered.container] / numbered.name)
+            problem = (
+                "some images are in the folder of a class, others have a .cls file, as this one "
+                f"and {other}"
+            )
+        else:
+            continue
+        raise image_error(containers[entry.container] / entry.name, entry.offset, problem)
 
 
 def _common_classes(
@@ -95,16 +129,22 @@ def _common_classes(
     if trained != tested:
         only = {"train": trained - tested, name: tested - trained}
         only_in = [f"only in {part}: {_some(kinds)}" for part, kinds in only.items() if kinds]
-        raise DataError(f"{root}: train and {name} have different classes; {'; '.join(only_in)}")
-    if len({type(kind) for kind in trained}) > 1:
         raise DataError(
-            f"{root}: some images are in the folder of a class, others have a .cls file"
+            f"{printable(root)}: train and {name} have different classes; {'; '.join(only_in)}"
         )
+    spellings: dict[str, str | int] = {}
+    for kind in trained:
+        other = spellings.setdefault(unicodedata.normalize("NFC", str(kind)), kind)
+        if other != kind:
+            raise DataError(
+                f"{printable(root)}: {other!a} and {kind!a} are two spellings of the same class in "
+                "Unicode. Rename one of them."
+            )
     return {kind: label for label, kind in enumerate(sorted(trained))}
 
 
 def _some(kinds: set[str | int]) -> str:
-    names = sorted(map(str, kinds))
+    names = sorted(map(printable, kinds))
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -114,72 +154,87 @@ def _to_files(
     entries.sort()
     return ImageFiles(
         containers,
-        np.array([os.fsencode(entry.name) for entry in entries]),
+        Names(os.fsencode(entry.name) for entry in entries),
         np.array([(entry.container, entry.offset, entry.size) for entry in entries]),
         np.array([classes[entry.kind] for entry in entries]),
+        tuple(map(str, classes)),
     )
 
 
-def _is_image(*path: str) -> bool:
-    """Whether the name is that of an image that is neither hidden nor in a hidden folder."""
-    return path[-1].lower().endswith(SUFFIXES) and not any(s.startswith(".") for s in path)
-
-
 def _in_folder(root: Path, part: str) -> Iterator[tuple[str, Entry]]:
-    for folder, folders, names in os.walk(root / part, followlinks=True):
-        folders[:] = [step for step in folders if not step.startswith(".")]
-        inside = Path(folder).relative_to(root / part).parts
-        for name in filter(_is_image, names):
+    """Yield the images below a folder. Each folder is searched once, also if links point to it."""
+    parents = Path(os.path.realpath(root / part)).parents
+    above = {_identity(parent, os.stat(parent)) for parent in parents}
+    visited: dict[Identity, tuple[str, ...]] = {}
+    waiting: list[tuple[str, ...]] = [()]
+    while waiting:
+        inside = waiting.pop()
+        folder = root.joinpath(part, *inside)
+        files, folders, identity = _list_folder(folder)
+        if identity in above:
+            raise DataError(f"{printable(folder)}: is a folder that {part} is in. Remove the link.")
+        before = visited.setdefault(identity, inside)
+        if before is not inside:
+            if before[:1] not in ((), inside[:1]):
+                raise DataError(
+                    f"{printable(folder)}: is also the folder {'/'.join(map(printable, before))}, "
+                    "of another class. Remove one of the links."
+                )
+            continue  # found under its other path, in the same class
+        waiting += [(*inside, name) for name in sorted(folders, reverse=True)]
+        for name in files:
             below = (*inside, name)
             yield part, Entry(below[0], below, 0, str(Path(part, *below)))
 
 
+def _list_folder(folder: Path) -> tuple[list[str], list[str], Identity]:
+    """Return images and folders in a folder that are not hidden, and what identifies the folder."""
+    files, folders = [], []
+    try:
+        status = os.stat(folder)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is(entry.is_dir):
+                    folders.append(entry.name)
+                elif is_image(entry.name) or is_other_image(entry.name):
+                    if not _is(entry.is_file):
+                        kind = "a broken link" if not os.path.exists(entry) else "no regular file"
+                        raise DataError(f"{printable(folder / entry.name)}: is {kind}. Remove it.")
+                    files.append(entry.name)
+    except OSError as error:
+        raise DataError(f"{printable(folder)}: cannot be read ({error.strerror})") from None
+    return files, folders, _identity(folder, status)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Call `is_dir` or `is_file` of an entry. A link that leads to itself is neither."""
+    try:
+        return kind()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
+
+
+def _identity(folder: Path, status: os.stat_result) -> Identity:
+    if status.st_ino == 0:  # the file system does not number its files
+        return os.path.realpath(folder)
+    return status.st_dev, status.st_ino
+
+
 def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tuple[str, Entry]]:
     """Yield images of a tar file with their part: `part`, or the first folder that names one."""
-    index = cached("tar-index", [version(file)], lambda: _index(file))
-    members = zip(index["names"], index["spans"].tolist(), index["classes"].tolist(), strict=True)
+    index = tar_index(file)
+    names = Names.from_arrays(index["text"], index["ends"])
+    members = zip(names, index["spans"].tolist(), index["classes"].tolist(), strict=True)
     for raw, (offset, size), number in members:
         name = os.fsdecode(raw)
-        path = _steps(name)
+        path = steps(name)
         found = part or next((step for step in path[:-1] if step in PARTS), None)
         if found is None:
             continue
         below = path[path.index(found) + 1 :] if found in path[:-1] else path
         kind = below[0] if number < 0 else number
         yield found, Entry(kind, below, container, name, offset, size)
-
-
-def _index(file: Path) -> dict[str, Any]:
-    """Return names and byte ranges of the images in a tar file; classes by .cls files, or -1."""
-    names: list[str] = []
-    spans: list[tuple[int, int]] = []
-    numbers: dict[str, int] = {}
-    try:
-        with tarfile.open(file, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps every member
-                stem, suffix = os.path.splitext(member.name)
-                if not member.isfile():
-                    continue
-                if _is_image(*_steps(member.name)):
-                    names.append(member.name)
-                    spans.append((member.offset_data, member.size))
-                elif suffix == ".cls" and (content := tar.extractfile(member)):
-                    numbers[stem] = _number(file / member.name, content.read())
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{file}: not a complete, uncompressed tar file ({error})") from None
-    return {
-        "names": np.array([os.fsencode(name) for name in names]),
-        "spans": np.array(spans, dtype=np.int64).reshape(-1, 2),
-        "classes": np.array([numbers.get(os.path.splitext(n)[0], -1) for n in names], np.int64),
-    }
-
-
-def _steps(name: str) -> tuple[str, ...]:
-    return tuple(step for step in name.split("/") if step != ".")
-
-
-def _number(path: Path, content: bytes) -> int:
-    if not content.strip().isdigit():
-        raise DataError(f"{path}: must contain the number of a class, got {content[:20]!r}")
-    return int(content)

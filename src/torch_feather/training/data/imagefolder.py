@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 from ..config import DataConfig
-from ..errors import DataError
+from ..errors import DataError, printable
 from .cache import cached
 from .dataset import Dataset, EncodedImages, Images, split
 from .files import ImageFiles
 from .find import find_images
+from .images import VERSION
 from .prepare import Augment, Center
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -76,7 +77,8 @@ def _in_memory(
     if resolution is None:
         if height != width:
             raise MemoryStorageError(
-                f"{train.path(0)}: {width}x{height} pixels are not square. Set data.resolution."
+                f"{printable(train.path(0))}: {width}x{height} pixels are not square. Set "
+                "data.resolution."
             )
         resolution = height
     ready = None  # keep the stored size
@@ -87,14 +89,16 @@ def _in_memory(
     if config.storage == "auto" and needed > MEMORY:
         raise MemoryStorageError
     center = _center(config, resolution)
-    every = Images(_kept("train", train, ready), torch.from_numpy(train.labels))
+    every = Images(_kept("train", train, ready), torch.from_numpy(train.labels), train)
     # Validation images are decoded again: evaluation prepares them in another way.
     held = train.take(held_out)
-    validation = Images(torch.from_numpy(_decode(held, center)), torch.from_numpy(held.labels))
+    validation = Images(
+        torch.from_numpy(_decode(held, center)), torch.from_numpy(held.labels), held
+    )
     return (
         every.take(kept) if len(held_out) else every,
         validation,
-        Images(_kept("test", test, center), torch.from_numpy(test.labels)),
+        Images(_kept("test", test, center), torch.from_numpy(test.labels), test),
     )
 
 
@@ -102,7 +106,7 @@ def _kept(part: str, files: ImageFiles, ready: Center | None) -> torch.Tensor:
     """Return decoded images, from the cache if possible."""
     arrays = cached(
         f"imagefolder-{part}",
-        [files.version(), repr(ready)],
+        [VERSION, files.version(), repr(ready)],
         lambda: {"pixels": _decode(files, ready)},
     )
     return torch.from_numpy(arrays["pixels"])
@@ -113,15 +117,13 @@ def _decode(files: ImageFiles, ready: Center | None) -> np.ndarray:
     shape = (ready.resolution, ready.resolution, 3) if ready else tuple(files.decode(0).shape)
     pixels = np.empty((len(files), *shape), dtype=np.uint8)
     for i in range(len(files)):
-        image = files.decode(i)
-        if ready is not None:
-            image = ready(image)
-        elif image.shape != shape:
+        image = files.decode(i) if ready is None else files.prepare(i, ready)
+        if image.shape != shape:
             sizes = [f"{width}x{height}" for height, width, _ in (image.shape, shape)]
             raise MemoryStorageError(
-                f"{files.path(i)} has {sizes[0]} pixels, but {files.path(0)} has {sizes[1]}. For "
-                "images of several sizes set data.storage=stream, or data.crop=shift and "
-                "data.resolution."
+                f"{printable(files.path(i))} has {sizes[0]} pixels, but "
+                f"{printable(files.path(0))} has {sizes[1]}. For images of several sizes set "
+                "data.storage=stream, or data.crop=shift and data.resolution."
             )
         pixels[i] = image
     return pixels

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import DataConfig
+from ..errors import DataError
 from .crops import DRAWS, random_boxes, resize
+from .images import MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,19 @@ class Center:
     resolution: int
 
     def __call__(self, pixels: Tensor, seed: int = 0) -> Tensor:
-        """Return the crop. `seed` is not used."""
+        """Return the crop. `seed` is not used.
+
+        Raises:
+            DataError: the image is so long that the scaled one is too large.
+        """
         height, width, _ = pixels.shape
         short = min(height, width)
         high, wide = (self.side * length // short for length in (height, width))
+        if high * wide > MAX_PIXELS:
+            raise DataError(
+                f"{width}x{height} pixels, with a shorter side of {self.side} these are "
+                f"{wide}x{high}, but at most {MAX_PIXELS:,} pixels are supported"
+            )
         top, left = (round((length - self.resolution) / 2) for length in (high, wide))
         scaled = resize(pixels, high, wide)
         return scaled[top : top + self.resolution, left : left + self.resolution]

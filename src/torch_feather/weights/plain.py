@@ -1,0 +1,337 @@
+"""The effective weights on a CPU with NumPy, block by block in the cache.
+
+`compiled.py` has the same passes as compiled loops, with the same bits. `passes.py` has the form
+for other devices.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import roots
+from ..operators import Operator, Power
+from ..selection.cpu import INTEGER, magnitude_bits
+from ..threads import for_each, scratch
+from . import compiled
+from .checksum import Recorded, Sums, joined
+from .groups import Group, groups
+from .kept import kept_values
+from .latent import BLOCK, LatentWeights
+from .scores import Piece, as_array
+from .segments import Segment
+
+DENSE = 0.25
+"""Kept fraction of a block above which all its weights are computed, not the kept ones alone."""
+TINY = 2.0**-100
+"""Effective weights of float32 weights above a threshold of this size cannot round to 0."""
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Span(NamedTuple):
+    """Neighbouring local weights that one comparison prunes.
+
+    Example:
+        >>> Span(Piece(torch.ones(2), 0), 3, torch.tensor(0.5)).limit
+        3
+    """
+
+    piece: Piece
+    limit: int
+    """Weights are pruned if the bits of their score are at most this."""
+    tau: Tensor
+    """Threshold of the operator, 0-dimensional."""
+
+
+def spans(weights: LatentWeights, segments: Sequence[Segment]) -> Iterator[Span]:
+    """Yield all local weights in spans.
+
+    Args:
+        weights: the latent weights, on the CPU.
+        segments: cover all weights once.
+
+    Example:
+        >>> from torch_feather.selection import Cutoff
+        >>> weights = LatentWeights([torch.tensor([1.0, 1.0, 2.0])])
+        >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(0), torch.tensor(0.9))
+        >>> [span.piece.values.numel() for span in spans(weights, [Segment(0, 3, cutoff)])]
+        [1, 2]
+    """
+    number = np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
+    for segment in segments:
+        first, end = weights.local_range(segment.start, segment.stop)
+        cutoff, tau = segment.cutoff, segment.threshold
+        value, last = cutoff.value.to(weights.wide).numpy(), int(cutoff.last)
+        limit = int(value.view(INTEGER[number])) if value >= 0 else -1
+        scale = None if segment.scale is None else number.type(segment.scale.item())
+        for part in weights.parts:
+            a, b = max(first, part.start), min(end, part.stop)
+            # Scores equal to the cutoff are pruned up to `last`, so the comparison changes there.
+            middle = min(max(last + 1, a), b)
+            for start, stop, bound in ((a, middle, limit), (middle, b, max(limit, 0) - 1)):
+                if start < stop:
+                    inside = part.flat[start - part.start : stop - part.start]
+                    yield Span(Piece(inside, start, scale), bound, tau)
+
+
+def write_effective(
+    weights: LatentWeights, segments: Sequence[Segment], operator: Operator, out: Sequence[Tensor]
+) -> None:
+    """Write the effective weights; arguments as for `passes.write_effective`.
+
+    Example:
+        >>> from torch_feather.operators import Soft
+        >>> from torch_feather.selection import Cutoff
+        >>> weights, out = LatentWeights([torch.tensor([0.5, -1.0])]), torch.empty(2)
+        >>> cutoff = Cutoff(torch.tensor(0.5), torch.tensor(1), torch.tensor(0.5))
+        >>> write_effective(weights, [Segment(0, 2, cutoff)], Soft(), [out])
+        >>> out
+        tensor([ 0.0000, -0.5000])
+    """
+    targets, every = Targets(weights, out), list(spans(weights, segments))
+    plain = [is_plain(operator, span.tau) for span in every]
+    starts = [span.piece.start for span in every]
+
+    def write(group: Group) -> list[tuple[int, Sums]]:
+        for j in range(bisect_right(starts, group.start) - 1, len(every)):
+            piece = every[j].piece
+            a = max(group.start - piece.start, 0)
+            b = min(group.stop - piece.start, piece.values.numel())
+            if a < b:
+                _write_range(weights.wide, operator, targets, every[j], a, b, plain[j])
+        if not isinstance(out, Recorded):
+            return []
+        flats = ((i, out[i].detach(), a, b) for i, a, b in group.ranges)
+        return [
+            (i, Sums.of(flat.as_strided((b - a,), (1,), flat.storage_offset() + a)))
+            for i, flat, a, b in flats
+        ]
+
+    found = for_each(write, groups(weights))
+    torch.autograd.graph.increment_version(list(out))
+    if isinstance(out, Recorded):
+        sums: dict[int, list[Sums]] = {}
+        for i, one in itertools.chain.from_iterable(found):
+            sums.setdefault(i, []).append(one)
+        out.sums = {i: (out[i]._version, joined(parts)) for i, parts in sums.items()}
+
+
+def pruned_mask(weights: LatentWeights, segment: Segment, i: int) -> Tensor:
+    """Return the mask of pruned weights of tensor i, computed block by block.
+
+    Args:
+        weights: the latent weights, on the CPU.
+        segment: the segment that holds the tensor.
+        i: position of the weight tensor.
+
+    Example:
+        >>> from torch_feather.selection import Cutoff
+        >>> weights = LatentWeights([torch.tensor([1.0, 1.0, 2.0])])
+        >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(0), torch.tensor(0.9))
+        >>> pruned_mask(weights, Segment(0, 3, cutoff), 0)
+        tensor([ True, False, False])
+    """
+    first, end = weights.local_spans[i]
+    flat = torch.empty(end - first, dtype=torch.bool)
+    out = flat.numpy()
+
+    def compare(block: tuple[Span, int, int]) -> None:
+        span, a, b = block
+        start = span.piece.start
+        w = as_array(span.piece.values[a - start : b - start], weights.wide)
+        bits = magnitude_bits(w, span.piece.scale)
+        np.less_equal(bits, span.limit, out=out[a - first : b - first])
+
+    blocks = []
+    for span in spans(weights, [segment]):
+        start = max(first, span.piece.start)
+        stop = min(end, span.piece.start + span.piece.values.numel())
+        blocks += [(span, a, min(a + BLOCK, stop)) for a in range(start, stop, BLOCK)]
+    for_each(compare, blocks)
+    return flat.as_strided(weights.views[i].shape, weights.views[i].stride())
+
+
+class Targets:
+    """Where the effective weights of local weights are written.
+
+    Args:
+        weights: the layout.
+        out: one local tensor per weight tensor, dense in memory.
+
+    Example:
+        >>> weights, out = LatentWeights([torch.ones(2), torch.ones(3)]), [torch.ones(2)] * 2
+        >>> [(target.size, a, b) for target, a, b in Targets(weights, out).parts(1, 4)]
+        [(1, 1, 2), (2, 2, 4)]
+    """
+
+    def __init__(self, weights: LatentWeights, out: Sequence[Tensor]):
+        held = [i for i, view in enumerate(weights.views) if view.numel()]
+        held.sort(key=weights.local_spans.__getitem__)
+        self._spans = [weights.local_spans[i] for i in held]
+        self._starts = [start for start, _ in self._spans]
+        self._flat = [flat_bits(out[i]) for i in held]
+
+    def write(self, start: int, bits: np.ndarray) -> None:
+        """Write the bits of effective weights from local weight `start` on."""
+        for target, a, b in self.parts(start, start + bits.size):
+            target[:] = bits[a - start : b - start]
+
+    def scatter(self, start: int, stop: int, index: np.ndarray, bits: np.ndarray) -> None:
+        """Write zeros into local weights start to stop, except `bits` at the sorted `index`."""
+        for target, a, b in self.parts(start, stop):
+            target.fill(0)
+            i, j = np.searchsorted(index, (a, b))
+            target[index[i:j] - a] = bits[i:j]
+
+    def parts(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, int, int]]:
+        """Yield memory for the local weights start to stop, and which of them it holds."""
+        for j in range(bisect_right(self._starts, start) - 1, len(self._spans)):
+            first, end = self._spans[j]
+            if first >= stop:
+                return
+            a, b = max(start, first), min(stop, end)
+            yield self._flat[j][a - first : b - first], a, b
+
+
+def flat_bits(tensor: Tensor) -> np.ndarray:
+    """Return the memory of a dense tensor as flat integers of its width.
+
+    Example:
+        >>> flat_bits(torch.tensor([[1.0, 0.0]])).tolist()
+        [1065353216, 0]
+    """
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    return flat.view(INTEGERS[tensor.element_size()]).numpy()
+
+
+def _write_range(
+    wide: torch.dtype, operator: Operator, targets: Targets, span: Span, first: int, end: int,
+    plain: bool,
+) -> None:  # fmt: skip
+    """Write the effective weights of a range of a span: those of dense blocks at once.
+
+    Those of sparse blocks are computed together: most operations on them are shorter than a call of
+    NumPy.
+    """
+    values, offset = span.piece.values[first:end], span.piece.start + first
+    if span.limit < 0 and (operator.is_identity or operator.identity_at_zero):
+        targets.write(offset, flat_bits(values))
+        return
+    w, tau = as_array(values, wide), span.tau.numpy()
+    plain &= values.dtype == wide
+    if plain and w.dtype == np.float32 and compiled.kernels() is not None:
+        for target, a, b in targets.parts(offset, offset + w.size):
+            inside = w[a - offset : b - offset]
+            compiled.write(inside, target, span.limit, operator, tau, span.piece.scale)
+        return
+    sparse: list[tuple[int, int]] = []
+    indices: list[np.ndarray] = []
+    for a in range(0, w.size, BLOCK):
+        block = w[a : a + BLOCK]
+        bits = magnitude_bits(block, span.piece.scale)
+        limit = bits.dtype.type(span.limit)
+        kept = np.greater(bits, limit, out=scratch("above", bits.size, bool))
+        if plain and np.count_nonzero(kept) > DENSE * bits.size:
+            u = plain_values(block, tau, operator).view(bits.dtype)
+            mask = np.subtract(limit, bits, out=bits)
+            mask >>= 8 * bits.itemsize - 1  # all bits are set if the score is above the limit
+            mask &= u
+            targets.write(offset + a, mask)
+        else:
+            index = np.flatnonzero(kept)
+            index += a
+            indices.append(index)
+            sparse.append((a, a + bits.size))
+    if sparse:
+        index = np.concatenate(indices)
+        chosen = w.take(index)
+        if plain:
+            u = plain_values(chosen, tau, operator).view(INTEGER[chosen.dtype])
+        else:
+            u = flat_bits(kept_values(torch.from_numpy(chosen), span.tau, operator, values.dtype))
+        for a, b in sparse:
+            i, j = np.searchsorted(index, (a, b))
+            targets.scatter(offset + a, offset + b, index[i:j] + offset, u[i:j])
+
+
+def is_plain(operator: Operator, tau: Tensor) -> bool:
+    """Return whether `plain_values` computes this operator at this threshold.
+
+    Example:
+        >>> is_plain(Power(3.0), torch.tensor(0.1)), is_plain(Power(2.5), torch.tensor(0.1))
+        (True, False)
+    """
+    if operator.is_identity:
+        return True
+    known = type(operator) is Power and operator.p in (1.0, 2.0, 3.0)
+    return known and tau.dtype == torch.float32 and bool((tau == 0) | (tau >= TINY))
+
+
+def plain_values(w: np.ndarray, tau: np.ndarray, operator: Operator) -> np.ndarray:
+    """Return the effective values of kept weights, with the bits of the operator.
+
+    Args:
+        w: the weights, flat. Values that are not kept give any number.
+        tau: threshold of the operator, 0-dimensional.
+        operator: one that `is_plain` knows.
+
+    Returns:
+        The argument `w`, or memory of this thread.
+
+    Example:
+        >>> plain_values(np.float32([2.0]), np.float32(0.5), Power(1.0))
+        array([1.5], dtype=float32)
+    """
+    if operator.is_identity or tau == 0:
+        return w
+    assert isinstance(operator, Power)
+    with np.errstate(all="ignore"):
+        out = scratch("values", w.size, w.dtype)
+        if operator.p == 1.0:
+            return np.subtract(w, np.copysign(tau, w, out=out), out=out)
+        ratio = np.divide(tau, np.abs(w, out=out), out=out)
+        power = np.multiply(ratio, ratio, out=scratch("power", w.size, w.dtype))
+        if operator.p == 3.0:
+            power *= ratio
+        rest = np.subtract(np.float32(1), power, out=power)
+        if operator.p == 2.0:
+            np.maximum(rest, np.float32(0), out=rest)
+            return np.multiply(np.sqrt(rest, out=rest), w, out=rest)
+        # That of a kept weight is at least 3 * 2^-24.
+        np.maximum(rest, np.float32(2.0**-24), out=rest)
+        return np.multiply(_cube_root(rest, out), w, out=out)
+
+
+def _cube_root(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Write the cube root of float32 numbers in (0, 1] into `y`, as in `roots.cube_root`."""
+    number = np.float32
+    bits, t = y.view(np.int32), scratch("cube", x.size, number)
+    np.copyto(t, x.view(np.int32), casting="unsafe")
+    t *= number(roots.THIRD)
+    t += number(roots.SHIFT)
+    np.copyto(bits, t, casting="unsafe")
+    np.multiply(y, y, out=t)
+    np.divide(x, t, out=t)
+    t *= number(roots.THIRD)
+    y *= number(roots.TWO_THIRDS)
+    y += t
+    bits += np.int32(roots.HALF_BIT)
+    bits &= np.int32(roots.TOP_BITS)
+    cube = np.multiply(y, y, out=t)
+    cube *= y
+    e = np.subtract(x, cube, out=x)
+    e /= cube
+    series = np.multiply(e, number(roots.THIRD_TERM), out=t)
+    np.subtract(number(roots.SECOND), series, out=series)
+    series *= e
+    np.subtract(number(roots.FIRST), series, out=series)
+    series *= e
+    series *= y
+    y += series
+    return y

@@ -1,0 +1,157 @@
+"""The magnitudes of latent weights as scores for a selection, read block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..selection.cpu import INTEGER, Scores, magnitude_bits
+from . import compiled
+from .latent import LatentWeights
+
+
+class Piece(NamedTuple):
+    """Neighbouring local weights of one type and one scale.
+
+    Example:
+        >>> pieces(LatentWeights([torch.ones(2), torch.ones(3)]), 0, 5)[0].start
+        0
+    """
+
+    values: Tensor
+    """The weights, flat."""
+    start: int
+    """Index of the first among the local weights."""
+    scale: float | np.floating | None = None
+    """Scores are |w| times this; None for |w| itself."""
+
+
+def pieces(
+    weights: LatentWeights, start: int, stop: int, scales: Sequence[Tensor] | None = None
+) -> list[Piece]:
+    """Return the local weights start to stop in as few pieces as possible.
+
+    Args:
+        weights: the latent weights.
+        start: first local weight.
+        stop: end of the range.
+        scales: a scale for each weight tensor, 0-dimensional each; None for 1.
+
+    Example:
+        >>> weights = LatentWeights([torch.ones(2), torch.ones(3)])
+        >>> [piece.values.numel() for piece in pieces(weights, 0, 5, torch.ones(2).unbind())]
+        [2, 3]
+    """
+    found = []
+    for part in weights.parts:
+        spans: list[tuple[int, int, np.floating | None]] = [(part.start, part.stop, None)]
+        if scales is not None:
+            inside = [
+                (a, b, np.float64(scale.item()) if weights.wide == torch.float64
+                 else np.float32(scale.item()))
+                for (a, b), scale in zip(weights.local_spans, scales, strict=True)
+                if part.start <= a and b <= part.stop
+            ]  # fmt: skip
+            spans = sorted(inside, key=lambda span: span[0])
+        for first, end, scale in spans:
+            a, b = max(first, start), min(end, stop)
+            if a < b:
+                found.append(Piece(part.flat[a - part.start : b - part.start], a, scale))
+    return found
+
+
+class WeightScores(Scores):
+    """|w| of local weights as scores, or |w| times the scale of each weight tensor.
+
+    Args:
+        weights: the latent weights, on the CPU. They are only read.
+        start: first local weight.
+        stop: end of the range.
+        scales: a scale for each weight tensor, 0-dimensional each; None for 1.
+
+    Example:
+        >>> scores = WeightScores(LatentWeights([torch.tensor([1.0, -2.0])]), 0, 2)
+        >>> scores.block(0, 2).view(np.float32).tolist()
+        [1.0, 2.0]
+    """
+
+    def __init__(
+        self,
+        weights: LatentWeights,
+        start: int,
+        stop: int,
+        scales: Sequence[Tensor] | None = None,
+    ):
+        self._start, self._wide, self.size = start, weights.wide, stop - start
+        self.dtype = np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
+        self._pieces = pieces(weights, start, stop, scales)
+        whole = scales is None and self.size == weights.size
+        self._collected = weights.collected if whole else None
+        self._flats = weights.flats
+
+    def _inside(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
+        """Yield the pieces that hold scores start to stop, and the range in each."""
+        first, end = start + self._start, stop + self._start
+        for piece in self._pieces:
+            a = max(first - piece.start, 0)
+            b = min(end - piece.start, piece.values.numel())
+            if a < b:
+                yield piece, a, b
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        parts, first = list(self._inside(start, stop)), start + self._start
+        if len(parts) == 1:
+            [(piece, a, b)] = parts
+            return magnitude_bits(as_array(piece.values[a:b], self._wide), piece.scale)
+        joined = np.empty(stop - start, INTEGER[self.dtype])
+        for piece, a, b in parts:
+            at = piece.start + a - first
+            values = as_array(piece.values[a:b], self._wide)
+            joined[at : at + b - a] = magnitude_bits(values, piece.scale)
+        return joined
+
+    def collect(self, start: int, stop: int, low: int, high: int) -> tuple[int, np.ndarray]:
+        if self.dtype == np.float32 and compiled.kernels() is not None:
+            count, near = 0, []
+            for piece, a, b in self._inside(start, stop):
+                values = as_array(piece.values[a:b], self._wide)
+                found = compiled.collect(values, piece.scale, low, high)
+                assert found is not None
+                count += found[0]
+                near.append(found[1])
+            return count, near[0] if len(near) == 1 else np.concatenate(near)
+        return super().collect(start, stop, low, high)
+
+    def collect_all(self, low: float, high: float) -> tuple[int, np.ndarray]:
+        found = self._collected
+        # If the weights were changed since then, it is out of date.
+        if (
+            found is not None
+            and found.bounds == (low, high)
+            and found.versions == [flat._version for flat in self._flats]
+        ):
+            return found.below, found.near
+        return super().collect_all(low, high)
+
+    def sample(self, step: int) -> np.ndarray:
+        found, first = [], 0
+        for piece in self._pieces:
+            values = np.abs(as_array(piece.values[first::step], self._wide))
+            with np.errstate(all="ignore"):
+                found.append(values if piece.scale is None else values * piece.scale)
+            first = (first - piece.values.numel()) % step
+        return np.concatenate(found) if found else np.empty(0, self.dtype)
+
+
+def as_array(values: Tensor, wide: torch.dtype) -> np.ndarray:
+    """Return values as a NumPy array of type `wide`, in their own memory if they have this type.
+
+    Example:
+        >>> as_array(torch.ones(2, dtype=torch.bfloat16), torch.float32)
+        array([1., 1.], dtype=float32)
+    """
+    return values.to(wide).numpy()

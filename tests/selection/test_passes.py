@@ -1,0 +1,255 @@
+"""The passes over the weights on a CPU: reference, plain and compiled forms have the same bits."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import torch_feather as feather
+from torch_feather.operators import Hard, Power
+from torch_feather.roots import cube_root, square_root
+from torch_feather.selection.bracket import Bracket
+from torch_feather.selection.cpu import TensorScores, select_scores
+from torch_feather.selection.reference import select_reference
+from torch_feather.threads import for_each
+from torch_feather.weights import checksum, compiled
+from torch_feather.weights.checksum import Recorded
+from torch_feather.weights.exchange import read_latent
+from torch_feather.weights.latent import LatentWeights
+from torch_feather.weights.passes import pruned_mask, write_effective
+from torch_feather.weights.segments import Segment
+from torch_feather.weights.selecting import select_weights
+
+OPERATORS = [Hard(), Power(1.0), Power(2.0), Power(3.0)]
+FORMS = ["plain", "compiled"]
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    """Use one form of the passes."""
+    if request.param == "plain":
+        monkeypatch.setattr(compiled, "kernels", lambda: None)
+    elif compiled.kernels() is None:
+        pytest.skip("llvmlite is not installed")
+    return request.param
+
+
+def make_weights(seed, *, ties=False, special=False, dtype=torch.float32):
+    """Return weights of several shapes, more than one block, with a tensor of few elements."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(3,), (301, 401), (5, 7), (20, 11, 3, 3), (1,)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    if ties:
+        tensors = [(8 * t).round() / 8 for t in tensors]
+    tensors = [t.to(dtype) for t in tensors]
+    if special:
+        flat = tensors[1].view(-1)
+        flat[:6] = torch.tensor([torch.nan, torch.inf, -torch.inf, -torch.nan, 0.0, -0.0])
+    return LatentWeights(tensors)
+
+
+def expected_weights(weights, segment, operator):
+    """Return the effective weights by their definition: PyTorch operators on whole tensors."""
+    found = []
+    for view, (start, _) in zip(weights.views, weights.local_spans, strict=True):
+        wide = view.to(weights.wide)
+        pruned = segment.pruned(wide.abs().flatten(), start).view(view.shape)
+        found.append(torch.where(pruned, 0.0, operator(wide, segment.threshold)).to(view.dtype))
+    return found
+
+
+def same_bits(a, b):
+    """Return whether two tensors are bitwise identical, except for the payload of NaN."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    equal = (a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())
+    return bool(equal.all())
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "ties", "special", "scaled"])
+@pytest.mark.parametrize("fraction", [0.0, 0.02, 0.5, 0.95, 1.0])
+def test_effective_weights_have_the_bits_of_their_definition(form, operator, kind, fraction):
+    weights = make_weights(1, ties=kind == "ties", special=kind == "special")
+    k = torch.tensor(int(fraction * weights.size))
+    scale = torch.tensor(1.7) if kind == "scaled" else None
+    scales = None if scale is None else [scale] * len(weights.views)
+    segment = Segment(0, weights.size, select_weights(weights, k, scales), scale)
+    out = Recorded([torch.full_like(view, 7.0) for view in weights.views])
+    write_effective(weights, [segment], operator, out)
+    for i, (u, expected) in enumerate(
+        zip(out, expected_weights(weights, segment, operator), strict=True)
+    ):
+        assert same_bits(u, expected)
+        assert out.sums[i][1].checksum == checksum.checksum(u)
+        assert out.sums[i][1].nan == bool(u.isnan().any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+def test_other_types_agree_with_their_definition(operator, dtype):
+    weights = make_weights(2, dtype=dtype)
+    segment = Segment(0, weights.size, select_weights(weights, torch.tensor(100_000)))
+    out = [torch.empty_like(view) for view in weights.views]
+    write_effective(weights, [segment], operator, out)
+    for u, expected in zip(out, expected_weights(weights, segment, operator), strict=True):
+        assert torch.equal(u == 0, expected == 0)
+        torch.testing.assert_close(u, expected, rtol=1e-14 if dtype == torch.float64 else 0, atol=0)
+
+
+def test_weights_below_the_smallest_normal_number_are_kept(form):
+    weights = LatentWeights([torch.tensor([1e-44, 2e-44, 3e-44, 4e-44])])
+    segment = Segment(0, 4, select_weights(weights, torch.tensor(1)))
+    out = torch.empty(4)
+    write_effective(weights, [segment], Power(3.0), [out])
+    assert torch.equal(out != 0, torch.tensor([False, True, True, True]))
+
+
+def test_the_cube_root_is_within_one_unit_in_the_last_place():
+    first, last = (np.float32(x).view(np.int32) for x in (0.125, 1.0))
+    bits = np.append(np.arange(first, last, 7), [first, last])  # all exponents behave alike
+    x = bits.astype(np.int32).view(np.float32)
+    found = cube_root(torch.from_numpy(x)).numpy()
+    error = np.abs(found - np.cbrt(x.astype(np.float64))) / np.spacing(found)
+    assert error.max() < 0.52
+    assert found[-1] == 1.0
+    assert cube_root(torch.zeros(1)).item() == 0.0
+
+
+def test_the_square_root_is_correctly_rounded():
+    x = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(square_root(x), x.double().sqrt().float())
+
+
+def test_the_roots_have_derivatives():
+    x = torch.tensor([0.3, 0.9], requires_grad=True)
+    (gradient,) = torch.autograd.grad(cube_root(x).sum(), x)
+    torch.testing.assert_close(gradient, x.detach() ** (-2 / 3) / 3)
+
+
+# Selection
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.booleans(), st.floats(0, 1), st.floats(0, 3), st.floats(0, 0.05))
+def test_a_bracket_never_changes_the_cutoff(seed, ties, fraction, value, width):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(70_000, generator=generator).abs()
+    if ties:
+        scores = (4 * scores).round() / 4
+    k = int(fraction * scores.numel())
+    found = select_scores(TensorScores(scores), k, Bracket(value, width))
+    for a, b in zip(found, select_reference(scores, k), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["nan", "zeros", "equal", "inf"])
+@pytest.mark.parametrize("fraction", [0.1, 0.9, 1.0])
+def test_a_bracket_finds_scores_that_are_not_ordinary(form, kind, fraction):
+    scores = torch.randn(70_000, generator=torch.Generator().manual_seed(3)).abs()
+    scores[:63_000] = {"nan": torch.nan, "zeros": 0.0, "equal": 0.5, "inf": torch.inf}[kind]
+    k = int(fraction * scores.numel())
+    bracket = Bracket()
+    for _ in range(3):  # from a sample, then from the bracket
+        found = select_scores(TensorScores(scores), k, bracket)
+        for a, b in zip(found, select_reference(scores, k), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_selection_after_a_copy_is_that_of_the_copied_weights(form):
+    weights, other = make_weights(4), make_weights(5)
+    k = torch.tensor(int(0.9 * weights.size))
+    select_weights(weights, k)  # now a bracket is known
+    read_latent(weights, range(len(weights.views)), other.views)
+    assert weights.collected is not None
+    for a, b in zip(select_weights(weights, k), select_weights(other, k), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_a_copy_collected_is_not_used_after_another_change(form):
+    weights = make_weights(6)
+    k = torch.tensor(int(0.9 * weights.size))
+    select_weights(weights, k)
+    read_latent(weights, range(len(weights.views)), [view.clone() for view in weights.views])
+    weights.views[1].mul_(1.001)
+    found = select_weights(weights, k)
+    fresh = select_weights(LatentWeights([view.clone() for view in weights.views]), k)
+    for a, b in zip(found, fresh, strict=True):
+        assert torch.equal(a, b)
+
+
+# Threads and memory
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_change_no_bit(form, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = trained_weights()
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, trained_weights())
+
+
+def trained_weights():
+    """Return a weight tensor after some steps of sparse training."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(700, 600)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    feather.sparsify(model, optimizer, sparsity=0.95, total_steps=6)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    return model.weight.detach()
+
+
+def test_an_error_in_a_thread_is_raised():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            for_each(lambda x: 1 / x, [1, 0])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("method", ["feather", "hard-ste", "soft-ste"])
+def test_a_step_allocates_no_memory_of_the_size_of_the_weights(form, method):
+    model = torch.nn.Sequential(torch.nn.Linear(1000, 1000), torch.nn.Linear(1000, 1000))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    feather.sparsify(model, optimizer, sparsity=0.9, total_steps=50, method=method)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for _ in range(3):
+        optimizer.step()
+    size = 4 * 2_000_000
+    tracemalloc.start()  # memory of NumPy
+    profiler = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    )
+    with profiler:  # memory of PyTorch
+        optimizer.step()
+    numpy_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    largest = max(
+        (event.nbytes() for event in profiler.profiler.kineto_results.events()
+         if event.name() == "[memory]"),
+        default=0,
+    )  # fmt: skip
+    assert numpy_peak < 0.1 * size
+    assert largest < 0.1 * size
+
+
+@pytest.mark.parametrize("k", [0, 1, 5_000, 120_000])
+@pytest.mark.parametrize("ties", [False, True])
+def test_masks_are_those_of_the_cutoff(k, ties):
+    weights = make_weights(7, ties=ties)
+    segment = Segment(0, weights.size, select_weights(weights, torch.tensor(k)))
+    for i, view in enumerate(weights.views):
+        expected = segment.pruned(view.abs().flatten(), weights.local_spans[i][0])
+        assert torch.equal(pruned_mask(weights, [segment], i), expected.view(view.shape))
