@@ -145,6 +145,7 @@ def test_help_exists_for_every_command(feather, command):
     code, output, _ = feather(command, "--help")
     assert code == 0
     assert "Usage" in output
+    assert ">>>" not in output  # the examples of the Python function
 
 
 def test_the_version_is_that_of_the_package(feather):

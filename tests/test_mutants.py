@@ -18,7 +18,7 @@ from torch.distributed.optim import _apply_optimizer_in_backward
 
 import torch_feather as feather
 from torch_feather import ConfigurationError, StateError, devices
-from torch_feather.engine.training import check_shards
+from torch_feather.engine.sharding import check_shards
 from torch_feather.engine.wrappers import WRITE_OUTSIDE_STEP
 from torch_feather.methods import build_method
 from torch_feather.methods.learned.asl import StandardDeviations

@@ -12,8 +12,12 @@ class FeatherError(Exception):
     """Base class of all errors of torch-feather.
 
     Example:
-        >>> issubclass(ConfigurationError, FeatherError)
-        True
+        >>> from torch_feather.operators import Power
+        >>> try:
+        ...     Power(0.5)
+        ... except FeatherError as error:
+        ...     print(type(error).__name__)
+        ConfigurationError
     """
 
 
@@ -31,15 +35,53 @@ class ConfigurationError(FeatherError, ValueError):
 
 
 class StateError(FeatherError, RuntimeError):
-    """A loaded state, or the order of calls, does not fit this model or sparsifier."""
+    """A loaded state, or the order of calls, does not fit this model or sparsifier.
+
+    Example:
+        >>> import torch, torch_feather as feather
+        >>> model = torch.nn.Linear(4, 4)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sparsifier = feather.sparsify(model, optimizer, sparsity=0.5, total_steps=10)
+        >>> try:
+        ...     sparsifier.finalize()  # before any step
+        ... except StateError as error:
+        ...     print(error)
+        After 0 of 10 steps the sparsity is 0.0000, not yet 0.5. ...
+    """
 
 
 class FileFormatError(FeatherError, ValueError):
-    """A file that is truncated, damaged, of a newer version, or not a sparse file."""
+    """A file that is truncated, damaged, of a newer version, or not a sparse file.
+
+    Example:
+        >>> import tempfile, torch, torch_feather as feather
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "model.sparse.safetensors"
+        ...     feather.save_sparse({"weight": torch.eye(100)}, path)
+        ...     _ = path.write_bytes(path.read_bytes()[:-1])  # truncated
+        ...     try:
+        ...         feather.load_sparse(path, torch.nn.Linear(100, 100, bias=False))
+        ...     except FileFormatError:
+        ...         print("the file is damaged")
+        the file is damaged
+    """
 
 
 class NonFiniteWeightError(FeatherError, FloatingPointError):
-    """A weight or a learned threshold became NaN, or training ends with a value not finite."""
+    """A weight or a learned threshold became NaN, or training ends with a value not finite.
+
+    Example:
+        >>> import torch, torch_feather as feather
+        >>> model = torch.nn.Linear(4, 4)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sparsifier = feather.sparsify(model, optimizer, sparsity=0.5, total_steps=10)
+        >>> model(torch.full((1, 4), torch.nan)).sum().backward()
+        >>> try:
+        ...     optimizer.step()
+        ... except NonFiniteWeightError as error:
+        ...     print(error)
+        Weights of weight are NaN. ...
+    """
 
 
 class FeatherWarning(UserWarning):
@@ -47,7 +89,12 @@ class FeatherWarning(UserWarning):
 
     Example:
         >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore", FeatherWarning)  # training without these warnings
+        ...     warnings.simplefilter("error", FeatherWarning)  # stop at the first one
+        ...     try:
+        ...         warn("Every weight of head is pruned.")
+        ...     except FeatherWarning as error:
+        ...         print(error)
+        Every weight of head is pruned.
     """
 
 

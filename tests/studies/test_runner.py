@@ -17,7 +17,7 @@ import pytest
 from torch_feather.errors import ConfigurationError
 from torch_feather.studies import runner
 from torch_feather.studies.planning import grid
-from torch_feather.studies.runner import _result, processes, train_all
+from torch_feather.studies.runner import _processes, _result, train_all
 from torch_feather.studies.runs import Run, read_rows, row_matches
 from torch_feather.studies.study import GridAxes
 from torch_feather.training.checkpoint import RunDirectory
@@ -177,7 +177,7 @@ def test_after_the_deadline_no_run_starts_but_finished_ones_are_reported(tmp_pat
 
 
 def test_a_process_that_dies_does_not_affect_the_others():
-    with processes(1) as submit:
+    with _processes(1) as submit:
         died, fine = submit(os._exit, 1), submit(pow, 2, 3)
         row, reason = _result(died)
         assert row is None

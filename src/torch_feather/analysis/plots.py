@@ -25,6 +25,9 @@ def line_style(i: int) -> dict[str, Any]:
 
     The first 49 styles differ also without markers.
 
+    Args:
+        i: position of the series, from 0.
+
     Example:
         >>> line_style(0)["color"], line_style(0)["marker"]
         ('#0072B2', 'o')
@@ -39,7 +42,17 @@ def line_style(i: int) -> dict[str, Any]:
 
 
 def panel(width: float, height: float) -> tuple[Figure, Axes]:
-    """Create a figure with one pair of axes; width and height in inches."""
+    """Create a figure with one pair of axes.
+
+    Args:
+        width: width in inches.
+        height: height in inches.
+
+    Example:
+        >>> figure, axes = panel(6.4, 4.0)
+        >>> figure.get_size_inches().tolist(), len(figure.axes)
+        ([6.4, 4.0], 1)
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -58,6 +71,16 @@ def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any
 
     Returns:
         The files written.
+
+    Example:
+        >>> import tempfile
+        >>> layer = {"name": "fc.weight", "weights": 100, "zeros": 90, "sparsity": 0.9}
+        >>> results = {"network": "resnet20", "data": "digits", "method": "feather"}
+        >>> results |= {"test_accuracy": 0.95, "report": {"weights": 100, "layers": [layer]}}
+        >>> epoch = {"epoch": 1, "val_acc": 0.9, "sparsity": 0.9}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [file.name for file in plot_run(Path(folder), [epoch], results)]
+        ['curves.png', 'layers.png', 'operator.png']
     """
     figures = {
         "curves.png": curves(history, results),
@@ -81,6 +104,13 @@ def curves(history: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
     Args:
         history: lines of metrics.jsonl.
         results: content of report.json.
+
+    Example:
+        >>> history = [{"epoch": 1, "val_acc": 0.9, "sparsity": 0.95}]
+        >>> results = {"network": "resnet20", "data": "digits", "method": "feather"}
+        >>> figure = curves(history, results | {"test_accuracy": 0.91})
+        >>> figure.axes[0].get_title()
+        'resnet20 on digits, feather: 91.0% test accuracy'
     """
     figure, axes = panel(6.4, 4.0)
     epochs = [line["epoch"] for line in history]
@@ -129,6 +159,11 @@ def layers(rows: list[dict[str, Any]]) -> Figure:
 
     Args:
         rows: `layers` of a report.
+
+    Example:
+        >>> figure = layers([{"name": "fc.weight", "weights": 100, "zeros": 90, "sparsity": 0.9}])
+        >>> figure.axes[0].texts[0].get_text()
+        '10 of 100'
     """
     figure, axes = panel(7.0, min(1.2 + 0.28 * len(rows), 400.0))  # a PNG has at most 2^16 rows
     names = [plain(row["name"]) for row in rows]
@@ -147,6 +182,11 @@ def stability(found: list[float]) -> Figure:
 
     Args:
         found: result of `torch_feather.analysis.stability.correlations`.
+
+    Example:
+        >>> figure = stability([0.4, 0.8, 1.0])
+        >>> figure.axes[0].get_lines()[0].get_xdata().tolist()  # epochs
+        [1, 2, 3]
     """
     figure, axes = panel(6.4, 4.0)
     axes.plot(range(1, len(found) + 1), found, color=BLUE)
@@ -160,6 +200,11 @@ def operators(powers: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, float("inf"))) ->
 
     Args:
         powers: values of p.
+
+    Example:
+        >>> axes = operators(powers=(1.0, float("inf"))).axes[0]
+        >>> [text.get_text() for text in axes.get_legend().get_texts()]
+        ['p = 1 (soft)', 'p = ∞ (hard)']
     """
     figure, axes = panel(5.2, 4.2)
     weights = torch.linspace(-3, 3, 1201)
@@ -185,6 +230,9 @@ def plain(text: str) -> str:
 
 def power_name(p: float) -> str:
     """Return the name of the power threshold with exponent p.
+
+    Args:
+        p: at least 1; may be infinite.
 
     Example:
         >>> power_name(1.0), power_name(3.0)

@@ -42,6 +42,17 @@ def read_masks(run: Path, epochs: int, weights: int | None = None) -> list[np.nd
 
     Raises:
         FileFormatError: a file is damaged, or is not a mask of so many weights.
+
+    Example:
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> (run / "masks").mkdir()
+        >>> for epoch in (1, 2):
+        ...     np.save(mask_file(run, epoch), np.packbits([1, 0, 1, 0, 0, 0, 0, epoch - 1]))
+        >>> [mask.tolist() for mask in read_masks(run, epochs=2)]
+        [[160], [161]]
+        >>> read_masks(run, epochs=3) is None  # there is no mask of epoch 3
+        True
     """
     files = [mask_file(run, epoch) for epoch in range(1, epochs + 1)]
     if not all(os.path.lexists(file) for file in files):

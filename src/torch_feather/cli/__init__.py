@@ -69,6 +69,21 @@ def main() -> None:
     """Run the command line. Errors that the user can correct are printed in one line.
 
     `FEATHER_TRACEBACK=1` shows the traceback instead.
+
+    Raises:
+        SystemExit: always, with 0 for success, 130 after an interrupt, otherwise 1 or 2.
+
+    Example:
+        >>> from contextlib import redirect_stderr
+        >>> from unittest import mock
+        >>> command = mock.patch.object(sys, "argv", ["feather", "report", "runs/absent"])
+        >>> with command, redirect_stderr(sys.stdout):
+        ...     try:
+        ...         main()
+        ...     except SystemExit as stop:
+        ...         print("exit code", stop.code)
+        feather: runs/absent: ...
+        exit code 1
     """
     import torch
 

@@ -31,7 +31,23 @@ def export(
         typer.Option(help="Folder of the data, if it has moved. Only for ONNX and old runs."),
     ] = None,
 ) -> None:
-    """Export the network of RUN to a file."""
+    """Export the network of RUN to a file.
+
+    \f
+    Example:
+        >>> import tempfile
+        >>> from .. import models
+        >>> from ..training import Config
+        >>> from ..training.checkpoint import RunDirectory, write_json
+        >>> from ..training.schemas import example_results
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run = RunDirectory(folder)
+        ...     run.write_config(Config(network="resnet8"))
+        ...     run.save_model(models.create("resnet8", num_classes=10, in_channels=1))
+        ...     write_json(run.report_file, example_results())
+        ...     export(Path(folder), format="safetensors", out=Path(folder) / "dense.safetensors")
+        /...dense.safetensors: ... bytes, all zeros stored
+    """
     import torch
 
     from ..training import export_run as exports
@@ -71,6 +87,15 @@ def bench(
     """Time the network of RUN on this CPU: dense in PyTorch, and compiled sparse.
 
     Prints the times of each layer, dense and sparse, and which of the two is used.
+
+    \f
+    Example:
+        >>> from ..training.errors import RunError
+        >>> try:
+        ...     bench(Path("runs/absent"))
+        ... except RunError as error:
+        ...     print(error)
+        runs/absent: no such run directory
     """
     import torch
 

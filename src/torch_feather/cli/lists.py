@@ -9,7 +9,15 @@ from .output import make_console
 
 
 def methods() -> None:
-    """List the values of --method, with the options of each method and their defaults."""
+    """List the values of --method, with the options of each method and their defaults.
+
+    \f
+    Example:
+        >>> methods()
+        method    description     options ...
+        feather   ...
+        dense     No sparsity: trains all weights. ...
+    """
     from rich.markup import escape
     from rich.table import Table
 
@@ -36,7 +44,14 @@ def _format(option: str, default: object) -> str:
 
 
 def recipes() -> None:
-    """List the values of --recipe."""
+    """List the values of --recipe.
+
+    \f
+    Example:
+        >>> recipes()
+        cifar10 ...
+        digits          Scikit-learn's 8x8 digits ...
+    """
     from rich.table import Table
 
     from ..recipes import available_recipes

@@ -7,7 +7,12 @@ from typing import Any
 
 
 def make_console() -> Any:
-    """Return a rich console; 120 columns wide if the output is not a terminal."""
+    """Return a rich console; 120 columns wide if the output is not a terminal.
+
+    Example:
+        >>> make_console().print("[bold]95%[/bold] of the weights are zero")
+        95% of the weights are zero
+    """
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 120)

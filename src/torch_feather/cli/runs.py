@@ -22,6 +22,19 @@ def evaluate(
     """Evaluate the stored network of RUN on its test images.
 
     Reads RUN/model.safetensors, so the result is that of the file.
+
+    \f
+    Example:
+        >>> import tempfile
+        >>> from .. import models
+        >>> from ..training import Config
+        >>> from ..training.checkpoint import RunDirectory
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run = RunDirectory(folder)
+        ...     run.write_config(Config(network="resnet8"))
+        ...     run.save_model(models.create("resnet8", num_classes=10, in_channels=1))
+        ...     evaluate(Path(folder), device="cpu")
+        359 test images of digits: accuracy ..., loss ...; 0... of the weights are zero, ...
     """
     from dataclasses import replace
 
@@ -58,7 +71,22 @@ def report(
     run: RunArgument,
     json: Annotated[bool, typer.Option("--json", help="Print the file report.json.")] = False,
 ) -> None:
-    """Show the results of RUN: accuracy, and zeros and multiply-adds per layer."""
+    """Show the results of RUN: accuracy, and zeros and multiply-adds per layer.
+
+    \f
+    Example:
+        >>> import tempfile
+        >>> from ..training import Config, train
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = Config(network="resnet8", sparsity=0.5, epochs=1, batch_size=512)
+        ...     _ = train(config, folder)
+        ...     report(Path(folder))
+        <BLANKLINE>
+        layer                       shape        weights    zeros  sparsity ...
+        ...
+                                test accuracy  non-zero weights  multiply-adds  training time
+        feather 50.00... sparse ...
+    """
     from ..training.checkpoint import RunDirectory
     from ..training.console import print_results
 

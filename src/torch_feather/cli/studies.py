@@ -8,7 +8,13 @@ import typer
 
 
 class Studies(typer.core.TyperGroup):
-    """The commands of `feather study`, imported on first use."""
+    """The commands of `feather study`, imported on first use.
+
+    Example:
+        >>> group = Studies(name="study")
+        >>> group.list_commands(None)[:3]
+        ['recipe', 'threshold', 'stability']
+    """
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self._load())

@@ -115,6 +115,23 @@ def train(
 
     The recipe is overridden by --config, and both by the options below. Under `torchrun`, all
     processes train one network together.
+
+    \f
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     train(
+        ...         network="resnet8",
+        ...         sparsity=0.5,
+        ...         epochs=1,
+        ...         batch_size=512,
+        ...         compare_dense=False,
+        ...         out=Path(folder),
+        ...     )
+        feather  epoch 1/1  loss ... sparsity 50.00... images/s ...
+        <BLANKLINE>
+        layer                       shape        weights    zeros  sparsity ...
+        conv1.weight                32x1x3x3         288 ...
     """
     from ..models import TIMM
     from ..training.callbacks import Callbacks
@@ -189,6 +206,11 @@ def free_directory(config: Config) -> Path:
 
     Args:
         config: the configuration of the run.
+
+    Example:
+        >>> from ..training import Config
+        >>> free_directory(Config(method="ste", sparsity=0.9, seed=1)).as_posix()
+        'runs/digits-resnet20-ste-90-seed1'
     """
     from ..training.checkpoint import RunDirectory
 

@@ -33,6 +33,12 @@ class BoundWeight:
         optimizer: number of the optimizer that holds it.
         group: number of its parameter group.
         position: position in this group.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> weight = BoundWeight("head.weight", layer, "weight", layer.weight, 0, 0, 0)
+        >>> weight.local.shape
+        torch.Size([1, 2])
     """
 
     name: str
@@ -243,6 +249,11 @@ def check_storage(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
 
     Example:
         >>> check_storage(["weight"], [torch.ones(2, 3)])
+        >>> try:
+        ...     check_storage(["scale"], [torch.ones(())])
+        ... except ConfigurationError as error:
+        ...     print(error)
+        scale is a single number and cannot be pruned. Exclude it: exclude='scale'.
     """
     for name, parameter in zip(names, parameters, strict=True):
         _check_one(name, parameter)
@@ -318,6 +329,9 @@ def _lookup(model: nn.Module, name: str) -> Tensor | None:
 
 def layout(parameter: Tensor) -> tuple[Any, ...]:
     """Return type, device, shapes and strides of a parameter and its local shard.
+
+    Args:
+        parameter: plain or sharded.
 
     Example:
         >>> layout(torch.ones(2, 3))[2:]

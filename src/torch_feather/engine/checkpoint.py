@@ -122,7 +122,12 @@ def digest(text: str) -> int:
 
 
 class Loaded(NamedTuple):
-    """The checked entries of one weight tensor: header, latent weights, state of the method."""
+    """The checked entries of one weight tensor: header, latent weights, state of the method.
+
+    Example:
+        >>> Loaded(Header(FORMAT, 3, 10, 0, 0, 0, 0), torch.ones(2), {}).header.step
+        3
+    """
 
     header: Header
     latent: Tensor
@@ -144,6 +149,11 @@ class Expected:
         state: the method's present state.
         absent: entries of it that states of earlier versions lack, with the values they stand for.
         strict: raise for differences; otherwise load the entries that fit.
+
+    Example:
+        >>> header = Header(FORMAT, 3, 10, 0, 0, 0, 0)
+        >>> Expected(["w"], [torch.Size([2])], lambda i: header, {}, {}, True).header(0).step
+        3
     """
 
     names: Sequence[str]
@@ -358,42 +368,3 @@ def parameters_of(optimizer: Optimizer) -> Iterator[tuple[int, int, nn.Parameter
     for g, group in enumerate(optimizer.param_groups):
         for i, parameter in enumerate(group["params"]):
             yield g, i, parameter
-
-
-def take_live_entries(optimizer: Optimizer) -> dict[tuple[int, int], dict[str, Tensor]]:
-    """Return the added entries in an optimizer's live state, by (group, position).
-
-    They are there if a state dict was loaded before `sparsify` was called.
-
-    Example:
-        >>> take_live_entries(torch.optim.SGD([torch.ones(2)], lr=0.1))
-        {}
-    """
-    found = {}
-    for g, i, parameter in parameters_of(optimizer):
-        own = own_entries(optimizer.state.get(parameter, {}))
-        if own:
-            found[g, i] = own
-    return found
-
-
-def drop_live_entries(optimizer: Optimizer) -> None:
-    """Remove the added entries from an optimizer's live state.
-
-    Optimizers initialize the state of a parameter only if it is empty, so no entry may be left.
-
-    Example:
-        >>> w = torch.ones(2)
-        >>> optimizer = torch.optim.SGD([w], lr=0.1)
-        >>> optimizer.state[w] = {"feather_latent": torch.ones(2)}
-        >>> drop_live_entries(optimizer)
-        >>> len(optimizer.state)
-        0
-    """
-    for _, _, parameter in parameters_of(optimizer):
-        entries = optimizer.state.get(parameter, {})
-        own = own_entries(entries)
-        for name in own:
-            del entries[PREFIX + name]
-        if own and not entries:
-            del optimizer.state[parameter]

@@ -79,7 +79,11 @@ def check_count(
         >>> model = nn.Linear(10, 10)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> training = sparsify(model, optimizer, sparsity=0.9, total_steps=8).step.training
-        >>> check_count(training.weights, training.method, training.pruning, 0.0)  # dense at first
+        >>> try:  # no weight is pruned before the first step
+        ...     check_count(training.weights, training.method, training.pruning, 0.9)
+        ... except StateError as error:
+        ...     print(error)
+        Sparsity 0.9 means 90 zeros among 100 weights, but the method left 0. ...
     """
     pruned = int(count_pruned_by(method, weights, pruning).sum())
     target = round(sparsity * weights.size)

@@ -15,6 +15,9 @@ from ..weights.latent import LatentWeights, PerTensor, copy_all
 def tensors_in(value: Any) -> list[Tensor]:
     """Return the tensors in nested tuples and lists, and of objects with `tensors()`.
 
+    Args:
+        value: tensors, objects with `tensors()`, and anything else, which is left out.
+
     Example:
         >>> len(tensors_in((torch.zeros(1), [torch.zeros(2), 3])))
         2
@@ -30,6 +33,9 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def outline(value: Any) -> Any:
     """Return the structure of a value: positions of tensors, and which are the same object.
+
+    Args:
+        value: as for `tensors_in`. Values other than tensors are part of the result.
 
     Example:
         >>> a, b = torch.zeros(2), torch.ones(2)
@@ -78,6 +84,17 @@ def store(method: BoundMethod, pruning: Pruning) -> Pruning:
 
     Returns:
         The pruning, with the memory of the state in place of its own.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.context import MethodContext
+        >>> from torch_feather.methods import spartan
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["w"], weights, 0.5, 10)
+        >>> method = spartan(sparsity=0.5).bind(context)
+        >>> pruning = store(method, method.update(weights, torch.tensor(10)))
+        >>> method.state["mask"].flat.count_nonzero(), pruning.mask is method.state["mask"].rows
+        (tensor(2), True)
     """
     for name in method.facts.stored:
         value, entry = getattr(pruning, name), method.state[name]
@@ -91,6 +108,10 @@ def store(method: BoundMethod, pruning: Pruning) -> Pruning:
 
 def move_state(method: BoundMethod, weights: LatentWeights) -> None:
     """Move the state of a method to the device and type of latent weights.
+
+    Args:
+        method: the method, bound to the weights. Its state is replaced.
+        weights: the latent weights on the new device or of the new type.
 
     Example:
         >>> from torch import nn

@@ -114,6 +114,10 @@ def register_hooks(leaves: Iterable[tuple[int, Tensor]], pull_back: PullBack) ->
 def add_terms(gradients: Gradients, completion: Completion) -> None:
     """Add the cross terms of a completion to the gradients, in place.
 
+    Args:
+        gradients: dL/dw of each tensor, or None; written to.
+        completion: its `terms` have the same shapes.
+
     Example:
         >>> gradient = torch.ones(2)
         >>> add_terms([gradient], Completion(terms=[torch.ones(2)]))
@@ -127,6 +131,9 @@ def add_terms(gradients: Gradients, completion: Completion) -> None:
 
 def own_parameters(method: BoundMethod) -> list[Tensor]:
     """Return the parameters of the method itself, one per entry or one per weight tensor.
+
+    Args:
+        method: the method; `facts.learned` names the entries of its state.
 
     Example:
         >>> from types import SimpleNamespace
@@ -170,6 +177,9 @@ def set_own_gradients(method: BoundMethod, own: dict[str, PerTensor]) -> None:
 
 def clear_own_gradients(method: BoundMethod) -> None:
     """Set `.grad` of the method's own parameters to None.
+
+    Args:
+        method: the method, bound to the weights.
 
     Example:
         >>> from types import SimpleNamespace

@@ -41,6 +41,25 @@ class Handlers:
         save: returns the state dict that is saved.
         load: loads a state dict, given the optimizer's own `load_state_dict`.
         entries: returns the entries to add to the live state of a copy, by parameter.
+
+    Example:
+        >>> from contextlib import nullcontext
+        >>> handlers = Handlers(
+        ...     before=lambda closure, ready: print("before, closure:", closure),
+        ...     ready=lambda: None,
+        ...     after=lambda taken: print("after"),
+        ...     closure=nullcontext,
+        ...     failed=lambda: print("failed"),
+        ...     save=lambda state: state,
+        ...     load=lambda load, state: load(state),
+        ...     entries=dict,
+        ... )
+        >>> optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
+        >>> hooks = OptimizerHooks([optimizer], handlers)
+        >>> optimizer.step(lambda: 0.0)
+        before, closure: True
+        after
+        0.0
     """
 
     before: Callable[[bool, bool], None]
@@ -327,6 +346,9 @@ def only_initializes(optimizer: Optimizer) -> bool:
     """Return whether the next step only initializes the optimizer's state, and must not count.
 
     torch.distributed.checkpoint makes such a step, with lr 0 on zero gradients.
+
+    Args:
+        optimizer: before its step.
 
     Example:
         >>> only_initializes(torch.optim.SGD([torch.ones(2)], lr=0.0))

@@ -13,6 +13,7 @@ from ..weights.checksum import checksum_of
 from ..weights.shards import local_part, shard_like
 from . import checkpoint
 from .checkpoint import Entries, Expected, Header, Loaded
+from .live_entries import drop_live_entries, take_live_entries
 from .training import Training
 
 
@@ -174,13 +175,13 @@ class StateDicts:
         Raises:
             StateError: the state belongs to another run, and `strict` is True.
         """
-        entries = checkpoint.take_live_entries(optimizer)
+        entries = take_live_entries(optimizer)
         if not entries:
             return False
         found, foreign = checkpoint.by_position(entries, _positions(training, held))
         loaded = self.check(training, found, held, foreign, checkpoint.RELAXED_EARLY)
         self.load(training, loaded, held)
-        checkpoint.drop_live_entries(optimizer)
+        drop_live_entries(optimizer)
         return True
 
     @torch.no_grad()

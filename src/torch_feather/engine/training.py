@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import ConfigurationError, StateError, warn
+from ..errors import StateError, warn
 from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
 from ..weights.checksum import Recorded
 from ..weights.compiled import copy_weights
 from ..weights.exchange import read_latent
 from ..weights.latent import LatentWeights
 from ..weights.passes import adopt_written
-from ..weights.shards import fsdp_units, is_sharded, local, local_part, reshard
+from ..weights.shards import fsdp_units, local, local_part, reshard
 from .assigned_gradients import AssignedGradients
 from .binding import Binding, check_storage, layout
 from .external_writes import WriteDetector
@@ -34,15 +34,8 @@ from .gradients import (
     set_own_gradients,
 )
 from .loss_scale import unscale_others
+from .sharding import check_shards, require_shards_supported
 from .step_in_backward import InBackwardStep, in_backward
-
-ONE_PROCESS = (
-    "This method needs whole weight tensors in one process, but the weights are sharded over "
-    "several. On shards use feather, feather-gmp, feather-flops, hard-ste, soft-ste, gmp, st3 or "
-    "st3-sigma without patterns (st3 not for transposed convolutions and Conv1D, whose shards hold "
-    "parts of all output channels), asl, asl+, feather-asl+ or str. All other methods work with "
-    "DistributedDataParallel."
-)
 
 
 class Training:
@@ -358,47 +351,3 @@ class Training:
         """Remove the hooks on gradients."""
         for handle in self._gradient_hooks:
             handle.remove()
-
-
-def require_shards_supported(method: BoundMethod, weights: LatentWeights) -> None:
-    """Check that a method supports the sharding of the weights.
-
-    Args:
-        method: the method.
-        weights: the latent weights.
-
-    Raises:
-        ConfigurationError: the weights are sharded, and the method needs full weight tensors.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> from torch_feather.methods import Facts
-        >>> method = SimpleNamespace(facts=Facts(on_shards=False))
-        >>> require_shards_supported(method, LatentWeights([torch.ones(2)]))  # not sharded
-    """
-    if weights.shards is not None and not method.facts.on_shards:
-        raise ConfigurationError(ONE_PROCESS)
-
-
-def check_shards(before: LatentWeights, current: Sequence[Tensor]) -> None:
-    """Check that parameters which were sharded still have the same shards.
-
-    Args:
-        before: the latent weights.
-        current: the present parameters.
-
-    Raises:
-        StateError: they were sharded, and now have other shards or none.
-
-    Example:
-        >>> w = torch.ones(2)
-        >>> check_shards(LatentWeights([w]), [w])
-    """
-    if before.shards is not None and not all(
-        is_sharded(p) and local(p).shape == old.shape
-        for p, old in zip(current, before.views, strict=True)
-    ):
-        raise StateError(
-            "The shards of the model changed after sparsify. Create optimizer and sparsifier "
-            "again, and load their state dicts by torch.distributed.checkpoint."
-        )

@@ -106,7 +106,9 @@ class Summary:
         violation: a goal other than the sparsity that is not met, as the end of a sentence.
 
     Example:
-        >>> Summary(violation="its weights cost 120, more than the budget of 100.").learned_counts
+        >>> summary = Summary(learned_counts=torch.tensor([90, 45]))
+        >>> int(summary.learned_counts.sum()), summary.violation is None
+        (135, True)
     """
 
     learned_counts: Tensor | None = None
@@ -268,7 +270,7 @@ def effective_weights(
         >>> effective_weights(method, weights, method.update(weights, torch.tensor(0)))
         [tensor([0., 2.])]
     """
-    out = [torch.empty_like(view) for view in weights.views]
+    out = weights.like([torch.empty_like(flat) for flat in weights.flats]).views
     method.write_effective(weights, pruning, out)
     return out
 

@@ -56,7 +56,17 @@ class Method:
 
 
 class Cutoffs(NamedTuple):
-    """The pruning of a method with thresholds."""
+    """The pruning of a method with thresholds.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.methods import feather
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> pruning = feather(sparsity=0.5).bind(context).update(weights, torch.tensor(5))
+        >>> pruning.segments[0].threshold, pruning.progress
+        (tensor(2.), tensor(0.5000, dtype=torch.float64))
+    """
 
     segments: list[Segment]
     """Cover all weights once."""
@@ -66,6 +76,11 @@ class Cutoffs(NamedTuple):
 
 class Thresholded(BoundMethod):
     """Prunes weights below a cutoff; subclasses find the cutoffs.
+
+    Args:
+        context: the model, its prunable weights, the target and the number of steps.
+        operator: the effective value of a kept weight.
+        gradient: how dL/du becomes dL/dw.
 
     Example:
         >>> from torch import nn
@@ -198,6 +213,10 @@ class MagnitudePruning(Thresholded):
 
     State: `zeros`, the number of zeros of each tensor when training began. The schedule starts from
     them, so a model that is already sparse keeps its mask.
+
+    Args:
+        context: the model, its prunable weights, the target and the number of steps.
+        method: the parts of the method.
 
     Attributes:
         keeps_zeros: whether the schedule starts from these zeros; if not, `zeros` are 0.

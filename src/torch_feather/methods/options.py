@@ -99,6 +99,12 @@ def make_schedule(schedule: str | Schedule, begin: int, end: int | None) -> Sche
 def make_operator(p: float) -> Operator:
     """Return Feather's operator with exponent p, hard for `math.inf`.
 
+    Args:
+        p: at least 1; 1 is the soft threshold.
+
+    Raises:
+        ConfigurationError: p is below 1.
+
     Example:
         >>> make_operator(3.0)
         Power(p=3.0)

@@ -40,7 +40,17 @@ class PatternedMethod(Method):
 
 
 class PatternCutoffs(NamedTuple):
-    """The pruning of a method with a pattern."""
+    """The pruning of a method with a pattern.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.methods import feather
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 4)])
+        >>> context = MethodContext(nn.Linear(4, 4), ["weight"], weights, 0.5, 10)
+        >>> bound = feather(sparsity=0.5, pattern="4x2").bind(context)
+        >>> bound.update(weights, torch.tensor(10)).scores.size  # blocks
+        2
+    """
 
     scores: LatentWeights
     """The scores of the units, as if they were weights."""
@@ -57,6 +67,13 @@ class PatternCutoffs(NamedTuple):
 
 class PatternedPruning(MagnitudePruning):
     """A `PatternedMethod` on one model: the allocation finds cutoffs through scores of units.
+
+    Args:
+        context: the model, its prunable weights, the target and the number of steps.
+        method: the parts of the method.
+
+    Raises:
+        ConfigurationError: the pattern does not fit the shape of a weight, or the allocation.
 
     Example:
         >>> from torch import nn

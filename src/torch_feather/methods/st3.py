@@ -66,8 +66,9 @@ class RescaledMethod(Method):
     """A `Method` whose kept weights are rescaled per output channel.
 
     Example:
-        >>> isinstance(st3(sparsity=0.9), RescaledMethod)
-        True
+        >>> method = st3(sparsity=0.9)
+        >>> type(method).__name__, method.operator
+        ('RescaledMethod', Power(p=1.0))
     """
 
     def bind(self, context: MethodContext) -> Rescaled:
@@ -79,6 +80,10 @@ class Rescaled(MagnitudePruning):
 
     r is the kept fraction of the output channel's sum of |w|: r = (mean of |w| with pruned weights
     as 0, + 1e-6) / (mean of |w| + 1e-6). The factor is not differentiated.
+
+    Args:
+        context: the model, its prunable weights, the target and the number of steps.
+        method: the parts of the method.
 
     Example:
         >>> from torch import nn

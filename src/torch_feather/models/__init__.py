@@ -84,6 +84,12 @@ def create_timm(name: str, **options: Any) -> nn.Module:
     Raises:
         ConfigurationError: timm has no model of this name.
         ImportError: timm is not installed.
+
+    Example:
+        >>> import torch
+        >>> model = create_timm("timm/mobilenetv3_small_050", num_classes=10, in_chans=3)
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
     try:
         import timm

@@ -11,6 +11,10 @@ class Bottleneck(nn.Module):
     Args:
         in_channels: channels of the input.
         growth: channels that are appended.
+
+    Example:
+        >>> Bottleneck(in_channels=8, growth=4)(torch.zeros(2, 8, 16, 16)).shape
+        torch.Size([2, 12, 16, 16])
     """
 
     def __init__(self, in_channels: int, growth: int) -> None:
@@ -32,6 +36,10 @@ class Transition(nn.Module):
 
     Args:
         in_channels: channels of the input.
+
+    Example:
+        >>> Transition(in_channels=8)(torch.zeros(2, 8, 16, 16)).shape
+        torch.Size([2, 4, 8, 8])
     """
 
     def __init__(self, in_channels: int) -> None:
@@ -52,6 +60,13 @@ class DenseNet(nn.Module):
         bottlenecks: bottlenecks in each dense block.
         num_classes: number of classes.
         in_channels: channels of an image.
+
+    Example:
+        >>> model = DenseNet(growth=4, bottlenecks=2, num_classes=10, in_channels=3)
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+        >>> model.fc.in_features  # channels after the last block
+        16
     """
 
     def __init__(self, growth: int, bottlenecks: int, num_classes: int, in_channels: int) -> None:

@@ -23,6 +23,12 @@ class SeparableBlock(nn.Sequential):
         in_channels: channels of the input.
         out_channels: channels of the output.
         stride: stride of the depthwise convolution.
+
+    Example:
+        >>> import torch
+        >>> block = SeparableBlock(in_channels=8, out_channels=16, stride=2)
+        >>> block(torch.zeros(2, 8, 16, 16)).shape
+        torch.Size([2, 16, 8, 8])
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -45,6 +51,12 @@ class MobileNetV1(nn.Module):
     Args:
         num_classes: number of classes.
         in_channels: channels of an image.
+
+    Example:
+        >>> import torch
+        >>> model = MobileNetV1(num_classes=10, in_channels=1)
+        >>> len(model.blocks), model(torch.zeros(2, 1, 8, 8)).shape
+        (13, torch.Size([2, 10]))
     """
 
     def __init__(self, num_classes: int, in_channels: int) -> None:

@@ -18,6 +18,12 @@ class BasicBlock(nn.Module):
         in_channels: channels of the input.
         out_channels: channels of the output.
         stride: stride of the first convolution and of the shortcut.
+
+    Example:
+        >>> BasicBlock(in_channels=8, out_channels=16, stride=2)(torch.zeros(2, 8, 16, 16)).shape
+        torch.Size([2, 16, 8, 8])
+        >>> BasicBlock(in_channels=8, out_channels=8, stride=1).shortcut
+        Identity()
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -46,6 +52,11 @@ class ResNet(nn.Module):
         blocks: blocks of each stage.
         num_classes: number of classes.
         in_channels: channels of an image.
+
+    Example:
+        >>> model = ResNet(blocks=(1, 2, 1), num_classes=10, in_channels=3)
+        >>> len(model.layer2), model(torch.zeros(2, 3, 32, 32)).shape
+        (2, torch.Size([2, 10]))
     """
 
     def __init__(self, blocks: Sequence[int], num_classes: int, in_channels: int) -> None:
@@ -87,6 +98,10 @@ def resnet20(num_classes: int = 100, in_channels: int = 3) -> ResNet:
     Args:
         num_classes: number of classes.
         in_channels: channels of an image.
+
+    Example:
+        >>> sum(p.numel() for p in resnet20(num_classes=100).parameters())
+        1096196
     """
     return ResNet((3, 3, 3), num_classes, in_channels)
 

@@ -83,6 +83,9 @@ class TorchPasses:
 
     Memory: the codes and up to three more arrays of their size at a time.
 
+    Args:
+        scores: flat float32 or float64 tensor of numbers >= 0; NaN ranks above infinity.
+
     Example:
         >>> passes = TorchPasses(torch.tensor([1.0, 2.0, 1.0]))
         >>> code = torch.tensor(1.0).view(torch.int32)

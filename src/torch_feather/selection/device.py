@@ -119,6 +119,9 @@ def _count_tensor(k: Tensor | int, total: int, device: torch.device) -> Tensor:
 def default_passes(scores: Tensor) -> type[Passes]:
     """Return the fastest `Passes` on the device of the scores.
 
+    Args:
+        scores: flat float32 or float64 tensor.
+
     Example:
         >>> default_passes(torch.ones(2)).__name__
         'TorchPasses'

@@ -96,7 +96,21 @@ def _descend(counts, bins, rank, prefix, found, shift, CHUNK: tl.constexpr):
 
 
 class TritonPasses:
-    """`Passes` on a CUDA device."""
+    """`Passes` on a CUDA device.
+
+    Args:
+        scores: flat float32 or float64 tensor of numbers >= 0, on a CUDA device.
+
+    Example:
+        >>> from torch_feather.selection.counting import TorchPasses
+        >>> gpu = torch.cuda.is_available()
+        >>> device, passes = ("cuda", TritonPasses) if gpu else ("cpu", TorchPasses)
+        >>> counts = passes(torch.tensor([1.0, 2.0, 1.0], device=device)).count_digits(
+        ...     torch.tensor(0, device=device), shift=21, width=11
+        ... )
+        >>> counts[torch.tensor([1.0, 2.0]).view(torch.int32) >> 21].tolist()
+        [2, 1]
+    """
 
     def __init__(self, scores: Tensor) -> None:
         bits = FLOAT_BITS[scores.dtype]

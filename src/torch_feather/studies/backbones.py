@@ -16,13 +16,13 @@ from .summary import accuracy_table, labels
 PAIRS = {"gmp": "feather-gmp", "asl+": "feather-asl+"}
 
 
-def plan(config: Config, axes: GridAxes) -> list[Run]:
+def _plan(config: Config, axes: GridAxes) -> list[Run]:
     """Plan each backbone with and without Feather."""
     methods = [DENSE, *(name for pair in PAIRS.items() for name in pair)]
     return grid(config, {method: {"method": method} for method in methods}, axes)
 
 
-def answer(rows: Sequence[Row], config: Config) -> Answer:
+def _answer(rows: Sequence[Row], config: Config) -> Answer:
     """Return Figure 3 a and b and the comparisons with the backbones."""
     figures = []
     for alone, joined in PAIRS.items():
@@ -50,6 +50,6 @@ BACKBONES = Study(
     "for each layer. With Feather they make the same pruning decisions, but use its threshold "
     "operator and its gradient rule.",
     source="Figure 3 of the supplement",
-    plan=plan,
-    answer=answer,
+    plan=_plan,
+    answer=_answer,
 )

@@ -28,11 +28,21 @@ app = typer.Typer(rich_markup_mode="markdown")  # "rich" would hide text in brac
 def command(study: Study) -> Callable[..., None]:
     """Return the command line function of a study.
 
-    Its parameters are those of `run_study` that apply to the study, declared for Typer.
+    Its parameters are those of `_run_study` that apply to the study, declared for Typer.
+
+    Args:
+        study: the study.
+
+    Example:
+        >>> run = command(STUDIES["compare"])
+        >>> list(inspect.signature(run).parameters)[:3]
+        ['methods', 'sparsity', 'seeds']
+        >>> run.__doc__.splitlines()[0]  # the help text
+        'Which method trains the most accurate sparse network with the same training budget?'
     """
 
     def run(**given: Any) -> None:
-        run_study(study, **given)
+        _run_study(study, **given)
 
     run.__doc__ = (
         f"{study.question}\n\n{study.background}\n\n{study.source}. Finished runs are not trained "
@@ -88,7 +98,7 @@ def _parameters(study: Study) -> list[inspect.Parameter]:
     return found
 
 
-def run_study(
+def _run_study(
     study: Study,
     *,
     methods: str | None = None,
@@ -168,6 +178,12 @@ def base_config(
     Raises:
         ConfigurationError: a setting that does not exist, or one that the study or another option
             determines.
+
+    Example:
+        >>> base_config(STUDIES["compare"], None, "digits", None, []).epochs
+        10
+        >>> base_config(STUDIES["compare"], None, "digits", None, ["epochs=5"]).epochs
+        5
     """
     given: dict[str, Any] = parse_assignments(list(settings))
     if data is not None:

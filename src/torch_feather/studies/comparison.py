@@ -39,6 +39,15 @@ def paired(
         first: runs of one label.
         second: runs of another label.
         value: number to compare; by default test accuracy in %.
+
+    Returns:
+        One difference per common seed, in the order of `first`; percentage points by default.
+
+    Example:
+        >>> first = [{"seed": 0, "test_accuracy": 0.5}, {"seed": 1, "test_accuracy": 0.75}]
+        >>> second = [{"seed": 1, "test_accuracy": 0.5}, {"seed": 2, "test_accuracy": 0.25}]
+        >>> paired(first, second)
+        [25.0]
     """
     by_seed = {row["seed"]: row for row in second}
     both = [row for row in first if row["seed"] in by_seed]
@@ -47,6 +56,9 @@ def paired(
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95% t interval of the mean.
+
+    Args:
+        values: at least two numbers.
 
     Example:
         >>> low, high = interval([1.0, 2.0, 3.0])
@@ -63,6 +75,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def is_significant(values: Sequence[float]) -> bool:
     """Return whether the 95% t interval of the mean excludes 0.
 
+    Args:
+        values: at least two numbers, such as paired differences.
+
     Example:
         >>> is_significant([1.0, 2.0, 3.0]), is_significant([1.9, 2.0, 2.1])
         (False, True)
@@ -73,6 +88,9 @@ def is_significant(values: Sequence[float]) -> bool:
 
 def p_value(values: Sequence[float]) -> float:
     """Return the two-sided p value of a t test against a mean of 0.
+
+    Args:
+        values: at least two numbers.
 
     Example:
         >>> round(p_value([1.0, 2.0, 3.0]), 3)
@@ -86,6 +104,9 @@ def p_value(values: Sequence[float]) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return Holm-corrected p values (Holm, Scandinavian Journal of Statistics, 1979).
 
+    Args:
+        p_values: uncorrected p values of one family, in any order.
+
     Example:
         >>> holm([0.01, 0.04, 0.03])
         [0.03, 0.06, 0.06]
@@ -98,7 +119,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Difference:
+class _Difference:
     """Paired differences first − second of two labels at one sparsity.
 
     Attributes:
@@ -152,14 +173,26 @@ def compare_pairs(rows: Sequence[Row], pairs: Iterable[Pair]) -> tuple[list[str]
     Returns:
         Sentences with the uncorrected results, the last one with the Holm-corrected result; and a
         list of one table with all numbers, empty without comparisons.
+
+    Example:
+        >>> rows = [
+        ...     {"method": m, "label": m, "sparsity": 0.9, "seed": seed, "test_accuracy": accuracy}
+        ...     for m, accuracies in (("feather", (0.9, 0.91, 0.92)), ("gmp", (0.8, 0.811, 0.822)))
+        ...     for seed, accuracy in enumerate(accuracies)
+        ... ]
+        >>> sentences, tables = compare_pairs(rows, [("feather", "gmp")])
+        >>> sentences
+        ['feather is significantly above gmp at 90% sparsity (n = 3).']
+        >>> tables[0].rows
+        [['feather vs. gmp', '90%', '+9.90', '+9.65 to +10.15', '< 0.001', '3']]
     """
     groups, found = group(rows), []
     for (first, second), sparsity in itertools.product(pairs, sparsities(rows)):
         values = paired(groups.get((first, sparsity), []), groups.get((second, sparsity), []))
         if len(values) >= MIN_SEEDS:
-            found.append(Difference(first, second, sparsity, tuple(values)))
+            found.append(_Difference(first, second, sparsity, tuple(values)))
     tested = [difference for difference in found if difference.varies]
-    corrected: dict[Difference, float] = {}
+    corrected: dict[_Difference, float] = {}
     for sparsity in sparsities(rows):
         same = [d for d in tested if d.sparsity == sparsity]
         corrected |= zip(same, holm([p_value(d.values) for d in same]), strict=True)
@@ -170,7 +203,7 @@ def compare_pairs(rows: Sequence[Row], pairs: Iterable[Pair]) -> tuple[list[str]
     return sentences, [table] if found else []
 
 
-def _table_row(difference: Difference, p: float | None) -> list[str]:
+def _table_row(difference: _Difference, p: float | None) -> list[str]:
     values = difference.values
     spread, p_text = "–", "–"
     if p is not None:
@@ -181,9 +214,9 @@ def _table_row(difference: Difference, p: float | None) -> list[str]:
     return [name, percent(difference.sparsity), mean, spread, p_text, str(len(values))]
 
 
-def _significant(tested: Sequence[Difference]) -> list[str]:
+def _significant(tested: Sequence[_Difference]) -> list[str]:
     """Return sentences about significant differences, one for all labels with the same result."""
-    found: dict[tuple[str, str], dict[str, list[Difference]]] = {}
+    found: dict[tuple[str, str], dict[str, list[_Difference]]] = {}
     for difference in tested:
         if difference.direction is not None:
             by_second = found.setdefault((difference.first, difference.direction), {})
@@ -201,9 +234,9 @@ def _significant(tested: Sequence[Difference]) -> list[str]:
     return sentences
 
 
-def _not_significant(tested: Sequence[Difference]) -> list[str]:
+def _not_significant(tested: Sequence[_Difference]) -> list[str]:
     """Return a sentence for each pair about its differences that are not significant."""
-    found: dict[Pair, list[Difference]] = defaultdict(list)
+    found: dict[Pair, list[_Difference]] = defaultdict(list)
     for difference in tested:
         if difference.direction is None:
             found[difference.pair].append(difference)
@@ -215,7 +248,7 @@ def _not_significant(tested: Sequence[Difference]) -> list[str]:
     return sentences
 
 
-def _after_holm(corrected: Mapping[Difference, float]) -> list[str]:
+def _after_holm(corrected: Mapping[_Difference, float]) -> list[str]:
     """Return a sentence about the significant differences that remain after Holm correction."""
     significant = [d for d in corrected if d.direction is not None]
     if len(corrected) < 2 or not significant:
@@ -239,7 +272,7 @@ def _after_holm(corrected: Mapping[Difference, float]) -> list[str]:
     ]
 
 
-def _names(differences: Sequence[Difference]) -> str:
+def _names(differences: Sequence[_Difference]) -> str:
     pairs = itertools.groupby(differences, lambda d: d.pair)
     return "; ".join(
         f"{first} vs. {second} at {join([percent(d.sparsity) for d in mine])}"

@@ -26,14 +26,34 @@ ACCURACY_CAPTION = (
 
 
 def accuracy_figure(rows: Sequence[Row]) -> list[StudyFigure]:
-    """Return the figure of accuracy over sparsity in a list, empty without sparse networks."""
+    """Return the figure of accuracy over sparsity in a list, empty without sparse networks.
+
+    Args:
+        rows: the runs.
+
+    Example:
+        >>> row = {"label": "feather", "method": "feather", "sparsity": 0.9, "test_accuracy": 0.5}
+        >>> [figure.name for figure in accuracy_figure([row])]
+        ['accuracy']
+    """
     if not labels(rows):
         return []
     return [StudyFigure("accuracy", plot_over_sparsity(rows), ACCURACY_CAPTION)]
 
 
 def loss_figure(rows: Sequence[Row]) -> list[StudyFigure]:
-    """Return the figure of training loss over epochs at the highest sparsity, in a list."""
+    """Return the figure of training loss over epochs at the highest sparsity, in a list.
+
+    The list is empty without sparse networks.
+
+    Args:
+        rows: the runs.
+
+    Example:
+        >>> row = {"label": "feather", "method": "feather", "curve": {"train_loss": [2.0, 1.0]}}
+        >>> loss_figure([row | {"sparsity": s} for s in (0.9, 0.98)])[0].caption
+        'Training loss at 98% sparsity: mean over seeds; bands: ± one standard deviation.'
+    """
     if not labels(rows):
         return []
     highest = sparsities(rows)[-1]
@@ -52,7 +72,16 @@ def loss_figure(rows: Sequence[Row]) -> list[StudyFigure]:
 
 
 def seed_figures(rows: Sequence[Row]) -> list[StudyFigure]:
-    """Return a figure for each sparsity with the accuracy of every run."""
+    """Return a figure for each sparsity with the accuracy of every run.
+
+    Args:
+        rows: the runs.
+
+    Example:
+        >>> row = {"label": "feather", "method": "feather", "test_accuracy": 0.5}
+        >>> [figure.name for figure in seed_figures([row | {"sparsity": s} for s in (0.9, 0.98)])]
+        ['seeds-90', 'seeds-98']
+    """
     return [
         StudyFigure(
             f"seeds-{100 * sparsity:g}",
@@ -65,7 +94,17 @@ def seed_figures(rows: Sequence[Row]) -> list[StudyFigure]:
 
 
 def plot_over_sparsity(rows: Sequence[Row]) -> Figure:
-    """Plot accuracy over sparsity: means over seeds, bars of one standard deviation."""
+    """Plot accuracy over sparsity: means over seeds, bars of one standard deviation.
+
+    Args:
+        rows: the runs. Dense runs are a horizontal line.
+
+    Example:
+        >>> row = {"label": "feather", "method": "feather", "sparsity": 0.9, "test_accuracy": 0.5}
+        >>> axes = plot_over_sparsity([row, row | {"sparsity": 0.98}]).axes[0]
+        >>> [tick.get_text() for tick in axes.get_xticklabels()]
+        ['90%', '98%']
+    """
     groups, names, ticks = group(rows), labels(rows), sparsities(rows)
     figure, axes = panel(5.2, 4.2)
     for i, name in enumerate(names):
@@ -94,6 +133,13 @@ def plot_over_epochs(series: Mapping[str, Sequence[Sequence[float | None]]], yla
     Args:
         series: label to one curve for each seed, None for missing values.
         ylabel: label of the vertical axis.
+
+    Example:
+        >>> two_seeds = [[2.0, 1.0], [2.5, 1.5]]
+        >>> axes = plot_over_epochs({"feather": two_seeds}, "training loss").axes[0]
+        >>> line = axes.get_lines()[0]
+        >>> line.get_label(), line.get_ydata().tolist()
+        ('feather (n=2)', [2.25, 1.25])
     """
     figure, axes = panel(5.2, 4.2)
     for i, (name, curves) in enumerate(series.items()):
@@ -120,7 +166,19 @@ def plot_over_epochs(series: Mapping[str, Sequence[Sequence[float | None]]], yla
 
 
 def plot_seeds(rows: Sequence[Row], sparsity: float) -> Figure:
-    """Plot the accuracy of each run as a dot and means as strokes, the highest mean on top."""
+    """Plot the accuracy of each run as a dot and means as strokes, the highest mean on top.
+
+    Args:
+        rows: the runs.
+        sparsity: the sparsity to plot.
+
+    Example:
+        >>> row = {"label": "feather", "method": "feather", "sparsity": 0.9, "test_accuracy": 0.5}
+        >>> other = {"label": "gmp", "method": "gmp", "sparsity": 0.9, "test_accuracy": 0.4}
+        >>> axes = plot_seeds([row, row, other], sparsity=0.9).axes[0]
+        >>> [tick.get_text() for tick in axes.get_yticklabels()]  # upwards
+        ['gmp  (n=1)', 'feather  (n=2)']
+    """
     found = [(label, mine) for (label, s), mine in group(rows).items() if s == sparsity]
     found = sorted(((m, r) for m, r in found if m != DENSE), key=lambda item: mean(item[1]))
     figure, axes = panel(5.2, 1.1 + 0.32 * len(found))
@@ -142,6 +200,19 @@ def published_styles(published: Sequence[Series], rows: Sequence[Row]) -> list[d
 
     A series has the style of the study's runs of the same method, if exactly one label is of that
     method, and otherwise an unused style.
+
+    Args:
+        published: the series.
+        rows: the study's runs.
+
+    Returns:
+        Keywords of matplotlib for each series, see `line_style`.
+
+    Example:
+        >>> rows = [{"label": "gmp", "method": "gmp"}, {"label": "feather", "method": "feather"}]
+        >>> series = [Series("Feather", "feather", "", ()), Series("STR", "str", "", ())]
+        >>> published_styles(series, rows) == [line_style(1), line_style(2)]
+        True
     """
     own = labels(rows)
     unused = itertools.count(len(own))
@@ -153,7 +224,19 @@ def published_styles(published: Sequence[Series], rows: Sequence[Row]) -> list[d
 
 
 def place_legend_below(axes: Axes) -> None:
-    """Place the legend below the axes and enlarge the figure by its height."""
+    """Place the legend below the axes and enlarge the figure by its height.
+
+    Args:
+        axes: the axes of a figure from `panel`, with labelled lines.
+
+    Example:
+        >>> figure, axes = panel(5.2, 4.2)
+        >>> for name in ("feather", "gmp", "st3"):
+        ...     _ = axes.plot([0, 1], [0, 1], label=name)
+        >>> place_legend_below(axes)  # two columns
+        >>> round(float(figure.get_figheight()), 1), len(figure.legends)
+        (4.6, 1)
+    """
     handles, names = axes.get_legend_handles_labels()
     figure = axes.figure
     assert isinstance(figure, Figure)

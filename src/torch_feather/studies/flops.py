@@ -28,23 +28,23 @@ BIASED = "feather-flops"
 GAMMAS = (0.125, 0.25, 0.5)
 
 
-def plan(config: Config, axes: GridAxes) -> list[Run]:
+def _plan(config: Config, axes: GridAxes) -> list[Run]:
     """Plan each method, feather-flops with each γ."""
     variants: dict[str, dict] = {}
     for label, variant in axes.variants.items():
         if label == BIASED:
-            variants |= {f"{BIASED} (γ = {gamma:g})": biased(gamma) for gamma in GAMMAS}
+            variants |= {f"{BIASED} (γ = {gamma:g})": _biased(gamma) for gamma in GAMMAS}
         else:
             variants[label] = variant
     return grid(config, variants, axes)
 
 
-def biased(gamma: float) -> dict[str, Any]:
+def _biased(gamma: float) -> dict[str, Any]:
     """Return the variant of feather-flops with this γ."""
     return {"method": BIASED, "options": {"gamma": gamma}}
 
 
-def answer(rows: Sequence[Row], config: Config) -> Answer:
+def _answer(rows: Sequence[Row], config: Config) -> Answer:
     """Return Figure 4 with the Pareto front, and the published ResNet-50 in its own section."""
     fraction = (
         "of dense",
@@ -63,11 +63,11 @@ def answer(rows: Sequence[Row], config: Config) -> Answer:
             [*cost_figures("pareto-front", rows, MULTIPLY_ADDS, caption), *accuracy_figure(rows)],
             [accuracy_table(rows, more=[fraction]), *differences],
         ),
-        published(rows),
+        _published(rows),
     )
 
 
-def published(rows: Sequence[Row]) -> Section:
+def _published(rows: Sequence[Row]) -> Section:
     """Return figure and table of published ResNet-50 results on ImageNet.
 
     Args:
@@ -114,7 +114,7 @@ FLOPS = Study(
     "is used at more pixels. feather-flops ranks weights by |w| / cost^γ. A larger γ prunes costly "
     "layers more; γ = 0 equals feather.",
     source="Figure 4 of the supplement",
-    plan=plan,
-    answer=answer,
+    plan=_plan,
+    answer=_answer,
     methods="dense,feather,feather-flops,gmp:allocation=uniform,str,st3",
 )

@@ -30,7 +30,7 @@ from .summary import Column, accuracy_table, with_deviation
 MEASURED = ("milliseconds", "pytorch_milliseconds")
 
 
-def plan(config: Config, axes: GridAxes) -> list[Run]:
+def _plan(config: Config, axes: GridAxes) -> list[Run]:
     """Plan each method, feather-flops with both costs: multiply-adds and milliseconds.
 
     Raises:
@@ -46,7 +46,7 @@ def plan(config: Config, axes: GridAxes) -> list[Run]:
     return grid(config, variants, axes)
 
 
-def measure(row: Row, run: Path, out: Path, data_path: str | None) -> Row:
+def _measure(row: Row, run: Path, out: Path, data_path: str | None) -> Row:
     """Measure the latency of a run's network: one image, one thread of this CPU.
 
     The result and the tuning results are stored in `out`/timings. A network with a stored result
@@ -103,7 +103,7 @@ def _time(directory: RunDirectory, file: Path, data_path: str | None) -> dict[st
     return dict(zip(MEASURED, times, strict=True))
 
 
-def answer(rows: Sequence[Row], config: Config) -> Answer:
+def _answer(rows: Sequence[Row], config: Config) -> Answer:
     """Return accuracy over latency and over multiply-adds."""
     cpu = ", ".join(sorted({row["timed_on"] for row in rows}))
     means = "means over seeds; bars: ± one standard deviation of both."
@@ -140,8 +140,8 @@ LATENCY = Study(
     "layers, so the two figures can differ. feather-flops reduces either multiply-adds or "
     "milliseconds; the latter are measured for each layer before training.",
     source="Beyond Figure 4 of the supplement",
-    plan=plan,
-    answer=answer,
-    measure=measure,
+    plan=_plan,
+    answer=_answer,
+    measure=_measure,
     methods="dense,feather,feather-flops",
 )

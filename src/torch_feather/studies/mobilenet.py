@@ -18,22 +18,22 @@ from .summary import accuracy_table, percent
 SPARSITIES = (0.89, 0.941)
 
 
-def plan(config: Config, axes: GridAxes) -> list[Run]:
+def _plan(config: Config, axes: GridAxes) -> list[Run]:
     """Plan each method on MobileNetV1: the ImageNet variant for image folders, else CIFAR's."""
     large = config.data.name == "imagefolder"
     network = "timm/mobilenetv1_100" if large else "mobilenet_v1"
     return compare.plan(replace(config, network=network), axes)
 
 
-def answer(rows: Sequence[Row], config: Config) -> Answer:
+def _answer(rows: Sequence[Row], config: Config) -> Answer:
     """Return the measured results, and the published table in its own section."""
     sentences, differences = compare_pairs(rows, compare.first_with_others(rows))
     figures = [*accuracy_figure(rows), *loss_figure(rows)]
     measured = Section(figures, [accuracy_table(rows), *differences])
-    return Answer(sentences, measured, published(rows))
+    return Answer(sentences, measured, _published(rows))
 
 
-def published(rows: Sequence[Row]) -> Section:
+def _published(rows: Sequence[Row]) -> Section:
     """Return Table 2 of the supplement as figure and table.
 
     Args:
@@ -68,8 +68,8 @@ MOBILENET_STUDY = Study(
     "ImageNet results are in a separate section; they use other images, so only the ranking is "
     "comparable.",
     source="Table 2 of the supplement",
-    plan=plan,
-    answer=answer,
+    plan=_plan,
+    answer=_answer,
     methods="dense,feather,gmp:allocation=uniform-dense-depthwise,str,probmask,st3",
     sparsities="0.89,0.941",
     digits_settings={"epochs": 8},

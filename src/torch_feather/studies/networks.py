@@ -20,13 +20,13 @@ NETWORKS = {
 }
 
 
-def plan(config: Config, axes: GridAxes) -> list[Run]:
+def _plan(config: Config, axes: GridAxes) -> list[Run]:
     """Plan each method on each network, with seeds as the outermost loop."""
     runs = [run for n in NETWORKS for run in compare.plan(replace(config, network=n), axes)]
     return sorted(runs, key=lambda run: axes.seeds.index(run.config.seed))
 
 
-def answer(rows: Sequence[Row], config: Config) -> Answer:
+def _answer(rows: Sequence[Row], config: Config) -> Answer:
     """Return a figure and tables for each network."""
     sentences, figures, tables = [], [], []
     for network, title in NETWORKS.items():
@@ -49,8 +49,8 @@ NETWORKS_STUDY = Study(
     background="ResNet-20 is a plain residual network, MobileNetV1 is designed to be small, and "
     "DenseNet40-24 reuses its features. All are trained with one recipe.",
     source="The paper's main comparison",
-    plan=plan,
-    answer=answer,
+    plan=_plan,
+    answer=_answer,
     methods="dense,feather,gmp,st3",
     digits_settings={"epochs": 6},
     fixed_settings=("network",),

@@ -15,6 +15,9 @@ _IN_RUN_NAMES = {"lr_multiplier": "rate", "lr": "rate"}
 def options_of(method: str) -> dict[str, Any]:
     """Return the options of a method with their defaults; the dense network has none.
 
+    Args:
+        method: name of a method, `package.module:factory`, or `dense`.
+
     Example:
         >>> options_of("feather")["p"]
         3.0
@@ -43,6 +46,9 @@ def current_option(method: str, option: str) -> str:
 
 def name_in_run_names(option: str) -> str:
     """Return the spelling of an option in run names, which is that of version 0.1.
+
+    Args:
+        option: present name of the option.
 
     Example:
         >>> name_in_run_names("lr_multiplier"), name_in_run_names("p")

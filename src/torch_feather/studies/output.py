@@ -32,6 +32,15 @@ class RunFacts:
     Attributes:
         command: command that repeats the study.
         planned: number of runs of the complete study.
+
+    Example:
+        >>> row = {"network": "resnet20", "data": "digits", "epochs": 10, "seed": 0}
+        >>> row |= {"select": "last", "seconds": 60.0, "amp": False, "commit": None}
+        >>> row |= {"versions": {"torch": "2.9"}}
+        >>> row |= {"hardware": {"cpu": "a CPU", "threads": 1}}
+        >>> facts = RunFacts("feather study compare", planned=2).items([row])
+        >>> facts["Hardware"], facts["Incomplete"]
+        ('a CPU, 1 thread', '1 of 2 training runs; run the command again to continue')
     """
 
     command: str
@@ -85,6 +94,22 @@ def write_study(
 
     Returns:
         The text of table.md.
+
+    Raises:
+        RunError: a file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from . import STUDIES
+        >>> from .study import Section
+        >>> study, answer = STUDIES["compare"], Answer(["feather is above gmp."], Section())
+        >>> facts = RunFacts("feather study compare", planned=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     text = write_study(study, answer, [], Path(folder), facts)
+        ...     sorted(file.name for file in Path(folder).iterdir())
+        ['index.html', 'runs.json', 'table.md']
+        >>> "- feather is above gmp." in text
+        True
     """
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "runs.json", list(rows))
@@ -98,17 +123,17 @@ def write_study(
         _write(out / f"{figure.name}.png", png.getvalue())
         _write(out / f"{figure.name}.svg", svg.getvalue())
         svgs[figure.name] = svg.getvalue().decode()
-    text = markdown(study, answer, rows, facts)
+    text = _markdown(study, answer, rows, facts)
     _write(out / "table.md", text.encode())
-    _write(out / "index.html", page(study, answer, rows, facts, svgs).encode())
+    _write(out / "index.html", _page(study, answer, rows, facts, svgs).encode())
     return text
 
 
-def markdown(study: Study, answer: Answer, rows: Sequence[Row], facts: RunFacts) -> str:
+def _markdown(study: Study, answer: Answer, rows: Sequence[Row], facts: RunFacts) -> str:
     """Return question, conclusions and tables as Markdown, published tables separately."""
     blocks = [f"{study.question} ({study.source})"]
     blocks += [
-        "\n".join(f"- {escape_markdown(sentence)}" for sentence in conclusions(answer, rows))
+        "\n".join(f"- {escape_markdown(sentence)}" for sentence in _conclusions(answer, rows))
     ]
     blocks += [_markdown_table(table) for table in answer.measured.tables]
     blocks += [f"{fact}: {escape_markdown(text)}" for fact, text in facts.items(rows).items()]
@@ -128,7 +153,7 @@ def _markdown_table(table: Table) -> str:
     )
 
 
-def conclusions(answer: Answer, rows: Sequence[Row]) -> Sequence[str]:
+def _conclusions(answer: Answer, rows: Sequence[Row]) -> Sequence[str]:
     """Return the answer's sentences, or the reason why there are none."""
     if answer.sentences or not rows:
         return answer.sentences
@@ -144,7 +169,7 @@ def _short(commit: str | None) -> str:
     return "unknown" if commit is None else commit[:10] + "+" * commit.endswith("+")
 
 
-def page(
+def _page(
     study: Study,
     answer: Answer,
     rows: Sequence[Row],
@@ -170,7 +195,7 @@ def page(
         answer=answer,
         published=PUBLISHED,
         methods=describe_methods(rows),
-        conclusions=conclusions(answer, rows),
+        conclusions=_conclusions(answer, rows),
         facts=facts.items(rows),
         command=facts.command,
         inline=inline,
@@ -178,7 +203,18 @@ def page(
 
 
 def describe_methods(rows: Sequence[Row]) -> dict[str, str]:
-    """Return a one-line description of each method in the rows."""
+    """Return a one-line description of each method in the rows.
+
+    Args:
+        rows: the runs.
+
+    Returns:
+        Descriptions by name; empty for a method of a package that is not installed.
+
+    Example:
+        >>> describe_methods([{"method": "dense"}])
+        {'dense': 'The unpruned network, trained with the same training budget.'}
+    """
     return {name: _describe(name) for name in dict.fromkeys(row["method"] for row in rows)}
 
 

@@ -33,6 +33,10 @@ class Cost:
         unit: divisor that converts the value to the displayed unit.
         symbol: displayed unit.
         axis: label of an axis.
+
+    Example:
+        >>> MULTIPLY_ADDS.of({"macs": 5_000_000})  # millions
+        5.0
     """
 
     key: str
@@ -77,6 +81,23 @@ def front_sentences(rows: Sequence[Row], cost: Cost) -> list[str]:
     """Return sentences about the Pareto front: of each sparsity, and over all sparsities.
 
     Sparsities with fewer than `MIN_SEEDS` seeds of a method, or with one method, are left out.
+
+    Args:
+        rows: the runs.
+        cost: the cost to compare.
+
+    Example:
+        >>> rows = [
+        ...     {"method": m, "label": m, "sparsity": 0.9, "seed": s} | results
+        ...     for m, results in (
+        ...         ("feather", {"test_accuracy": 0.8, "macs": 5e6}),
+        ...         ("gmp", {"test_accuracy": 0.7, "macs": 6e6}),
+        ...     )
+        ...     for s in range(3)
+        ... ]
+        >>> for sentence in front_sentences(rows, MULTIPLY_ADDS):
+        ...     print(sentence)
+        Pareto front at 90% sparsity (means over seeds, n ≥ 3), by cost: feather (5 M, 80.0%). ...
     """
     sparse = {key: mine for key, mine in group(rows).items() if mine[0]["method"] != DENSE}
     sentences = []
@@ -117,11 +138,26 @@ def _front(groups: Groups, cost: Cost) -> list[tuple[str, float]]:
 
 
 def cost_figures(name: str, rows: Sequence[Row], cost: Cost, caption: str) -> list[StudyFigure]:
-    """Return the figure of accuracy over cost in a list, empty without sparse networks."""
-    return [StudyFigure(name, plot_over_cost(rows, cost), caption)] if labels(rows) else []
+    """Return the figure of accuracy over cost in a list, empty without sparse networks.
+
+    Args:
+        name: file name of the figure, without extension.
+        rows: the runs.
+        cost: the cost to plot.
+        caption: caption of the figure.
+
+    Example:
+        >>> row = {"label": "feather", "method": "feather", "sparsity": 0.9, "test_accuracy": 0.5}
+        >>> (plotted,) = cost_figures("front", [row | {"macs": 5e6}], MULTIPLY_ADDS, "Accuracy.")
+        >>> plotted.figure.axes[0].get_xlabel()
+        'multiply-adds per image (millions, log scale)'
+        >>> cost_figures("front", [row | {"method": "dense"}], MULTIPLY_ADDS, "Accuracy.")
+        []
+    """
+    return [StudyFigure(name, _plot_over_cost(rows, cost), caption)] if labels(rows) else []
 
 
-def plot_over_cost(rows: Sequence[Row], cost: Cost) -> Figure:
+def _plot_over_cost(rows: Sequence[Row], cost: Cost) -> Figure:
     """Plot accuracy over cost, with a curve for each method and the Pareto front in grey."""
     figure, axes = panel(5.2, 4.6)
     groups = group(rows)
@@ -144,14 +180,36 @@ def plot_over_cost(rows: Sequence[Row], cost: Cost) -> Figure:
 
 
 def plot_front(axes: Axes, points: Sequence[Point]) -> None:
-    """Plot the Pareto front of some points as grey steps."""
+    """Plot the Pareto front of some points as grey steps.
+
+    Args:
+        axes: the axes to plot on.
+        points: (cost, accuracy) pairs, at least one.
+
+    Example:
+        >>> figure, axes = panel(5.2, 4.6)
+        >>> plot_front(axes, [(1.0, 50.0), (2.0, 40.0), (3.0, 60.0)])
+        >>> axes.get_lines()[0].get_xdata().tolist()
+        [1.0, 3.0]
+    """
     front = pareto_front(points)
     x, y = zip(*front, strict=True)
     axes.step(x, y, where="post", color=GREY, alpha=0.35, linewidth=6, zorder=0)
 
 
 def format_cost_axis(axes: Axes, cost: Cost) -> None:
-    """Give the horizontal axis a log scale with plain numbers and the cost's label."""
+    """Give the horizontal axis a log scale with plain numbers and the cost's label.
+
+    Args:
+        axes: the axes to change.
+        cost: the cost that they show.
+
+    Example:
+        >>> figure, axes = panel(5.2, 4.6)
+        >>> format_cost_axis(axes, MILLISECONDS)
+        >>> axes.get_xscale(), axes.get_xlabel()
+        ('log', 'latency per image (ms, log scale)')
+    """
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")

@@ -40,6 +40,13 @@ def grid(config: Config, variants: Mapping[str, Mapping[str, Any]], axes: GridAx
 
     Raises:
         ConfigurationError: an option that none of the methods has.
+
+    Example:
+        >>> variants = {"dense": {"method": "dense"}}
+        >>> variants["p = 2"] = {"method": "feather", "options": {"p": 2}}
+        >>> axes = GridAxes(sparsities=[0.9, 0.98], seeds=[0])
+        >>> [run.name for run in grid(resolve_config("digits"), variants, axes)]
+        ['digits-dense-0', 'digits-feather-p2-0.9-0', 'digits-feather-p2-0.98-0']
     """
     known = {variant["method"]: options_of(variant["method"]) for variant in variants.values()}
     for option in config.options:
@@ -85,6 +92,9 @@ def run_name(config: Config) -> str:
     """Return the name of a run: recipe, method, sparsity, seed and deviations from the recipe.
 
     Studies that need the same run find it under the same name.
+
+    Args:
+        config: configuration of the run; its recipe must be set.
 
     Example:
         >>> config = replace(resolve_config("cifar100"), sparsity=0.98, options={"p": 2.0})

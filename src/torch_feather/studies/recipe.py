@@ -12,17 +12,19 @@ from .study import Answer, GridAxes, Section, Study, Table
 RECIPES = {"CIFAR-100": "cifar100", "ImageNet": "imagenet"}
 
 
-def plan(config: Config, axes: GridAxes) -> list[Run]:
+def _plan(config: Config, axes: GridAxes) -> list[Run]:
     """Return no runs; the study compares settings."""
     return []
 
 
-def answer(rows: Sequence[Row], config: Config) -> Answer:
+def _answer(rows: Sequence[Row], config: Config) -> Answer:
     """Return the recipes' hyper-parameters and whether they equal the published ones."""
-    recipes = {f"recipe {name}": hyperparameters(resolve_config(name)) for name in RECIPES.values()}
+    recipes = {
+        f"recipe {name}": _hyperparameters(resolve_config(name)) for name in RECIPES.values()
+    }
     name = f"recipe {config.recipe}"
-    if recipes.get(name) != hyperparameters(config):
-        recipes["command line" if name in recipes else name] = hyperparameters(config)
+    if recipes.get(name) != _hyperparameters(config):
+        recipes["command line" if name in recipes else name] = _hyperparameters(config)
     sentences = []
     for data, recipe in RECIPES.items():
         mine = recipes[f"recipe {recipe}"]
@@ -40,7 +42,7 @@ def answer(rows: Sequence[Row], config: Config) -> Answer:
     )
 
 
-def hyperparameters(config: Config) -> dict[str, str]:
+def _hyperparameters(config: Config) -> dict[str, str]:
     """Return the settings of Table 1, then settings that it leaves open."""
     optimizer, data = config.optimizer, config.data
     warmup = f", warm-up of {optimizer.warmup_epochs:g} epochs" * (optimizer.warmup_epochs > 0)
@@ -74,7 +76,7 @@ RECIPE = Study(
     background="Each recipe uses the same hyper-parameters for every network and sparsity; none is "
     "tuned to either. This page requires no training.",
     source="Table 1 of the supplement",
-    plan=plan,
-    answer=answer,
+    plan=_plan,
+    answer=_answer,
     digits_settings={},
 )

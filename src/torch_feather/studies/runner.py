@@ -45,6 +45,11 @@ class Outcome:
         rows: name to row of each finished run.
         failed: name to reason of each failed run.
         pending: names of runs that were not started or not completed in the given time.
+
+    Example:
+        >>> outcome = Outcome(rows={"a": {"test_accuracy": 0.9}}, failed={"b": "the disk is full"})
+        >>> len(outcome.rows), outcome.failed["b"], outcome.pending
+        (1, 'the disk is full', [])
     """
 
     rows: dict[str, Row] = field(default_factory=dict)
@@ -79,12 +84,19 @@ def train_all(
     Raises:
         ConfigurationError: Ray is not installed or the cluster cannot be reached.
         Interrupted: Ctrl-C; checkpoints of unfinished runs are kept.
+
+    Example:
+        >>> from ..training import Config
+        >>> run = Run("digits-feather-0.9-0", Config(sparsity=0.9), "feather")
+        >>> row = {"name": run.name, "amp": False, "config": {"sparsity": 0.9}, "curve": {}}
+        >>> train_all([run], Path("runs"), known=[row]).rows[run.name]["label"]  # trains nothing
+        'feather'
     """
     outcome = Outcome(rows=_known_rows(runs, list(known)))
     deadline = None if minutes is None else time.time() + 60 * minutes
     left = [run for run in runs if run.name not in outcome.rows]
     try:
-        with processes(jobs) if ray is None else ray_tasks(ray, jobs) as submit:
+        with _processes(jobs) if ray is None else _ray_tasks(ray, jobs) as submit:
             while left:
                 futures = {submit(_attempt, run, folder.absolute(), deadline): run for run in left}
                 left = _collect(futures, outcome, on_end)
@@ -143,7 +155,7 @@ def _result(future: Future[Any]) -> Attempt:
 
 
 @contextmanager
-def processes(jobs: int) -> Iterator[Submit]:
+def _processes(jobs: int) -> Iterator[Submit]:
     """Provide `jobs` processes of this machine; one that dies does not affect the others."""
     own = threading.local()  # each thread's process
     pools: list[ProcessPoolExecutor] = []
@@ -183,7 +195,7 @@ def _stop_with_parent() -> None:
 
 
 @contextmanager
-def ray_tasks(address: str, jobs: int) -> Iterator[Submit]:
+def _ray_tasks(address: str, jobs: int) -> Iterator[Submit]:
     """Provide the Ray cluster at `address`, which decides where and when a run is trained.
 
     A run requests as many CPUs as it has threads and, if the cluster has GPUs, 1/`jobs` of one.

@@ -32,6 +32,11 @@ class Run:
         name: name of its run directory.
         config: full configuration.
         label: name in tables and figures.
+
+    Example:
+        >>> run = Run("digits-gmp-0.9-0", Config(method="gmp", sparsity=0.9), "gmp")
+        >>> run.config.sparsity
+        0.9
     """
 
     name: str
@@ -50,6 +55,16 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises:
         RunError: the file cannot be read or is not the runs.json file of a study.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "runs.json"
+        >>> _ = path.write_text('[{"name": "a"}]')
+        >>> try:
+        ...     read_rows(path)
+        ... except RunError as error:
+        ...     print(error)
+        /...runs.json: cannot be used: row[0] lacks label, data, ...
     """
     try:
         return read_json(path, _rows, "Give the runs.json that a study wrote, or leave --rows out.")
@@ -67,6 +82,7 @@ def _rows(value: Any, at: str) -> None:
     items(ROW)(value, "row")
 
 
+# long: its example, and one key for each column
 def row_of(run: Run, directory: RunDirectory) -> Row:
     """Return the row of a finished run: its results, settings, curves and provenance.
 
@@ -76,6 +92,20 @@ def row_of(run: Run, directory: RunDirectory) -> Row:
 
     Raises:
         RunError: the run should have recorded its masks, and some are missing.
+
+    Example:
+        >>> import tempfile
+        >>> from ..training.checkpoint import write_json
+        >>> from ..training.schemas import example_results
+        >>> config = Config(method="gmp", sparsity=0.9, epochs=1)
+        >>> directory = RunDirectory(tempfile.mkdtemp())
+        >>> results = example_results(method="gmp", target_sparsity=0.9, weights=100, zeros=90)
+        >>> write_json(directory.report_file, results)
+        >>> metrics = {"epoch": 1, "step": 1, "train_loss": 2.0, "val_acc": None, "sparsity": 0.9}
+        >>> directory.write_metrics([metrics])
+        >>> row = row_of(Run("digits-gmp-0.9-0", config, "gmp"), directory)
+        >>> row["sparsity"], row["macs"], row["seconds"], row["curve"]["train_loss"]
+        (0.9, 10, 1.0, [2.0])
     """
     results, metrics = directory.read_report(), directory.read_metrics()
     if len(metrics) != results["epochs"]:
@@ -116,7 +146,19 @@ def row_of(run: Run, directory: RunDirectory) -> Row:
 
 
 def row_matches(row: Row, run: Run) -> bool:
-    """Return whether a recorded row has the settings of `run`, and its masks if it needs them."""
+    """Return whether a recorded row has the settings of `run`, and its masks if it needs them.
+
+    Args:
+        row: a row of `row_of` or `read_rows`.
+        run: the planned run.
+
+    Example:
+        >>> row = {"name": "a", "amp": False, "config": {"sparsity": 0.9}, "curve": {}}
+        >>> row_matches(row, Run("a", Config(sparsity=0.9), "feather"))
+        True
+        >>> row_matches(row, Run("a", Config(sparsity=0.95), "feather"))
+        False
+    """
     if row["name"] != run.name or row["amp"] != run.config.system.amp:
         return False
     if _needs_masks(run) and "mask_correlation" not in row["curve"]:

@@ -22,6 +22,9 @@ THETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def label_of(theta: float) -> str:
     """Return the label of runs with this θ.
 
+    Args:
+        theta: factor of the gradients of pruned weights, 0 to 1.
+
     Example:
         >>> label_of(0.25)
         'θ = 0.25'
@@ -29,17 +32,17 @@ def label_of(theta: float) -> str:
     return f"θ = {theta:g}"
 
 
-def plan(config: Config, axes: GridAxes) -> list[Run]:
+def _plan(config: Config, axes: GridAxes) -> list[Run]:
     """Plan Feather with each θ, recording the mask after every epoch."""
     variants = {label_of(t): {"method": "feather", "options": {"theta": t}} for t in THETAS}
     return grid(replace(config, track_masks=True), variants, axes)
 
 
-def answer(rows: Sequence[Row], config: Config) -> Answer:
+def _answer(rows: Sequence[Row], config: Config) -> Answer:
     """Return Figure 2 for each sparsity, and the accuracies."""
     stability = (
         "mean correlation over epochs",
-        lambda found: with_deviation([mean_correlation(row) for row in found], 3),
+        lambda found: with_deviation([_mean_correlation(row) for row in found], 3),
     )
     pairs = [(label_of(theta), label_of(1)) for theta in THETAS[:-1]]
     sentences, differences = compare_pairs(rows, [*pairs, (label_of(0.5), label_of(0))])
@@ -73,21 +76,37 @@ def _correlation_figures(rows: Sequence[Row]) -> list[StudyFigure]:
     return figures
 
 
-def mean_correlation(row: Row) -> float:
+def _mean_correlation(row: Row) -> float:
     """Return the mean of a run's correlations with the final mask; higher if stable earlier."""
     found = [r for r in row["curve"]["mask_correlation"] if r is not None]
     return statistics.mean(found) if found else math.nan
 
 
 def stability_sentences(rows: Sequence[Row]) -> list[str]:
-    """Return a sentence for each sparsity on whether smaller θ stabilizes the mask earlier."""
+    """Return a sentence for each sparsity on whether smaller θ stabilizes the mask earlier.
+
+    Sparsities with fewer than `MIN_SEEDS` seeds of a θ are left out.
+
+    Args:
+        rows: the runs, each with the correlations of its masks.
+
+    Example:
+        >>> rows = [
+        ...     {"label": label_of(theta), "method": "feather", "sparsity": 0.9, "seed": seed}
+        ...     | {"curve": {"mask_correlation": [1 - theta / 2 - seed / 100 * theta]}}
+        ...     for theta in THETAS
+        ...     for seed in range(3)
+        ... ]
+        >>> stability_sentences(rows)[0][:64]
+        'At 90% sparsity the mask stabilizes earlier for smaller θ: mean '
+    """
     groups, sentences = group(rows), []
     for sparsity in sparsities(rows):
         found = [groups.get((label_of(theta), sparsity), []) for theta in THETAS]
         n = min(map(len, found))
         if n < MIN_SEEDS:
             continue
-        means = [statistics.mean(map(mean_correlation, mine)) for mine in found]
+        means = [statistics.mean(map(_mean_correlation, mine)) for mine in found]
         if all(a > b for a, b in itertools.pairwise(means)):
             result = "the mask stabilizes earlier for smaller θ"
         else:
@@ -101,7 +120,7 @@ def stability_sentences(rows: Sequence[Row]) -> list[str]:
         close = [
             f"{a:g} and {b:g}"
             for (a, first), (b, second) in neighbours
-            if not is_significant(paired(first, second, mean_correlation))
+            if not is_significant(paired(first, second, _mean_correlation))
         ]
         if close:
             sentence += f" No significant difference between θ = {', '.join(close)}."
@@ -117,8 +136,8 @@ STABILITY = Study(
     "their full gradient, like kept weights. A correlation of 1 means that the mask is the final "
     "one. The sparsity rises in the first half of training, so the mask cannot be final there.",
     source="Figure 2 of the supplement",
-    plan=plan,
-    answer=answer,
+    plan=_plan,
+    answer=_answer,
     sparsities="0.9,0.98,0.99",
     digits_sparsities="0.9,0.99",
 )

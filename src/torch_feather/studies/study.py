@@ -52,7 +52,17 @@ class GridAxes:
 
 @dataclass(frozen=True)
 class StudyFigure:
-    """A figure with its file name (without extension) and caption."""
+    """A figure with its file name (without extension) and caption.
+
+    Attributes:
+        name: file name, unique in its study.
+        figure: the figure.
+        caption: one or more sentences.
+
+    Example:
+        >>> StudyFigure("accuracy", Figure(), "Test accuracy after the last epoch.").name
+        'accuracy'
+    """
 
     name: str
     figure: Figure
@@ -80,7 +90,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """Figures and tables of one part of a page."""
+    """Figures and tables of one part of a page.
+
+    Attributes:
+        figures: in the order of the page.
+        tables: in the order of the page, below the figures.
+
+    Example:
+        >>> section = Section(tables=[Table("Accuracy", ["method"], [["feather"]])])
+        >>> len(section.figures), section.tables[0].caption
+        (0, 'Accuracy')
+    """
 
     figures: Sequence[StudyFigure] = ()
     tables: Sequence[Table] = ()
@@ -94,6 +114,11 @@ class Answer:
         sentences: conclusions; none with fewer than `comparison.MIN_SEEDS` seeds.
         measured: figures and tables of the study's runs.
         published: figures and tables of numbers from publications.
+
+    Example:
+        >>> answer = Answer(["feather is significantly above gmp."], measured=Section())
+        >>> answer.published.tables  # a study may have no published numbers
+        ()
     """
 
     sentences: Sequence[str]
@@ -120,6 +145,21 @@ class Study:
             would hide all differences.
         digits_sparsities: default sparsities on the digits.
         fixed_settings: settings that the study itself chooses for its runs.
+
+    Example:
+        >>> from torch_feather.studies.planning import grid
+        >>> study = Study(
+        ...     name="powers",
+        ...     question="Is p = 2 better than p = 3?",
+        ...     background="p is the exponent of the threshold operator.",
+        ...     source="None",
+        ...     plan=lambda config, axes: grid(config, axes.variants, axes),
+        ...     answer=lambda rows, config: Answer([f"{len(rows)} runs"], Section()),
+        ...     methods="feather:p=2,feather:p=3",
+        ... )
+        >>> axes = GridAxes([0.9], [0], study.methods.split(","))
+        >>> [run.label for run in study.plan(Config(recipe="digits"), axes)]
+        ['feather (p = 2)', 'feather (p = 3)']
     """
 
     name: str

@@ -15,7 +15,19 @@ Column = tuple[str, Callable[[Sequence[Row]], str]]  # heading, text for the row
 
 
 def group(rows: Iterable[Row]) -> Groups:
-    """Group rows by label and sparsity, in the order of the plan."""
+    """Group rows by label and sparsity, in the order of the plan.
+
+    Args:
+        rows: the runs.
+
+    Returns:
+        The rows of all seeds, by label and sparsity.
+
+    Example:
+        >>> rows = [{"label": "gmp", "sparsity": 0.9, "seed": seed} for seed in (0, 1)]
+        >>> [(key, len(found)) for key, found in group(rows).items()]
+        [(('gmp', 0.9), 2)]
+    """
     groups: Groups = defaultdict(list)
     for row in rows:
         groups[row["label"], row["sparsity"]].append(row)
@@ -23,32 +35,76 @@ def group(rows: Iterable[Row]) -> Groups:
 
 
 def labels(rows: Iterable[Row]) -> list[str]:
-    """Return the labels of the sparse runs in the order of the plan."""
+    """Return the labels of the sparse runs in the order of the plan.
+
+    Args:
+        rows: the runs.
+
+    Example:
+        >>> labels({"label": name, "method": name} for name in ("dense", "gmp", "st3", "gmp"))
+        ['gmp', 'st3']
+    """
     return list(dict.fromkeys(row["label"] for row in rows if row["method"] != DENSE))
 
 
 def sparsities(rows: Iterable[Row]) -> list[float]:
-    """Return the sparsities of the sparse runs in ascending order."""
+    """Return the sparsities of the sparse runs in ascending order.
+
+    Args:
+        rows: the runs.
+
+    Example:
+        >>> sparsities({"sparsity": s, "method": "gmp"} for s in (0.98, 0.9, 0.98))
+        [0.9, 0.98]
+    """
     return sorted({row["sparsity"] for row in rows if row["method"] != DENSE})
 
 
 def accuracies(rows: Iterable[Row]) -> list[float]:
-    """Return the test accuracies in %."""
+    """Return the test accuracies in %.
+
+    Args:
+        rows: the runs.
+
+    Example:
+        >>> accuracies([{"test_accuracy": 0.5}, {"test_accuracy": 0.75}])
+        [50.0, 75.0]
+    """
     return [100 * row["test_accuracy"] for row in rows]
 
 
 def mean(rows: Sequence[Row]) -> float:
-    """Return the mean test accuracy in %."""
+    """Return the mean test accuracy in %.
+
+    Args:
+        rows: the runs, at least one.
+
+    Example:
+        >>> mean([{"test_accuracy": 0.5}, {"test_accuracy": 0.75}])
+        62.5
+    """
     return statistics.mean(accuracies(rows))
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Return the sample standard deviation; 0 for a single value."""
+    """Return the sample standard deviation; 0 for a single value.
+
+    Args:
+        values: at least one number.
+
+    Example:
+        >>> deviation([1.0, 2.0, 3.0]), deviation([5.0])
+        (1.0, 0.0)
+    """
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def with_deviation(values: Sequence[float], digits: int = 2) -> str:
     """Format mean ± standard deviation; the mean alone for a single value.
+
+    Args:
+        values: at least one number.
+        digits: decimals of both.
 
     Example:
         >>> with_deviation([40.0, 42.0, 44.0])
@@ -61,6 +117,9 @@ def with_deviation(values: Sequence[float], digits: int = 2) -> str:
 def percent(fraction: float) -> str:
     """Format a fraction as a percentage.
 
+    Args:
+        fraction: 0 to 1.
+
     Example:
         >>> percent(0.995)
         '99.5%'
@@ -70,6 +129,9 @@ def percent(fraction: float) -> str:
 
 def millions(number: float) -> str:
     """Format a number in millions with three significant digits.
+
+    Args:
+        number: a count, such as multiply-adds.
 
     Example:
         >>> millions(1234567), millions(123456)
@@ -81,6 +143,9 @@ def millions(number: float) -> str:
 def signed(number: float) -> str:
     """Format a number with its sign and two decimals.
 
+    Args:
+        number: such as a difference in percentage points.
+
     Example:
         >>> signed(1.5), signed(-1.5)
         ('+1.50', '−1.50')
@@ -91,6 +156,9 @@ def signed(number: float) -> str:
 def join(words: Sequence[str]) -> str:
     """Join words with commas and a final "and".
 
+    Args:
+        words: at least one.
+
     Example:
         >>> join(["90%", "95%", "99%"])
         '90%, 95% and 99%'
@@ -100,6 +168,9 @@ def join(words: Sequence[str]) -> str:
 
 def threads(count: int) -> str:
     """Format a number of threads.
+
+    Args:
+        count: at least 1.
 
     Example:
         >>> threads(1), threads(2)
@@ -121,6 +192,13 @@ def accuracy_table(
     Returns:
         The table, sorted by ascending sparsity, then descending accuracy. It has the learned
         sparsity of a method if that differs from the final one.
+
+    Example:
+        >>> row = {"label": "gmp", "method": "gmp", "sparsity": 0.9, "learned_sparsity": None}
+        >>> row |= {"zeros": 90, "weights": 100, "macs": 2_500_000}
+        >>> table = accuracy_table([row | {"test_accuracy": a} for a in (0.5, 0.75)])
+        >>> dict(zip(table.head, table.rows[0], strict=True))["test accuracy (%)"]
+        '62.50 ± 17.68'
     """
     groups = sorted(group(rows).items(), key=lambda item: (item[0][1], -mean(item[1])))
     head = ["method", "sparsity", "test accuracy (%)", "n", "zeros / weights", "learned sparsity"]

@@ -18,14 +18,14 @@ from .summary import accuracy_table
 POWERS = (1.0, 2.0, 3.0, 4.0, math.inf)
 
 
-def plan(config: Config, axes: GridAxes) -> list[Run]:
+def _plan(config: Config, axes: GridAxes) -> list[Run]:
     """Plan Feather with each p; θ follows the same rule for all of them."""
     variants: dict[str, dict] = {DENSE: {"method": DENSE}}
     variants |= {power_name(p): {"method": "feather", "options": {"p": p}} for p in POWERS}
     return grid(config, variants, axes)
 
 
-def answer(rows: Sequence[Row], config: Config) -> Answer:
+def _answer(rows: Sequence[Row], config: Config) -> Answer:
     """Return Figure 1 a and b; compare p = 3 with the others, and p = 2 with soft and hard."""
     soft, two, three, four, hard = map(power_name, POWERS)
     pairs = [(three, two), (three, four), (three, soft), (three, hard), (two, soft), (two, hard)]
@@ -47,6 +47,6 @@ THRESHOLD = Study(
     "for larger p: p = 1 is the soft threshold, p = ∞ the hard one. All other settings are equal. "
     "As in Feather, gradients of pruned weights are halved above 95% sparsity (θ = ½).",
     source="Figure 1 of the supplement",
-    plan=plan,
-    answer=answer,
+    plan=_plan,
+    answer=_answer,
 )

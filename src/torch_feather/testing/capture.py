@@ -26,7 +26,13 @@ HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
 
 @contextmanager
 def simulated_device() -> Iterator[None]:
-    """Within it, CPU tensors take the path of an accelerator's."""
+    """Within it, CPU tensors take the path of an accelerator's.
+
+    Example:
+        >>> with simulated_device():
+        ...     devices.synchronizes(torch.device("cpu"))
+        True
+    """
     with (
         mock.patch.object(devices, "synchronizes", return_value=True),
         mock.patch.object(device, "default_passes", return_value=TorchPasses),
@@ -36,23 +42,48 @@ def simulated_device() -> Iterator[None]:
 
 
 def tensors(*values: object) -> list[Tensor]:
-    """Return the tensors in nested values."""
+    """Return the tensors in nested values.
+
+    Args:
+        values: tensors, and tuples, lists and dicts of them at any depth, with other values.
+
+    Example:
+        >>> tensors({"a": torch.ones(1)}, [torch.zeros(2), 3])
+        [tensor([1.]), tensor([0., 0.])]
+    """
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def storage(tensor: Tensor) -> int:
-    """Return an identifier of a tensor's memory."""
+    """Return an identifier of a tensor's memory.
+
+    Args:
+        tensor: any view of the memory gives the same identifier.
+
+    Example:
+        >>> a = torch.zeros(4)
+        >>> storage(a[1:]) == storage(a), storage(a.clone()) == storage(a)
+        (True, False)
+    """
     return tensor.untyped_storage()._cdata
 
 
 class Memory(TorchDispatchMode):
-    """Records which memory a step found, and which it allocated."""
+    """Records which memory a step found, and which it allocated.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> with Memory() as memory:
+        ...     y = x + 1
+        >>> storage(x) in memory.found, storage(y) in memory.allocated
+        (True, True)
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[int, str] = {}
         self.allocated: set[int] = set()
-        self._held: list[Tensor] = []  # so that no address is used twice
+        self._held: list[Tensor] = []  # no address is used twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = tensors(args, kwargs or {})
@@ -67,7 +98,23 @@ class Memory(TorchDispatchMode):
 
 
 def reads_across(step: Callable[[], None]) -> list[str]:
-    """Return the operations of a second step that read memory allocated by the first one."""
+    """Return the operations of a second step that read memory allocated by the first one.
+
+    Args:
+        step: takes one step; called twice.
+
+    Returns:
+        One text per operation. It is empty if the step can be captured in a CUDA graph.
+
+    Example:
+        >>> state = {"x": torch.zeros(2)}
+        >>> def in_place():
+        ...     state["x"].add_(1)
+        >>> def replaces():
+        ...     state["x"] = state["x"] + 1
+        >>> reads_across(in_place), reads_across(replaces)
+        ([], ['aten.add.Tensor of (2,)'])
+    """
     with Memory() as first:
         step()
     with Memory() as second:
@@ -79,6 +126,17 @@ class Tape(TorchDispatchMode):
     """Records the operations of one step, and replays them on the same memory.
 
     Temporary results keep memory of their own, unlike in a graph, whose memory is shared.
+
+    Raises:
+        AssertionError: the host reads a value, or a shape depends on values.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> with Tape() as tape:
+        ...     _ = x.add_(1)
+        >>> tape.replay()
+        >>> x
+        tensor([2., 2.])
     """
 
     def __init__(self) -> None:

@@ -65,14 +65,14 @@ def check_method(
             failures.append(f"{name}: {describe(error)}")
     if reference is not None:
         try:
-            agrees_with(reference, factory, sparsity)
+            _agrees_with(reference, factory, sparsity)
         except Exception as error:
             failures.append(f"trajectory: {describe(error)}")
     if failures:
         raise AssertionError(f"method {label}: " + "; ".join(failures))
 
 
-def exact_count(factory: Factory, sparsity: float, levels: int | None = None) -> None:
+def _exact_count(factory: Factory, sparsity: float, levels: int | None = None) -> None:
     """The model has exactly round(s N) zeros from the target step on, where the masks say."""
     run = Run(factory, sparsity, levels=levels)
     target = round(sparsity * run.size)
@@ -94,18 +94,18 @@ def exact_count(factory: Factory, sparsity: float, levels: int | None = None) ->
         assert run.zeros() == target, f"{run.zeros()} zeros after finalize, not {target}"
 
 
-def ties(factory: Factory, sparsity: float) -> None:
+def _ties(factory: Factory, sparsity: float) -> None:
     """The count is exact if many weights have the same magnitude."""
-    exact_count(factory, sparsity, levels=4)
+    _exact_count(factory, sparsity, levels=4)
 
 
-def same_seed(factory: Factory, sparsity: float) -> None:
+def _same_seed(factory: Factory, sparsity: float) -> None:
     """Two runs from one seed have the same bits."""
     a, b = (Run(factory, sparsity).train(0, STEPS).content() for _ in range(2))
     assert not differences(a, b), f"two equal runs differ in {differences(a, b)[:3]}"
 
 
-def resume(factory: Factory, sparsity: float) -> None:
+def _resume(factory: Factory, sparsity: float) -> None:
     """A run continued from model and optimizer state dicts has the bits of an uninterrupted one."""
     for adam in (False, True):
         whole = Run(factory, sparsity, adam=adam).train(0, STEPS).content()
@@ -116,7 +116,7 @@ def resume(factory: Factory, sparsity: float) -> None:
             assert not found, f"resumed after step {stop}, these differ: {found[:3]}"
 
 
-def facts(factory: Factory, sparsity: float) -> None:
+def _facts(factory: Factory, sparsity: float) -> None:
     """The facts agree with what the method does, and it has a fingerprint."""
     run = Run(factory, sparsity).train(0, 2)
     training = run.sparsifier.step.training
@@ -137,7 +137,7 @@ def facts(factory: Factory, sparsity: float) -> None:
     assert set(method.facts.learned) <= method.state.keys(), "facts.learned names no state"
 
 
-def pure_update(factory: Factory, sparsity: float) -> None:
+def _pure_update(factory: Factory, sparsity: float) -> None:
     """`update` and `write_effective` of other weights change nothing of the run."""
     a, b = Run(factory, sparsity).train(0, 4), Run(factory, sparsity).train(0, 4)
     average = LatentAverage(b.sparsifier, 0.5)
@@ -150,7 +150,7 @@ def pure_update(factory: Factory, sparsity: float) -> None:
     assert not found, f"an average of the weights changes {found[:3]}"
 
 
-def moved(factory: Factory, sparsity: float) -> None:
+def _moved(factory: Factory, sparsity: float) -> None:
     """A model that is cast in the middle of training is trained on, exactly sparse."""
     run = Run(factory, sparsity).train(0, 4)
     run.model.double()
@@ -164,7 +164,7 @@ def moved(factory: Factory, sparsity: float) -> None:
         assert run.zeros() == round(sparsity * run.size), "the count is not exact after a cast"
 
 
-def other_options_refused(factory: Factory, sparsity: float) -> None:
+def _other_options_refused(factory: Factory, sparsity: float) -> None:
     """A checkpoint is refused by a run with another target."""
     saved = Run(factory, sparsity).train(0, 2).save()
     try:
@@ -174,7 +174,7 @@ def other_options_refused(factory: Factory, sparsity: float) -> None:
     raise AssertionError("a checkpoint of another sparsity was loaded")
 
 
-def mixed_precision(factory: Factory, sparsity: float) -> None:
+def _mixed_precision(factory: Factory, sparsity: float) -> None:
     """With autocast and GradScaler, steps with infinite gradients do not count."""
     for fused in (False, True):  # a fused optimizer skips the step itself
         run = Run(factory, sparsity, fused=fused)
@@ -197,7 +197,7 @@ def mixed_precision(factory: Factory, sparsity: float) -> None:
         assert all(p.isfinite().all() for p in run.model.parameters()), "a weight is not finite"
 
 
-def accumulation(factory: Factory, sparsity: float) -> None:
+def _accumulation(factory: Factory, sparsity: float) -> None:
     """Gradients accumulated over the parts of a batch give the step of the batch."""
     runs = [Run(factory, sparsity) for _ in range(2)]
     for run, parts in zip(runs, ([slice(None)], [slice(0, 3), slice(3, None)]), strict=True):
@@ -213,7 +213,7 @@ def accumulation(factory: Factory, sparsity: float) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=f"{name} differs")
 
 
-def closures(factory: Factory, sparsity: float) -> None:
+def _closures(factory: Factory, sparsity: float) -> None:
     """`step(closure)` has the bits of backward and step."""
     plain, closed = Run(factory, sparsity), Run(factory, sparsity)
     for step in range(4):
@@ -233,7 +233,7 @@ def _evaluate(run: Run, step: int) -> float:
     return float(loss.detach())
 
 
-def nan(factory: Factory, sparsity: float) -> None:
+def _nan(factory: Factory, sparsity: float) -> None:
     """A NaN in a latent weight raises, and is not pruned silently."""
     run = Run(factory, sparsity).train(0, 2)
     with torch.no_grad():
@@ -246,7 +246,7 @@ def nan(factory: Factory, sparsity: float) -> None:
     raise AssertionError("a NaN weight was not reported")
 
 
-def external_writes(factory: Factory, sparsity: float) -> None:
+def _external_writes(factory: Factory, sparsity: float) -> None:
     """Evaluation with swapped weights changes nothing if they are swapped back."""
     a, b = Run(factory, sparsity).train(0, 4), Run(factory, sparsity).train(0, 4)
     kept = {name: p.detach().clone() for name, p in b.model.named_parameters()}
@@ -259,7 +259,7 @@ def external_writes(factory: Factory, sparsity: float) -> None:
     assert not found, f"after a swap there and back these differ: {found[:3]}"
 
 
-def capture(factory: Factory, sparsity: float) -> None:
+def _capture(factory: Factory, sparsity: float) -> None:
     """A step recorded as a CUDA graph would be, and replayed, has the bits of real steps."""
     with simulated_device():
         real, taped = (_Captured(factory, sparsity) for _ in range(2))
@@ -310,12 +310,12 @@ class _Captured(Run):
             (step or self.step)()
 
 
-def two_processes(factory: Factory, sparsity: float) -> None:
+def _two_processes(factory: Factory, sparsity: float) -> None:
     """Two processes with DistributedDataParallel hold the same weights and masks."""
     same_on_two_processes(factory, sparsity)
 
 
-def agrees_with(reference: Reference, factory: Factory, sparsity: float) -> None:
+def _agrees_with(reference: Reference, factory: Factory, sparsity: float) -> None:
     """The effective weights after training are those of the reference, to rounding."""
     run = Run(factory, sparsity).train(0, STEPS)
     run.sparsifier.finalize()
@@ -325,19 +325,19 @@ def agrees_with(reference: Reference, factory: Factory, sparsity: float) -> None
 
 
 PROPERTIES: dict[str, Callable[[Factory, float], None]] = {
-    "exact count": exact_count,
-    "ties": ties,
-    "same seed": same_seed,
-    "resume": resume,
-    "facts": facts,
-    "pure update": pure_update,
-    "cast": moved,
-    "other options": other_options_refused,
-    "mixed precision": mixed_precision,
-    "accumulation": accumulation,
-    "closures": closures,
-    "NaN": nan,
-    "external writes": external_writes,
-    "capture": capture,
-    "two processes": two_processes,
+    "exact count": _exact_count,
+    "ties": _ties,
+    "same seed": _same_seed,
+    "resume": _resume,
+    "facts": _facts,
+    "pure update": _pure_update,
+    "cast": _moved,
+    "other options": _other_options_refused,
+    "mixed precision": _mixed_precision,
+    "accumulation": _accumulation,
+    "closures": _closures,
+    "NaN": _nan,
+    "external writes": _external_writes,
+    "capture": _capture,
+    "two processes": _two_processes,
 }

@@ -24,7 +24,13 @@ STEPS = 12
 
 
 class Network(nn.Module):
-    """A convolution with batch norm and two linear layers, with 618 prunable weights."""
+    """A convolution with batch norm and two linear layers, with 618 prunable weights.
+
+    Example:
+        >>> images, labels = make_batch(0)
+        >>> Network()(images).shape
+        torch.Size([8, 10])
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,6 +51,10 @@ def make_network(seed: int = 0, levels: int | None = None) -> Network:
     Args:
         seed: seed of the weights.
         levels: round weights to this many values per unit, so that many of them tie.
+
+    Example:
+        >>> sorted(set(make_network(levels=4).out.weight.abs().flatten().tolist()))
+        [0.0, 0.25]
     """
     torch.manual_seed(seed)
     network = Network()
@@ -56,7 +66,20 @@ def make_network(seed: int = 0, levels: int | None = None) -> Network:
 
 
 def make_batch(step: int, size: int = 8) -> tuple[Tensor, Tensor]:
-    """Return the images and labels of a step."""
+    """Return the images and labels of a step.
+
+    Args:
+        step: number of the step, the seed of the batch.
+        size: number of images.
+
+    Returns:
+        Images of shape (size, 2, 4, 4), and int64 labels of shape (size,).
+
+    Example:
+        >>> images, labels = make_batch(0)
+        >>> images.shape, labels.shape
+        (torch.Size([8, 2, 4, 4]), torch.Size([8]))
+    """
     generator = torch.Generator().manual_seed(1000 + step)
     images = torch.randn(size, 2, 4, 4, generator=generator)
     return images, torch.randint(10, (size,), generator=generator)
@@ -73,6 +96,12 @@ class Run:
         adam: train with AdamW instead of SGD with momentum.
         levels: see `make_network`.
         fused: use the fused form of SGD.
+
+    Example:
+        >>> from torch_feather.methods import gmp
+        >>> run = Run(gmp, sparsity=0.5).train(0, STEPS)
+        >>> run.size, run.zeros()
+        (618, 309)
     """
 
     factory: Factory
@@ -157,14 +186,34 @@ class Run:
 
 
 def call(factory: Factory, sparsity: float) -> AnyMethod:
-    """Return the method that a factory makes for a sparsity."""
+    """Return the method that a factory makes for a sparsity.
+
+    Args:
+        factory: makes the method.
+        sparsity: final fraction of zeros; passed on if the factory takes it.
+
+    Example:
+        >>> from torch_feather.methods import spartan
+        >>> call(spartan, 0.9) == spartan(sparsity=0.9)
+        True
+    """
     parameters = inspect.signature(factory).parameters.values()
     takes = any(p.name == "sparsity" or p.kind is p.VAR_KEYWORD for p in parameters)
     return factory(sparsity=sparsity) if takes else factory()
 
 
 def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
-    """Return the names of tensors that differ in any bit; NaN equals NaN."""
+    """Return the names of tensors that differ in any bit; NaN equals NaN.
+
+    Args:
+        a: tensors by name.
+        b: tensors by name; names that only one of the two has differ.
+
+    Example:
+        >>> one, nan = torch.ones(1), torch.full((1,), torch.nan)
+        >>> differences({"x": one, "y": nan}, {"x": -one, "y": nan})
+        ['x']
+    """
     return [*(a.keys() ^ b.keys()), *(k for k in a.keys() & b.keys() if not _same(a[k], b[k]))]
 
 
@@ -177,5 +226,13 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def describe(value: Any) -> str:
-    """Return the first line of a value's text."""
+    """Return the first line of a value's text.
+
+    Args:
+        value: such as an exception; its type is named if its text is empty.
+
+    Example:
+        >>> describe(ValueError("first line\\nsecond line")), describe(ValueError())
+        ('first line', 'ValueError')
+    """
     return str(value).splitlines()[0] if str(value) else type(value).__name__

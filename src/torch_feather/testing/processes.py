@@ -27,6 +27,13 @@ def same_on_two_processes(factory: Factory, sparsity: float) -> None:
     Args:
         factory: makes the method.
         sparsity: final fraction of zeros.
+
+    Example:
+        >>> from torch_feather.methods import gmp
+        >>> same_on_two_processes(gmp, sparsity=0.8)
+        >>> same_on_two_processes(lambda: gmp(sparsity=0.8, end="soon"), sparsity=0.8)
+        Traceback (most recent call last):
+        AssertionError: torch_feather.errors.ConfigurationError: Cubic: end is a number of ...
     """
     # Forked, so that a factory does not have to be importable by name.
     context = multiprocessing.get_context("fork")

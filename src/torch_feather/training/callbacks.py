@@ -22,6 +22,10 @@ class Callback:
         ...     steps = 0
         ...     def step(self, images):
         ...         self.steps += 1
+        >>> count = Count()
+        >>> count.step(images=128)
+        >>> count.steps
+        1
     """
 
     optional = False
@@ -66,6 +70,17 @@ class Callbacks(Callback):
 
     Args:
         callbacks: called in this order.
+
+    Example:
+        >>> class Loud(Callback):
+        ...     def message(self, text):
+        ...         print(text.upper())
+        >>> class Plain(Callback):
+        ...     def message(self, text):
+        ...         print(text)
+        >>> Callbacks([Loud(), Plain()]).message("resuming")
+        RESUMING
+        resuming
     """
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:

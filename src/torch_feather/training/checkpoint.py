@@ -361,6 +361,10 @@ def changed_keys(old: Config, new: Config) -> str:
     The machine, paths and the name of the recipe are ignored. Options that `old` does not name
     have their defaults: version 0.1 did not know them.
 
+    Args:
+        old: the stored configuration.
+        new: the configuration to train with.
+
     Example:
         >>> changed_keys(Config(epochs=3), Config(epochs=5))
         'epochs was 3, not 5'

@@ -50,7 +50,12 @@ def structure(value: Any) -> str:
 
 
 class Found(NamedTuple):
-    """A readable checkpoint, and the newer ones that cannot be used, with the reasons."""
+    """A readable checkpoint, and the newer ones that cannot be used, with the reasons.
+
+    Example:
+        >>> Found(Path("last.pt"), {"step": 3}, {}).state
+        {'step': 3}
+    """
 
     path: Path
     state: dict[str, Any]
@@ -99,6 +104,10 @@ def newest(present: Sequence[Path], rejected: Mapping[Path, str]) -> Found | Non
 
     Raises:
         CheckpointError: all checkpoints are rejected or damaged, or one has an unknown format.
+
+    Example:
+        >>> newest([], {}) is None
+        True
     """
     rejected = dict(rejected)
     for path in present:
@@ -123,6 +132,14 @@ def set_aside(rejected: Mapping[Path, str], warn: Callable[[str], object]) -> No
     Args:
         rejected: the checkpoints, and why they cannot be used.
         warn: called with a message for each.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "last.pt"
+        >>> path.touch()
+        >>> set_aside({path: "damaged (BadZipFile)"}, lambda message: None)
+        >>> [file.name for file in path.parent.iterdir()]
+        ['last.damaged']
     """
     for path, reason in rejected.items():
         kept, number = path.with_suffix(".damaged"), 1

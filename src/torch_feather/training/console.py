@@ -34,6 +34,16 @@ class Pace:
 
     Args:
         clock: returns the time in seconds.
+
+    Example:
+        >>> times = iter([0.0, 1.0, 2.0])  # seconds
+        >>> pace = Pace(lambda: next(times))
+        >>> pace.step(images=128), pace.step(images=128)
+        (True, True)
+        >>> pace.rates()  # steps and images per second
+        (1.0, 128.0)
+        >>> pace.seconds_left(steps=10)
+        10.0
     """
 
     WINDOW = 30.0  # seconds of training that the rates cover
@@ -101,6 +111,14 @@ class ConsoleCallback(Callback):
     Args:
         console: where to print.
         clock: returns the time in seconds.
+
+    Example:
+        >>> callback = ConsoleCallback(Console(width=100), clock=lambda: 0.0)
+        >>> callback.begin(Config(epochs=1), steps=2, done=0, run=RunDirectory("runs/a"))
+        >>> metrics = {"epoch": 1, "train_loss": 0.5, "val_acc": 0.875, "sparsity": 0.9}
+        >>> callback.epoch(metrics | {"images_per_s": 1000.0})
+        feather  epoch 1/1  loss 0.500  val 87.50... sparsity 90.00...  1,000 images/s  -:--:-- left
+        >>> callback.end()
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -192,7 +210,15 @@ def _duration(seconds: float | None) -> str:
 
 
 def percent(fraction: float) -> str:
-    """Return a fraction as reports show it; only 0 and 1 are shown as 0% and 100%."""
+    """Return a fraction as reports show it; only 0 and 1 are shown as 0% and 100%.
+
+    Args:
+        fraction: from 0 to 1.
+
+    Example:
+        >>> percent(0.95), percent(1.0), percent(0.99999)
+        ('95.00 %', '100.00 %', '99.99 %')
+    """
     return percent_of(*fraction.as_integer_ratio())
 
 
@@ -201,6 +227,16 @@ def layer_table(report: dict[str, Any]) -> Text:
 
     Args:
         report: the value of `report` in report.json, also of version 0.1.
+
+    Example:
+        >>> import torch, torch_feather as feather
+        >>> model = torch.nn.Linear(4, 2)
+        >>> with torch.no_grad():
+        ...     _ = model.weight[0].zero_()
+        >>> print(layer_table(feather.report(model).to_dict()))
+        layer   shape  weights  zeros  sparsity
+        ---------------------------------------
+        weight  2x4          8      4   50.00...
     """
     keys = [field.name for field in fields(LayerReport)]
     layers, others = (
@@ -224,6 +260,20 @@ def print_results(console: Console, results: dict[str, Any], run: object) -> Non
         console: where to print.
         results: the content of report.json.
         run: the run directory, printed last.
+
+    Example:
+        >>> import torch, torch_feather as feather
+        >>> layers = feather.report(torch.nn.Linear(4, 2)).to_dict()
+        >>> results = {"method": "feather", "test_accuracy": 0.9, "seconds": 60.0, "report": layers}
+        >>> results |= {"macs": {"dense": 8, "sparse": 8}}
+        >>> print_results(Console(width=100), results, "runs/a")
+        <BLANKLINE>
+        layer   shape  weights  zeros  sparsity
+        ...
+                              test accuracy  non-zero weights  multiply-adds  training time
+        feather 0... sparse      90.00...                     8              8           60 s
+        <BLANKLINE>
+        runs/a
     """
     console.print()
     console.print(layer_table(results["report"]), soft_wrap=True)

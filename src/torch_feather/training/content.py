@@ -27,7 +27,13 @@ INT64 = 2**63 - 1
 
 
 class ContentError(ValueError):
-    """A value that a file must not hold; the message has its position."""
+    """A value that a file must not hold; the message has its position.
+
+    Example:
+        >>> text(3, "report.network")
+        Traceback (most recent call last):
+        torch_feather.training.content.ContentError: report.network must be text, got 3
+    """
 
 
 def require(condition: bool, at: str, expected: str, value: Any) -> None:
@@ -47,7 +53,13 @@ def require(condition: bool, at: str, expected: str, value: Any) -> None:
 
 
 def integer(least: int = 0, most: int = INT64) -> Check:
-    """Return a check for integers within bounds."""
+    """Return a check for integers within bounds.
+
+    Example:
+        >>> integer(1)(0, "epochs")
+        Traceback (most recent call last):
+        torch_feather.training.content.ContentError: epochs must be an integer from 1 to ..., got 0
+    """
 
     def check(value: Any, at: str) -> None:
         require(type(value) is int, at, "an integer", value)
@@ -57,7 +69,13 @@ def integer(least: int = 0, most: int = INT64) -> Check:
 
 
 def number(least: float = -math.inf, most: float = math.inf) -> Check:
-    """Return a check for numbers within bounds. Without bounds they may be infinite or NaN."""
+    """Return a check for numbers within bounds. Without bounds they may be infinite or NaN.
+
+    Example:
+        >>> number(0, 1)(1.5, "sparsity")
+        Traceback (most recent call last):
+        torch_feather.training.content.ContentError: sparsity must be a number from 0 to 1, got 1.5
+    """
     bounded = math.isfinite(least) or math.isfinite(most)
 
     def check(value: Any, at: str) -> None:
@@ -71,7 +89,13 @@ def number(least: float = -math.inf, most: float = math.inf) -> Check:
 
 
 def text(value: Any, at: str) -> None:
-    """Check for text without control characters, which could write to a terminal."""
+    """Check for text without control characters, which could write to a terminal.
+
+    Example:
+        >>> text("a" + chr(27), "name")
+        Traceback (most recent call last):
+        torch_feather.training.content.ContentError: name must be printable text, got 'a\\x1b'
+    """
     require(isinstance(value, str), at, "text", value)
     require(len(value) <= 10_000, at, "at most 10,000 characters", value)
     require(value.isprintable() or not _has_controls(value), at, "printable text", value)
@@ -82,32 +106,65 @@ def _has_controls(value: str) -> bool:
 
 
 def boolean(value: Any, at: str) -> None:
-    """Check for true or false."""
+    """Check for true or false.
+
+    Example:
+        >>> boolean(1, "amp")
+        Traceback (most recent call last):
+        torch_feather.training.content.ContentError: amp must be true or false, got 1
+    """
     require(isinstance(value, bool), at, "true or false", value)
 
 
 def tensor(value: Any, at: str) -> None:
-    """Check for a dense tensor."""
+    """Check for a dense tensor.
+
+    Example:
+        >>> tensor([1], "rng")
+        Traceback (most recent call last):
+        torch_feather.training.content.ContentError: rng must be a tensor, got list
+    """
     require(isinstance(value, Tensor) and not value.is_sparse, at, "a tensor", value)
 
 
 def scalar(value: Any, at: str) -> None:
-    """Check for a tensor without dimensions."""
+    """Check for a tensor without dimensions.
+
+    Example:
+        >>> import torch
+        >>> scalar(torch.ones(2), "loss")
+        Traceback (most recent call last):
+        torch_feather...ContentError: loss must be a tensor without dimensions, got (2,)
+    """
     tensor(value, at)
     require(value.ndim == 0, at, "a tensor without dimensions", tuple(value.shape))
 
 
 def anything(value: Any, at: str) -> None:
-    """Accept any value."""
+    """Accept any value.
+
+    Example:
+        >>> anything({"a": [1]}, "config")
+    """
 
 
 def nullable(check: Check) -> Check:
-    """Return a check that also accepts None."""
+    """Return a check that also accepts None.
+
+    Example:
+        >>> nullable(text)(None, "commit")
+    """
     return lambda value, at: None if value is None else check(value, at)
 
 
 def items(check: Check, least: int = 0) -> Check:
-    """Return a check for lists with at least `least` entries."""
+    """Return a check for lists with at least `least` entries.
+
+    Example:
+        >>> items(integer())([1, "a"], "shape")
+        Traceback (most recent call last):
+        torch_feather.training.content.ContentError: shape[1] must be an integer, got 'a'
+    """
 
     def check_all(value: Any, at: str) -> None:
         require(isinstance(value, list), at, "a list", value)
@@ -119,7 +176,13 @@ def items(check: Check, least: int = 0) -> Check:
 
 
 def mapping(check: Check) -> Check:
-    """Return a check for mappings whose values pass `check`."""
+    """Return a check for mappings whose values pass `check`.
+
+    Example:
+        >>> mapping(text)({"torch": 2}, "versions")
+        Traceback (most recent call last):
+        torch_feather.training.content.ContentError: versions.torch must be text, got 2
+    """
 
     def check_all(value: Any, at: str) -> None:
         require(isinstance(value, dict), at, "a mapping", value)
@@ -174,6 +237,11 @@ def read_text(path: Path, most: int = MAX_BYTES) -> str:
     Raises:
         FileNotFoundError: the file does not exist.
         ContentError: the file is larger, of another kind, not UTF-8, or cannot be read.
+
+    Example:
+        >>> read_text(Path("/dev/null"))
+        Traceback (most recent call last):
+        torch_feather.training.content.ContentError: not a regular file
     """
     try:
         # Not blocking: opening a named pipe would wait for a writer.
@@ -199,6 +267,11 @@ def parse_json(content: str) -> Any:
     Raises:
         ContentError: the text is not JSON, is nested too deeply, or has a number of thousands of
             digits.
+
+    Example:
+        >>> parse_json("[" * 100_000)
+        Traceback (most recent call last):
+        torch_feather.training.content.ContentError: nested too deeply
     """
     try:
         return json.loads(content)
@@ -243,6 +316,13 @@ def read_json_lines(path: Path, check: Check, remedy: str) -> list[Any]:
 
     Raises:
         RunError: the file does not exist, cannot be read, or has other content.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "numbers.jsonl"
+        >>> _ = path.write_text("1\\n2\\n")
+        >>> read_json_lines(path, items(integer()), "Remove it.")
+        [1, 2]
     """
     try:
         lines = read_text(path).splitlines()

@@ -19,6 +19,15 @@ def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
         new: the name to use instead.
         stacklevel: which line the warning points at, as for `warnings.warn`; the default is the
             caller of the function that calls `warn_renamed`.
+
+    Example:
+        >>> def old_name():
+        ...     warn_renamed("old_name", "new_name")
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     old_name()
+        >>> print(caught[0].message)
+        old_name is deprecated. Use new_name.
     """
     message = f"{old} is deprecated. Use {new}."
     warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)

@@ -33,6 +33,13 @@ class Distillation:
     Attributes:
         teacher: the teacher in evaluation mode; its weights do not change.
         digest: a hash of the teacher's state dict, which identifies it.
+
+    Example:
+        >>> teacher, x = nn.Linear(2, 3), torch.ones(1, 2)
+        >>> distillation = Distillation(teacher, DistillationConfig(weight=0.5))
+        >>> loss = torch.tensor(2.0)
+        >>> distillation(loss, teacher(x), x)  # equal outputs: KL = 0
+        tensor(1.)
     """
 
     def __init__(
@@ -81,6 +88,12 @@ def make_distillation(
 
     Raises:
         FeatherError: as `load_teacher`.
+
+    Example:
+        >>> from .data import load_dataset
+        >>> data, device = load_dataset(Config().data, seed=0), torch.device("cpu")
+        >>> make_distillation(Config(), data, device, torch.contiguous_format, Ranks()) is None
+        True
     """
     if config.distillation.teacher is None:
         return None
@@ -103,6 +116,17 @@ def load_teacher(config: Config, data: Dataset) -> nn.Module:
         ConfigurationError: the teacher does not accept the images of `data`, or has another
             number of classes.
         FeatherError: the teacher cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from .data import load_dataset
+        >>> path = Path(tempfile.mkdtemp()) / "teacher.pt"
+        >>> torch.save(models.create("resnet8", 10, 1).state_dict(), path)
+        >>> options = DistillationConfig(teacher=str(path))
+        >>> config = Config(network="resnet8", distillation=options)
+        >>> data = load_dataset(config.data, config.seed)
+        >>> load_teacher(config, data)(data.example()).shape
+        torch.Size([1, 10])
     """
     source = str(config.distillation.teacher)
     with torch.random.fork_rng(devices=[]):
@@ -119,7 +143,7 @@ def load_teacher(config: Config, data: Dataset) -> nn.Module:
     return teacher
 
 
-class Renormalized(nn.Module):
+class _Renormalized(nn.Module):
     """A network that expects another normalization than that of the data set.
 
     Args:
@@ -150,7 +174,7 @@ def _pretrained(source: str, data: Dataset) -> nn.Module:
     mean, std = (torch.tensor(network.pretrained_cfg[key]) for key in ("mean", "std"))
     if len(mean) != data.channels:
         raise _unfit(source, data, f"it expects {len(mean)} channels")
-    return Renormalized(network, data, mean, std)
+    return _Renormalized(network, data, mean, std)
 
 
 def _try(teacher: nn.Module, source: str, data: Dataset) -> None:

@@ -46,6 +46,17 @@ def export_run(
     Raises:
         ConfigurationError: the format is unknown, or does not support `dtype`.
         RunError: the run is not complete, or cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
+        >>> run = RunDirectory(tempfile.mkdtemp())
+        >>> run.write_config(Config(network="resnet8"))
+        >>> run.save_model(models.create("resnet8", num_classes=10, in_channels=1))
+        >>> write_json(run.report_file, example_results())
+        >>> export_run(run, format="safetensors", out=run.path / "dense.safetensors").name
+        'dense.safetensors'
     """
     if format not in FORMATS:
         raise ConfigurationError(f"format {format!r} is not one of {', '.join(FORMATS)}.")
@@ -78,6 +89,18 @@ def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Mo
 
     Raises:
         RunError: the run is not complete, or cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
+        >>> run = RunDirectory(tempfile.mkdtemp())
+        >>> run.write_config(Config(network="resnet8"))
+        >>> run.save_model(models.create("resnet8", num_classes=10, in_channels=1))
+        >>> write_json(run.report_file, example_results())
+        >>> network, example = load_network(run)
+        >>> network(example).shape
+        torch.Size([1, 10])
     """
     config, results = read_finished(run)
     if "input_shape" in results:
@@ -99,6 +122,17 @@ def run_metadata(run: RunDirectory) -> dict[str, Any]:
 
     Raises:
         RunError: the run is not complete, or cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
+        >>> run = RunDirectory(tempfile.mkdtemp())
+        >>> run.write_config(Config(init="/home/me/runs/a"))
+        >>> write_json(run.report_file, example_results(network="resnet20", weights=8, zeros=4))
+        >>> metadata = run_metadata(run)
+        >>> metadata["data"], metadata["zeros"], metadata["config"]["init"]  # no local paths
+        ('digits', 4, 'a')
     """
     config, results = read_finished(run)
     keys = ("network", "data", "classes", "input_shape", "method", "test_accuracy", "macs")
@@ -129,6 +163,13 @@ def describe(run: RunDirectory, path: Path, format: str) -> str:
         run: run directory.
         path: file that `export_run` wrote.
         format: its format.
+
+    Example:
+        >>> import tempfile
+        >>> run = RunDirectory(tempfile.mkdtemp())
+        >>> run.save_model(nn.Linear(2, 2))
+        >>> describe(run, run.model_file, "safetensors")
+        '... bytes, all zeros stored'
     """
     size = path.stat().st_size
     if format != "sparse":
@@ -160,6 +201,25 @@ def push(run: RunDirectory, path: Path, repository: str) -> str:
 
     Raises:
         ImportError: huggingface_hub is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from unittest import mock
+        >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
+        >>> run = RunDirectory(tempfile.mkdtemp())
+        >>> run.write_config(Config())
+        >>> model = nn.Linear(100, 100)
+        >>> _ = nn.init.eye_(model.weight)
+        >>> run.save_model(model)
+        >>> write_json(run.report_file, example_results(network="resnet20"))
+        >>> def upload(folder, repository):  # instead of hub.upload
+        ...     print(sorted(file.name for file in folder.iterdir()))
+        ...     return f"hf://{repository}"
+        >>> with mock.patch.object(hub, "upload", upload):
+        ...     push(run, export_run(run), "user/digits")
+        ['README.md', 'config.yaml', 'model.sparse.safetensors']
+        'hf://user/digits'
     """
     with TemporaryDirectory() as folder:
         shutil.copyfile(path, Path(folder) / hub.FILE)

@@ -31,8 +31,16 @@ __getattr__ = renamed_names(
 def logging_callbacks(config: Config) -> list[Callback]:
     """Return the callbacks that `config.system` requests.
 
+    Args:
+        config: the configuration of the run.
+
     Raises:
         ConfigurationError: `system.wandb` is set, but wandb is not installed.
+
+    Example:
+        >>> from .config import SystemConfig
+        >>> logging_callbacks(Config(system=SystemConfig(tensorboard=False)))
+        []
     """
     found: list[Callback] = []
     if config.system.tensorboard and find_spec("tensorboard") is not None:
@@ -56,7 +64,18 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoardCallback(Callback):
-    """Writes the numbers of each epoch as scalars into event files in RUN/tensorboard."""
+    """Writes the numbers of each epoch as scalars into event files in RUN/tensorboard.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run, callback = RunDirectory(folder), TensorBoardCallback()
+        ...     callback.begin(Config(), steps=2, done=0, run=run)
+        ...     callback.epoch({"epoch": 1, "step": 2, "train_loss": 0.5})
+        ...     callback.end()
+        ...     len(list((run.path / "tensorboard").glob("events.*")))
+        1
+    """
 
     optional = True
 
@@ -91,6 +110,14 @@ class WandbCallback(Callback):
 
     Args:
         project: the project to log to.
+
+    Example:
+        >>> from unittest import mock
+        >>> callback = WandbCallback("digits")
+        >>> callback.run = mock.Mock()  # `begin` connects to the service
+        >>> callback.epoch({"step": 10, "train_loss": 0.5, "test_acc": None})
+        >>> callback.run.log.call_args
+        call({'step': 10, 'train_loss': 0.5}, step=10, commit=True)
     """
 
     optional = True

@@ -58,6 +58,13 @@ def train(
         FeatherError: settings, data or files cannot be used, or the loss is not finite.
         Interrupted: Ctrl-C or SIGTERM. A checkpoint was written, unless the present step took
             longer than `system.stop_seconds`.
+
+    Example:
+        >>> import tempfile
+        >>> config = Config(network="resnet8", sparsity=0.5, epochs=1, batch_size=512)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     train(config, folder)["report"]["sparsity"]
+        0.5
     """
     if watch is not None:
         warn_renamed("train(watch=...)", "train(callback=...)")
@@ -167,6 +174,11 @@ def settings(system: SystemConfig, ranks: Ranks) -> Iterator[torch.device]:
 
     Raises:
         RunError: the device does not exist.
+
+    Example:
+        >>> with settings(SystemConfig(device="cpu", deterministic=True), Ranks()) as device:
+        ...     device, torch.are_deterministic_algorithms_enabled()
+        (device(type='cpu'), True)
     """
     cudnn, memory = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
     before = (

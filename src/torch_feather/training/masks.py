@@ -22,6 +22,13 @@ def record_masks(masks: Iterable[Tensor], run: Path, epoch: int) -> None:
         masks: masks of the prunable weights, bool, in the order of `Sparsifier.masks()`.
         run: the run directory.
         epoch: the epoch that ended, from 1.
+
+    Example:
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> record_masks([torch.tensor([True, False]), torch.tensor([True])], run, epoch=1)
+        >>> np.load(mask_file(run, 1))  # bits 101
+        array([160], dtype=uint8)
     """
     kept = torch.cat([mask.flatten() for mask in masks]).cpu().numpy()
     path = mask_file(run, epoch)

@@ -69,6 +69,17 @@ def restore(task: Task, state: Any) -> None:
     Raises:
         DamagedCheckpoint: the contents are not those of a checkpoint of this task.
         CheckpointError: the checkpoint is of another run.
+
+    Example:
+        >>> from .config import Config
+        >>> from .data import load_dataset
+        >>> config = Config(network="resnet8", batch_size=512)
+        >>> task = Task(config, load_dataset(config.data, seed=0), torch.device("cpu"))
+        >>> try:
+        ...     restore(task, {"step": 3})
+        ... except DamagedCheckpoint as error:
+        ...     print(error)
+        lacks model, optimizer, loader, ranks, epoch, images, seconds, history, best
     """
     try:
         STATE(state, "")

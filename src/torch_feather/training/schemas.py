@@ -21,7 +21,11 @@ from .content import (
 
 
 def zeros_of_weights(check: Check) -> Check:
-    """Return `check`, and that `zeros` is at most `weights`."""
+    """Return `check`, and that `zeros` is at most `weights`.
+
+    Example:
+        >>> zeros_of_weights(record({"zeros": count}))({"zeros": 2, "weights": 3}, "layer")
+    """
 
     def check_both(value: Any, at: str) -> None:
         check(value, at)
@@ -114,7 +118,13 @@ _METRICS_LINE = record(
 
 
 def history(value: Any, at: str) -> None:
-    """Check the lines of metrics.jsonl: one for each epoch, in order."""
+    """Check the lines of metrics.jsonl: one for each epoch, in order.
+
+    Example:
+        >>> history([{"epoch": 1}], "")
+        Traceback (most recent call last):
+        torch_feather...ContentError: line 1 lacks step, train_loss, val_acc, sparsity
+    """
     require(isinstance(value, list), at, "a list", value)
     for i, line in enumerate(value):
         position = f"{at}[{i}]" if at else f"line {i + 1}"
@@ -163,3 +173,27 @@ TIMING = record(
         "pytorch_milliseconds": number(0, 1e9),
     }
 )
+
+
+def example_results(weights: int = 100, zeros: int = 50, **changes: Any) -> dict[str, Any]:
+    """Return the content of a small report.json, for examples and tests.
+
+    Args:
+        weights: number of weights.
+        zeros: number of zeros among them.
+        **changes: other values of keys.
+
+    Example:
+        >>> RESULTS(example_results(test_accuracy=0.8), "")
+    """
+    macs = {"dense": weights, "sparse": weights - zeros}
+    counts = {"weights": weights, "zeros": zeros, "sparsity": zeros / weights}
+    costs = {"dense_macs": macs["dense"], "sparse_macs": macs["sparse"]}
+    layer = {"name": "fc.weight", "shape": [1, weights], "threshold": None, **counts, **costs}
+    return {
+        **{"network": "resnet8", "data": "digits", "classes": 10, "input_shape": [1, 8, 8]},
+        **{"method": "feather", "target_sparsity": 0.5, "seed": 0, "epochs": 1},
+        **{"test_accuracy": 0.5, "test_loss": 1.0, "train_loss": 1.0, "seconds": 1.0},
+        **{"macs": macs, "report": {**counts, **costs, "layers": [layer]}},
+        **{"commit": None, "versions": {}, "hardware": {"cpu": "CPU", "threads": 1}},
+    } | changes

@@ -72,6 +72,11 @@ def stop_requests(seconds: float, hint: str) -> Iterator[Callable[[], bool]]:
 
     Raises:
         Interrupted: the step was interrupted.
+
+    Example:
+        >>> with stop_requests(20, "resume with --resume") as stop_requested:
+        ...     stop_requested()
+        False
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread receives signals

@@ -43,6 +43,18 @@ def attach_sparsifier(
 
     Raises:
         ConfigurationError: an unknown method or option, or a value that is not supported.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> config = Config(method="gmp", sparsity=0.5)
+        >>> example = torch.zeros(1, 4)
+        >>> sparsifier = attach_sparsifier(config, model, optimizer, 10, example, Ranks())
+        >>> model(example).sum().backward()
+        >>> optimizer.step()
+        >>> sparsifier.step_count
+        1
     """
     if config.method == DENSE:
         return None

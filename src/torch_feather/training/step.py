@@ -40,6 +40,15 @@ class Step:
     Attributes:
         network: the model as it is called: distributed and compiled as configured.
         loss_sum: sum of the losses of this rank's images since it was last set to 0.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+        >>> _ = nn.init.zeros_(model[1].weight)
+        >>> optimizer, config = torch.optim.SGD(model.parameters()), Config(batch_size=3)
+        >>> step = Step(model, optimizer, None, config, torch.device("cpu"), Ranks())
+        >>> step(Batch(torch.ones(3, 1, 2, 2), torch.tensor([0, 0, 0]), total=3), lr=0.1)
+        >>> step.loss_sum / 3, model[1].weight[:, 0]
+        (tensor(0.6931), tensor([ 0.0500, -0.0500], grad_fn=<SelectBackward0>))
     """
 
     def __init__(
@@ -150,6 +159,16 @@ class CudaGraphStep:
 
     Raises:
         ConfigurationError: `device` is not a CUDA device, or there are several processes.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer, cpu = torch.optim.SGD(model.parameters(), lr=0.1), torch.device("cpu")
+        >>> step = Step(model, optimizer, None, Config(), cpu, Ranks())
+        >>> try:
+        ...     CudaGraphStep(step, cpu, Ranks())
+        ... except ConfigurationError as error:
+        ...     print(error)
+        system.cuda_graph requires a CUDA device, got cpu. Set system.cuda_graph=false.
     """
 
     WARM_UP = 3  # steps before the recording, in which libraries and allocators settle; they count

@@ -50,6 +50,12 @@ class Task:
         seconds: duration of the training so far, without interruptions.
         history: the lines of metrics.jsonl.
         best: the best epoch so far and its network, if `config.select` is `best`.
+
+    Example:
+        >>> from .data import load_dataset
+        >>> config = Config(network="resnet8", epochs=2, batch_size=128)
+        >>> Task(config, load_dataset(config.data, 0), torch.device("cpu")).total_steps
+        22
     """
 
     def __init__(
@@ -233,12 +239,8 @@ class Task:
             return
         if self.best is None or val_acc > self.best["val_acc"]:
             model = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-            self.best = {
-                "epoch": self.epoch,
-                "val_acc": val_acc,
-                "model": model,
-                "thresholds": self._thresholds(),
-            }
+            self.best = {"epoch": self.epoch, "val_acc": val_acc, "model": model}
+            self.best["thresholds"] = self._thresholds()
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, from 0."""

@@ -37,6 +37,11 @@ class Weights:
         stored: state dict, on the CPU. None for a sparse file, which may describe tensors of any
             size, and is read when its shapes are known to be those of a network.
         network: name of the network, for `models.create`; None if the source does not contain it.
+
+    Example:
+        >>> weights = Weights(Path("a.pt"), {"weight": torch.ones(1, 2)}, network=None)
+        >>> weights.fill(nn.Linear(2, 1, bias=False)).weight.tolist()
+        [[1.0, 1.0]]
     """
 
     source: Path
@@ -134,6 +139,16 @@ def read_finished(run: RunDirectory) -> tuple[Config, dict[str, Any]]:
     Raises:
         RunError: the run is not complete, or config.yaml and report.json are of different runs.
         ConfigurationError: config.yaml cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
+        >>> run = RunDirectory(tempfile.mkdtemp())
+        >>> run.write_config(Config(network="resnet8"))
+        >>> write_json(run.report_file, example_results(network="resnet8"))
+        >>> read_finished(run)[1]["report"]["zeros"]
+        50
     """
     config, results = run.read_config(), run.read_report()
     if config.network != results["network"]:

@@ -25,6 +25,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises:
         RunError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
+        >>> write_atomically(path, lambda file: file.write(b"95%"))
+        >>> path.read_text()
+        '95%'
     """
     try:
         replace_file(path, write)
@@ -35,7 +42,20 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Delete the temporary files of killed writers. No other process may write into `folder`."""
+    """Delete the temporary files of killed writers. No other process may write into `folder`.
+
+    Args:
+        folder: the folder; its subfolders stay as they are.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / ".report.json.1234.tmp").touch()
+        >>> (folder / "report.json").touch()
+        >>> remove_temporary_files(folder)
+        >>> [file.name for file in folder.iterdir()]
+        ['report.json']
+    """
     for temporary in folder.glob(".*.[0-9]*.tmp"):
         with suppress(OSError):
             temporary.unlink()
@@ -52,8 +72,21 @@ def _reason(error: BaseException) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically.
 
+    Args:
+        path: the file to replace or create.
+        value: nested dicts, lists, texts, numbers, booleans and None.
+
     Raises:
         RunError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "report.json"
+        >>> write_json(path, {"sparsity": 0.95})
+        >>> print(path.read_text())
+        {
+          "sparsity": 0.95
+        }
     """
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))

@@ -111,6 +111,9 @@ class StandardDeviations:
 def standard_deviations(weights: LatentWeights) -> Tensor:
     """Return the standard deviation of each weight tensor; 0 for a single weight.
 
+    Args:
+        weights: the latent weights; sharded ones count as a whole.
+
     Example:
         >>> standard_deviations(LatentWeights([torch.tensor([-1.0, 1.0]), torch.ones(1)]))
         tensor([1.4142, 0.0000])

@@ -45,6 +45,9 @@ class ThresholdParametrization(Protocol):
         ...         return r.exp(), r.exp()
         ...     def penalty(self, r, weights, now):
         ...         return torch.zeros_like(r)
+        >>> law: ThresholdParametrization = Exponential()
+        >>> law.thresholds(torch.zeros(2), LatentWeights([torch.ones(3), torch.ones(4)]))[0]
+        tensor([1., 1.])
     """
 
     @property
@@ -76,6 +79,16 @@ class Present(NamedTuple):
         kept: counts the weights above their thresholds (all weights of dense tensors).
         sparsity: scheduled sparsity, 0-dimensional float64.
         outside: mask of the dense tensors that do not count in the budget; None for none.
+
+    Example:
+        >>> now = Present(
+        ...     dense=torch.tensor([False, True]),
+        ...     slope=torch.ones(2),
+        ...     kept=lambda: torch.tensor([3, 4]),
+        ...     sparsity=torch.tensor(0.5, dtype=torch.float64),
+        ... )
+        >>> now.kept()[~now.dense].tolist()  # kept weights of the tensors with a threshold
+        [3]
     """
 
     dense: Tensor
@@ -119,7 +132,18 @@ class LearnedMethod:
 
 
 class Learned(NamedTuple):
-    """The pruning of a method with learned thresholds; tau and slope have one entry per tensor."""
+    """The pruning of a method with learned thresholds; tau and slope have one entry per tensor.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.methods import asl
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> bound = asl(sparsity=0.5, dense_below=0).bind(context)
+        >>> pruning = bound.update(weights, torch.tensor(5))
+        >>> pruning.progress, pruning.tau.shape
+        (tensor(0.5000, dtype=torch.float64), torch.Size([1]))
+    """
 
     segments: list[Segment]
     """Cover all weights once; they share one cutoff through |w| / tau."""
@@ -137,6 +161,13 @@ class LearnedThresholds(Thresholded):
 
     State: r and its velocity, and `dense` of each tensor: 0 if it is pruned, 2 if it stays dense,
     and 1 if it stays dense and counts in the budget with density 1, as in version 0.1.
+
+    Args:
+        context: the model, its prunable weights, the target and the number of steps.
+        method: the parts of the method.
+
+    Raises:
+        ConfigurationError: the target needs more zeros than there are in prunable tensors.
 
     Example:
         >>> from torch import nn

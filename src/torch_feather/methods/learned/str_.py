@@ -116,8 +116,9 @@ class ControlledMethod(LearnedMethod):
     """Learned thresholds with a common factor that follows a schedule of the sparsity.
 
     Example:
-        >>> isinstance(str_(sparsity=0.9), ControlledMethod)
-        True
+        >>> method = str_(sparsity=0.9, schedule="linear")
+        >>> type(method).__name__, method.schedule
+        ('ControlledMethod', Linear(begin=0, end=None))
     """
 
     def bind(self, context: MethodContext) -> ControlledThresholds:

@@ -74,7 +74,17 @@ class ProbabilisticMethod:
 
 
 class SoftMask(NamedTuple):
-    """The pruning of ProbMask."""
+    """The pruning of ProbMask.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch_feather.methods import probmask
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> pruning = probmask(sparsity=0.5).bind(context).update(weights, torch.tensor(0))
+        >>> pruning.mask.rows[0].shape
+        torch.Size([1, 4])
+    """
 
     mask: PerTensor
     sharpness: Tensor
@@ -90,6 +100,10 @@ class ProbabilisticMasks(BoundMethod):
 
     State: `probability` of each weight, Adam's `mean` and `square` of it, and `draws`, the number
     of masks drawn.
+
+    Args:
+        context: the model, its prunable weights, the target and the number of steps.
+        method: the parts of the method.
 
     Example:
         >>> from torch import nn

@@ -96,6 +96,10 @@ def soft_top_k(weights: LatentWeights, segments: Sequence[Segment], beta: Tensor
 def shared_budgets(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
     """Return 1.0 for pairs of segments that share a cutoff, else 0.0.
 
+    Args:
+        weights: the latent weights.
+        segments: cover all weights once.
+
     Returns:
         float64 of shape (segments, segments).
 

@@ -100,7 +100,16 @@ class SpartanMethod:
 
 
 class SoftMasks(NamedTuple):
-    """The pruning of Spartan."""
+    """The pruning of Spartan.
+
+    Example:
+        >>> from torch import nn
+        >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+        >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
+        >>> pruning = spartan(sparsity=0.5).bind(context).update(weights, torch.tensor(2))
+        >>> pruning.mask[0].count_nonzero(), pruning.frozen
+        (tensor(2), tensor(False))
+    """
 
     mask: list[Tensor]
     """m on kept weights and 0 elsewhere, one per weight tensor."""
@@ -134,6 +143,12 @@ class Spartan(MagnitudePruning):
     constant, 0 on pruned weights: dL/dw = g m.
 
     State: `mask`, `threshold` and `frozen` of the present pruning, see `SoftMasks`.
+
+    Args:
+        context: the model, its prunable weights, the target and the number of steps.
+        method: operator, gradient rule, allocation and schedule of the hard cutoff.
+        beta: final inverse temperature.
+        freeze: step from which on the mask is constant.
 
     Example:
         >>> from torch import nn

@@ -17,6 +17,9 @@ from .schema import Config
 def to_dict(config: Config) -> dict[str, Any]:
     """Return all fields as nested plain values.
 
+    Args:
+        config: the configuration.
+
     Example:
         >>> to_dict(Config())["optimizer"]["momentum"]
         0.9
@@ -26,6 +29,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Return `config` as YAML; `load_config` reads an equal configuration from it.
+
+    Args:
+        config: the configuration.
 
     Example:
         >>> print(to_yaml(Config(seed=3)).splitlines()[10])
@@ -64,9 +70,19 @@ def _parse_mapping(text: str, source: str) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
 
+    Args:
+        path: the file, UTF-8.
+
     Raises:
         ConfigurationError: the file does not exist, is not plain, small YAML (see `parse_yaml`), or
             holds no mapping.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "config.yaml"
+        >>> _ = path.write_text("epochs: 10\\noptimizer: {lr: 0.05}\\n")
+        >>> read_yaml(path)
+        {'epochs': 10, 'optimizer': {'lr': 0.05}}
     """
     return _parse_mapping(read_small_text(path), str(path))
 
@@ -76,7 +92,18 @@ def load_config(path: Path) -> Config:
 
     Fields that the file does not name have their defaults. Files of version 0.1 are supported.
 
+    Args:
+        path: the YAML file.
+
     Raises:
         ConfigurationError: the file cannot be read, or has an unknown key or a wrong value.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "config.yaml"
+        >>> _ = path.write_text("epochs: 10\\noptimizer: {lr: 0.05}\\n")
+        >>> config = load_config(path)
+        >>> config.epochs, config.optimizer.lr, config.batch_size
+        (10, 0.05, 128)
     """
     return parse_config(read_small_text(path), str(path))

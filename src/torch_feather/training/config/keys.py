@@ -27,6 +27,10 @@ MAY_BE_INFINITE = ("optimizer.clip", "system.checkpoint_seconds")
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested values by dotted keys. Mappings that are values of options stay as they are.
 
+    Args:
+        values: sections, or sections of sections, by name.
+        prefix: start of all keys.
+
     Example:
         >>> flatten({"epochs": 3, "optimizer": {"lr": 1}})
         {'epochs': 3, 'optimizer.lr': 1}
@@ -44,6 +48,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def known_keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every dotted key of a configuration with its type.
 
+    Args:
+        cls: the dataclass of the configuration or of a section.
+        prefix: start of all keys.
+
     Example:
         >>> dict(known_keys())["optimizer.lr"]
         <class 'float'>
@@ -60,6 +68,9 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return stored values, flattened, with the keys of version 0.1 replaced by today's.
 
     Use it for stored configurations. `apply` accepts old keys too, but warns.
+
+    Args:
+        values: nested sections or dotted keys.
 
     Example:
         >>> upgrade({"system": {"graph": True}})

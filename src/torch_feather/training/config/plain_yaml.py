@@ -102,6 +102,13 @@ def read_small_text(path: Path) -> str:
     Raises:
         ConfigurationError: the file does not exist, is not a regular file, is too large, or is not
             UTF-8.
+
+    Example:
+        >>> try:
+        ...     read_small_text(Path("/dev/null"))
+        ... except ConfigurationError as error:
+        ...     print(error)
+        /dev/null: not a regular file
     """
     try:
         # Not blocking: opening a named pipe would wait for a writer.

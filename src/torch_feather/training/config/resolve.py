@@ -51,6 +51,9 @@ def resolve_config(
 def default_recipe(data: str | None) -> str:
     """Return the recipe for a data set; the recipe for digits if `data` is None.
 
+    Args:
+        data: name of a data set.
+
     Example:
         >>> default_recipe("imagefolder"), default_recipe("cifar10"), default_recipe(None)
         ('imagenet', 'cifar10', 'digits')

@@ -90,7 +90,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD. The learning rate warms up linearly, then follows a cosine to 0, step by step."""
+    """SGD. The learning rate warms up linearly, then follows a cosine to 0, step by step.
+
+    Raises:
+        ConfigurationError: a value out of range.
+
+    Example:
+        >>> OptimizerConfig(lr=0.05).clip  # the default
+        3.0
+        >>> try:
+        ...     OptimizerConfig(momentum=1.0)
+        ... except ConfigurationError as error:
+        ...     print(error)
+        optimizer.momentum must be in [0, 1), got 1.0
+    """
 
     lr: float = 0.1
     momentum: float = 0.9
@@ -132,7 +145,15 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Knowledge distillation from a trained teacher network (Hinton et al., 2015)."""
+    """Knowledge distillation from a trained teacher network (Hinton et al., 2015).
+
+    Raises:
+        ConfigurationError: a value out of range.
+
+    Example:
+        >>> DistillationConfig(teacher="runs/a/dense").temperature
+        4.0
+    """
 
     # A run directory, a file of weights, or timm/NAME with its published weights.
     teacher: str | None = None
@@ -154,7 +175,15 @@ class DistillationConfig:
 @renamed_fields(graph="cuda_graph")
 @dataclass(frozen=True)
 class SystemConfig:
-    """Device, speed and logging. Only these settings may change when a run is resumed."""
+    """Device, speed and logging. Only these settings may change when a run is resumed.
+
+    Raises:
+        ConfigurationError: a value out of range.
+
+    Example:
+        >>> SystemConfig(device="cpu", threads=2).deterministic
+        True
+    """
 
     device: str = "auto"  # auto: cuda if available, otherwise cpu
     threads: int | None = None  # CPU threads; null: PyTorch's default

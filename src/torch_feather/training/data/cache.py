@@ -16,14 +16,37 @@ from ...errors import FeatherWarning
 
 
 def cache_folder() -> Path:
-    """Return `$TORCH_FEATHER_CACHE`, or `torch-feather` in the user's cache folder."""
+    """Return `$TORCH_FEATHER_CACHE`, or `torch-feather` in the user's cache folder.
+
+    Example:
+        >>> from unittest import mock
+        >>> with mock.patch.dict(os.environ, {"TORCH_FEATHER_CACHE": "/scratch/cache"}):
+        ...     cache_folder().as_posix()
+        '/scratch/cache'
+    """
     if own := os.environ.get("TORCH_FEATHER_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch-feather"
 
 
 def version(file: Path) -> tuple[str, int, int]:
-    """Return path, size and modification time of a file, which identify its content."""
+    """Return path, size and modification time of a file, which identify its content.
+
+    Args:
+        file: an existing file.
+
+    Returns:
+        The absolute path, the size in bytes, and the time in nanoseconds.
+
+    Raises:
+        OSError: the file does not exist.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "images.tar"
+        >>> _ = path.write_bytes(b"12345")
+        >>> version(path)[1]
+        5
+    """
     stat = file.stat()
     return str(file.resolve()), stat.st_size, stat.st_mtime_ns
 
@@ -37,6 +60,18 @@ def cached(
         name: prefix of the cache file.
         versions: the versions of everything that `make` reads.
         make: computes the arrays, by name.
+
+    Example:
+        >>> from unittest import mock
+        >>> def decode():
+        ...     print("decoding")
+        ...     return {"pixels": np.zeros(3)}
+        >>> with mock.patch.dict(os.environ, {"TORCH_FEATHER_CACHE": tempfile.mkdtemp()}):
+        ...     for _ in range(2):  # the second time from the file
+        ...         cached("flowers", ["version 1"], decode)["pixels"]
+        decoding
+        array([0., 0., 0.])
+        array([0., 0., 0.])
     """
     key = hashlib.sha256(repr((1, name, list(versions))).encode()).hexdigest()[:20]
     target = cache_folder() / f"{name}-{key}.npz"

@@ -27,6 +27,18 @@ def cifar(name: str, label: str, classes: int) -> Callable[[str | None], tuple[A
         name: `cifar10` or `cifar100`.
         label: name of the labels' column in parquet files.
         classes: number of classes.
+
+    Returns:
+        Function of a path. It raises DataError if files are missing or damaged, or are of another
+        data set.
+
+    Example:
+        >>> read = cifar("cifar10", "label", classes=10)
+        >>> try:
+        ...     (train_pixels, train_labels), (test_pixels, test_labels) = read("DATA/absent")
+        ... except DataError as error:
+        ...     print(error)
+        DATA/absent: no such folder. Set --data-path to the folder of cifar10.
     """
     archive = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[name]
 

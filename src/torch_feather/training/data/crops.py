@@ -58,6 +58,11 @@ def random_boxes(uniform: Tensor, height: int, width: int, smallest: float) -> T
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     """Return an image, uint8 (H, W, C), scaled bilinearly with antialiasing.
 
+    Args:
+        pixels: the image.
+        height: height of the result in pixels.
+        width: width of the result in pixels.
+
     Example:
         >>> resize(torch.zeros(4, 6, 3, dtype=torch.uint8), 2, 3).shape
         torch.Size([2, 3, 3])
@@ -80,6 +85,13 @@ def resize_boxes(pixels: Tensor, boxes: Tensor, mirrored: Tensor, size: int) -> 
 
     Returns:
         (B, size, size, C) in 0..255: uint8 on the CPU, otherwise float32 and not rounded.
+
+    Example:
+        >>> pixels = torch.arange(4, dtype=torch.uint8).reshape(1, 1, 4, 1).expand(1, 2, 4, 1)
+        >>> boxes = torch.tensor([[0, 2, 2, 2]])  # the right half
+        >>> resize_boxes(pixels, boxes, torch.tensor([True]), size=2)[0, :, :, 0]
+        tensor([[3, 2],
+                [3, 2]], dtype=torch.uint8)
     """
     if pixels.device.type == "cpu":
         return _one_by_one(pixels, boxes, mirrored, size)

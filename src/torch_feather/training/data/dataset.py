@@ -24,6 +24,11 @@ class Images:
         pixels: uint8 (N, H, W, C).
         labels: int64 (N,).
         files: where the images are from; None if that is not known.
+
+    Example:
+        >>> images = Images(torch.zeros(3, 8, 8, 1, dtype=torch.uint8), torch.tensor([4, 5, 6]))
+        >>> len(images), images.resolution, images.take(np.array([2, 0])).labels
+        (3, 8, tensor([6, 4]))
     """
 
     pixels: Tensor
@@ -57,6 +62,18 @@ class EncodedImages:
         files: the encoded images.
         prepare: crops and scales a decoded image.
         resolution: height and width after preparation.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (20, 16), color=(255, 0, 0)).save(folder / "red.png")
+        >>> names, spans = np.array([b"red.png"]), np.zeros((1, 3), int)
+        >>> files = ImageFiles((folder,), names, spans, np.array([7]))
+        >>> images = EncodedImages(files, Center(side=8, resolution=8), resolution=8)
+        >>> images.first().shape, images.first()[0, 0, 0], images.labels
+        (torch.Size([1, 8, 8, 3]), tensor([255, 0, 0], dtype=torch.uint8), tensor([7]))
     """
 
     files: ImageFiles
@@ -103,6 +120,13 @@ class Dataset:
         classes: number of classes.
         mean: mean per channel, of pixels scaled to [0, 1].
         std: standard deviation per channel.
+
+    Example:
+        >>> images = Images(torch.full((2, 8, 8, 1), 255, dtype=torch.uint8), torch.tensor([0, 1]))
+        >>> none = images.take(np.arange(0))
+        >>> data = Dataset("white", images, none, images, classes=2, mean=(0.5,), std=(0.5,))
+        >>> data.channels, data.example().shape, data.example().max().round()
+        (1, torch.Size([1, 1, 8, 8]), tensor(1.))
     """
 
     name: str

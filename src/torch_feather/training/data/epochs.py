@@ -28,6 +28,11 @@ class Batch(NamedTuple):
         x: images, float32 (B, C, H, W).
         y: labels, int64 (B,).
         total: number of images of the whole batch, over all ranks.
+
+    Example:
+        >>> batch = Batch(torch.zeros(2, 1, 8, 8), torch.tensor([3, 7]), total=4)
+        >>> len(batch.y) / batch.total  # this rank's fraction
+        0.5
     """
 
     x: Tensor
@@ -52,6 +57,20 @@ class Epochs(ABC):
 
     Raises:
         DataError: no batch is full, or crops are shifted beyond the image.
+
+    Example:
+        >>> class InTurn(Epochs):
+        ...     def _draw(self):
+        ...         return torch.arange(self.count)
+        ...     def _load(self, drawn, parts):
+        ...         for part in parts:
+        ...             yield torch.zeros(0), self.labels[drawn[part]]
+        >>> images = Images(torch.zeros(5, 8, 8, 1, dtype=torch.uint8), torch.arange(5))
+        >>> data = Dataset("black", images, images, images, 5, (0.5,), (0.5,))
+        >>> loader = InTurn(data, DataConfig(), 2, seed=0, device=torch.device("cpu"))
+        >>> first = next(iter(loader))
+        >>> [batch.y.tolist() for batch in loader]  # the rest of the epoch
+        [[2, 3], [4]]
     """
 
     def __init__(
@@ -130,6 +149,16 @@ class InOrder(ABC):
         batch_size: images per batch of a rank.
         channels_last: memory format of the images.
         ranks: the processes that evaluate together.
+
+    Example:
+        >>> class InMemory(InOrder):
+        ...     def _load(self):
+        ...         return iter(images.pixels[part] for part in self.parts)
+        >>> images = Images(torch.zeros(5, 8, 8, 1, dtype=torch.uint8), torch.arange(5))
+        >>> data = Dataset("black", images, images, images, 5, (0.5,), (0.5,))
+        >>> loader = InMemory(data, images, torch.device("cpu"), batch_size=3)
+        >>> [(x.shape, y.tolist()) for x, y in loader]
+        [(torch.Size([3, 1, 8, 8]), [0, 1, 2]), (torch.Size([2, 1, 8, 8]), [3, 4])]
     """
 
     def __init__(

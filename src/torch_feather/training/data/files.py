@@ -47,6 +47,16 @@ class ImageFiles:
         spans: index of the container, then offset and size in a tar file, int64 (N, 3).
         labels: int64 (N,).
         classes: names of the classes, in the order of their labels.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (3, 2), color=(255, 0, 0)).save(folder / "red.png")
+        >>> names, spans = np.array([b"red.png"]), np.zeros((1, 3), int)
+        >>> files = ImageFiles((folder,), names, spans, np.array([7]))
+        >>> files.path(0).name, files.decode(0).shape
+        ('red.png', torch.Size([2, 3, 3]))
     """
 
     containers: tuple[Path, ...]

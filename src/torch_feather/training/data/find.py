@@ -33,7 +33,7 @@ LAYOUT = (
 Identity = tuple[int, int] | str  # of a folder, whatever its path
 
 
-class Entry(NamedTuple):
+class _Entry(NamedTuple):
     """One image. Entries are sorted by class and path, alike in folders and tar files.
 
     Attributes:
@@ -61,6 +61,16 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
 
     Raises:
         DataError: the layout is not supported, or the parts have different classes.
+
+    Example:
+        >>> import tempfile
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png"):
+        ...     (root / name).parent.mkdir(parents=True)
+        ...     (root / name).touch()  # images are decoded later
+        >>> train, evaluation, classes = find_images(str(root))
+        >>> train.names.tolist(), train.labels.tolist(), classes
+        ([b'train/cat/a.png', b'train/dog/b.png'], [0, 1], 2)
     """
     if path is None:
         raise DataError(f"imagefolder requires --data-path: {LAYOUT}")
@@ -77,7 +87,7 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
         shards = [(file, part) for part in PARTS for file in complete_shards(root, part, "tar")]
         containers = tuple(file for file, _ in shards)
         found = (pair for i, (file, part) in enumerate(shards) for pair in _in_tar(file, i, part))
-    parts: dict[str, list[Entry]] = {}
+    parts: dict[str, list[_Entry]] = {}
     unread: list[str] = []
     for part, entry in found:
         if is_image(*entry.below):
@@ -102,7 +112,7 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
     return train, test, len(classes)
 
 
-def _check_labels(containers: tuple[Path, ...], entries: list[Entry]) -> None:
+def _check_labels(containers: tuple[Path, ...], entries: list[_Entry]) -> None:
     """Raise a DataError for an image without a class, or if classes are given in two ways."""
     numbered = next((entry for entry in entries if isinstance(entry.kind, int)), None)
     for entry in entries:
@@ -122,7 +132,7 @@ def _check_labels(containers: tuple[Path, ...], entries: list[Entry]) -> None:
 
 
 def _common_classes(
-    root: Path, name: str, train: Iterable[Entry], test: Iterable[Entry]
+    root: Path, name: str, train: Iterable[_Entry], test: Iterable[_Entry]
 ) -> dict[str | int, int]:
     """Return labels by class, in the order of the names or numbers of the classes."""
     trained, tested = ({entry.kind for entry in part} for part in (train, test))
@@ -149,7 +159,7 @@ def _some(kinds: set[str | int]) -> str:
 
 
 def _to_files(
-    containers: tuple[Path, ...], entries: list[Entry], classes: dict[str | int, int]
+    containers: tuple[Path, ...], entries: list[_Entry], classes: dict[str | int, int]
 ) -> ImageFiles:
     entries.sort()
     return ImageFiles(
@@ -161,7 +171,7 @@ def _to_files(
     )
 
 
-def _in_folder(root: Path, part: str) -> Iterator[tuple[str, Entry]]:
+def _in_folder(root: Path, part: str) -> Iterator[tuple[str, _Entry]]:
     """Yield the images below a folder. Each folder is searched once, also if links point to it."""
     parents = Path(os.path.realpath(root / part)).parents
     above = {_identity(parent, os.stat(parent)) for parent in parents}
@@ -184,7 +194,7 @@ def _in_folder(root: Path, part: str) -> Iterator[tuple[str, Entry]]:
         waiting += [(*inside, name) for name in sorted(folders, reverse=True)]
         for name in files:
             below = (*inside, name)
-            yield part, Entry(below[0], below, 0, str(Path(part, *below)))
+            yield part, _Entry(below[0], below, 0, str(Path(part, *below)))
 
 
 def _list_folder(folder: Path) -> tuple[list[str], list[str], Identity]:
@@ -224,7 +234,7 @@ def _identity(folder: Path, status: os.stat_result) -> Identity:
     return status.st_dev, status.st_ino
 
 
-def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tuple[str, Entry]]:
+def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tuple[str, _Entry]]:
     """Yield images of a tar file with their part: `part`, or the first folder that names one."""
     index = tar_index(file)
     names = Names.from_arrays(index["text"], index["ends"])
@@ -237,4 +247,4 @@ def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tup
             continue
         below = path[path.index(found) + 1 :] if found in path[:-1] else path
         kind = below[0] if number < 0 else number
-        yield found, Entry(kind, below, container, name, offset, size)
+        yield found, _Entry(kind, below, container, name, offset, size)

@@ -21,7 +21,7 @@ MEMORY = 4 * 2**30  # largest number of bytes that `auto` keeps in memory
 Parts = tuple[Images, Images, Images] | tuple[EncodedImages, EncodedImages, EncodedImages]
 
 
-class MemoryStorageError(DataError):
+class _MemoryStorageError(DataError):
     """The images cannot be stored in one array in memory."""
 
 
@@ -35,14 +35,27 @@ def load_image_folder(config: DataConfig, seed: int) -> Dataset:
     Raises:
         DataError: the layout is not supported, an image cannot be decoded, or images of several
             sizes should be kept in memory without scaling.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png"):
+        ...     (root / name).parent.mkdir(parents=True)
+        ...     Image.new("RGB", (10, 8)).save(root / name)
+        >>> options = {"validation": 0.0, "resolution": 8, "storage": "stream"}
+        >>> data = load_image_folder(DataConfig("imagefolder", path=str(root), **options), seed=0)
+        >>> len(data.train), data.classes, data.example().shape
+        (2, 2, torch.Size([1, 3, 8, 8]))
     """
     train, test, classes = find_images(config.path)
     kept, held_out = split(len(train), config.validation, seed)
     try:
         if config.storage == "stream":
-            raise MemoryStorageError
+            raise _MemoryStorageError
         parts: Parts = _in_memory(config, train, kept, held_out, test)
-    except MemoryStorageError:
+    except _MemoryStorageError:
         if config.storage == "memory":
             raise
         parts = _streamed(config, train.take(kept), train.take(held_out), test)
@@ -76,7 +89,7 @@ def _in_memory(
     resolution = config.resolution
     if resolution is None:
         if height != width:
-            raise MemoryStorageError(
+            raise _MemoryStorageError(
                 f"{printable(train.path(0))}: {width}x{height} pixels are not square. Set "
                 "data.resolution."
             )
@@ -87,7 +100,7 @@ def _in_memory(
         height = width = resolution
     needed = (len(train) * height * width + len(test) * resolution**2) * channels
     if config.storage == "auto" and needed > MEMORY:
-        raise MemoryStorageError
+        raise _MemoryStorageError
     center = _center(config, resolution)
     every = Images(_kept("train", train, ready), torch.from_numpy(train.labels), train)
     # Validation images are decoded again: evaluation prepares them in another way.
@@ -120,7 +133,7 @@ def _decode(files: ImageFiles, ready: Center | None) -> np.ndarray:
         image = files.decode(i) if ready is None else files.prepare(i, ready)
         if image.shape != shape:
             sizes = [f"{width}x{height}" for height, width, _ in (image.shape, shape)]
-            raise MemoryStorageError(
+            raise _MemoryStorageError(
                 f"{printable(files.path(i))} has {sizes[0]} pixels, but "
                 f"{printable(files.path(0))} has {sizes[1]}. For images of several sizes set "
                 "data.storage=stream, or data.crop=shift and data.resolution."

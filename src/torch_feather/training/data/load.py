@@ -18,7 +18,7 @@ from .imagefolder import load_image_folder
 
 
 @dataclass(frozen=True)
-class Source:
+class _Source:
     """A data set with fixed classes and normalization.
 
     Attributes:
@@ -36,9 +36,9 @@ class Source:
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 SOURCES = {
-    "digits": Source(read_digits, 10, (0.288,), (0.354,)),
-    "cifar10": Source(cifar("cifar10", "label", 10), 10, CIFAR_MEAN, (0.2470, 0.2435, 0.2616)),
-    "cifar100": Source(
+    "digits": _Source(read_digits, 10, (0.288,), (0.354,)),
+    "cifar10": _Source(cifar("cifar10", "label", 10), 10, CIFAR_MEAN, (0.2470, 0.2435, 0.2616)),
+    "cifar100": _Source(
         cifar("cifar100", "fine_label", 100), 100, CIFAR_MEAN, (0.2023, 0.1994, 0.2010)
     ),
 }

@@ -56,6 +56,14 @@ def eval_loader(
         config: the configuration of the run.
         device: the device to evaluate on.
         ranks: the processes that evaluate together; the loader yields this rank's part.
+
+    Example:
+        >>> from ..config import DataConfig
+        >>> from .load import load_dataset
+        >>> data = load_dataset(DataConfig("digits"), seed=0)
+        >>> loader = eval_loader(data, data.test, Config(), torch.device("cpu"))
+        >>> sum(len(y) for _, y in loader)
+        359
     """
     options: dict[str, Any] = {"channels_last": config.system.channels_last, "ranks": ranks}
     if isinstance(images, Images):
@@ -64,7 +72,15 @@ def eval_loader(
 
 
 def workers(system: SystemConfig) -> int:
-    """Return the number of decoding processes: by default 1 per core of this process, at most 8."""
+    """Return the number of decoding processes: by default 1 per core of this process, at most 8.
+
+    Args:
+        system: its `workers` is returned if it is not None.
+
+    Example:
+        >>> workers(SystemConfig(workers=3)), 1 <= workers(SystemConfig()) <= 8
+        (3, True)
+    """
     if system.workers is not None:
         return system.workers
     affinity = getattr(os, "sched_getaffinity", None)  # Linux assigns cores to processes

@@ -20,7 +20,17 @@ from .epochs import Epochs, InOrder
 
 
 class TrainLoader(Epochs):
-    """Shuffled training batches with random crops and mirroring; arguments as for `Epochs`."""
+    """Shuffled training batches with random crops and mirroring; arguments as for `Epochs`.
+
+    Example:
+        >>> images = Images(torch.zeros(5, 8, 8, 1, dtype=torch.uint8), torch.arange(5))
+        >>> data = Dataset("black", images, images, images, 5, (0.5,), (0.5,))
+        >>> loader = TrainLoader(data, DataConfig(), 2, 0, torch.device("cpu"))
+        >>> [batch.x.shape[0] for batch in loader]
+        [2, 2, 1]
+        >>> sorted(label for batch in loader for label in batch.y.tolist())
+        [0, 1, 2, 3, 4]
+    """
 
     def __init__(
         self,
@@ -81,7 +91,15 @@ class TrainLoader(Epochs):
 
 
 class EvalLoader(InOrder):
-    """Evaluation batches; arguments as for `InOrder`."""
+    """Evaluation batches; arguments as for `InOrder`.
+
+    Example:
+        >>> images = Images(torch.zeros(5, 8, 8, 1, dtype=torch.uint8), torch.arange(5))
+        >>> data = Dataset("black", images, images, images, 5, (0.5,), (0.5,))
+        >>> loader = EvalLoader(data, images, torch.device("cpu"), batch_size=3)
+        >>> [y.tolist() for _, y in loader]
+        [[0, 1, 2], [3, 4]]
+    """
 
     def __init__(
         self,

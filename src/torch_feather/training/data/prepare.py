@@ -56,6 +56,14 @@ class Augment:
     Attributes:
         config: the kind of crop.
         resolution: height and width of the result.
+
+    Example:
+        >>> augment = Augment(DataConfig(crop="resized"), resolution=6)
+        >>> pixels = torch.arange(768).reshape(16, 16, 3).to(torch.uint8)
+        >>> augment(pixels, seed=0).shape
+        torch.Size([6, 6, 3])
+        >>> torch.equal(augment(pixels, seed=0), augment(pixels, seed=0))
+        True
     """
 
     config: DataConfig

@@ -28,6 +28,22 @@ class StreamTrainLoader(Epochs):
     """Shuffled training batches with random crops and mirroring.
 
     Arguments are as for `Epochs`; `workers` is the number of decoding processes.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from .files import ImageFiles
+        >>> from .prepare import Augment
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (10, 8)).save(folder / "a.png")
+        >>> names, spans = np.array([b"a.png"] * 3), np.zeros((3, 3), int)
+        >>> files = ImageFiles((folder,), names, spans, np.arange(3))
+        >>> images = EncodedImages(files, Augment(DataConfig(), 8), resolution=8)
+        >>> data = Dataset("black", images, images, images, 3, (0.5,) * 3, (0.5,) * 3)
+        >>> loader = StreamTrainLoader(data, DataConfig(), 2, 0, torch.device("cpu"))
+        >>> [batch.x.shape for batch in loader]
+        [torch.Size([2, 3, 8, 8]), torch.Size([1, 3, 8, 8])]
     """
 
     def __init__(
@@ -42,7 +58,7 @@ class StreamTrainLoader(Epochs):
     ) -> None:
         assert isinstance(data.train, EncodedImages)
         super().__init__(data, config, batch_size, seed, device, **options)
-        self.decoder = Decoder(data.train, workers, device, keep_workers=True)
+        self.decoder = _Decoder(data.train, workers, device, keep_workers=True)
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         order = torch.randperm(self.count, generator=self.generator)
@@ -62,6 +78,22 @@ class StreamEvalLoader(InOrder):
     """Evaluation batches.
 
     Arguments are as for `InOrder`; `workers` is the number of decoding processes.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from .files import ImageFiles
+        >>> from .prepare import Center
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (10, 8)).save(folder / "a.png")
+        >>> names, spans = np.array([b"a.png"] * 3), np.zeros((3, 3), int)
+        >>> files = ImageFiles((folder,), names, spans, np.arange(3))
+        >>> images = EncodedImages(files, Center(8, 8), resolution=8)
+        >>> data = Dataset("black", images, images, images, 3, (0.5,) * 3, (0.5,) * 3)
+        >>> loader = StreamEvalLoader(data, images, torch.device("cpu"), batch_size=2)
+        >>> [y.tolist() for _, y in loader]
+        [[0, 1], [2]]
     """
 
     def __init__(
@@ -74,14 +106,14 @@ class StreamEvalLoader(InOrder):
         **options: Any,
     ) -> None:
         super().__init__(data, images, device, batch_size, **options)
-        self.decoder = Decoder(images, workers, device, keep_workers=False)
+        self.decoder = _Decoder(images, workers, device, keep_workers=False)
 
     def _load(self) -> Iterator[Tensor]:
         indices = [np.arange(part.start, part.stop) for part in self.parts]
         return self.decoder([(index, np.zeros_like(index)) for index in indices])
 
 
-class Decoder:
+class _Decoder:
     """Decodes batches ahead of their use, in the order in which they are requested.
 
     Args:
