@@ -18,6 +18,12 @@ PAGES = {
     str(page.relative_to(ROOT)): page
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+WITH_TESTS = [
+    page
+    for folder in (".", "benchmarks", "docs", "results")
+    for page in sorted((ROOT / folder).glob("*.md" if folder == "." else "**/*.md"))
+]
 SRC = ROOT / "src" / "torch_feather"
 DESIGN = ROOT / "docs" / "design.md"
 FAQ, COMPATIBILITY = ROOT / "docs" / "faq.md", ROOT / "docs" / "compatibility.md"
@@ -60,9 +66,7 @@ def names_of_tests(file: Path) -> list[str]:
 
 def test_every_answer_can_be_run():
     """By its snippet, or by a test that it names."""
-    all_tests = {
-        name for file in (ROOT / "tests").rglob("test_*.py") for name in names_of_tests(file)
-    }
+    all_tests = {name for file in TESTS for name in names_of_tests(file)}
     _, *answers = re.split(r"^## ", FAQ.read_text(), flags=re.MULTILINE)
     for answer in answers:
         named = set(re.findall(r"`(test_\w+)`", answer))
@@ -71,13 +75,27 @@ def test_every_answer_can_be_run():
 
 
 def test_every_line_of_what_it_works_with_leads_to_its_tests():
-    rows = [line for line in COMPATIBILITY.read_text().splitlines() if line.startswith("| ")][1:]
-    assert rows
+    lines = [line for line in COMPATIBILITY.read_text().splitlines() if line.startswith("| ")]
+    rows = [line for line in lines if line != "| With | Status | Notes | Tests |"]
+    assert len(rows) > 40
     for row in rows:
         found = re.findall(r'\]\((\S+) "([\w ]+)"\)', row.split("|")[-2])
         assert found, row
         for file, tests in found:
             assert set(tests.split()) <= set(names_of_tests(COMPATIBILITY.parent / file)), tests
+
+
+@pytest.mark.parametrize("page", [page.relative_to(ROOT) for page in WITH_TESTS], ids=str)
+def test_the_tests_that_a_page_names_exist(page):
+    """As `test_name`, `tests/file.py` or `tests/file.py::test_name`."""
+    text = (ROOT / page).read_text()
+    files = set(re.findall(r"\btests/[\w/]+\.py\b", text))
+    assert {file for file in files if not (ROOT / file).exists()} == set()
+    in_files = re.findall(r"\b(tests/[\w/]+\.py)::(test_\w+)", text)
+    assert [(f, name) for f, name in in_files if name not in names_of_tests(ROOT / f)] == []
+    all_tests = {name for file in TESTS for name in names_of_tests(file)}
+    metrics = {"test_acc", "test_accuracy", "test_loss"}  # not tests
+    assert set(re.findall(r"`(test_\w+)`", text)) - metrics - all_tests == set()
 
 
 def headings(page: Path) -> set[str]:
