@@ -184,21 +184,22 @@ class Training:
         self._passes = None
 
     @torch.no_grad()
-    def complete_gradients(self, stepping: Optimizer | None = None) -> None:
+    def complete_gradients(self, stepping: Optimizer | None = None) -> bool:
         """Take assigned gradients back to the latent weights, and complete new gradients; once.
 
         Args:
             stepping: the optimizer that steps next; None outside of a step.
+
+        Returns:
+            Whether external writes were absorbed. Nothing writes parameters after that.
         """
         completes = self.method.facts.completes
         if completes:
             self.follow_parameters()  # gradients may belong to parameters that were replaced
         if self._passes is None:  # otherwise each pass converts its own
             self._convert_assigned(None if completes else stepping)
-        if not completes:
-            return
-        if not self.pending.are_due(self.binding.parameters):
-            return
+        if not completes or not self.pending.are_due(self.binding.parameters):
+            return False
         scale = None
         if stepping is not None:
             numbers = {weight.optimizer for weight in self.binding.weights}
@@ -218,6 +219,7 @@ class Training:
             own = dict(completion.own)
         set_own_gradients(self.method, own)
         self.pending.complete()
+        return True
 
     def _convert_assigned(self, stepping: Optimizer | None = None) -> None:
         """Turn gradients that no hook saw into dL/dw, those of one optimizer or all."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..selection.cpu import Collected
 from .shards import local, shards_of
 
@@ -87,7 +88,8 @@ class LatentWeights:
         shards: layout of the shards; None if all weights are local.
         wide: type of magnitudes and thresholds: float64 if a parameter is, else float32.
         device: device of the weights.
-        collected: what the next selection from all weights needs, if a copy has collected it.
+        collected: what the next selection from a range of local weights needs, by the range, if a
+            copy has collected it.
 
     Example:
         >>> weights = LatentWeights([torch.tensor([[1.0, -2.0]]), torch.tensor([3.0])])
@@ -112,7 +114,7 @@ class LatentWeights:
         self.spans: list[tuple[int, int]] = [(0, 0)] * len(parameters)
         self.local_spans: list[tuple[int, int]] = [(0, 0)] * len(parameters)
         self.parts: list[Part] = []
-        self.collected: Collected | None = None
+        self.collected: dict[tuple[int, int], Collected] = {}
         self._constants: dict[Hashable, Any] = {}
         start = first = 0
         for dtype in dict.fromkeys(p.dtype for p in parameters):
@@ -249,14 +251,14 @@ class LatentWeights:
             "local_spans": [local_spans[i] for i in members],
             "wide": self.wide,
             "device": self.device,
-            "collected": None,
+            "collected": {},
             "_constants": {},
         }
 
     def like(self, values: Sequence[Tensor]) -> LatentWeights:
         """Return latent weights in the same layout, with the flat `values` in place of `flats`."""
         other = object.__new__(LatentWeights)
-        other.__dict__.update(self.__dict__, views=list(self.views), parts=[], collected=None)
+        other.__dict__.update(self.__dict__, views=list(self.views), parts=[], collected={})
         for part, flat in zip(self.parts, values, strict=True):
             other.parts.append(Part(flat, part.start, []))
         for i, (start, _) in enumerate(self.local_spans):
@@ -264,6 +266,36 @@ class LatentWeights:
             other.views[i] = part.flat.as_strided(view.shape, view.stride(), start - part.start)
             part.views.append(other.views[i])
         return other
+
+
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield tensors block by block in the order of memory, so that results stay in the cache.
+
+    On a CPU, operations on large tensors allocate memory for each result. On blocks, an allocator
+    reuses it. Small tensors, tensors of several layouts and those on other devices are one block.
+
+    Args:
+        tensors: tensors of one shape; the first is dense in memory.
+
+    Example:
+        >>> w = torch.ones(3, BLOCK)
+        >>> [block.numel() == BLOCK for block, _ in blocks(w, 2 * w)]
+        [True, True, True]
+    """
+    first = tensors[0]
+    if devices.synchronizes(first.device) or first.numel() <= BLOCK:
+        yield tensors
+        return
+    order = _strides(first)
+    if any(t.shape != first.shape or _strides(t) != order for t in tensors):
+        yield tensors
+        return
+    yield from zip(*(t.as_strided((t.numel(),), (1,)).split(BLOCK) for t in tensors), strict=True)
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Return the strides of the dimensions with more than one index."""
+    return [step for step, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
