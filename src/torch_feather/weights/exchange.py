@@ -119,9 +119,7 @@ def _known_brackets(weights: LatentWeights) -> dict[Span, Bracket]:
     return known
 
 
-def _overlaps(
-    weights: LatentWeights, spans: tuple[Span, ...]
-) -> list[tuple[Group, list[Overlap]]]:
+def _overlaps(weights: LatentWeights, spans: tuple[Span, ...]) -> list[tuple[Group, list[Overlap]]]:
     """Return the groups, and for each of them which part of it lies in which range."""
 
     def make(weights: LatentWeights) -> list[tuple[Group, list[Overlap]]]:
