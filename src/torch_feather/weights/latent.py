@@ -293,6 +293,17 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(t.as_strided((t.numel(),), (1,)).split(BLOCK) for t in tensors), strict=True)
 
 
+def sum_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Return the sum of a function of each of the `blocks`.
+
+    Example:
+        >>> sum_blocks(lambda w: w.square().sum(), torch.ones(2, BLOCK))
+        tensor(131072.)
+    """
+    sums = [function(*block) for block in blocks(*tensors)]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
 def _strides(tensor: Tensor) -> list[int]:
     """Return the strides of the dimensions with more than one index."""
     return [step for step, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]

@@ -13,7 +13,7 @@ from ...errors import ConfigurationError
 from ...gradient_rules import StraightThrough
 from ...operators import Hard
 from ...schedules import Constant
-from ...weights.latent import LatentWeights, blocks
+from ...weights.latent import LatentWeights, sum_blocks
 from ..own_parameters import Momentum
 from .base import LearnedMethod, Present
 
@@ -130,5 +130,4 @@ def standard_deviations(weights: LatentWeights) -> Tensor:
 
 def _square_distance(w: Tensor, mean: Tensor) -> Tensor:
     """Return the sum of (w - mean)^2 in the type of the mean, 0-dimensional."""
-    sums = [(block.to(mean.dtype) - mean).square_().sum() for (block,) in blocks(w)]
-    return torch.stack(sums).sum()
+    return sum_blocks(lambda block: (block.to(mean.dtype) - mean).square_().sum(), w)

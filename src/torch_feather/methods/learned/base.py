@@ -24,7 +24,7 @@ from ...operators import Operator
 from ...prunable import convolutions
 from ...schedules import Schedule
 from ...selection import Cutoff
-from ...weights.latent import LatentWeights, PerTensor, blocks
+from ...weights.latent import LatentWeights, PerTensor, sum_blocks
 from ...weights.passes import count_pruned
 from ...weights.segments import Segment
 from ...weights.selecting import select_weights
@@ -316,11 +316,12 @@ class LearnedThresholds(Thresholded):
     ) -> Tensor:
         """Return the sum of dL/dw (u - w) over tensor i, 0-dimensional."""
         tau = self.threshold(weights, pruning, i)
-        sums = []
-        for w_block, u_block, gradient in blocks(w, u, g):
-            change = self._unrounded(w_block, u_block, tau, weights.wide) - w_block
-            sums.append(change.mul_(gradient).sum(dtype=weights.wide))
-        return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+        def of_block(w: Tensor, u: Tensor, gradient: Tensor) -> Tensor:
+            change = self._unrounded(w, u, tau, weights.wide) - w
+            return change.mul_(gradient).sum(dtype=weights.wide)
+
+        return sum_blocks(of_block, w, u, g)
 
     def _unrounded(self, w: Tensor, u: Tensor, tau: Tensor, wide: torch.dtype) -> Tensor:
         """Return u before it was rounded to its type.
