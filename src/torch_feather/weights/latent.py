@@ -39,6 +39,13 @@ class PerTensor(NamedTuple):
         """Whether there is a number for each weight, rather than one per weight tensor."""
         return any(row.dim() > 0 for row in self.rows)
 
+    def clone(self) -> PerTensor:
+        """Return a copy in new memory."""
+        flat = self.flat.clone()
+        start = self.flat.storage_offset()
+        rows = [flat.as_strided(r.shape, r.stride(), r.storage_offset() - start) for r in self.rows]
+        return PerTensor(flat, rows)
+
     @classmethod
     def of(cls, flat: Tensor) -> PerTensor:
         """Return one number per weight tensor, given as a tensor of shape (tensors,)."""
@@ -197,10 +204,17 @@ class LatentWeights:
         """
         return means if self.shards is None else self.shards.row_means(i, means)
 
-    def per_weight(self, value: float, dtype: torch.dtype | None = None) -> PerTensor:
-        """Return `value` for each local weight, in type `wide` and the layout of the weights."""
+    def per_weight(self, value: float | None, dtype: torch.dtype | None = None) -> PerTensor:
+        """Return `value` for each local weight, in type `wide` and the layout of the weights.
+
+        Args:
+            value: the number; None to leave the memory uninitialized.
+            dtype: another type.
+        """
         size = sum(flat.numel() for flat in self.flats)
-        flat = torch.full((size,), value, dtype=dtype or self.wide, device=self.device)
+        flat = torch.empty(size, dtype=dtype or self.wide, device=self.device)
+        if value is not None:
+            flat.fill_(value)
         spans = zip(self.views, self.local_spans, strict=True)
         return PerTensor(flat, [flat.as_strided(w.shape, w.stride(), a) for w, (a, _) in spans])
 
