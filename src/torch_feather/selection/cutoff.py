@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .. import devices
 
 
 class Cutoff(NamedTuple):
@@ -37,6 +40,12 @@ class Cutoff(NamedTuple):
             scores: some of the scores, any shape.
             offset: flat index of the first of them.
         """
+        if not devices.synchronizes(scores.device):
+            values, bound = scores.numpy(), self.value.to(scores.dtype).numpy()
+            if self.last >= offset + scores.numel() - 1:
+                return torch.as_tensor(np.less_equal(values, bound))
+            if self.last < offset:
+                return torch.as_tensor(np.less(values, bound))
         index = torch.arange(offset, offset + scores.numel(), device=scores.device)
         tied = (scores == self.value) & (index.view_as(scores) <= self.last)
         return (scores < self.value) | tied
