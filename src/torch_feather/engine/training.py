@@ -295,6 +295,20 @@ class Training:
         return bool(suspects)
 
     @torch.no_grad()
+    def is_unmodified(self) -> bool:
+        """Return whether it is known that the parameters hold the effective weights.
+
+        On shards, and on accelerators without a comparison of all weights, it is not.
+        """
+        if self.in_backward.is_open or self.weights.shards is not None:
+            return False
+        current = self.binding.current()
+        pairs = zip(self.binding.parameters, current, strict=True)
+        if any(old is not new for old, new in pairs) or list(map(layout, current)) != self._layout:
+            return False
+        return not self.written.suspects(self.weights, self.binding.local)
+
+    @torch.no_grad()
     def follow_parameters(self) -> None:
         """Follow parameters that were replaced, moved or cast since the last check.
 

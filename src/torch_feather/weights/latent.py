@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import devices
 from ..selection.cpu import Collected
+from .counts import count_zeros
 from .shards import local, shards_of
 
 # Weights per block on a CPU: a block stays in the L2 cache.
@@ -223,7 +224,7 @@ class LatentWeights:
 
         A tensor that is all zero was not pruned: it was initialized to 0 and is still to learn.
         """
-        zeros = self.total(torch.stack([(view == 0).sum() for view in self.views]))
+        zeros = self.total(torch.stack([count_zeros(view) for view in self.views]))
         return zeros.masked_fill(zeros == self.sizes, 0)
 
     def part_of(self, i: int) -> Part:

@@ -69,8 +69,8 @@ def _on_cpu(seed: int, position: int, count: int, dtype: torch.dtype) -> np.ndar
             z *= np.uint64(factor % 2**64)
         z >>= np.uint64(41)
         np.copyto(part, z.view(np.int64), casting="unsafe")
-        part += 0.5
-        part *= 2.0**-23
+        np.add(part, 0.5, out=part)
+        np.multiply(part, 2.0**-23, out=part)
     return out
 
 
