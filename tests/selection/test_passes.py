@@ -277,6 +277,46 @@ def test_a_step_allocates_no_memory_of_the_size_of_the_weights(form, method):
     assert largest < 0.1 * size
 
 
+def peak_memory(call):
+    """Return the most memory that a call holds at once, in bytes; its result counts."""
+    tracemalloc.start()  # memory of NumPy
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        result = call()
+    numpy_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    del result
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most + numpy_peak
+
+
+@pytest.mark.parametrize(
+    ("call", "copies"), [("state_dict", 1), ("masks", 0.25), ("report", 0), ("finalize", 0)]
+)
+def test_calls_between_steps_hold_few_copies(call, copies):
+    model = torch.nn.Sequential(*(torch.nn.Linear(600, 600, bias=False) for _ in range(10)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sparsifier = feather.sparsify(model, optimizer, sparsity=0.9, total_steps=1)
+    optimizer.step()
+    assert peak_memory(getattr(sparsifier, call)) < (copies + 0.25) * 4 * 10 * 600**2
+
+
+def test_finalize_of_a_modified_model_holds_two_copies():
+    model = torch.nn.Sequential(*(torch.nn.Linear(600, 600, bias=False) for _ in range(10)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sparsifier = feather.sparsify(model, optimizer, sparsity=0.9, total_steps=1)
+    optimizer.step()
+    best = {name: 2 * value for name, value in model.state_dict().items()}
+    model.load_state_dict(best)
+    assert peak_memory(sparsifier.finalize) < 2.25 * 4 * 10 * 600**2
+    assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("k", [0, 1, 5_000, 120_000])
 @pytest.mark.parametrize("ties", [False, True])
 def test_masks_are_those_of_the_cutoff(k, ties):
