@@ -292,7 +292,7 @@ class Sparsifier:
                 "as it is: finalize(force=True)." + (f" {counts}{COUNTED}" if counts else "")
             )
         training = self._training
-        kept = settle(training, self.step.sync)
+        kept, pruned_again = settle(training, self.step.sync)
         state = training.weights, training.pruning
         pruned, summary = count_pruned_by(training.method, *state), training.method.summary(*state)
         learned = pruned if summary.learned_counts is None else summary.learned_counts
@@ -304,7 +304,7 @@ class Sparsifier:
             training.binding.local,
             training.method,
             training.pruning,
-            latent=not kept,
+            latent=pruned_again,
         )
         self.step.warn_of_averages()
         if self._reached and training.method.facts.exact and not force:

@@ -43,3 +43,9 @@ def test_counts(way, dtype, layout):
         assert found.shape == ()
         assert found == expected.sum()
     assert count_true(w > 0) == (w > 0).sum()
+
+
+def test_a_count_leaves_the_storage_resizable():
+    w = torch.ones(10)
+    assert count_zeros(w) == 0
+    w.untyped_storage().resize_(0)  # as fully_shard frees a gathered parameter

@@ -16,7 +16,7 @@ from .health import count_pruned_by
 from .training import Training
 
 
-def settle(training: Training, sync: Callable[[], None]) -> bool:
+def settle(training: Training, sync: Callable[[], None]) -> tuple[bool, bool]:
     """Give the parameters the values that the model keeps.
 
     Args:
@@ -24,7 +24,7 @@ def settle(training: Training, sync: Callable[[], None]) -> bool:
         sync: lets latent and effective weights follow external writes.
 
     Returns:
-        Whether other code wrote these values.
+        Whether other code wrote these values; whether modified weights were pruned again.
 
     Example:
         >>> from torch import nn
@@ -33,10 +33,10 @@ def settle(training: Training, sync: Callable[[], None]) -> bool:
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> step = sparsify(model, optimizer, sparsity=0.9, total_steps=8).step
         >>> settle(step.training, step.sync)
-        False
+        (False, False)
     """
     if training.is_unmodified():
-        return False
+        return False, False
     # Read before `sync`, which rewrites parameters that were moved or cast.
     written = [local(p).detach().clone() for p in training.binding.current()]
     sync()
@@ -45,7 +45,7 @@ def settle(training: Training, sync: Callable[[], None]) -> bool:
     values = final_values(*state, training.count, written, effective)
     if values is written:
         training.write(values)
-    return values is written
+    return values is written, values is effective
 
 
 def final_values(

@@ -40,8 +40,9 @@ class Cutoff(NamedTuple):
             scores: some of the scores, any shape.
             offset: flat index of the first of them.
         """
-        if not devices.synchronizes(scores.device):
-            values, bound = scores.numpy(), self.value.to(scores.dtype).numpy()
+        known = scores.dtype in (torch.float32, torch.float64)
+        if known and not devices.synchronizes(scores.device):  # NumPy compares faster
+            values, bound = scores.detach().numpy(), self.value.to(scores.dtype).numpy()
             if self.last >= offset + scores.numel() - 1:
                 return torch.as_tensor(np.less_equal(values, bound))
             if self.last < offset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..threads import for_each
 
 BLOCK = 1 << 16
 """Values at a time on a CPU."""
-KNOWN = (torch.float32, torch.float64, torch.bool)
+KNOWN = {torch.float32: np.float32, torch.float64: np.float64, torch.bool: np.bool_}
 """Types that NumPy compares fast."""
 
 
@@ -70,15 +71,28 @@ def _count(
         of_tensor: returns their number in a tensor of any type.
     """
     tensor = tensor.detach()
-    if tensor.dtype not in KNOWN or devices.synchronizes(tensor.device):
+    known = tensor.dtype in KNOWN and tensor.layout == torch.strided and type(tensor) is Tensor
+    if not known or devices.synchronizes(tensor.device):
         return of_tensor(tensor)
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     ordered = tensor.permute(order)
     if not ordered.is_contiguous():
         return of_tensor(tensor)
-    flat = ordered.view(-1).numpy()
+    flat = _memory(ordered)
     counts = for_each(
         lambda a: int(np.count_nonzero(of_array(flat[a : a + BLOCK]))),
         range(0, flat.size, BLOCK),
     )
     return torch.tensor(sum(counts))
+
+
+def _memory(tensor: Tensor) -> np.ndarray:
+    """Return the memory of a contiguous tensor as a flat array, valid as long as the tensor.
+
+    `Tensor.numpy` would make the storage of the tensor fixed in size, and `fully_shard` could no
+    longer free a gathered parameter.
+    """
+    if tensor.numel() == 0:
+        return np.empty(0, KNOWN[tensor.dtype])
+    memory = (ctypes.c_byte * tensor.nbytes).from_address(tensor.data_ptr())
+    return np.frombuffer(memory, KNOWN[tensor.dtype])

@@ -298,7 +298,8 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         [True, True, True]
     """
     first = tensors[0]
-    if devices.synchronizes(first.device) or first.numel() <= BLOCK:
+    strided = all(t.layout == torch.strided for t in tensors)
+    if devices.synchronizes(first.device) or first.numel() <= BLOCK or not strided:
         yield tensors
         return
     order = _strides(first)

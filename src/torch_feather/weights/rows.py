@@ -14,7 +14,7 @@ from ..selection.cpu import INTEGER, magnitude_bits
 from ..threads import for_each, scratch
 from .latent import BLOCK, LatentWeights
 from .scores import as_array
-from .segments import Segment
+from .segments import Segment, segment_of
 from .spans import flat_of, spans
 
 NO_FACTORS: Mapping[int, Tensor] = MappingProxyType({})
@@ -60,7 +60,7 @@ def row_sums(weights: LatentWeights, segments: Sequence[Segment], i: int) -> Ten
     )
     limits = [
         (span.piece.start - first, span.piece.values.numel(), span.limit, span.piece.scale)
-        for span in spans(weights, segments)
+        for span in spans(weights, [segment_of(weights, segments, i)])
         if span.piece.start < end and span.piece.start + span.piece.values.numel() > first
     ]
     out = np.empty((rows, 2), number)

@@ -319,7 +319,7 @@ class LearnedThresholds(Thresholded):
 
         def of_block(w: Tensor, u: Tensor, gradient: Tensor) -> Tensor:
             change = self._unrounded(w, u, tau, weights.wide) - w
-            return change.mul_(gradient).sum(dtype=weights.wide)
+            return (change * gradient).sum(dtype=weights.wide)
 
         return sum_blocks(of_block, w, u, g)
 
