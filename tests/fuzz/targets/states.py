@@ -93,7 +93,7 @@ class States(Target):
             self.saved[method, optimizer] = _train(method, optimizer)
         state = copy.deepcopy(self.saved[method, optimizer][door])
         for edit in given["edits"]:
-            _apply(state, edit)
+            apply_edit(state, edit)
         return _load(method, optimizer, door, state)
 
 
@@ -218,7 +218,7 @@ def _fails_without(optimizer: int, door: str, state: Any, step: bool = False) ->
     return False
 
 
-def _apply(state: Any, edit: Any) -> None:
+def apply_edit(state: Any, edit: Any) -> None:
     """Apply one edit. One that does not fit changes nothing."""
     try:
         change, path, value = edit
