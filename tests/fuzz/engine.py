@@ -15,7 +15,7 @@ from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 from .limits import ExceededError, Limits, release_memory
-from .targets import TARGETS
+from .targets import make_target
 from .targets.base import Target
 
 TURN = 2.0  # seconds until the next target
@@ -49,7 +49,7 @@ class Coverage:
         wanted = self.wanted.get(code)
         if wanted is None:
             wanted = any(part in code.co_filename for part in self.parts)
-            wanted = self.wanted[code] = wanted and "/tests/" not in code.co_filename
+            self.wanted[code] = wanted
         if not wanted:
             return None
         number, previous = id(code), 0
@@ -202,9 +202,11 @@ def work(names: list[str], folder: Path, seed: int, seconds: float) -> None:
         for name in names:
             inside = Path(scratch) / name
             inside.mkdir()
-            targets.append(TARGETS[name](inside))
+            targets.append(make_target(name, inside))
         limits = Limits()
-        fuzzers = [Fuzzer(target, folder, Random(f"{seed}"), limits) for target in targets]
+        fuzzers = [
+            Fuzzer(target, folder, Random(f"{seed} {target.name}"), limits) for target in targets
+        ]
         for fuzzer in fuzzers:
             with named(folder, fuzzer):
                 fuzzer.load()
@@ -244,5 +246,19 @@ def warnings_off() -> None:
     logging.disable(logging.CRITICAL)
 
 
-if __name__ == "__main__":
+def run_once(name: str, file: Path) -> None:
+    """Run the input in a file within the bounds; what it raises is raised."""
+    warnings_off()
+    with tempfile.TemporaryDirectory() as scratch:
+        target = make_target(name, Path(scratch))
+        for content in target.seeds()[:1]:
+            target.check(content)
+        error = attempt(target, file.read_bytes(), Limits())
+        if isinstance(error, BaseException):
+            raise error
+
+
+if __name__ == "__main__" and sys.argv[1] == "--once":
+    run_once(sys.argv[2], Path(sys.argv[3]))
+elif __name__ == "__main__":
     work(sys.argv[1].split(","), Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

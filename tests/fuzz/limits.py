@@ -25,7 +25,7 @@ class Limits:
 
     Args:
         seconds: of processor time in Python code. An input that does not return to Python ends the
-            process after ten times as long.
+            process after a minute of wall time for each.
         memory: peak of resident memory, in MiB above the level before the input.
         reserved: address space that may be requested in addition, in MiB; a larger request fails.
     """
@@ -53,7 +53,7 @@ class Limits:
         before = self._reset_peak()
         signal.setitimer(signal.ITIMER_VIRTUAL, self.seconds)
         # Without a handler, this signal ends the process, also in code that is not Python.
-        signal.setitimer(signal.ITIMER_REAL, 30 * self.seconds)
+        signal.setitimer(signal.ITIMER_REAL, 60 * self.seconds)
         start = time.process_time()
         try:
             yield

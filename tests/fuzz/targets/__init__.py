@@ -1,15 +1,31 @@
 """The targets by name."""
 
-from .archives import Archives
-from .base import Target
-from .images import Images
-from .parquet import Parquet
-from .run_directories import RunDirectories
-from .settings import Settings
-from .sparse_files import SparseFiles
-from .states import States
+import importlib
+from pathlib import Path
 
-TARGETS: dict[str, type[Target]] = {
-    target.name: target
-    for target in (SparseFiles, Settings, RunDirectories, Archives, Parquet, Images, States)
+from .base import Target
+
+TARGETS = {
+    "sparse": "sparse_files:SparseFiles",
+    "settings": "settings:Settings",
+    "runs": "run_directories:RunDirectories",
+    "archives": "archives:Archives",
+    "parquet": "parquet:Parquet",
+    "images": "images:Images",
+    "states": "states:States",
 }
+# For the tests of the fuzzing itself.
+OWN = {"broken": "broken:Broken", "silent": "broken:Silent"}
+
+
+def make_target(name: str, folder: Path) -> Target:
+    """Return a target.
+
+    Args:
+        name: a name of `TARGETS` or `OWN`.
+        folder: an empty folder for its files.
+    """
+    module, _, cls = (TARGETS | OWN)[name].partition(":")
+    target = getattr(importlib.import_module(f".{module}", __name__), cls)(folder)
+    target.name = name
+    return target

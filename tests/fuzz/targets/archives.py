@@ -28,8 +28,6 @@ KINDS = b"0\x0001234567xgLKSVDMN9A"
 
 
 class Archives(Target):
-    name = "archives"
-
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.cache = folder / "cache"

@@ -7,8 +7,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from torch_feather.errors import FeatherError
-
 from ..mutate import mutate_bytes
 
 LONGEST = 5000  # characters of a message
@@ -21,7 +19,7 @@ class Target:
         folder: an empty folder for files.
 
     Attributes:
-        name: name of the target, and of the folder of its findings.
+        name: name of the folder of its findings.
         traced: packages whose lines count as coverage.
     """
 
@@ -57,8 +55,17 @@ class Target:
         raise NotImplementedError
 
 
-def refused(door: Callable[[], Any], errors: type | tuple[type, ...] = FeatherError) -> bool:
-    """Return whether a door raised an error of the package, with a message that can be shown."""
+def refused(door: Callable[[], Any], errors: type | tuple[type, ...] | None = None) -> bool:
+    """Return whether a door raised an error of the package, with a message that can be shown.
+
+    Args:
+        door: reads the input.
+        errors: the errors that it documents; None for every error of the package.
+    """
+    if errors is None:
+        from torch_feather.errors import FeatherError
+
+        errors = FeatherError
     try:
         door()
     except errors as error:

@@ -35,7 +35,6 @@ PLAIN = {
 
 
 class Images(Target):
-    name = "images"
     traced = ("torch_feather", "PIL")
 
     def __init__(self, folder: Path) -> None:

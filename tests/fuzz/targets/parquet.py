@@ -18,8 +18,6 @@ from .base import Target, refused
 
 
 class Parquet(Target):
-    name = "parquet"
-
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         pyarrow.set_cpu_count(1)

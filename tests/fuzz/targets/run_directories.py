@@ -64,8 +64,6 @@ class _Tiny(nn.Module):
 
 
 class RunDirectories(Target):
-    name = "runs"
-
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         feather.models._MODELS["tiny"] = _Tiny

@@ -28,7 +28,6 @@ YAML_WORDS = (
 
 
 class Settings(Target):
-    name = "settings"
     traced = ("torch_feather", "yaml")
 
     def __init__(self, folder: Path) -> None:

@@ -38,8 +38,6 @@ class _Network(nn.Module):
 
 
 class SparseFiles(Target):
-    name = "sparse"
-
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.path = folder / "model.sparse.safetensors"

@@ -26,7 +26,7 @@ OPTIMIZERS = (
     lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     lambda p: torch.optim.Adam(p, lr=0.01),
 )
-DOORS = ("optimizer", "early", "sparsifier", "relaxed", "model")
+DOORS = ("optimizer", "early", "sparsifier", "relaxed", "average", "model")
 STEPS = 8
 TYPES = ("float32", "float16", "bfloat16", "float64", "uint8", "int64", "bool", "complex64")
 FILLS = (0, 1, -1, 255, 3, float("nan"), float("inf"), 1e30)
@@ -46,8 +46,6 @@ SPECIAL = (
 
 
 class States(Target):
-    name = "states"
-
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         torch.set_num_threads(1)
@@ -141,6 +139,7 @@ def _train(method: int, optimizer: int) -> dict[str, Any]:
             "early": state,
             "relaxed": state,
             "sparsifier": sparsifier.state_dict(),
+            "average": feather.LatentAverage(sparsifier).state_dict(),
             "model": model.state_dict(),
         }
     )
@@ -167,6 +166,11 @@ def _load(method: int, optimizer: int, door: str, state: Any) -> bool:
                 own.load_state_dict(state)
         elif door == "sparsifier":
             sparsifier.load_state_dict(state)
+        elif door == "average":
+            average = feather.LatentAverage(sparsifier)
+            average.load_state_dict(state)
+            average.update()
+            average.copy_to(copy.deepcopy(model))
         else:
             model.load_state_dict(state)
 
@@ -199,7 +203,7 @@ def _load(method: int, optimizer: int, door: str, state: Any) -> bool:
 
 def _fails_without(optimizer: int, door: str, state: Any, step: bool = False) -> bool:
     """Return whether loading and stepping fails without sparse training, too."""
-    if door == "sparsifier":
+    if door in ("sparsifier", "average"):
         return False
     model = _model()
     own = OPTIMIZERS[optimizer](model.parameters())
