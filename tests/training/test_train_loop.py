@@ -456,7 +456,9 @@ def test_costs_of_a_method_can_be_milliseconds_on_this_machine(tmp_path):
     options = {"options.costs": "milliseconds", "options.gamma": 0.3}
     results = train(tiny(epochs=1, method="feather-flops", **options), tmp_path / "run")
     assert results["report"]["zeros"] == round(0.95 * results["report"]["weights"])
-    with pytest.raises(ConfigurationError, match="costs must map weight names to numbers"):
+    with pytest.raises(
+        ConfigurationError, match=r"'costs' of .* must be None or a mapping, got 'hours'"
+    ):
         train(tiny(method="feather-flops", **{"options.costs": "hours"}), tmp_path / "other")
 
 
@@ -542,3 +544,24 @@ def test_a_cuda_graph_trains_the_same_network(tmp_path, also):
     again = train(config, tmp_path / "again", resume=True)
     assert again["report"]["zeros"] == captured["report"]["zeros"]
     assert again["test_accuracy"] == pytest.approx(captured["test_accuracy"], abs=0.03)
+
+
+def test_a_stop_during_an_evaluation_keeps_the_epoch(finished, tmp_path, monkeypatch):
+    """The checkpoint is that of the end of the epoch, and the run ends with the same bits."""
+    folder, evaluations = tmp_path / "run", itertools.count(1)
+    real = Task.evaluate
+
+    def evaluate_and_stop(self, images):
+        if next(evaluations) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, images)
+
+    monkeypatch.setattr(Task, "evaluate", evaluate_and_stop)
+    with pytest.raises(Interrupted, match="stopped in the evaluation after step"):
+        train(tiny(), folder)
+    monkeypatch.undo()
+    monkeypatch.setitem(feather.models._MODELS, "tiny", TinyNetwork)
+    saved = RunDirectory(folder).load()
+    assert (saved["epoch"], saved["images"] > 0) == (1, True)
+    train(tiny(), folder, resume=True)
+    assert results_of(folder) == results_of(finished[0])

@@ -18,7 +18,7 @@ from ..files import replace_file
 from .checkpoint import RunDirectory
 from .config import Config, to_dict, to_yaml
 from .data import load_dataset
-from .weights import read_weights
+from .weights import read_finished, read_weights
 
 FORMATS = {"sparse": hub.FILE, "safetensors": "model.safetensors", "onnx": "model.onnx"}
 
@@ -50,10 +50,11 @@ def export_run(
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(network="resnet8"))
         >>> run.save_model(models.create("resnet8", num_classes=10, in_channels=1))
-        >>> write_json(run.report_file, {"input_shape": [1, 8, 8], "classes": 10})
+        >>> write_json(run.report_file, example_results())
         >>> export_run(run, format="safetensors", out=run.path / "dense.safetensors").name
         'dense.safetensors'
     """
@@ -70,6 +71,7 @@ def export_run(
     elif format == "onnx":
         export_onnx(*load_network(run, data_path), path)
     elif path.resolve() != run.model_file.resolve():
+        read_weights(run.path)  # raises RunError if the file is damaged
         with open(run.model_file, "rb") as file:
             replace_file(path, lambda new: shutil.copyfileobj(file, new))
     return path
@@ -91,15 +93,16 @@ def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Mo
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(network="resnet8"))
         >>> run.save_model(models.create("resnet8", num_classes=10, in_channels=1))
-        >>> write_json(run.report_file, {"input_shape": [1, 8, 8], "classes": 10})
+        >>> write_json(run.report_file, example_results())
         >>> network, example = load_network(run)
         >>> network(example).shape
         torch.Size([1, 10])
     """
-    config, results = run.read_config(), run.read_report()
+    config, results = read_finished(run)
     if "input_shape" in results:
         shape, classes = results["input_shape"], results["classes"]
     else:
@@ -123,20 +126,21 @@ def run_metadata(run: RunDirectory) -> dict[str, Any]:
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(init="/home/me/runs/a"))
-        >>> write_json(run.report_file, {"data": "digits", "report": {"weights": 8, "zeros": 4}})
+        >>> write_json(run.report_file, example_results(network="resnet20", weights=8, zeros=4))
         >>> metadata = run_metadata(run)
         >>> metadata["data"], metadata["zeros"], metadata["config"]["init"]  # no local paths
         ('digits', 4, 'a')
     """
-    results = run.read_report()
+    config, results = read_finished(run)
     keys = ("network", "data", "classes", "input_shape", "method", "test_accuracy", "macs")
     metadata = {key: results[key] for key in keys if key in results}
     return metadata | {
         "weights": results["report"]["weights"],
         "zeros": results["report"]["zeros"],
-        "config": to_dict(_without_local_paths(run.read_config())),
+        "config": to_dict(_without_local_paths(config)),
     }
 
 
@@ -202,14 +206,13 @@ def push(run: RunDirectory, path: Path, repository: str) -> str:
         >>> import tempfile
         >>> from unittest import mock
         >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config())
         >>> model = nn.Linear(100, 100)
         >>> _ = nn.init.eye_(model.weight)
         >>> run.save_model(model)
-        >>> results = {"network": "resnet20", "data": "digits", "method": "feather"}
-        >>> results |= {"test_accuracy": 0.9, "macs": {"sparse": 100, "dense": 200}}
-        >>> write_json(run.report_file, results | {"report": {"weights": 200, "zeros": 100}})
+        >>> write_json(run.report_file, example_results(network="resnet20"))
         >>> def upload(folder, repository):  # instead of hub.upload
         ...     print(sorted(file.name for file in folder.iterdir()))
         ...     return f"hf://{repository}"
