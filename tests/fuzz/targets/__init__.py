@@ -13,6 +13,7 @@ TARGETS = {
     "parquet": "parquet:Parquet",
     "images": "images:Images",
     "states": "states:States",
+    "tuning": "tuning:Tuning",
 }
 # For the tests of the fuzzing itself.
 OWN = {"broken": "broken:Broken", "silent": "broken:Silent"}

@@ -61,11 +61,9 @@ class Settings(Target):
         text = content.decode("utf-8", "surrogateescape")
         doors = (
             lambda: self._read(lambda: load_config(self.path)),
-            lambda: self._read(lambda: resolve_config(file=self.path)),
-            lambda: self._read(lambda: resolve_config(overrides=parse_assignments([text]))),
-            lambda: self._read(
-                lambda: resolve_config(overrides=parse_assignments(text.split("\n")))
-            ),
+            lambda: resolve_config(file=self.path),
+            lambda: resolve_config(overrides=parse_assignments([text])),
+            lambda: resolve_config(overrides=parse_assignments(text.split("\n"))),
         )
         results = [refused(door, ConfigurationError) for door in doors]
         return not all(results)
