@@ -16,7 +16,7 @@ TARGETS = {
     "tuning": "tuning:Tuning",
 }
 # For the tests of the fuzzing itself.
-OWN = {"broken": "broken:Broken", "silent": "broken:Silent"}
+OWN = {"broken": "broken:Broken", "silent": "broken:Silent", "three": "broken:Three"}
 
 
 def make_target(name: str, folder: Path) -> Target:

@@ -46,7 +46,7 @@ class Archives(Target):
         odd = [("é" + name, content) for name, content in labeled]
         formats = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
         found = [_tar(members, f) for members in (labeled, long, odd) for f in formats]
-        folders = [(f"train/{i % 2}/{i}.png", _png(i)) for i in range(3)]
+        folders = [(f"train/{i}/./{i}.{s}", c) for i in range(3) for s, c in _pair(i)]
         return [*found, _tar(folders, tarfile.PAX_FORMAT)]
 
     def mutate(self, rng: Random, content: bytes, others: Sequence[bytes]) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 from .base import Target
 
@@ -13,10 +12,6 @@ class Broken(Target):
     """Fails at certain bytes, in every way that an input can fail."""
 
     traced = ("targets",)
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.kept: list[bytes] = []
 
     def seeds(self) -> list[bytes]:
         return [b"harmless"]
@@ -41,3 +36,19 @@ class Silent(Broken):
 
     def check(self, content: bytes) -> bool:
         return super().check(content.translate(None, b"EMRTK"))
+
+
+class Three(Broken):
+    """Fails at three bytes one after the other, which need three inputs that reach new lines."""
+
+    def check(self, content: bytes) -> bool:
+        at = content.find(b"a")
+        if at < 0:
+            return False
+        at = content.find(b"b", at)
+        if at < 0:
+            return False
+        at = content.find(b"c", at)
+        if at < 0:
+            return False
+        raise ValueError("found")

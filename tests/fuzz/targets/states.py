@@ -22,10 +22,10 @@ from ..mutate import VALUES, mutate_tree
 from .base import Target, refused
 
 METHODS = ("feather", "str", "gmp", "spartan", "probmask", "st3")
-OPTIMIZERS = (
-    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    lambda p: torch.optim.Adam(p, lr=0.01),
-)
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+}
 DOORS = ("optimizer", "early", "sparsifier", "relaxed", "average", "model")
 STEPS = 8
 TYPES = ("float32", "float16", "bfloat16", "float64", "uint8", "int64", "bool", "complex64")
@@ -49,14 +49,14 @@ class States(Target):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         torch.set_num_threads(1)
-        self.saved: dict[tuple[int, int], Any] = {}
+        self.saved: dict[tuple[str, str], Any] = {}
 
     def seeds(self) -> list[bytes]:
         inputs = [
             {"method": m, "optimizer": o, "door": d, "edits": []}
-            for m in range(len(METHODS))
-            for o in range(len(OPTIMIZERS))
-            for d in range(len(DOORS))
+            for m in METHODS
+            for o in OPTIMIZERS
+            for d in DOORS
         ]
         return [json.dumps(one).encode() for one in inputs]
 
@@ -77,7 +77,7 @@ class States(Target):
             value = rng.choice(SPECIAL if rng.random() < 0.7 else VALUES)
             edits.append([change, path, value])
         if rng.random() < 0.2:
-            given["door"] = rng.randrange(len(DOORS))
+            given["door"] = rng.choice(DOORS)
         return json.dumps({**given, "edits": edits}).encode()
 
     def check(self, content: bytes) -> bool:
@@ -85,8 +85,7 @@ class States(Target):
             given = _recipe(content)
         except ValueError:
             return False
-        method, optimizer = given["method"] % len(METHODS), given["optimizer"] % len(OPTIMIZERS)
-        door = DOORS[given["door"] % len(DOORS)]
+        method, optimizer, door = given["method"], given["optimizer"], given["door"]
         if (method, optimizer) not in self.saved:
             self.saved[method, optimizer] = _train(method, optimizer)
         state = copy.deepcopy(self.saved[method, optimizer][door])
@@ -98,11 +97,11 @@ class States(Target):
 def _recipe(content: bytes) -> dict[str, Any]:
     """Return the fields of an input; raises ValueError if it is none."""
     given = json.loads(content)
-    names = ("method", "optimizer", "door")
     if not isinstance(given, dict) or not isinstance(given.get("edits"), list):
         raise ValueError
-    if any(type(given.get(name)) is not int for name in names):
-        raise ValueError
+    for name, known in (("method", METHODS), ("optimizer", OPTIMIZERS), ("door", DOORS)):
+        if not isinstance(given.get(name), str) or given[name] not in known:
+            raise ValueError
     return given
 
 
@@ -111,9 +110,9 @@ def _model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
-def _sparsify(model: nn.Module, optimizer: torch.optim.Optimizer, method: int) -> Any:
+def _sparsify(model: nn.Module, optimizer: torch.optim.Optimizer, method: str) -> Any:
     return feather.sparsify(
-        model, optimizer, METHODS[method], sparsity=0.5, total_steps=STEPS, exclude=["2.weight"]
+        model, optimizer, method, sparsity=0.5, total_steps=STEPS, exclude=["2.weight"]
     )
 
 
@@ -125,7 +124,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: Any) -
     optimizer.zero_grad()
 
 
-def _train(method: int, optimizer: int) -> dict[str, Any]:
+def _train(method: str, optimizer: str) -> dict[str, Any]:
     """Return the states of a run after three steps, by door."""
     model = _model()
     own = OPTIMIZERS[optimizer](model.parameters())
@@ -145,7 +144,7 @@ def _train(method: int, optimizer: int) -> dict[str, Any]:
     )
 
 
-def _load(method: int, optimizer: int, door: str, state: Any) -> bool:
+def _load(method: str, optimizer: str, door: str, state: Any) -> bool:
     model = _model()
     own = OPTIMIZERS[optimizer](model.parameters())
     before = None
@@ -201,7 +200,7 @@ def _load(method: int, optimizer: int, door: str, state: Any) -> bool:
     return True
 
 
-def _fails_without(optimizer: int, door: str, state: Any, step: bool = False) -> bool:
+def _fails_without(optimizer: str, door: str, state: Any, step: bool = False) -> bool:
     """Return whether loading and stepping fails without sparse training, too."""
     if door in ("sparsifier", "average"):
         return False
