@@ -235,7 +235,15 @@ def apply_edit(state: Any, edit: Any) -> None:
             holder, key = inner, keys[int(index) % len(keys)]
         if holder is state or key != "":
             _change(holder, key, change, value)
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, OverflowError):
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        RuntimeError,
+        OverflowError,
+        AttributeError,
+    ):
         return
 
 
