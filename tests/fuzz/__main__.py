@@ -47,12 +47,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.replay:
         return replay(options.replay)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child, too
     total = run(options.targets, options.folder, 60 * options.minutes)
     text = table(total)
     print(text)
     if options.out:
         options.out.with_suffix(".txt").write_text(text + "\n")
         options.out.with_suffix(".json").write_text(json.dumps(total, indent=1) + "\n")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return int(any(target["findings"] for target in total["targets"].values()))
 
 
@@ -70,15 +72,23 @@ def run(names: list[str], folder: Path, seconds: float) -> dict[str, Any]:
             for line in child.stdout or ():
                 add(total, before, json.loads(line), time.monotonic() - began)
                 count_findings(total, folder)
-                file.write_text(json.dumps(total))
-        finally:
-            child.terminate() if child.poll() is None and sys.exc_info()[0] else None
-            code = child.wait()
+                store(total, file)
+        except BaseException:
+            child.terminate()
+            raise
+        code = child.wait()
         if code != 0 and not record_death(folder, code):
             total["unconfirmed"] += 1
     count_findings(total, folder)
-    file.write_text(json.dumps(total))
+    store(total, file)
     return total
+
+
+def store(total: dict[str, Any], file: Path) -> None:
+    """Write totals so that a run that is killed can be continued."""
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(total))
+    new.replace(file)
 
 
 def start_child(
