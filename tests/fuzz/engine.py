@@ -18,7 +18,7 @@ from .limits import ExceededError, Limits, release_memory
 from .targets import make_target
 from .targets.base import Target
 
-TURN = 2.0  # seconds until the next target
+TURN = 1.0  # seconds of processor time until the next target
 TRACED = 0.25  # fraction of inputs whose lines are recorded
 CORPUS = 400  # inputs that are kept for each target
 
@@ -98,9 +98,9 @@ class Fuzzer:
             self.corpus.append(content)
 
     def turn(self, until: float) -> None:
-        """Run changed inputs until a time."""
+        """Run changed inputs for a turn, and not beyond a time."""
         start = time.process_time()
-        while time.monotonic() < until:
+        while time.process_time() - start < TURN and time.monotonic() < until:
             content = self.target.mutate(self.rng, self.rng.choice(self.corpus), self.corpus)
             if self.run(content, trace=self.rng.random() < TRACED):
                 self._keep(content)
@@ -214,7 +214,7 @@ def work(names: list[str], folder: Path, seed: int, seconds: float) -> None:
         while time.monotonic() < end:
             for fuzzer in fuzzers:
                 with named(folder, fuzzer):
-                    fuzzer.turn(min(end, time.monotonic() + TURN))
+                    fuzzer.turn(end)
                 release_memory()
             report = {
                 f.target.name: {**f.counts, "seconds": f.seconds, "lines": len(f.coverage.known)}

@@ -36,7 +36,14 @@ def from_bytes(data: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def stored_bytes(value: object) -> Tensor | None:
-    """Return bytes that may have been cast to a float type, flat uint8; None for other values."""
+    """Return bytes that may have been cast to a float type, flat uint8; None for other values.
+
+    Example:
+        >>> stored_bytes(torch.tensor([3.0]))
+        tensor([3], dtype=torch.uint8)
+        >>> stored_bytes(torch.tensor([0.5])) is None
+        True
+    """
     if not has_values(value) or value.is_complex():
         return None
     data = value.detach().reshape(-1).to(torch.uint8)
