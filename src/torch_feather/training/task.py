@@ -24,7 +24,7 @@ from .errors import CheckpointError, Interrupted, TrainingDiverged
 from .evaluation import StoppedEvaluation, check_accepts, evaluate, until
 from .masks import record_masks
 from .optimizer import learning_rate, make_optimizer
-from .provenance import provenance
+from .results import report_entries, teacher_entry
 from .same_run import check_same_run, run_identity
 from .sparsification import attach_sparsifier
 from .step import Step
@@ -279,9 +279,10 @@ class Task:
         if self.ranks.first:
             run.save_model(self.model)
         results = {
-            **self._identity(),
+            **report_entries(
+                self.config, self.data, identity_digest(self.data_identity), self.device, self.ranks
+            ),
             "learned_sparsity": learned_sparsity,
-            "seed": self.config.seed,
             "epochs": self.epoch,
             "chosen_epoch": chosen,
             "test_accuracy": test_accuracy,
@@ -290,39 +291,12 @@ class Task:
             "train_loss": self.history[chosen - 1]["train_loss"],
             "macs": {"dense": report.dense_macs, "sparse": report.sparse_macs},
             "seconds": self.seconds,
-            "teacher": self._teacher_results(test),
+            "teacher": teacher_entry(self.config, self.distillation, test, self.ranks),
             "report": report.to_dict(),
-            **provenance(self.device),
         }
-        if self.ranks.count > 1:
-            results["hardware"]["processes"] = self.ranks.count
         if self.ranks.first:
             write_json(run.report_file, results)
         return results
-
-    def _identity(self) -> dict[str, Any]:
-        """Return what was trained, for report.json."""
-        return {
-            "network": self.config.network,
-            "data": self.config.data.name,
-            "data_digest": identity_digest(self.data_identity),
-            "classes": self.data.classes,
-            "input_shape": list(self.example.shape[1:]),  # of one image, (C, H, W)
-            "method": self.config.method,
-            "target_sparsity": self.config.sparsity,
-        }
-
-    def _teacher_results(self, test: Any) -> dict[str, Any] | None:
-        if self.distillation is None:
-            return None
-        amp, teacher = self.config.system.amp, self.distillation.teacher
-        loss, accuracy = evaluate(teacher, test, amp, self.ranks)
-        return {
-            "source": self.config.distillation.teacher,
-            "sha256": self.distillation.digest,
-            "test_accuracy": accuracy,
-            "test_loss": loss,
-        }
 
     def _thresholds(self) -> dict[str, Tensor]:
         return self.sparsifier.thresholds() if self.sparsifier is not None else {}
