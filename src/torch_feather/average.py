@@ -33,7 +33,8 @@ class LatentAverage:
         decay: fraction of the average that each update keeps, in [0, 1).
 
     Raises:
-        ConfigurationError: decay is out of range, or the weights are sharded.
+        ConfigurationError: decay is out of range, the weights are sharded, or `sparsifier` is of
+            another type.
         NonFiniteWeightError: weights of the model are not finite.
 
     Example:
@@ -53,6 +54,11 @@ class LatentAverage:
     def __init__(self, sparsifier: Sparsifier, decay: float = 0.999):
         if not _is_decay(decay):
             raise ConfigurationError(f"decay must lie in [0, 1), got {decay!r:.80}.")
+        if not isinstance(sparsifier, Sparsifier):
+            raise ConfigurationError(
+                "LatentAverage requires the Sparsifier that sparsify returned, got "
+                f"{type(sparsifier).__name__}."
+            )
         if sparsifier.step.training.weights.shards is not None:
             raise ConfigurationError(
                 "LatentAverage does not support weights that are sharded over several processes. "
