@@ -7,13 +7,15 @@ import sys
 import warnings
 from typing import Annotated
 
+from ..errors import install_hint
+
 try:
     import rich  # noqa: F401
     import typer
     import yaml  # noqa: F401
 except ImportError as error:
     raise SystemExit(
-        f"feather: the command line needs {error.name}. Run pip install 'torch-feather[train]'."
+        f"feather: the command line needs {error.name}. {install_hint('train')}"
     ) from None
 
 from .files import bench, export

@@ -76,6 +76,9 @@ def train(
         str | None,
         typer.Option(help="Initial weights: a run directory or a file. [default: random]"),
     ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Initial weights: those published by timm.")
+    ] = False,
     teacher: Annotated[
         str | None,
         typer.Option(help="Teacher network: a run directory, a file, or timm/NAME."),
@@ -135,7 +138,7 @@ def train(
     """
     from ..models import TIMM
     from ..training.callbacks import Callbacks
-    from ..training.config import parse_assignments
+    from ..training.config import PRETRAINED, parse_assignments
     from ..training.console import ConsoleCallback, print_results
     from ..training.distributed import process_group
     from ..training.loggers import logging_callbacks
@@ -155,6 +158,10 @@ def train(
         "compare_dense": compare_dense,
         "track_masks": track_masks,
     }
+    if pretrained:
+        if init is not None:
+            raise typer.BadParameter("--pretrained and --init both name initial weights")
+        given["init"] = PRETRAINED
     overrides = {key: value for key, value in given.items() if value is not None}
     overrides |= parse_assignments(settings or [])
     if resume and out is None:

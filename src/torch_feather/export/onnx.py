@@ -8,7 +8,7 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, FeatherError
+from ..errors import ConfigurationError, FeatherError, install_hint
 from ..files import replace_file, to_path
 from ..prunable import unwrap
 
@@ -48,7 +48,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | PathLike[str]) ->
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"ONNX export requires {error.name}: pip install 'torch-feather[onnx]'"
+            f"ONNX export requires {error.name}. {install_hint('onnx')}"
         ) from error
     model = copy.deepcopy(unwrap(model)).cpu().eval()
     # Two samples: torch.export specializes the graph for a batch of one.

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from ..errors import install_hint
 from .callbacks import Callback
 from .checkpoint import RunDirectory, write_json
 from .config import Config, SystemConfig
@@ -109,6 +110,8 @@ def _train_one(
             config if saved is None else replace(config, init=None), data, device, ranks
         )
         check_same_data(data_digest, task.data_identity, config)
+        for note in task.notes:
+            callback.message(note)
         ranks.on_first(lambda: run.write_config(config))
         if saved is not None:
             task.load_state_dict(saved)
@@ -228,7 +231,7 @@ def _plot(run: RunDirectory, results: dict[str, Any], callback: Callback) -> Non
         from ..analysis.plots import plot_run
     except ImportError as error:
         callback.message(
-            f"no plots: {error.name} is not installed. Run pip install 'torch-feather[train]'."
+            f"no plots: {error.name} is not installed. {install_hint('train')}"
         )
         return
     plot_run(run.path, run.read_metrics(), results)

@@ -23,13 +23,13 @@ from .distillation import Distillation, load_teacher
 from .distributed import Ranks
 from .errors import CheckpointError, Interrupted, TrainingDiverged
 from .evaluation import evaluate
+from .initial_weights import initialize
 from .masks import record_masks
 from .optimizer import learning_rate, make_optimizer
 from .provenance import provenance
 from .same_run import check_same_run, run_identity
 from .sparsification import attach_sparsifier
 from .step import Step
-from .weights import read_weights
 
 
 class Task:
@@ -50,6 +50,7 @@ class Task:
         images: images of the present epoch so far.
         seconds: duration of the training so far, without interruptions.
         history: the lines of metrics.jsonl.
+        notes: what the user should know before the training starts.
         best: the best epoch so far and its network, if `config.select` is `best`.
 
     Example:
@@ -67,8 +68,11 @@ class Task:
         self.ranks = ranks or Ranks()
         layout = torch.channels_last if config.system.channels_last else torch.contiguous_format
         self.model = models.create(config.network, data.classes, data.channels)
+        self.notes: list[str] = []
         if (init := config.init) is not None:
-            self.ranks.local_first(lambda: read_weights(init).fill(self.model))
+            self.notes += self.ranks.local_first(
+                lambda: initialize(self.model, init, config.network)
+            )
         self.model.to(device).to(memory_format=layout)
         self.loader = train_loader(data, config, device, self.ranks)
         self.data_identity = self.ranks.on_first(lambda: data_identity(data))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...errors import install_hint
 from ..errors import RuntimeMissingError
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -27,8 +28,7 @@ def llvm() -> ModuleType:
         import llvmlite.binding as binding
     except ImportError:
         raise RuntimeMissingError(
-            "compile_sparse requires llvmlite, which is not installed: "
-            "pip install 'torch-feather[runtime]'"
+            f"compile_sparse requires llvmlite, which is not installed. {install_hint('runtime')}"
         ) from None
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()

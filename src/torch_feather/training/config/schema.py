@@ -11,6 +11,7 @@ from ...methods import method_options, unused_options
 from ..deprecation import renamed_fields
 
 DENSE = "dense"
+PRETRAINED = "pretrained"  # value of `init`
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
 
 
@@ -220,7 +221,8 @@ class Config:
     sparsity: float = 0.95  # final fraction of prunable weights that are zero; dense: 0
     include: list[str] | None = None  # name patterns of prunable weights; null: the default choice
     exclude: list[str] | None = None  # name patterns of weights that stay dense
-    init: str | None = None  # initial weights: a run directory or a file; null: random
+    # Initial weights: a run directory or a file; pretrained: those of timm; null: random.
+    init: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the method, such as p or theta
     epochs: int = 160
     batch_size: int = 128

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...errors import install_hint
 from ..errors import DataError, printable
 from .cache import cached, version
 from .dataset import Arrays
@@ -84,7 +85,7 @@ def _read_parquet(files: list[Path], label: str, classes: int) -> dict[str, np.n
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
         raise DataError(
-            f"parquet files require {error.name}. Run pip install 'torch-feather[train]'."
+            f"parquet files require {error.name}. {install_hint('train')}"
         ) from None
     pixels: list[np.ndarray] = []
     labels: list[int] = []
@@ -162,7 +163,7 @@ def _read_archive(folder: Path, name: str) -> tuple[Arrays, Arrays]:
         from torchvision.datasets import CIFAR10, CIFAR100
     except ImportError:
         raise DataError(
-            "the CIFAR archive requires torchvision. Run pip install 'torch-feather[vision]'."
+            f"the CIFAR archive requires torchvision. {install_hint('vision')}"
         ) from None
     cls = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     for file in (folder / cls.base_folder).iterdir():
