@@ -19,6 +19,7 @@ from .filters import (
     nothing_matched,
     text_of,
 )
+from .scripted import check_not_scripted
 
 Convolution = nn.modules.conv._ConvNd
 
@@ -94,9 +95,9 @@ def find_prunable(
             otherwise it is left out, and so is one without a shape.
 
     Raises:
-        ConfigurationError: `model` is not a module; or a glob, regex or type matches nothing. Also
-            a chosen weight that is computed from other parameters (parametrized, weight-normed) or
-            has no shape yet (lazy modules).
+        ConfigurationError: `model` is not a module, or contains TorchScript; or a glob, regex or
+            type matches nothing. Also a chosen weight that is computed from other parameters
+            (parametrized, weight-normed) or has no shape yet (lazy modules).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
@@ -262,6 +263,7 @@ class _Named:
 
 def _named(model: nn.Module) -> Iterator[_Named]:
     """Yield every parameter under every name, and default weights hidden by a parametrization."""
+    check_not_scripted(model)
     embedded = {
         id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
     }

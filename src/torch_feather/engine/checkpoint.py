@@ -152,7 +152,7 @@ class Expected:
 
     Example:
         >>> header = Header(FORMAT, 3, 10, 0, 0, 0, 0)
-        >>> Expected(["w"], [torch.Size([2])], lambda i: header, {}, strict=True).header(0).step
+        >>> Expected(["w"], [torch.Size([2])], lambda i: header, {}, {}, True).header(0).step
         3
     """
 

@@ -64,7 +64,7 @@ class Health:
         method: BoundMethod,
         pruning: Pruning,
         step: Tensor,
-        nan: bool,
+        nonfinite: bool,
     ) -> None:
         """Raise for NaN and warn of empty layers, after a step; after the last, check everything.
 
@@ -74,7 +74,7 @@ class Health:
             method: the method.
             pruning: the pruning of this step.
             step: optimizer steps taken; on an accelerator the host does not read it.
-            nan: whether a local parameter on a CPU is NaN.
+            nonfinite: whether a local parameter on a CPU may be NaN or infinite.
 
         Raises:
             NonFiniteWeightError: weights or learned thresholds are NaN; or, after the last step, a
@@ -83,7 +83,7 @@ class Health:
         self._steps += 1
         self._most_steps += 1
         if not devices.synchronizes(weights.device):
-            if weights.common(torch.tensor(int(nan))) or not _learned_finite(method):
+            if weights.common(torch.tensor(int(nonfinite))) or not _learned_finite(method):
                 self.raise_if_nan(weights, local, method, pruning)
             if self._steps % POLL == 0 or int(step) in (method.target_step, self._total_steps):
                 self.inspect(weights, local, method, pruning, step)

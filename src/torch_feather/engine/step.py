@@ -199,7 +199,7 @@ class Step:
         self._stepped = True
         self.health.check(
             training.weights, training.binding.local, training.method, training.pruning,
-            training.count, training.written.nan,
+            training.count, training.written.nonfinite,
         )  # fmt: skip
 
     def _write_latent(self, one: OneOptimizer) -> None:
