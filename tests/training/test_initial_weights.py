@@ -174,7 +174,12 @@ def test_another_network_is_an_error_and_changes_nothing(published, tmp_path):
 
 
 def test_the_head_of_own_networks_and_of_two_heads_is_replaced(tmp_path):
-    for name in ("resnet8", "mobilenet_v1", "densenet40_24", "timm/deit_tiny_distilled_patch16_224"):
+    for name in (
+        "resnet8",
+        "mobilenet_v1",
+        "densenet40_24",
+        "timm/deit_tiny_distilled_patch16_224",
+    ):
         source = models.create(name, 7)
         torch.save(source.state_dict(), tmp_path / "seven.pt")
         model = models.create(name, 3)
@@ -183,7 +188,9 @@ def test_the_head_of_own_networks_and_of_two_heads_is_replaced(tmp_path):
         heads = [k for k, t in model.state_dict().items() if t.shape[:1] == (3,) and t.dim() < 3]
         assert len(heads) == (4 if "distilled" in name else 2)
         stored = source.state_dict()
-        assert all(torch.equal(t, stored[k]) for k, t in model.state_dict().items() if k not in heads)
+        assert all(
+            torch.equal(t, stored[k]) for k, t in model.state_dict().items() if k not in heads
+        )
 
 
 def test_a_position_embedding_of_another_image_size_is_interpolated(tmp_path):

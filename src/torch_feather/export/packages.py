@@ -20,9 +20,7 @@ def import_safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(
-            f"Sparse files require safetensors. {install_hint('files')}"
-        ) from error
+        raise ImportError(f"Sparse files require safetensors. {install_hint('files')}") from error
     return safetensors
 
 

@@ -325,15 +325,20 @@ class RunDirectory:
             return f"{self.path}: not a run directory (no config.yaml in it)"
         return f"{self.path}: this run has not finished; {self.resume_hint()}"
 
-    def save_model(self, model: torch.nn.Module) -> None:
-        """Write model.safetensors: the state dict with plain keys and dense tensors."""
+    def save_model(self, model: torch.nn.Module, metadata: dict[str, str] | None = None) -> None:
+        """Write model.safetensors: the state dict with plain keys and dense tensors.
+
+        Args:
+            model: the network.
+            metadata: texts to store in the header of the file.
+        """
         from safetensors.torch import save
 
         tensors = {
             name: tensor.detach().cpu().contiguous().clone()
             for name, tensor in model.state_dict().items()
         }
-        write_atomically(self.model_file, lambda file: file.write(save(tensors)))
+        write_atomically(self.model_file, lambda file: file.write(save(tensors, metadata)))
 
     def load_model(self, model: torch.nn.Module) -> None:
         """Load model.safetensors into `model`.
@@ -381,7 +386,8 @@ def changed_keys(old: Config, new: Config) -> str:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and not key.startswith("system.")
-        and key not in ("data.path", "recipe", "compare_dense", "track_masks")
+        and key not in ("data.path", "recipe", "compare_dense", "track_masks", "automatic")
+        and key != "data.class_names"  # the images are compared by class
         # A path, like data.path; the checkpoint identifies the teacher by a hash.
         and not (key == "distillation.teacher" and before[key] and after[key])
     )

@@ -16,8 +16,9 @@ from ..errors import ConfigurationError
 from ..export import SparseFile, export_onnx, hub, save_sparse
 from ..files import replace_file
 from .checkpoint import RunDirectory
-from .config import Config, to_dict, to_yaml
+from .config import to_yaml
 from .data import load_dataset
+from .network_info import info_entries, info_metadata, without_local_paths
 from .weights import read_weights
 
 FORMATS = {"sparse": hub.FILE, "safetensors": "model.safetensors", "onnx": "model.onnx"}
@@ -68,7 +69,8 @@ def export_run(
         metadata, prunable = run_metadata(run), run.prunable()
         save_sparse(tensors, path, dtype=dtype, metadata=metadata, prunable=prunable)
     elif format == "onnx":
-        export_onnx(*load_network(run, data_path), path)
+        metadata = info_metadata(run.read_config(), run.read_report())
+        export_onnx(*load_network(run, data_path), path, metadata)
     elif path.resolve() != run.model_file.resolve():
         with open(run.model_file, "rb") as file:
             replace_file(path, lambda new: shutil.copyfileobj(file, new))
@@ -131,25 +133,13 @@ def run_metadata(run: RunDirectory) -> dict[str, Any]:
         ('digits', 4, 'a')
     """
     results = run.read_report()
-    keys = ("network", "data", "classes", "input_shape", "method", "test_accuracy", "macs")
+    keys = ("data", "method", "test_accuracy", "macs")
     metadata = {key: results[key] for key in keys if key in results}
     return metadata | {
         "weights": results["report"]["weights"],
         "zeros": results["report"]["zeros"],
-        "config": to_dict(_without_local_paths(run.read_config())),
+        **info_entries(run.read_config(), results),
     }
-
-
-def _without_local_paths(config: Config) -> Config:
-    teacher = config.distillation.teacher
-    if teacher is not None and not teacher.startswith(models.TIMM):
-        teacher = Path(teacher).name
-    return replace(
-        config,
-        init=config.init and Path(config.init).name,
-        data=replace(config.data, path=None),
-        distillation=replace(config.distillation, teacher=teacher),
-    )
 
 
 def describe(run: RunDirectory, path: Path, format: str) -> str:
@@ -220,7 +210,7 @@ def push(run: RunDirectory, path: Path, repository: str) -> str:
     """
     with TemporaryDirectory() as folder:
         shutil.copyfile(path, Path(folder) / hub.FILE)
-        config = to_yaml(_without_local_paths(run.read_config()))
+        config = to_yaml(without_local_paths(run.read_config()))
         (Path(folder) / "config.yaml").write_text(config)
         card = hub.model_card(repository, run_metadata(run), describe(run, path, "sparse"))
         (Path(folder) / "README.md").write_text(card)

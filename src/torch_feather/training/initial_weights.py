@@ -180,4 +180,3 @@ def _sentences(
     if unused:
         names = [printable(name)[:80] for name in unused]
         yield f"{title}: not in the network and not loaded: {some(names, 5)}"
-

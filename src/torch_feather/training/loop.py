@@ -230,8 +230,6 @@ def _plot(run: RunDirectory, results: dict[str, Any], callback: Callback) -> Non
     try:
         from ..analysis.plots import plot_run
     except ImportError as error:
-        callback.message(
-            f"no plots: {error.name} is not installed. {install_hint('train')}"
-        )
+        callback.message(f"no plots: {error.name} is not installed. {install_hint('train')}")
         return
     plot_run(run.path, run.read_metrics(), results)

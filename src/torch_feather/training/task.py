@@ -25,6 +25,7 @@ from .errors import CheckpointError, Interrupted, TrainingDiverged
 from .evaluation import evaluate
 from .initial_weights import initialize
 from .masks import record_masks
+from .network_info import info_metadata
 from .optimizer import learning_rate, make_optimizer
 from .provenance import provenance
 from .same_run import check_same_run, run_identity
@@ -289,7 +290,8 @@ class Task:
             learned_sparsity=learned_sparsity,
         )
         if self.ranks.first:
-            run.save_model(self.model)
+            metadata = info_metadata(self.config, self._identity())
+            run.save_model(self.model, metadata)
         results = {
             **self._identity(),
             "learned_sparsity": learned_sparsity,
@@ -319,6 +321,7 @@ class Task:
             "data": self.config.data.name,
             "data_digest": identity_digest(self.data_identity),
             "classes": self.data.classes,
+            "class_names": list(self.data.names),
             "input_shape": list(self.example.shape[1:]),  # of one image, (C, H, W)
             "method": self.config.method,
             "target_sparsity": self.config.sparsity,

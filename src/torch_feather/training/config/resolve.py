@@ -56,9 +56,9 @@ def default_recipe(data: str | None) -> str:
 
     Example:
         >>> default_recipe("imagefolder"), default_recipe("cifar10"), default_recipe(None)
-        ('imagenet', 'cifar10', 'digits')
+        ('finetune', 'cifar10', 'digits')
     """
-    return {"imagefolder": "imagenet", None: "digits"}.get(data, data or "digits")
+    return {"imagefolder": "finetune", None: "digits"}.get(data, data or "digits")
 
 
 def parse_assignments(assignments: list[str], source: str = "--set") -> dict[str, Any]:
