@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def export_onnx(
         kind = "tensor without dimensions" if isinstance(example, Tensor) else type(example)
         raise ConfigurationError(f"The example must be a batch (1, ...), got a {kind}.")
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"ONNX export requires {error.name}. {install_hint('onnx')}") from error
@@ -65,9 +66,17 @@ def export_onnx(
     )
     assert program is not None
     proto = program.model_proto
+    data = proto.SerializeToString()
+    _compare(model, data, inputs, path)
     for key, text in (metadata or {}).items():
         proto.metadata_props.add(key=key, value=text)
-    data = proto.SerializeToString()
+    replace_file(path, lambda file: file.write(proto.SerializeToString()))
+
+
+def _compare(model: nn.Module, data: bytes, inputs: Tensor, path: Path) -> None:
+    """Raise a FeatherError if onnxruntime computes other outputs than PyTorch."""
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     for batch in (inputs, inputs[:1]):
         with torch.no_grad():
@@ -81,4 +90,3 @@ def export_onnx(
                 f"Outputs in onnxruntime differ from PyTorch's by {difference:.1e} of the largest. "
                 f"{path} was not written."
             )
-    replace_file(path, lambda file: file.write(data))

@@ -15,6 +15,7 @@ from .feather import feather
 from .feather_flops import GAMMA, feather_flops
 from .gmp import feather_gmp, gmp
 from .learned import asl, asl_plus, feather_asl_plus, str_
+from .option_types import check_option_types
 from .probmask import probmask
 from .spartan import spartan
 from .st3 import st3, st3_sigma
@@ -229,6 +230,7 @@ def build_method(name: str, *, sparsity: float, **options: Any) -> AnyMethod:
                 f"Method {name!r} has no option {option!r}{nearest(option, known)} "
                 f"Its options: {', '.join(known) or 'none'}."
             )
+    check_option_types(name, factory, options)
     if "sparsity" in parameters or free:
         options["sparsity"] = sparsity
     method = factory(**options)

@@ -19,6 +19,7 @@ from .data import count_training_images
 from .network_info import NetworkInfo, read_network_info
 from .precision import has_bfloat16
 
+MOST_LETTERS = 32_000  # in the names of classes
 STEPS = 50  # aim for an epoch
 SMALLEST_BATCH, LARGEST_BATCH = 8, 256
 # Learning rates at a batch of 64 for trained weights, and for new ones.
@@ -94,6 +95,22 @@ def choose_settings(config: Config, device: torch.device) -> Config:
             value = CHOICES[key](config, facts)
             config = apply(config, {key: value}, f"choice of {key}")
     return replace(config, automatic=None)
+
+
+def with_class_names(config: Config, names: tuple[str, ...]) -> Config:
+    """Return a configuration that holds the names of the classes.
+
+    Args:
+        config: the configuration.
+        names: the names. Very many are left to report.json: config.yaml must stay small.
+
+    Example:
+        >>> with_class_names(Config(), ("cat", "dog")).data.class_names
+        ['cat', 'dog']
+    """
+    if sum(map(len, names)) > MOST_LETTERS:
+        return config
+    return replace(config, data=replace(config.data, class_names=list(names)))
 
 
 def _network(config: Config, facts: Facts) -> str:

@@ -53,7 +53,16 @@ class CheckpointError(RunError):
         ...     run.load()
         ... except CheckpointError as error:
         ...     print(error)
-        /...last.pt: damaged (BadZipFile), as are all other checkpoints. Start again in ...
+        /...checkpoints: no checkpoint can be used (last.pt: damaged (BadZipFile)). ...
+    """
+
+
+class DamagedCheckpoint(CheckpointError):  # noqa: N818
+    """A checkpoint that is damaged, or whole with wrong contents; an older one may be right.
+
+    Example:
+        >>> issubclass(DamagedCheckpoint, CheckpointError)
+        True
     """
 
 
@@ -94,7 +103,7 @@ class InUse(RunError):  # noqa: N818
 
 
 class Interrupted(RunError):  # noqa: N818
-    """Ctrl-C or SIGTERM stopped the run. A checkpoint was written; the run can be resumed.
+    """Ctrl-C or SIGTERM stopped the run; it can be resumed from its last checkpoint.
 
     Example:
         >>> import tempfile, torch

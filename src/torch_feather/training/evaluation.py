@@ -2,14 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ConfigurationError
+from ..measure.flops import count_flops
 from .distributed import Ranks
 from .precision import autocast
+
+T = TypeVar("T")
+
+
+class StoppedEvaluation(Exception):  # noqa: N818
+    """A stop was requested during an evaluation.
+
+    Example:
+        >>> try:
+        ...     list(until(lambda: True, [1, 2]))
+        ... except StoppedEvaluation:
+        ...     print("stopped")
+        stopped
+    """
+
+
+def until(stop_requested: Callable[[], bool], batches: Iterable[T]) -> Iterator[T]:
+    """Yield the batches.
+
+    Raises:
+        StoppedEvaluation: `stop_requested` returned true before a batch.
+
+    Example:
+        >>> list(until(lambda: False, [1, 2]))
+        [1, 2]
+    """
+    for batch in batches:
+        if stop_requested():
+            raise StoppedEvaluation
+        yield batch
+
+
+def check_accepts(model: nn.Module, name: str, example: Tensor) -> None:
+    """Check that a network accepts an image.
+
+    Args:
+        model: the network.
+        name: its name, for the message.
+        example: the image, (1, C, H, W).
+
+    Raises:
+        ConfigurationError: it does not.
+
+    Example:
+        >>> check_accepts(nn.Conv2d(1, 8, 3), "net", torch.zeros(1, 1, 8, 8))
+    """
+    try:
+        count_flops(model, example)
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        size = "x".join(map(str, example.shape[1:]))
+        raise ConfigurationError(
+            f"network {name!r} does not accept images of {size}: {first}"
+        ) from None
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,10 @@ from ..errors import ConfigurationError
 from ..export import SparseFile, export_onnx, hub, save_sparse
 from ..files import replace_file
 from .checkpoint import RunDirectory
-from .config import to_yaml
+from .config import to_dict, to_yaml
 from .data import load_dataset
-from .network_info import info_entries, info_metadata, without_local_paths
-from .weights import read_weights
+from .network_info import network_info, without_local_paths
+from .weights import read_finished, read_weights
 
 FORMATS = {"sparse": hub.FILE, "safetensors": "model.safetensors", "onnx": "model.onnx"}
 
@@ -51,10 +52,11 @@ def export_run(
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(network="resnet8"))
         >>> run.save_model(models.create("resnet8", num_classes=10, in_channels=1))
-        >>> write_json(run.report_file, {"input_shape": [1, 8, 8], "classes": 10})
+        >>> write_json(run.report_file, example_results())
         >>> export_run(run, format="safetensors", out=run.path / "dense.safetensors").name
         'dense.safetensors'
     """
@@ -69,12 +71,22 @@ def export_run(
         metadata, prunable = run_metadata(run), run.prunable()
         save_sparse(tensors, path, dtype=dtype, metadata=metadata, prunable=prunable)
     elif format == "onnx":
-        metadata = info_metadata(run.read_config(), run.read_report())
-        export_onnx(*load_network(run, data_path), path, metadata)
+        export_onnx(*load_network(run, data_path), path, _onnx_metadata(run))
     elif path.resolve() != run.model_file.resolve():
+        read_weights(run.path)  # raises RunError if the file is damaged
         with open(run.model_file, "rb") as file:
             replace_file(path, lambda new: shutil.copyfileobj(file, new))
     return path
+
+
+def _onnx_metadata(run: RunDirectory) -> dict[str, str]:
+    """Return what programs without this package need as texts of their own: names and pixels."""
+    config, results = read_finished(run)
+    if "input_shape" not in results:
+        return {}
+    info = network_info(config, results, run.path)
+    keys = ("class_names", "preprocessing")
+    return info.metadata() | {key: json.dumps(info.entries()[key]) for key in keys}
 
 
 def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Module, Tensor]:
@@ -93,15 +105,16 @@ def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Mo
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(network="resnet8"))
         >>> run.save_model(models.create("resnet8", num_classes=10, in_channels=1))
-        >>> write_json(run.report_file, {"input_shape": [1, 8, 8], "classes": 10})
+        >>> write_json(run.report_file, example_results())
         >>> network, example = load_network(run)
         >>> network(example).shape
         torch.Size([1, 10])
     """
-    config, results = run.read_config(), run.read_report()
+    config, results = read_finished(run)
     if "input_shape" in results:
         shape, classes = results["input_shape"], results["classes"]
     else:
@@ -125,20 +138,23 @@ def run_metadata(run: RunDirectory) -> dict[str, Any]:
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(init="/home/me/runs/a"))
-        >>> write_json(run.report_file, {"data": "digits", "report": {"weights": 8, "zeros": 4}})
+        >>> write_json(run.report_file, example_results(network="resnet20", weights=8, zeros=4))
         >>> metadata = run_metadata(run)
         >>> metadata["data"], metadata["zeros"], metadata["config"]["init"]  # no local paths
         ('digits', 4, 'a')
     """
-    results = run.read_report()
-    keys = ("data", "method", "test_accuracy", "macs")
+    config, results = read_finished(run)
+    keys = ("network", "data", "classes", "method", "test_accuracy", "macs")
     metadata = {key: results[key] for key in keys if key in results}
+    if "input_shape" in results:
+        metadata |= network_info(config, results, run.path).entries()
     return metadata | {
         "weights": results["report"]["weights"],
         "zeros": results["report"]["zeros"],
-        **info_entries(run.read_config(), results),
+        "config": to_dict(without_local_paths(config)),
     }
 
 
@@ -192,14 +208,13 @@ def push(run: RunDirectory, path: Path, repository: str) -> str:
         >>> import tempfile
         >>> from unittest import mock
         >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config())
         >>> model = nn.Linear(100, 100)
         >>> _ = nn.init.eye_(model.weight)
         >>> run.save_model(model)
-        >>> results = {"network": "resnet20", "data": "digits", "method": "feather"}
-        >>> results |= {"test_accuracy": 0.9, "macs": {"sparse": 100, "dense": 200}}
-        >>> write_json(run.report_file, results | {"report": {"weights": 200, "zeros": 100}})
+        >>> write_json(run.report_file, example_results(network="resnet20"))
         >>> def upload(folder, repository):  # instead of hub.upload
         ...     print(sorted(file.name for file in folder.iterdir()))
         ...     return f"hf://{repository}"

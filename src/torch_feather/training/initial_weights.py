@@ -23,7 +23,7 @@ LEAST = 0.5  # fraction of the weights outside of the head that the source must 
 Shaped = Mapping[str, Any]  # tensors, or descriptions with a shape, by name
 
 
-def initialize(model: nn.Module, source: str, network: str) -> list[str]:
+def initialize(model: nn.Module, source: str | None, network: str) -> list[str]:
     """Load initial weights into a model, except for a head that has another number of classes.
 
     Files may have other names in front of the model's (`module.`, `model.`). Files of timm's
@@ -31,7 +31,8 @@ def initialize(model: nn.Module, source: str, network: str) -> list[str]:
 
     Args:
         model: the network, with new weights.
-        source: a run directory or a file; `pretrained` for the published weights of timm.
+        source: a run directory or a file; `pretrained` for the published weights of timm; None
+            keeps the new weights.
         network: name of the network.
 
     Returns:
@@ -49,6 +50,8 @@ def initialize(model: nn.Module, source: str, network: str) -> list[str]:
         >>> initialize(model, str(path), "resnet8")
         ['weights.pt: its head (fc) has 10 outputs, this run 3 classes. The head starts anew.']
     """
+    if source is None:
+        return []
     if source == PRETRAINED:
         weights = Weights(Path(network), _published(model, network), network)
         title = f"timm's weights of {network.removeprefix(models.TIMM)}"

@@ -1,13 +1,14 @@
 """What a program needs to use a network: its name, its classes, and the preparation of images.
 
-Runs, sparse files and `model.safetensors` hold it as the configuration, names of classes and shape
-of an image; ONNX files hold it as text.
+`report.json`, `model.safetensors`, sparse files and ONNX files hold it. For runs and files of version
+0.1, it follows from the configuration.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from ..export import SparseFile
 from ..export.manifest import KEY as SPARSE_KEY
 from ..export.packages import import_safetensors
 from .checkpoint import RunDirectory
-from .config import PRETRAINED, Config, apply, to_dict, upgrade
-from .data import center_crop, normalization
+from .config import PRETRAINED, Config, apply, upgrade
+from .data import Dataset, center_crop, normalization
 from .errors import RunError, printable
 
 KEY = "torch_feather.run"  # of the metadata of model.safetensors and of ONNX files
@@ -52,15 +53,25 @@ class NetworkInfo:
     std: tuple[float, ...]
     side: int
 
-    def preprocessing(self) -> dict[str, Any]:
-        """Return the preparation of images as plain values, for other programs."""
+    def entries(self) -> dict[str, Any]:
+        """Return the facts as plain values, as files hold them."""
         return {
-            "resize_shorter_side": self.side,
-            "center_crop": list(self.input_shape[1:]),
-            "scale": "to [0, 1]",
-            "mean": list(self.mean),
-            "std": list(self.std),
+            "network": self.network,
+            "classes": len(self.class_names),
+            "class_names": list(self.class_names),
+            "input_shape": list(self.input_shape),
+            "preprocessing": {
+                "resize_shorter_side": self.side,
+                "center_crop": list(self.input_shape[1:]),
+                "scale": "to [0, 1]",
+                "mean": list(self.mean),
+                "std": list(self.std),
+            },
         }
+
+    def metadata(self) -> dict[str, str]:
+        """Return the facts as the metadata of a file: texts by name."""
+        return {KEY: json.dumps(self.entries())}
 
 
 def network_info(config: Config, results: Mapping[str, Any], source: object) -> NetworkInfo:
@@ -73,6 +84,10 @@ def network_info(config: Config, results: Mapping[str, Any], source: object) -> 
 
     Raises:
         RunError: `results` lacks the shape of an image, as early reports do, or has wrong values.
+
+    Example:
+        >>> network_info(Config(), {"classes": 10, "input_shape": [1, 8, 8]}, "example").network
+        'resnet20'
     """
     shape, classes = results.get("input_shape"), results.get("classes")
     if shape is None or classes is None:
@@ -81,24 +96,62 @@ def network_info(config: Config, results: Mapping[str, Any], source: object) -> 
             "again to use this command."
         )
     names = results.get("class_names") or config.data.class_names
-    if names is None:
-        names = [str(label) for label in range(classes)] if type(classes) is int else []
+    if names is None and type(classes) is int and 1 <= classes <= 10**6:
+        names = [str(label) for label in range(classes)]
     mean, std = normalization(config.data)
+    length = shape[1] if isinstance(shape, list) and len(shape) > 1 else 0
+    side = length
+    if config.data.name == "imagefolder" and type(length) is int:
+        side = center_crop(config.data, length).side
+    facts = (config.network, classes, names, shape, list(mean), list(std), side)
+    return _checked(facts, source)
+
+
+def info_of_data(config: Config, data: Dataset) -> NetworkInfo:
+    """Return the facts about a network that is trained on a data set.
+
+    Args:
+        config: the configuration of the run.
+        data: the data set.
+
+    Example:
+        >>> from .data import load_dataset
+        >>> config = Config()
+        >>> info_of_data(config, load_dataset(config.data, seed=0)).input_shape
+        (1, 8, 8)
+    """
+    facts = {
+        "classes": data.classes,
+        "class_names": list(data.names),
+        "input_shape": list(data.example().shape[1:]),  # (C, H, W)
+    }
+    return network_info(config, facts, data.name)
+
+
+def _checked(values: Sequence[Any], source: object) -> NetworkInfo:
+    """Return the facts if they have the right types and sizes."""
+    network, classes, names, shape, mean, std, side = values
+    lengths = [*shape, side] if isinstance(shape, list) else []
+    numbers = [*mean, *std] if isinstance(mean, list) and isinstance(std, list) else []
     if not (
-        isinstance(shape, list)
-        and len(shape) == 3
-        and all(type(length) is int and 1 <= length <= 10**5 for length in shape)
-        and shape[0] == len(mean)
+        isinstance(network, str)
         and isinstance(names, list)
         and len(names) == classes >= 1
         and all(isinstance(name, str) for name in names)
+        and len(lengths) == 4
+        and all(type(length) is int and 1 <= length <= 10**5 for length in lengths)
+        and len(mean) == len(std) == shape[0]
+        and all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+        and all(number > 0 for number in std)
     ):
-        raise RunError(f"{source}: input_shape, classes or class_names have wrong values")
-    side = shape[1]
-    if config.data.name == "imagefolder":
-        side = center_crop(config.data, shape[1]).side
-    shape = (shape[0], shape[1], shape[2])
-    return NetworkInfo(config.network, tuple(map(printable, names)), shape, mean, std, side)
+        raise RunError(
+            f"{source}: its network, classes, class_names, input_shape or preprocessing has wrong "
+            "values. Restore the file, or name another one."
+        )
+    names = tuple(map(printable, names))
+    return NetworkInfo(
+        network, names, (shape[0], shape[1], shape[2]), tuple(mean), tuple(std), side
+    )
 
 
 def read_network_info(source: Path) -> NetworkInfo | None:
@@ -117,19 +170,39 @@ def read_network_info(source: Path) -> NetworkInfo | None:
         >>> import tempfile, torch
         >>> from safetensors.torch import save_file
         >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
-        >>> metadata = info_metadata(Config(), {"classes": 10, "input_shape": [1, 8, 8]})
-        >>> save_file({"weight": torch.ones(1)}, path, metadata)
+        >>> info = network_info(Config(), {"classes": 10, "input_shape": [1, 8, 8]}, "example")
+        >>> save_file({"weight": torch.ones(1)}, path, info.metadata())
         >>> read_network_info(path).network
         'resnet20'
     """
     if source.is_dir():
         run = RunDirectory(source)
         return network_info(run.read_config(), run.read_report(), source)
-    found = _file_metadata(source)
-    config = found.get("config")
+    return info_of_metadata(_file_metadata(source), source)
+
+
+def info_of_metadata(found: Mapping[str, Any], source: object) -> NetworkInfo | None:
+    """Return the facts in the metadata of a file; None if it does not hold them.
+
+    Args:
+        found: the metadata.
+        source: the file, for messages.
+
+    Raises:
+        RunError: the metadata has wrong values.
+
+    Example:
+        >>> info_of_metadata({"what": "ones"}, "eye.safetensors") is None
+        True
+    """
+    prepared, config = found.get("preprocessing"), found.get("config")
+    if isinstance(prepared, Mapping):
+        values = [found.get(key) for key in ("network", "classes", "class_names", "input_shape")]
+        values += [prepared.get(key) for key in ("mean", "std", "resize_shorter_side")]
+        return _checked(values, source)
     if not isinstance(config, Mapping):
         return None
-    try:
+    try:  # a file of version 0.1
         settings = apply(Config(), upgrade(config), str(source))
     except (ConfigurationError, AttributeError, TypeError) as error:
         raise RunError(f"{source}: its metadata has other settings than a run ({error})") from None
@@ -161,39 +234,6 @@ def _parse(text: str | None, source: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise RunError(f"{source}: its metadata {KEY} is not a JSON object")
     return found
-
-
-def info_metadata(config: Config, results: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metadata of a file with the network of a run, as text by name.
-
-    Args:
-        config: the configuration of the run.
-        results: its `report.json`, or at least the facts about its classes and images.
-
-    Example:
-        >>> metadata = info_metadata(Config(), {"classes": 10, "input_shape": [1, 8, 8]})
-        >>> json.loads(metadata["torch_feather.run"])["classes"]
-        10
-    """
-    return {KEY: json.dumps(info_entries(config, results))}
-
-
-def info_entries(config: Config, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of metadata that `read_network_info` reads, without paths of this machine.
-
-    Args:
-        config, results: as for `info_metadata`.
-
-    Example:
-        >>> entries = info_entries(Config(init="/home/me/runs/a"), {"classes": 10})
-        >>> entries["config"]["init"]
-        'a'
-    """
-    keys = ("network", "classes", "class_names", "input_shape")
-    found = {key: results[key] for key in keys if key in results}
-    if "input_shape" in found:
-        found["preprocessing"] = network_info(config, results, "the run").preprocessing()
-    return found | {"config": to_dict(without_local_paths(config))}
 
 
 def without_local_paths(config: Config) -> Config:

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import nn
 
-from .config import OptimizerConfig
+from ..errors import ConfigurationError
+from .config import Config, OptimizerConfig
 
 
 def make_optimizer(
@@ -82,3 +83,28 @@ def warmup_steps(options: OptimizerConfig, total_steps: int, epoch_steps: int) -
     if options.warmup_fraction:
         return round(options.warmup_fraction * total_steps)
     return round(options.warmup_epochs * epoch_steps)
+
+
+def check_warmup(config: Config) -> None:
+    """Raise an error if the warm-up takes the whole training or more.
+
+    Args:
+        config: the configuration of a run.
+
+    Raises:
+        ConfigurationError: the learning rate would not reach its maximum before the end.
+
+    Example:
+        >>> try:
+        ...     check_warmup(Config(epochs=2, optimizer=OptimizerConfig(warmup_epochs=5)))
+        ... except ConfigurationError as error:
+        ...     print(error)
+        the warm-up takes 5 epochs (optimizer.warmup_epochs), but the training has 2. Set ...
+    """
+    warmup = config.optimizer.warmup_epochs
+    if warmup >= config.epochs:
+        raise ConfigurationError(
+            f"the warm-up takes {warmup:g} epochs (optimizer.warmup_epochs), but the training has "
+            f"{config.epochs}. Set more epochs, or a share of the training instead: "
+            "optimizer.warmup_epochs=0 and optimizer.warmup_fraction=0.1."
+        )

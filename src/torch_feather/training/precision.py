@@ -50,7 +50,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """
     if device.type != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # not in early versions of PyTorch
+    # Early versions of PyTorch do not know the capabilities.
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(found.get(key, False) for key in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
 
 

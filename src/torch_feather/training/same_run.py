@@ -10,7 +10,7 @@ from ..errors import ConfigurationError, warn
 from .checkpoint import changed_keys
 from .config import Config, apply, flatten, to_dict, upgrade
 from .data import changed_data, identity_digest
-from .errors import CheckpointError, RunError
+from .errors import CheckpointError, DamagedCheckpoint, RunError
 
 
 def run_identity(config: Config, data: Mapping[str, Any], batches: int) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def check_same_run(
 
     Raises:
         CheckpointError: settings or images differ; the message names them.
+        DamagedCheckpoint: the settings or the identity of the images cannot be read.
     """
     if (saved := state.get("config")) is not None:
         try:
@@ -52,7 +53,7 @@ def check_same_run(
             old = apply(Config(), {**upgrade(saved), "init": None}, "the checkpoint")
             differences = changed_keys(old, replace(config, init=None))
         except (ConfigurationError, AttributeError, TypeError) as error:
-            raise CheckpointError(
+            raise DamagedCheckpoint(
                 f"the settings in the checkpoint cannot be read: {error}"
             ) from None
         if differences:
@@ -63,7 +64,7 @@ def check_same_run(
     try:
         changes = changed_data(state.get("data", data), data)
     except (AttributeError, TypeError):
-        raise CheckpointError("the identity of the images in the checkpoint is damaged") from None
+        raise DamagedCheckpoint("the identity of the images in the checkpoint is damaged") from None
     if changes:
         differences = "; ".join(changes[:3])
         if len(changes) > 3:

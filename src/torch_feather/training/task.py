@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,18 +15,17 @@ from torch import Tensor, nn
 import torch_feather as feather
 
 from .. import models
-from ..errors import ConfigurationError
 from .callbacks import Callback
 from .checkpoint import RunDirectory, write_json
 from .config import Config
 from .data import Dataset, data_identity, eval_loader, identity_digest, train_loader
-from .distillation import Distillation, load_teacher
+from .distillation import make_distillation
 from .distributed import Ranks
 from .errors import CheckpointError, Interrupted, TrainingDiverged
-from .evaluation import evaluate
+from .evaluation import StoppedEvaluation, check_accepts, evaluate, until
 from .initial_weights import initialize
 from .masks import record_masks
-from .network_info import info_metadata
+from .network_info import info_of_data
 from .optimizer import learning_rate, make_optimizer
 from .provenance import provenance
 from .same_run import check_same_run, run_identity
@@ -69,16 +69,14 @@ class Task:
         self.ranks = ranks or Ranks()
         layout = torch.channels_last if config.system.channels_last else torch.contiguous_format
         self.model = models.create(config.network, data.classes, data.channels)
-        self.notes: list[str] = []
-        if (init := config.init) is not None:
-            self.notes += self.ranks.local_first(
-                lambda: initialize(self.model, init, config.network)
-            )
+        start = partial(initialize, self.model, config.init, config.network)
+        self.notes = self.ranks.local_first(start)
         self.model.to(device).to(memory_format=layout)
         self.loader = train_loader(data, config, device, self.ranks)
         self.data_identity = self.ranks.on_first(lambda: data_identity(data))
         self.example = data.example().to(device)
-        self._check_example()
+        self.info = info_of_data(config, data)
+        check_accepts(self.model, config.network, self.example)
         self.total_steps = config.epochs * len(self.loader)
         self.optimizer = make_optimizer(
             self.model, config.optimizer, fused=True if config.system.cuda_graph else None
@@ -86,7 +84,7 @@ class Task:
         self.sparsifier = attach_sparsifier(
             config, self.model, self.optimizer, self.total_steps, self.example, self.ranks
         )
-        self.distillation = self._make_distillation(layout)
+        self.distillation = make_distillation(config, data, device, layout, self.ranks)
         self.train_step = Step(
             self.model,
             self.optimizer,
@@ -115,25 +113,6 @@ class Task:
         if self.ranks.count > 1:  # random numbers of the network, as of dropout, differ by rank
             torch.manual_seed(config.seed + self.ranks.rank)
 
-    def _check_example(self) -> None:
-        """Raise a ConfigurationError if the network does not accept the images."""
-        try:
-            feather.count_flops(self.model, self.example)
-        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            size = "x".join(map(str, self.example.shape[1:]))
-            raise ConfigurationError(
-                f"network {self.config.network!r} does not accept images of {size}: {first}"
-            ) from None
-
-    def _make_distillation(self, layout: torch.memory_format) -> Distillation | None:
-        options = self.config.distillation
-        if options.teacher is None:
-            return None
-        teacher = self.ranks.local_first(lambda: load_teacher(self.config, self.data))
-        teacher.to(self.device).to(memory_format=layout)
-        return Distillation(teacher, options, self.config.system.compile)
-
     def fit(
         self,
         run: RunDirectory,
@@ -154,13 +133,14 @@ class Task:
         system = self.config.system
         saved_at = time.monotonic()
         while self.epoch < self.config.epochs:
-            began, before = time.perf_counter(), self.images
+            began, before, position = time.perf_counter(), self.images, self.loader.state_dict()
             self.model.train()
             for batch in self.loader:
                 self.train_step(batch, self.learning_rate(self.step))
                 self.step += 1
                 self.images += batch.total
                 callback.step(batch.total)
+                position = self.loader.state_dict()  # after the last batch, the next epoch begins
                 due = time.monotonic() - saved_at >= system.checkpoint_seconds
                 if system.checkpoint_steps is not None:
                     due = due or self.step % system.checkpoint_steps == 0
@@ -173,7 +153,12 @@ class Task:
                     raise Interrupted(
                         f"stopped at step {self.step} of {self.total_steps}; {run.resume_hint()}"
                     )
-            self.end_epoch(self.images - before, began)
+            try:
+                self.end_epoch(self.images - before, began, stop_requested)
+            except StoppedEvaluation:
+                self.save(run, began, position)
+                where = f"in the evaluation after step {self.step} of {self.total_steps}"
+                raise Interrupted(f"stopped {where}; {run.resume_hint()}") from None
             if self.ranks.first:
                 run.write_metrics(self.history)
                 if self.config.track_masks and self.sparsifier is not None:
@@ -181,25 +166,33 @@ class Task:
             callback.epoch(self.history[-1])
         self.save(run)
 
-    def save(self, run: RunDirectory, began: float | None = None) -> None:
+    def save(
+        self, run: RunDirectory, began: float | None = None, position: dict | None = None
+    ) -> None:
         """Write a checkpoint.
 
         Args:
             run: the run directory.
             began: when the present epoch began, by `time.perf_counter`; None between two epochs.
+            position: state of the loader; None for its present state.
         """
         state = self.state_dict()
+        state["loader"] = position or state["loader"]
         if began is not None:
             state["seconds"] = self._elapsed(began)
         if self.ranks.first:
             run.save(state)
 
-    def end_epoch(self, images: int, began: float) -> None:
+    def end_epoch(
+        self, images: int, began: float, stop_requested: Callable[[], bool] = lambda: False
+    ) -> None:
         """Read the loss of the epoch, evaluate, and append the metrics to the history.
 
         Args:
             images: images that this process trained on since `began`.
             began: when the epoch began or was resumed, by `time.perf_counter`.
+            stop_requested: with one process, called after each batch of the evaluation; true ends
+                it, and nothing has changed.
 
         Raises:
             TrainingDiverged: the training loss is not finite.
@@ -211,15 +204,17 @@ class Task:
                 f"the training loss became {train_loss} in epoch {self.epoch + 1}. "
                 "Try a smaller optimizer.lr or a smaller optimizer.clip."
             )
-        self.epoch += 1
         self.ranks.broadcast_buffers(self.model)
-        last = self.epoch == self.config.epochs
+        epoch = self.epoch + 1
         measured: dict[str, float | None] = dict.fromkeys(
             ("val_loss", "val_acc", "test_loss", "test_acc")
         )
-        if last or self.epoch % self.config.evaluate_every == 0:
-            loss, accuracy = self.evaluate(self.watched_images)
+        if epoch == self.config.epochs or epoch % self.config.evaluate_every == 0:
+            images_or_stop = until(stop_requested, self.watched_images)
+            alone = self.ranks.count == 1  # otherwise all ranks would have to agree on each batch
+            loss, accuracy = self.evaluate(images_or_stop if alone else self.watched_images)
             measured |= {f"{self.watched}_loss": loss, f"{self.watched}_acc": accuracy}
+        self.epoch = epoch
         self.history.append(
             {
                 "epoch": self.epoch,
@@ -248,12 +243,8 @@ class Task:
             return
         if self.best is None or val_acc > self.best["val_acc"]:
             model = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-            self.best = {
-                "epoch": self.epoch,
-                "val_acc": val_acc,
-                "model": model,
-                "thresholds": self._thresholds(),
-            }
+            self.best = {"epoch": self.epoch, "val_acc": val_acc, "model": model}
+            self.best["thresholds"] = self._thresholds()
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, from 0."""
@@ -290,8 +281,7 @@ class Task:
             learned_sparsity=learned_sparsity,
         )
         if self.ranks.first:
-            metadata = info_metadata(self.config, self._identity())
-            run.save_model(self.model, metadata)
+            run.save_model(self.model, self.info.metadata())
         results = {
             **self._identity(),
             "learned_sparsity": learned_sparsity,
@@ -317,12 +307,9 @@ class Task:
     def _identity(self) -> dict[str, Any]:
         """Return what was trained, for report.json."""
         return {
-            "network": self.config.network,
+            **self.info.entries(),
             "data": self.config.data.name,
             "data_digest": identity_digest(self.data_identity),
-            "classes": self.data.classes,
-            "class_names": list(self.data.names),
-            "input_shape": list(self.example.shape[1:]),  # of one image, (C, H, W)
             "method": self.config.method,
             "target_sparsity": self.config.sparsity,
         }

@@ -24,6 +24,7 @@ from ..export.manifest import KEY
 from ..export.reader import LIMIT
 from ..files import to_path
 from .checkpoint import RunDirectory
+from .config import Config
 from .errors import RunError
 
 
@@ -129,6 +130,35 @@ class Weights:
         )
 
 
+def read_finished(run: RunDirectory) -> tuple[Config, dict[str, Any]]:
+    """Return the configuration and the results of a finished run.
+
+    Args:
+        run: the run directory.
+
+    Raises:
+        RunError: the run is not complete, or config.yaml and report.json are of different runs.
+        ConfigurationError: config.yaml cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
+        >>> run = RunDirectory(tempfile.mkdtemp())
+        >>> run.write_config(Config(network="resnet8"))
+        >>> write_json(run.report_file, example_results(network="resnet8"))
+        >>> read_finished(run)[1]["report"]["zeros"]
+        50
+    """
+    config, results = run.read_config(), run.read_report()
+    if config.network != results["network"]:
+        raise RunError(
+            f"{run.config_file}: names the network {config.network!r}, but report.json "
+            f"{results['network']!r}. Restore the file of this run."
+        )
+    return config, results
+
+
 def read_weights(source: Path | str) -> Weights:
     """Read the weights of a completed run, a file of `feather export`, or any state dict.
 
@@ -155,7 +185,7 @@ def read_weights(source: Path | str) -> Weights:
         raise RunError(f"{path}: no such run directory or file")
     if stat.S_ISDIR(status.st_mode):
         run = RunDirectory(path)
-        config, _ = run.read_config(), run.read_report()  # raises RunError if not complete
+        config, _ = read_finished(run)  # raises RunError if not complete
         return Weights(path, _read_safetensors(run.model_file), config.network)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
         raise RunError(f"{path}: neither a run directory nor a regular file")
@@ -181,7 +211,9 @@ def _read_errors(path: Path) -> Iterator[None]:
             error, pickle.UnpicklingError
         ):  # its message explains how to load it unsafely
             reason = "it is damaged, or holds more than tensors"
-        raise RunError(f"{path}: cannot be read as weights ({reason})") from None
+        raise RunError(
+            f"{path}: cannot be read as weights ({reason}). Restore it, or name another file."
+        ) from None
 
 
 def _is_sparse(path: Path) -> bool:
@@ -194,6 +226,8 @@ def _is_sparse(path: Path) -> bool:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
+    if not path.is_file():
+        raise RunError(f"{path}: no such file, or not a regular one. Restore it from a copy.")
     with _read_errors(path):
         return load_file(path)
 

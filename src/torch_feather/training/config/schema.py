@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigurationError
 from ...methods import method_options, unused_options
+from ...methods.option_types import shorten
 from ..deprecation import renamed_fields
 
 DENSE = "dense"
 PRETRAINED = "pretrained"  # value of `init`
 OPTIMIZERS = ("sgd", "adamw")
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
+MOST_EPOCHS, MOST_IMAGES, MOST_PIXELS = 10**6, 10**7, 10**5
 
 
 def _require(condition: bool, message: str) -> None:
@@ -24,6 +27,18 @@ def _require(condition: bool, message: str) -> None:
 def _choice(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigurationError(f"{key}: {value!r} is not one of {', '.join(known)}")
+
+
+def _within(key: str, value: float | None, least: float, most: float) -> None:
+    """Check a number that may be None; larger values overflow, or cannot be meant."""
+    if value is None:
+        return
+    _require(value >= least, f"{key} must be at least {least}, got {shorten(value)}")
+    _require(value <= most, f"{key} must be at most {most:,}, got {shorten(value)}")
+
+
+def _finite(key: str, value: float | None) -> None:
+    _require(value is None or math.isfinite(value), f"{key} must be finite, got {value}")
 
 
 @dataclass(frozen=True)
@@ -68,13 +83,11 @@ class DataConfig:
             0 <= self.validation < 1,
             f"data.validation must be a fraction in [0, 1), got {self.validation}",
         )
-        _require(
-            self.resolution is None or self.resolution >= 1,
-            f"data.resolution must be at least 1, got {self.resolution}",
-        )
+        _within("data.resolution", self.resolution, 1, MOST_PIXELS)
         _choice("data.crop", self.crop, ("shift", "resized"))
         _choice("data.storage", self.storage, ("auto", "memory", "stream"))
-        _require(self.shift >= 0, f"data.shift must not be negative, got {self.shift}")
+        _require(self.shift >= 0, f"data.shift must not be negative, got {shorten(self.shift)}")
+        _within("data.shift", self.shift, 0, MOST_PIXELS)
         for key in ("smallest_crop", "center"):
             fraction = getattr(self, key)
             _require(
@@ -160,6 +173,9 @@ class OptimizerConfig:
             self.warmup_epochs >= 0,
             f"optimizer.warmup_epochs must not be negative, got {self.warmup_epochs}",
         )
+        _within("optimizer.warmup_epochs", self.warmup_epochs, 0, MOST_EPOCHS)
+        _finite("optimizer.lr", self.lr)
+        _finite("optimizer.weight_decay", self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -188,6 +204,7 @@ class DistillationConfig:
             self.temperature > 0,
             f"distillation.temperature must be positive, got {self.temperature}",
         )
+        _finite("distillation.temperature", self.temperature)
 
 
 @renamed_fields(graph="cuda_graph")
@@ -214,25 +231,23 @@ class SystemConfig:
     deterministic: bool = True  # bitwise identical results for the same seed and machine
     checkpoint_seconds: float = 60.0  # time between two checkpoints
     checkpoint_steps: int | None = None  # also write a checkpoint every so many steps
+    # Ctrl-C, SIGTERM: how long to wait for the end of the step, after which a checkpoint is
+    # written. A longer step is abandoned; the run then resumes from the checkpoint before it.
+    stop_seconds: float = 20.0
     # A resumed run continues on changed images if this is their digest, which the error names.
     accept_data: str | None = None
     tensorboard: bool = True  # log to TensorBoard if it is installed
     wandb: str | None = None  # Weights & Biases project to log to
 
     def __post_init__(self) -> None:
-        for key, least in (("threads", 1), ("micro_batch", 1), ("workers", 0)):
-            value = getattr(self, key)
-            _require(
-                value is None or value >= least,
-                f"system.{key} must be at least {least}, got {value}",
-            )
+        _within("system.threads", self.threads, 1, 4096)
+        _within("system.micro_batch", self.micro_batch, 1, MOST_IMAGES)
+        _within("system.workers", self.workers, 0, 4096)
+        _within("system.checkpoint_steps", self.checkpoint_steps, 1, 2**53)
+        _within("system.stop_seconds", self.stop_seconds, 0, 86_400)
         _require(
             self.checkpoint_seconds >= 0,
             f"system.checkpoint_seconds must not be negative, got {self.checkpoint_seconds}",
-        )
-        _require(
-            self.checkpoint_steps is None or self.checkpoint_steps >= 1,
-            f"system.checkpoint_steps must be at least 1, got {self.checkpoint_steps}",
         )
 
 
@@ -280,9 +295,11 @@ class Config:
             0 <= self.sparsity < 1,
             f"sparsity must be a fraction in [0, 1), such as 0.95; got {self.sparsity}",
         )
-        for key in ("epochs", "batch_size", "evaluate_every"):
-            _require(getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _within("epochs", self.epochs, 1, MOST_EPOCHS)
+        _within("batch_size", self.batch_size, 1, MOST_IMAGES)
+        _within("evaluate_every", self.evaluate_every, 1, 2**53)
+        _require(self.seed >= 0, f"seed must not be negative, got {shorten(self.seed)}")
+        _within("seed", self.seed, 0, 2**63 - 1)
         _choice("select", self.select, ("last", "best"))
         _require(
             self.select == "last" or self.data.validation > 0,
