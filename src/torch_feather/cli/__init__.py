@@ -20,11 +20,23 @@ except ImportError as error:
 
 from .files import bench, export
 from .lists import methods, recipes
+from .predict import predict
 from .runs import evaluate, report
 from .studies import studies
 from .training import EXAMPLES, train
 
-__all__ = ["app", "bench", "evaluate", "export", "main", "methods", "recipes", "report", "train"]
+__all__ = [
+    "app",
+    "bench",
+    "evaluate",
+    "export",
+    "main",
+    "methods",
+    "predict",
+    "recipes",
+    "report",
+    "train",
+]
 
 app = typer.Typer(
     name="feather",
@@ -35,7 +47,7 @@ app = typer.Typer(
 )
 app.command(epilog=EXAMPLES)(train)
 app.add_typer(studies, name="study")
-for _command in (evaluate, report, export, bench, methods, recipes):
+for _command in (predict, evaluate, report, export, bench, methods, recipes):
     app.command()(_command)
 
 

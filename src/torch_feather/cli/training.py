@@ -167,6 +167,10 @@ def train(
     overrides |= parse_assignments(settings or [])
     if resume and out is None:
         raise typer.BadParameter("--resume requires --out RUN, the run to resume")
+    if data_path is not None and (data, recipe, config, resume) == (None, None, None, False):
+        raise typer.BadParameter(
+            "--data-path requires --data: imagefolder for a folder of images; cifar10; or cifar100"
+        )
     start = _configuration(recipe, config, data, overrides, out if resume else None)
     console = make_console()
     with process_group() as ranks:

@@ -90,10 +90,11 @@ def choose_settings(config: Config, device: torch.device) -> Config:
             f"{', '.join(CHOICES)}."
         )
     facts = Facts(config, device)
-    for key in CHOICES:  # in this order: later choices use earlier ones
-        if key in config.automatic:
-            value = CHOICES[key](config, facts)
-            config = apply(config, {key: value}, f"choice of {key}")
+    wanted = set(config.automatic)
+    assert facts.images  # first, so that errors of the images come before those of the network
+    for keys in ORDER:
+        found = {key: CHOICES[key](config, facts) for key in keys if key in wanted}
+        config = apply(config, found, f"choice of {', '.join(found)}") if found else config
     return replace(config, automatic=None)
 
 
@@ -209,3 +210,11 @@ CHOICES: dict[str, Callable[[Config, Facts], Any]] = {
     "optimizer.weight_decay": _weight_decay,
     "system.amp": _amp,
 }
+
+# Later choices use earlier ones; those of one line are made together.
+ORDER = (
+    ("network",),
+    ("data.resolution", "data.center", "data.mean", "data.std"),
+    ("batch_size", "optimizer.name", "system.amp"),
+    ("data.drop_last", "optimizer.lr", "optimizer.weight_decay"),
+)

@@ -23,7 +23,7 @@ from .content import read_json, read_json_lines
 from .deprecation import renamed_names, warn_renamed
 from .errors import CheckpointError, InUse, RunError
 from .schemas import RESULTS, history
-from .writing import remove_temporary_files, write_atomically, write_json
+from .writing import remove_temporary_files, remove_unused, write_atomically, write_json
 
 __all__ = [
     "DENSE_BASELINE",
@@ -68,6 +68,7 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Lock the directory, and delete what killed writers left in it.
 
+        If the body raises before it wrote a file, a directory that was created for it is removed.
         The kernel holds the lock, so it ends with its process, however the process ends.
 
         Raises:
@@ -80,6 +81,7 @@ class RunDirectory:
             raise RunError(
                 f"{self.path}: run directories require a POSIX system (Linux, macOS, WSL)"
             ) from None
+        created = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(self.path / ".lock", "a")  # noqa: SIM115
@@ -95,7 +97,11 @@ class RunDirectory:
                 ) from None
             for folder in (self.path, self.last.parent, self.path / "masks"):
                 remove_temporary_files(folder)
-            yield
+            try:
+                yield
+            except BaseException:
+                remove_unused(created, [".lock"])  # if the run did not begin
+                raise
 
     def dense_baseline(self) -> RunDirectory:
         """Return the directory of the dense baseline of this run."""

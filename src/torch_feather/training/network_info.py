@@ -1,7 +1,7 @@
 """What a program needs to use a network: its name, its classes, and the preparation of images.
 
-`report.json`, `model.safetensors`, sparse files and ONNX files hold it. For runs and files of version
-0.1, it follows from the configuration.
+`report.json`, `model.safetensors`, sparse files and ONNX files hold it. For runs and files of
+version 0.1, it follows from the configuration.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import models
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, install_hint
 from ..export import SparseFile
 from ..export.manifest import KEY as SPARSE_KEY
 from ..export.packages import import_safetensors
@@ -223,7 +223,22 @@ def _file_metadata(source: Path) -> Mapping[str, Any]:
             with SparseFile(source) as sparse:
                 return sparse.metadata
         return _parse(metadata.get(KEY), source)
+    if source.suffix == ".onnx":
+        return _parse(_onnx_metadata(source).get(KEY), source)
     return {}
+
+
+def _onnx_metadata(source: Path) -> dict[str, str]:
+    try:
+        import onnx
+    except ImportError as error:
+        raise ImportError(f"ONNX files require onnx. {install_hint('onnx')}") from error
+    try:
+        model = onnx.load(source, load_external_data=False)
+    except Exception as error:  # of a damaged file
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"{source}: cannot be read as ONNX ({first})") from None
+    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def _parse(text: str | None, source: Path) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from .data import Dataset, data_identity, eval_loader, identity_digest, train_lo
 from .distillation import make_distillation
 from .distributed import Ranks
 from .errors import CheckpointError, Interrupted, TrainingDiverged
-from .evaluation import StoppedEvaluation, check_accepts, evaluate, until
+from .evaluation import StoppedEvaluation, check_accepts, check_batches, evaluate, until
 from .initial_weights import initialize
 from .masks import record_masks
 from .network_info import info_of_data
@@ -77,6 +77,7 @@ class Task:
         self.example = data.example().to(device)
         self.info = info_of_data(config, data)
         check_accepts(self.model, config.network, self.example)
+        check_batches(self.model, self.example, config, len(data.train), self.ranks)
         self.total_steps = config.epochs * len(self.loader)
         self.optimizer = make_optimizer(
             self.model, config.optimizer, fused=True if config.system.cuda_graph else None
@@ -179,7 +180,7 @@ class Task:
         state = self.state_dict()
         state["loader"] = position or state["loader"]
         if began is not None:
-            state["seconds"] = self._elapsed(began)
+            state["seconds"] = self.seconds + time.perf_counter() - began
         if self.ranks.first:
             run.save(state)
 
@@ -228,7 +229,7 @@ class Task:
             }
         )
         self._update_best(measured["val_acc"])
-        self.seconds = self._elapsed(began)
+        self.seconds = self.seconds + time.perf_counter() - began
         self.train_step.loss_sum.zero_()
         self.images = 0
 
@@ -298,8 +299,8 @@ class Task:
             "report": report.to_dict(),
             **provenance(self.device),
         }
-        if self.ranks.count > 1:
-            results["hardware"]["processes"] = self.ranks.count
+        if (count := self.ranks.count) > 1:
+            results["hardware"]["processes"] = count
         if self.ranks.first:
             write_json(run.report_file, results)
         return results
@@ -317,7 +318,7 @@ class Task:
     def _teacher_results(self, test: Any) -> dict[str, Any] | None:
         if self.distillation is None:
             return None
-        amp, teacher = self.config.system.amp, self.distillation.teacher
+        teacher, amp = self.distillation.teacher, self.config.system.amp
         loss, accuracy = evaluate(teacher, test, amp, self.ranks)
         return {
             "source": self.config.distillation.teacher,
@@ -328,9 +329,6 @@ class Task:
 
     def _thresholds(self) -> dict[str, Tensor]:
         return self.sparsifier.thresholds() if self.sparsifier is not None else {}
-
-    def _elapsed(self, began: float) -> float:
-        return self.seconds + time.perf_counter() - began
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the remaining steps depend on.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigurationError
+from ...errors import ConfigurationError, nearest
 from ...methods import method_options, unused_options
 from ...methods.option_types import shorten
 from ..deprecation import renamed_fields
@@ -39,6 +41,36 @@ def _within(key: str, value: float | None, least: float, most: float) -> None:
 
 def _finite(key: str, value: float | None) -> None:
     _require(value is None or math.isfinite(value), f"{key} must be finite, got {value}")
+
+
+def check_data_name(name: str) -> None:
+    """Raise an error if no data set has this name.
+
+    Args:
+        name: the value of `--data`.
+
+    Raises:
+        ConfigurationError: the message says how to name a folder.
+
+    Example:
+        >>> try:
+        ...     check_data_name("photos")
+        ... except ConfigurationError as error:
+        ...     print(error)
+        there is no data set 'photos'. ... --data imagefolder --data-path FOLDER
+    """
+    if name in DATASETS:
+        return
+    folder = "FOLDER"
+    problem = f"there is no data set {shorten(name)}{nearest(name, DATASETS)}"
+    if name and "\0" not in name and os.path.exists(name):
+        folder = shlex.quote(name)
+        kind = "folder" if os.path.isdir(name) else "file"
+        problem = f"{shorten(name)} is a {kind}, not the name of a data set."
+    raise ConfigurationError(
+        f"{problem} There are {', '.join(DATASETS)}. For images of your own: "
+        f"--data imagefolder --data-path {folder}"
+    )
 
 
 @dataclass(frozen=True)
@@ -78,7 +110,7 @@ class DataConfig:
         return self.name
 
     def __post_init__(self) -> None:
-        _choice("data.name", self.name, DATASETS)
+        check_data_name(self.name)
         _require(
             0 <= self.validation < 1,
             f"data.validation must be a fraction in [0, 1), got {self.validation}",
