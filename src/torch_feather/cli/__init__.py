@@ -18,6 +18,7 @@ except ImportError as error:
         f"feather: the command line needs {error.name}. {install_hint('train')}"
     ) from None
 
+from .example import example
 from .files import bench, export
 from .lists import methods, recipes
 from .predict import predict
@@ -29,6 +30,7 @@ __all__ = [
     "app",
     "bench",
     "evaluate",
+    "example",
     "export",
     "main",
     "methods",
@@ -47,7 +49,7 @@ app = typer.Typer(
 )
 app.command(epilog=EXAMPLES)(train)
 app.add_typer(studies, name="study")
-for _command in (predict, evaluate, report, export, bench, methods, recipes):
+for _command in (predict, evaluate, report, export, bench, methods, recipes, example):
     app.command()(_command)
 
 
