@@ -88,7 +88,11 @@ def networks() -> dict[str, tuple[nn.Module, Tensor, Callable[[Any], torch.optim
     mlp = nn.Sequential(nn.Flatten(), nn.Linear(3072, 6144), nn.ReLU(), nn.Linear(6144, 1024))
     tokens = torch.randint(256, (16, 64))
     return {
-        "resnet18, 64 px, batch 32": (create("timm/resnet18", 100), torch.randn(32, 3, 64, 64), sgd),
+        "resnet18, 64 px, batch 32": (
+            create("timm/resnet18", 100),
+            torch.randn(32, 3, 64, 64),
+            sgd,
+        ),
         "MLP, 25 million, batch 64": (mlp, torch.randn(64, 3, 32, 32), sgd),
         "transformer, 10 million, AdamW": (Transformer(), tokens, torch.optim.AdamW),
         "resnet20, batch 128": (create("resnet20", 100), torch.randn(128, 3, 32, 32), sgd),

@@ -82,7 +82,6 @@ def _rows(value: Any, at: str) -> None:
     items(ROW)(value, "row")
 
 
-# long: its example, and one key for each column
 def row_of(run: Run, directory: RunDirectory) -> Row:
     """Return the row of a finished run: its results, settings, curves and provenance.
 

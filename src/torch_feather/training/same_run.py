@@ -20,6 +20,11 @@ def run_identity(config: Config, data: Mapping[str, Any], batches: int) -> dict[
         config: the configuration of the run.
         data: the `data_identity` of its images.
         batches: steps per epoch.
+
+    Example:
+        >>> identity = run_identity(Config(), {}, 11)
+        >>> identity["config"]["sparsity"], identity["batches"]
+        (0.95, 11)
     """
     return {
         "config": flatten(to_dict(config.written_out())),
@@ -46,6 +51,14 @@ def check_same_run(
     Raises:
         CheckpointError: settings or images differ; the message names them.
         DamagedCheckpoint: the settings or the identity of the images cannot be read.
+
+    Example:
+        >>> state = {**run_identity(Config(epochs=2), {}, 11), "ranks": [{}]}
+        >>> check_same_run(state, Config(epochs=2), {}, 11, ranks=1)
+        >>> check_same_run(state, Config(epochs=3), {}, 11, ranks=1)
+        Traceback (most recent call last):
+        ...
+        torch_feather.training.errors.CheckpointError: ... other settings: epochs ...
     """
     if (saved := state.get("config")) is not None:
         try:
@@ -87,6 +100,15 @@ def check_same_data(expected: str | None, data: Mapping[str, Any], config: Confi
 
     Raises:
         RunError: the images have changed.
+
+    Example:
+        >>> images = {"train": {"images": 2}}
+        >>> check_same_data(identity_digest(images), images, Config())
+        >>> check_same_data(None, images, Config())  # a run of version 0.1
+        >>> check_same_data(identity_digest({}), images, Config())
+        Traceback (most recent call last):
+        ...
+        torch_feather.training.errors.RunError: the images have changed ...
     """
     digest = identity_digest(data)
     if expected not in (None, digest) and config.system.accept_data != digest:

@@ -27,7 +27,7 @@ from .initial_weights import initialize
 from .masks import record_masks
 from .network_info import info_of_data
 from .optimizer import learning_rate, make_optimizer
-from .provenance import provenance
+from .results import report_entries, teacher_entry
 from .same_run import check_same_run, run_identity
 from .sparsification import attach_sparsifier
 from .step import Step
@@ -75,7 +75,6 @@ class Task:
         self.loader = train_loader(data, config, device, self.ranks)
         self.data_identity = self.ranks.on_first(lambda: data_identity(data))
         self.example = data.example().to(device)
-        self.info = info_of_data(config, data)
         check_accepts(self.model, config.network, self.example)
         check_batches(self.model, self.example, config, len(data.train), self.ranks)
         self.total_steps = config.epochs * len(self.loader)
@@ -282,11 +281,12 @@ class Task:
             learned_sparsity=learned_sparsity,
         )
         if self.ranks.first:
-            run.save_model(self.model, self.info.metadata())
+            run.save_model(self.model, info_of_data(self.config, self.data).metadata())
         results = {
-            **self._identity(),
+            **report_entries(
+                self.config, self.data, identity_digest(self.data_identity), self.device, self.ranks
+            ),
             "learned_sparsity": learned_sparsity,
-            "seed": self.config.seed,
             "epochs": self.epoch,
             "chosen_epoch": chosen,
             "test_accuracy": test_accuracy,
@@ -295,37 +295,12 @@ class Task:
             "train_loss": self.history[chosen - 1]["train_loss"],
             "macs": {"dense": report.dense_macs, "sparse": report.sparse_macs},
             "seconds": self.seconds,
-            "teacher": self._teacher_results(test),
+            "teacher": teacher_entry(self.config, self.distillation, test, self.ranks),
             "report": report.to_dict(),
-            **provenance(self.device),
         }
-        if (count := self.ranks.count) > 1:
-            results["hardware"]["processes"] = count
         if self.ranks.first:
             write_json(run.report_file, results)
         return results
-
-    def _identity(self) -> dict[str, Any]:
-        """Return what was trained, for report.json."""
-        return {
-            **self.info.entries(),
-            "data": self.config.data.name,
-            "data_digest": identity_digest(self.data_identity),
-            "method": self.config.method,
-            "target_sparsity": self.config.sparsity,
-        }
-
-    def _teacher_results(self, test: Any) -> dict[str, Any] | None:
-        if self.distillation is None:
-            return None
-        teacher, amp = self.distillation.teacher, self.config.system.amp
-        loss, accuracy = evaluate(teacher, test, amp, self.ranks)
-        return {
-            "source": self.config.distillation.teacher,
-            "sha256": self.distillation.digest,
-            "test_accuracy": accuracy,
-            "test_loss": loss,
-        }
 
     def _thresholds(self) -> dict[str, Tensor]:
         return self.sparsifier.thresholds() if self.sparsifier is not None else {}

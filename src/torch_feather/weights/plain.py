@@ -101,6 +101,8 @@ def write_effective(
     def write(group: Group) -> list[tuple[int, Sums]]:
         for j in range(bisect_right(starts, group.start) - 1, len(every)):
             piece = every[j].piece
+            if piece.start >= group.stop:
+                break
             a = max(group.start - piece.start, 0)
             b = min(group.stop - piece.start, piece.values.numel())
             if a < b:

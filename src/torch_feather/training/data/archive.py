@@ -41,6 +41,11 @@ class Member(NamedTuple):
         header: offset of its header.
         start: offset of its content.
         size: bytes of its content.
+
+    Example:
+        >>> member = Member(b"a.png", REGULAR, target=b"", header=0, start=512, size=70)
+        >>> member.start + member.size  # where its content ends
+        582
     """
 
     name: bytes
@@ -59,6 +64,15 @@ def read_members(path: Path) -> Iterator[Member]:
 
     Raises:
         DataError: the file cannot be read to its end mark, or has something behind it.
+
+    Example:
+        >>> import tarfile, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "images.tar")
+        ...     with tarfile.open(file, "w") as archive:
+        ...         archive.addfile(tarfile.TarInfo("a.png"))
+        ...     [(member.name, member.kind, member.size) for member in read_members(file)]
+        [(b'a.png', 'a file', 0)]
     """
     try:
         descriptor, size = open_regular(path)

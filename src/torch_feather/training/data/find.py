@@ -110,11 +110,6 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
         )
     _check_labels(containers, parts["train"] + parts[held_back])
     classes = _common_classes(root, held_back, parts["train"], parts[held_back])
-    if len(classes) == 1:
-        raise DataError(
-            f"{printable(root)}: only one class, {printable(next(iter(classes)))!r}. A network "
-            "learns to tell classes apart: at least two folders are needed in train/ and val/."
-        )
     train, test = (_to_files(containers, parts[part], classes) for part in ("train", held_back))
     return train, test, len(classes)
 
@@ -167,6 +162,11 @@ def _common_classes(
         only_in = [f"only in {part}: {_some(kinds)}" for part, kinds in only.items() if kinds]
         raise DataError(
             f"{printable(root)}: train and {name} have different classes; {'; '.join(only_in)}"
+        )
+    if len(trained) == 1:
+        raise DataError(
+            f"{printable(root)}: only one class, {printable(next(iter(trained)))!r}. A network "
+            "learns to tell classes apart: at least two folders are needed in train/ and val/."
         )
     spellings: dict[str, str | int] = {}
     for kind in trained:
