@@ -52,6 +52,7 @@ def export_run(
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .config import Config
         >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(network="resnet8"))
@@ -105,6 +106,7 @@ def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Mo
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .config import Config
         >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(network="resnet8"))
@@ -138,6 +140,7 @@ def run_metadata(run: RunDirectory) -> dict[str, Any]:
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .config import Config
         >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(init="/home/me/runs/a"))
@@ -208,6 +211,7 @@ def push(run: RunDirectory, path: Path, repository: str) -> str:
         >>> import tempfile
         >>> from unittest import mock
         >>> from .checkpoint import write_json
+        >>> from .config import Config
         >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config())
