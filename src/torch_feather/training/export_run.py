@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from ..errors import ConfigurationError
 from ..export import SparseFile, export_onnx, hub, save_sparse
 from ..files import replace_file
 from .checkpoint import RunDirectory
-from .config import Config, to_dict, to_yaml
+from .config import to_dict, to_yaml
 from .data import load_dataset
+from .network_info import network_info, without_local_paths
 from .weights import read_finished, read_weights
 
 FORMATS = {"sparse": hub.FILE, "safetensors": "model.safetensors", "onnx": "model.onnx"}
@@ -50,6 +52,7 @@ def export_run(
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .config import Config
         >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(network="resnet8"))
@@ -69,12 +72,22 @@ def export_run(
         metadata, prunable = run_metadata(run), run.prunable()
         save_sparse(tensors, path, dtype=dtype, metadata=metadata, prunable=prunable)
     elif format == "onnx":
-        export_onnx(*load_network(run, data_path), path)
+        export_onnx(*load_network(run, data_path), path, _onnx_metadata(run))
     elif path.resolve() != run.model_file.resolve():
         read_weights(run.path)  # raises RunError if the file is damaged
         with open(run.model_file, "rb") as file:
             replace_file(path, lambda new: shutil.copyfileobj(file, new))
     return path
+
+
+def _onnx_metadata(run: RunDirectory) -> dict[str, str]:
+    """Return what programs without this package need as texts of their own: names and pixels."""
+    config, results = read_finished(run)
+    if "input_shape" not in results:
+        return {}
+    info = network_info(config, results, run.path)
+    keys = ("class_names", "preprocessing")
+    return info.metadata() | {key: json.dumps(info.entries()[key]) for key in keys}
 
 
 def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Module, Tensor]:
@@ -93,6 +106,7 @@ def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Mo
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .config import Config
         >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(network="resnet8"))
@@ -126,6 +140,7 @@ def run_metadata(run: RunDirectory) -> dict[str, Any]:
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .config import Config
         >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(init="/home/me/runs/a"))
@@ -135,25 +150,15 @@ def run_metadata(run: RunDirectory) -> dict[str, Any]:
         ('digits', 4, 'a')
     """
     config, results = read_finished(run)
-    keys = ("network", "data", "classes", "input_shape", "method", "test_accuracy", "macs")
+    keys = ("network", "data", "classes", "method", "test_accuracy", "macs")
     metadata = {key: results[key] for key in keys if key in results}
+    if "input_shape" in results:
+        metadata |= network_info(config, results, run.path).entries()
     return metadata | {
         "weights": results["report"]["weights"],
         "zeros": results["report"]["zeros"],
-        "config": to_dict(_without_local_paths(config)),
+        "config": to_dict(without_local_paths(config)),
     }
-
-
-def _without_local_paths(config: Config) -> Config:
-    teacher = config.distillation.teacher
-    if teacher is not None and not teacher.startswith(models.TIMM):
-        teacher = Path(teacher).name
-    return replace(
-        config,
-        init=config.init and Path(config.init).name,
-        data=replace(config.data, path=None),
-        distillation=replace(config.distillation, teacher=teacher),
-    )
 
 
 def describe(run: RunDirectory, path: Path, format: str) -> str:
@@ -206,6 +211,7 @@ def push(run: RunDirectory, path: Path, repository: str) -> str:
         >>> import tempfile
         >>> from unittest import mock
         >>> from .checkpoint import write_json
+        >>> from .config import Config
         >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config())
@@ -223,7 +229,7 @@ def push(run: RunDirectory, path: Path, repository: str) -> str:
     """
     with TemporaryDirectory() as folder:
         shutil.copyfile(path, Path(folder) / hub.FILE)
-        config = to_yaml(_without_local_paths(run.read_config()))
+        config = to_yaml(without_local_paths(run.read_config()))
         (Path(folder) / "config.yaml").write_text(config)
         card = hub.model_card(repository, run_metadata(run), describe(run, path, "sparse"))
         (Path(folder) / "README.md").write_text(card)
