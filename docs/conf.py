@@ -50,7 +50,7 @@ NAVIGATION = {
             "docs/compatibility",
         ],
         "Sparsity": ["docs/targets", "docs/patterns", "docs/finetuning"],
-        "Guides": ["docs/training", "docs/files", "docs/scale", "docs/runtime", "docs/deploy"],
+        "Guides": ["docs/training", "docs/files", "docs/scale", "docs/runtime", "docs/native", "docs/deploy"],
         "Methods": ["docs/methods/README"],
         "Studies and results": [
             *("docs/studies", "results/README", "docs/reliability", "benchmarks/README"),
