@@ -85,15 +85,11 @@ def export_run(
         metadata, prunable = run_metadata(run), run.prunable()
         save_sparse(tensors, path, dtype=dtype, metadata=metadata, prunable=prunable)
     elif format == "onnx":
-<<<<<<< HEAD
         export_onnx(*load_network(run, data_path), path, _onnx_metadata(run))
-=======
-        export_onnx(*load_network(run, data_path), path)
     elif format == "native":
         export_native(*load_network(run, data_path), path, target or "host")
     elif format == "c":
         export_c(*load_network(run, data_path), path)
->>>>>>> native
     elif path.resolve() != run.model_file.resolve():
         read_weights(run.path)  # raises RunError if the file is damaged
         with open(run.model_file, "rb") as file:
