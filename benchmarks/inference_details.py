@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 import torch_feather as feather
-from torch_feather.runtime.kernels import llvm, machine, vector_widths
+from torch_feather.runtime.kernels import host, llvm
 from torch_feather.runtime.layer import MaxPool
 from torch_feather.runtime.plan import Copy, Sparse
 from torch_feather.runtime.workspace import Workspace
@@ -23,20 +23,21 @@ from torch_feather.runtime.workspace import Workspace
 
 def peak() -> float:
     """Return the multiply-adds per second of one core on registers, in 1e9."""
-    w = vector_widths()[0]
+    w = host().widths[0]
     v, chains, count = f"<{w} x float>", 12, 20_000_000
     phis = "\n".join(
         f"  %a{i} = phi {v} [ zeroinitializer, %entry ], [ %b{i}, %loop ]" for i in range(chains)
     )
     fmas = "\n".join(
-        f"  %b{i} = call {v} @llvm.fma.v{w}f32({v} %a{i}, {v} %x, {v} %x)" for i in range(chains)
+        f"  %b{i} = call {v} @llvm.fmuladd.v{w}f32({v} %a{i}, {v} %x, {v} %x)"
+        for i in range(chains)
     )
     sums = "\n".join(
         f"  %s{i} = fadd {v} {f'%s{i - 1}' if i else 'zeroinitializer'}, %b{i}"
         for i in range(chains)
     )
     code = f"""
-declare {v} @llvm.fma.v{w}f32({v}, {v}, {v})
+declare {v} @llvm.fmuladd.v{w}f32({v}, {v}, {v})
 define void @peak(ptr %p, i64 %n) {{
 entry:
   %x = load {v}, ptr %p, align 4
@@ -55,7 +56,7 @@ exit:
 }}"""
     binding = llvm()
     module = binding.parse_assembly(code)
-    engine = binding.create_mcjit_compiler(module, machine())
+    engine = binding.create_mcjit_compiler(module, host().machine())
     engine.finalize_object()
     function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(
         engine.get_function_address("peak")

@@ -27,6 +27,9 @@ settings.load_profile("repeatable")
 def one_thread():
     """Tiny networks gain nothing from threads, and lose much if cores are shared."""
     torch.set_num_threads(1)
+    # The first backward pass of a process starts autograd's threads, one per device. Under
+    # FakeTensorMode there would be one, and later tests could not fork.
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import torch_feather as feather
 from torch_feather import models
 from torch_feather.errors import ConfigurationError
 from torch_feather.measure.flops import count_flops
@@ -291,3 +292,17 @@ def test_input_without_a_batch_is_an_error(bad):
 def test_nothing_to_count_is_an_error():
     with pytest.raises(ConfigurationError, match="nothing to count"):
         count_flops(nn.ReLU(), torch.randn(1, 4))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("part", [False, True], ids=["model", "part"])
+@pytest.mark.parametrize("door", [count_flops, feather.report, feather.sparsity])
+@pytest.mark.parametrize("kind", ["script", "trace", "freeze"])
+def test_torchscript_is_refused(kind, door, part):
+    """It hides its layers, so all numbers would lack them."""
+    x, model = torch.ones(1, 4), nn.Linear(4, 2).eval()
+    made = torch.jit.trace(model, x) if kind == "trace" else torch.jit.script(model)
+    made = torch.jit.freeze(made) if kind == "freeze" else made
+    given = nn.Sequential(nn.Linear(4, 4), made) if part else made
+    with pytest.raises(ConfigurationError, match=r"TorchScript module \(.*before torch\.jit"):
+        door(*((given, x) if door is count_flops else (given,)))

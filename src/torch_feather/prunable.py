@@ -19,6 +19,7 @@ from .filters import (
     nothing_matched,
     text_of,
 )
+from .scripted import check_not_scripted
 
 Convolution = nn.modules.conv._ConvNd
 
@@ -94,9 +95,9 @@ def find_prunable(
             otherwise it is left out, and so is one without a shape.
 
     Raises:
-        ConfigurationError: `model` is not a module; or a glob, regex or type matches nothing. Also
-            a chosen weight that is computed from other parameters (parametrized, weight-normed) or
-            has no shape yet (lazy modules).
+        ConfigurationError: `model` is not a module, or contains TorchScript; or a glob, regex or
+            type matches nothing. Also a chosen weight that is computed from other parameters
+            (parametrized, weight-normed) or has no shape yet (lazy modules).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
@@ -105,8 +106,6 @@ def find_prunable(
         >>> [item.name for item in find_prunable(model, exclude="2.*")]
         ['0.weight']
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     names = list(_named(unwrap(model)))
     if include is None:
         chosen = [one for one in names if one.by_default]
@@ -217,12 +216,17 @@ def is_lazy(parameter: Any) -> bool:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the user's module inside wrappers of torch.compile and DistributedDataParallel.
 
+    Raises:
+        ConfigurationError: `model` is not a module.
+
     Example:
         >>> import torch
         >>> model = nn.Linear(2, 2)
         >>> unwrap(torch.compile(model)) is model
         True
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
@@ -262,6 +266,7 @@ class _Named:
 
 def _named(model: nn.Module) -> Iterator[_Named]:
     """Yield every parameter under every name, and default weights hidden by a parametrization."""
+    check_not_scripted(model)
     embedded = {
         id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
     }

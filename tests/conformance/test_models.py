@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import torch_feather as feather
-from torch_feather.errors import ConfigurationError
+from torch_feather.errors import ConfigurationError, StateError
 
 from .harness import STEPS, TOTAL, Loop, Run, assert_exact, assert_same, snapshot, start
 from .methods import some_costs
@@ -204,14 +204,14 @@ def test_a_deep_copy_can_be_sparsified_itself():
     assert run.sparsifier.step_count == 6
 
 
-def test_a_deep_copy_of_model_and_optimizer_is_a_plain_pair():
+def test_a_deep_copy_of_model_and_optimizer_raises_at_its_first_step():
     run = start("convnet", theta=0.5).train(0, 6)
     before = snapshot(run)
     model, optimizer = copy.deepcopy((run.model, run.optimizer))
-    assert "step" not in vars(optimizer)
-    Loop(model, model, optimizer, run.case).step(0)
+    with pytest.raises(StateError, match="Call sparsify"):
+        Loop(model, model, optimizer, run.case).step(0)
     assert_same(snapshot(run), before)
-    assert run.case.zeros(model) < run.zeros()
+    assert run.case.zeros(model) == run.zeros()
 
 
 def test_a_whole_model_can_be_pickled():
@@ -356,6 +356,32 @@ def test_averaging_leaves_training_alone():
         average.update()
         average.copy_to(copied)
     assert_same(snapshot(run), snapshot(other))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: None,
+        lambda state: {},
+        lambda state: state | {"decay": 2.0},
+        lambda state: state | {"decay": "0.9"},
+        lambda state: state | {"decay": float("nan")},
+        lambda state: state | {"latent": 3},
+        lambda state: state | {"latent": [None for _ in state["latent"]]},
+        lambda state: state | {"latent": [flat.to("meta") for flat in state["latent"]]},
+        lambda state: state | {"latent": [flat.to_sparse() for flat in state["latent"]]},
+        lambda state: state | {"others": None},
+        lambda state: state | {"others": {name: 1.0 for name in state["others"]}},
+        lambda state: state | {"others": {n: v[:1] for n, v in state["others"].items()}},
+    ],
+)
+def test_what_is_no_state_of_an_average_is_an_error_and_changes_nothing(change):
+    run = start("mlp").train(0, 2)
+    average = feather.LatentAverage(run.sparsifier, decay=0.9)
+    before = average.state_dict()
+    with pytest.raises(StateError):
+        average.load_state_dict(change(average.state_dict()))
+    assert_same(average.state_dict(), before)
 
 
 def test_a_latent_average_resumes():

@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import functools
+import io
 import json
 import math
 import os
@@ -29,6 +30,8 @@ from runtime_cases import (
     run_layer,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 
 import torch_feather as feather
@@ -431,6 +434,118 @@ def test_a_compiled_network_cannot_be_copied_or_saved(network):
             network_or_parent = network
         with pytest.raises(StateError, match="save_tuning"):
             attempt(network_or_parent)
+
+
+def old_onnx(network, x):
+    torch.onnx.export(network, (x,), io.BytesIO(), dynamo=False)
+
+
+def fake_input(network, x):
+    network(FakeTensorMode().from_tensor(x))
+
+
+def fake_mode(network, x):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network(x)
+
+
+def compiled_by_pytorch(network, x):
+    torch.compile(network, backend="eager")(x)
+
+
+def compiled_in_place(network, x):
+    network.forward = torch.compile(network.forward, backend="eager")
+    try:
+        network(x)
+    finally:
+        del network.forward
+
+
+TRACES = {
+    "trace": lambda network, x: torch.jit.trace(network, x, check_trace=False),
+    "trace of a function": lambda network, x: torch.jit.trace(
+        lambda x: network(x) + 1, x, check_trace=False
+    ),
+    "script": lambda network, x: torch.jit.script(network),
+    "old onnx": old_onnx,
+    "export": lambda network, x: torch.export.export(network, (x,)),
+    "make_fx": lambda network, x: make_fx(network)(x),
+    "fake input": fake_input,
+    "fake mode": fake_mode,
+    "compile": compiled_by_pytorch,
+    "compile of forward": compiled_in_place,
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
+)
+@pytest.mark.parametrize("wrap", [False, True], ids=["network", "part of a model"])
+@pytest.mark.parametrize("name", TRACES)
+def test_pytorch_cannot_trace_or_compile_it(name, wrap, network, model):
+    """It would record the answer for one input."""
+    if wrap and name == "compile of forward":
+        pytest.skip("the same")
+    x = torch.randn(2, *SHAPE)
+    message = "cannot be saved, copied or exported" if name == "old onnx" else "cannot be traced"
+    with pytest.raises(StateError, match=message):
+        TRACES[name](nn.Sequential(nn.Identity(), network) if wrap else network, x)
+    assert error(network(x), model(x)) < TOLERANCE  # it still computes
+
+
+def test_a_whole_graph_of_torch_compile_is_refused(network):
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="A compiled network cannot be traced"):
+        torch.compile(network, backend="eager", fullgraph=True)(torch.randn(2, *SHAPE))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: torch.vmap(f)(x[None]),
+        lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+        lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    ],
+    ids=["vmap", "grad", "jvp"],
+)
+def test_function_transforms_are_refused(transform, network):
+    with pytest.raises(InputError, match=r"within torch\.func transforms"):
+        transform(network, torch.randn(2, *SHAPE))
+
+
+def test_a_compiled_network_cannot_be_compiled_again(network):
+    with pytest.raises(StateError, match="cannot be saved, copied or exported"):
+        compiled(nn.Sequential(network), torch.randn(2, *SHAPE))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.cells, self.head = kind(6, 5, 2, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.cells(x)[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_give_no_warning(kind, recwarn):
+    model = pruned(Recurrent(kind))
+    network = compiled(model, torch.randn(2, 4, 6))
+    x = torch.randn(3, 4, 6)
+    assert error(network(x), model(x)) < TOLERANCE
+    assert not [str(w.message) for w in recwarn if "assigned during export" in str(w.message)]
+
+
+def test_other_assigned_tensors_give_a_warning():
+    class Caching(Recurrent):
+        def forward(self, x):
+            self.cached = x + 1
+            return super().forward(x)
+
+    model = Caching(nn.LSTM)
+    model.cached = torch.zeros(1)
+    with pytest.warns(UserWarning, match=r"cached.* assigned during export"):
+        compiled(model, torch.randn(2, 4, 6))
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -106,13 +106,13 @@ def test_random_convolutions(seed):
     )  # fmt: skip
     x = torch.randn(rng.choice([1, 2, 3, 16]), channels, *size)
     residual = [torch.randn_like(layer(x))] * rng.randrange(2)
-    tile, threads = rng.choice(kernels.tiles()), rng.choice([1, 1, 2])
+    tile, threads = rng.choice(kernels.tiles(kernels.host().widths)), rng.choice([1, 1, 2])
     result = run_layer(layer, x, *residual, tile=tile, threads=threads)
     assert error(result, reference(layer, x, *residual)) < TOLERANCE
 
 
 @pytest.mark.parametrize("adds", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("tile", kernels.tiles(), ids=str)
+@pytest.mark.parametrize("tile", kernels.tiles(kernels.host().widths), ids=str)
 def test_tiles(tile, adds):
     """Tiles that end within a row, overlap, or are larger than the plane."""
     for size, padding in (((9, 7), 1), ((23, 19), 1), ((1, 1), 0)):
@@ -122,7 +122,7 @@ def test_tiles(tile, adds):
         assert error(run_layer(layer, *inputs, tile=tile), reference(layer, *inputs)) < TOLERANCE
 
 
-@pytest.mark.parametrize("tile", kernels.tiles(), ids=str)
+@pytest.mark.parametrize("tile", kernels.tiles(kernels.host().widths), ids=str)
 def test_tiles_of_max_pooling(tile):
     layer = MaxPool.create("pool", 3, (3, 3), (2, 2), (1, 1), (1, 1))
     x = torch.randn(2, 3, 23, 19) - 5

@@ -114,7 +114,7 @@ def test_random_graphs(seed):
     x = torch.randn(2, 4, 6, 5)
     graph, sparse = random_graph(rng, x)
     plan = Plan.build(graph, sparse)
-    tiles = {layer.name: rng.choice(kernels.tiles()) for layer in sparse}
+    tiles = {layer.name: rng.choice(kernels.tiles(kernels.host().widths)) for layer in sparse}
     workspace = workspace_of_nan(plan, 2, tiles)
 
     offsets = workspace.plan.offsets

@@ -25,7 +25,7 @@ class WriteDetector:
         loaded: checksums of effective weights in a loaded checkpoint, by position. These values may
             differ in the last bits if they were computed on another device; they are not external
             writes.
-        nan: whether a recorded value on a CPU was NaN.
+        nonfinite: whether a recorded value on a CPU may be NaN or infinite.
 
     Example:
         >>> w = torch.ones(2)
@@ -41,7 +41,7 @@ class WriteDetector:
     def __init__(self) -> None:
         self.loaded: dict[int, int] = {}
         self._marks: list[tuple[int, int]] = []
-        self.nan = False
+        self.nonfinite = False
 
     def record(self, weights: LatentWeights, local: Recorded) -> None:
         """Record the present values of the parameters.
@@ -50,12 +50,12 @@ class WriteDetector:
             weights: the latent weights.
             local: local shards of the parameters.
         """
-        self._marks, self.nan = [], False
+        self._marks, self.nonfinite = [], False
         if not devices.synchronizes(weights.device):
             sums = [local.sums_of(i) for i in range(len(local))]
             versions = [part._version for part in local]
             self._marks = [(v, one.checksum) for v, one in zip(versions, sums, strict=True)]
-            self.nan = any(one.nan for one in sums)
+            self.nonfinite = any(one.nonfinite for one in sums)
 
     def invalidate(self) -> None:
         """Make all parameters suspects, for a reason that this process alone may know."""

@@ -55,7 +55,7 @@ class Handlers:
         ...     entries=dict,
         ... )
         >>> optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
-        >>> hooks = OptimizerHooks(optimizer, handlers)
+        >>> hooks = OptimizerHooks([optimizer], handlers)
         >>> optimizer.step(lambda: 0.0)
         before, closure: True
         after

@@ -31,6 +31,7 @@ def require_shards_supported(method: BoundMethod, weights: LatentWeights) -> Non
         ConfigurationError: the weights are sharded, and the method needs full weight tensors.
 
     Example:
+        >>> import torch
         >>> from types import SimpleNamespace
         >>> from torch_feather.methods import Facts
         >>> method = SimpleNamespace(facts=Facts(on_shards=False))
@@ -51,6 +52,7 @@ def check_shards(before: LatentWeights, current: Sequence[Tensor]) -> None:
         StateError: they were sharded, and now have other shards or none.
 
     Example:
+        >>> import torch
         >>> w = torch.ones(2)
         >>> check_shards(LatentWeights([w]), [w])
     """

@@ -30,6 +30,7 @@ TYPES = {dtype: name for name, dtype in manifest.DTYPES.items()}
 STORED_AS = {dtype for dtype in manifest.DTYPES.values() if dtype.is_floating_point}
 
 
+# long: half of it is documentation
 def save_sparse(
     model: nn.Module | Mapping[str, Tensor],
     path: str | PathLike[str],

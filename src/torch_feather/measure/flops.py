@@ -27,6 +27,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..errors import ConfigurationError
 from ..prunable import default_weights, unwrap
+from ..scripted import check_not_scripted
 from ..weights.shards import count_nonzero, reshard
 
 
@@ -96,8 +97,8 @@ def count_flops(model: nn.Module, example_input: Any) -> Flops:
         the meta device weights have no values, so sparse equals dense.
 
     Raises:
-        ConfigurationError: there is no tensor in `example_input`, its batch is empty, or the pass
-            reached no layer that is counted.
+        ConfigurationError: there is no tensor in `example_input`, its batch is empty, the pass
+            reached no layer that is counted, or a part of the model is TorchScript.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -108,6 +109,7 @@ def count_flops(model: nn.Module, example_input: Any) -> Flops:
     """
     batch = _batch_size(example_input)
     model = unwrap(model)
+    check_not_scripted(model)
     counted: dict[str, nn.Module] = {
         name.replace("_orig_mod.", "").removesuffix("_orig_mod"): module
         for name, module in model.named_modules()

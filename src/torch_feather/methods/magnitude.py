@@ -16,11 +16,13 @@ from torch import Tensor
 
 from .. import devices, scalars
 from ..allocation import Allocation
+from ..allocation.base import FittedAllocation
 from ..context import MethodContext
 from ..gradient_rules import GradientRule, StraightThrough
 from ..operators import Operator
 from ..schedules import Schedule, make_table
 from ..weights import triton_passes
+from ..weights.counts import count_true
 from ..weights.latent import LatentWeights, PerTensor, write_if
 from ..weights.passes import pruned_mask, write_effective
 from ..weights.segments import Segment, segment_of
@@ -276,6 +278,9 @@ class MagnitudePruning(Thresholded):
             write_if(taken, [self.state[name].flat], [value])
 
     def summary(self, weights: LatentWeights, pruning: Pruning) -> Summary:
-        counts = [self.pruned(weights, pruning, i).sum() for i in range(len(weights.views))]
+        if type(self.allocation).violation is FittedAllocation.violation:
+            return Summary()  # nothing to count
+        every = range(len(weights.views))
+        counts = [count_true(self.pruned(weights, pruning, i)) for i in every]
         kept = 1 - weights.total(torch.stack(counts)).double() / weights.sizes.clamp_min(1)
         return Summary(violation=self.allocation.violation(weights, kept, self._entries()))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError
-from .kernels import Tile, Variant, library, tiles, vector_widths
+from .kernels import Tile, Variant, library
 from .memory import round_up
 from .plan import Plan, Sparse, Torch
 from .planes import Planes
@@ -25,6 +25,11 @@ class BatchPlan:
         threads: number of threads of sparse layers.
         offsets: first float32 value of each activation in a workspace.
         size: number of float32 values in a workspace.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> BatchPlan(Plan(Graph()), {}, batch=2, tiles={}, threads=1).size  # no activations
+        0
     """
 
     def __init__(
@@ -74,10 +79,10 @@ class BatchPlan:
         """Return the tile of a layer: the requested one, or the closest one that fits."""
         plane, channels = step.out.layout.root().channel_stride(self.batch), step.layer.channels[1]
         requested = Tile(*self.tiles[step.layer.name])
-        width = requested.width
-        if width not in vector_widths():  # tuned on another machine
-            width = vector_widths()[0]
-        alike = [t for t in tiles() if t.width == width and t.vectors * width <= plane]
+        widths, width = library().target.widths, requested.width
+        if width not in widths:  # tuned on another machine
+            width = widths[0]
+        alike = [t for t in library().tiles if t.width == width and t.vectors * width <= plane]
         most = requested.channels if step.layer.combine == "fma" else 1
         shared = max(t.channels for t in alike if t.channels <= most and not channels % t.channels)
         fitting = [t for t in alike if t.channels == shared]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
@@ -15,9 +16,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_unflatten
 
 from .errors import CaptureError
-from .fusion import fuse, graphs_of
+from .fusion import fuse, graphs_of, reads_memory
+from .strides import ShapeModel
 
 aten = torch.ops.aten
+# PyTorch's recurrent layers assign their weights to themselves; other assignments are reported.
+RECURRENT = (
+    r"The tensor attributes? (\S+\._flat_weights\[\d+\](, )?)+ w(as|ere) assigned during export"
+)
 SIZE_OBLIVIOUS = "backed_size_oblivious"  # a private option of PyTorch, see _guard_batch_of_one
 
 
@@ -29,29 +35,46 @@ class Captured(NamedTuple):
         accepts: whether the graph is valid for this batch of at least one sample. A model may
             behave differently for other batch sizes.
         unflatten: converts the list of tensors that the graph returns to the model's output.
+        shapes: the strides of these tensors.
+        reads_memory: whether the input must be contiguous and no part of another tensor.
+
+    Example:
+        >>> captured = capture(nn.ReLU(), torch.ones(3, 4))
+        >>> captured.accepts(torch.ones(5, 4)), captured.reads_memory
+        (True, False)
     """
 
     module: GraphModule
     accepts: Callable[[Tensor], bool]
     unflatten: Callable[[Any], Any]
+    shapes: ShapeModel
+    reads_memory: bool
 
 
-def capture(model: nn.Module, example: Tensor) -> Captured:
+def capture(model: nn.Module, example: Tensor, *, any_batch: bool = True) -> Captured:
     """Capture a model in eval mode as a graph in which layers and batch norms are fused.
 
     Args:
         model: takes one tensor.
         example: an input.
+        any_batch: whether to try a graph for all batch sizes first; otherwise, all sizes of the
+            graph are those of the example.
 
     Raises:
-        CaptureError: torch.export cannot capture the model.
+        CaptureError: torch.export cannot capture the model, or the model writes into its input.
+
+    Example:
+        >>> graph = capture(nn.ReLU(), torch.ones(3, 4)).module.graph
+        >>> [node.target for node in graph.nodes if node.op == "call_function"]
+        [<OpOverload(op='aten.relu', overload='default')>]
     """
     # torch.export specializes the graph for a batch of one.
-    several = example if len(example) > 1 else torch.cat([example, example])
-    with suppress(Exception), _guard_batch_of_one():  # of many types, none documented
-        found = _export(model, several, {0: torch.export.Dim.AUTO})
-        if found.accepts(example):
-            return found
+    if any_batch:
+        several = example if len(example) > 1 else torch.cat([example, example])
+        with suppress(Exception), _guard_batch_of_one():  # of many types, none documented
+            found = _export(model, several, {0: torch.export.Dim.AUTO})
+            if found.accepts(example):
+                return found
     try:
         return _export(model, example, None)
     except CaptureError:
@@ -93,8 +116,16 @@ class _CircularPadding(TorchFunctionMode):
 
 
 def _export(model: nn.Module, example: Tensor, sizes: dict[int, Any] | None) -> Captured:
-    with _CircularPadding():
+    with _CircularPadding(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", RECURRENT)
         program = torch.export.export(model, (example,), dynamic_shapes=sizes and (sizes,))
+    shapes = ShapeModel(model, program)
+    if writer := shapes.write_into_input(example):
+        raise CaptureError(
+            f"{type(model).__name__} writes into its input in-place ({writer}). A compiled network "
+            "does not change its input. Construct this layer with inplace=False, or copy the input "
+            "first (x = x.clone())."
+        )
     program = program.run_decompositions({})
     if changed := program.graph_signature.buffers_to_mutate:
         raise CaptureError(
@@ -121,7 +152,18 @@ def _export(model: nn.Module, example: Tensor, sizes: dict[int, Any] | None) -> 
         return len(x) > 1 or hasattr(config, SIZE_OBLIVIOUS)
 
     spec = program.call_spec.out_spec
-    return Captured(fuse(module), accepts, lambda flat: tree_unflatten(list(flat), spec))
+
+    in_order = reads_memory(module)
+    if in_order and not example.is_contiguous():
+        raise CaptureError(
+            f"{type(model).__name__} calls as_strided, so the example must be contiguous, got "
+            f"strides {example.stride()}. Pass example.contiguous()."
+        )
+
+    def unflatten(flat: Any) -> Any:
+        return tree_unflatten(list(flat), spec)
+
+    return Captured(fuse(module), accepts, unflatten, shapes, in_order)
 
 
 def _squeezed_sizes(graph: Graph) -> Iterator[torch.SymInt]:

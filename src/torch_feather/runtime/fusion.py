@@ -16,16 +16,19 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from .errors import CaptureError
 from .layer import Layer, MaxPool
 
 aten = torch.ops.aten
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
-# Functions that depend on the strides of their input, which differ in planes.
-NEEDS_CONTIGUOUS = (
+# Functions that read memory in its order, which differs in planes.
+READS_MEMORY = (
     aten.as_strided.default,
-    aten.view_as_complex.default,
-    aten.view.dtype,
+    aten.as_strided_copy.default,
+    aten.as_strided_scatter.default,
 )
+# Functions that depend on the strides of their input.
+NEEDS_CONTIGUOUS = (*READS_MEMORY, aten.view_as_complex.default, aten.view.dtype)
 
 Constants = dict[Node, Tensor]
 
@@ -38,6 +41,15 @@ def fuse(module: GraphModule) -> GraphModule:
 
     Returns:
         The module.
+
+    Raises:
+        CaptureError: the model reads memory in an order that planes do not have.
+
+    Example:
+        >>> graph = Graph()
+        >>> _ = graph.output(graph.placeholder("x"))
+        >>> len(fuse(GraphModule(torch.nn.Module(), graph)).graph.nodes)
+        2
     """
     for part in graphs_of(module):
         _normalize(part.graph)
@@ -57,13 +69,38 @@ def fuse(module: GraphModule) -> GraphModule:
     return module
 
 
+def reads_memory(module: GraphModule) -> bool:
+    """Return whether a model reads memory in its order (`torch.as_strided`).
+
+    Example:
+        >>> graph = Graph()
+        >>> _ = graph.call_function(aten.as_strided.default, (graph.placeholder("x"), [2], [3]))
+        >>> reads_memory(GraphModule(torch.nn.Module(), graph))
+        True
+    """
+    return any(n.target in READS_MEMORY for part in graphs_of(module) for n in part.graph.nodes)
+
+
 def graphs_of(module: GraphModule) -> list[GraphModule]:
-    """Return the graph of a model and those of its branches (torch.cond)."""
+    """Return the graph of a model and those of its branches (torch.cond).
+
+    Example:
+        >>> graphs_of(GraphModule(torch.nn.Module(), Graph()))
+        [GraphModule()]
+    """
     return [part for part in module.modules() if isinstance(part, GraphModule)]
 
 
 def attributes(module: GraphModule) -> dict[Node, Any]:
-    """Return the values of the `get_attr` nodes: weights, buffers, and branches of torch.cond."""
+    """Return the values of the `get_attr` nodes: weights, buffers, and branches of torch.cond.
+
+    Example:
+        >>> module = torch.nn.Linear(4, 2)
+        >>> graph = Graph()
+        >>> bias = graph.get_attr("bias")
+        >>> attributes(GraphModule(module, graph))[bias].shape
+        torch.Size([2])
+    """
     found: dict[Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
@@ -89,6 +126,13 @@ def _normalize(graph: Graph) -> None:
 def _make_contiguous(graph: Graph, node: Node) -> None:
     x = node.args[0]
     assert isinstance(x, Node)
+    value = x.meta["val"]
+    if node.target in READS_MEMORY and (value.storage_offset() or not value.is_contiguous()):
+        raise CaptureError(
+            f"The model calls as_strided on a tensor of strides {tuple(value.stride())}, which is "
+            "not contiguous, or a part of another one. A compiled network stores activations in "
+            "another order. Call it on x.contiguous() or x.clone(), or use other functions."
+        )
     with graph.inserting_before(node):
         clone = graph.call_function(
             aten.clone.default, (x,), {"memory_format": torch.contiguous_format}

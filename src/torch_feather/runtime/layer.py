@@ -27,6 +27,11 @@ class Layer:
         groups: groups of channels, as in `torch.nn.Conv2d`.
         low: lower bound of the result; 0 for ReLU.
         high: upper bound of the result.
+
+    Example:
+        >>> relu = Layer("weight", torch.tensor([[1.0], [-1.0]]), torch.zeros(2), low=0.0)
+        >>> relu(torch.ones(1, 1))
+        tensor([[1., 0.]])
     """
 
     name: str
@@ -109,7 +114,13 @@ class Layer:
 
 
 class MaxPool(Layer):
-    """Max pooling as a layer. Only the shape of its weight has a meaning: the window size."""
+    """Max pooling as a layer. Only the shape of its weight has a meaning: the window size.
+
+    Example:
+        >>> pool = MaxPool.create("pool", 1, (2, 2), (2, 2), (0, 0), (1, 1))
+        >>> pool(torch.arange(4.0).view(1, 1, 2, 2))
+        tensor([[[[3.]]]])
+    """
 
     combine = "max"
     padding_value = -math.inf
@@ -142,6 +153,11 @@ def pack(layer: Layer) -> Tensor | bool:
 
     Returns:
         The packed weights, or False if they cannot be packed.
+
+    Example:
+        >>> packed = pack(Layer("weight", torch.ones(2, 3, 1, 1), torch.zeros(2)))
+        >>> packed is False or packed.is_mkldnn
+        True
     """
     if not torch.backends.mkldnn.is_available():
         return False

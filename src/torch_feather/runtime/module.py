@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,17 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils._pytree import tree_map
 
 from ..errors import StateError
-from ..prunable import unwrap
 from .batch import BatchPlan
 from .capture import capture
-from .errors import CaptureError, InputError
+from .checks import (
+    NOT_LOADED,
+    NOT_SAVED,
+    NOT_TRACED,
+    check_eager,
+    check_input,
+    check_types,
+    copy_in_eval_mode,
+    result_of_empty_batch,
+)
+from .errors import InputError
 from .fusion import attributes
 from .kernels import Tile
 from .layer import Layer
 from .plan import Plan, Sparse, Torch, can_run_sparse
+from .strides import with_strides
 from .timing import milliseconds
 from .tuning import LayerTuning, load_tuning, save_tuning, tune_layer
 from .workspace import WorkspacePool
@@ -76,7 +85,7 @@ def compile_sparse(
         InputError: the example is not a batch of float32 on the CPU, the model is not float32 on
             the CPU, or `threads` or `chunk_size` is invalid.
         FileFormatError: the tuning file is damaged.
-        CaptureError: torch.export cannot capture the model.
+        CaptureError: torch.export cannot capture the model, or the model writes into its input.
         RuntimeMissingError: llvmlite is not installed.
 
     Example:
@@ -107,6 +116,12 @@ class SparseModule(nn.Module):
         chunk_size: number of samples that are processed together; None for whole batches.
         shape: shape of one sample of the input.
         plan: the steps of the network.
+
+    Example:
+        >>> import torch_feather as feather
+        >>> sparse = feather.compile_sparse(nn.Linear(64, 8), torch.zeros(1, 64), threads=1)
+        >>> list(sparse.tuning), sparse.shape
+        (['weight'], (64,))
     """
 
     @torch.inference_mode(False)
@@ -128,11 +143,11 @@ class SparseModule(nn.Module):
         known = load_tuning(tuning) if isinstance(tuning, str | Path) else tuning
         self.threads, self.chunk_size, self.shape = threads, chunk_size, tuple(example.shape[1:])
         self._batch = len(example)
-        model = _copy_in_eval_mode(model)
-        _check_types(model, example)
+        model = copy_in_eval_mode(model)
+        check_types(model, example)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self._captured = capture(model, example)
-            self._empty_result = _result_of_empty_batch(model, example)
+            self._empty_result = result_of_empty_batch(model, example)
             values = attributes(self._captured.module)
             self._constants = {node.name: value for node, value in values.items()}
             nodes = self._layer_nodes()
@@ -146,9 +161,10 @@ class SparseModule(nn.Module):
         self._pools: OrderedDict[int, WorkspacePool] = OrderedDict()
         self._lock = threading.Lock()
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
         """Compute the model's output in float32.
+
+        Its tensors have the strides of the model's own, so they can be viewed in the same ways.
 
         Args:
             x: (batch, ...), float32 on the CPU.
@@ -156,28 +172,31 @@ class SparseModule(nn.Module):
         Raises:
             InputError: the input has another shape or type, or a batch size for which the model may
                 behave differently.
+            StateError: PyTorch traces, exports or compiles the call instead of computing it.
         """
+        check_eager(x)
+        return self._forward(x)
+
+    @torch.no_grad()
+    def _forward(self, x: Tensor) -> Any:
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
-                return self.forward(x)
-        if not isinstance(x, Tensor) or (
-            (tuple(x.shape[1:]), x.dtype, x.layout) != (self.shape, torch.float32, torch.strided)
-            or x.device.type != "cpu"
-            or x.dim() == 0
-        ):
-            expected = ", ".join(map(str, ("batch", *self.shape)))
-            given = type(x).__name__
-            if isinstance(x, Tensor):
-                given = f"{x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
-            raise InputError(
-                f"The network was compiled for float32 inputs ({expected}) on the CPU, got {given}."
-            )
+                return self._forward(x)
+        check_input(x, self.shape, self._captured.reads_memory)
         if not len(x):
             return self._empty_result()
-        if self.chunk_size is not None and len(x) > self.chunk_size:
-            parts = [self.forward(part) for part in x.split(self.chunk_size)]
-            return tree_map(_concatenated, *parts)
-        return self._captured.unflatten(self._for_batch(x)(x))
+        chunked = self.chunk_size is not None and len(x) > self.chunk_size
+        chunks = x.split(self.chunk_size) if chunked else [x]
+        parts = [self._for_batch(chunk)(chunk) for chunk in chunks]
+        values = parts[0] if len(parts) == 1 else map(_concatenated, *parts)
+        with self._lock:
+            strides = self._captured.shapes.output_strides(x)
+        return self._captured.unflatten(
+            [
+                v if s is None or not isinstance(v, Tensor) else with_strides(v, s)
+                for v, s in itertools.zip_longest(values, strides)
+            ]
+        )
 
     def _layer_nodes(self) -> dict[Node, Layer]:
         """Return the layers that can run sparse."""
@@ -243,7 +262,10 @@ class SparseModule(nn.Module):
             return self._pools[batch]
 
     def __reduce_ex__(self, protocol: object) -> Any:
-        raise StateError(_NOT_SAVED)
+        raise StateError(NOT_SAVED)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise StateError(NOT_TRACED)  # torch.jit.script calls this
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Raise an error: a compiled network has no state.
@@ -251,7 +273,7 @@ class SparseModule(nn.Module):
         Raises:
             StateError: always.
         """
-        raise StateError(_NOT_SAVED)
+        raise StateError(NOT_SAVED)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Raise an error: a compiled network has no state, so nothing would be loaded.
@@ -259,11 +281,11 @@ class SparseModule(nn.Module):
         Raises:
             StateError: always.
         """
-        raise StateError(_NOT_LOADED)
+        raise StateError(NOT_LOADED)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Raise the same error if a module that contains this one is loaded."""
-        raise StateError(_NOT_LOADED)
+        raise StateError(NOT_LOADED)
 
     def save_tuning(self, path: str | Path) -> None:
         """Write the tuning results as JSON, for `compile_sparse(..., tuning=path)`.
@@ -312,18 +334,6 @@ class SparseModule(nn.Module):
         self.save_tuning(path)
 
 
-_NOT_SAVED = (
-    "A compiled network works on this machine and in this process only and cannot be saved or "
-    "copied. Save the model (feather.save_sparse) and the tuning results (save_tuning), then "
-    "compile again."
-)
-
-_NOT_LOADED = (
-    "A compiled network has no state to load. Load the weights into the model (load_state_dict, "
-    "feather.load_sparse), then compile it again."
-)
-
-
 def _warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
     message = f"{old} is deprecated and will be removed in the next release. Use {new}."
     warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
@@ -335,53 +345,6 @@ def _renamed(old: str, old_value: Any, new: str, value: Any) -> Any:
         return value
     _warn_renamed(f"compile_sparse({old}=)", f"{new}=", stacklevel=4)
     return old_value
-
-
-def _copy_in_eval_mode(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(unwrap(model)).eval()
-    except RuntimeError as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({error}). Make masks of "
-            "torch.nn.utils.prune permanent first: prune.remove(module, name)."
-        ) from error
-
-
-def _check_types(model: nn.Module, example: Tensor) -> None:
-    for tensor in (*model.parameters(), *model.buffers(), example):
-        if tensor.device.type != "cpu":
-            raise InputError(
-                f"compile_sparse requires the model and the example on the CPU, got a tensor on "
-                f"{tensor.device}. Move both to the CPU first."
-            )
-    for name, weight in model.named_parameters():
-        if weight.dtype != torch.float32 and weight.is_floating_point():
-            raise InputError(
-                f"compile_sparse requires float32, got {name} of {weight.dtype}. Pass "
-                "copy.deepcopy(model).float()."
-            )
-
-
-def _result_of_empty_batch(model: nn.Module, example: Tensor) -> Callable[[], Any]:
-    """Return a function that returns the model's output for a batch of 0.
-
-    The graph cannot compute it: torch.export assumes that a batch is not empty, and does not report
-    which branches of the model it removed for that reason.
-    """
-    try:
-        with torch.compiler.set_stance("force_eager"):  # compiling for one call would be slow
-            found = model(example[:0])
-    except Exception as error:  # any error of the model
-        message = (
-            f"{type(model).__name__} fails on a batch of 0 ({error}), and so does the compiled "
-            "network. Pass at least one sample."
-        )
-
-        def fail() -> Any:
-            raise InputError(message)
-
-        return fail
-    return lambda: tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, found)
 
 
 def _concatenated(*values: Any) -> Any:

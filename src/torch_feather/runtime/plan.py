@@ -22,6 +22,10 @@ class Torch:
 
     Attributes:
         node: its node in the graph.
+
+    Example:
+        >>> Torch(Graph().placeholder("x")).node
+        x
     """
 
     node: Node
@@ -38,6 +42,11 @@ class Copy:
         stride: distance of the rows and columns of a phase.
         phases: first row and column of each phase.
         padding_value: value of the padding around images.
+
+    Example:
+        >>> out = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
+        >>> Copy(Graph().placeholder("x"), out, size=(3, 4)).phases
+        ((0, 0),)
     """
 
     source: Node
@@ -58,6 +67,12 @@ class Sparse:
         x: input.
         out: result.
         residual: planes that are added to the result.
+
+    Example:
+        >>> layer = Layer("weight", torch.eye(4), torch.zeros(4))
+        >>> x, out = (Planes(PlaneLayout(1, 1), 4, 1, 1, (4,), linear=True) for _ in range(2))
+        >>> len(Sparse(layer, Taps.from_layer(layer), x, out).taps.values)
+        4
     """
 
     layer: Layer
@@ -75,6 +90,11 @@ class Pointwise:
         node: its node in the graph.
         x: inputs.
         out: result.
+
+    Example:
+        >>> planes = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
+        >>> Pointwise(Graph().placeholder("x"), (planes,), planes).out.channels
+        8
     """
 
     node: Node
@@ -103,6 +123,17 @@ class Plan:
         planes: planes of the nodes whose values are in planes.
         last_use: number of the last step that uses an activation. Activations that PyTorch reads
             are used until the end, since PyTorch may return views of them.
+
+    Example:
+        >>> graph = Graph()
+        >>> x = graph.placeholder("x")
+        >>> x.meta["val"] = torch.ones(1, 4)
+        >>> layer = Layer("weight", torch.eye(4), torch.zeros(4))
+        >>> node = graph.call_function(layer, (x,))
+        >>> node.meta["val"] = layer(torch.ones(1, 4))
+        >>> _ = graph.output(node)
+        >>> [type(step).__name__ for step in Plan.build(graph, [layer]).steps]
+        ['Copy', 'Sparse']
     """
 
     graph: Graph
@@ -244,6 +275,12 @@ def can_run_sparse(node: Node, batch: Any) -> bool:
     Args:
         node: node of the layer.
         batch: size or symbol of the first dimension of the graph's input.
+
+    Example:
+        >>> node = Graph().placeholder("x")
+        >>> node.meta["val"] = torch.ones(3, 4)
+        >>> can_run_sparse(node, batch=3), can_run_sparse(node, batch=1)
+        (True, False)
     """
     values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
     return all(

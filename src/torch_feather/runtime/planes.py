@@ -26,6 +26,12 @@ class PlaneLayout:
     Args:
         height: rows of an image.
         width: columns of an image.
+
+    Example:
+        >>> layout = PlaneLayout(height=3, width=4)
+        >>> layout.require(3, 4, pad_y=1, pad_x=1)
+        >>> layout.row_stride, layout.image_stride, layout.channel_stride(batch=2)
+        (5, 20, 48)
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -81,6 +87,12 @@ class Planes:
         shape: shape of one sample in PyTorch: (channels, height, width), or (..., channels).
         linear: whether channels are the last dimension. The other dimensions form one row of
             pixels.
+
+    Example:
+        >>> import torch
+        >>> planes = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
+        >>> planes.view(torch.zeros(planes.size(2)), batch=2).stride()
+        (12, 32, 4, 1)
     """
 
     layout: PlaneLayout

@@ -112,6 +112,12 @@ class GroupedTaps:
         channel: channel of the split input.
         dy: distance from the output pixel in rows of the split input.
         dx: distance in columns.
+
+    Example:
+        >>> import torch
+        >>> layer = Layer("weight", torch.eye(4), torch.zeros(4))
+        >>> Taps.from_layer(layer).grouped(2).rows  # two taps in each of two groups
+        array([0, 2, 4], dtype=int32)
     """
 
     order: np.ndarray

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from ..errors import FileFormatError
 from ..files import replace_file, to_path
 from .batch import BatchPlan
-from .kernels import Tile, tiles
+from .kernels import Tile, library
 from .layer import Layer
 from .plan import Plan, Sparse
 from .planes import PlaneLayout
@@ -38,6 +38,10 @@ class LayerTuning:
         sparsity: fraction of the layer's weights that is zero.
         dense_ms: milliseconds of the dense layer; None if it was not timed.
         sparse_ms: milliseconds of the sparse layer; None if it was not timed.
+
+    Example:
+        >>> LayerTuning(sparse=True, tile=Tile(2, 8), sparsity=0.9).tile.channels
+        1
     """
 
     sparse: bool
@@ -63,6 +67,16 @@ def tune_layer(
     Returns:
         The faster of both ways for this layer alone. The time of the whole network may favor the
         other one.
+
+    Example:
+        >>> graph = Graph()
+        >>> x = graph.placeholder("x")
+        >>> x.meta["val"] = torch.ones(1, 4)
+        >>> layer = Layer("weight", torch.eye(4), torch.zeros(4))
+        >>> node = graph.call_function(layer, (x,))
+        >>> node.meta["val"] = layer(torch.ones(1, 4))
+        >>> tune_layer(node, layer, batch=1, threads=1).sparsity
+        0.75
     """
     sparsity = layer.sparsity
     x, *residual = (_random_input(n, batch) for n in node.args if isinstance(n, Node))
@@ -71,12 +85,12 @@ def tune_layer(
     (step,) = (s for s in plan.steps if isinstance(s, Sparse))
     if layout is not None:
         step.out.layout.require(layout.height, layout.width, layout.pad_y, layout.pad_x)
-    requested = {layer.name: tiles()[0]}
+    requested = {layer.name: library().tiles[0]}
     batch_plan = BatchPlan(plan, {}, batch, requested, threads)
     workspace = Workspace(batch_plan)
     workspace(x, *residual)
     times: dict[Tile, float] = {}
-    for tile in tiles():
+    for tile in library().tiles:
         requested[layer.name] = tile
         if batch_plan.kernel(step)[0] == tile:  # it fits
             run = partial(workspace.native([step]), workspace.values)
@@ -92,6 +106,14 @@ def save_tuning(tuning: Mapping[str, LayerTuning], path: str | Path) -> None:
     Args:
         tuning: by the name of the layer's weight.
         path: the file, which is replaced atomically.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "tuning.json")
+        ...     save_tuning({"weight": LayerTuning(True, Tile(2, 8), 0.9)}, path)
+        ...     load_tuning(path)["weight"].sparsity
+        0.9
     """
     text = json.dumps({name: asdict(layer) for name, layer in tuning.items()}, indent=1)
     replace_file(to_path(path), lambda file: file.write(f"{text}\n".encode()))
@@ -106,6 +128,14 @@ def load_tuning(path: str | Path) -> dict[str, LayerTuning]:
     Raises:
         FileFormatError: it is damaged or holds something else.
         OSError: the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "tuning.json")
+        ...     _ = path.write_text('{"w": {"sparse": false, "tile": [2, 8], "sparsity": 0.1}}')
+        ...     load_tuning(path)["w"].tile
+        Tile(vectors=2, width=8, channels=1)
     """
     path = to_path(path)
     if path.exists() and not path.is_file():  # opening a pipe would wait for a writer

@@ -29,6 +29,10 @@ class Call(NamedTuple):
     Attributes:
         run: function of the values of the nodes so far; it sets further values or writes planes.
         steps: the steps that it executes in machine code.
+
+    Example:
+        >>> Call(lambda values: None).steps
+        ()
     """
 
     run: Callable[[Values], None]
@@ -41,6 +45,14 @@ class WorkspacePool:
     Attributes:
         plan: the plan for one batch size.
         free: workspaces that no call uses.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> from torch_feather.runtime.plan import Plan
+        >>> graph = Graph()
+        >>> _ = graph.output(graph.placeholder("x"))
+        >>> WorkspacePool(BatchPlan(Plan.build(graph, []), {}, 1, {}, 1))(torch.ones(2))
+        tensor([1., 1.])
     """
 
     def __init__(self, plan: BatchPlan) -> None:
@@ -70,6 +82,14 @@ class Workspace:
         index: position of each node's value in the list of values.
         values: values before the first step: constants and views of planes.
         inputs: positions of the inputs in the list of values.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> from torch_feather.runtime.plan import Plan
+        >>> graph = Graph()
+        >>> _ = graph.output(graph.call_function(torch.neg, (graph.placeholder("x"),)))
+        >>> Workspace(BatchPlan(Plan.build(graph, []), {}, 1, {}, 1))(torch.ones(2))
+        tensor([-1., -1.])
     """
 
     @torch.inference_mode(False)  # inference tensors cannot be written to outside of that mode

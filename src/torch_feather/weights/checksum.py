@@ -54,7 +54,7 @@ class Sums(NamedTuple):
 
     Example:
         >>> sums = Sums.of(torch.tensor([1.0, torch.nan]))
-        >>> sums.nan, sums.checksum == checksum(torch.tensor([1.0, torch.nan]))
+        >>> sums.nonfinite, sums.checksum == checksum(torch.tensor([1.0, torch.nan]))
         (True, True)
     """
 
@@ -62,27 +62,27 @@ class Sums(NamedTuple):
     """int64 of shape (COLUMNS,)."""
     rest: int
     """The bytes of an incomplete last word; only the end of a tensor has one."""
-    nan: bool
-    """Whether a value is NaN."""
+    nonfinite: bool
+    """Whether a value may be NaN or infinite. In half precision, a large sum gives True too."""
 
     @classmethod
-    def of(cls, flat: Tensor, with_nan: bool = True) -> Sums:
+    def of(cls, flat: Tensor, check: bool = True) -> Sums:
         """Return the sums over a range.
 
         Args:
             flat: values on a CPU, flat and contiguous.
-            with_nan: whether to look for NaN; `nan` is False otherwise.
+            check: whether to look for NaN and infinity; `nonfinite` is False otherwise.
         """
         data, width = flat.view(torch.uint8).numpy(), flat.element_size()
         words = data[: data.size // 8 * 8].view(np.int64)
-        columns, nan, start = np.zeros(COLUMNS, np.int64), False, 0
+        columns, nonfinite, start = np.zeros(COLUMNS, np.int64), False, 0
         if flat.dtype == torch.float32 and compiled.kernels() is not None:
             start = words.size // COLUMNS * COLUMNS
-            nan = compiled.scan(words[:start], columns)
+            nonfinite = compiled.scan(words[:start], columns)
         for a in range(start, words.size, _ROWS * COLUMNS):
             block = words[a : a + _ROWS * COLUMNS]
-            if with_nan:
-                nan |= _has_nan(flat[a * 8 // width : (a + block.size) * 8 // width])
+            if check:
+                nonfinite |= _may_be_nonfinite(flat[a * 8 // width : (a + block.size) * 8 // width])
             if width == 8:
                 # Sign bits would be the topmost bits, and an even number of them cancels: mix them
                 # in.
@@ -92,9 +92,9 @@ class Sums(NamedTuple):
                 columns += np.add.reduce(block[:full].reshape(-1, COLUMNS), axis=0)
             columns[: block.size - full] += block[full:]
         rest = data[words.size * 8 :]
-        if with_nan and rest.size:
-            nan |= _has_nan(flat[words.size * 8 // width :])
-        return cls(columns, int.from_bytes(rest.tobytes(), "little"), nan)
+        if check and rest.size:
+            nonfinite |= _may_be_nonfinite(flat[words.size * 8 // width :])
+        return cls(columns, int.from_bytes(rest.tobytes(), "little"), nonfinite)
 
     @property
     def checksum(self) -> int:
@@ -112,7 +112,7 @@ def joined(parts: Sequence[Sums]) -> Sums:
         True
     """
     columns = np.sum([part.columns for part in parts], axis=0)
-    return Sums(columns, sum(part.rest for part in parts), any(part.nan for part in parts))
+    return Sums(columns, sum(part.rest for part in parts), any(part.nonfinite for part in parts))
 
 
 def checksum(tensor: Tensor) -> int:
@@ -132,33 +132,36 @@ def checksum(tensor: Tensor) -> int:
         >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
         False
     """
-    return tensor_sums(tensor, with_nan=False).checksum
+    return tensor_sums(tensor, check=False).checksum
 
 
-def tensor_sums(tensor: Tensor, with_nan: bool = True) -> Sums:
+def tensor_sums(tensor: Tensor, check: bool = True) -> Sums:
     """Return the sums over all of a tensor, computed by several threads.
 
     Args:
         tensor: dense in memory, on any device.
-        with_nan: whether to look for NaN.
+        check: whether to look for NaN and infinity.
 
     Example:
-        >>> tensor_sums(torch.tensor([[1.0, 2.0]])).nan
+        >>> tensor_sums(torch.tensor([[1.0, 2.0]])).nonfinite
         False
     """
     flat = tensor.detach().as_strided((tensor.numel(),), (1,)).cpu()
     step = 4 * _ROWS * ROW_BYTES // flat.element_size()
     if flat.numel() <= step:
-        return Sums.of(flat, with_nan)
+        return Sums.of(flat, check)
     starts = range(0, flat.numel(), step)
-    return joined(for_each(lambda a: Sums.of(flat[a : a + step], with_nan), starts))
+    return joined(for_each(lambda a: Sums.of(flat[a : a + step], check), starts))
 
 
-def _has_nan(flat: Tensor) -> bool:
-    """Return whether a value is NaN."""
+def _may_be_nonfinite(flat: Tensor) -> bool:
+    """Return whether a value may be NaN or infinite."""
+    if flat.numel() == 0:
+        return False
     if flat.element_size() == 2:  # NumPy has no bfloat16, and float16 is slow there
-        return bool(flat.sum(dtype=torch.float32).isnan())
-    return flat.numel() > 0 and bool(np.isnan(np.maximum.reduce(flat.numpy())))
+        return not bool(flat.sum(dtype=torch.float32).isfinite())
+    values = flat.numpy()
+    return not np.isfinite(np.maximum.reduce(values) - np.minimum.reduce(values))
 
 
 class Recorded(list[Tensor]):

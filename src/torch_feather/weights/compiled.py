@@ -55,6 +55,11 @@ class Kernels:
 
     Raises:
         ImportError: llvmlite is not installed.
+
+    Example:
+        >>> found = kernels()
+        >>> if found:
+        ...     assert "copy" in found.functions
     """
 
     def __init__(self, columns: int):
@@ -157,7 +162,7 @@ def _is_simple(target: Tensor, source: Tensor) -> bool:
 
 
 def scan(words: np.ndarray, columns: np.ndarray) -> bool:
-    """Add full rows of words to the columns of a checksum; return whether a weight is NaN.
+    """Add full rows of words to the columns of a checksum; return whether one is not finite.
 
     Args:
         words: 64-bit words of float32 weights, of shape (rows * COLUMNS,).

@@ -89,7 +89,7 @@ def hex_float(value: float) -> str:
     return f"0x{struct.unpack('<Q', struct.pack('<d', rounded))[0]:016X}"
 
 
-def scores(v: Lanes, w: str, scale: str) -> str:
+def _scores(v: Lanes, w: str, scale: str) -> str:
     """Return the bits of |w| times the scale as integers without sign."""
     scaled = v.op("fmul", "float", w, scale)
     return v.op(
@@ -97,7 +97,7 @@ def scores(v: Lanes, w: str, scale: str) -> str:
     )
 
 
-def power_values(v: Lanes, w: str, tau: str, p: int) -> str:
+def _power_values(v: Lanes, w: str, tau: str, p: int) -> str:
     """Return T_p(w; tau) of kept weights; the operations of `plain.plain_values`."""
     bits = v.cast("bitcast", w, "float", "i32")
     magnitude = v.op("and", "i32", bits, v.constant("i32", SIGNLESS))
@@ -119,11 +119,11 @@ def power_values(v: Lanes, w: str, tau: str, p: int) -> str:
         kind = v.type("float")
         found = v.new(f"call {kind} @llvm.sqrt.v{v.width}f32({kind} {rest})")
     else:
-        found = cube_root(v, rest)
+        found = _cube_root(v, rest)
     return v.op("fmul", "float", found, w)
 
 
-def cube_root(v: Lanes, x: str) -> str:
+def _cube_root(v: Lanes, x: str) -> str:
     """Return the cube root of numbers in (0, 1]; the operations of `roots.cube_root`."""
 
     def number(value: float) -> str:
@@ -150,7 +150,7 @@ def cube_root(v: Lanes, x: str) -> str:
     return add(y, multiply(multiply(series, e), y))
 
 
-def emit_write(name: str, p: int | None, width: int) -> str:
+def _emit_write(name: str, p: int | None, width: int) -> str:
     """Return the function that writes effective weights; p = None keeps their values.
 
     Its arguments: latent weights, effective weights, their number, the largest pruned score as
@@ -166,24 +166,24 @@ def emit_write(name: str, p: int | None, width: int) -> str:
             v.new(f"getelementptr float, ptr {base}, i64 %i{tag}") for base in ("%w", "%u")
         )
         w = v.load(source)
-        kept = v.new(f"icmp sgt {v.type('i32')} {scores(v, w, scale)}, {limit}")
+        kept = v.new(f"icmp sgt {v.type('i32')} {_scores(v, w, scale)}, {limit}")
         some = v.any(kept)
         v.lines.append(f"br i1 {some}, label %some{tag}, label %none{tag}")
         v.lines.append(f"none{tag}:")
         v.store("zeroinitializer", target)
         v.lines.append(f"br label %next{tag}")
         v.lines.append(f"some{tag}:")
-        values = w if p is None else power_values(v, w, tau, p)
+        values = w if p is None else _power_values(v, w, tau, p)
         kind = v.type("float")
         u = v.new(f"select {v.type('i1')} {kept}, {kind} {values}, {kind} zeroinitializer")
         v.store(u, target)
         v.lines.append(f"br label %next{tag}")
-        body.append(loop(v, before, tag))
+        body.append(_loop(v, before, tag))
     arguments = "ptr noalias %w, ptr noalias %u, i64 %n, i32 %limit, float %tau, float %scale"
-    return function(f"void @{name}({arguments})", body, "ret void")
+    return _function(f"void @{name}({arguments})", body, "ret void")
 
 
-def loop(v: Lanes, before: list[str], tag: str) -> str:
+def _loop(v: Lanes, before: list[str], tag: str) -> str:
     """Return a loop over the weights from %from{tag} on, in steps of the width; ends at %done{tag}.
 
     The lines of the body must end with a branch to %next{tag}, in the block %body{tag}.
@@ -209,12 +209,12 @@ def loop(v: Lanes, before: list[str], tag: str) -> str:
     )
 
 
-def function(signature: str, body: list[str], end: str) -> str:
+def _function(signature: str, body: list[str], end: str) -> str:
     """Return a function of a signature, its loops and its last instruction."""
     return "\n".join([f"define {signature} {{", "entry:", *body, end, "}"])
 
 
-def emit_collect(width: int) -> str:
+def _emit_collect(width: int) -> str:
     """Return the function that counts the scores up to `low` and collects those below `high`.
 
     Its arguments: weights, their number, scale, low, high as bits, memory for collected scores,
@@ -227,7 +227,7 @@ def emit_collect(width: int) -> str:
         scale = v.spread("float", "%scale")
         before, v.lines = v.lines, []
         source = v.new(f"getelementptr float, ptr %w, i64 %i{tag}")
-        bits = scores(v, v.load(source), scale)
+        bits = _scores(v, v.load(source), scale)
         above = v.new(f"icmp sgt {v.type('i32')} {bits}, {low}")
         below = v.new(f"icmp slt {v.type('i32')} {bits}, {high}")
         within = v.op("and", "i1", above, below)
@@ -266,16 +266,16 @@ def emit_collect(width: int) -> str:
                 "store i64 0, ptr %above",
                 *before,
             ]
-        body.append(loop(v, before, tag))
+        body.append(_loop(v, before, tag))
     arguments = (
         "ptr noalias %w, i64 %n, float %scale, i32 %low, i32 %high, ptr noalias %near, "
         "ptr noalias %found"
     )
     end = "%all = load i64, ptr %above\n%upto = sub i64 %n, %all\nret i64 %upto"
-    return function(f"i64 @collect({arguments})", body, end)
+    return _function(f"i64 @collect({arguments})", body, end)
 
 
-def emit_copy(width: int) -> str:
+def _emit_copy(width: int) -> str:
     """Return the function that copies weights; memcpy is slower on some virtual machines."""
     body = []
     for lanes, tag in ((width, "v"), (1, "s")):
@@ -285,14 +285,15 @@ def emit_copy(width: int) -> str:
         )
         v.store(v.load(source), target)
         v.lines.append(f"br label %next{tag}")
-        body.append(loop(v, [], tag))
-    return function("void @copy(ptr noalias %w, ptr noalias %u, i64 %n)", body, "ret void")
+        body.append(_loop(v, [], tag))
+    return _function("void @copy(ptr noalias %w, ptr noalias %u, i64 %n)", body, "ret void")
 
 
-def emit_scan(width: int, columns: int) -> str:
+def _emit_scan(width: int, columns: int) -> str:
     """Return the function that adds rows of 64-bit words to the columns of a checksum.
 
-    Its arguments: weights, number of full rows, columns. It returns whether a weight is NaN.
+    Its arguments: weights, number of full rows, columns. It returns whether a weight is NaN
+    or infinite.
     """
     words = width // 2
     full = columns // words * words
@@ -306,10 +307,10 @@ def emit_scan(width: int, columns: int) -> str:
         both = Lanes(2 * lanes, tag + "f")
         bits = both.new(f"bitcast {v.type('i64')} {row} to {both.type('i32')}")
         bits = both.op("and", "i32", bits, both.constant("i32", SIGNLESS))
-        nan = both.new(f"icmp sgt {both.type('i32')} {bits}, {both.constant('i32', INFINITY)}")
-        some = both.any(nan)
-        old = both.new("load i1, ptr %nan")
-        both.lines.append(f"store i1 {both.new(f'or i1 {old}, {some}')}, ptr %nan")
+        odd = both.new(f"icmp sge {both.type('i32')} {bits}, {both.constant('i32', INFINITY)}")
+        some = both.any(odd)
+        old = both.new("load i1, ptr %odd")
+        both.lines.append(f"store i1 {both.new(f'or i1 {old}, {some}')}, ptr %odd")
         body += [
             f"br label %head{tag}",
             f"head{tag}:",
@@ -325,8 +326,8 @@ def emit_scan(width: int, columns: int) -> str:
             f"done{tag}:",
         ]
     rows = [
-        "%nan = alloca i1",
-        "store i1 false, ptr %nan",
+        "%odd = alloca i1",
+        "store i1 false, ptr %odd",
         "br label %head",
         "head:",
         "%r = phi i64 [0, %entry], [%nextr, %dones]",
@@ -339,11 +340,11 @@ def emit_scan(width: int, columns: int) -> str:
         "%nextr = add i64 %r, 1",
         "br label %head",
         "done:",
-        "%result = load i1, ptr %nan",
+        "%result = load i1, ptr %odd",
         "%number = zext i1 %result to i32",
     ]
     signature = "i32 @scan(ptr noalias %w, i64 %rows, ptr noalias %columns)"
-    return function(signature, rows, "ret i32 %number")
+    return _function(signature, rows, "ret i32 %number")
 
 
 def emit_module(width: int, columns: int) -> str:
@@ -352,6 +353,11 @@ def emit_module(width: int, columns: int) -> str:
     Args:
         width: float32 numbers in a vector.
         columns: 64-bit words in a row of a checksum.
+
+    Example:
+        >>> text = emit_module(8, 509)
+        >>> [line.split("(")[0] for line in text.splitlines() if line.startswith("define")][:2]
+        ['define void @write_hard', 'define void @write_1']
     """
     kinds = {f"<{n} x float>" for n in (1, width)}
     declared = [
@@ -359,6 +365,6 @@ def emit_module(width: int, columns: int) -> str:
         "declare i64 @llvm.ctpop.i64(i64)",
         "declare i64 @llvm.cttz.i64(i64, i1)",
     ]
-    writes = [emit_write(f"write_{p or 'hard'}", p, width) for p in (None, 1, 2, 3)]
-    others = [emit_collect(width), emit_copy(width), emit_scan(width, columns)]
+    writes = [_emit_write(f"write_{p or 'hard'}", p, width) for p in (None, 1, 2, 3)]
+    others = [_emit_collect(width), _emit_copy(width), _emit_scan(width, columns)]
     return "\n".join([*declared, *writes, *others])

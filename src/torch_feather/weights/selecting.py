@@ -101,19 +101,21 @@ def _select_sharded(
 ) -> list[Cutoff]:
     """Return cutoffs through the scores of several spans, each of entire weight tensors."""
     assert weights.shards is not None
-    first = [weights.local_range(*span)[0] for span in spans]
+    first, fillers = [weights.local_range(*span)[0] for span in spans], [0] * len(spans)
     for counted, (a, b), (start, stop) in zip(
         weights.shards.counted, weights.spans, weights.local_spans, strict=True
     ):
         if not counted:  # another process counts this copy; NaN ranks above all pruned scores
             j = next(j for j, span in enumerate(spans) if span[0] <= a and b <= span[1])
             scores[j][start - first[j] : stop - first[j]] = torch.nan
+            fillers[j] += stop - start
     cutoffs = select_sharded(
         scores,
         counts,
         sizes=[stop - start for start, stop in spans],
         total=weights.shards.sum,
         local_positions=partial(_local_positions, weights, tuple(spans)),
+        fillers=fillers if any(fillers) else None,
     )
     return [c._replace(last=c.last + a) for c, a in zip(cutoffs, first, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Machine code for the host processor, generated with LLVM.
+"""Machine code for the host processor, and for others, generated with LLVM.
 
 A kernel computes a range of work items of one operation. An operation consists of a kernel, the
 address of its arguments (a record) and its number of work items. The function `run` executes a
@@ -9,10 +9,10 @@ convolution kernels. `convolution`, `plane_copy` and `schedule` emit LLVM IR as 
 compiles it.
 """
 
-from .build import KernelLibrary, emit_module, library
-from .convolution import Variant
-from .host import llvm, machine, openmp, vector_widths
-from .plane_copy import CHANNEL_BLOCK
+from .build import KernelLibrary, compile_object, emit_module, emit_object, library
+from .convolution import Variant, declare_intrinsics, emit_convolution
+from .host import Target, host, llvm, openmp
+from .plane_copy import CHANNEL_BLOCK, FunctionText
 from .records import CONVOLUTION, COPY, OPERATION
 from .tiles import Tile, tiles
 
@@ -21,14 +21,19 @@ __all__ = [
     "CONVOLUTION",
     "COPY",
     "OPERATION",
+    "FunctionText",
     "KernelLibrary",
+    "Target",
     "Tile",
     "Variant",
+    "compile_object",
+    "declare_intrinsics",
+    "emit_convolution",
     "emit_module",
+    "emit_object",
+    "host",
     "library",
     "llvm",
-    "machine",
     "openmp",
     "tiles",
-    "vector_widths",
 ]

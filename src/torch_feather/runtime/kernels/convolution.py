@@ -45,6 +45,10 @@ class Variant(NamedTuple):
             the weight.
         residual: whether it adds a residual.
         mask: whether it sets pixels between images to 0.
+
+    Example:
+        >>> Variant(Tile(4, 8, 2), "fma", residual=True, mask=False).name
+        'fma_4x8x2_residual'
     """
 
     tile: Tile
@@ -75,14 +79,31 @@ class Variant(NamedTuple):
 
 
 def declare_intrinsics(width: int) -> Iterator[str]:
-    """Yield the declarations that the kernels of one vector width need."""
+    """Yield the declarations that the kernels of one vector width need.
+
+    `fmuladd` is fused on processors that have an instruction for it, and otherwise a product and a
+    sum. (`fma` would be a call of the C library for each number there.)
+
+    Args:
+        width: float32 values in a vector.
+
+    Example:
+        >>> next(declare_intrinsics(2))
+        'declare <2 x float> @llvm.fmuladd.v2f32(<2 x float>, <2 x float>, <2 x float>)'
+    """
     v = f"<{width} x float>"
-    yield f"declare {v} @llvm.fma.v{width}f32({v}, {v}, {v})"
+    yield f"declare {v} @llvm.fmuladd.v{width}f32({v}, {v}, {v})"
     yield f"declare {v} @llvm.maximum.v{width}f32({v}, {v})"
 
 
 def emit_convolution(variant: Variant) -> Iterator[str]:
-    """Yield the lines of the function `variant.name(record, i0, i1)`."""
+    """Yield the lines of the function `variant.name(record, i0, i1)`.
+
+    Example:
+        >>> variant = Variant(Tile(1, 4), "max", residual=False, mask=True)
+        >>> next(emit_convolution(variant))
+        'define void @max_1x4x1_mask(ptr %record, i64 %i0, i64 %i1) {'
+    """
     yield f"define void @{variant.name}(ptr %record, i64 %i0, i64 %i1) {{"
     yield "entry:"
     yield from _load_record(variant)
@@ -187,7 +208,7 @@ def _combine_taps(variant: Variant) -> Iterator[str]:
         yield f"  %x.{j} = load {v}, ptr %x.at.{j}, align 4"
     for r, j in variant.cells:
         if variant.combine == "fma":
-            intrinsic, operands = "fma", f"{v} %weight.{r}, {v} %x.{j}, {v} %sum.{r}.{j}"
+            intrinsic, operands = "fmuladd", f"{v} %weight.{r}, {v} %x.{j}, {v} %sum.{r}.{j}"
         else:
             intrinsic, operands = "maximum", f"{v} %x.{j}, {v} %sum.{r}.{j}"
         yield f"  %new.{r}.{j} = call {v} @llvm.{intrinsic}.v{width}f32({operands})"

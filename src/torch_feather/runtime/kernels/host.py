@@ -1,63 +1,94 @@
-"""The host processor as an LLVM target, and the OpenMP library of PyTorch."""
+"""Processors that kernels are generated for: the host or another one; PyTorch's OpenMP library."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import platform
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ...errors import install_hint
 from ..errors import RuntimeMissingError
-
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 @functools.cache
 def llvm() -> ModuleType:
-    """Return `llvmlite.binding`, initialized for the host.
+    """Return `llvmlite.binding`, initialized for all processors that it knows.
 
     Raises:
         RuntimeMissingError: llvmlite is not installed.
+
+    Example:
+        >>> llvm().__name__
+        'llvmlite.binding'
     """
     try:
         import llvmlite.binding as binding
     except ImportError:
         raise RuntimeMissingError(
-            "compile_sparse requires llvmlite, which is not installed: "
-            "pip install 'torch-feather[runtime]'"
+            f"compile_sparse requires llvmlite, which is not installed. {install_hint('runtime')}"
         ) from None
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    binding.initialize_native_asmparser()
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
     return binding
 
 
-def machine() -> Any:
-    """Return a new LLVM target machine for the host.
+class Target(NamedTuple):
+    """A processor that kernels are generated for.
 
-    An MCJIT engine takes ownership of its target machine, so each engine needs a new one.
+    Attributes:
+        triple: LLVM's name of architecture and system, such as ``"aarch64-linux-gnu"``.
+        cpu: LLVM's name of the processor; empty for any processor of the architecture.
+        features: its instruction sets in LLVM's notation, such as ``"+avx2,+fma"``.
+        widths: float32 values in its vectors, widest first: out of 16, 8 and 4.
+
+    Example:
+        >>> Target("aarch64-linux-gnu").widths
+        (4,)
     """
-    binding = llvm()
-    features = binding.get_host_cpu_features().flatten()
-    return binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(),
-        # LLVM would split vectors of 512 bits into halves on some processors.
-        features=features + ",-prefer-256-bit" * X86,
-        opt=3,
-    )
+
+    triple: str
+    cpu: str = ""
+    features: str = ""
+    widths: tuple[int, ...] = (4,)
+
+    @property
+    def architecture(self) -> str:
+        """The first part of the triple."""
+        return self.triple.partition("-")[0]
+
+    def machine(self, *, for_files: bool = False) -> Any:
+        """Return a new LLVM target machine.
+
+        An MCJIT engine takes ownership of its target machine, so each engine needs a new one.
+
+        Args:
+            for_files: whether it writes object files, whose code must be position-independent.
+        """
+        known = llvm().Target.from_triple(self.triple)
+        options = {"reloc": "pic", "codemodel": "default"} if for_files else {}
+        return known.create_target_machine(cpu=self.cpu, features=self.features, opt=3, **options)
 
 
 @functools.cache
-def vector_widths() -> tuple[int, ...]:
-    """Return the vector widths of the host in float32 values, widest first."""
-    features = llvm().get_host_cpu_features()
-    if features.get("avx512f"):
-        return 16, 8
-    return (8,) if features.get("avx2") else (4,)
+def host() -> Target:
+    """Return the processor of this machine.
+
+    Example:
+        >>> from torch_feather.runtime.kernels import library
+        >>> library().target == host()
+        True
+    """
+    binding = llvm()
+    found = binding.get_host_cpu_features()
+    widths = (16, 8) if found.get("avx512f") else (8,) if found.get("avx2") else (4,)
+    features = found.flatten()
+    if widths[0] == 16:  # LLVM would split these vectors into halves on some processors
+        features += ",-prefer-256-bit"
+    return Target(binding.get_default_triple(), binding.get_host_cpu_name(), features, widths)
 
 
 @functools.cache
@@ -68,6 +99,10 @@ def openmp() -> dict[str, int]:
 
     Returns:
         Addresses by name; empty if PyTorch calls no OpenMP library with these functions.
+
+    Example:
+        >>> set(openmp()) <= {"GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"}
+        True
     """
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     try:

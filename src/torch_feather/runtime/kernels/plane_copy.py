@@ -37,7 +37,14 @@ FIELD_TYPES = {"source": "ptr", "phases": "ptr", "out": "ptr", "fill": "float"}
 
 
 class FunctionText:
-    """The text of a function with counted loops."""
+    """The text of a function with counted loops.
+
+    Example:
+        >>> code = FunctionText()
+        >>> code("ret void")
+        >>> code.lines
+        ['  ret void']
+    """
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -82,6 +89,10 @@ def emit_copy(column_stride: int | None) -> Iterator[str]:
 
     Args:
         column_stride: distance between columns of the source; None if it is known at run time only.
+
+    Example:
+        >>> next(emit_copy(2))
+        'define void @copy_2(ptr noalias %record, i64 %i0, i64 %i1) {'
     """
     code = FunctionText()
     _load_record(code)

@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 
+from .host import Target
 from .records import OPERATION
 
 # Polls of a barrier (about 0.1 ms) before a thread sleeps. Two threads that share a core would
 # otherwise block each other; a thread that wakes up is scheduled on a free core.
 POLLS = 10_000
 SLEEP_MICROSECONDS = 30
-CAN_SLEEP = platform.system() != "Windows"  # which has no usleep
-
-# Instructions that tell the processor that a thread is waiting, by architecture.
-PAUSES = {"x86_64": "pause", "amd64": "pause", "aarch64": "yield", "arm64": "yield"}
-
-
-def declare_sleep() -> str:
-    """Return the declaration of the function that the barrier calls; empty on Windows."""
-    return "declare i32 @usleep(i32)" * CAN_SLEEP
+# Functions of LLVM that tell the processor that a thread is waiting, by architecture, and their
+# argument. Inline assembly would need an assembler for the architecture.
+PAUSES = {
+    "x86_64": ("llvm.x86.sse2.pause", ""),
+    "aarch64": ("llvm.aarch64.hint", "i32 1"),
+    "arm64": ("llvm.aarch64.hint", "i32 1"),
+}
 
 
-def emit_run() -> Iterator[str]:
+def can_sleep(target: Target) -> bool:
+    """Return whether the target's system has `usleep`.
+
+    Example:
+        >>> can_sleep(Target("x86_64-pc-windows-msvc"))
+        False
+    """
+    return "windows" not in target.triple
+
+
+def declare_waiting(target: Target) -> Iterator[str]:
+    """Yield the declarations of the functions that the barrier calls.
+
+    Example:
+        >>> list(declare_waiting(Target("riscv64-linux-gnu")))
+        ['declare i32 @usleep(i32)']
+    """
+    if can_sleep(target):
+        yield "declare i32 @usleep(i32)"
+    if target.architecture in PAUSES:
+        name, argument = PAUSES[target.architecture]
+        yield f"declare void @{name}({argument.partition(' ')[0]})"
+
+
+def emit_run(target: Target) -> Iterator[str]:
     """Yield the lines of `run(operations, n, thread, threads, barrier)`.
 
     Each thread computes an equal part of the work items of each operation, then waits for the
     other threads. The barrier counts the threads that have finished an operation; it must be 0 at
     the beginning.
+
+    Args:
+        target: the processor.
+
+    Example:
+        >>> any("@llvm.x86.sse2.pause()" in line for line in emit_run(Target("x86_64-linux-gnu")))
+        True
     """
     yield "define void @run(ptr %operations, i64 %n, i64 %thread, i64 %threads, ptr %barrier) {"
     yield "entry:"
@@ -50,7 +79,7 @@ def emit_run() -> Iterator[str]:
     yield "  call void %kernel(ptr %record, i64 %i0, i64 %i1)"
     yield "  %j.next = add i64 %j, 1"
     yield "  br i1 %alone, label %next, label %arrive"
-    yield from _wait_for_threads()
+    yield from _wait_for_threads(target)
     yield "next:"
     yield "  %more = icmp ult i64 %j.next, %n"
     yield "  br i1 %more, label %operation, label %exit"
@@ -59,9 +88,9 @@ def emit_run() -> Iterator[str]:
     yield "}"
 
 
-def _wait_for_threads() -> Iterator[str]:
+def _wait_for_threads(target: Target) -> Iterator[str]:
     """Wait until all threads have finished operations 0 to j."""
-    pause = PAUSES.get(platform.machine().lower())
+    pause = PAUSES.get(target.architecture)
     yield "arrive:"
     yield "  %before = atomicrmw add ptr %barrier, i64 1 acq_rel"
     yield "  %all = mul i64 %j.next, %threads"
@@ -76,11 +105,11 @@ def _wait_for_threads() -> Iterator[str]:
     yield "  br i1 %long, label %yield, label %relax"
     yield "relax:"
     if pause:
-        yield f'  call void asm sideeffect "{pause}", ""()'
+        yield f"  call void @{pause[0]}({pause[1]})"
     yield "  %spin.next = add i64 %spin, 1"
     yield "  br label %wait"
     yield "yield:"
-    if CAN_SLEEP:
+    if can_sleep(target):
         yield f"  %slept = call i32 @usleep(i32 {SLEEP_MICROSECONDS})"
     yield "  br label %wait"
 
@@ -89,6 +118,10 @@ def emit_run_team() -> Iterator[str]:
     """Yield the lines of `run_team(operations, n, threads, barrier)`.
 
     It calls `run` on all threads of an OpenMP team.
+
+    Example:
+        >>> next(emit_run_team())
+        'declare void @GOMP_parallel(ptr, ptr, i32, i32)'
     """
     yield "declare void @GOMP_parallel(ptr, ptr, i32, i32)"
     yield "declare i32 @omp_get_thread_num()"

@@ -1,0 +1,183 @@
+"""Checks of models and inputs: what a compiled network supports."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._pytree import tree_map
+
+from ..errors import StateError
+from ..prunable import unwrap
+from .errors import CaptureError, InputError
+
+NOT_SAVED = (
+    "A compiled network works on this machine and in this process only and cannot be saved, copied "
+    "or exported. Save the model (feather.save_sparse) and the tuning results (save_tuning), then "
+    "compile again. To export it, export the model."
+)
+NOT_LOADED = (
+    "A compiled network has no state to load. Load the weights into the model (load_state_dict, "
+    "feather.load_sparse), then compile it again."
+)
+NOT_TRACED = (
+    "A compiled network cannot be traced, exported or compiled by PyTorch (torch.jit.trace, "
+    "torch.onnx.export, torch.export, torch.compile, torch.fx): its kernels compute outside of "
+    "PyTorch, so the result would contain the answer for one input. Trace, export or compile the "
+    "model instead, and call the compiled network directly."
+)
+
+
+def check_eager(x: Any) -> None:
+    """Check that PyTorch computes operations now, instead of recording them.
+
+    Args:
+        x: the input of a compiled network.
+
+    Raises:
+        StateError: the call is traced, exported or compiled, or `x` has no values.
+
+    Example:
+        >>> check_eager(torch.ones(2, 3))
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or get_proxy_mode() is not None
+        or isinstance(x, FakeTensor)
+        or isinstance(
+            torch.empty(0, device="cpu"), FakeTensor
+        )  # a mode in which no tensor has values
+    ):
+        _raise_not_traced()
+
+
+@torch.compiler.disable(reason=NOT_TRACED)
+def _raise_not_traced() -> None:
+    """Raise an error. torch.compile calls this function instead of compiling another path."""
+    raise StateError(NOT_TRACED)
+
+
+def check_input(x: Any, shape: tuple[int, ...], contiguous: bool = False) -> None:
+    """Check an input of a compiled network.
+
+    Args:
+        x: the input.
+        shape: expected shape of one sample.
+        contiguous: whether it must be contiguous, and no part of another tensor.
+
+    Raises:
+        InputError: it is no dense float32 tensor of this shape on the CPU, or has no memory that
+            machine code can read.
+
+    Example:
+        >>> check_input(torch.ones(2, 3), shape=(3,))
+    """
+    if not isinstance(x, Tensor) or (
+        (tuple(x.shape[1:]), x.dtype, x.layout) != (shape, torch.float32, torch.strided)
+        or x.device.type != "cpu"
+        or x.dim() == 0
+    ):
+        expected = ", ".join(map(str, ("batch", *shape)))
+        given = type(x).__name__
+        if isinstance(x, Tensor):
+            given = f"{x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
+        raise InputError(
+            f"The network was compiled for float32 inputs ({expected}) on the CPU, got {given}."
+        )
+    if contiguous and (x.storage_offset() or not x.is_contiguous()):
+        raise InputError(
+            "This model calls as_strided, so its input must be contiguous and no part of another "
+            f"tensor, got strides {x.stride()}, offset {x.storage_offset()}. Pass x.clone("
+            "memory_format=torch.contiguous_format)."
+        )
+    try:
+        x.data_ptr()
+    except RuntimeError as error:
+        raise InputError(
+            "A compiled network cannot be called within torch.func transforms (vmap, grad, jvp): "
+            "it reads the memory of its input. Call it outside of them."
+        ) from error
+
+
+def copy_in_eval_mode(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in eval mode, of wrappers of torch.compile the model inside.
+
+    Raises:
+        CaptureError: the model cannot be copied.
+        StateError: a part of it is a compiled network.
+
+    Example:
+        >>> copy_in_eval_mode(nn.Linear(4, 2)).training
+        False
+    """
+    try:
+        return copy.deepcopy(unwrap(model)).eval()
+    except StateError:  # a compiled network
+        raise
+    except RuntimeError as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({error}). Make masks of "
+            "torch.nn.utils.prune permanent first: prune.remove(module, name)."
+        ) from error
+
+
+def check_types(model: nn.Module, example: Tensor) -> None:
+    """Check that a model is float32, and on the CPU as well as the example.
+
+    Raises:
+        InputError: it is not.
+
+    Example:
+        >>> check_types(nn.Linear(4, 2), torch.ones(1, 4))
+    """
+    for tensor in (*model.parameters(), *model.buffers(), example):
+        if tensor.device.type != "cpu":
+            raise InputError(
+                f"compile_sparse requires the model and the example on the CPU, got a tensor on "
+                f"{tensor.device}. Move both to the CPU first."
+            )
+    for name, weight in model.named_parameters():
+        if weight.dtype != torch.float32 and weight.is_floating_point():
+            raise InputError(
+                f"compile_sparse requires float32, got {name} of {weight.dtype}. Pass "
+                "copy.deepcopy(model).float()."
+            )
+
+
+def result_of_empty_batch(model: nn.Module, example: Tensor) -> Callable[[], Any]:
+    """Return a function that returns the model's output for a batch of 0.
+
+    The graph cannot compute it: torch.export assumes that a batch is not empty, and does not report
+    which branches of the model it removed for that reason.
+
+    Args:
+        model: the model.
+        example: an input.
+
+    Returns:
+        A function that raises InputError if the model fails on a batch of 0.
+
+    Example:
+        >>> result_of_empty_batch(nn.Linear(4, 2), torch.ones(1, 4))().shape
+        torch.Size([0, 2])
+    """
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiling for one call would be slow
+            found = model(example[:0])
+    except Exception as error:  # any error of the model
+        message = (
+            f"{type(model).__name__} fails on a batch of 0 ({error}), and so does the compiled "
+            "network. Pass at least one sample."
+        )
+
+        def fail() -> Any:
+            raise InputError(message)
+
+        return fail
+    return lambda: tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, found)
