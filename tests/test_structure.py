@@ -287,32 +287,6 @@ def test_public_names_have_an_example():
     assert_none(found)
 
 
-# Functions and classes that still lack an example, by module below the package. Add none.
-WITHOUT_EXAMPLE = {
-    "export.hub": "download model_card upload",
-    "export.manifest": "Entry Manifest checksum read write",
-    "export.onnx": "export_onnx",
-    "export.packages": "import_huggingface_hub import_safetensors",
-    "runtime.batch": "BatchPlan",
-    "runtime.capture": "Captured capture",
-    "runtime.errors": "CaptureError InputError RuntimeMissingError",
-    "runtime.fusion": "attributes fuse graphs_of",
-    "runtime.kernels.build": "KernelLibrary emit_module library variants",
-    "runtime.kernels.convolution": "Variant declare_intrinsics emit_convolution",
-    "runtime.kernels.host": "llvm machine openmp vector_widths",
-    "runtime.kernels.plane_copy": "FunctionText emit_copy",
-    "runtime.kernels.schedule": "declare_sleep emit_run emit_run_team",
-    "runtime.kernels.tiles": "Tile tiles",
-    "runtime.layer": "Layer MaxPool pack",
-    "runtime.module": "SparseModule",
-    "runtime.plan": "Copy Plan Pointwise Sparse Torch can_run_sparse",
-    "runtime.planes": "PlaneLayout Planes",
-    "runtime.taps": "GroupedTaps",
-    "runtime.tuning": "LayerTuning load_tuning save_tuning tune_layer",
-    "runtime.workspace": "Call Workspace WorkspacePool",
-}
-
-
 def examples(node: Definition) -> list[doctest.Example]:
     """The examples of a function, or of a class and its methods."""
     children = node.body if isinstance(node, ast.ClassDef) else []
@@ -322,17 +296,11 @@ def examples(node: Definition) -> list[doctest.Example]:
 
 def test_public_functions_and_classes_have_an_example():
     """test_doctests.py runs them."""
-    found = []
-    excused = {(m, name) for m, names in WITHOUT_EXAMPLE.items() for name in names.split()}
-    for module, node in public_definitions():
-        name = (module.name.removeprefix(f"{PACKAGE}."), node.name)
-        if examples(node):
-            continue
-        if name in excused:
-            excused.remove(name)
-        else:
-            found.append(f"{module.at(node)} {node.name} has no example")
-    found += [f"WITHOUT_EXAMPLE: remove {name} of {module}" for module, name in sorted(excused)]
+    found = [
+        f"{module.at(node)} {node.name} has no example; add one, or make it private"
+        for module, node in public_definitions()
+        if not examples(node)
+    ]
     assert_none(found)
 
 

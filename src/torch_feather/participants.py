@@ -107,6 +107,11 @@ class Chosen:
         others: further weights of the model that are prunable by default, such as frozen or
             excluded ones.
         remembered: whether the weights are those that took part in sparse training.
+
+    Example:
+        >>> chosen = Chosen(find_prunable(nn.Linear(4, 2)), [], remembered=False)
+        >>> sum(item.parameter.numel() for item in chosen.weights)
+        8
     """
 
     weights: list[Prunable]

@@ -65,16 +65,8 @@ def squeeze_excite(y):
 
 ACTIVATIONS = (
     *(F.relu, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.sigmoid, F.tanh, F.elu, F.mish),
-    *(
-        F.relu6,
-        F.softplus,
-        F.leaky_relu,
-        F.selu,
-        F.celu,
-        partial(F.gelu, approximate="tanh"),
-        torch.exp,
-        torch.abs,
-    ),
+    *(F.relu6, F.softplus, F.leaky_relu, F.selu, F.celu, partial(F.gelu, approximate="tanh")),
+    *(torch.exp, torch.abs),
     *(lambda y: (y * y + 1).rsqrt(), lambda y: 1 - y / 3, lambda y: y.clamp(min=-0.2), torch.neg),
 )
 POOLINGS = (

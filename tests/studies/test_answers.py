@@ -317,3 +317,29 @@ def test_the_recipes_are_the_published_ones():
     assert [s.partition(": ")[2] for s in answer.sentences] == [
         "all values equal the published ones."
     ] * 2
+
+
+@pytest.mark.parametrize("name", ["compare", "recipe"])
+def test_names_of_data_methods_and_networks_are_escaped(name, row, tmp_path):
+    """HTML, Markdown and formulas of matplotlib in a name are shown, not interpreted."""
+    hostile = "<img src=x onerror=alert(1)> | $\\frac{$ `x` [a](b)"
+    study = STUDIES[name]
+    config = base_config(study, None, None, None, [])
+    rows = [
+        row(method, 0.95, seed, 0.5 + seed / 10 + (method == "gmp") / 20, macs=5e6 + seed)
+        | {"label": f"{method} {hostile}", "data": hostile, "network": hostile}
+        | {"hardware": {"cpu": hostile, "threads": 1}}
+        for method in ("feather", "gmp")
+        for seed in range(3)
+    ]
+    answer = study.answer(rows, config)
+    text = write_study(study, answer, rows, tmp_path, RunFacts("command", len(rows)))
+    page = (tmp_path / "index.html").read_text()
+    for shown in (text, page):
+        assert "<img" not in shown
+        assert "&lt;img" in shown
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
+    assert tables
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    assert "[a](b)" not in text

@@ -1,6 +1,11 @@
+import math
+import os
+from typing import get_args
+
 import pytest
 
 from torch_feather.errors import ConfigurationError, nearest
+from torch_feather.methods import method_options
 from torch_feather.recipes import available_recipes, recipe_values
 from torch_feather.training.config import (
     Config,
@@ -95,7 +100,7 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(key, nearest):
         ({"sparsity": "much"}, "sparsity must be a number"),
         ({"exclude": [3]}, "exclude must be a string or a list of strings"),
         ({"data.flip": "yes please"}, "data.flip must be true or false"),
-        ({"data.name": "mnist"}, "not one of digits"),
+        ({"data.name": "mnist"}, r"there is no data set 'mnist'"),
         ({"data.validation": 1.0}, "must be a fraction in"),
         ({"data": 3}, "unknown key 'data'"),
         ({"optimizer.lr": None}, "optimizer.lr must be a number"),
@@ -189,6 +194,120 @@ def test_an_unknown_recipe_is_an_error_that_names_the_nearest():
         with pytest.raises(ConfigurationError) as caught:
             resolve_config(name)
         assert f"{name!r}{nearest(name, available_recipes())} " in str(caught.value)
+
+
+ALIASES = "a: &a [x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ALIASES, r"line 2: aliases such as \*a are not supported"),
+        ("a: &a\n  b: *a\n", r"line 2: aliases such as \*a"),
+        ("a: &a {x: 1}\nb:\n  <<: *a\n", r"aliases such as \*a"),
+        ("seed: !!timestamp x\n", "line 1: the tag .*timestamp is not supported"),
+        ("seed: !!python/object/apply:os.getcwd []\n", "the tag .* is not supported"),
+        ("network: !!binary aGVsbG8=\n", "the tag .*binary is not supported"),
+        ("epochs: " + "[" * 30_000 + "]" * 30_000, "line 1: nested more than 16 levels deep"),
+        ("epochs: " + "{a: " * 9_000 + "}" * 9_000, "nested more than 16 levels deep"),
+        ("# " + "x" * 200_000, "larger than 128 KiB"),
+        ("epochs: 1\nepochs: 2\n", "line 2: the key 'epochs' occurs twice"),
+        ("1: 2\n", "line 1: a key must be text"),
+        ("? [a, b]\n: 1\n", "line 1: a key must be text"),
+        (f"epochs: {'9' * 5000}\n", "not valid YAML: Exceeds the limit"),
+        ("network: \xff".encode("latin-1"), "not valid YAML: 'utf-8' codec"),
+        (b"\0\1\2", "not valid YAML: unacceptable character"),
+    ],
+)
+def test_a_settings_file_is_plain_and_small_or_refused_in_one_line(text, message, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        load_config(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_value_on_the_command_line_has_the_same_limits():
+    for text in ("epochs=[&a 1, *a]", "epochs=!!set {a}", "epochs=" + "[" * 1000):
+        with pytest.raises(ConfigurationError) as caught:
+            parse_assignments([text])
+        assert len(str(caught.value)) < 400
+
+
+def test_what_only_yaml_reads_as_a_date_or_an_operator_is_text(tmp_path):
+    assert parse_assignments(["data.path=2020-01-01", "network=="]) == {
+        "data.path": "2020-01-01",
+        "network": "=",
+    }
+
+
+def test_a_named_pipe_is_no_settings_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigurationError, match="pipe: not a regular file"):
+        load_config(tmp_path / "pipe")
+    with pytest.raises(ConfigurationError, match=r"cannot be read|not a regular file"):
+        load_config(tmp_path)
+
+
+HUGE = (10**18, 10**400, 1e300, float("inf"), float("nan"))
+NUMBERS = [key for key, kind in known_keys() if {int, float} & {kind, *get_args(kind)}]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", [*HUGE, *(-v for v in HUGE)], ids=repr)
+def test_every_number_is_finite_and_in_range_or_refused(key, value):
+    """What is accepted can be computed with: as a count of steps, or as a float."""
+    refused = ""
+    try:
+        config = apply(Config(), {key: value}, "here")
+    except ConfigurationError as error:
+        refused = str(error)
+    if refused:
+        assert key in refused
+        assert len(refused) < 200
+        return
+    accepted = dict(flatten(to_dict(config)))[key]
+    if isinstance(accepted, int):
+        assert accepted * config.batch_size < 2**80
+        assert (key in ("seed", "evaluate_every")) or accepted <= 2**53
+    else:
+        infinite = key in ("optimizer.clip", "system.checkpoint_seconds")
+        assert math.isfinite(accepted) or infinite
+
+
+WRONG = [{"a": 1}, [1], "text", True, float("nan"), 10**400, -(10**30), {}, []]
+
+
+@pytest.mark.parametrize("method", ["feather", "feather-flops", "probmask", "str", "asl+"])
+def test_an_option_of_another_type_is_refused_like_any_wrong_value(method):
+    accepts_text = {"theta", "allocation", "schedule", "pattern"}
+    for option in method_options(method).keys() - {"costs", "example_input"}:
+        for value in WRONG:
+            plain = isinstance(value, str) and option in accepts_text
+            if plain or (value is True and option == "exact"):
+                continue
+            with pytest.raises(ConfigurationError) as caught:
+                apply(Config(method=method), {"options": {option: value}}, "here")
+            assert f"here: Option {option!r} of method {method!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [2, "text", True, [1], [{"p": 2}]])
+def test_options_that_are_no_mapping_are_refused(value):
+    for given in ({"options": value}, {"options.": value}):
+        with pytest.raises(ConfigurationError, match="options"):
+            apply(Config(), given, "here")
+
+
+def test_text_that_names_no_file_is_refused():
+    for text in ("a\0b", "a\ud800"):
+        for key in ("data.path", "options.schedule", "include"):
+            with pytest.raises(ConfigurationError, match=f"here: {key} must be text without"):
+                apply(Config(), {key: text}, "here")
 
 
 def test_a_budget_stands_in_place_of_the_default_bias(tmp_path):

@@ -180,7 +180,11 @@ def test_a_symbolic_link_is_kept_and_its_target_replaced(tmp_path):
 
 
 def test_metrics_are_lines_of_json(run):
-    history = [{"epoch": 1, "val_acc": None}, {"epoch": 2, "val_acc": 0.5}]
+    same = {"train_loss": 1.0, "sparsity": 0.5}
+    history = [
+        {"epoch": 1, "step": 3, "val_acc": None, **same},
+        {"epoch": 2, "step": 6, "val_acc": 0.5, **same},
+    ]
     run.write_metrics(history[:1])
     run.write_metrics(history)
     assert [json.loads(line) for line in run.metrics_file.read_text().splitlines()] == history

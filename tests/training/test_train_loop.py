@@ -17,6 +17,7 @@ import torch_feather as feather
 from torch_feather import cli
 from torch_feather.errors import ConfigurationError
 from torch_feather.training import loop
+from torch_feather.training.automatic import with_class_names
 from torch_feather.training.callbacks import Callback
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import Config, apply, load_config, resolve_config, to_yaml
@@ -90,7 +91,8 @@ def test_a_run_directory_has_all_its_files(finished):
         "layers.png",
         "operator.png",
     }
-    assert load_config(folder / "config.yaml") == tiny().written_out()
+    expected = with_class_names(tiny(), tuple("0123456789")).written_out()
+    assert load_config(folder / "config.yaml") == expected
     assert json.loads((folder / "report.json").read_text()) == results
     assert {"versions", "commit", "hardware", "seed", "seconds", "macs"} <= results.keys()
     history = RunDirectory(folder).read_metrics()
@@ -423,7 +425,7 @@ def test_excluded_weights_stay_dense_and_are_not_counted(tmp_path, monkeypatch, 
     assert [layer["name"] for layer in report["layers"]] == ["fc.weight"]
     assert report["sparsity"] == 0.5
     run = RunDirectory(tmp_path / "run")
-    assert run.read_config() == config.written_out()
+    assert run.read_config() == with_class_names(config, tuple("0123456789")).written_out()
     assert run.read_metrics()[-1]["sparsity"] == 0.5
     monkeypatch.setattr("sys.argv", ["feather", "evaluate", str(run.path)])
     with pytest.raises(SystemExit):
@@ -456,7 +458,9 @@ def test_costs_of_a_method_can_be_milliseconds_on_this_machine(tmp_path):
     options = {"options.costs": "milliseconds", "options.gamma": 0.3}
     results = train(tiny(epochs=1, method="feather-flops", **options), tmp_path / "run")
     assert results["report"]["zeros"] == round(0.95 * results["report"]["weights"])
-    with pytest.raises(ConfigurationError, match="costs must map weight names to numbers"):
+    with pytest.raises(
+        ConfigurationError, match=r"'costs' of .* must be None or a mapping, got 'hours'"
+    ):
         train(tiny(method="feather-flops", **{"options.costs": "hours"}), tmp_path / "other")
 
 
@@ -542,3 +546,24 @@ def test_a_cuda_graph_trains_the_same_network(tmp_path, also):
     again = train(config, tmp_path / "again", resume=True)
     assert again["report"]["zeros"] == captured["report"]["zeros"]
     assert again["test_accuracy"] == pytest.approx(captured["test_accuracy"], abs=0.03)
+
+
+def test_a_stop_during_an_evaluation_keeps_the_epoch(finished, tmp_path, monkeypatch):
+    """The checkpoint is that of the end of the epoch, and the run ends with the same bits."""
+    folder, evaluations = tmp_path / "run", itertools.count(1)
+    real = Task.evaluate
+
+    def evaluate_and_stop(self, images):
+        if next(evaluations) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, images)
+
+    monkeypatch.setattr(Task, "evaluate", evaluate_and_stop)
+    with pytest.raises(Interrupted, match="stopped in the evaluation after step"):
+        train(tiny(), folder)
+    monkeypatch.undo()
+    monkeypatch.setitem(feather.models._MODELS, "tiny", TinyNetwork)
+    saved = RunDirectory(folder).load()
+    assert (saved["epoch"], saved["images"] > 0) == (1, True)
+    train(tiny(), folder, resume=True)
+    assert results_of(folder) == results_of(finished[0])

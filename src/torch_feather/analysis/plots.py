@@ -87,8 +87,9 @@ def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any
         "layers.png": layers(results["report"]["layers"]),
         "operator.png": operators(),
     }
-    if masks := read_masks(folder, len(history)):
-        figures["masks.png"] = stability(correlations(masks, results["report"]["weights"]))
+    weights = results["report"]["weights"]
+    if masks := read_masks(folder, len(history), weights):
+        figures["masks.png"] = stability(correlations(masks, weights))
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=150)
     return [folder / name for name in figures]
@@ -147,8 +148,8 @@ def curves(history: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
     handles = [*axes.get_lines(), *right.get_lines()]
     axes.legend(handles, [str(h.get_label()) for h in handles], loc="center right", frameon=False)
     axes.set_title(
-        f"{results['network']} on {results['data']}, {results['method']}: "
-        f"{100 * results['test_accuracy']:.1f}% test accuracy"
+        plain(f"{results['network']} on {results['data']}, {results['method']}: ")
+        + f"{100 * results['test_accuracy']:.1f}% test accuracy"
     )
     return figure
 
@@ -164,8 +165,8 @@ def layers(rows: list[dict[str, Any]]) -> Figure:
         >>> figure.axes[0].texts[0].get_text()
         '10 of 100'
     """
-    figure, axes = panel(7.0, 1.2 + 0.28 * len(rows))
-    names = [row["name"] for row in rows]
+    figure, axes = panel(7.0, min(1.2 + 0.28 * len(rows), 400.0))  # a PNG has at most 2^16 rows
+    names = [plain(row["name"]) for row in rows]
     axes.barh(names, [100 * row["sparsity"] for row in rows], color=BLUE)
     for y, row in enumerate(rows):
         kept = row["weights"] - row["zeros"]
@@ -215,6 +216,16 @@ def operators(powers: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, float("inf"))) ->
     axes.set_ylabel("effective weight / threshold")
     axes.legend(frameon=False, handlelength=3.2)
     return figure
+
+
+def plain(text: str) -> str:
+    """Return text for matplotlib, which reads text between two `$` as a formula.
+
+    Example:
+        >>> plain("a$b$")
+        'a\\\\$b\\\\$'
+    """
+    return text.replace("$", r"\$")
 
 
 def power_name(p: float) -> str:

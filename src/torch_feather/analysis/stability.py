@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ..errors import FileFormatError
+
+REMEDY = "Move the folder masks away: figures and tables are then made without it."
 _ONES = np.array([bin(byte).count("1") for byte in range(256)])  # set bits of each byte
 
 
@@ -25,15 +29,19 @@ def mask_file(run: Path, epoch: int) -> Path:
     return run / "masks" / f"{epoch:04d}.npy"
 
 
-def read_masks(run: Path, epochs: int) -> list[np.ndarray] | None:
+def read_masks(run: Path, epochs: int, weights: int | None = None) -> list[np.ndarray] | None:
     """Return the masks of all epochs of a run.
 
     Args:
         run: run directory.
         epochs: number of epochs.
+        weights: number of weights; None if it is not known.
 
     Returns:
         Packed bits (uint8) for each epoch, or None if a mask is missing.
+
+    Raises:
+        FileFormatError: a file is damaged, or is not a mask of so many weights.
 
     Example:
         >>> import tempfile
@@ -47,9 +55,36 @@ def read_masks(run: Path, epochs: int) -> list[np.ndarray] | None:
         True
     """
     files = [mask_file(run, epoch) for epoch in range(1, epochs + 1)]
-    if not all(file.exists() for file in files):
+    if not all(os.path.lexists(file) for file in files):
         return None
-    return [np.load(file, allow_pickle=False) for file in files]
+    masks = [_read_mask(file) for file in files]
+    size = len(masks[0]) if weights is None and masks else -(-(weights or 0) // 8)
+    for file, mask in zip(files, masks, strict=True):
+        if len(mask) != size:
+            raise FileFormatError(
+                f"{file}: cannot be used: {len(mask)} bytes instead of {size}. {REMEDY}"
+            )
+        if weights is not None and weights % 8 and mask[-1] & (0xFF >> weights % 8):
+            raise FileFormatError(f"{file}: cannot be used: bits after the last weight. {REMEDY}")
+    return masks
+
+
+def _read_mask(file: Path) -> np.ndarray:
+    try:
+        if not file.is_file():  # opening a named pipe would wait for a writer
+            raise ValueError("not a regular file")
+        # A memory map is bounded by the file, whatever shape its header names.
+        mask = np.array(np.load(file, allow_pickle=False, mmap_mode="r"))
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise FileFormatError(f"{file}: cannot be used: {reason}. {REMEDY}") from None
+    if mask.dtype != np.uint8 or mask.ndim != 1:
+        raise FileFormatError(
+            f"{file}: cannot be used: {mask.dtype} of {mask.ndim} dimensions. {REMEDY}"
+        )
+    return mask
 
 
 def correlations(masks: Sequence[np.ndarray], weights: int) -> list[float]:

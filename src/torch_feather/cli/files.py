@@ -52,11 +52,12 @@ def export(  # long: each option has its help
         >>> from .. import models
         >>> from ..training import Config
         >>> from ..training.checkpoint import RunDirectory, write_json
+        >>> from ..training.schemas import example_results
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     run = RunDirectory(folder)
         ...     run.write_config(Config(network="resnet8"))
         ...     run.save_model(models.create("resnet8", num_classes=10, in_channels=1))
-        ...     write_json(run.report_file, {"input_shape": [1, 8, 8], "classes": 10})
+        ...     write_json(run.report_file, example_results())
         ...     export(Path(folder), format="safetensors", out=Path(folder) / "dense.safetensors")
         /...dense.safetensors: ... bytes, all zeros stored
     """

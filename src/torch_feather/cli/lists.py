@@ -18,6 +18,7 @@ def methods() -> None:
         feather   ...
         dense     No sparsity: trains all weights. ...
     """
+    from rich.markup import escape
     from rich.table import Table
 
     from ..errors import ConfigurationError
@@ -30,9 +31,9 @@ def methods() -> None:
     for name in available_methods():
         try:
             options = ", ".join(starmap(_format, method_options(name).items()))
-            table.add_row(name, describe_method(name), options)
+            table.add_row(*map(escape, (name, describe_method(name), options)))
         except ConfigurationError as error:  # a method of another package that cannot be imported
-            table.add_row(name, f"not available: {error}", "")
+            table.add_row(escape(name), escape(f"not available: {error}"), "")
     table.add_row("dense", "No sparsity: trains all weights.", "")
     table.add_row("package.module:factory", "A method of your own, imported by its name.", "")
     make_console().print(table)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from ..errors import ConfigurationError
+from .markdown import escape_markdown
 from .packages import import_huggingface_hub
 
 FILE = "model.sparse.safetensors"
@@ -133,27 +135,28 @@ def model_card(repository: str, run: Mapping[str, Any], file: str) -> str:
     )
     # Reports of early versions lack these; the reader of the card has to fill them in.
     classes, channels = run.get("classes", "CLASSES"), run.get("input_shape", ["CHANNELS"])[0]
+    network, method = (run[key].replace("`", "'") for key in ("network", "method"))
     return f"""---
 {data.to_yaml()}
 ---
 
 # {name}
 
-`{run["network"]}`, trained on {run["data"]} with torch-feather, method `{run["method"]}`.
+`{network}`, trained on {escape_markdown(run["data"])} with torch-feather, method `{method}`.
 
 | | |
 |---|---|
 | test accuracy | {100 * accuracy:.2f}% |
 | sparsity | {100 * sparsity:.2f}% of {run["weights"]:,} weights are zero |
 | multiply-adds (MACs) | {run["macs"]["sparse"]:,}; dense: {run["macs"]["dense"]:,} |
-| file | {file} |
+| file | {escape_markdown(file)} |
 
 To use it, run `pip install 'torch-feather[files,hub]'`, then:
 
 ```python
 import torch_feather as feather
 
-model = feather.models.create("{run["network"]}", {classes}, {channels})
+model = feather.models.create({json.dumps(network)}, {classes}, {channels})
 feather.load_sparse("{SCHEME}{repository}", model)
 ```
 

@@ -15,6 +15,7 @@ from .feather import feather
 from .feather_flops import GAMMA, feather_flops
 from .gmp import feather_gmp, gmp
 from .learned import asl, asl_plus, feather_asl_plus, str_
+from .option_types import check_option_types
 from .probmask import probmask
 from .spartan import spartan
 from .st3 import st3, st3_sigma
@@ -229,9 +230,15 @@ def build_method(name: str, *, sparsity: float, **options: Any) -> AnyMethod:
                 f"Method {name!r} has no option {option!r}{nearest(option, known)} "
                 f"Its options: {', '.join(known) or 'none'}."
             )
-    if "sparsity" in parameters or free:
-        options["sparsity"] = sparsity
-    method = factory(**options)
+    given = {"sparsity": sparsity} if "sparsity" in parameters or free else {}
+    try:
+        method = factory(**options, **given)
+    except ConfigurationError:  # the factory knows best what is wrong
+        raise
+    except Exception:
+        check_option_types(name, factory, options)
+        raise
+    check_option_types(name, factory, options)
     if not hasattr(method, "bind"):
         raise ConfigurationError(
             f"The factory of method {name!r} returned {type(method).__name__}, which has no "

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..analysis.plots import GREY, line_style, panel
+from ..analysis.plots import GREY, line_style, panel, plain
 from ..training.config import DENSE
 from .published import Series
 from .runs import Row
@@ -116,7 +116,7 @@ def plot_over_sparsity(rows: Sequence[Row]) -> Figure:
             [mean(mine) for mine in found],
             [deviation(accuracies(mine)) for mine in found],
             capsize=2.5,
-            label=f"{name} (n={_count(found)})",
+            label=plain(f"{name} (n={_count(found)})"),
             **line_style(i),
         )
     _plot_dense(axes, rows)
@@ -150,7 +150,7 @@ def plot_over_epochs(series: Mapping[str, Sequence[Sequence[float | None]]], yla
         ]
         style = line_style(i) | {"marker": ""}
         label = f"{name} (n={len(curves)})"
-        axes.plot([e for e, _, _ in points], [m for _, m, _ in points], label=label, **style)
+        axes.plot([e for e, _, _ in points], [m for _, m, _ in points], label=plain(label), **style)
         axes.fill_between(
             [e for e, _, _ in points],
             [m - s for _, m, s in points],
@@ -187,7 +187,7 @@ def plot_seeds(rows: Sequence[Row], sparsity: float) -> Figure:
         axes.plot(dots, [y] * len(dots), "o", color=color, alpha=0.6, mew=0, ms=6)
         axes.plot(mean(mine), y, "|", color="black", ms=15, mew=1.8)
     _plot_dense(axes, rows, vertical=True)
-    axes.set_yticks(range(len(found)), [f"{m}  (n={len(r)})" for m, r in found])
+    axes.set_yticks(range(len(found)), [plain(f"{m}  (n={len(r)})") for m, r in found])
     axes.set_ylim(-0.6, len(found) - 0.4)
     axes.set_xlabel("test accuracy (%)")
     axes.spines["left"].set_visible(False)
@@ -254,7 +254,7 @@ def _plot_dense(axes: Axes, rows: Sequence[Row], vertical: bool = False) -> None
         style: dict[str, Any] = {"color": GREY, "linestyle": (0, (6, 3)), "linewidth": 1}
         label = f"dense (n={len(dense)})"
         line, band = (axes.axvline, axes.axvspan) if vertical else (axes.axhline, axes.axhspan)
-        line(mean(dense), label=label, **style)
+        line(mean(dense), label=plain(label), **style)
         width = deviation(accuracies(dense))
         band(mean(dense) - width, mean(dense) + width, color=GREY, alpha=0.15, linewidth=0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,10 @@ from ..runtime.timing import alternate
 from ..training import Config
 from ..training.checkpoint import RunDirectory, write_json
 from ..training.config import DENSE
+from ..training.content import read_json
 from ..training.export_run import load_network
 from ..training.provenance import provenance
+from ..training.schemas import TIMING
 from .flops import BIASED
 from .pareto import FRONT_NOTE, MILLISECONDS, MULTIPLY_ADDS, cost_figures, front_sentences
 from .planning import grid
@@ -68,7 +69,7 @@ def _measure(row: Row, run: Path, out: Path, data_path: str | None) -> Row:
     try:
         facts = provenance(torch.device("cpu"))
         cpu = facts["hardware"]["cpu"]
-        found = json.loads(file.read_text()) if file.exists() else {}
+        found = _stored(file)
         if (found.get("weights"), found.get("cpu")) != (weights, cpu):
             found = _time(directory, file, data_path) | {
                 "weights": weights,
@@ -80,6 +81,13 @@ def _measure(row: Row, run: Path, out: Path, data_path: str | None) -> Row:
     finally:
         torch.set_num_threads(threads)
     return {key: found[key] for key in MEASURED} | {"timed_on": found["cpu"]}
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file, TIMING, "Remove the file to measure the network again.")
+    except FileNotFoundError:
+        return {}
 
 
 def _time(directory: RunDirectory, file: Path, data_path: str | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import matplotlib
 from markupsafe import Markup
 
 from ..errors import ConfigurationError
+from ..export.markdown import escape_markdown
 from ..methods import describe_method
 from ..training.checkpoint import write_atomically, write_json
 from ..training.config import DENSE
@@ -131,10 +132,12 @@ def write_study(
 def _markdown(study: Study, answer: Answer, rows: Sequence[Row], facts: RunFacts) -> str:
     """Return question, conclusions and tables as Markdown, published tables separately."""
     blocks = [f"{study.question} ({study.source})"]
-    blocks += ["\n".join(f"- {sentence}" for sentence in _conclusions(answer, rows))]
+    blocks += [
+        "\n".join(f"- {escape_markdown(sentence)}" for sentence in _conclusions(answer, rows))
+    ]
     blocks += [_markdown_table(table) for table in answer.measured.tables]
-    blocks += [f"{fact}: {text}" for fact, text in facts.items(rows).items()]
-    blocks += [f"    {facts.command}"]
+    blocks += [f"{fact}: {escape_markdown(text)}" for fact, text in facts.items(rows).items()]
+    blocks += [f"    {' '.join(facts.command.splitlines())}"]
     if answer.published.tables:
         blocks += [f"{PUBLISHED}:"]
         blocks += [_markdown_table(table) for table in answer.published.tables]
@@ -142,9 +145,12 @@ def _markdown(study: Study, answer: Answer, rows: Sequence[Row], facts: RunFacts
 
 
 def _markdown_table(table: Table) -> str:
-    lines = [table.caption, ""] if table.caption else []
-    lines += ["| " + " | ".join(row) + " |" for row in (table.head, ["---"] * len(table.head))]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table.rows)])
+    lines = [escape_markdown(table.caption), ""] if table.caption else []
+    head = [escape_markdown(cell) for cell in table.head]
+    rows = [[escape_markdown(cell) for cell in row] for row in table.rows]
+    return "\n".join(
+        [*lines, *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))]
+    )
 
 
 def _conclusions(answer: Answer, rows: Sequence[Row]) -> Sequence[str]:

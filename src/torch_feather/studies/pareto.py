@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from ..analysis.plots import GREY, line_style, panel
+from ..analysis.plots import GREY, line_style, panel, plain
 from ..training.config import DENSE
 from .comparison import MIN_SEEDS, is_significant, paired
 from .figures import place_legend_below
@@ -170,7 +170,7 @@ def _plot_over_cost(rows: Sequence[Row], cost: Cost) -> Figure:
             [mean(mine) for mine in found],
             [deviation(accuracies(mine)) for mine in found],
             [deviation([cost.of(row) for row in mine]) for mine in found],
-            label=f"{name} (n={min(map(len, found))})",
+            label=plain(f"{name} (n={min(map(len, found))})"),
             **line_style(i),
         )
     format_cost_axis(axes, cost)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,16 +13,13 @@ from ..errors import ConfigurationError
 from ..training import Config
 from ..training.checkpoint import RunDirectory, changed_keys
 from ..training.config import DENSE, apply, flatten, to_dict
+from ..training.content import anything, items, mapping, read_json
 from ..training.errors import RunError
+from ..training.schemas import ROW
 from .options import current_option
 
 Row = dict[str, Any]
 
-REQUIRED_KEYS = (
-    *("name", "label", "data", "amp", "select", "config", "network", "method", "seed", "epochs"),
-    *("sparsity", "learned_sparsity", "test_accuracy", "weights", "zeros", "macs", "dense_macs"),
-    *("seconds", "curve", "commit", "versions", "hardware"),
-)
 RENAMED_KEYS = {"own_sparsity": "learned_sparsity"}  # version 0.1: this version
 CURVES = ("epoch", "train_loss", "val_acc", "test_acc", "sparsity")
 
@@ -63,32 +59,27 @@ def read_rows(path: Path) -> list[Row]:
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "runs.json"
-        >>> _ = path.write_text(json.dumps([dict.fromkeys(REQUIRED_KEYS, 0)]))
-        >>> read_rows(path)[0]["test_accuracy"]
-        0
         >>> _ = path.write_text('[{"name": "a"}]')
         >>> try:
         ...     read_rows(path)
         ... except RunError as error:
         ...     print(error)
-        /...runs.json: not the runs.json of a study, or written by an older version; a row lacks ...
+        /...runs.json: cannot be used: row[0] lacks label, data, ...
     """
     try:
-        rows = json.loads(path.read_text())
+        return read_json(path, _rows, "Give the runs.json that a study wrote, or leave --rows out.")
     except FileNotFoundError:
         raise RunError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read as the runs.json of a study ({error})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise RunError(f"{path}: not the runs.json of a study")
-    rows = [{RENAMED_KEYS.get(key, key): value for key, value in row.items()} for row in rows]
-    for row in rows:
-        if missing := [key for key in REQUIRED_KEYS if key not in row]:
-            raise RunError(
-                f"{path}: not the runs.json of a study, or written by an older version; a row "
-                f"lacks {', '.join(missing)}"
-            )
-    return rows
+
+
+def _rows(value: Any, at: str) -> None:
+    """Check the content of runs.json, and give the keys of its rows their present names."""
+    items(mapping(anything))(value, at)
+    for row in value:
+        for old, new in RENAMED_KEYS.items():
+            if old in row:
+                row[new] = row.pop(old)
+    items(ROW)(value, "row")
 
 
 def row_of(run: Run, directory: RunDirectory) -> Row:
@@ -104,22 +95,26 @@ def row_of(run: Run, directory: RunDirectory) -> Row:
     Example:
         >>> import tempfile
         >>> from ..training.checkpoint import write_json
+        >>> from ..training.schemas import example_results
         >>> config = Config(method="gmp", sparsity=0.9, epochs=1)
         >>> directory = RunDirectory(tempfile.mkdtemp())
-        >>> results = dict.fromkeys(("network", "test_loss", "train_loss", "commit", "versions"))
-        >>> results |= {"method": "gmp", "seed": 0, "epochs": 1, "target_sparsity": 0.9}
-        >>> results |= {"test_accuracy": 0.8, "report": {"weights": 100, "zeros": 90}}
-        >>> results |= {"macs": {"sparse": 10, "dense": 100}, "seconds": 1.23, "hardware": {}}
+        >>> results = example_results(method="gmp", target_sparsity=0.9, weights=100, zeros=90)
         >>> write_json(directory.report_file, results)
-        >>> directory.write_metrics([{"epoch": 1, "train_loss": 2.0}])
+        >>> metrics = {"epoch": 1, "step": 1, "train_loss": 2.0, "val_acc": None, "sparsity": 0.9}
+        >>> directory.write_metrics([metrics])
         >>> row = row_of(Run("digits-gmp-0.9-0", config, "gmp"), directory)
         >>> row["sparsity"], row["macs"], row["seconds"], row["curve"]["train_loss"]
-        (0.9, 10, 1.2, [2.0])
+        (0.9, 10, 1.0, [2.0])
     """
     results, metrics = directory.read_report(), directory.read_metrics()
+    if len(metrics) != results["epochs"]:
+        raise RunError(
+            f"{directory.metrics_file}: has {len(metrics)} lines, but report.json names "
+            f"{results['epochs']} epochs. Remove {directory.path} to train the run again."
+        )
     report = results["report"]
     curve = {key: [line.get(key) for line in metrics] for key in CURVES}
-    masks = read_masks(directory.path, results["epochs"])
+    masks = read_masks(directory.path, results["epochs"], report["weights"])
     if masks is not None:
         found = correlations(masks, report["weights"])
         curve["mask_correlation"] = [None if math.isnan(r) else r for r in found]
@@ -169,9 +164,9 @@ def row_matches(row: Row, run: Run) -> bool:
         return False
     try:
         recorded = apply(Config(), _current_settings(row["config"]), row["name"])
-    except ConfigurationError:  # the row has settings that no longer exist
+        return not changed_keys(recorded, run.config.written_out())
+    except ConfigurationError:  # the row has settings or a method that no longer exist
         return False
-    return not changed_keys(recorded, run.config.written_out())
 
 
 def _needs_masks(run: Run) -> bool:
@@ -180,7 +175,7 @@ def _needs_masks(run: Run) -> bool:
 
 def _current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return recorded settings with option names of version 0.1 replaced."""
-    method, prefix = settings.get("method", DENSE), "options."
+    method, prefix = str(settings.get("method", DENSE)), "options."
     return {
         prefix + current_option(method, key.removeprefix(prefix))
         if key.startswith(prefix)

@@ -6,106 +6,37 @@ model.safetensors  report.json  *.png  masks/*.npy
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from ..files import replace_file
+from ..errors import ConfigurationError
 from ..participants import remember_names
-from .config import Config, flatten, load_config, to_dict, to_yaml
+from .checkpoint_files import FORMAT, newest, set_aside, structure
+from .config import Config, apply, flatten, load_config, to_dict, to_yaml, upgrade
+from .content import read_json, read_json_lines
 from .deprecation import renamed_names, warn_renamed
 from .errors import CheckpointError, InUse, RunError
+from .schemas import RESULTS, history
+from .writing import remove_temporary_files, remove_unused, write_atomically, write_json
 
-FORMAT = 2
+__all__ = [
+    "DENSE_BASELINE",
+    "RunDirectory",
+    "changed_keys",
+    "remove_temporary_files",
+    "write_atomically",
+    "write_json",
+]
+
 DENSE_BASELINE = "dense"  # folder of the dense baseline within a run directory
 
 __getattr__ = renamed_names(__name__, {"TWIN": "DENSE_BASELINE", "sweep": "remove_temporary_files"})
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary file, force it to disk, then move it to `path`.
-
-    If the disk is full, `path` keeps its old content. If the process is killed, the temporary file
-    remains too; `remove_temporary_files` deletes it.
-
-    Args:
-        path: the file to replace or create.
-        write: writes the new content into a binary file.
-
-    Raises:
-        RunError: the file cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
-        >>> write_atomically(path, lambda file: file.write(b"95%"))
-        >>> path.read_text()
-        '95%'
-    """
-    try:
-        replace_file(path, write)
-    except (OSError, RuntimeError) as error:  # torch.save wraps OSError in RuntimeError
-        raise RunError(
-            f"{path}: cannot be written ({_reason(error)}); its old content is kept"
-        ) from error
-
-
-def remove_temporary_files(folder: Path) -> None:
-    """Delete the temporary files of killed writers. No other process may write into `folder`.
-
-    Args:
-        folder: the folder; its subfolders stay as they are.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> (folder / ".report.json.1234.tmp").touch()
-        >>> (folder / "report.json").touch()
-        >>> remove_temporary_files(folder)
-        >>> [file.name for file in folder.iterdir()]
-        ['report.json']
-    """
-    for temporary in folder.glob(".*.[0-9]*.tmp"):
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _reason(error: BaseException) -> str:
-    if not isinstance(error, OSError) and error.__context__ is not None:
-        return _reason(error.__context__)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full: free some space, then continue with --resume"
-    return str(error).splitlines()[0]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically.
-
-    Args:
-        path: the file to replace or create.
-        value: nested dicts, lists, texts, numbers, booleans and None.
-
-    Raises:
-        RunError: the file cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "report.json"
-        >>> write_json(path, {"sparsity": 0.95})
-        >>> print(path.read_text())
-        {
-          "sparsity": 0.95
-        }
-    """
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _ignore(message: str) -> None:
@@ -137,6 +68,7 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Lock the directory, and delete what killed writers left in it.
 
+        If the body raises before it wrote a file, a directory that was created for it is removed.
         The kernel holds the lock, so it ends with its process, however the process ends.
 
         Raises:
@@ -149,6 +81,7 @@ class RunDirectory:
             raise RunError(
                 f"{self.path}: run directories require a POSIX system (Linux, macOS, WSL)"
             ) from None
+        created = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(self.path / ".lock", "a")  # noqa: SIM115
@@ -164,7 +97,11 @@ class RunDirectory:
                 ) from None
             for folder in (self.path, self.last.parent, self.path / "masks"):
                 remove_temporary_files(folder)
-            yield
+            try:
+                yield
+            except BaseException:
+                remove_unused(created, [".lock"])  # if the run did not begin
+                raise
 
     def dense_baseline(self) -> RunDirectory:
         """Return the directory of the dense baseline of this run."""
@@ -211,20 +148,41 @@ class RunDirectory:
                 settings.
             CheckpointError: no checkpoint can be read.
         """
+        return self.load(warn) if self.check(config, resume, warn) else None
+
+    def check(self, config: Config, resume: bool, warn: Callable[[str], object] = _ignore) -> bool:
+        """Check that `config` may train here, as `begin`, without reading a checkpoint.
+
+        Returns:
+            Whether the run continues from a checkpoint, if there is one.
+        """
         if not self.holds_a_run():
-            return None
+            return False
         if not resume:
             raise RunError(
                 f"{self.path}: already holds a run. Continue it with --resume, "
                 "or choose another --out."
             )
-        if differences := changed_keys(load_config(self.config_file), config):
+        stored = self.stored_config(warn)
+        if stored is not None and (differences := changed_keys(stored, config)):
             raise RunError(f"{self.path}: a resumed run keeps its settings; {differences}")
-        return None if self.report_file.exists() else self.load(warn)
+        if self.report_file.exists():
+            return False
+        if self.model_file.exists() and not self.present_checkpoints():
+            raise RunError(
+                f"{self.path}: holds {self.model_file.name} but no checkpoint and no report.json. "
+                "Nothing can be resumed, and a new run would overwrite it. Choose another --out."
+            )
+        return True
 
     def holds_a_run(self) -> bool:
         """Return whether the directory holds anything that a new run would overwrite."""
-        return any(p.exists() for p in (*self._checkpoints(), self.metrics_file, self.report_file))
+        files = (self.metrics_file, self.report_file, self.model_file)
+        return bool(self.present_checkpoints()) or any(os.path.lexists(file) for file in files)
+
+    def present_checkpoints(self) -> list[Path]:
+        """Return the checkpoints, the newest first."""
+        return [path for path in self._checkpoints() if os.path.lexists(path)]
 
     def _checkpoints(self) -> list[Path]:
         # new.pt is complete if it exists: the process was killed between the renames of `save`.
@@ -239,7 +197,9 @@ class RunDirectory:
         """Store `state` as the last checkpoint, and keep the one before it."""
         new = self.last.with_name("new.pt")
         new.parent.mkdir(exist_ok=True)
-        write_atomically(new, lambda file: torch.save({"format": FORMAT, **state}, file))
+        state = {"format": FORMAT, **state}
+        state["structure"] = structure(state)
+        write_atomically(new, lambda file: torch.save(state, file))
         if self.last.exists():
             os.replace(self.last, self.previous)
         os.replace(new, self.last)
@@ -253,30 +213,11 @@ class RunDirectory:
         Raises:
             CheckpointError: all checkpoints are damaged, or one has an unknown format.
         """
-        present = [path for path in self._checkpoints() if path.exists()]
-        for path in present:
-            try:
-                with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
-                    if bad := archive.testzip():
-                        raise zipfile.BadZipFile(bad)
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                if state["format"] != FORMAT:
-                    raise CheckpointError(
-                        f"{path}: has format {state['format']}, but this version reads {FORMAT}"
-                    )
-            except CheckpointError:
-                raise
-            except Exception as error:  # damaged bytes may raise anything
-                damage = f"{path}: damaged ({type(error).__name__})"
-                if path == present[-1]:
-                    raise CheckpointError(
-                        f"{damage}, as are all other checkpoints. Start again in another --out."
-                    ) from None
-                warn(f"{damage}; resuming from the checkpoint before it")
-                path.rename(path.with_suffix(".damaged"))
-                continue
-            return state
-        return None
+        found = newest(self.present_checkpoints(), {})
+        if found is None:
+            return None
+        set_aside(found.rejected, warn)
+        return found.state
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl: one line of JSON per epoch."""
@@ -287,25 +228,21 @@ class RunDirectory:
         """Return the lines of metrics.jsonl.
 
         Raises:
-            RunError: the file cannot be read.
+            RunError: the file cannot be read, or does not hold the metrics of a run.
         """
-        try:
-            return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.metrics_file}: cannot be read ({error})") from None
+        return read_json_lines(self.metrics_file, history, self._rewrite_hint())
 
     def read_report(self) -> dict[str, Any]:
         """Return the content of report.json.
 
         Raises:
-            RunError: the run has not finished, or the file cannot be read.
+            RunError: the run has not finished, or the file cannot be read, or does not hold the
+                results of a run.
         """
         try:
-            return json.loads(self.report_file.read_text())
+            return read_json(self.report_file, RESULTS, self._rewrite_hint())
         except FileNotFoundError:
             raise RunError(self._unfinished()) from None
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.report_file}: cannot be read ({error})") from None
 
     def read_config(self) -> Config:
         """Return the configuration of the run, from config.yaml.
@@ -314,26 +251,78 @@ class RunDirectory:
             RunError: this is no run directory.
             ConfigurationError: the file cannot be read.
         """
-        if not self.config_file.exists():
+        if not os.path.lexists(self.config_file):
             raise RunError(self._unfinished())
-        return load_config(self.config_file)
+        try:
+            return load_config(self.config_file)
+        except ConfigurationError as error:
+            remedy = "Correct the file."
+            if self.present_checkpoints():
+                remedy = (
+                    "Correct the file; or move it away and "
+                    f"{self.resume_hint()}, which restores it from the checkpoint."
+                )
+            raise ConfigurationError(f"{error}. {remedy}") from None
+
+    def stored_config(self, warn: Callable[[str], object] = _ignore) -> Config | None:
+        """Return the configuration from config.yaml; if it is missing, from a checkpoint.
+
+        Args:
+            warn: called with a message if config.yaml is missing.
+
+        Returns:
+            The configuration; None if neither holds it. Checkpoints of version 0.1 do not.
+
+        Raises:
+            ConfigurationError: config.yaml cannot be read.
+            CheckpointError: config.yaml is missing, and no checkpoint can be read.
+        """
+        if os.path.lexists(self.config_file):
+            return self.read_config()
+        found = newest(self.present_checkpoints(), {})
+        stored = found.state.get("config") if found is not None else None
+        if found is None or not isinstance(stored, dict):
+            return None
+        warn(f"{self.config_file} is missing; its settings are taken from {found.path.name}")
+        try:
+            return apply(Config(), upgrade(stored), f"{found.path}: config")
+        except ConfigurationError as error:
+            raise CheckpointError(
+                f"{error}. Write the settings of the run into {self.config_file}."
+            ) from None
+
+    def _rewrite_hint(self) -> str:
+        """Return how report.json and metrics.jsonl can be written again, as sentences."""
+        if self.present_checkpoints():
+            return (
+                f"Move report.json and metrics.jsonl away and {self.resume_hint()}: both are "
+                "written again from the last checkpoint."
+            )
+        return "The run has no checkpoint to write it again: restore the file from a copy."
 
     def _unfinished(self) -> str:
         if not self.path.is_dir():
             return f"{self.path}: no such run directory"
         if not self.config_file.exists():
+            if self.present_checkpoints():
+                return f"{self.config_file}: missing; {self.resume_hint()}, which restores it"
             return f"{self.path}: not a run directory (no config.yaml in it)"
         return f"{self.path}: this run has not finished; {self.resume_hint()}"
 
-    def save_model(self, model: torch.nn.Module) -> None:
-        """Write model.safetensors: the state dict with plain keys and dense tensors."""
+    def save_model(self, model: torch.nn.Module, metadata: dict[str, str] | None = None) -> None:
+        """Write model.safetensors: the state dict with plain keys and dense tensors.
+
+        Args:
+            model: the network.
+            metadata: texts to store in the header of the file.
+        """
         from safetensors.torch import save
 
         tensors = {
             name: tensor.detach().cpu().contiguous().clone()
             for name, tensor in model.state_dict().items()
         }
-        write_atomically(self.model_file, lambda file: file.write(save(tensors)))
+        write_atomically(self.model_file, lambda file: file.write(save(tensors, metadata)))
 
     def load_model(self, model: torch.nn.Module) -> None:
         """Load model.safetensors into `model`.
@@ -344,21 +333,37 @@ class RunDirectory:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if not self.model_file.exists():
-            raise RunError(self._unfinished())
+        if not self.model_file.is_file():
+            raise RunError(self._no_model())
         try:
-            model.load_state_dict(load_file(self.model_file))
-        except (SafetensorError, RuntimeError, OSError) as error:
-            first = str(error).splitlines()[0]
-            raise RunError(f"{self.model_file}: damaged, or of another network ({first})") from None
+            tensors = load_file(self.model_file)
+            own = model.state_dict()
+            other = [n for n, t in tensors.items() if n in own and t.dtype != own[n].dtype]
+            if other:
+                raise RuntimeError(f"the type of {other[0]} is {tensors[other[0]].dtype}")
+            model.load_state_dict(tensors)
+        except (SafetensorError, RuntimeError, OSError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(
+                f"{self.model_file}: damaged, or not of the network in {self.config_file} "
+                f"({reason}). "
+                + self._rewrite_hint().replace("metrics.jsonl", self.model_file.name)
+            ) from None
         remember_names(model, self.prunable())
 
     def prunable(self) -> list[str] | None:
         """Return the names of the weights that took part in sparse training; None if unknown."""
         try:
             return [layer["name"] for layer in self.read_report()["report"]["layers"]]
-        except (RunError, LookupError, TypeError):
+        except RunError:
             return None
+
+    def _no_model(self) -> str:
+        """Return why model.safetensors is missing, and what to do."""
+        if self.report_file.exists() and self.config_file.exists():
+            hint = self._rewrite_hint().replace("metrics.jsonl", "metrics.jsonl (if present)")
+            return f"{self.model_file}: missing or not a regular file. {hint}"
+        return self._unfinished()
 
 
 def changed_keys(old: Config, new: Config) -> str:
@@ -381,7 +386,8 @@ def changed_keys(old: Config, new: Config) -> str:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and not key.startswith("system.")
-        and key not in ("data.path", "recipe", "compare_dense", "track_masks")
+        and key not in ("data.path", "recipe", "compare_dense", "track_masks", "automatic")
+        and key != "data.class_names"  # the images are compared by class
         # A path, like data.path; the checkpoint identifies the teacher by a hash.
         and not (key == "distillation.teacher" and before[key] and after[key])
     )

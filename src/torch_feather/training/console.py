@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -284,7 +285,7 @@ def print_results(console: Console, results: dict[str, Any], run: object) -> Non
     report, macs = results["report"], results["macs"]
     nonzero = report["weights"] - report["zeros"]
     table.add_row(
-        f"{results['method']} {percent(report['sparsity'])} sparse",
+        escape(f"{results['method']} {percent(report['sparsity'])} sparse"),
         percent(results["test_accuracy"]),
         f"{nonzero:,}",
         f"{macs['sparse']:,}",

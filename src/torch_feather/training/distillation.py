@@ -18,6 +18,7 @@ from .. import models
 from ..errors import ConfigurationError
 from .config import Config, DistillationConfig
 from .data import Dataset
+from .distributed import Ranks
 from .weights import read_weights
 
 
@@ -71,6 +72,34 @@ class Distillation:
             log_target=True,
         )
         return loss.lerp(divergence * temperature**2, self.options.weight)
+
+
+def make_distillation(
+    config: Config, data: Dataset, device: torch.device, layout: torch.memory_format, ranks: Ranks
+) -> Distillation | None:
+    """Return the loss with the teacher of a configuration; None if it has no teacher.
+
+    Args:
+        config: the configuration of the run.
+        data: the data set of the run.
+        device: device of the teacher.
+        layout: memory format of the teacher.
+        ranks: the processes that train together.
+
+    Raises:
+        FeatherError: as `load_teacher`.
+
+    Example:
+        >>> from .data import load_dataset
+        >>> data, device = load_dataset(Config().data, seed=0), torch.device("cpu")
+        >>> make_distillation(Config(), data, device, torch.contiguous_format, Ranks()) is None
+        True
+    """
+    if config.distillation.teacher is None:
+        return None
+    teacher = ranks.local_first(lambda: load_teacher(config, data))
+    teacher.to(device).to(memory_format=layout)
+    return Distillation(teacher, config.distillation, config.system.compile)
 
 
 def load_teacher(config: Config, data: Dataset) -> nn.Module:

@@ -1,16 +1,7 @@
 """Errors of training runs. Each message says where the problem is and how to solve it."""
 
 from ..errors import FeatherError
-
-
-def printable(text: object) -> str:
-    """Return the text of a path or name for messages: one line, without control characters.
-
-    Example:
-        >>> printable("a" + chr(10) + "b" + chr(0xDC80))
-        'a\\\\nb\\\\udc80'
-    """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+from ..errors import printable as printable
 
 
 class DataError(FeatherError):
@@ -53,7 +44,16 @@ class CheckpointError(RunError):
         ...     run.load()
         ... except CheckpointError as error:
         ...     print(error)
-        /...last.pt: damaged (BadZipFile), as are all other checkpoints. Start again in ...
+        /...checkpoints: no checkpoint can be used (last.pt: damaged (BadZipFile)). ...
+    """
+
+
+class DamagedCheckpoint(CheckpointError):  # noqa: N818
+    """A checkpoint that is damaged, or whole with wrong contents; an older one may be right.
+
+    Example:
+        >>> issubclass(DamagedCheckpoint, CheckpointError)
+        True
     """
 
 
@@ -94,7 +94,7 @@ class InUse(RunError):  # noqa: N818
 
 
 class Interrupted(RunError):  # noqa: N818
-    """Ctrl-C or SIGTERM stopped the run. A checkpoint was written; the run can be resumed.
+    """Ctrl-C or SIGTERM stopped the run; it can be resumed from its last checkpoint.
 
     Example:
         >>> import tempfile, torch

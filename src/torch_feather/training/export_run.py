@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from ..export import SparseFile, export_onnx, hub, save_sparse
 from ..files import replace_file
 from ..native import c_sizes, export_c, export_native
 from .checkpoint import RunDirectory
-from .config import Config, to_dict, to_yaml
+from .config import to_dict, to_yaml
 from .data import load_dataset
-from .weights import read_weights
+from .network_info import network_info, without_local_paths
+from .weights import read_finished, read_weights
 
 FORMATS = {
     "sparse": hub.FILE,
@@ -61,10 +63,12 @@ def export_run(
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .config import Config
+        >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(network="resnet8"))
         >>> run.save_model(models.create("resnet8", num_classes=10, in_channels=1))
-        >>> write_json(run.report_file, {"input_shape": [1, 8, 8], "classes": 10})
+        >>> write_json(run.report_file, example_results())
         >>> export_run(run, format="safetensors", out=run.path / "dense.safetensors").name
         'dense.safetensors'
     """
@@ -81,15 +85,26 @@ def export_run(
         metadata, prunable = run_metadata(run), run.prunable()
         save_sparse(tensors, path, dtype=dtype, metadata=metadata, prunable=prunable)
     elif format == "onnx":
-        export_onnx(*load_network(run, data_path), path)
+        export_onnx(*load_network(run, data_path), path, _onnx_metadata(run))
     elif format == "native":
         export_native(*load_network(run, data_path), path, target or "host")
     elif format == "c":
         export_c(*load_network(run, data_path), path)
     elif path.resolve() != run.model_file.resolve():
+        read_weights(run.path)  # raises RunError if the file is damaged
         with open(run.model_file, "rb") as file:
             replace_file(path, lambda new: shutil.copyfileobj(file, new))
     return path
+
+
+def _onnx_metadata(run: RunDirectory) -> dict[str, str]:
+    """Return what programs without this package need as texts of their own: names and pixels."""
+    config, results = read_finished(run)
+    if "input_shape" not in results:
+        return {}
+    info = network_info(config, results, run.path)
+    keys = ("class_names", "preprocessing")
+    return info.metadata() | {key: json.dumps(info.entries()[key]) for key in keys}
 
 
 def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Module, Tensor]:
@@ -108,15 +123,17 @@ def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Mo
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .config import Config
+        >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(network="resnet8"))
         >>> run.save_model(models.create("resnet8", num_classes=10, in_channels=1))
-        >>> write_json(run.report_file, {"input_shape": [1, 8, 8], "classes": 10})
+        >>> write_json(run.report_file, example_results())
         >>> network, example = load_network(run)
         >>> network(example).shape
         torch.Size([1, 10])
     """
-    config, results = run.read_config(), run.read_report()
+    config, results = read_finished(run)
     if "input_shape" in results:
         shape, classes = results["input_shape"], results["classes"]
     else:
@@ -140,33 +157,25 @@ def run_metadata(run: RunDirectory) -> dict[str, Any]:
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .config import Config
+        >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(init="/home/me/runs/a"))
-        >>> write_json(run.report_file, {"data": "digits", "report": {"weights": 8, "zeros": 4}})
+        >>> write_json(run.report_file, example_results(network="resnet20", weights=8, zeros=4))
         >>> metadata = run_metadata(run)
         >>> metadata["data"], metadata["zeros"], metadata["config"]["init"]  # no local paths
         ('digits', 4, 'a')
     """
-    results = run.read_report()
-    keys = ("network", "data", "classes", "input_shape", "method", "test_accuracy", "macs")
+    config, results = read_finished(run)
+    keys = ("network", "data", "classes", "method", "test_accuracy", "macs")
     metadata = {key: results[key] for key in keys if key in results}
+    if "input_shape" in results:
+        metadata |= network_info(config, results, run.path).entries()
     return metadata | {
         "weights": results["report"]["weights"],
         "zeros": results["report"]["zeros"],
-        "config": to_dict(_without_local_paths(run.read_config())),
+        "config": to_dict(without_local_paths(config)),
     }
-
-
-def _without_local_paths(config: Config) -> Config:
-    teacher = config.distillation.teacher
-    if teacher is not None and not teacher.startswith(models.TIMM):
-        teacher = Path(teacher).name
-    return replace(
-        config,
-        init=config.init and Path(config.init).name,
-        data=replace(config.data, path=None),
-        distillation=replace(config.distillation, teacher=teacher),
-    )
 
 
 def describe(run: RunDirectory, path: Path, format: str) -> str:
@@ -226,14 +235,14 @@ def push(run: RunDirectory, path: Path, repository: str) -> str:
         >>> import tempfile
         >>> from unittest import mock
         >>> from .checkpoint import write_json
+        >>> from .config import Config
+        >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config())
         >>> model = nn.Linear(100, 100)
         >>> _ = nn.init.eye_(model.weight)
         >>> run.save_model(model)
-        >>> results = {"network": "resnet20", "data": "digits", "method": "feather"}
-        >>> results |= {"test_accuracy": 0.9, "macs": {"sparse": 100, "dense": 200}}
-        >>> write_json(run.report_file, results | {"report": {"weights": 200, "zeros": 100}})
+        >>> write_json(run.report_file, example_results(network="resnet20"))
         >>> def upload(folder, repository):  # instead of hub.upload
         ...     print(sorted(file.name for file in folder.iterdir()))
         ...     return f"hf://{repository}"
@@ -244,7 +253,7 @@ def push(run: RunDirectory, path: Path, repository: str) -> str:
     """
     with TemporaryDirectory() as folder:
         shutil.copyfile(path, Path(folder) / hub.FILE)
-        config = to_yaml(_without_local_paths(run.read_config()))
+        config = to_yaml(without_local_paths(run.read_config()))
         (Path(folder) / "config.yaml").write_text(config)
         card = hub.model_card(repository, run_metadata(run), describe(run, path, "sparse"))
         (Path(folder) / "README.md").write_text(card)

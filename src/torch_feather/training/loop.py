@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from ..errors import install_hint
+from .automatic import choose_settings, with_class_names
 from .callbacks import Callback
 from .checkpoint import RunDirectory, write_json
+from .checkpoint_files import newest, set_aside
 from .config import Config, SystemConfig
 from .data import load_dataset
 from .deprecation import warn_renamed
 from .distributed import Ranks, process_group
-from .errors import RunError
+from .errors import DamagedCheckpoint, RunError
+from .optimizer import check_warmup
+from .restore import restore
 from .same_run import check_same_data
+from .signals import stop_requests
 from .task import Task
 
 
@@ -54,7 +59,8 @@ def train(
 
     Raises:
         FeatherError: settings, data or files cannot be used, or the loss is not finite.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        Interrupted: Ctrl-C or SIGTERM. A checkpoint was written, unless the present step took
+            longer than `system.stop_seconds`.
 
     Example:
         >>> import tempfile
@@ -69,6 +75,7 @@ def train(
     with process_group() as ranks:
         callback = callback if callback is not None and ranks.first else Callback()
         run = RunDirectory(out)
+        config = chosen(config, ranks)
         results = _train_one(config, run, resume, callback, make_task, ranks)
         if config.compare_dense and "dense" not in results:
             baseline = run.dense_baseline()
@@ -84,6 +91,26 @@ def train(
     return results
 
 
+def chosen(config: Config, ranks: Ranks) -> Config:
+    """Return a configuration in which the automatic settings are chosen.
+
+    Args:
+        config: the configuration.
+        ranks: the processes that train together.
+
+    Raises:
+        FeatherError: data, initial weights or device cannot be used.
+
+    Example:
+        >>> chosen(Config(automatic=["batch_size"]), Ranks()).batch_size
+        16
+    """
+    if not config.automatic:
+        return config
+    device = resolve_device(config.system.device, ranks)
+    return ranks.local_first(partial(choose_settings, config, device))
+
+
 def _train_one(
     config: Config,
     run: RunDirectory,
@@ -95,32 +122,72 @@ def _train_one(
 ) -> dict[str, Any]:
     with ExitStack() as held, settings(config.system, ranks) as device:
 
-        def begin() -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        def begin() -> dict[str, Any] | None:
             held.enter_context(run.locked())
-            saved = run.begin(config, resume, callback.message)
-            return saved, run.read_report() if run.report_file.exists() else None
+            run.check(config, resume, callback.message)
+            if not run.holds_a_run():
+                check_warmup(config)  # earlier versions began runs that do not pass
+            if not run.report_file.exists():
+                return None
+            results = run.read_report()
+            if not run.config_file.exists():
+                run.write_config(config)
+            return results
 
-        saved, results = ranks.on_first(begin)
+        results = ranks.on_first(begin)
         if results is not None:
             return results
         data = ranks.local_first(lambda: load_dataset(config.data, config.seed))
-        # A checkpoint replaces the initial weights, whose file need not exist any more.
-        task = make_task(
-            config if saved is None else replace(config, init=None), data, device, ranks
+        config = with_class_names(config, data.names)
+        task = _begin_or_resume(
+            lambda config: make_task(config, data, device, ranks), config, run, callback, ranks
         )
         check_same_data(data_digest, task.data_identity, config)
+        for note in task.notes:
+            callback.message(note)
         ranks.on_first(lambda: run.write_config(config))
-        if saved is not None:
-            task.load_state_dict(saved)
-            callback.message(f"resuming {run.path} at step {task.step} of {task.total_steps}")
         callback.begin(config, task.total_steps, task.step, run)
         try:
-            with _stop_requests() as stop_requested:
+            with stop_requests(config.system.stop_seconds, run.resume_hint()) as stop_requested:
                 task.fit(run, callback, stop_requested)
             results = task.finish(run)
         finally:
             callback.end(results)
         return results
+
+
+def _begin_or_resume(
+    make: Callable[[Config], Task],
+    config: Config,
+    run: RunDirectory,
+    callback: Callback,
+    ranks: Ranks,
+) -> Task:
+    """Return a new task, restored from the newest checkpoint that can be used, if there is one."""
+    rejected: dict[Path, str] = {}
+    while True:
+        found = ranks.on_first(partial(newest, run.present_checkpoints(), rejected))
+        if found is None:
+            return make(config)
+        # A checkpoint replaces the initial weights, whose file need not exist any more.
+        task, reason = make(replace(config, init=None)), None
+        try:
+            restore(task, found.state)
+        except DamagedCheckpoint as error:
+            reason = str(error)
+        reasons = [reason for reason in ranks.gather(reason) if reason is not None]
+        if reasons:
+            rejected = {**found.rejected, found.path: reasons[0]}
+            continue
+        ranks.on_first(partial(_continue, run, task, found.rejected, callback))
+        return task
+
+
+def _continue(run: RunDirectory, task: Task, rejected: dict[Path, str], callback: Callback) -> None:
+    set_aside(rejected, callback.message)
+    if task.history:  # of the checkpoint; metrics.jsonl may be missing or damaged
+        run.write_metrics(task.history)
+    callback.message(f"resuming {run.path} at step {task.step} of {task.total_steps}")
 
 
 @contextmanager
@@ -197,38 +264,10 @@ def resolve_device(name: str, ranks: Ranks | None = None) -> torch.device:
     return device
 
 
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a request that the loop checks after each step.
-
-    An exception within a step would leave a state that an uninterrupted run never has. A second
-    Ctrl-C interrupts at once.
-    """
-    requested = False
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def request(number: int, frame: object) -> None:
-        nonlocal requested
-        if requested:
-            raise KeyboardInterrupt
-        requested = True
-
-    previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def _plot(run: RunDirectory, results: dict[str, Any], callback: Callback) -> None:
     try:
         from ..analysis.plots import plot_run
     except ImportError as error:
-        callback.message(
-            f"no plots: {error.name} is not installed. Run pip install 'torch-feather[train]'."
-        )
+        callback.message(f"no plots: {error.name} is not installed. {install_hint('train')}")
         return
     plot_run(run.path, run.read_metrics(), results)

@@ -10,7 +10,7 @@ from ..errors import ConfigurationError, warn
 from .checkpoint import changed_keys
 from .config import Config, apply, flatten, to_dict, upgrade
 from .data import changed_data, identity_digest
-from .errors import CheckpointError, RunError
+from .errors import CheckpointError, DamagedCheckpoint, RunError
 
 
 def run_identity(config: Config, data: Mapping[str, Any], batches: int) -> dict[str, Any]:
@@ -20,6 +20,11 @@ def run_identity(config: Config, data: Mapping[str, Any], batches: int) -> dict[
         config: the configuration of the run.
         data: the `data_identity` of its images.
         batches: steps per epoch.
+
+    Example:
+        >>> identity = run_identity(Config(), {}, 11)
+        >>> identity["config"]["sparsity"], identity["batches"]
+        (0.95, 11)
     """
     return {
         "config": flatten(to_dict(config.written_out())),
@@ -45,6 +50,15 @@ def check_same_run(
 
     Raises:
         CheckpointError: settings or images differ; the message names them.
+        DamagedCheckpoint: the settings or the identity of the images cannot be read.
+
+    Example:
+        >>> state = {**run_identity(Config(epochs=2), {}, 11), "ranks": [{}]}
+        >>> check_same_run(state, Config(epochs=2), {}, 11, ranks=1)
+        >>> check_same_run(state, Config(epochs=3), {}, 11, ranks=1)
+        Traceback (most recent call last):
+        ...
+        torch_feather.training.errors.CheckpointError: ... other settings: epochs ...
     """
     if (saved := state.get("config")) is not None:
         try:
@@ -52,7 +66,7 @@ def check_same_run(
             old = apply(Config(), {**upgrade(saved), "init": None}, "the checkpoint")
             differences = changed_keys(old, replace(config, init=None))
         except (ConfigurationError, AttributeError, TypeError) as error:
-            raise CheckpointError(
+            raise DamagedCheckpoint(
                 f"the settings in the checkpoint cannot be read: {error}"
             ) from None
         if differences:
@@ -63,7 +77,7 @@ def check_same_run(
     try:
         changes = changed_data(state.get("data", data), data)
     except (AttributeError, TypeError):
-        raise CheckpointError("the identity of the images in the checkpoint is damaged") from None
+        raise DamagedCheckpoint("the identity of the images in the checkpoint is damaged") from None
     if changes:
         differences = "; ".join(changes[:3])
         if len(changes) > 3:
@@ -86,6 +100,15 @@ def check_same_data(expected: str | None, data: Mapping[str, Any], config: Confi
 
     Raises:
         RunError: the images have changed.
+
+    Example:
+        >>> images = {"train": {"images": 2}}
+        >>> check_same_data(identity_digest(images), images, Config())
+        >>> check_same_data(None, images, Config())  # a run of version 0.1
+        >>> check_same_data(identity_digest({}), images, Config())
+        Traceback (most recent call last):
+        ...
+        torch_feather.training.errors.RunError: the images have changed ...
     """
     digest = identity_digest(data)
     if expected not in (None, digest) and config.system.accept_data != digest:

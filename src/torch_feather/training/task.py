@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,22 +15,22 @@ from torch import Tensor, nn
 import torch_feather as feather
 
 from .. import models
-from ..errors import ConfigurationError
 from .callbacks import Callback
 from .checkpoint import RunDirectory, write_json
 from .config import Config
 from .data import Dataset, data_identity, eval_loader, identity_digest, train_loader
-from .distillation import Distillation, load_teacher
+from .distillation import make_distillation
 from .distributed import Ranks
 from .errors import CheckpointError, Interrupted, TrainingDiverged
-from .evaluation import evaluate
+from .evaluation import StoppedEvaluation, check_accepts, check_batches, evaluate, until
+from .initial_weights import initialize
 from .masks import record_masks
+from .network_info import info_of_data
 from .optimizer import learning_rate, make_optimizer
-from .provenance import provenance
+from .results import report_entries, teacher_entry
 from .same_run import check_same_run, run_identity
 from .sparsification import attach_sparsifier
 from .step import Step
-from .weights import read_weights
 
 
 class Task:
@@ -50,6 +51,7 @@ class Task:
         images: images of the present epoch so far.
         seconds: duration of the training so far, without interruptions.
         history: the lines of metrics.jsonl.
+        notes: what the user should know before the training starts.
         best: the best epoch so far and its network, if `config.select` is `best`.
 
     Example:
@@ -67,13 +69,14 @@ class Task:
         self.ranks = ranks or Ranks()
         layout = torch.channels_last if config.system.channels_last else torch.contiguous_format
         self.model = models.create(config.network, data.classes, data.channels)
-        if (init := config.init) is not None:
-            self.ranks.local_first(lambda: read_weights(init).fill(self.model))
+        start = partial(initialize, self.model, config.init, config.network)
+        self.notes = self.ranks.local_first(start)
         self.model.to(device).to(memory_format=layout)
         self.loader = train_loader(data, config, device, self.ranks)
         self.data_identity = self.ranks.on_first(lambda: data_identity(data))
         self.example = data.example().to(device)
-        self._check_example()
+        check_accepts(self.model, config.network, self.example)
+        check_batches(self.model, self.example, config, len(data.train), self.ranks)
         self.total_steps = config.epochs * len(self.loader)
         self.optimizer = make_optimizer(
             self.model, config.optimizer, fused=True if config.system.cuda_graph else None
@@ -81,7 +84,7 @@ class Task:
         self.sparsifier = attach_sparsifier(
             config, self.model, self.optimizer, self.total_steps, self.example, self.ranks
         )
-        self.distillation = self._make_distillation(layout)
+        self.distillation = make_distillation(config, data, device, layout, self.ranks)
         self.train_step = Step(
             self.model,
             self.optimizer,
@@ -110,25 +113,6 @@ class Task:
         if self.ranks.count > 1:  # random numbers of the network, as of dropout, differ by rank
             torch.manual_seed(config.seed + self.ranks.rank)
 
-    def _check_example(self) -> None:
-        """Raise a ConfigurationError if the network does not accept the images."""
-        try:
-            feather.count_flops(self.model, self.example)
-        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            size = "x".join(map(str, self.example.shape[1:]))
-            raise ConfigurationError(
-                f"network {self.config.network!r} does not accept images of {size}: {first}"
-            ) from None
-
-    def _make_distillation(self, layout: torch.memory_format) -> Distillation | None:
-        options = self.config.distillation
-        if options.teacher is None:
-            return None
-        teacher = self.ranks.local_first(lambda: load_teacher(self.config, self.data))
-        teacher.to(self.device).to(memory_format=layout)
-        return Distillation(teacher, options, self.config.system.compile)
-
     def fit(
         self,
         run: RunDirectory,
@@ -149,13 +133,14 @@ class Task:
         system = self.config.system
         saved_at = time.monotonic()
         while self.epoch < self.config.epochs:
-            began, before = time.perf_counter(), self.images
+            began, before, position = time.perf_counter(), self.images, self.loader.state_dict()
             self.model.train()
             for batch in self.loader:
                 self.train_step(batch, self.learning_rate(self.step))
                 self.step += 1
                 self.images += batch.total
                 callback.step(batch.total)
+                position = self.loader.state_dict()  # after the last batch, the next epoch begins
                 due = time.monotonic() - saved_at >= system.checkpoint_seconds
                 if system.checkpoint_steps is not None:
                     due = due or self.step % system.checkpoint_steps == 0
@@ -168,7 +153,12 @@ class Task:
                     raise Interrupted(
                         f"stopped at step {self.step} of {self.total_steps}; {run.resume_hint()}"
                     )
-            self.end_epoch(self.images - before, began)
+            try:
+                self.end_epoch(self.images - before, began, stop_requested)
+            except StoppedEvaluation:
+                self.save(run, began, position)
+                where = f"in the evaluation after step {self.step} of {self.total_steps}"
+                raise Interrupted(f"stopped {where}; {run.resume_hint()}") from None
             if self.ranks.first:
                 run.write_metrics(self.history)
                 if self.config.track_masks and self.sparsifier is not None:
@@ -176,25 +166,33 @@ class Task:
             callback.epoch(self.history[-1])
         self.save(run)
 
-    def save(self, run: RunDirectory, began: float | None = None) -> None:
+    def save(
+        self, run: RunDirectory, began: float | None = None, position: dict | None = None
+    ) -> None:
         """Write a checkpoint.
 
         Args:
             run: the run directory.
             began: when the present epoch began, by `time.perf_counter`; None between two epochs.
+            position: state of the loader; None for its present state.
         """
         state = self.state_dict()
+        state["loader"] = position or state["loader"]
         if began is not None:
-            state["seconds"] = self._elapsed(began)
+            state["seconds"] = self.seconds + time.perf_counter() - began
         if self.ranks.first:
             run.save(state)
 
-    def end_epoch(self, images: int, began: float) -> None:
+    def end_epoch(
+        self, images: int, began: float, stop_requested: Callable[[], bool] = lambda: False
+    ) -> None:
         """Read the loss of the epoch, evaluate, and append the metrics to the history.
 
         Args:
             images: images that this process trained on since `began`.
             began: when the epoch began or was resumed, by `time.perf_counter`.
+            stop_requested: with one process, called after each batch of the evaluation; true ends
+                it, and nothing has changed.
 
         Raises:
             TrainingDiverged: the training loss is not finite.
@@ -206,15 +204,17 @@ class Task:
                 f"the training loss became {train_loss} in epoch {self.epoch + 1}. "
                 "Try a smaller optimizer.lr or a smaller optimizer.clip."
             )
-        self.epoch += 1
         self.ranks.broadcast_buffers(self.model)
-        last = self.epoch == self.config.epochs
+        epoch = self.epoch + 1
         measured: dict[str, float | None] = dict.fromkeys(
             ("val_loss", "val_acc", "test_loss", "test_acc")
         )
-        if last or self.epoch % self.config.evaluate_every == 0:
-            loss, accuracy = self.evaluate(self.watched_images)
+        if epoch == self.config.epochs or epoch % self.config.evaluate_every == 0:
+            images_or_stop = until(stop_requested, self.watched_images)
+            alone = self.ranks.count == 1  # otherwise all ranks would have to agree on each batch
+            loss, accuracy = self.evaluate(images_or_stop if alone else self.watched_images)
             measured |= {f"{self.watched}_loss": loss, f"{self.watched}_acc": accuracy}
+        self.epoch = epoch
         self.history.append(
             {
                 "epoch": self.epoch,
@@ -228,7 +228,7 @@ class Task:
             }
         )
         self._update_best(measured["val_acc"])
-        self.seconds = self._elapsed(began)
+        self.seconds = self.seconds + time.perf_counter() - began
         self.train_step.loss_sum.zero_()
         self.images = 0
 
@@ -243,12 +243,8 @@ class Task:
             return
         if self.best is None or val_acc > self.best["val_acc"]:
             model = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-            self.best = {
-                "epoch": self.epoch,
-                "val_acc": val_acc,
-                "model": model,
-                "thresholds": self._thresholds(),
-            }
+            self.best = {"epoch": self.epoch, "val_acc": val_acc, "model": model}
+            self.best["thresholds"] = self._thresholds()
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, from 0."""
@@ -285,11 +281,12 @@ class Task:
             learned_sparsity=learned_sparsity,
         )
         if self.ranks.first:
-            run.save_model(self.model)
+            run.save_model(self.model, info_of_data(self.config, self.data).metadata())
         results = {
-            **self._identity(),
+            **report_entries(
+                self.config, self.data, identity_digest(self.data_identity), self.device, self.ranks
+            ),
             "learned_sparsity": learned_sparsity,
-            "seed": self.config.seed,
             "epochs": self.epoch,
             "chosen_epoch": chosen,
             "test_accuracy": test_accuracy,
@@ -298,45 +295,15 @@ class Task:
             "train_loss": self.history[chosen - 1]["train_loss"],
             "macs": {"dense": report.dense_macs, "sparse": report.sparse_macs},
             "seconds": self.seconds,
-            "teacher": self._teacher_results(test),
+            "teacher": teacher_entry(self.config, self.distillation, test, self.ranks),
             "report": report.to_dict(),
-            **provenance(self.device),
         }
-        if self.ranks.count > 1:
-            results["hardware"]["processes"] = self.ranks.count
         if self.ranks.first:
             write_json(run.report_file, results)
         return results
 
-    def _identity(self) -> dict[str, Any]:
-        """Return what was trained, for report.json."""
-        return {
-            "network": self.config.network,
-            "data": self.config.data.name,
-            "data_digest": identity_digest(self.data_identity),
-            "classes": self.data.classes,
-            "input_shape": list(self.example.shape[1:]),  # of one image, (C, H, W)
-            "method": self.config.method,
-            "target_sparsity": self.config.sparsity,
-        }
-
-    def _teacher_results(self, test: Any) -> dict[str, Any] | None:
-        if self.distillation is None:
-            return None
-        amp, teacher = self.config.system.amp, self.distillation.teacher
-        loss, accuracy = evaluate(teacher, test, amp, self.ranks)
-        return {
-            "source": self.config.distillation.teacher,
-            "sha256": self.distillation.digest,
-            "test_accuracy": accuracy,
-            "test_loss": loss,
-        }
-
     def _thresholds(self) -> dict[str, Tensor]:
         return self.sparsifier.thresholds() if self.sparsifier is not None else {}
-
-    def _elapsed(self, began: float) -> float:
-        return self.seconds + time.perf_counter() - began
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the remaining steps depend on.

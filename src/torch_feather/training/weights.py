@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, FileFormatError, StateError
+from ..errors import ConfigurationError, FileFormatError, StateError, printable
 from ..export import Entry, SparseFile, load_sparse
 from ..export.fitting import fitted, load
 from ..export.manifest import KEY
 from ..export.reader import LIMIT
 from ..files import to_path
 from .checkpoint import RunDirectory
+from .config import Config
 from .errors import RunError
 
 
@@ -105,7 +106,7 @@ class Weights:
             else:
                 load(model, partial(self._fitted, self.stored, model.state_dict()), self.source)
         except StateError as error:
-            prefix = f"{self.source} does not fit {type(model).__name__}: "
+            prefix = f"{printable(self.source)} does not fit {type(model).__name__}: "
             raise self._misfit(model, str(error).removeprefix(prefix)) from None
         return model
 
@@ -125,8 +126,38 @@ class Weights:
 
     def _misfit(self, model: nn.Module, reason: str) -> ConfigurationError:
         return ConfigurationError(
-            f"The weights of {self.source} do not fit {type(model).__name__}: {reason}"
+            f"The weights of {printable(self.source)} do not fit {type(model).__name__}: "
+            f"{printable(reason)}"
         )
+
+
+def read_finished(run: RunDirectory) -> tuple[Config, dict[str, Any]]:
+    """Return the configuration and the results of a finished run.
+
+    Args:
+        run: the run directory.
+
+    Raises:
+        RunError: the run is not complete, or config.yaml and report.json are of different runs.
+        ConfigurationError: config.yaml cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from .checkpoint import write_json
+        >>> from .schemas import example_results
+        >>> run = RunDirectory(tempfile.mkdtemp())
+        >>> run.write_config(Config(network="resnet8"))
+        >>> write_json(run.report_file, example_results(network="resnet8"))
+        >>> read_finished(run)[1]["report"]["zeros"]
+        50
+    """
+    config, results = run.read_config(), run.read_report()
+    if config.network != results["network"]:
+        raise RunError(
+            f"{run.config_file}: names the network {config.network!r}, but report.json "
+            f"{results['network']!r}. Restore the file of this run."
+        )
+    return config, results
 
 
 def read_weights(source: Path | str) -> Weights:
@@ -134,8 +165,8 @@ def read_weights(source: Path | str) -> Weights:
 
     Args:
         source: a run directory; a `.safetensors` file, sparse or plain; or a file that `torch.save`
-            wrote. The latter holds a state dict, or a checkpoint with a state dict as `model` or
-            `state_dict`.
+            wrote. The latter holds a state dict, or a checkpoint with a state dict as `model`,
+            `state_dict` or `model_state_dict`.
 
     Raises:
         RunError: the source does not exist or cannot be read, or the run is not complete.
@@ -155,7 +186,7 @@ def read_weights(source: Path | str) -> Weights:
         raise RunError(f"{path}: no such run directory or file")
     if stat.S_ISDIR(status.st_mode):
         run = RunDirectory(path)
-        config, _ = run.read_config(), run.read_report()  # raises RunError if not complete
+        config, _ = read_finished(run)  # raises RunError if not complete
         return Weights(path, _read_safetensors(run.model_file), config.network)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
         raise RunError(f"{path}: neither a run directory nor a regular file")
@@ -181,7 +212,10 @@ def _read_errors(path: Path) -> Iterator[None]:
             error, pickle.UnpicklingError
         ):  # its message explains how to load it unsafely
             reason = "it is damaged, or holds more than tensors"
-        raise RunError(f"{path}: cannot be read as weights ({reason})") from None
+        raise RunError(
+            f"{printable(path)}: cannot be read as weights ({printable(reason)}). "
+            "Restore it, or name another file."
+        ) from None
 
 
 def _is_sparse(path: Path) -> bool:
@@ -194,6 +228,8 @@ def _is_sparse(path: Path) -> bool:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
+    if not path.is_file():
+        raise RunError(f"{path}: no such file, or not a regular one. Restore it from a copy.")
     with _read_errors(path):
         return load_file(path)
 
@@ -202,7 +238,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     with _read_errors(path):
         _require_uncompressed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(

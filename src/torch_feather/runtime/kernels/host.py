@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...errors import install_hint
 from ..errors import RuntimeMissingError
 
 
@@ -28,8 +29,7 @@ def llvm() -> ModuleType:
         import llvmlite.binding as binding
     except ImportError:
         raise RuntimeMissingError(
-            "Machine code requires llvmlite, which is not installed: "
-            "pip install 'torch-feather[runtime]'"
+            f"Machine code requires llvmlite, which is not installed. {install_hint('runtime')}"
         ) from None
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()

@@ -4,12 +4,13 @@ Values come in layers, and later layers win: the defaults, a recipe, a file, the
 A key is the dotted name of a field, such as `epochs` or `optimizer.lr`.
 """
 
-from .files import load_config, read_yaml, to_dict, to_yaml
+from .files import load_config, parse_config, read_yaml, to_dict, to_yaml
 from .keys import apply, flatten, known_keys, upgrade
 from .resolve import default_recipe, parse_assignments, resolve_config
 from .schema import (
     DATASETS,
     DENSE,
+    PRETRAINED,
     Config,
     DataConfig,
     DistillationConfig,
@@ -20,6 +21,7 @@ from .schema import (
 __all__ = [
     "DATASETS",
     "DENSE",
+    "PRETRAINED",
     "Config",
     "DataConfig",
     "DistillationConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "known_keys",
     "load_config",
     "parse_assignments",
+    "parse_config",
     "read_yaml",
     "resolve_config",
     "to_dict",

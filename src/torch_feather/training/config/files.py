@@ -10,6 +10,7 @@ import yaml
 
 from ...errors import ConfigurationError
 from .keys import apply, upgrade
+from .plain_yaml import parse_yaml, read_small_text
 from .schema import Config
 
 
@@ -39,6 +40,33 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
+def parse_config(text: str, source: str) -> Config:
+    """Return the configuration in a text of `to_yaml`.
+
+    Args:
+        text: the text.
+        source: where it comes from, for messages.
+
+    Raises:
+        ConfigurationError: the text is not plain YAML, or has an unknown key or a wrong value.
+
+    Example:
+        >>> parse_config(to_yaml(Config(seed=3)), "example").seed
+        3
+    """
+    return apply(Config(), upgrade(_parse_mapping(text, source)), source)
+
+
+def _parse_mapping(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = parse_yaml(text)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{source}, {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{source}: expected keys and values, such as 'epochs: 10'")
+    return values
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
 
@@ -46,7 +74,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         path: the file, UTF-8.
 
     Raises:
-        ConfigurationError: the file does not exist, is not valid YAML, or holds no mapping.
+        ConfigurationError: the file does not exist, is not plain, small YAML (see `parse_yaml`), or
+            holds no mapping.
 
     Example:
         >>> import tempfile
@@ -55,18 +84,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         >>> read_yaml(path)
         {'epochs': 10, 'optimizer': {'lr': 0.05}}
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigurationError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0]
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        position = f", line {line + 1}" if line is not None else ""
-        raise ConfigurationError(f"{path}{position}: not valid YAML: {first}") from None
-    if not isinstance(values, dict):
-        raise ConfigurationError(f"{path}: expected keys and values, such as 'epochs: 10'")
-    return values
+    return _parse_mapping(read_small_text(path), str(path))
 
 
 def load_config(path: Path) -> Config:
@@ -88,4 +106,4 @@ def load_config(path: Path) -> Config:
         >>> config.epochs, config.optimizer.lr, config.batch_size
         (10, 0.05, 128)
     """
-    return apply(Config(), upgrade(read_yaml(path)), str(path))
+    return parse_config(read_small_text(path), str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -13,10 +14,14 @@ from typing import Any
 
 from ...errors import ConfigurationError, nearest
 from ...methods import RENAMED_OPTIONS, unused_options
+from ...methods.option_types import check_option_types, shorten
+from ...methods.registry import METHODS
 from .schema import Config
 
 # Keys of version 0.1 that have another name now.
 RENAMED_KEYS = {"system.graph": "system.cuda_graph"}
+# Values that are compared, not computed with: .inf turns them off.
+MAY_BE_INFINITE = ("optimizer.clip", "system.checkpoint_seconds")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -121,16 +126,30 @@ def apply(config: Config, values: Mapping[str, Any], where: str) -> Config:
         section, dot, name = key.partition(".")
         fields = sections.setdefault(section, {}) if dot else top
         if section == "options":
-            fields[name] = _parse_number(value)
+            if not name:
+                raise ConfigurationError(
+                    f"{where}: {key} must hold names and values, such as 'p: 2', got "
+                    f"{shorten(value)}"
+                )
+            fields[name] = _parse_number(f"{where}: {key}", value)
         elif key in types_of:
             fields[name if dot else key] = _convert(f"{where}: {key}", value, types_of[key])
         else:
-            raise ConfigurationError(f"{where}: unknown key {key!r}{_hint(key, types_of)}")
+            raise ConfigurationError(f"{where}: unknown key {shorten(key)}{_hint(key, types_of)}")
+    if config.automatic and "automatic" not in top:  # a key that is set is not chosen any more
+        given = {renamed.get(key, key) for key in flat}
+        top["automatic"] = [key for key in config.automatic if key not in given] or None
     try:
         for section, fields in sections.items():
             before = getattr(config, section)
             top[section] = before | fields if section == "options" else replace(before, **fields)
-        return replace(config, **top)
+        changed = replace(config, **top)
+        if changed.method in METHODS:
+            known = {
+                k: v for k, v in changed.options.items() if (k, v) != ("costs", "milliseconds")
+            }
+            check_option_types(changed.method, METHODS[changed.method], known)
+        return changed
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error}") from None
 
@@ -157,26 +176,42 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         return value
     if kind is float and not isinstance(value, bool) and isinstance(value, int | float | str):
         try:
-            return float(value)
+            number = float(value)
         except ValueError:
             pass
+        except OverflowError:
+            raise ConfigurationError(f"{key} must be finite, got {shorten(value)}") from None
+        else:
+            if math.isfinite(number) or key.rpartition(": ")[2] in MAY_BE_INFINITE:
+                return number
+            raise ConfigurationError(f"{key} must be finite, got {shorten(value)}")
     if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
+        return _checked_text(key, str(value))
+    if kind == list[float] and isinstance(value, list):
+        return [_convert(key, one, float) for one in value]
     if kind == list[str]:
         values = [value] if isinstance(value, str) else value
         if isinstance(values, list) and all(isinstance(one, str) for one in values):
-            return values
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "a string",
+            return [_checked_text(key, one) for one in values]
+    names = {bool: "true or false", int: "an integer", float: "a number",
+             str: "a string", list[float]: "a list of numbers",
              list[str]: "a string or a list of strings"}  # fmt: skip
     expected = names.get(kind, "a section with its own keys")
-    raise ConfigurationError(f"{key} must be {expected}, got {value!r}")
+    raise ConfigurationError(f"{key} must be {expected}, got {shorten(value)}")
 
 
-def _parse_number(value: Any) -> Any:
+def _checked_text(key: str, text: str) -> str:
+    """Return `text`, or raise an error if it cannot be stored or name a file."""
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigurationError(f"{key} must be text without NUL and surrogates, got {text!a}")
+    return text
+
+
+def _parse_number(key: str, value: Any) -> Any:
     """Convert text that reads as a number; YAML reads 5e-1 as text."""
     if isinstance(value, str):
         try:
             return float(value)
         except ValueError:
-            return value
+            return _checked_text(key, value)
     return value

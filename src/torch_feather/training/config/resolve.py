@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...errors import ConfigurationError
+from ...methods.option_types import shorten
 from ...recipes import recipe_values
 from .files import read_yaml
 from .keys import apply
-from .schema import Config
+from .plain_yaml import parse_yaml
+from .schema import Config, check_data_name
 
 
 def resolve_config(
@@ -54,11 +54,16 @@ def default_recipe(data: str | None) -> str:
     Args:
         data: name of a data set.
 
+    Raises:
+        ConfigurationError: no data set has this name.
+
     Example:
         >>> default_recipe("imagefolder"), default_recipe("cifar10"), default_recipe(None)
-        ('imagenet', 'cifar10', 'digits')
+        ('finetune', 'cifar10', 'digits')
     """
-    return {"imagefolder": "imagenet", None: "digits"}.get(data, data or "digits")
+    if data is not None:
+        check_data_name(data)
+    return {"imagefolder": "finetune", None: "digits"}.get(data, data or "digits")
 
 
 def parse_assignments(assignments: list[str], source: str = "--set") -> dict[str, Any]:
@@ -80,14 +85,14 @@ def parse_assignments(assignments: list[str], source: str = "--set") -> dict[str
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigurationError(
-                f"{source} {text!r}: write key=value, such as optimizer.lr=0.05"
+                f"{source} {shorten(text)}: write key=value, such as optimizer.lr=0.05"
             )
         # YAML would read the pattern 2:4 as 124 seconds, and a glob such as *.mlp.* as an alias.
         if re.fullmatch(r"\d+:\d+|\*.*", value):
             values[key.strip()] = value
             continue
         try:
-            values[key.strip()] = yaml.safe_load(value) if value else None
-        except yaml.YAMLError:
-            raise ConfigurationError(f"{source} {text!r}: the value is not valid YAML") from None
+            values[key.strip()] = parse_yaml(value) if value else None
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{source} {shorten(text)}: {error}") from None
     return values

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import os
+import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigurationError
+from ...errors import ConfigurationError, nearest
 from ...methods import method_options, unused_options
+from ...methods.option_types import shorten
 from ..deprecation import renamed_fields
 
 DENSE = "dense"
+PRETRAINED = "pretrained"  # value of `init`
+OPTIMIZERS = ("sgd", "adamw")
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
+MOST_EPOCHS, MOST_IMAGES, MOST_PIXELS = 10**6, 10**7, 10**5
 
 
 def _require(condition: bool, message: str) -> None:
@@ -22,6 +29,48 @@ def _require(condition: bool, message: str) -> None:
 def _choice(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigurationError(f"{key}: {value!r} is not one of {', '.join(known)}")
+
+
+def _within(key: str, value: float | None, least: float, most: float) -> None:
+    """Check a number that may be None; larger values overflow, or cannot be meant."""
+    if value is None:
+        return
+    _require(value >= least, f"{key} must be at least {least}, got {shorten(value)}")
+    _require(value <= most, f"{key} must be at most {most:,}, got {shorten(value)}")
+
+
+def _finite(key: str, value: float | None) -> None:
+    _require(value is None or math.isfinite(value), f"{key} must be finite, got {value}")
+
+
+def check_data_name(name: str) -> None:
+    """Raise an error if no data set has this name.
+
+    Args:
+        name: the value of `--data`.
+
+    Raises:
+        ConfigurationError: the message says how to name a folder.
+
+    Example:
+        >>> try:
+        ...     check_data_name("photos")
+        ... except ConfigurationError as error:
+        ...     print(error)
+        there is no data set 'photos'. ... --data imagefolder --data-path FOLDER
+    """
+    if name in DATASETS:
+        return
+    folder = "FOLDER"
+    problem = f"there is no data set {shorten(name)}{nearest(name, DATASETS)}"
+    if name and "\0" not in name and os.path.exists(name):
+        folder = shlex.quote(name)
+        kind = "folder" if os.path.isdir(name) else "file"
+        problem = f"{shorten(name)} is a {kind}, not the name of a data set."
+    raise ConfigurationError(
+        f"{problem} There are {', '.join(DATASETS)}. For images of your own: "
+        f"--data imagefolder --data-path {folder}"
+    )
 
 
 @dataclass(frozen=True)
@@ -44,6 +93,12 @@ class DataConfig:
     # Center-crop fraction of the shorter side for imagefolder evaluation; null: 1.0 with
     # crop=shift, 0.875 with crop=resized.
     center: float | None = None
+    # imagefolder: mean and standard deviation of each channel, of pixels scaled to [0, 1]; null:
+    # those of ImageNet.
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    # Names of the classes, in the order of their labels; null: those of the data set.
+    class_names: list[str] | None = None
     storage: str = "auto"  # imagefolder: memory (decoded once), stream (by workers), or auto
     drop_last: bool = False  # drop the last, smaller batch of an epoch
 
@@ -55,29 +110,42 @@ class DataConfig:
         return self.name
 
     def __post_init__(self) -> None:
-        _choice("data.name", self.name, DATASETS)
+        check_data_name(self.name)
         _require(
             0 <= self.validation < 1,
             f"data.validation must be a fraction in [0, 1), got {self.validation}",
         )
-        _require(
-            self.resolution is None or self.resolution >= 1,
-            f"data.resolution must be at least 1, got {self.resolution}",
-        )
+        _within("data.resolution", self.resolution, 1, MOST_PIXELS)
         _choice("data.crop", self.crop, ("shift", "resized"))
         _choice("data.storage", self.storage, ("auto", "memory", "stream"))
-        _require(self.shift >= 0, f"data.shift must not be negative, got {self.shift}")
+        _require(self.shift >= 0, f"data.shift must not be negative, got {shorten(self.shift)}")
+        _within("data.shift", self.shift, 0, MOST_PIXELS)
         for key in ("smallest_crop", "center"):
             fraction = getattr(self, key)
             _require(
                 fraction is None or 0 < fraction <= 1,
                 f"data.{key} must be a fraction in (0, 1], got {fraction}",
             )
+        _require(
+            (self.mean is None) == (self.std is None)
+            and len(self.mean or ()) == len(self.std or ()),
+            f"data.mean and data.std must have one number per channel, got {self.mean} and "
+            f"{self.std}",
+        )
+        _require(
+            all(deviation > 0 for deviation in self.std or ()),
+            f"data.std must be positive, got {self.std}",
+        )
+        names = self.class_names
+        _require(
+            names is None or (len(set(names)) == len(names) > 0),
+            f"data.class_names must be different names, got {names}",
+        )
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD. The learning rate warms up linearly, then follows a cosine to 0, step by step.
+    """SGD or AdamW. The learning rate warms up linearly, then follows a cosine to 0, step by step.
 
     Raises:
         ConfigurationError: a value out of range.
@@ -92,15 +160,27 @@ class OptimizerConfig:
         optimizer.momentum must be in [0, 1), got 1.0
     """
 
+    name: str = "sgd"  # sgd or adamw
     lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = False
+    momentum: float = 0.9  # of sgd
+    nesterov: bool = False  # of sgd
     weight_decay: float = 5e-4  # of weights; norm parameters and biases do not decay
     clip: float | None = 3.0  # maximum gradient norm; null: no clipping
     label_smoothing: float = 0.0
     warmup_epochs: float = 0.0
+    warmup_fraction: float = 0.0  # warm-up as a fraction of the training, instead of warmup_epochs
 
     def __post_init__(self) -> None:
+        _choice("optimizer.name", self.name, OPTIMIZERS)
+        _require(
+            0 <= self.warmup_fraction < 1,
+            f"optimizer.warmup_fraction must be in [0, 1), got {self.warmup_fraction}",
+        )
+        _require(
+            not (self.warmup_epochs and self.warmup_fraction),
+            "optimizer.warmup_epochs and optimizer.warmup_fraction both set the warm-up. Set one "
+            "of them to 0.",
+        )
         _require(self.lr > 0, f"optimizer.lr must be positive, got {self.lr}")
         _require(
             0 <= self.momentum < 1, f"optimizer.momentum must be in [0, 1), got {self.momentum}"
@@ -125,6 +205,9 @@ class OptimizerConfig:
             self.warmup_epochs >= 0,
             f"optimizer.warmup_epochs must not be negative, got {self.warmup_epochs}",
         )
+        _within("optimizer.warmup_epochs", self.warmup_epochs, 0, MOST_EPOCHS)
+        _finite("optimizer.lr", self.lr)
+        _finite("optimizer.weight_decay", self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -153,6 +236,7 @@ class DistillationConfig:
             self.temperature > 0,
             f"distillation.temperature must be positive, got {self.temperature}",
         )
+        _finite("distillation.temperature", self.temperature)
 
 
 @renamed_fields(graph="cuda_graph")
@@ -179,25 +263,23 @@ class SystemConfig:
     deterministic: bool = True  # bitwise identical results for the same seed and machine
     checkpoint_seconds: float = 60.0  # time between two checkpoints
     checkpoint_steps: int | None = None  # also write a checkpoint every so many steps
+    # Ctrl-C, SIGTERM: how long to wait for the end of the step, after which a checkpoint is
+    # written. A longer step is abandoned; the run then resumes from the checkpoint before it.
+    stop_seconds: float = 20.0
     # A resumed run continues on changed images if this is their digest, which the error names.
     accept_data: str | None = None
     tensorboard: bool = True  # log to TensorBoard if it is installed
     wandb: str | None = None  # Weights & Biases project to log to
 
     def __post_init__(self) -> None:
-        for key, least in (("threads", 1), ("micro_batch", 1), ("workers", 0)):
-            value = getattr(self, key)
-            _require(
-                value is None or value >= least,
-                f"system.{key} must be at least {least}, got {value}",
-            )
+        _within("system.threads", self.threads, 1, 4096)
+        _within("system.micro_batch", self.micro_batch, 1, MOST_IMAGES)
+        _within("system.workers", self.workers, 0, 4096)
+        _within("system.checkpoint_steps", self.checkpoint_steps, 1, 2**53)
+        _within("system.stop_seconds", self.stop_seconds, 0, 86_400)
         _require(
             self.checkpoint_seconds >= 0,
             f"system.checkpoint_seconds must not be negative, got {self.checkpoint_seconds}",
-        )
-        _require(
-            self.checkpoint_steps is None or self.checkpoint_steps >= 1,
-            f"system.checkpoint_steps must be at least 1, got {self.checkpoint_steps}",
         )
 
 
@@ -220,7 +302,8 @@ class Config:
     sparsity: float = 0.95  # final fraction of prunable weights that are zero; dense: 0
     include: list[str] | None = None  # name patterns of prunable weights; null: the default choice
     exclude: list[str] | None = None  # name patterns of weights that stay dense
-    init: str | None = None  # initial weights: a run directory or a file; null: random
+    # Initial weights: a run directory or a file; pretrained: those of timm; null: random.
+    init: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the method, such as p or theta
     epochs: int = 160
     batch_size: int = 128
@@ -229,6 +312,8 @@ class Config:
     select: str = "last"  # last epoch; or best: by validation, among epochs at the final sparsity
     track_masks: bool = False  # store the mask after each epoch in RUN/masks
     compare_dense: bool = False  # then train a dense baseline with the same training budget
+    # Keys whose values are chosen when the training starts, see the recipe finetune.
+    automatic: list[str] | None = None
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -242,9 +327,11 @@ class Config:
             0 <= self.sparsity < 1,
             f"sparsity must be a fraction in [0, 1), such as 0.95; got {self.sparsity}",
         )
-        for key in ("epochs", "batch_size", "evaluate_every"):
-            _require(getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _within("epochs", self.epochs, 1, MOST_EPOCHS)
+        _within("batch_size", self.batch_size, 1, MOST_IMAGES)
+        _within("evaluate_every", self.evaluate_every, 1, 2**53)
+        _require(self.seed >= 0, f"seed must not be negative, got {shorten(self.seed)}")
+        _within("seed", self.seed, 0, 2**63 - 1)
         _choice("select", self.select, ("last", "best"))
         _require(
             self.select == "last" or self.data.validation > 0,

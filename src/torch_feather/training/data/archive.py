@@ -41,6 +41,11 @@ class Member(NamedTuple):
         header: offset of its header.
         start: offset of its content.
         size: bytes of its content.
+
+    Example:
+        >>> member = Member(b"a.png", REGULAR, target=b"", header=0, start=512, size=70)
+        >>> member.start + member.size  # where its content ends
+        582
     """
 
     name: bytes
@@ -59,6 +64,15 @@ def read_members(path: Path) -> Iterator[Member]:
 
     Raises:
         DataError: the file cannot be read to its end mark, or has something behind it.
+
+    Example:
+        >>> import tarfile, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "images.tar")
+        ...     with tarfile.open(file, "w") as archive:
+        ...         archive.addfile(tarfile.TarInfo("a.png"))
+        ...     [(member.name, member.kind, member.size) for member in read_members(file)]
+        [(b'a.png', 'a file', 0)]
     """
     try:
         descriptor, size = open_regular(path)
@@ -91,14 +105,20 @@ class _Reader:
             content = self._read_extended(length)
             if kind in b"LK":
                 key = b"path" if kind == b"L" else b"linkpath"
-                extended.setdefault(key, content.rstrip(b"\0"))
+                self._extend(extended, {key: content.rstrip(b"\0")})
             elif kind == b"x":
-                extended |= self._records(content)
+                self._extend(extended, self._records(content))
             elif {b"path", b"size"} & self._records(content).keys():
                 self._fail("a global header sets the path or size of all members")
         if extended:
             self._fail("an extended header without its member")
         self._check_end()
+
+    def _extend(self, extended: dict[bytes, bytes], records: dict[bytes, bytes]) -> None:
+        """Add records. Readers do not agree on which of two extended headers holds."""
+        if {b"path", b"linkpath", b"size"} & extended.keys() & records.keys():
+            self._fail("two extended headers for one member")
+        extended |= records
 
     def _member(self, header: bytes, extended: dict[bytes, bytes], first: int) -> Member:
         """Return the member of a header, and move to the next header."""

@@ -23,6 +23,14 @@ def open_regular(path: Path) -> tuple[int, int]:
     Raises:
         OSError: the file cannot be opened.
         DataError: it is no regular file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     descriptor, size = open_regular(Path(file.name))
+        >>> os.close(descriptor)
+        >>> size
+        0
     """
     # O_NONBLOCK: opening a FIFO would wait for a writer.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -44,10 +52,21 @@ def read_regular(path: Path, largest: int = LARGEST) -> bytes:
     Raises:
         OSError: the file cannot be opened.
         DataError: it is no regular file, or larger than `largest`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "a.png")
+        ...     written = file.write_bytes(b"pixels")
+        ...     read_regular(file)
+        b'pixels'
     """
     descriptor, size = open_regular(path)
     with os.fdopen(descriptor, "rb") as file:
-        content = file.read(largest + 1) if size <= largest else b""
-    if size > largest or len(content) > largest:
+        # `read` allocates the number of bytes that it is asked for.
+        content = file.read(size + 1) if size <= largest else b""
+    if size > largest:
         raise DataError(f"{printable(path)}: has {size:,} bytes, but at most {largest:,} are read")
+    if len(content) > size:
+        raise DataError(f"{printable(path)}: was written to while it was read")
     return content

@@ -20,6 +20,14 @@ def complete_shards(folder: Path, part: str, suffix: str) -> list[Path]:
 
     Raises:
         DataError: according to their names (`-of-N`), files are missing; or some are compressed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("train-1-of-2.tar", "train-0-of-2.tar", "val.tar"):
+        ...         Path(folder, name).touch()
+        ...     [file.name for file in complete_shards(Path(folder), "train", "tar")]
+        ['train-0-of-2.tar', 'train-1-of-2.tar']
     """
     files = sorted(folder.glob(f"{part}*.{suffix}"))
     for file in files:

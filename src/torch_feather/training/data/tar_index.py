@@ -48,6 +48,12 @@ def tar_index(file: Path) -> Mapping[str, Any]:
     Raises:
         DataError: the file is damaged or incomplete; two members have the same path or label; or
             a .cls file has no image or no number.
+
+    Example:
+        >>> tar_index(Path("train.tar"))
+        Traceback (most recent call last):
+        ...
+        torch_feather.training.errors.DataError: train.tar: no such file
     """
     if not file.exists():
         raise DataError(f"{printable(file)}: no such file")
@@ -65,12 +71,28 @@ def steps(name: str) -> tuple[str, ...]:
 
 
 def is_image(*path: str) -> bool:
-    """Return whether the name is that of an image that is neither hidden nor in a hidden folder."""
+    """Return whether the name is that of an image that is neither hidden nor in a hidden folder.
+
+    Args:
+        path: the folders and the file, as of `steps`.
+
+    Example:
+        >>> is_image("cats", "a.PNG"), is_image(".cache", "a.png"), is_image("cats", "a.gif")
+        (True, False, False)
+    """
     return _has(SUFFIXES, *path)
 
 
 def is_other_image(*path: str) -> bool:
-    """Like `is_image` for the images that are not read."""
+    """Return whether the name is that of an image in a format that is not read.
+
+    Args:
+        path: the folders and the file, as of `steps`.
+
+    Example:
+        >>> is_other_image("cats", "a.gif"), is_other_image("cats", "a.png")
+        (True, False)
+    """
     return _has(OTHER_SUFFIXES, *path)
 
 
