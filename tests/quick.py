@@ -20,6 +20,8 @@ NONE = [
     "examples/test_timm.py",
     "examples/test_transformers.py",
     "examples/test_ultralytics.py",
+    "native/test_native_operations.py",
+    "native/test_native_targets.py",
     "runtime/test_graphs.py",
     "runtime/test_networks.py",
     "studies/test_latency.py",
@@ -29,6 +31,7 @@ NONE = [
 # Only these tests of files in which most tests train or compile a network.
 ONLY = {
     "examples/test_accelerate.py": ["test_the_example_runs"],
+    "native/test_native_library.py": ["test_the_digits_network_on_new_inputs"],
     "runtime/test_compile.py": ["test_layers_are_timed", "test_models_that_cannot_be_captured"],
     "studies/test_runner.py": ["test_a_run_in_the_rows_of_an_earlier_study_is_not_trained"],
     "test_check_method.py": ["test_every_method_has_every_property"],

@@ -58,8 +58,7 @@ def export_native(
             tiles are used. [default: tiles are chosen by an estimate]
 
     Returns:
-        The files: header, object file, shared library if it was linked, examples, CMake file, and
-        an input with its output in PyTorch, as raw float32.
+        The files; docs/native.md describes them.
 
     Raises:
         ConfigurationError: the target is unknown, or the name is no C identifier.

@@ -32,7 +32,7 @@ FORMATS = {
 }
 
 
-def export_run(
+def export_run(  # long: six arguments, five formats
     run: RunDirectory,
     format: str = "sparse",
     out: Path | None = None,
