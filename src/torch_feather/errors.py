@@ -199,6 +199,19 @@ def nearest(wrong: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else "."
 
 
+def install_hint(extra: str) -> str:
+    """Return the sentence that says how to install an extra.
+
+    Args:
+        extra: its name in pyproject.toml.
+
+    Example:
+        >>> install_hint("vision")
+        "Run pip install 'torch-feather[vision]', or in a clone pip install -e '.[vision]'."
+    """
+    return f"Run pip install 'torch-feather[{extra}]', or in a clone pip install -e '.[{extra}]'."
+
+
 def some(names: Sequence[str], most: int = 3) -> str:
     """Return the first names, and the number of the others, as text.
 

@@ -241,12 +241,12 @@ def test_invalid_addresses_are_errors_without_a_connection(address):
         (
             ["--format", "onnx"],
             "onnxscript",
-            "ONNX export requires onnxscript: pip install 'torch-feather[onnx]'",
+            "ONNX export requires onnxscript. Run pip install 'torch-feather[onnx]'",
         ),
         (
             ["--push", "me/x"],
             "huggingface_hub",
-            "requires its client: pip install 'torch-feather[hub]'",
+            "requires its client. Run pip install 'torch-feather[hub]'",
         ),
     ],
     ids=["onnx", "hub"],

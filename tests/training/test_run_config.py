@@ -100,7 +100,7 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(key, nearest):
         ({"sparsity": "much"}, "sparsity must be a number"),
         ({"exclude": [3]}, "exclude must be a string or a list of strings"),
         ({"data.flip": "yes please"}, "data.flip must be true or false"),
-        ({"data.name": "mnist"}, "not one of digits"),
+        ({"data.name": "mnist"}, r"there is no data set 'mnist'"),
         ({"data.validation": 1.0}, "must be a fraction in"),
         ({"data": 3}, "unknown key 'data'"),
         ({"optimizer.lr": None}, "optimizer.lr must be a number"),

@@ -165,8 +165,8 @@ def read_weights(source: Path | str) -> Weights:
 
     Args:
         source: a run directory; a `.safetensors` file, sparse or plain; or a file that `torch.save`
-            wrote. The latter holds a state dict, or a checkpoint with a state dict as `model` or
-            `state_dict`.
+            wrote. The latter holds a state dict, or a checkpoint with a state dict as `model`,
+            `state_dict` or `model_state_dict`.
 
     Raises:
         RunError: the source does not exist or cannot be read, or the run is not complete.
@@ -238,7 +238,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     with _read_errors(path):
         _require_uncompressed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(

@@ -20,17 +20,17 @@ import torch
 import yaml
 from rich.console import Console
 from torch import nn
-from torch_feather.training.checkpoint_files import newest, structure
-from torch_feather.training.restore import restore
 
 import torch_feather as feather
 from torch_feather.studies.runs import Run, read_rows, row_matches, row_of
 from torch_feather.training import loop, train
 from torch_feather.training.checkpoint import RunDirectory
+from torch_feather.training.checkpoint_files import newest, structure
 from torch_feather.training.config import apply, load_config, resolve_config
 from torch_feather.training.console import print_results
 from torch_feather.training.data import load_dataset
 from torch_feather.training.errors import Interrupted
+from torch_feather.training.restore import restore
 from torch_feather.training.task import Task
 from torch_feather.training.weights import read_weights
 

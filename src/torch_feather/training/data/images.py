@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...errors import install_hint
 from ..errors import DataError, printable
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def decode_image(content: bytes) -> np.ndarray:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
-        raise DataError("images require Pillow. Run pip install 'torch-feather[train]'.") from None
+        raise DataError(f"images require Pillow. {install_hint('train')}") from None
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
