@@ -79,9 +79,7 @@ def select_sharded(
         rows = [c.count_digits(code[j], shift, width) for j, c in enumerate(counters)]
         counts = torch.stack(rows)
         if fillers:
-            nan, known = bits.infinity + 1, shift + width
-            column = counts[:, (nan >> shift) % (1 << width)]
-            column -= torch.where((code >> known) == (nan >> known), extra, 0)
+            _leave_out(counts, extra, code, bits.infinity + 1, shift, width)
         code, rank, equal = descend(exchange(counts), rank, code, shift)
     tied = (equal > rank) & (code <= bits.infinity)  # NaN is never tied
     last = torch.tensor([one.numel() for one in scores], device=k.device) - 1
@@ -90,6 +88,15 @@ def select_sharded(
         index = _last_tie(ties, rank, max(sizes), exchange, local_positions)
         last = torch.where(tied, local_positions(index[:, None] + 1)[:, 0] - 1, last)
     return [cutoff_at(*fields, bits) for fields in zip(k, code, tied, last, strict=True)]
+
+
+def _leave_out(
+    counts: Tensor, fillers: Tensor, code: Tensor, nan: int, shift: int, width: int
+) -> None:
+    """Subtract the fillers, whose code is `nan`, from counts of a digit, in place."""
+    known = shift + width
+    column = counts[:, (nan >> shift) % (1 << width)]
+    column -= torch.where((code >> known) == (nan >> known), fillers, 0)
 
 
 def _last_tie(
