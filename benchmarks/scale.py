@@ -160,15 +160,18 @@ def launch(size: float, ranks: int, dtype: str, layers: int, repeats: int) -> di
 def model(weights: float, ranks: int, dtype: str, ns: float | None) -> dict[str, Any]:
     """Return the cost for each process, derived from the code; docs/scale.md explains the terms."""
     width, local, bits = WIDTH[dtype], weights / ranks, (int(weights) - 1).bit_length()
-    # Digits of a float32, then of an index for ties; flags of external writes; the sum.
-    counts = [2**11, 2**10, 2**10, *[2**11] * (bits // 11), 2 ** (bits % 11)]
+    # Digits of a float32, then of an index if scores are tied; flags of external writes; the sum.
+    counts = [2**11, 2**10, 2**10]
+    if dtype == "bfloat16":  # scores of float32 are seldom tied
+        counts += [*[2**11] * (bits // 11), 2 ** (bits % 11)]
+    count_width = 4 if weights < 2**31 else 8
     return {
         "weights": weights,
         "ranks": ranks,
         "dtype": dtype,
         "gib_kept": width * local / 2**30,
         "gib_temporary": max(4, width) * local / 2**30,
-        "bytes_exchanged": 8 * sum(counts) + 4 * LAYERS + 4,
+        "bytes_exchanged": count_width * sum(counts) + 4 * LAYERS + 4,
         "collectives": len(counts) + 2,
         "cpu_seconds_extrapolated": None if ns is None else ns * local / 1e9,
     }

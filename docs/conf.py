@@ -50,13 +50,24 @@ NAVIGATION = {
             "docs/compatibility",
         ],
         "Sparsity": ["docs/targets", "docs/patterns", "docs/finetuning"],
-        "Guides": ["docs/training", "docs/files", "docs/scale", "docs/runtime", "docs/deploy"],
+        "Guides": [
+            "docs/training",
+            "docs/files",
+            "docs/scale",
+            "docs/runtime",
+            "docs/native",
+            "docs/deploy",
+        ],
         "Methods": ["docs/methods/README"],
-        "Studies and results": ["docs/studies", "results/README", "benchmarks/README"],
+        "Studies and results": [
+            *("docs/studies", "results/README", "docs/reliability", "benchmarks/README"),
+        ],
         "Reference": ["docs/reference/index", "docs/design", "CONTRIBUTING", "CHANGELOG"],
     },
     "docs/methods/README": {"": ["*"]},
-    "results/README": {"": ["claims", "own_methods", "restructuring", "mutation", "*/table"]},
+    "results/README": {
+        "": ["claims", "own_methods", "restructuring", "mutation", "fuzzing", "*/table"]
+    },
 }
 
 

@@ -63,6 +63,10 @@ EXCEPT = {
         "test_forward_and_loss_compile_to_one_graph_that_stays",
     ],
     "export/test_run_files.py": ["test_the_onnx_file_computes_the_logits_for_any_batch_size"],
+    "fuzz/test_fuzz.py": [
+        "test_a_run_is_continued_and_its_table_has_the_sums",
+        "test_time_of_an_input_is_bounded",
+    ],
     "runtime/test_costs.py": ["test_a_shared_weight_has_one_cost"],
     "runtime/test_memory.py": ["test_memory_is_freed_with_its_batch_size"],
     "training/test_weights.py": ["test_a_small_file_cannot_ask_for_much_memory_at_any_door"],

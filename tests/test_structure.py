@@ -33,6 +33,7 @@ ABOVE_THE_CORE = {
     "cli",
     "export",
     "models",
+    "native",
     "recipes",
     "runtime",
     "studies",

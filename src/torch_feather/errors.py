@@ -178,6 +178,16 @@ def fill_layers(names: Sequence[str] = ()) -> str:
     )
 
 
+def printable(text: object) -> str:
+    """Return the text of a path or name for messages: one line, without control characters.
+
+    Example:
+        >>> printable("a" + chr(10) + "b" + chr(0xDC80))
+        'a\\\\nb\\\\udc80'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def nearest(wrong: object, known: Iterable[str]) -> str:
     """Return the end of a sentence that names the known name most similar to `wrong`.
 

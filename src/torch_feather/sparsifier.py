@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,22 +13,23 @@ from torch.optim import Optimizer
 
 from .context import MethodContext
 from .engine.binding import bind
-from .engine.finish import check_count, final_values
+from .engine.finish import check_count, settle
 from .engine.gradients import own_parameters
 from .engine.health import Health, count_pruned_by
 from .engine.state_dict import StateDicts
 from .engine.step import Step
 from .engine.training import Training
 from .engine.turns import COUNTED
-from .errors import StateError, warn
+from .errors import StateError, printable, warn
 from .finetune import FixedMask
 from .measure.report import Report, report
 from .methods.base import AnyMethod, no_learning_rate
 from .participants import forget, remember
 from .prunable import Filters, find_prunable
+from .weights.counts import count_zeros
 from .weights.latent import LatentWeights
 from .weights.ranks import check_ranks
-from .weights.shards import local, shard_like
+from .weights.shards import shard_like
 
 
 class Sparsifier:
@@ -107,7 +108,7 @@ class Sparsifier:
             self.step.sync()
             counts = count_pruned_by(training.method, training.weights, training.pruning)
         else:
-            zeros = [(part == 0).sum() for part in training.binding.local]
+            zeros = [count_zeros(part) for part in training.binding.local]
             counts = training.weights.total(torch.stack(zeros))
         return int(counts.sum()) / training.weights.size
 
@@ -291,32 +292,34 @@ class Sparsifier:
                 "as it is: finalize(force=True)." + (f" {counts}{COUNTED}" if counts else "")
             )
         training = self._training
-        # Read before `sync`, which rewrites parameters that were moved or cast.
-        written = [local(p).detach().clone() for p in training.binding.current()]
-        self.step.sync()
-        effective = [part.detach().clone() for part in training.binding.local]
-        state = training.weights, training.method, training.pruning
-        values = final_values(*state, training.count, written, effective)
-        self._learned_sparsity, self._reached = self.learned_sparsity, self.at_target
-        training.write(values)
-        self._inspect(final=True)
+        kept, pruned_again = settle(training, self.step.sync)
+        state = training.weights, training.pruning
+        pruned, summary = count_pruned_by(training.method, *state), training.method.summary(*state)
+        learned = pruned if summary.learned_counts is None else summary.learned_counts
+        self._learned_sparsity = int(learned.sum()) / training.weights.size
+        self._reached = self.at_target
+        self._inspect(final=True, pruned=pruned)
         self._health.raise_if_not_finite(
-            training.weights, training.binding.local, *state[1:], latent=values is effective
+            training.weights,
+            training.binding.local,
+            training.method,
+            training.pruning,
+            latent=pruned_again,
         )
         self.step.warn_of_averages()
         if self._reached and training.method.facts.exact and not force:
-            check_count(*state, self.target)
-        if self._reached and (violation := state[1].summary(state[0], state[2]).violation):
-            warn(f"The network has its target sparsity, but {violation}")
+            check_count(int(pruned.sum()), training.weights.size, self.target)
+        if self._reached and summary.violation:
+            warn(f"The network has its target sparsity, but {summary.violation}")
         self.step.release()
         if keep_masks:
             # A kept weight that happens to be 0, as in a layer that starts at 0, is still trained.
             every = range(len(training.weights.views))
-            pruned = [state[1].pruned(state[0], state[2], i) for i in every]
+            masks = [training.method.pruned(*state, i) for i in every]
             self._fixed_mask = FixedMask(
                 training.binding.parameters,
                 training.binding.optimizers,
-                pruned if values is effective else None,
+                None if kept else masks,
             )
         return self.model
 
@@ -347,9 +350,10 @@ class Sparsifier:
         training.read_latent(range(len(training.binding.weights)))
         training.write_effective()
 
-    def _inspect(self, final: bool = False) -> None:
+    def _inspect(self, final: bool = False, pruned: Tensor | None = None) -> None:
         t = self._training
-        self._health.inspect(t.weights, t.binding.local, t.method, t.pruning, t.count, final)
+        state = t.weights, t.binding.local, t.method, t.pruning, t.count
+        self._health.inspect(*state, final, pruned)
 
     # Saving and loading
 
@@ -371,8 +375,12 @@ class Sparsifier:
         self.step.require_attached()
         names = self._training.binding.names
         every = range(len(names))
+        if not isinstance(state, Mapping) or not all(
+            isinstance(own, Mapping) for own in state.values()
+        ):
+            raise StateError("Expected what Sparsifier.state_dict() returned, got something else.")
         found = {i: state[name] for i, name in enumerate(names) if name in state}
-        foreign = [name for name in state if name not in names]
+        foreign = [printable(name) for name in state if name not in names]
         loaded = self._states.check(self._training, found, every, foreign)
         self._states.load(self._training, loaded, every)
         self._health.resume_at(self.step_count)

@@ -81,6 +81,48 @@ METHODS = {
 }
 
 
+@contextmanager
+def counted_bytes():
+    """Yields a list of the bytes of each sum over the processes."""
+    sent, inner = [], dist.all_reduce
+
+    def all_reduce(tensor, *args, **kwargs):
+        sent.append(tensor.nbytes)
+        return inner(tensor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", all_reduce)
+        yield sent
+
+
+@check(2, 4, 8)
+def masks_are_those_of_one_process_and_a_step_exchanges_few_bytes(folder):
+    for dtype, bound in ((torch.float32, 33_000), (torch.bfloat16, 40_000)):
+        found = {}
+        for sharded in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 40), nn.Linear(40, 16)).to(dtype)
+            if sharded:
+                shard(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            sparsifier = feather.sparsify(model, optimizer, sparsity=0.9, total_steps=4)
+            generator = torch.Generator().manual_seed(1)
+            for _ in range(4):
+                for p in model.parameters():
+                    g = torch.randn(p.shape, generator=generator).to(p.dtype) / 8
+                    p.grad = distribute_tensor(g, p.device_mesh, p.placements) if sharded else g
+                with counted_bytes() as sent:
+                    optimizer.step()
+                if sharded:
+                    assert 16_384 <= sum(sent) <= bound, sent
+            found[sharded] = {
+                name: p == 0 for name, p in wholes(dict(model.named_parameters())).items()
+            }
+            sparsifier.detach()
+        for name, mask in found[False].items():
+            assert torch.equal(found[True][name], mask), name
+
+
 @check(2, 4)
 def every_method_that_works_on_shards_trains_as_in_one_process(folder):
     for name, how in METHODS.items():

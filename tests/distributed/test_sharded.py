@@ -55,6 +55,11 @@ def test_checks_in_two_and_four_processes(tmp_path):
         one_process_resumes(tmp_path, kind, how)
 
 
+def test_checks_in_eight_processes(tmp_path):
+    failed = run(8, tmp_path)
+    assert not failed, "\n".join(f"{name}: {error}" for name, error in failed.items())
+
+
 def one_process_resumes(folder, kind, how):
     """A checkpoint of two ranks resumes without a process group."""
     model = network(seed=1)

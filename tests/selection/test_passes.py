@@ -19,9 +19,15 @@ from torch_feather.weights import checksum, compiled
 from torch_feather.weights.checksum import Recorded
 from torch_feather.weights.exchange import read_latent
 from torch_feather.weights.latent import LatentWeights
-from torch_feather.weights.passes import pruned_mask, write_effective
+from torch_feather.weights.passes import (
+    count_pruned,
+    pruned_mask,
+    row_sums,
+    write_effective,
+)
+from torch_feather.weights.rows import has_rows
 from torch_feather.weights.segments import Segment
-from torch_feather.weights.selecting import select_weights
+from torch_feather.weights.selecting import select_each, select_weights
 
 OPERATORS = [Hard(), Power(1.0), Power(2.0), Power(3.0)]
 FORMS = ["plain", "compiled"]
@@ -37,10 +43,12 @@ def form(request, monkeypatch):
     return request.param
 
 
-def make_weights(seed, *, ties=False, special=False, dtype=torch.float32):
+SHAPES = ((3,), (301, 401), (5, 7), (20, 11, 3, 3), (1,))
+
+
+def make_weights(seed, *, ties=False, special=False, dtype=torch.float32, shapes=SHAPES):
     """Return weights of several shapes, more than one block, with a tensor of few elements."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(3,), (301, 401), (5, 7), (20, 11, 3, 3), (1,)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     if ties:
         tensors = [(8 * t).round() / 8 for t in tensors]
@@ -158,6 +166,25 @@ def test_a_bracket_finds_scores_that_are_not_ordinary(form, kind, fraction):
             assert torch.equal(a, b)
 
 
+def test_selections_per_layer_after_a_copy_are_those_of_the_copied_weights(form):
+    shapes = [(400, 401), (90, 11), (300, 301)]
+    weights, other = (
+        LatentWeights([torch.randn(s, generator=torch.Generator().manual_seed(n)) for s in shapes])
+        for n in (4, 5)
+    )
+    counts = (0.9 * weights.sizes).long()
+    select_each(weights, counts)  # now a bracket of each layer is known
+    read_latent(weights, range(len(weights.views)), other.views)
+    assert sorted(weights.collected) == [weights.spans[0], weights.spans[2]]  # one is small
+    for found, expected in zip(
+        select_each(weights, counts), select_each(other, counts), strict=True
+    ):
+        assert all(map(torch.equal, found, expected))
+    read_latent(weights, range(len(weights.views)), other.views)
+    read_latent(weights, range(len(weights.views)), other.views)
+    assert not weights.collected  # no selection since the last copy, so none is expected
+
+
 def test_a_selection_after_a_copy_is_that_of_the_copied_weights(form):
     weights, other = make_weights(4), make_weights(5)
     k = torch.tensor(int(0.9 * weights.size))
@@ -218,16 +245,23 @@ def test_an_error_in_a_thread_is_raised():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("method", ["feather", "hard-ste", "soft-ste"])
+@pytest.mark.parametrize(
+    "method", ["feather", "hard-ste", "soft-ste", "gmp", "st3", "asl", "asl+", "str"]
+)
 def test_a_step_allocates_no_memory_of_the_size_of_the_weights(form, method):
     model = torch.nn.Sequential(torch.nn.Linear(1000, 1000), torch.nn.Linear(1000, 1000))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     feather.sparsify(model, optimizer, sparsity=0.9, total_steps=50, method=method)
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
+
+    def backward():
+        optimizer.zero_grad()
+        model(torch.randn(2, 1000)).square().mean().backward()
+
     for _ in range(3):
+        backward()
         optimizer.step()
     size = 4 * 2_000_000
+    backward()
     tracemalloc.start()  # memory of NumPy
     profiler = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -245,6 +279,46 @@ def test_a_step_allocates_no_memory_of_the_size_of_the_weights(form, method):
     assert largest < 0.1 * size
 
 
+def peak_memory(call):
+    """Return the most memory that a call holds at once, in bytes; its result counts."""
+    tracemalloc.start()  # memory of NumPy
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        result = call()
+    numpy_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    del result
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most + numpy_peak
+
+
+@pytest.mark.parametrize(
+    ("call", "copies"), [("state_dict", 1), ("masks", 0.25), ("report", 0), ("finalize", 0)]
+)
+def test_calls_between_steps_hold_few_copies(call, copies):
+    model = torch.nn.Sequential(*(torch.nn.Linear(600, 600, bias=False) for _ in range(10)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sparsifier = feather.sparsify(model, optimizer, sparsity=0.9, total_steps=1)
+    optimizer.step()
+    assert peak_memory(getattr(sparsifier, call)) < (copies + 0.25) * 4 * 10 * 600**2
+
+
+def test_finalize_of_a_modified_model_holds_two_copies():
+    model = torch.nn.Sequential(*(torch.nn.Linear(600, 600, bias=False) for _ in range(10)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sparsifier = feather.sparsify(model, optimizer, sparsity=0.9, total_steps=1)
+    optimizer.step()
+    best = {name: 2 * value for name, value in model.state_dict().items()}
+    model.load_state_dict(best)
+    assert peak_memory(sparsifier.finalize) < 2.25 * 4 * 10 * 600**2
+    assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("k", [0, 1, 5_000, 120_000])
 @pytest.mark.parametrize("ties", [False, True])
 def test_masks_are_those_of_the_cutoff(k, ties):
@@ -253,3 +327,43 @@ def test_masks_are_those_of_the_cutoff(k, ties):
     for i, view in enumerate(weights.views):
         expected = segment.pruned(view.abs().flatten(), weights.local_spans[i][0])
         assert torch.equal(pruned_mask(weights, [segment], i), expected.view(view.shape))
+
+
+@pytest.mark.parametrize("k", [0, 5_000, 120_000])
+@pytest.mark.parametrize("ties", [False, True])
+def test_counts_are_those_of_the_masks(k, ties):
+    weights = make_weights(7, ties=ties)
+    segments = [Segment(0, weights.size, select_weights(weights, torch.tensor(k)))]
+    masks = [pruned_mask(weights, segments, i) for i in range(len(weights.views))]
+    assert count_pruned(weights, segments).tolist() == [int(mask.sum()) for mask in masks]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_rows_have_the_sums_and_factors_of_their_definition(form, dtype, channels_last):
+    generator = torch.Generator().manual_seed(8)
+    shapes = [(7, 3, 3, 3), (90, 128, 5, 5), (3, 90_000, 1, 1)]  # rows within and beyond blocks
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    tensors = [(8 * t).round() / 8 for t in tensors]  # ties, so that masks change within a block
+    if channels_last:
+        tensors = [t.to(memory_format=torch.channels_last) for t in tensors]
+    weights = LatentWeights(tensors)
+    k = torch.tensor(int(0.8 * weights.size) + 11)
+    segments = [Segment(0, weights.size, select_weights(weights, k))]
+    factors = {}
+    for i, w in enumerate(weights.views):
+        assert has_rows(weights, i)
+        magnitudes = w.abs().double()
+        kept = magnitudes.masked_fill(pruned_mask(weights, segments, i), 0.0)
+        expected = torch.stack([x.flatten(1).sum(1) for x in (kept, magnitudes)], 1)
+        found = row_sums(weights, segments, i)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+        factors[i] = torch.rand(len(w), generator=generator).to(weights.wide) + 0.5
+    plain, scaled = ([torch.empty_like(w) for w in weights.views] for _ in range(2))
+    write_effective(weights, segments, Power(1.0), plain)
+    scaled = Recorded(scaled)
+    write_effective(weights, segments, Power(1.0), scaled, factors)
+    for i, (u, v) in enumerate(zip(plain, scaled, strict=True)):
+        assert torch.equal(v, (u * factors[i].view(-1, 1, 1, 1)).to(dtype))
+        assert scaled.sums_of(i).checksum == checksum.checksum(v)
+        assert scaled.sums[i][0] == v._version  # the sums were not computed again

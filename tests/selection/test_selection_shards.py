@@ -11,6 +11,7 @@ from selection_cases import MAKERS, assert_same_cutoff, make, scores_and_count
 
 from torch_feather import devices
 from torch_feather.selection import select_sharded
+from torch_feather.selection.float_bits import FLOAT_BITS
 from torch_feather.selection.reference import select_reference
 
 
@@ -19,15 +20,23 @@ class Total:
 
     def __init__(self, ranks):
         self.barrier = threading.Barrier(ranks, timeout=30)
-        self.parts, self.exchanged = {}, 0
+        self.parts, self.bytes = {}, 0
 
     def __call__(self, counts):
         self.parts[threading.get_ident()] = counts
-        self.exchanged = max(self.exchanged, counts.numel())
         self.barrier.wait()
-        total = torch.stack(list(self.parts.values())).sum(0)
-        self.barrier.wait()
+        total = torch.stack(list(self.parts.values())).sum(0, dtype=counts.dtype)
+        if self.barrier.wait() == 0:
+            self.bytes += counts.nbytes
         return total
+
+
+def expected_bytes(scores, size, ties):
+    """Return the bytes that one selection exchanges: 4 per count."""
+    widths = list(FLOAT_BITS[scores.dtype].digits)
+    bits = max(1, (size - 1).bit_length()) * ties
+    widths += [11] * (bits // 11) + [bits % 11] * (bits % 11 > 0)
+    return sum(4 << width for width in widths)
 
 
 def check(wholes, counts, holder, ranks):
@@ -54,7 +63,9 @@ def check(wholes, counts, holder, ranks):
 
     with ThreadPoolExecutor(ranks) as pool:
         found = list(pool.map(rank, range(ranks)))
-    assert total.exchanged <= 2048 * len(wholes)
+    sizes = max(whole.numel() for whole in wholes)
+    least, most = (len(wholes) * expected_bytes(wholes[0], sizes, ties) for ties in (False, True))
+    assert total.bytes in (least, most)
     for j, (whole, k) in enumerate(zip(wholes, counts, strict=True)):
         expected = select_reference(whole, k)
         pruned = torch.zeros(whole.numel(), dtype=torch.bool)
@@ -88,6 +99,58 @@ def test_several_selections_share_their_communication(kind):
     holder = [torch.arange(n) * 3 // max(n, 4) for n in sizes]
     for fraction in (0.0, 0.3, 0.95, 1.0):
         check(wholes, [round(fraction * n) for n in sizes], holder, 3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_ranks_finds_the_same_cutoff(ranks, dtype):
+    whole = torch.randn(40_000, generator=torch.Generator().manual_seed(5)).abs().to(dtype).float()
+    check([whole], [36_000], [torch.arange(40_000) * ranks // 40_000], ranks)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_bytes_of_a_selection_from_a_billion_weights(ties):
+    sizes, exchanged = [10**9], []
+
+    def total(counts):
+        exchanged.append(counts.nbytes)
+        return counts
+
+    scores = torch.ones(100) if ties else torch.arange(100.0)
+    select_sharded(
+        [scores],
+        torch.tensor([70]),
+        sizes=sizes,
+        total=total,
+        local_positions=lambda index: index.clamp(0, 100),
+    )
+    ordered = ties or devices.synchronizes(scores.device)  # an accelerator orders ties always
+    bound = 40_000 if ordered else 33_000
+    assert sum(exchanged) == expected_bytes(scores, sizes[0], ordered) <= bound
+
+
+@pytest.mark.parametrize("infinite", [0, 5])
+def test_fillers_are_not_counted(infinite):
+    scores = torch.arange(1.0, 21.0)
+    scores[20 - infinite :] = torch.inf
+    seen = []
+
+    def total(counts):
+        seen.append(counts.sum().item())
+        return counts
+
+    (cutoff,) = select_sharded(
+        [torch.cat([scores, torch.full((1000,), torch.nan)])],
+        torch.tensor([18]),
+        sizes=[20],
+        total=total,
+        local_positions=lambda index: index,
+        fillers=[1000],
+    )
+    assert_same_cutoff(
+        cutoff._replace(last=cutoff.last.clamp(max=19)), select_reference(scores, 18)
+    )
+    assert max(seen) <= 20
 
 
 def test_ties_far_beyond_32_bits_of_index_are_found():

@@ -296,6 +296,13 @@ def test_an_option_of_another_type_is_refused_like_any_wrong_value(method):
             assert f"here: Option {option!r} of method {method!r}" in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [2, "text", True, [1], [{"p": 2}]])
+def test_options_that_are_no_mapping_are_refused(value):
+    for given in ({"options": value}, {"options.": value}):
+        with pytest.raises(ConfigurationError, match="options"):
+            apply(Config(), given, "here")
+
+
 def test_text_that_names_no_file_is_refused():
     for text in ("a\0b", "a\ud800"):
         for key in ("data.path", "options.schedule", "include"):

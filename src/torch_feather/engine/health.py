@@ -15,6 +15,7 @@ from .. import devices
 from ..errors import NonFiniteWeightError, fill_layers, option, some, warn
 from ..methods.base import BoundMethod, Pruning
 from ..prunable import is_lazy, unwrap
+from ..weights.counts import count_nan, count_not_finite, count_true, count_zeros
 from ..weights.latent import LatentWeights
 from ..weights.shards import local as local_shard
 
@@ -132,12 +133,14 @@ class Health:
         pruning: Pruning,
         step: Tensor,
         final: bool = False,
+        pruned: Tensor | None = None,
     ) -> None:
         """Check at once, which synchronizes the host.
 
-        Arguments and errors as for `check`; `final` at the end of training.
+        Arguments and errors as for `check`; `final` at the end of training; `pruned` is the result
+        of `count_pruned_by` if it is known.
         """
-        counts = _counts(weights, local, method, pruning, step).cpu()
+        counts = _counts(weights, local, method, pruning, step, pruned).cpu()
         self._report(weights, local, method, pruning, counts, final)
 
     def raise_if_nan(
@@ -183,7 +186,6 @@ class Health:
         Raises:
             NonFiniteWeightError: names the parameters.
         """
-        self.raise_if_nan(weights, local, method, pruning)
         checked = [(n, p) for n, p in self._parameters() if n not in self._constants]
         if latent:
             pairs = zip(self._names, weights.views, strict=True)
@@ -191,6 +193,8 @@ class Health:
         names = [name for name, _ in checked]
         counts = [_count_not_finite(part).to(weights.device) for _, part in checked]
         found = weights.common(torch.stack(counts)).tolist()
+        if any(found) or not _learned_finite(method) or self._constants & set(self._names):
+            self.raise_if_nan(weights, local, method, pruning)
         if broken := [name for name, n in zip(names, found, strict=True) if n]:
             raise NonFiniteWeightError(
                 f"Training ends with values that are NaN or infinite, in {some(broken)}. {ADVICE}"
@@ -256,6 +260,7 @@ def _counts(
     method: BoundMethod,
     pruning: Pruning,
     step: Tensor,
+    pruned: Tensor | None = None,
 ) -> Tensor:
     """Return NaN of weights and thresholds, kept weights that are 0, step, kept ones per tensor.
 
@@ -264,8 +269,9 @@ def _counts(
     """
     broken = _broken(weights, method, pruning)
     nan = _count_nan(weights, local).sum() + (0 if broken is None else broken.sum())
-    zero = weights.total(torch.stack([(part == 0).sum() for part in local])).sum()
-    pruned = count_pruned_by(method, weights, pruning)
+    zero = weights.total(torch.stack([count_zeros(part) for part in local])).sum()
+    if pruned is None:
+        pruned = count_pruned_by(method, weights, pruning)
     return torch.cat([torch.stack([nan, zero - pruned.sum(), step]), weights.sizes - pruned])
 
 
@@ -289,13 +295,14 @@ def count_pruned_by(method: BoundMethod, weights: LatentWeights, pruning: Prunin
         >>> count_pruned_by(training.method, training.weights, training.pruning)
         tensor([90])
     """
-    counts = [method.pruned(weights, pruning, i).sum() for i in range(len(weights.views))]
+    every = range(len(weights.views))
+    counts = [count_true(method.pruned(weights, pruning, i)) for i in every]
     return weights.total(torch.stack(counts))
 
 
 def _count_nan(weights: LatentWeights, local: Sequence[Tensor]) -> Tensor:
     """Return the number of NaN of each weight tensor, in all copies of it."""
-    return weights.common(torch.stack([part.isnan().sum() for part in local]))
+    return weights.common(torch.stack([count_nan(part) for part in local]))
 
 
 def _count_not_finite(tensor: Tensor) -> Tensor:
@@ -304,7 +311,7 @@ def _count_not_finite(tensor: Tensor) -> Tensor:
     if part.is_floating_point() and part.dtype.itemsize == 1:
         part = part.float()  # isfinite has no kernels for 8 bits
     try:
-        return part.isfinite().logical_not_().sum()
+        return count_not_finite(part)
     except NotImplementedError:  # a quantized tensor, which other code decodes
         return torch.zeros((), dtype=torch.int64)
 

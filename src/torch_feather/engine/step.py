@@ -153,10 +153,10 @@ class Step:
             return
         if one.initializes:
             self._settle(one)
-        if ready and not closure:
-            self.training.complete_gradients(one.optimizer)
+        absorbed = ready and not closure and self.training.complete_gradients(one.optimizer)
         self._check_sparse_start()
-        self.training.absorb_external_writes()
+        if not absorbed:
+            self.training.absorb_external_writes()
         self._write_latent(one)
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from ..errors import StateError, warn
 from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
 from ..weights.checksum import Recorded
 from ..weights.compiled import copy_weights
-from ..weights.exchange import read_latent
+from ..weights.exchange import read_latent, write_latent
 from ..weights.latent import LatentWeights
 from ..weights.passes import adopt_written
 from ..weights.shards import fsdp_units, local, local_part, reshard
@@ -152,7 +152,7 @@ class Training:
     def write_latent(self, positions: Sequence[int]) -> None:
         """Write latent weights into the parameters at these positions."""
         held = self.binding.local
-        copy_weights([held[i] for i in positions], [self.weights.views[i] for i in positions])
+        write_latent(self.weights, positions, [held[i] for i in positions])
 
     @torch.no_grad()
     def read_latent(self, positions: Sequence[int]) -> None:
@@ -184,21 +184,22 @@ class Training:
         self._passes = None
 
     @torch.no_grad()
-    def complete_gradients(self, stepping: Optimizer | None = None) -> None:
+    def complete_gradients(self, stepping: Optimizer | None = None) -> bool:
         """Take assigned gradients back to the latent weights, and complete new gradients; once.
 
         Args:
             stepping: the optimizer that steps next; None outside of a step.
+
+        Returns:
+            Whether external writes were absorbed. Nothing writes parameters after that.
         """
         completes = self.method.facts.completes
         if completes:
             self.follow_parameters()  # gradients may belong to parameters that were replaced
         if self._passes is None:  # otherwise each pass converts its own
             self._convert_assigned(None if completes else stepping)
-        if not completes:
-            return
-        if not self.pending.are_due(self.binding.parameters):
-            return
+        if not completes or not self.pending.are_due(self.binding.parameters):
+            return False
         scale = None
         if stepping is not None:
             numbers = {weight.optimizer for weight in self.binding.weights}
@@ -218,6 +219,7 @@ class Training:
             own = dict(completion.own)
         set_own_gradients(self.method, own)
         self.pending.complete()
+        return True
 
     def _convert_assigned(self, stepping: Optimizer | None = None) -> None:
         """Turn gradients that no hook saw into dL/dw, those of one optimizer or all."""
@@ -291,6 +293,20 @@ class Training:
             effective = effective_weights(self.method, self.weights, self.pruning)
             adopt_written(self.weights, suspects, held, effective)
         return bool(suspects)
+
+    @torch.no_grad()
+    def is_unmodified(self) -> bool:
+        """Return whether it is known that the parameters hold the effective weights.
+
+        On shards, and on accelerators without a comparison of all weights, it is not.
+        """
+        if self.in_backward.is_open or self.weights.shards is not None:
+            return False
+        current = self.binding.current()
+        pairs = zip(self.binding.parameters, current, strict=True)
+        if any(old is not new for old, new in pairs) or list(map(layout, current)) != self._layout:
+            return False
+        return not self.written.suspects(self.weights, self.binding.local)
 
     @torch.no_grad()
     def follow_parameters(self) -> None:

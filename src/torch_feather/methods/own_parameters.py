@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from ..weights.latent import write_if
+from ..weights.latent import blocks, write_if
 from .base import Rate, no_learning_rate
 
 
@@ -118,11 +118,13 @@ class Adam:
             step: steps taken, this one included.
             factor: multiplier of the learning rate.
         """
-        mean.lerp_(gradient, 1 - self.mean_decay)
-        square.mul_(self.square_decay).addcmul_(gradient, gradient, value=1 - self.square_decay)
         # Bias correction, 1 - beta^t.
         of_mean, of_square = (
             1 - torch.pow(decay, step.double()) for decay in (self.mean_decay, self.square_decay)
         )
-        root = (square / of_square).sqrt_().add_(self.epsilon)
-        x.sub_((mean / root).mul_(factor * self.rate / of_mean))
+        rate = factor * self.rate / of_mean
+        for g, w, m, s in blocks(gradient, x, mean, square):
+            m.lerp_(g, 1 - self.mean_decay)
+            s.mul_(self.square_decay).addcmul_(g, g, value=1 - self.square_decay)
+            root = (s / of_square).sqrt_().add_(self.epsilon)
+            w.sub_(torch.div(m, root, out=root).mul_(rate))

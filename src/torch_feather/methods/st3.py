@@ -16,6 +16,9 @@ from ..operators import Soft
 from ..prunable import output_groups, unwrap
 from ..schedules import Schedule
 from ..weights.latent import LatentWeights
+from ..weights.passes import pruned_mask, row_sums, write_effective
+from ..weights.rows import has_rows
+from ..weights.segments import Segment
 from .base import Pruning
 from .magnitude import MagnitudePruning, Method
 from .options import make_allocation, make_schedule
@@ -112,19 +115,32 @@ class Rescaled(MagnitudePruning):
     def write_effective(
         self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
     ) -> None:
-        super().write_effective(weights, pruning, out)
-        for i, (w, u) in enumerate(zip(weights.views, out, strict=True)):
-            magnitude = self._by_channel(i, w.abs().to(weights.wide))
-            kept = magnitude * (self._by_channel(i, u) != 0)
-            means = torch.stack([kept.mean(1), magnitude.mean(1)], 1)
-            part, total = weights.row_means(i, means).unbind(1)
-            ratio = (part + 1e-6) / (total + 1e-6)
-            # NaN or infinite weights leave their channel unchanged.
-            factor = (1.01 / (ratio + 0.01)).nan_to_num_(nan=1.0)
+        factors = [self._factor(weights, pruning.segments, i) for i in range(len(out))]
+        by_row = {i: factors[i] for i in range(len(out)) if self._in_rows(weights, i)}
+        write_effective(weights, pruning.segments, self.operator, out, by_row)
+        for i, (u, factor) in enumerate(zip(out, factors, strict=True)):
+            if i in by_row:
+                continue
             if (groups := self._groups[i]) is not None:
-                u = u.unflatten(0, (groups, -1))
-                factor = factor.view(groups, 1, -1)
+                u, factor = u.unflatten(0, (groups, -1)), factor.view(groups, 1, -1)
             u.mul_(factor.view(*factor.shape, *[1] * (u.dim() - factor.dim())))
+
+    def _in_rows(self, weights: LatentWeights, i: int) -> bool:
+        """Return whether the output channels of tensor i lie one after the other in memory."""
+        return self._groups[i] is None and has_rows(weights, i)
+
+    def _factor(self, weights: LatentWeights, segments: Sequence[Segment], i: int) -> Tensor:
+        """Return the factors of the output channels of tensor i."""
+        if self._in_rows(weights, i):
+            means = row_sums(weights, segments, i) / weights.views[i][0].numel()
+        else:
+            magnitude = self._by_channel(i, weights.views[i].abs().to(weights.wide))
+            kept = magnitude * ~self._by_channel(i, pruned_mask(weights, segments, i))
+            means = torch.stack([kept.mean(1), magnitude.mean(1)], 1)
+        part, total = weights.row_means(i, means).unbind(1)
+        ratio = (part + 1e-6) / (total + 1e-6)
+        # NaN or infinite weights leave their channel unchanged.
+        return (1.01 / (ratio + 0.01)).nan_to_num_(nan=1.0)
 
     def _by_channel(self, i: int, x: Tensor) -> Tensor:
         """Return the local values of tensor i in shape (output channels, weights of each)."""

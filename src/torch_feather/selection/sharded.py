@@ -2,7 +2,9 @@
 
 The digits of the k-th score are found as in `device.py`, from the summed counts of all shards. Tied
 scores are then ordered by their index in the full tensor, digit by digit too. Several selections
-share their communication: one sum of 2048 counts per selection and digit.
+share their communication: one sum of up to 2048 counts per selection and digit. Counts below 2^31
+are exchanged as 32-bit integers: 16 kB per selection of float32 scores, and 8 kB per 11 bits of an
+index if scores are tied.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from torch import Tensor
 
 from .. import devices
 from .counting import Passes, descend
-from .cutoff import Cutoff
-from .device import cutoff_at, default_passes
+from .cutoff import Cutoff, cutoff_at
+from .device import default_passes
 from .float_bits import FLOAT_BITS
 
 DIGIT = 11
@@ -32,6 +34,7 @@ def select_sharded(
     sizes: Sequence[int],
     total: Callable[[Tensor], Tensor],
     local_positions: Callable[[Tensor], Tensor],
+    fillers: Sequence[int] | None = None,
 ) -> list[Cutoff]:
     """Return the cutoffs that prune the k smallest scores, ordered by (score, global index).
 
@@ -43,6 +46,8 @@ def select_sharded(
         total: sums a tensor of counts over the processes, in place or not.
         local_positions: maps global indices to the number of local scores before each; int64 of
             shape (selections, n), both counted from 0 in each selection.
+        fillers: how many of the local scores of each selection are NaN that stand for a score that
+            another process counts; they are not counted. None for none.
 
     Returns:
         One cutoff per selection, the same on all processes except for `last`, which is an index
@@ -61,17 +66,28 @@ def select_sharded(
     """
     bits = FLOAT_BITS[scores[0].dtype]
     counters = [_passes(one) for one in scores]
+    counter = torch.int32 if max(sizes) < 2**31 else torch.int64
+
+    def exchange(counts: Tensor) -> Tensor:
+        return total(counts.to(counter))
+
+    extra = torch.tensor(fillers or [0] * len(scores), device=k.device)
     code, rank, shift = torch.zeros_like(k), k, sum(bits.digits)
     equal = code
     for width in bits.digits:
         shift -= width
-        counts = [c.count_digits(code[j], shift, width) for j, c in enumerate(counters)]
-        code, rank, equal = descend(total(torch.stack(counts)), rank, code, shift)
+        rows = [c.count_digits(code[j], shift, width) for j, c in enumerate(counters)]
+        counts = torch.stack(rows)
+        if fillers:
+            nan, known = bits.infinity + 1, shift + width
+            column = counts[:, (nan >> shift) % (1 << width)]
+            column -= torch.where((code >> known) == (nan >> known), extra, 0)
+        code, rank, equal = descend(exchange(counts), rank, code, shift)
     tied = (equal > rank) & (code <= bits.infinity)  # NaN is never tied
     last = torch.tensor([one.numel() for one in scores], device=k.device) - 1
     if devices.synchronizes(k.device) or bool(tied.any()):
         ties = [_before(one.view(bits.integer) == code[j]) for j, one in enumerate(scores)]
-        index = _last_tie(ties, rank, max(sizes), total, local_positions)
+        index = _last_tie(ties, rank, max(sizes), exchange, local_positions)
         last = torch.where(tied, local_positions(index[:, None] + 1)[:, 0] - 1, last)
     return [cutoff_at(*fields, bits) for fields in zip(k, code, tied, last, strict=True)]
 

@@ -16,13 +16,20 @@ from .. import models
 from ..errors import ConfigurationError
 from ..export import SparseFile, export_onnx, hub, save_sparse
 from ..files import replace_file
+from ..native import c_sizes, export_c, export_native
 from .checkpoint import RunDirectory
 from .config import to_dict, to_yaml
 from .data import load_dataset
 from .network_info import network_info, without_local_paths
 from .weights import read_finished, read_weights
 
-FORMATS = {"sparse": hub.FILE, "safetensors": "model.safetensors", "onnx": "model.onnx"}
+FORMATS = {
+    "sparse": hub.FILE,
+    "safetensors": "model.safetensors",
+    "onnx": "model.onnx",
+    "native": "native",  # a folder
+    "c": "c",
+}
 
 
 def export_run(
@@ -31,23 +38,27 @@ def export_run(
     out: Path | None = None,
     dtype: torch.dtype | None = None,
     data_path: str | None = None,
+    target: str | None = None,
 ) -> Path:
-    """Write the network of a completed run to a file.
+    """Write the network of a completed run to a file, or to a folder.
 
     Args:
         run: run directory.
-        format: `sparse`; `safetensors` (plain keys, all zeros stored); or `onnx`.
-        out: the file. [default: a file in the run directory, see FORMATS]
+        format: `sparse`; `safetensors` (plain keys, all zeros stored); `onnx`; or, as folders,
+            `native` (a library, see `export_native`) and `c` (C99, see `export_c`).
+        out: the file or folder. [default: one in the run directory, see FORMATS]
         dtype: type of the values in a sparse file, see `save_sparse`.
-        data_path: path of the data. Only needed for ONNX files of early runs, whose report lacks
-            the input shape.
+        data_path: path of the data. Only needed for ONNX files, libraries and C files of early
+            runs, whose report lacks the input shape.
+        target: processor of a native library, see `export_native`. [default: the host]
 
     Returns:
-        The file.
+        The file or folder.
 
     Raises:
-        ConfigurationError: the format is unknown, or does not support `dtype`.
+        ConfigurationError: the format is unknown, or does not support `dtype` or `target`.
         RunError: the run is not complete, or cannot be read.
+        NativeExportError: a native library does not support an operation of the network.
 
     Example:
         >>> import tempfile
@@ -65,6 +76,8 @@ def export_run(
         raise ConfigurationError(f"format {format!r} is not one of {', '.join(FORMATS)}.")
     if dtype is not None and format != "sparse":
         raise ConfigurationError("dtype is supported for the sparse format only.")
+    if target is not None and format != "native":
+        raise ConfigurationError("target is supported for the native format only.")
     path = out or run.path / FORMATS[format]
     run.read_report()  # raises RunError if the run is not complete
     if format == "sparse":
@@ -73,6 +86,10 @@ def export_run(
         save_sparse(tensors, path, dtype=dtype, metadata=metadata, prunable=prunable)
     elif format == "onnx":
         export_onnx(*load_network(run, data_path), path, _onnx_metadata(run))
+    elif format == "native":
+        export_native(*load_network(run, data_path), path, target or "host")
+    elif format == "c":
+        export_c(*load_network(run, data_path), path)
     elif path.resolve() != run.model_file.resolve():
         read_weights(run.path)  # raises RunError if the file is damaged
         with open(run.model_file, "rb") as file:
@@ -176,6 +193,13 @@ def describe(run: RunDirectory, path: Path, format: str) -> str:
         >>> describe(run, run.model_file, "safetensors")
         '... bytes, all zeros stored'
     """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        text = ", ".join(f"{file.name} ({file.stat().st_size:,} bytes)" for file in files)
+        if format != "c":
+            return text
+        workspace, constants = c_sizes(path)
+        return f"{text}; RAM: {workspace:,} bytes; flash: {constants:,} bytes of constants"
     size = path.stat().st_size
     if format != "sparse":
         return f"{size:,} bytes, all zeros stored"

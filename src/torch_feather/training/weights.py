@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, FileFormatError, StateError
+from ..errors import ConfigurationError, FileFormatError, StateError, printable
 from ..export import Entry, SparseFile, load_sparse
 from ..export.fitting import fitted, load
 from ..export.manifest import KEY
@@ -106,7 +106,7 @@ class Weights:
             else:
                 load(model, partial(self._fitted, self.stored, model.state_dict()), self.source)
         except StateError as error:
-            prefix = f"{self.source} does not fit {type(model).__name__}: "
+            prefix = f"{printable(self.source)} does not fit {type(model).__name__}: "
             raise self._misfit(model, str(error).removeprefix(prefix)) from None
         return model
 
@@ -126,7 +126,8 @@ class Weights:
 
     def _misfit(self, model: nn.Module, reason: str) -> ConfigurationError:
         return ConfigurationError(
-            f"The weights of {self.source} do not fit {type(model).__name__}: {reason}"
+            f"The weights of {printable(self.source)} do not fit {type(model).__name__}: "
+            f"{printable(reason)}"
         )
 
 
@@ -212,7 +213,8 @@ def _read_errors(path: Path) -> Iterator[None]:
         ):  # its message explains how to load it unsafely
             reason = "it is damaged, or holds more than tensors"
         raise RunError(
-            f"{path}: cannot be read as weights ({reason}). Restore it, or name another file."
+            f"{printable(path)}: cannot be read as weights ({printable(reason)}). "
+            "Restore it, or name another file."
         ) from None
 
 

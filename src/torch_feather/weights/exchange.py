@@ -1,7 +1,7 @@
 """Copies between parameters and latent weights.
 
-After a step on a CPU, the weights that the next selection needs are collected while the copy is in
-the cache, so that the selection does not read all weights again.
+After a step on a CPU, the weights that the next selections need are collected while the copy is in
+the cache, so that the selections do not read all weights again.
 """
 
 from __future__ import annotations
@@ -14,17 +14,25 @@ from torch.autograd.graph import increment_version
 
 from .. import devices
 from ..selection.bracket import Bracket
-from ..selection.cpu import Collected
+from ..selection.cpu import SMALL, Collected
 from ..threads import for_each
+from . import triton_passes
 from .compiled import copy_memory, copy_weights
 from .groups import Group, groups
 from .latent import LatentWeights
 from .plain import flat_bits
 from .scores import WeightScores
 
+Span = tuple[int, int]
+"""A range of local weights."""
+Overlap = tuple[Span, int, int]
+"""A range, and the bounds of a part of it."""
+
 
 def bracket_of(weights: LatentWeights, start: int, stop: int, scaled: bool = False) -> Bracket:
-    """Return the bracket for selections from a range; it is kept from step to step.
+    """Return the bracket for a selection from a range; it is kept from step to step.
+
+    The next copy collects what such a selection needs, unless the scores are scaled.
 
     Args:
         weights: the latent weights.
@@ -38,7 +46,16 @@ def bracket_of(weights: LatentWeights, start: int, stop: int, scaled: bool = Fal
         >>> bracket_of(weights, 0, 2) is bracket_of(weights, 0, 2)
         True
     """
-    return weights.constant(("bracket", start, stop, scaled), lambda _: Bracket())
+    bracket: Bracket = weights.constant(("bracket", start, stop, scaled), lambda _: Bracket())
+    if not scaled:
+        _expected(weights)[start, stop] = bracket
+    return bracket
+
+
+def _expected(weights: LatentWeights) -> dict[Span, Bracket]:
+    """Return the brackets of the selections since the last copy, by range."""
+    found: dict[Span, Bracket] = weights.constant("expected selections", lambda _: {})
+    return found
 
 
 def read_latent(
@@ -58,38 +75,93 @@ def read_latent(
         >>> weights.views[0]
         tensor([1., 1.])
     """
-    weights.collected = None
+    weights.collected = {}
+    if triton_passes.copy(weights, positions, sources, reads=True):
+        return
     targets = [weights.views[i] for i in positions]
-    if devices.synchronizes(weights.device) or not _collects(weights, positions, sources):
+    if devices.synchronizes(weights.device) or not _copies_all(weights, positions, sources):
         copy_weights(targets, sources)
         return
-    bracket, size = bracket_of(weights, 0, weights.size), weights.size
-    assert bracket.bounds is not None
+    brackets = _known_brackets(weights)
     memory = dict(zip(positions, map(flat_bits, sources), strict=True))
     held = {i: flat_bits(weights.views[i]) for i in positions}
-    scores = WeightScores(weights, 0, size)
-    low, high = (scores.as_integer(bound) for bound in bracket.bounds)
+    scores = WeightScores(weights, 0, weights.size)
+    bounds = {
+        span: tuple(scores.as_integer(bound) for bound in bracket.bounds or ())
+        for span, bracket in brackets.items()
+    }
 
-    def read(group: Group) -> tuple[int, np.ndarray]:
+    def read(task: tuple[Group, list[Overlap]]) -> list[tuple[Span, int, np.ndarray]]:
+        group, overlaps = task
         for i, a, b in group.ranges:
             copy_memory(held[i][a:b], memory[i][a:b])
-        return scores.collect(group.start, group.stop, low, high)
+        return [(span, *scores.collect(a, b, *bounds[span])) for span, a, b in overlaps]
 
-    found = for_each(read, groups(weights))
+    found: dict[Span, list[tuple[int, np.ndarray]]] = {span: [] for span in brackets}
+    for part in for_each(read, _overlaps(weights, tuple(brackets))):
+        for span, count, near in part:
+            found[span].append((count, near))
     increment_version(weights.flats)
-    weights.collected = Collected(
-        bracket.bounds,
-        sum(count for count, _ in found),
-        np.concatenate([near for _, near in found]),
-        [flat._version for flat in weights.flats],
-    )
+    versions = [flat._version for flat in weights.flats]
+    for span, bracket in brackets.items():
+        below = sum(count for count, _ in found[span])
+        near = np.concatenate([near for _, near in found[span]])
+        assert bracket.bounds is not None
+        weights.collected[span] = Collected(bracket.bounds, below, near, versions)
 
 
-def _collects(weights: LatentWeights, positions: Sequence[int], sources: Sequence[Tensor]) -> bool:
-    """Return whether all weights are copied unchanged, and one selection from all is expected."""
+def write_latent(
+    weights: LatentWeights, positions: Sequence[int], targets: Sequence[Tensor]
+) -> None:
+    """Copy latent weights into parameters.
+
+    Args:
+        weights: the latent weights.
+        positions: positions of the weight tensors to copy.
+        targets: a local tensor for each position, in its layout, to write.
+
+    Example:
+        >>> import torch
+        >>> target = torch.zeros(2)
+        >>> write_latent(LatentWeights([torch.ones(2)]), [0], [target])
+        >>> target
+        tensor([1., 1.])
+    """
+    if not triton_passes.copy(weights, positions, targets, reads=False):
+        copy_weights(targets, [weights.views[i] for i in positions])
+
+
+def _known_brackets(weights: LatentWeights) -> dict[Span, Bracket]:
+    """Return the brackets of the selections that are expected next, and forget them."""
+    expected = _expected(weights)
+    known = {
+        (start, stop): bracket
+        for (start, stop), bracket in expected.items()
+        if bracket.bounds is not None and stop - start >= SMALL
+    }
+    expected.clear()
+    return known
+
+
+def _overlaps(weights: LatentWeights, spans: tuple[Span, ...]) -> list[tuple[Group, list[Overlap]]]:
+    """Return the groups, and for each of them which part of it lies in which range."""
+
+    def make(weights: LatentWeights) -> list[tuple[Group, list[Overlap]]]:
+        found: list[tuple[Group, list[Overlap]]] = []
+        for group in groups(weights):
+            inside = ((span, max(span[0], group.start), min(span[1], group.stop)) for span in spans)
+            found.append((group, [(span, a, b) for span, a, b in inside if a < b]))
+        return found
+
+    tasks: list[tuple[Group, list[Overlap]]] = weights.constant(("overlaps", spans), make)
+    return tasks
+
+
+def _copies_all(
+    weights: LatentWeights, positions: Sequence[int], sources: Sequence[Tensor]
+) -> bool:
+    """Return whether all weights are copied unchanged."""
     if len(positions) < len(weights.views) or weights.shards is not None:
-        return False
-    if bracket_of(weights, 0, weights.size).bounds is None:
         return False
     return all(
         source.dtype == view.dtype and source.stride() == view.stride()

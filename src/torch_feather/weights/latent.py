@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..selection.cpu import Collected
+from .counts import count_zeros
 from .shards import local, shards_of
 
 # Weights per block on a CPU: a block stays in the L2 cache.
@@ -37,6 +39,13 @@ class PerTensor(NamedTuple):
     def per_weight(self) -> bool:
         """Whether there is a number for each weight, rather than one per weight tensor."""
         return any(row.dim() > 0 for row in self.rows)
+
+    def clone(self) -> PerTensor:
+        """Return a copy in new memory."""
+        flat = self.flat.clone()
+        start = self.flat.storage_offset()
+        rows = [flat.as_strided(r.shape, r.stride(), r.storage_offset() - start) for r in self.rows]
+        return PerTensor(flat, rows)
 
     @classmethod
     def of(cls, flat: Tensor) -> PerTensor:
@@ -87,7 +96,8 @@ class LatentWeights:
         shards: layout of the shards; None if all weights are local.
         wide: type of magnitudes and thresholds: float64 if a parameter is, else float32.
         device: device of the weights.
-        collected: what the next selection from all weights needs, if a copy has collected it.
+        collected: what the next selection from a range of local weights needs, by the range, if a
+            copy has collected it.
 
     Example:
         >>> weights = LatentWeights([torch.tensor([[1.0, -2.0]]), torch.tensor([3.0])])
@@ -112,7 +122,7 @@ class LatentWeights:
         self.spans: list[tuple[int, int]] = [(0, 0)] * len(parameters)
         self.local_spans: list[tuple[int, int]] = [(0, 0)] * len(parameters)
         self.parts: list[Part] = []
-        self.collected: Collected | None = None
+        self.collected: dict[tuple[int, int], Collected] = {}
         self._constants: dict[Hashable, Any] = {}
         start = first = 0
         for dtype in dict.fromkeys(p.dtype for p in parameters):
@@ -195,10 +205,17 @@ class LatentWeights:
         """
         return means if self.shards is None else self.shards.row_means(i, means)
 
-    def per_weight(self, value: float, dtype: torch.dtype | None = None) -> PerTensor:
-        """Return `value` for each local weight, in type `wide` and the layout of the weights."""
+    def per_weight(self, value: float | None, dtype: torch.dtype | None = None) -> PerTensor:
+        """Return `value` for each local weight, in type `wide` and the layout of the weights.
+
+        Args:
+            value: the number; None to leave the memory uninitialized.
+            dtype: another type.
+        """
         size = sum(flat.numel() for flat in self.flats)
-        flat = torch.full((size,), value, dtype=dtype or self.wide, device=self.device)
+        flat = torch.empty(size, dtype=dtype or self.wide, device=self.device)
+        if value is not None:
+            flat.fill_(value)
         spans = zip(self.views, self.local_spans, strict=True)
         return PerTensor(flat, [flat.as_strided(w.shape, w.stride(), a) for w, (a, _) in spans])
 
@@ -207,7 +224,7 @@ class LatentWeights:
 
         A tensor that is all zero was not pruned: it was initialized to 0 and is still to learn.
         """
-        zeros = self.total(torch.stack([(view == 0).sum() for view in self.views]))
+        zeros = self.total(torch.stack([count_zeros(view) for view in self.views]))
         return zeros.masked_fill(zeros == self.sizes, 0)
 
     def part_of(self, i: int) -> Part:
@@ -249,14 +266,14 @@ class LatentWeights:
             "local_spans": [local_spans[i] for i in members],
             "wide": self.wide,
             "device": self.device,
-            "collected": None,
+            "collected": {},
             "_constants": {},
         }
 
     def like(self, values: Sequence[Tensor]) -> LatentWeights:
         """Return latent weights in the same layout, with the flat `values` in place of `flats`."""
         other = object.__new__(LatentWeights)
-        other.__dict__.update(self.__dict__, views=list(self.views), parts=[], collected=None)
+        other.__dict__.update(self.__dict__, views=list(self.views), parts=[], collected={})
         for part, flat in zip(self.parts, values, strict=True):
             other.parts.append(Part(flat, part.start, []))
         for i, (start, _) in enumerate(self.local_spans):
@@ -264,6 +281,48 @@ class LatentWeights:
             other.views[i] = part.flat.as_strided(view.shape, view.stride(), start - part.start)
             part.views.append(other.views[i])
         return other
+
+
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield tensors block by block in the order of memory, so that results stay in the cache.
+
+    On a CPU, operations on large tensors allocate memory for each result. On blocks, an allocator
+    reuses it. Small tensors, tensors of several layouts and those on other devices are one block.
+
+    Args:
+        tensors: tensors of one shape; the first is dense in memory.
+
+    Example:
+        >>> w = torch.ones(3, BLOCK)
+        >>> [block.numel() == BLOCK for block, _ in blocks(w, 2 * w)]
+        [True, True, True]
+    """
+    first = tensors[0]
+    strided = all(t.layout == torch.strided for t in tensors)
+    if devices.synchronizes(first.device) or first.numel() <= BLOCK or not strided:
+        yield tensors
+        return
+    order = _strides(first)
+    if any(t.shape != first.shape or _strides(t) != order for t in tensors):
+        yield tensors
+        return
+    yield from zip(*(t.as_strided((t.numel(),), (1,)).split(BLOCK) for t in tensors), strict=True)
+
+
+def sum_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Return the sum of a function of each of the `blocks`.
+
+    Example:
+        >>> sum_blocks(lambda w: w.square().sum(), torch.ones(2, BLOCK))
+        tensor(131072.)
+    """
+    sums = [function(*block) for block in blocks(*tensors)]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Return the strides of the dimensions with more than one index."""
+    return [step for step, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

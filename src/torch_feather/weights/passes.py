@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import devices
 from ..operators import Operator
-from . import plain
+from . import plain, rows, triton_passes
 from .kept import kept_values
 from .latent import DEVICE_BLOCK, LatentWeights, copy_all
+from .rows import NO_FACTORS
 from .segments import Segment, segment_of
 
 
@@ -32,6 +33,32 @@ def pruned_mask(weights: LatentWeights, segments: Sequence[Segment], i: int) -> 
     return flat.as_strided(weights.views[i].shape, weights.views[i].stride())
 
 
+def row_sums(weights: LatentWeights, segments: Sequence[Segment], i: int) -> Tensor:
+    """Return the sum of |w| over the kept weights, and over all weights, of each local row.
+
+    Args:
+        weights: the latent weights.
+        segments: cover all weights once.
+        i: position of a weight tensor that `has_rows`.
+
+    Returns:
+        A tensor of shape (rows, 2) of type `wide`.
+
+    Example:
+        >>> from torch_feather.selection import Cutoff
+        >>> weights = LatentWeights([torch.tensor([[1.0, -2.0], [3.0, 4.0]])])
+        >>> cutoff = Cutoff(torch.tensor(2.0), torch.tensor(1), torch.tensor(1.9))
+        >>> row_sums(weights, [Segment(0, 4, cutoff)], 0)
+        tensor([[0., 3.],
+                [7., 7.]])
+    """
+    if not devices.synchronizes(weights.device):
+        return rows.row_sums(weights, segments, i)
+    magnitudes = weights.views[i].abs().to(weights.wide)
+    kept = magnitudes.masked_fill(pruned_mask(weights, segments, i), 0.0)
+    return torch.stack([x.flatten(1).sum(1) for x in (kept, magnitudes)], 1)
+
+
 def count_pruned(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
     """Return the number of pruned weights of each tensor, int64 of shape (tensors,).
 
@@ -42,12 +69,20 @@ def count_pruned(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
         >>> count_pruned(weights, [Segment(0, 3, cutoff)]).tolist()
         [2]
     """
-    counts = [pruned_mask(weights, segments, i).sum() for i in range(len(weights.views))]
-    return weights.total(torch.stack(counts))
+    every = range(len(weights.views))
+    if devices.synchronizes(weights.device):
+        counts = torch.stack([pruned_mask(weights, segments, i).sum() for i in every])
+    else:
+        counts = torch.tensor([plain.count_pruned(weights, segments, i) for i in every])
+    return weights.total(counts)
 
 
 def write_effective(
-    weights: LatentWeights, segments: Sequence[Segment], operator: Operator, out: Sequence[Tensor]
+    weights: LatentWeights,
+    segments: Sequence[Segment],
+    operator: Operator,
+    out: Sequence[Tensor],
+    factors: Mapping[int, Tensor] = NO_FACTORS,
 ) -> None:
     """Write u: 0 for pruned weights, the operator's value for kept ones.
 
@@ -58,6 +93,7 @@ def write_effective(
         segments: cover all weights once.
         operator: maps kept weights to effective ones.
         out: local tensors in the shapes and layouts of the views. They are overwritten.
+        factors: by position of a tensor that `has_rows`, a factor for each of its local rows.
 
     Example:
         >>> from torch_feather.operators import Soft
@@ -68,10 +104,13 @@ def write_effective(
         >>> out.tolist()
         [0.0, -0.5, 1.5]
     """
-    if devices.synchronizes(weights.device):
+    if not devices.synchronizes(weights.device):
+        plain.write_effective(weights, segments, operator, out, factors)
+        return
+    if not triton_passes.write_effective(weights, segments, operator, out):
         _write_device(weights, segments, operator, out)
-    else:
-        plain.write_effective(weights, segments, operator, out)
+    for i, factor in factors.items():
+        out[i].mul_(factor.view(-1, *[1] * (out[i].dim() - 1)))
 
 
 def _write_device(
@@ -80,6 +119,7 @@ def _write_device(
     """Write effective weights without a host read."""
     flats = [torch.empty_like(part.flat) for part in weights.parts]
     for part, flat in zip(weights.parts, flats, strict=True):
+        zero = flat.new_zeros(())
         for segment in segments:
             first, end = weights.local_range(segment.start, segment.stop)
             start, stop = max(first, part.start), min(end, part.stop)
@@ -87,7 +127,7 @@ def _write_device(
                 inside = slice(a - part.start, min(a + DEVICE_BLOCK, stop) - part.start)
                 block = part.flat[inside].to(weights.wide)
                 kept = kept_values(block, segment.threshold, operator, flat.dtype)
-                flat[inside] = kept.masked_fill(segment.pruned(block.abs(), a), 0.0)
+                torch.where(segment.pruned(block.abs(), a), zero, kept, out=flat[inside])
     copy_all(out, weights.like(flats).views)
 
 
@@ -114,6 +154,8 @@ def adopt_written(
         >>> weights.views[0].tolist()  # 0 is the effective weight of 0.5, 3.0 is new
         [0.5, 3.0]
     """
+    if triton_passes.adopt(weights, which, values, effective):
+        return
     runs = [[i] for i in which]
     if devices.synchronizes(weights.device):
         runs = weights.constant(("runs", *which), lambda weights: _runs(weights, which))

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,8 +23,10 @@ from .checksum import Recorded, Sums, joined
 from .groups import Group, groups
 from .kept import kept_values
 from .latent import BLOCK, LatentWeights
-from .scores import Piece, as_array
-from .segments import Segment
+from .rows import NO_FACTORS, multiply_rows
+from .scores import as_array
+from .segments import Segment, segment_of
+from .spans import Span, flat_of, spans
 
 DENSE = 0.25
 """Kept fraction of a block above which all its weights are computed, not the kept ones alone."""
@@ -34,54 +35,12 @@ TINY = 2.0**-100
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Span(NamedTuple):
-    """Neighbouring local weights that one comparison prunes.
-
-    Example:
-        >>> Span(Piece(torch.ones(2), 0), 3, torch.tensor(0.5)).limit
-        3
-    """
-
-    piece: Piece
-    limit: int
-    """Weights are pruned if the bits of their score are at most this."""
-    tau: Tensor
-    """Threshold of the operator, 0-dimensional."""
-
-
-def spans(weights: LatentWeights, segments: Sequence[Segment]) -> Iterator[Span]:
-    """Yield all local weights in spans.
-
-    Args:
-        weights: the latent weights, on the CPU.
-        segments: cover all weights once.
-
-    Example:
-        >>> from torch_feather.selection import Cutoff
-        >>> weights = LatentWeights([torch.tensor([1.0, 1.0, 2.0])])
-        >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(0), torch.tensor(0.9))
-        >>> [span.piece.values.numel() for span in spans(weights, [Segment(0, 3, cutoff)])]
-        [1, 2]
-    """
-    number = np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
-    for segment in segments:
-        first, end = weights.local_range(segment.start, segment.stop)
-        cutoff, tau = segment.cutoff, segment.threshold
-        value, last = cutoff.value.to(weights.wide).numpy(), int(cutoff.last)
-        limit = int(value.view(INTEGER[number])) if value >= 0 else -1
-        scale = None if segment.scale is None else number.type(segment.scale.item())
-        for part in weights.parts:
-            a, b = max(first, part.start), min(end, part.stop)
-            # Scores equal to the cutoff are pruned up to `last`, so the comparison changes there.
-            middle = min(max(last + 1, a), b)
-            for start, stop, bound in ((a, middle, limit), (middle, b, max(limit, 0) - 1)):
-                if start < stop:
-                    inside = part.flat[start - part.start : stop - part.start]
-                    yield Span(Piece(inside, start, scale), bound, tau)
-
-
 def write_effective(
-    weights: LatentWeights, segments: Sequence[Segment], operator: Operator, out: Sequence[Tensor]
+    weights: LatentWeights,
+    segments: Sequence[Segment],
+    operator: Operator,
+    out: Sequence[Tensor],
+    factors: Mapping[int, Tensor] = NO_FACTORS,
 ) -> None:
     """Write the effective weights; arguments as for `passes.write_effective`.
 
@@ -107,13 +66,13 @@ def write_effective(
             b = min(group.stop - piece.start, piece.values.numel())
             if a < b:
                 _write_range(weights.wide, operator, targets, every[j], a, b, plain[j])
+        for i, a, b in group.ranges:
+            if i in factors:
+                width = out[i].numel() // len(factors[i])
+                multiply_rows(flat_of(out[i])[a:b], a, width, factors[i])
         if not isinstance(out, Recorded):
             return []
-        flats = ((i, out[i].detach(), a, b) for i, a, b in group.ranges)
-        return [
-            (i, Sums.of(flat.as_strided((b - a,), (1,), flat.storage_offset() + a)))
-            for i, flat, a, b in flats
-        ]
+        return [(i, Sums.of(flat_of(out[i])[a:b])) for i, a, b in group.ranges]
 
     found = for_each(write, groups(weights))
     torch.autograd.graph.increment_version(list(out))
@@ -145,18 +104,44 @@ def pruned_mask(weights: LatentWeights, segment: Segment, i: int) -> Tensor:
 
     def compare(block: tuple[Span, int, int]) -> None:
         span, a, b = block
-        start = span.piece.start
-        w = as_array(span.piece.values[a - start : b - start], weights.wide)
-        bits = magnitude_bits(w, span.piece.scale)
-        np.less_equal(bits, span.limit, out=out[a - first : b - first])
+        np.less_equal(_bits(weights, span, a, b), span.limit, out=out[a - first : b - first])
 
-    blocks = []
+    for_each(compare, _blocks(weights, segment, i))
+    return flat.as_strided(weights.views[i].shape, weights.views[i].stride())
+
+
+def count_pruned(weights: LatentWeights, segments: Sequence[Segment], i: int) -> int:
+    """Return the number of pruned local weights of tensor i, without a mask.
+
+    Example:
+        >>> from torch_feather.selection import Cutoff
+        >>> weights = LatentWeights([torch.tensor([1.0, 1.0, 2.0])])
+        >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(0), torch.tensor(0.9))
+        >>> count_pruned(weights, [Segment(0, 3, cutoff)], 0)
+        1
+    """
+
+    def count(block: tuple[Span, int, int]) -> int:
+        return int(np.count_nonzero(_bits(weights, *block) <= block[0].limit))
+
+    return sum(for_each(count, _blocks(weights, segment_of(weights, segments, i), i)))
+
+
+def _blocks(weights: LatentWeights, segment: Segment, i: int) -> list[tuple[Span, int, int]]:
+    """Return the blocks of local weights of tensor i: their span, start and stop."""
+    first, end = weights.local_spans[i]
+    found = []
     for span in spans(weights, [segment]):
         start = max(first, span.piece.start)
         stop = min(end, span.piece.start + span.piece.values.numel())
-        blocks += [(span, a, min(a + BLOCK, stop)) for a in range(start, stop, BLOCK)]
-    for_each(compare, blocks)
-    return flat.as_strided(weights.views[i].shape, weights.views[i].stride())
+        found += [(span, a, min(a + BLOCK, stop)) for a in range(start, stop, BLOCK)]
+    return found
+
+
+def _bits(weights: LatentWeights, span: Span, a: int, b: int) -> np.ndarray:
+    """Return the bits of the scores of local weights a to b, in memory of this thread."""
+    w = as_array(span.piece.values[a - span.piece.start : b - span.piece.start], weights.wide)
+    return magnitude_bits(w, span.piece.scale)
 
 
 class Targets:
@@ -208,8 +193,7 @@ def flat_bits(tensor: Tensor) -> np.ndarray:
         >>> flat_bits(torch.tensor([[1.0, 0.0]])).tolist()
         [1065353216, 0]
     """
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-    return flat.view(INTEGERS[tensor.element_size()]).numpy()
+    return flat_of(tensor).view(INTEGERS[tensor.element_size()]).numpy()
 
 
 def _write_range(

@@ -89,8 +89,7 @@ class WeightScores(Scores):
         self._start, self._wide, self.size = start, weights.wide, stop - start
         self.dtype = np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
         self._pieces = pieces(weights, start, stop, scales)
-        whole = scales is None and self.size == weights.size
-        self._collected = weights.collected if whole else None
+        self._collected = weights.collected.get((start, stop)) if scales is None else None
         self._flats = weights.flats
 
     def _inside(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
+from .counts import count_zeros
 
 
 class Box(NamedTuple):
@@ -130,7 +131,8 @@ def count_nonzero(tensor: Any) -> int:
         >>> count_nonzero(torch.tensor([0.0, 1.0, 2.0]))
         2
     """
-    count = local(tensor).count_nonzero()
+    part = local(tensor)
+    count = part.numel() - count_zeros(part)
     if is_sharded(tensor):
         mesh = tensor.device_mesh
         count = count.to(mesh.device_type)

@@ -13,7 +13,7 @@ from ...errors import ConfigurationError
 from ...gradient_rules import StraightThrough
 from ...operators import Hard
 from ...schedules import Constant
-from ...weights.latent import LatentWeights
+from ...weights.latent import LatentWeights, sum_blocks
 from ..own_parameters import Momentum
 from .base import LearnedMethod, Present
 
@@ -118,10 +118,16 @@ def standard_deviations(weights: LatentWeights) -> Tensor:
         >>> standard_deviations(LatentWeights([torch.tensor([-1.0, 1.0]), torch.ones(1)]))
         tensor([1.4142, 0.0000])
     """
-    wide = [w.to(weights.wide) for w in weights.views]
+    wide = weights.wide
     if weights.shards is None:
-        return torch.stack([w.std() if w.numel() > 1 else w.new_zeros(()) for w in wide])
-    means = weights.total(torch.stack([w.sum() for w in wide])) / weights.sizes
-    pairs = zip(wide, means, strict=True)
-    squares = weights.total(torch.stack([(w - mean).square().sum() for w, mean in pairs]))
+        every = (w.to(wide) for w in weights.views)
+        return torch.stack([w.std() if w.numel() > 1 else w.new_zeros(()) for w in every])
+    means = weights.total(torch.stack([w.sum(dtype=wide) for w in weights.views])) / weights.sizes
+    pairs = zip(weights.views, means, strict=True)
+    squares = weights.total(torch.stack([_square_distance(w, mean) for w, mean in pairs]))
     return (squares / (weights.sizes - 1).clamp_min(1)).sqrt()
+
+
+def _square_distance(w: Tensor, mean: Tensor) -> Tensor:
+    """Return the sum of (w - mean)^2 in the type of the mean, 0-dimensional."""
+    return sum_blocks(lambda block: (block.to(mean.dtype) - mean).square_().sum(), w)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...gradient_rules import Schedule as ThetaSchedule
 from ...schedules import Schedule
-from ...weights.latent import LatentWeights
+from ...weights.latent import LatentWeights, sum_blocks
 from ..options import make_gradient, make_operator, make_schedule
 from ..own_parameters import Momentum
 from .asl import EXACT_FROM, StandardDeviations
@@ -98,7 +98,8 @@ class FittedDeviations(StandardDeviations):
         kept = now.kept().to(r.dtype)
         total = kept.sum().clamp_min(1)
         violation = (total / weights.size / (1 - now.sparsity)).log()
-        sums = torch.stack([w.abs().sum(dtype=weights.wide) for w in weights.views])
+        magnitudes = partial(sum_blocks, lambda block: block.abs().sum(dtype=weights.wide))
+        sums = torch.stack([magnitudes(w) for w in weights.views])
         concentration = weights.total(sums) / weights.sizes / now.slope
         slope = log_density_slope(r, concentration)
         return 2 * self.budget_weight * violation * (kept / total) * slope

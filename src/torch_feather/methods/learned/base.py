@@ -22,9 +22,10 @@ from ...errors import ConfigurationError
 from ...gradient_rules import GradientRule
 from ...operators import Operator
 from ...prunable import convolutions
+from ...scalars import count_of
 from ...schedules import Schedule
 from ...selection import Cutoff
-from ...weights.latent import LatentWeights, PerTensor
+from ...weights.latent import LatentWeights, PerTensor, sum_blocks
 from ...weights.passes import count_pruned
 from ...weights.segments import Segment
 from ...weights.selecting import select_weights
@@ -257,7 +258,7 @@ class LearnedThresholds(Thresholded):
 
     def exact_cutoff(self, sparsity: Tensor, scale: Tensor, weights: LatentWeights) -> Cutoff:
         """Return the cutoff that prunes exactly the round(s N) lowest |w| times scale."""
-        k = (sparsity * weights.size).round().long()
+        k = count_of(sparsity, weights.size)
         return select_weights(weights, k, list(scale))
 
     def _is_dense(self) -> Tensor:
@@ -293,8 +294,7 @@ class LearnedThresholds(Thresholded):
             if gradient is None:
                 sums.append(pruning.tau.new_zeros(()))
             else:
-                change = self._unrounded(weights, pruning, i, effective[i]) - w
-                sums.append((change * gradient).sum(dtype=weights.wide))
+                sums.append(self._sum(weights, pruning, i, w, effective[i], gradient))
         # If gradients overflowed, GradScaler skips the optimizer of those weights, and no other.
         total = weights.total(torch.stack(sums)).nan_to_num_(0.0, 0.0, 0.0)
         own = total * torch.where(pruning.tau > 0, pruning.slope / pruning.tau, 0.0)
@@ -312,20 +312,30 @@ class LearnedThresholds(Thresholded):
         own = own.masked_fill(dense, 0.0).to(self.r.dtype)
         return Completion(own={self.method.law.unit: PerTensor.of(own)})
 
-    def _unrounded(
-        self, weights: LatentWeights, pruning: Learned, i: int, effective: Tensor
+    def _sum(
+        self, weights: LatentWeights, pruning: Learned, i: int, w: Tensor, u: Tensor, g: Tensor
     ) -> Tensor:
-        """Return u of tensor i before it was rounded to its type.
+        """Return the sum of dL/dw (u - w) over tensor i, 0-dimensional."""
+        tau = self.threshold(weights, pruning, i)
+
+        def of_block(w: Tensor, u: Tensor, gradient: Tensor) -> Tensor:
+            change = self._unrounded(w, u, tau, weights.wide) - w
+            return (change * gradient).sum(dtype=weights.wide)
+
+        return sum_blocks(of_block, w, u, g)
+
+    def _unrounded(self, w: Tensor, u: Tensor, tau: Tensor, wide: torch.dtype) -> Tensor:
+        """Return u before it was rounded to its type.
 
         If a threshold is small compared with the weights, u - w is less than the rounding error of
         half precision.
         """
-        if effective.dtype == weights.wide:
-            return effective
-        wide = weights.views[i].to(weights.wide)
+        if u.dtype == wide:
+            return u
+        exact = w.to(wide)
         if not self.operator.is_identity:
-            wide = self.operator(wide, self.threshold(weights, pruning, i))
-        return wide.masked_fill(effective == 0, 0.0)
+            exact = self.operator(exact, tau)
+        return exact.masked_fill(u == 0, 0.0)
 
     def after_step(
         self,

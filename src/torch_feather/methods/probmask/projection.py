@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ... import devices
+from ...weights.latent import BLOCK, blocks, sum_blocks
 
 ITERATIONS = 30
 """Evaluations of the sum if the host may not read it; otherwise about five are needed."""
@@ -26,7 +29,10 @@ def project_(x: Tensor, budget: Tensor) -> Tensor:
         >>> project_(torch.tensor([0.5, 1.0, 1.0]), torch.tensor(1.0))
         tensor([0.0000, 0.5000, 0.5000])
     """
-    return x.sub_(_shift(x, budget)).clamp_(0.0, 1.0)
+    shift = _shift(x, budget)
+    for (block,) in blocks(x):
+        block.sub_(shift).clamp_(0.0, 1.0)
+    return x
 
 
 def _shift(x: Tensor, budget: Tensor) -> Tensor:
@@ -36,16 +42,15 @@ def _shift(x: Tensor, budget: Tensor) -> Tensor:
     of the proven bracket is replaced by bisection.
     """
     host_reads = not devices.synchronizes(x.device)
-    if host_reads:
+    if host_reads and x.numel() <= BLOCK:
         x = x[x > 0]  # all others are 0 at any v
-        if x.numel() == 0:
-            return x.new_zeros(())
-    low, high = torch.zeros_like(x[0]), x.max()
+    if x.numel() == 0:
+        return x.new_zeros(())
+    low, high = torch.zeros_like(x[0]), x.max().clamp_min(0.0)
     v, rounding = low, 4 * torch.finfo(x.dtype).eps
     for _ in range(ITERATIONS):
-        shifted = x - v
-        falling = ((shifted > 0) & (shifted <= 1)).sum()
-        violation = shifted.clamp_(0.0, 1.0).sum() - budget
+        kept, falling = sum_blocks(partial(_counts, v=v), x).unbind()
+        violation = kept - budget
         above = violation > 0
         low, high = torch.where(above, v, low), torch.where(above, high, v)
         done = (violation.abs() <= rounding * (budget + falling)) | (low >= high)
@@ -56,3 +61,10 @@ def _shift(x: Tensor, budget: Tensor) -> Tensor:
         following = torch.where(inside, newton, (low + high) / 2).to(x.dtype)
         v = torch.where(done, v, following)
     return v
+
+
+def _counts(x: Tensor, v: Tensor) -> Tensor:
+    """Return the sum of clamp(x - v, 0, 1), and how many of its terms fall with v, (2,) float64."""
+    shifted = x - v
+    falling = ((shifted > 0) & (shifted <= 1)).sum()
+    return torch.stack([shifted.clamp_(0.0, 1.0).sum().double(), falling.double()])

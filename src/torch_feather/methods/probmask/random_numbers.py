@@ -6,8 +6,14 @@ repeat one draw. Number i of a seed needs no state but i.
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from ... import devices
+from ...threads import scratch
 
 
 def _signed(x: int) -> int:
@@ -17,6 +23,9 @@ def _signed(x: int) -> int:
 
 _WEYL = _signed(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+
+_BLOCK = 1 << 15
+"""Numbers at a time on a CPU; they stay in the cache."""
 
 
 def uniform(seed: int, position: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -36,6 +45,8 @@ def uniform(seed: int, position: Tensor, count: int, dtype: torch.dtype) -> Tens
         >>> uniform(0, torch.tensor(0), 2, torch.float32).shape
         torch.Size([2])
     """
+    if not devices.synchronizes(position.device):
+        return torch.from_numpy(_on_cpu(seed, int(position), count, dtype))
     z = torch.arange(1, count + 1, device=position.device)
     z.add_(position).mul_(_WEYL).add_(_signed(seed % 2**64))
     # A shift of signed integers brings in copies of the sign, which are masked off.
@@ -43,3 +54,27 @@ def uniform(seed: int, position: Tensor, count: int, dtype: torch.dtype) -> Tens
     z.bitwise_xor_((z >> 27).bitwise_and_(2**37 - 1)).mul_(_MIX_2)
     upper = z.bitwise_right_shift_(41).bitwise_and_(2**23 - 1)
     return upper.to(dtype).add_(0.5).mul_(2.0**-23)
+
+
+def _on_cpu(seed: int, position: int, count: int, dtype: torch.dtype) -> np.ndarray:
+    """Return the numbers of `uniform` with fewer operations: NumPy has unsigned integers."""
+    out = np.empty(count, np.float64 if dtype == torch.float64 else np.float32)
+    for a in range(0, count, _BLOCK):
+        part = out[a : a + _BLOCK]
+        offset = np.uint64(((position + a) * _WEYL + seed) % 2**64)
+        z = np.add(_multiples()[: part.size], offset, out=scratch("z", part.size, np.uint64))
+        shifted = scratch("shifted", part.size, np.uint64)
+        for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+            z ^= np.right_shift(z, np.uint64(shift), out=shifted)
+            z *= np.uint64(factor % 2**64)
+        z >>= np.uint64(41)
+        np.copyto(part, z.view(np.int64), casting="unsafe")
+        np.add(part, 0.5, out=part)
+        np.multiply(part, 2.0**-23, out=part)
+    return out
+
+
+@functools.cache
+def _multiples() -> np.ndarray:
+    """Return 1 to `_BLOCK` times the increment of the sequence."""
+    return np.arange(1, _BLOCK + 1, dtype=np.uint64) * np.uint64(_WEYL % 2**64)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,12 +50,17 @@ class SoftTopK(NamedTuple):
 
     def logits(self, magnitudes: Tensor, j: int) -> Tensor:
         """Return beta (v / c - h) of values in segment j, of any shape, as a new tensor."""
-        x = (magnitudes * self.scale[j]).sub_(self.threshold[j]).mul_(self.beta)
+        if not devices.synchronizes(magnitudes.device) and self.scale[j] == 1:
+            x = (magnitudes - self.threshold[j]).mul_(self.beta)
+        else:
+            x = (magnitudes * self.scale[j]).sub_(self.threshold[j]).mul_(self.beta)
+        if not devices.synchronizes(x.device) and x.sum().isfinite():
+            return x
         return x.nan_to_num_(nan=SATURATED)
 
-    def mask(self, magnitudes: Tensor, j: int) -> Tensor:
-        """Return m of values in segment j, of any shape, as a new tensor."""
-        return self.logits(magnitudes, j).add_(self.shift[j]).sigmoid_()
+    def mask(self, magnitudes: Tensor, j: int, out: Tensor | None = None) -> Tensor:
+        """Return m of values in segment j, of any shape, as a new tensor or in `out`."""
+        return torch.sigmoid(self.logits(magnitudes, j).add_(self.shift[j]), out=out)
 
 
 def soft_top_k(weights: LatentWeights, segments: Sequence[Segment], beta: Tensor) -> SoftTopK:
@@ -79,18 +85,30 @@ def soft_top_k(weights: LatentWeights, segments: Sequence[Segment], beta: Tensor
     soft = SoftTopK(beta, scale, threshold, torch.zeros_like(scale))
     logits, signs, counts = [], [], scale.new_zeros(len(segments), 2)
     for j, segment in enumerate(segments):
-        magnitudes = weights.magnitudes(segment.start, segment.stop)
-        sign = torch.empty_like(magnitudes)
-        for a in range(0, sign.numel(), _block(sign)):
-            part = slice(a, a + _block(sign))
-            pruned = segment.pruned(magnitudes[part], segment.start + a)
-            counts[j, 0] += pruned.sum()
-            sign[part] = pruned
+        first, end = weights.local_range(segment.start, segment.stop)
+        sign = torch.empty(end - first, dtype=weights.wide, device=weights.device)
+        x = torch.empty_like(sign)
+        for a in range(first, end, _block(sign)):
+            magnitudes = weights.local_magnitudes(a, min(a + _block(sign), end))
+            part = slice(a - first, a - first + magnitudes.numel())
+            pruned = segment.pruned(magnitudes, a)
+            counts[j, 0] += _write_signs(pruned, sign[part])
+            x[part] = soft.logits(magnitudes, j)
         counts[j, 1] = sign.numel() - counts[j, 0]
-        logits.append(soft.logits(magnitudes, j))
-        signs.append(sign.mul_(2).sub_(1))
+        logits.append(x)
+        signs.append(sign)
     shift = _root(logits, signs, counts, 1 / scale, shared_budgets(weights, segments))
     return soft._replace(shift=shift)
+
+
+def _write_signs(pruned: Tensor, out: Tensor) -> Tensor | int:
+    """Write 1 for pruned weights and -1 for kept ones; return the number of pruned ones."""
+    if devices.synchronizes(pruned.device):
+        out.copy_(pruned).mul_(2).sub_(1)
+        return pruned.sum()
+    np.copyto(out.numpy(), pruned.numpy())  # PyTorch is slow with bool
+    out.mul_(2).sub_(1)
+    return int(np.count_nonzero(pruned.numpy()))
 
 
 def shared_budgets(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:

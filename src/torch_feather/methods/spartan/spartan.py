@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from ...gradient_rules import StraightThrough
 from ...operators import Hard
 from ...schedules import Linear, count_steps
 from ...weights.kept import keep_nonzero
-from ...weights.latent import LatentWeights, PerTensor
+from ...weights.latent import LatentWeights, PerTensor, blocks, sum_blocks
 from ...weights.passes import pruned_mask
 from ...weights.segments import Segment, position_of
 from ..base import Completion, Gradients, Pruning
@@ -199,8 +200,9 @@ class Spartan(MagnitudePruning):
         positions = tuple(position_of(weights, segments, i) for i in range(len(weights.views)))
         new = []
         for i, (w, j) in enumerate(zip(weights.views, positions, strict=True)):
-            m = soft.mask(w.abs().to(weights.wide), j)
-            new.append(m.masked_fill_(pruned_mask(weights, segments, i), 0.0))
+            new.append(torch.empty_like(w, dtype=weights.wide))
+            for w_block, m, pruned in blocks(w, new[-1], pruned_mask(weights, segments, i)):
+                soft.mask(w_block.abs().to(weights.wide), j, out=m).masked_fill_(pruned, 0.0)
         found = torch.stack([segments[j].threshold for j in positions])
         if not read or stays.any():  # states of several optimizers are loaded one after another
             new = [torch.where(*pair) for pair in zip(stays, masks, new, strict=True)]
@@ -211,7 +213,8 @@ class Spartan(MagnitudePruning):
         self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
     ) -> None:
         for w, mask, u in zip(weights.views, pruning.mask, out, strict=True):
-            u.copy_(_effective(w, mask))
+            for w_block, m, target in blocks(w, mask, u):
+                _write_effective(w_block, m, target)
 
     def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
         return pruning.mask[i] == 0
@@ -222,15 +225,23 @@ class Spartan(MagnitudePruning):
     # Gradients
 
     def _mask_and_gain(
-        self, weights: LatentWeights, pruning: SoftMasks, i: int
+        self, weights: LatentWeights, pruning: SoftMasks, i: int, w: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the soft mask m and 1 + beta (1 - m) v / c, for all weights of tensor i."""
+        """Return the soft mask m and 1 + beta (1 - m) v / c of all or some weights of tensor i.
+
+        Args:
+            weights: the latent weights.
+            pruning: their pruning.
+            i: position of the tensor.
+            w: its latent weights, or a block of them.
+            mask: their masks in the pruning.
+        """
         assert pruning.soft is not None
-        j, magnitudes = pruning.positions[i], weights.views[i].abs().to(weights.wide)
+        j, magnitudes = pruning.positions[i], w.abs().to(weights.wide)
         m = pruning.soft.mask(magnitudes, j)
         rate = pruning.soft.beta * pruning.soft.scale[j]
         if devices.synchronizes(weights.device):
-            m = torch.where(pruning.frozen, pruning.mask[i], m)
+            m = torch.where(pruning.frozen, mask, m)
             rate = rate.masked_fill(pruning.frozen, 0.0)
         return m, (1 - m).mul_(magnitudes).mul_(rate).add_(1)
 
@@ -238,12 +249,14 @@ class Spartan(MagnitudePruning):
         self, weights: LatentWeights, pruning: Pruning, i: int, gradient: Tensor, effective: Tensor
     ) -> Tensor:
         """Return g m + sign(w) beta m (1 - m) g w / c, for pruned weights too."""
+        mask = pruning.mask[i]
         if not devices.synchronizes(weights.device) and pruning.frozen:
-            factor = pruning.mask[i]
-        else:
-            m, gain = self._mask_and_gain(weights, pruning, i)
-            factor = m.mul_(gain)
-        return (gradient * factor).to(gradient.dtype)
+            return (gradient * mask).to(gradient.dtype)
+        out = torch.empty_like(gradient)
+        for w, m_block, g, target in blocks(weights.views[i], mask, gradient, out):
+            m, gain = self._mask_and_gain(weights, pruning, i, w, m_block)
+            torch.mul(m.mul_(gain), g, out=target)
+        return out
 
     def complete(
         self,
@@ -260,12 +273,20 @@ class Spartan(MagnitudePruning):
         sums = torch.zeros(len(pruning.segments), 2, dtype=torch.float64, device=weights.device)
         slopes = []
         for i, (gradient, w) in enumerate(zip(gradients, weights.views, strict=True)):
-            m, gain = self._mask_and_gain(weights, pruning, i)
-            rest, j = 1 - m, positions[i]
-            slopes.append(m.mul_(rest))
-            sums[j, 1] += slopes[i].sum() / soft.scale[j]
-            if gradient is not None:  # g m gain; the sum needs g w m (1 - m)
-                sums[j, 0] += rest.mul_(w).div_(gain).mul_(gradient).sum()
+            slopes.append(torch.empty_like(w, dtype=weights.wide))
+            given = () if gradient is None else (gradient,)
+
+            def add(w: Tensor, mask: Tensor, slope: Tensor, *g: Tensor, i: int = i) -> Tensor:
+                m, gain = self._mask_and_gain(weights, pruning, i, w, mask)
+                rest = 1 - m
+                found = [rest.new_zeros(()), torch.mul(m, rest, out=slope).sum()]
+                if g:  # g m gain; the sum needs g w m (1 - m)
+                    found[0] = rest.mul_(w).div_(gain).mul_(g[0]).sum()
+                return torch.stack(found).double()
+
+            j, found = positions[i], sum_blocks(add, w, pruning.mask[i], slopes[i], *given)
+            sums[j, 0] += found[0]
+            sums[j, 1] += found[1] / soft.scale[j]
         top, bottom = (shared_budgets(weights, pruning.segments) @ sums).unbind(1)
         # If all m are 0 or 1, X is 0. If gradients overflowed, GradScaler skips the optimizer of
         # those weights, and no other.
@@ -274,11 +295,19 @@ class Spartan(MagnitudePruning):
         cross = cross.masked_fill(pruning.frozen, 0.0)
         terms: list[Tensor | None] = []
         for j, slope, g, w in zip(positions, slopes, gradients, weights.views, strict=True):
-            terms.append(None if g is None else slope.mul_(w.sign()).mul_(cross[j]).neg_())
+            for s, w_block in blocks(slope, w) if g is not None else ():
+                s.mul_(w_block.sign()).mul_(-cross[j])
+            terms.append(None if g is None else slope)
         return Completion(terms=terms)
 
 
-def _effective(w: Tensor, mask: Tensor) -> Tensor:
-    """Return w m in the layout of w; 0 only if the mask or w is."""
+def _write_effective(w: Tensor, mask: Tensor, out: Tensor) -> None:
+    """Write w m; it is 0 only if the mask or w is."""
+    if w.dtype == out.dtype == mask.dtype and not devices.synchronizes(w.device):
+        out = out.detach()
+        torch.mul(w, mask, out=out)
+        if np.array_equal(out.numpy() == 0, mask.numpy() == 0):  # nothing was rounded to 0
+            out.add_(0.0)  # -0 becomes 0
+            return
     u = keep_nonzero((w * mask).to(w.dtype), w)
-    return u.masked_fill_(mask == 0, 0.0)
+    out.copy_(u.masked_fill_(mask == 0, 0.0))

@@ -60,13 +60,17 @@ class Target(NamedTuple):
         """The first part of the triple."""
         return self.triple.partition("-")[0]
 
-    def machine(self) -> Any:
+    def machine(self, *, for_files: bool = False) -> Any:
         """Return a new LLVM target machine.
 
         An MCJIT engine takes ownership of its target machine, so each engine needs a new one.
+
+        Args:
+            for_files: whether it writes object files, whose code must be position-independent.
         """
         known = llvm().Target.from_triple(self.triple)
-        return known.create_target_machine(cpu=self.cpu, features=self.features, opt=3)
+        options = {"reloc": "pic", "codemodel": "default"} if for_files else {}
+        return known.create_target_machine(cpu=self.cpu, features=self.features, opt=3, **options)
 
 
 @functools.cache

@@ -126,6 +126,11 @@ def apply(config: Config, values: Mapping[str, Any], where: str) -> Config:
         section, dot, name = key.partition(".")
         fields = sections.setdefault(section, {}) if dot else top
         if section == "options":
+            if not name:
+                raise ConfigurationError(
+                    f"{where}: {key} must hold names and values, such as 'p: 2', got "
+                    f"{shorten(value)}"
+                )
             fields[name] = _parse_number(f"{where}: {key}", value)
         elif key in types_of:
             fields[name if dot else key] = _convert(f"{where}: {key}", value, types_of[key])

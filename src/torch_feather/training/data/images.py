@@ -102,15 +102,19 @@ def _rgb(image: PIL.Image.Image, depth: int) -> np.ndarray:
 
 
 def _from_16_bits(image: PIL.Image.Image, tags: Any) -> np.ndarray:
-    values = np.asarray(image).astype(np.int64)
+    stored = np.asarray(image)
     largest = 2 ** max(tags.get(_TIFF_BITS, (16,))) - 1
-    if values.min() < 0 or values.max() > largest:
+    if stored.min() < 0 or stored.max() > largest:
         raise ValueError(f"grey values beyond {largest}")
-    grey = ((values * 255 + largest // 2) // largest).astype(np.uint8)
+    values = stored.astype(np.uint32)  # in place from here on, because an image may be large
+    values *= 255
+    values += largest // 2
+    values //= largest
+    grey = values.astype(np.uint8)
     if tags.get(_TIFF_PHOTOMETRIC) == 0:  # 0 is white; Pillow inverts only 8 bits
         grey = 255 - grey
     if (transparent := image.info.get("transparency")) is not None:
-        grey[values == transparent] = 255
+        grey[stored == transparent] = 255
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 

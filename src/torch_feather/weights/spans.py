@@ -1,0 +1,71 @@
+"""Spans: local weights of a CPU that one comparison of integers prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..selection.cpu import INTEGER
+from .latent import LatentWeights
+from .scores import Piece
+from .segments import Segment
+
+
+class Span(NamedTuple):
+    """Neighbouring local weights that one comparison prunes.
+
+    Example:
+        >>> Span(Piece(torch.ones(2), 0), 3, torch.tensor(0.5)).limit
+        3
+    """
+
+    piece: Piece
+    limit: int
+    """Weights are pruned if the bits of their score are at most this."""
+    tau: Tensor
+    """Threshold of the operator, 0-dimensional."""
+
+
+def spans(weights: LatentWeights, segments: Sequence[Segment]) -> Iterator[Span]:
+    """Yield all local weights in spans.
+
+    Args:
+        weights: the latent weights, on the CPU.
+        segments: cover all weights once.
+
+    Example:
+        >>> from torch_feather.selection import Cutoff
+        >>> weights = LatentWeights([torch.tensor([1.0, 1.0, 2.0])])
+        >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(0), torch.tensor(0.9))
+        >>> [span.piece.values.numel() for span in spans(weights, [Segment(0, 3, cutoff)])]
+        [1, 2]
+    """
+    number = np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
+    for segment in segments:
+        first, end = weights.local_range(segment.start, segment.stop)
+        cutoff, tau = segment.cutoff, segment.threshold
+        value, last = cutoff.value.to(weights.wide).numpy(), int(cutoff.last)
+        limit = int(value.view(INTEGER[number])) if value >= 0 else -1
+        scale = None if segment.scale is None else number.type(segment.scale.item())
+        for part in weights.parts:
+            a, b = max(first, part.start), min(end, part.stop)
+            # Scores equal to the cutoff are pruned up to `last`, so the comparison changes there.
+            middle = min(max(last + 1, a), b)
+            for start, stop, bound in ((a, middle, limit), (middle, b, max(limit, 0) - 1)):
+                if start < stop:
+                    inside = part.flat[start - part.start : stop - part.start]
+                    yield Span(Piece(inside, start, scale), bound, tau)
+
+
+def flat_of(tensor: Tensor) -> Tensor:
+    """Return a dense tensor in the order of its memory, flat.
+
+    Example:
+        >>> flat_of(torch.tensor([[1.0, 2.0]]).t()).tolist()
+        [1.0, 2.0]
+    """
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
