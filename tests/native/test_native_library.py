@@ -3,12 +3,22 @@
 import ctypes
 import shutil
 import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
-from native_cases import TOLERANCE, compile_and_run, error, library, needs_gcc, pruned, runtime
+from native_cases import (
+    PACKAGE,
+    TOLERANCE,
+    compile_and_run,
+    error,
+    library,
+    needs_gcc,
+    pruned,
+    runtime,
+)  # fmt: skip
 from torch import nn
 
 import torch_feather as feather
@@ -93,7 +103,8 @@ def test_more_calls_than_places_are_busy(digits):
     assert found.model_create(ctypes.byref(handle), 1) == 0
     x, y = np.zeros(64, np.float32), np.zeros(10, np.float32)
     call = handle, *((ctypes.c_void_p * 1)(a.ctypes.data) for a in (x, y))
-    flag = ctypes.c_int32.from_address(handle.value + 64)
+    first_slot = ctypes.c_int64.from_address(handle.value + 16).value
+    flag = ctypes.c_int32.from_address(handle.value + first_slot)
     flag.value = 1
     assert found.model_run(*call) == 3
     flag.value = 0
@@ -137,6 +148,19 @@ def test_the_loader_checks_its_arguments(digits):
     compiled.close()
     with pytest.raises(ValueError, match="closed"):
         compiled(np.zeros((1, 1, 8, 8)))
+
+
+def test_the_loader_needs_numpy_alone(digits):
+    """A fresh interpreter that cannot import PyTorch."""
+    code = (
+        f"import sys; sys.modules['torch'] = None; sys.path.insert(0, {str(PACKAGE)!r})\n"
+        "import numpy as np, torch_feather_runtime as runtime\n"
+        "model = runtime.load('libmodel.so')\n"
+        "x = np.fromfile('example_input.bin', np.float32).reshape(model.inputs[0].shape)\n"
+        "y = np.fromfile('example_output.bin', np.float32).reshape(model.outputs[0].shape)\n"
+        "assert abs(model(x) - y).max() <= 1e-5 * abs(y).max()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=digits[1], check=True)
 
 
 def test_several_outputs_and_samples(tmp_path):

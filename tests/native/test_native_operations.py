@@ -2,6 +2,7 @@
 
 import subprocess
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from native_cases import TOLERANCE, compile_and_run, error, library, needs_gcc, 
 from torch import nn
 
 import torch_feather as feather
+from torch_feather.runtime import LayerTuning
+from torch_feather.runtime.kernels import Tile
 
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 pytestmark = needs_gcc
 IMAGE, TOKENS = (2, 4, 9, 6), (2, 7, 16)
 
@@ -160,6 +164,50 @@ def run_c(folder, x, shapes):
             flat.split([max(1, torch.Size(s).numel()) for s in shapes]), shapes, strict=True
         )
     ]
+
+
+class Shared(nn.Module):
+    """One weight at two sizes, an empty layer, and the input as an output."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.empty = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 5, 1)
+        self.scale = nn.Parameter(torch.linspace(0.5, 2, 4).view(4, 1, 1))
+
+    def forward(self, x):
+        y = F.max_pool2d(self.conv(x), 2)
+        return x, self.conv(y) * self.scale, self.empty(y), self.scale.flatten()
+
+
+def test_shared_and_empty_layers_and_constant_outputs(tmp_path):
+    model = pruned(Shared(), 0.5)
+    nn.init.zeros_(model.empty.weight)
+    feather.export_native(model, torch.zeros(IMAGE), tmp_path / "native")
+    feather.export_c(model, torch.zeros(IMAGE), tmp_path / "c")
+    x = torch.randn(IMAGE)
+    with torch.no_grad():
+        expected = model(x)
+    outputs = run_c(tmp_path / "c", x, [tuple(y.shape) for y in expected])
+    for found in (library(tmp_path / "native")(x.numpy()), outputs):
+        assert max(error(a, b) for a, b in zip(found, expected, strict=True)) < TOLERANCE
+
+
+def test_positions_that_are_far_apart(tmp_path):
+    """More than 255 positions without a weight, for each number of channels of a tile."""
+    model = nn.Sequential(nn.Conv2d(300, 8, 3, padding=1, bias=False)).eval()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].weight[torch.arange(8), torch.tensor([0, 28, 56, 57, 85, 200, 298, 299]), 2, 1] = 1
+        model[0].weight[3, 299, 0, 0] = -2
+    x = torch.randn(1, 300, 5, 5)
+    with torch.no_grad():
+        expected = model(x)
+    for tile in (Tile(1, 8, 1), Tile(1, 8, 2), Tile(1, 8, 4)):
+        tuning = {"0.weight": LayerTuning(True, tile, 0.9)}
+        feather.export_native(model, x, tmp_path, "x86-64-v3", name=f"n{tile[2]}", tuning=tuning)
+        if "avx2" in CPU:
+            found = library(tmp_path, f"n{tile[2]}")(x.numpy())
+            assert error(found, expected) < TOLERANCE
 
 
 def test_nan_stays_nan(tmp_path):

@@ -31,7 +31,6 @@ NETWORKS = {
     "regnet": ("timm/regnety_002", (1, 3, 32, 32), {}),
     "convnext": ("timm/convnext_atto", (1, 3, 32, 32), {}),
     "deit": ("timm/deit_tiny_patch16_224", (1, 3, 64, 64), {"depth": 2, "img_size": 64}),
-    "mixer": ("timm/mixer_s16_224", (1, 3, 64, 64), {"num_blocks": 2, "img_size": 64}),
 }
 prepared = {}  # capture takes most of the time: once per network, for all targets
 

@@ -12,7 +12,7 @@ from .runs import RunArgument
 DTYPES = ("float16", "bfloat16", "float32")
 
 
-def export(
+def export(  # long: each option has its help
     run: RunArgument,
     format: Annotated[
         str,

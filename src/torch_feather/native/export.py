@@ -30,7 +30,7 @@ from .program import Program
 from .targets import find_target, link
 
 TOLERANCE = 1e-5  # relative to the largest output
-NATIVE_FILES = ("example.c", "example.cpp", "CMakeLists.txt")
+NATIVE_FILES = ("model.h", "example.c", "example.cpp", "CMakeLists.txt")
 
 
 def export_native(
@@ -44,9 +44,8 @@ def export_native(
 ) -> list[Path]:
     """Write a network as a native library with a C interface.
 
-    The library needs neither Python, PyTorch nor LLVM, only `malloc`, `memset`, `memcpy` and
-    the functions of `math.h`. It contains the weights, without zeros. If a compiler is found, a
-    shared library is linked, too; for the host, its outputs are compared with PyTorch's.
+    The library needs neither Python, PyTorch nor LLVM. It contains the weights, without zeros. If a
+    compiler is found, a shared library is linked; the host's is compared with PyTorch.
 
     Args:
         model: takes one tensor; computes in float32. It is not changed.
@@ -87,9 +86,9 @@ def export_native(
         made = Path(folder)
         compiled = made / f"{name}.o"
         compiled.write_bytes(compile_object(machine, text))
-        (made / f"{name}.h").write_text(fill("model.h", program, name))
-        for file in NATIVE_FILES:
-            (made / file).write_text(fill(file, program, name))
+        for template in NATIVE_FILES:
+            file = template.replace("model", name)
+            (made / file).write_text(fill(template, program, name))
         _write_example(made, example, expected)
         library = made / f"lib{name}.so"
         if link([compiled], library, target) and target == "host":

@@ -1,7 +1,8 @@
 """The functions of a native library as LLVM IR: create, run, destroy, and descriptions of tensors.
 
-The memory of a model is one block: a header, then one slot per concurrent call. A slot holds a flag
-(whether a call uses it), the records of the sparse layers, and the activations.
+The memory of a model is one block: a header, the tap tables of all layers, and one slot per
+concurrent call. A slot holds a flag (whether a call uses it), the records of the sparse layers, and
+the activations.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from ..runtime.kernels import FunctionText, Target, declare_intrinsics, emit_convolution
 from ..runtime.kernels.records import CONVOLUTION
 from .llvm_ir import declarations, emit_nest
+from .packing import emit_unpack
 from .program import Buffer, Convolution, Loops, Nest, Program, View
 from .tables import KernelCall, Tuning, kernel_call
 
@@ -50,6 +52,11 @@ class LibraryText:
             for op in program.operations
             if isinstance(op, Convolution)
         }
+        self.table_places: dict[KernelCall, int] = {}  # of tap tables, in bytes from the model
+        self.slots = LINE  # where the first slot begins
+        for call in self.calls.values():
+            self.table_places[call] = self.slots
+            self.slots += _lines(call.taps.table_bytes)
         self.nests: dict[Nest, str] = {}
         for op in program.operations:
             if isinstance(op, Loops):
@@ -62,6 +69,7 @@ class LibraryText:
         """Return the module."""
         records, fixups = self._records()
         slot = LINE + _lines(len(records)) + _lines(4 * self.program.workspace)
+        create = list(self._create(slot, len(records), len(fixups)))
         parts = [
             *(line for width in self.target.widths for line in declare_intrinsics(width)),
             *declarations(list(self.nests)),
@@ -75,7 +83,8 @@ class LibraryText:
             *self._descriptions(),
             *(line for name, nest in self._named() for line in emit_nest(name, nest)),
             *self._convolutions(),
-            *self._create(slot, len(records), len(fixups)),
+            *emit_unpack(),
+            *create,
             *self._run(slot, len(records)),
             *self._destroy(),
         ]
@@ -108,13 +117,14 @@ class LibraryText:
         """Return the records of all layers, and which addresses in them must be set.
 
         Returns:
-            The records, and for each address its position, whether it is an address in the
-            workspace (1) or of a constant (0), and its distance from there in bytes.
+            The records, and for each address its position, whether it is an address of a constant
+            (0), in the workspace (1) or in the model (2), and its distance from there in bytes.
         """
         records, fixups = bytearray(), []
         for call in self.calls.values():
             places = [(f, 0, self._place(a)) for f, a in call.tables.items()]
             places += [(f, 1, 4 * b.offset + n) for f, (b, n) in call.memory.items()]
+            places.append(("taps", 2, self.table_places[call]))
             for field, base, offset in places:
                 at = CONVOLUTION.fields[field][1]  # type: ignore[index]
                 fixups.append((len(records) + int(at), base, offset))
@@ -153,7 +163,7 @@ class LibraryText:
         code("store ptr null, ptr %out")
         code("%n = zext i32 %concurrent to i64")
         code(f"%slots.bytes = mul i64 %n, {slot}")
-        code(f"%bytes = add i64 %slots.bytes, {2 * LINE}")
+        code(f"%bytes = add i64 %slots.bytes, {self.slots + LINE}")
         if size == "i32":
             code("%too.large = icmp ugt i64 %bytes, 2147483647")
             code("br i1 %too.large, label %no.memory, label %fits")
@@ -172,8 +182,11 @@ class LibraryText:
         code("store ptr %raw, ptr %model")
         code("%n.at = getelementptr i8, ptr %model, i64 8")
         code("store i64 %n, ptr %n.at")
+        code("%slots.at = getelementptr i8, ptr %model, i64 16")
+        code(f"store i64 {self.slots}, ptr %slots.at")  # for debuggers and tests
+        self._unpack(code)
         with code.loop("%s", "0", "%n"):
-            _gep_slot(code, slot)
+            self._gep_slot(code, slot)
             code(f"call void @llvm.memset.p0.i64(ptr %slot, i8 0, i64 {slot}, i1 false)")
             code(f"%records = getelementptr i8, ptr %slot, i64 {LINE}")
             code(
@@ -191,6 +204,25 @@ class LibraryText:
         code(f"ret i32 {NO_MEMORY}")
         yield from _function(f"i32 @{self.name}_create(ptr %out, i32 %concurrent)", code)
 
+    def _unpack(self, code: FunctionText) -> None:
+        """Compute the tap tables."""
+        for i, call in enumerate(self.calls.values()):
+            taps = call.taps
+            code(f"%table.{i} = getelementptr i8, ptr %model, i64 {self.table_places[call]}")
+            pointers = [f"%table.{i}"]
+            for name in ("distances", "values", "rows", "offsets"):
+                place = self._place(getattr(taps, name))
+                code(f"%{name}.{i} = getelementptr i8, ptr @constants, i64 {place}")
+                pointers.append(f"%{name}.{i}")
+            numbers = len(taps.rows) - 1, len(taps.offsets), taps.plane, taps.values.shape[1]
+            arguments = [f"ptr {p}" for p in pointers] + [f"i64 {n}" for n in numbers]
+            code(f"call void @unpack({', '.join(arguments)})")
+
+    def _gep_slot(self, code: FunctionText, slot: int) -> None:
+        code(f"%slot.first = mul i64 %s, {slot}")
+        code(f"%slot.place = add i64 %slot.first, {self.slots}")
+        code("%slot = getelementptr i8, ptr %model, i64 %slot.place")
+
     def _run(self, slot: int, records: int) -> Iterator[str]:
         code = FunctionText()
         for i, pointer in enumerate(("%model", "%inputs", "%outputs")):
@@ -207,7 +239,7 @@ class LibraryText:
         code("br label %search")
         code.label("search")
         code("%s = phi i64 [ 0, %first ], [ %s.next, %taken ]")
-        _gep_slot(code, slot)
+        self._gep_slot(code, slot)
         code("%old = cmpxchg ptr %slot, i32 0, i32 1 acquire monotonic")
         code("%won = extractvalue { i32, i1 } %old, 1")
         code("br i1 %won, label %compute, label %taken")
@@ -265,12 +297,6 @@ def _place_of(buffer: Buffer, offset: int) -> str:
     return f"ptr %{buffer.kind}.{buffer.index}, i64 {4 * offset}"
 
 
-def _gep_slot(code: FunctionText, slot: int) -> None:
-    code(f"%slot.first = mul i64 %s, {slot}")
-    code(f"%slot.place = add i64 %slot.first, {LINE}")
-    code("%slot = getelementptr i8, ptr %model, i64 %slot.place")
-
-
 def _set_address(code: FunctionText) -> None:
     """Set the address that fixup `%f` describes."""
     code("%f.first = mul i64 %f, 3")
@@ -280,7 +306,9 @@ def _set_address(code: FunctionText) -> None:
         code(f"%f.{name} = load i64, ptr %f.{name}.at")
     code("%f.field = getelementptr i8, ptr %records, i64 %f.at")
     code("%f.in.work = icmp eq i64 %f.base, 1")
-    code("%f.start = select i1 %f.in.work, ptr %work, ptr @constants")
+    code("%f.in.model = icmp eq i64 %f.base, 2")
+    code("%f.kept = select i1 %f.in.model, ptr %model, ptr @constants")
+    code("%f.start = select i1 %f.in.work, ptr %work, ptr %f.kept")
     code("%f.pointer = getelementptr i8, ptr %f.start, i64 %f.offset")
     code("store ptr %f.pointer, ptr %f.field")
 

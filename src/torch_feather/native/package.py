@@ -13,9 +13,10 @@ from .program import Program
 
 # Words of C and C++ that a library may not have as its name, beside Python's own.
 RESERVED = {
-    *("auto", "bool", "char", "const", "delete", "do", "double", "enum", "example", "extern"),
-    *("float", "inline", "int", "long", "new", "register", "restrict", "short", "signed", "static"),
-    *("struct", "switch", "template", "this", "typedef", "union", "unsigned", "virtual", "void"),
+    *("auto", "bool", "char", "const", "delete", "do", "double", "enum", "example"),
+    *("extern", "float", "inline", "int", "long", "main", "new", "register", "restrict"),
+    *("short", "signed", "static", "struct", "switch", "template", "this", "typedef"),
+    *("union", "unsigned", "virtual", "void"),
 }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from ..runtime.kernels import CONVOLUTION, Target, Tile, Variant, tiles
 from ..runtime.plan import Sparse
 from ..runtime.tuning import LayerTuning
+from .packing import PackedTaps, pack
 from .program import Buffer, Convolution
 
 Tuning = Mapping[str, LayerTuning]
@@ -22,19 +23,24 @@ class KernelCall:
     Attributes:
         variant: the kernel.
         record: values of the record's numbers; its addresses are 0.
-        tables: arrays that the record points to, by field.
+        taps: its taps, from which the table is computed.
+        tables: other arrays that the record points to, by field.
         memory: buffers and numbers of bytes in them that the record points to, by field.
         items: work items.
 
     Example:
         >>> from ..runtime.kernels import Tile
-        >>> call = KernelCall(Variant(Tile(1, 4), "fma", False, False), np.zeros(()), {}, {}, 1)
+        >>> empty = np.zeros(0)
+        >>> taps = PackedTaps(empty, np.zeros((0, 1)), empty, 16, empty)
+        >>> variant = Variant(Tile(1, 4), "fma", False, False)
+        >>> call = KernelCall(variant, np.zeros(()), taps, {}, {}, 1)
         >>> call.variant.name
         'fma_1x4x1'
     """
 
     variant: Variant
     record: np.ndarray
+    taps: PackedTaps
     tables: dict[str, np.ndarray]
     memory: dict[str, tuple[Buffer, int]]
     items: int
@@ -69,8 +75,8 @@ def kernel_call(
     known = (tuning or {}).get(layer.name)
     tile = choose_tile(step, plane, target, None if known is None else known.tile)
     grouped = step.taps.grouped(tile.channels)
+    packed = pack(step, grouped, grouped.table(layout, batch), plane)
     tables = {
-        "taps": grouped.table(layout, batch),
         "rows": grouped.rows,
         "channels": grouped.order,
         "bias": np.ascontiguousarray(layer.bias.numpy()),
@@ -94,7 +100,7 @@ def kernel_call(
     record["lead_bytes"] = record["trail_bytes"] = edge
     record["low"], record["high"] = layer.low, layer.high
     variant = Variant(tile, layer.combine, operation.residual is not None, mask is not None)
-    return KernelCall(variant, record, tables, memory, -(-plane // pixels))
+    return KernelCall(variant, record, packed, tables, memory, -(-plane // pixels))
 
 
 def choose_tile(step: Sparse, plane: int, target: Target, measured: Tile | None = None) -> Tile:

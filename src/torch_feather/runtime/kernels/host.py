@@ -29,7 +29,7 @@ def llvm() -> ModuleType:
         import llvmlite.binding as binding
     except ImportError:
         raise RuntimeMissingError(
-            f"compile_sparse requires llvmlite, which is not installed. {install_hint('runtime')}"
+            f"Machine code requires llvmlite, which is not installed. {install_hint('runtime')}"
         ) from None
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
