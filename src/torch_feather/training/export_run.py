@@ -32,6 +32,7 @@ FORMATS = {
 }
 
 
+# long: half of it is documentation, and one branch for each format
 def export_run(
     run: RunDirectory,
     format: str = "sparse",
