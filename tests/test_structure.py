@@ -39,7 +39,7 @@ ABOVE_THE_CORE = {
     "studies",
     "training",
 }
-# Third-party packages that the core may import, and in how many files it may import an optional one.
+# Third-party packages that the core may import, and the number of files for optional ones.
 REQUIRED = {"torch", "numpy"}
 OPTIONAL = {"llvmlite": 1, "triton": 4}  # kernels stand beside the form that they replace
 
