@@ -36,8 +36,18 @@ ONLY = {
     "studies/test_runner.py": ["test_a_run_in_the_rows_of_an_earlier_study_is_not_trained"],
     "test_check_method.py": ["test_every_method_has_every_property"],
     "test_cli.py": ["test_a_mistake_is_a_one_line_error"],
+    "training/test_finetune.py": [
+        "test_batch_and_learning_rate_follow_the_size_of_the_data",
+        "test_a_mistake_is_one_line_and_leaves_no_folder",
+    ],
+    "training/test_finetune_page.py": ["test_the_table_of_the_page_is_that_of_the_recipe"],
     "training/test_init.py": ["test_a_run_starts_from_the_given_weights_and_their_sparsity"],
+    "training/test_initial_weights.py": [
+        "test_pretrained_loads_timms_weights_and_replaces_the_head",
+        "test_what_does_not_fit_is_listed",
+    ],
     "training/test_own_method.py": ["test_an_own_method_trains_with_its_options"],
+    "training/test_predict.py": ["test_the_accuracy_of_the_answers_is_that_of_the_report"],
     "training/test_train_loop.py": ["test_a_run_directory_has_all_its_files"],
 }
 

@@ -140,21 +140,29 @@ class LatentAverage:
             StateError: it belongs to another model, or to other prunable weights; or it is damaged.
             NonFiniteWeightError: its values are not finite.
         """
-        if not isinstance(state, Mapping) or not _is_decay(state.get("decay")):
-            raise StateError("Expected what LatentAverage.state_dict() returned, got other values.")
-        latent, others = state.get("latent"), state.get("others")
-        if not isinstance(latent, list) or not isinstance(others, Mapping):
-            raise StateError("Expected what LatentAverage.state_dict() returned, got other values.")
-        if others.keys() != self._others.keys() or len(latent) != len(self._latent):
-            raise StateError("This average belongs to another model, or to other prunable weights.")
-        present = [*self._latent, *(self._others[name] for name in others)]
-        if not all(map(_fits, [*latent, *others.values()], present)):
-            raise StateError("This average belongs to another model, or to other prunable weights.")
+        if not self._accepts(state):
+            raise StateError(
+                "This state is damaged, or that of an average of another model or of other "
+                "prunable weights. Load what LatentAverage.state_dict() returned for this model."
+            )
+        latent, others = state["latent"], state["others"]
         _require_finite(latent, others)
         self.decay = state["decay"]
         copy_all(self._latent, latent)
         for name, value in others.items():
             self._others[name].copy_(value)
+
+    def _accepts(self, state: object) -> bool:
+        """Return whether a loaded state has the values of an average of this model."""
+        if not isinstance(state, Mapping) or not _is_decay(state.get("decay")):
+            return False
+        latent, others = state.get("latent"), state.get("others")
+        if not isinstance(latent, list) or not isinstance(others, Mapping):
+            return False
+        if others.keys() != self._others.keys() or len(latent) != len(self._latent):
+            return False
+        present = [*self._latent, *(self._others[name] for name in others)]
+        return all(map(_fits, [*latent, *others.values()], present))
 
     def _other_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters that are not prunable, by name."""

@@ -117,6 +117,7 @@ def _masked(gradient: Tensor, mask: Tensor) -> Tensor:
     )
 
 
+# long: half of it is documentation
 def keep_zeros(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],

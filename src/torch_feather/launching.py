@@ -38,6 +38,11 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
         programs: size of the grid.
         arguments: its arguments, with at least one tensor.
         constants: its compile-time constants.
+
+    Example:
+        >>> from torch_feather.probe_kernel import probe
+        >>> if torch.cuda.is_available():
+        ...     launch(probe, 1, torch.zeros(1, device="cuda"))
     """
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device_of(first):

@@ -9,5 +9,10 @@ import triton.language as tl
 
 @triton.jit
 def probe(number):
-    """Add one to a number."""
+    """Add one to a number.
+
+    Example:
+        >>> probe.fn.__name__
+        'probe'
+    """
     tl.store(number, tl.load(number) + 1.0)

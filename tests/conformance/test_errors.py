@@ -240,7 +240,7 @@ def test_what_is_no_model_is_an_error_of_the_package_at_every_door(call, wrong):
         call(wrong)
 
 
-@pytest.mark.parametrize("method", [3, None, object(), ["feather"]], ids=str)
+@pytest.mark.parametrize("method", [3, None, object(), ["feather"]], ids=lambda m: type(m).__name__)
 def test_a_method_of_another_type_is_an_error(method):
     with pytest.raises(ConfigurationError, match="method must be the name of a method"):
         sparsify(method=method)

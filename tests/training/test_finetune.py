@@ -286,6 +286,8 @@ def test_a_path_without_a_data_set_is_an_error(feather):
     code, _, errors = feather("train", "--data-path", "photos")
     assert code == 2
     assert "--data-path requires --data" in " ".join(errors.split())
+    given = ("train", "--data-path", "photos", "--set", "data.name=imagefolder")
+    assert "photos: no such file or folder" in feather(*given)[2]
 
 
 def test_a_last_batch_of_one_is_dropped_by_the_recipe(photos):

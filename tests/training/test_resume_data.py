@@ -229,7 +229,9 @@ def test_a_checkpoint_without_identity_is_continued_as_in_version_0_1(config, tm
 @pytest.mark.parametrize("value", [3, "text", {"unknown": 1}, {"epochs": "many"}, {1: 2}])
 def test_unreadable_settings_in_a_checkpoint_are_an_error(config, tmp_path, value):
     run = RunDirectory(interrupted(config, tmp_path / "run"))
-    run.save(run.load() | {"config": value})
+    damaged = run.load() | {"config": value}
+    run.save(damaged)
+    run.save(damaged)  # otherwise the checkpoint before it is used
     with pytest.raises(CheckpointError, match="settings in the checkpoint cannot be read"):
         train(config, run.path, resume=True)
 
@@ -237,7 +239,9 @@ def test_unreadable_settings_in_a_checkpoint_are_an_error(config, tmp_path, valu
 @pytest.mark.parametrize("value", [3, "text", {"train": 3}, {"train": {"a": 3}}, {"train": {1: 2}}])
 def test_a_damaged_identity_of_the_images_is_an_error(config, tmp_path, value):
     run = RunDirectory(interrupted(config, tmp_path / "run"))
-    run.save(run.load() | {"data": value})
+    damaged = run.load() | {"data": value}
+    run.save(damaged)
+    run.save(damaged)
     with pytest.raises(CheckpointError, match=r"is damaged|the images have changed"):
         train(config, run.path, resume=True)
 

@@ -24,6 +24,8 @@ EXAMPLES = """
 
 - `feather train --data cifar10 --data-path DATA/cifar10 --set optimizer.lr=0.05 --set options.p=2`
 
+- `feather train --data imagefolder --data-path PHOTOS --network timm/resnet18 --pretrained`
+
 - `feather train --recipe imagenet --data-path DATA/imagenet --set system.compile=true`
 
 - `feather train --method package.module:factory` uses a method of your own
@@ -167,7 +169,8 @@ def train(
     overrides |= parse_assignments(settings or [])
     if resume and out is None:
         raise typer.BadParameter("--resume requires --out RUN, the run to resume")
-    if data_path is not None and (data, recipe, config, resume) == (None, None, None, False):
+    named = recipe or config or resume or "data.name" in overrides
+    if data_path is not None and not named:  # digits have no files
         raise typer.BadParameter(
             "--data-path requires --data: imagefolder for a folder of images; cifar10; or cifar100"
         )

@@ -47,7 +47,7 @@ def select_sharded(
         local_positions: maps global indices to the number of local scores before each; int64 of
             shape (selections, n), both counted from 0 in each selection.
         fillers: how many of the local scores of each selection are NaN that stand for a score that
-            another process counts; they are not counted. None for none.
+            another process counts; None for none.
 
     Returns:
         One cutoff per selection, the same on all processes except for `last`, which is an index
@@ -65,23 +65,20 @@ def select_sharded(
         2.0
     """
     bits = FLOAT_BITS[scores[0].dtype]
-    counters = [_passes(one) for one in scores]
+    each = [(j, _passes(one)) for j, one in enumerate(scores)]
     counter = torch.int32 if max(sizes) < 2**31 else torch.int64
 
     def exchange(counts: Tensor) -> Tensor:
         return total(counts.to(counter))
 
     extra = torch.tensor(fillers or [0] * len(scores), device=k.device)
-    code, rank, shift = torch.zeros_like(k), k, sum(bits.digits)
-    equal = code
+    code = equal = torch.zeros_like(k)
+    rank, shift = k, sum(bits.digits)
     for width in bits.digits:
         shift -= width
-        rows = [c.count_digits(code[j], shift, width) for j, c in enumerate(counters)]
-        counts = torch.stack(rows)
+        counts = torch.stack([c.count_digits(code[j], shift, width) for j, c in each])
         if fillers:
-            nan, known = bits.infinity + 1, shift + width
-            column = counts[:, (nan >> shift) % (1 << width)]
-            column -= torch.where((code >> known) == (nan >> known), extra, 0)
+            _leave_out(counts, extra, code, bits.infinity + 1, shift, width)
         code, rank, equal = descend(exchange(counts), rank, code, shift)
     tied = (equal > rank) & (code <= bits.infinity)  # NaN is never tied
     last = torch.tensor([one.numel() for one in scores], device=k.device) - 1
@@ -90,6 +87,15 @@ def select_sharded(
         index = _last_tie(ties, rank, max(sizes), exchange, local_positions)
         last = torch.where(tied, local_positions(index[:, None] + 1)[:, 0] - 1, last)
     return [cutoff_at(*fields, bits) for fields in zip(k, code, tied, last, strict=True)]
+
+
+def _leave_out(
+    counts: Tensor, fillers: Tensor, code: Tensor, nan: int, shift: int, width: int
+) -> None:
+    """Subtract the fillers, whose code is `nan`, from counts of a digit, in place."""
+    known = shift + width
+    column = counts[:, (nan >> shift) % (1 << width)]
+    column -= torch.where((code >> known) == (nan >> known), fillers, 0)
 
 
 def _last_tie(

@@ -43,7 +43,12 @@ time for each bin. The others are counted in memory: few scores share the digits
 
 @triton.jit
 def widened(x):
-    """Return half-precision numbers in float32, others unchanged."""
+    """Return half-precision numbers in float32, others unchanged.
+
+    Example:
+        >>> widened.fn.__name__
+        'widened'
+    """
     if x.dtype == tl.bfloat16:  # by hand: Triton's interpreter does not know the smallest ones
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     elif x.dtype == tl.float16:

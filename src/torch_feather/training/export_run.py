@@ -32,7 +32,8 @@ FORMATS = {
 }
 
 
-def export_run(  # long: six arguments, five formats
+# long: half of it is documentation, and one branch for each format
+def export_run(
     run: RunDirectory,
     format: str = "sparse",
     out: Path | None = None,

@@ -95,4 +95,4 @@ def _memory(tensor: Tensor) -> np.ndarray:
     if tensor.numel() == 0:
         return np.empty(0, KNOWN[tensor.dtype])
     memory = (ctypes.c_byte * tensor.nbytes).from_address(tensor.data_ptr())
-    return np.frombuffer(memory, KNOWN[tensor.dtype])  # type: ignore[call-overload]
+    return np.frombuffer(memoryview(memory), KNOWN[tensor.dtype])

@@ -63,13 +63,14 @@ def row_sums(weights: LatentWeights, segments: Sequence[Segment], i: int) -> Ten
         for span in spans(weights, [segment_of(weights, segments, i)])
         if span.piece.start < end and span.piece.start + span.piece.values.numel() > first
     ]
-    out = np.empty((rows, 2), number)
+    out = torch.empty(rows, 2, dtype=weights.wide)
 
     def add(start: int) -> None:
         stop = min(start + step, rows)
         w = as_array(flat[start * width : stop * width], weights.wide)
         magnitudes = np.abs(w, out=scratch("magnitudes", w.size, number))
-        np.add.reduce(magnitudes.reshape(-1, width), axis=1, out=out[start:stop, 1])
+        rows_of = torch.from_numpy(magnitudes).view(-1, width)
+        out[start:stop, 1] = rows_of.sum(1)
         for begin, size, limit, scale in limits:
             a = max(begin - start * width, 0)
             b = min(begin + size - start * width, w.size)
@@ -79,11 +80,11 @@ def row_sums(weights: LatentWeights, segments: Sequence[Segment], i: int) -> Ten
                 mask = np.subtract(bits.dtype.type(limit), bits, out=bits)
                 mask >>= 8 * bits.itemsize - 1
                 magnitudes.view(INTEGER[magnitudes.dtype])[a:b] &= mask
-        np.add.reduce(magnitudes.reshape(-1, width), axis=1, out=out[start:stop, 0])
+        out[start:stop, 0] = rows_of.sum(1)
 
     step = max(BLOCK // width, 1)
     for_each(add, range(0, rows, step))
-    return torch.from_numpy(out)
+    return out
 
 
 def multiply_rows(part: Tensor, start: int, width: int, factors: Tensor) -> None:

@@ -59,6 +59,11 @@ def tables(
     Returns:
         The tables, or None if a tensor has another type, layout or device than its weights, or
         the upload of a new table would be captured in a CUDA graph.
+
+    Example:
+        >>> weights = LatentWeights([torch.ones(2, 3)])
+        >>> tables(weights, [0], [[torch.ones(3, 2).t()]]) is None  # another layout
+        True
     """
     found = []
     for part, members in _by_part(weights, positions):

@@ -36,7 +36,12 @@ def _pointer(row, number: tl.constexpr, base, latent):
 
 @triton.jit(do_not_specialize=["base"])
 def copy_ranges(rows, latent, base, READS: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy tensors into latent weights, or back."""
+    """Copy tensors into latent weights, or back.
+
+    Example:
+        >>> copy_ranges.fn.__name__
+        'copy_ranges'
+    """
     row, w, length, i = _range(rows, latent, 4, BLOCK)
     other = _pointer(row, 0, base, latent)
     if READS:
@@ -47,7 +52,12 @@ def copy_ranges(rows, latent, base, READS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["held", "given"])
 def adopt_ranges(rows, latent, held, given, BLOCK: tl.constexpr):
-    """Copy held values that differ from the given ones into latent weights."""
+    """Copy held values that differ from the given ones into latent weights.
+
+    Example:
+        >>> adopt_ranges.fn.__name__
+        'adopt_ranges'
+    """
     row, w, length, i = _range(rows, latent, 5, BLOCK)
     inside = i < length
     value = tl.load(_pointer(row, 0, held, latent) + i, mask=inside)
@@ -115,7 +125,12 @@ def write_ranges(
     rows, latent, base, start, cutoff, last, tau, scale, P: tl.constexpr, SCALED: tl.constexpr,
     DOUBLE: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write effective weights: 0 for pruned weights, the operator's value for kept ones."""
+    """Write effective weights: 0 for pruned weights, the operator's value for kept ones.
+
+    Example:
+        >>> write_ranges.fn.__name__
+        'write_ranges'
+    """
     row, source, length, i = _range(rows, latent, 4, BLOCK)
     segment = tl.load(row + 2)
     kind = latent.dtype.element_ty
@@ -141,7 +156,12 @@ def write_ranges(
 
 @triton.jit(do_not_specialize=["size", "theta"])
 def scale_pruned(gradient, effective, cutoff, out, size, theta, BLOCK: tl.constexpr):
-    """Write theta times the gradient of pruned weights, and the gradient of kept ones."""
+    """Write theta times the gradient of pruned weights, and the gradient of kept ones.
+
+    Example:
+        >>> scale_pruned.fn.__name__
+        'scale_pruned'
+    """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     g = widened(tl.load(gradient + i, mask=inside, other=0.0))
