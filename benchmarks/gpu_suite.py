@@ -49,7 +49,12 @@ def parts(args: argparse.Namespace, study: list[str]) -> dict[str, tuple[float, 
             ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-n", "6", "--durations", "5",
              "--continue-on-collection-errors", str(BENCHMARKS.parent / "tests")],
         ),
-        "selection": (1, [script("selection"), *cuda, *record("selection")]),
+        "selection": (
+            3,
+            [script("selection"), *cuda, "--sizes", "1e5", "1e6", "1e7", "25e6", "1e8", "1e9",
+             *record("selection")],
+        ),
+        "launches": (1, [script("launches"), *cuda, *record("launches")]),
         "step_overhead": (
             2,
             [script("step_overhead"), *cuda, *reference, "--suite", *record("step_overhead")],

@@ -42,15 +42,32 @@ html_copy_source = False
 # What stands beside each page, in the order of reading. A page that is missing here is an error.
 NAVIGATION = {
     "README": {
-        "Start": ["docs/quickstart", "docs/frameworks", "docs/faq", "docs/compatibility"],
+        "Start": [
+            "docs/quickstart",
+            "docs/finetune_images",
+            "docs/frameworks",
+            "docs/faq",
+            "docs/compatibility",
+        ],
         "Sparsity": ["docs/targets", "docs/patterns", "docs/finetuning"],
-        "Guides": ["docs/training", "docs/files", "docs/scale", "docs/runtime", "docs/deploy"],
+        "Guides": [
+            "docs/training",
+            "docs/files",
+            "docs/scale",
+            "docs/runtime",
+            "docs/native",
+            "docs/deploy",
+        ],
         "Methods": ["docs/methods/README"],
-        "Studies and results": ["docs/studies", "results/README", "benchmarks/README"],
+        "Studies and results": [
+            *("docs/studies", "results/README", "docs/reliability", "benchmarks/README"),
+        ],
         "Reference": ["docs/reference/index", "docs/design", "CONTRIBUTING", "CHANGELOG"],
     },
     "docs/methods/README": {"": ["*"]},
-    "results/README": {"": ["claims", "own_methods", "restructuring", "mutation", "*/table"]},
+    "results/README": {
+        "": ["claims", "own_methods", "restructuring", "mutation", "fuzzing", "*/table"]
+    },
 }
 
 

@@ -6,10 +6,10 @@ from hypothesis import HealthCheck, settings
 from quick import pytest_collection_modifyitems, pytest_ignore_collect  # noqa: F401
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from torch_feather import launching
 from torch_feather.engine.health import Health
 from torch_feather.methods import magnitude
 from torch_feather.schedules import make_table
-from torch_feather.selection import device
 
 # Examples are derived from the test itself, so that a run can be repeated; no deadline, because
 # the machine that runs the suite may be busy.
@@ -47,7 +47,7 @@ def fixed_seed():
 @pytest.fixture
 def without_gpu(monkeypatch):
     """For tensors without data that stand in for CUDA tensors."""
-    monkeypatch.setattr(device, "default_passes", lambda scores: device.TorchPasses)
+    monkeypatch.setattr(launching, "uses_triton", lambda device: False)
     # Values that `sparsify` reads once.
     monkeypatch.setattr(Health, "raise_if_nan", lambda *_: None)
     monkeypatch.setattr(Health, "inspect", lambda *_: None)

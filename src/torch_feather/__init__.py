@@ -34,11 +34,14 @@ from .sparsify import sparsify
 if TYPE_CHECKING:
     from . import models
     from .export import load_sparse, save_sparse
+    from .native import export_c, export_native
     from .runtime import compile_sparse
 
 # What is below the core is imported when it is first used.
 _LAZY = {
     "compile_sparse": ".runtime",
+    "export_c": ".native",
+    "export_native": ".native",
     "load_sparse": ".export",
     "models": ".models",
     "save_sparse": ".export",
@@ -60,6 +63,8 @@ __all__ = [
     "compile_sparse",
     "count_flops",
     "engine_info",
+    "export_c",
+    "export_native",
     "keep_zeros",
     "load_sparse",
     "models",

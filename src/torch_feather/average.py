@@ -7,11 +7,13 @@ was 0 at every step. The thresholded average of the latent weights is sparse.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .engine.stored_bytes import has_values
 from .errors import ConfigurationError, NonFiniteWeightError, StateError, some
 from .methods.base import effective_weights
 from .participants import remember_names
@@ -31,7 +33,8 @@ class LatentAverage:
         decay: fraction of the average that each update keeps, in [0, 1).
 
     Raises:
-        ConfigurationError: decay is out of range, or the weights are sharded.
+        ConfigurationError: decay is out of range, the weights are sharded, or `sparsifier` is of
+            another type.
         NonFiniteWeightError: weights of the model are not finite.
 
     Example:
@@ -49,8 +52,13 @@ class LatentAverage:
     """
 
     def __init__(self, sparsifier: Sparsifier, decay: float = 0.999):
-        if not 0.0 <= decay < 1.0:
-            raise ConfigurationError(f"decay must lie in [0, 1), got {decay!r}.")
+        if not _is_decay(decay):
+            raise ConfigurationError(f"decay must lie in [0, 1), got {decay!r:.80}.")
+        if not isinstance(sparsifier, Sparsifier):
+            raise ConfigurationError(
+                "LatentAverage requires the Sparsifier that sparsify returned, got "
+                f"{type(sparsifier).__name__}."
+            )
         if sparsifier.step.training.weights.shards is not None:
             raise ConfigurationError(
                 "LatentAverage does not support weights that are sharded over several processes. "
@@ -129,24 +137,48 @@ class LatentAverage:
         """Load a `state_dict()`.
 
         Raises:
-            StateError: it belongs to another model, or to other prunable weights.
+            StateError: it belongs to another model, or to other prunable weights; or it is damaged.
             NonFiniteWeightError: its values are not finite.
         """
-        latent, others = state.get("latent", []), state.get("others", {})
-        fits = [flat.shape for flat in latent] == [flat.shape for flat in self._latent]
-        if not fits or others.keys() != self._others.keys():
-            raise StateError("This average belongs to another model, or to other prunable weights.")
+        if not self._accepts(state):
+            raise StateError(
+                "This state is damaged, or that of an average of another model or of other "
+                "prunable weights. Load what LatentAverage.state_dict() returned for this model."
+            )
+        latent, others = state["latent"], state["others"]
         _require_finite(latent, others)
         self.decay = state["decay"]
         copy_all(self._latent, latent)
         for name, value in others.items():
             self._others[name].copy_(value)
 
+    def _accepts(self, state: object) -> bool:
+        """Return whether a loaded state has the values of an average of this model."""
+        if not isinstance(state, Mapping) or not _is_decay(state.get("decay")):
+            return False
+        latent, others = state.get("latent"), state.get("others")
+        if not isinstance(latent, list) or not isinstance(others, Mapping):
+            return False
+        if others.keys() != self._others.keys() or len(latent) != len(self._latent):
+            return False
+        present = [*self._latent, *(self._others[name] for name in others)]
+        return all(map(_fits, [*latent, *others.values()], present))
+
     def _other_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the parameters that are not prunable, by name."""
         taken = {id(parameter) for parameter in self.sparsifier.step.training.binding.parameters}
         named = unwrap(self.sparsifier.model).named_parameters()
         return [(name, p) for name, p in named if id(p) not in taken]
+
+
+def _is_decay(value: object) -> bool:
+    """Return whether a value is a number in [0, 1)."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0.0 <= float(value) < 1.0
+
+
+def _fits(value: object, average: Tensor) -> bool:
+    """Return whether a loaded value can be an average."""
+    return has_values(value) and value.is_floating_point() and value.shape == average.shape
 
 
 def _require_finite(latent: Sequence[Tensor], others: Mapping[str, Tensor]) -> None:

@@ -178,6 +178,16 @@ def fill_layers(names: Sequence[str] = ()) -> str:
     )
 
 
+def printable(text: object) -> str:
+    """Return the text of a path or name for messages: one line, without control characters.
+
+    Example:
+        >>> printable("a" + chr(10) + "b" + chr(0xDC80))
+        'a\\\\nb\\\\udc80'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def nearest(wrong: object, known: Iterable[str]) -> str:
     """Return the end of a sentence that names the known name most similar to `wrong`.
 
@@ -187,6 +197,19 @@ def nearest(wrong: object, known: Iterable[str]) -> str:
     """
     near = get_close_matches(str(wrong), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def install_hint(extra: str) -> str:
+    """Return the sentence that says how to install an extra.
+
+    Args:
+        extra: its name in pyproject.toml.
+
+    Example:
+        >>> install_hint("vision")
+        "Run pip install 'torch-feather[vision]', or in a clone pip install -e '.[vision]'."
+    """
+    return f"Run pip install 'torch-feather[{extra}]', or in a clone pip install -e '.[{extra}]'."
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .engine.wrappers import plain_optimizer
 from .errors import ConfigurationError, some, warn
 from .participants import choose
-from .prunable import Filters
+from .prunable import Filters, unwrap
 from .weights.shards import count_nonzero, is_sharded, local, reshard
 
 
@@ -152,7 +152,12 @@ def keep_zeros(
     """
     given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     optimizers = [plain_optimizer(one) for one in given]
-    reshard(model)
+    if not optimizers or not all(isinstance(one, Optimizer) for one in optimizers):
+        raise ConfigurationError(
+            "optimizer must be a torch.optim.Optimizer or a sequence of them, got "
+            f"{optimizer!r:.80}."
+        )
+    reshard(unwrap(model))
     chosen = choose(model, include, exclude)
     found = chosen.weights
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}

@@ -106,8 +106,6 @@ def find_prunable(
         >>> [item.name for item in find_prunable(model, exclude="2.*")]
         ['0.weight']
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     names = list(_named(unwrap(model)))
     if include is None:
         chosen = [one for one in names if one.by_default]
@@ -218,12 +216,17 @@ def is_lazy(parameter: Any) -> bool:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the user's module inside wrappers of torch.compile and DistributedDataParallel.
 
+    Raises:
+        ConfigurationError: `model` is not a module.
+
     Example:
         >>> import torch
         >>> model = nn.Linear(2, 2)
         >>> unwrap(torch.compile(model)) is model
         True
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from .engine.state_dict import StateDicts
 from .engine.step import Step
 from .engine.training import Training
 from .engine.turns import COUNTED
-from .errors import StateError, warn
+from .errors import StateError, printable, warn
 from .finetune import FixedMask
 from .measure.report import Report, report
 from .methods.base import AnyMethod, no_learning_rate
@@ -375,8 +375,12 @@ class Sparsifier:
         self.step.require_attached()
         names = self._training.binding.names
         every = range(len(names))
+        if not isinstance(state, Mapping) or not all(
+            isinstance(own, Mapping) for own in state.values()
+        ):
+            raise StateError("Expected what Sparsifier.state_dict() returned, got something else.")
         found = {i: state[name] for i, name in enumerate(names) if name in state}
-        foreign = [name for name in state if name not in names]
+        foreign = [printable(name) for name in state if name not in names]
         loaded = self._states.check(self._training, found, every, foreign)
         self._states.load(self._training, loaded, every)
         self._health.resume_at(self.step_count)

@@ -18,6 +18,8 @@ from .sparsifier import Sparsifier
 from .targets import Sparsity, Target, check_fraction
 from .weights.shards import reshard
 
+MOST_STEPS = 10**9  # of a schedule, which holds 8 bytes for each
+
 
 # long: the docstring is the reference of the main entry point.
 def sparsify(
@@ -82,6 +84,16 @@ def sparsify(
         raise ConfigurationError(
             "total_steps must be the number of optimizer steps of the whole training (epochs times "
             f"steps per epoch), an integer >= 1; got {total_steps!r}."
+        )
+    if total_steps > MOST_STEPS:
+        raise ConfigurationError(
+            f"total_steps must be at most {MOST_STEPS:,}, because the schedule is stored step by "
+            f"step; got {total_steps!r:.80}."
+        )
+    if not isinstance(method, str) and not hasattr(method, "bind"):
+        raise ConfigurationError(
+            "method must be the name of a method, or an object with bind(context), got "
+            f"{type(method).__name__}. Names: feather.available_methods()."
         )
     if options and not isinstance(method, str):
         raise ConfigurationError(

@@ -8,9 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_feather as feather
-from torch_feather import devices
+from torch_feather import devices, launching
 from torch_feather.engine import training
-from torch_feather.selection import device
 
 from .capture import Tape, reads_across
 from .harness import TOTAL, assert_same, start
@@ -25,7 +24,7 @@ BUDGET = "feather-flops within a budget"  # its bias is searched for after every
 def as_on_a_device(monkeypatch):
     """Take the path of an accelerator with CPU tensors, whose values the host can read."""
     monkeypatch.setattr(devices, "synchronizes", lambda _: True)
-    monkeypatch.setattr(device, "default_passes", lambda scores: device.TorchPasses)
+    monkeypatch.setattr(launching, "uses_triton", lambda device: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
 

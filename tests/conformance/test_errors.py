@@ -218,6 +218,39 @@ def test_a_model_of_another_type_is_an_error(model):
         feather.sparsify(model, torch.optim.SGD([parameter], 0.1), sparsity=0.5, total_steps=10)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        feather.sparsity,
+        feather.report,
+        feather.LatentAverage,
+        lambda model: feather.count_flops(model, torch.ones(1, 3)),
+        lambda model: feather.recalibrate_batchnorm(model, [torch.ones(1, 3)]),
+        lambda model: feather.compile_sparse(model, torch.ones(1, 3)),
+        lambda model: feather.keep_zeros(model, torch.optim.SGD([torch.ones(2)], 0.1)),
+        lambda model: feather.keep_zeros(nn.Linear(2, 2), model),
+        lambda model: feather.save_sparse(model, "unused"),
+        lambda model: feather.load_sparse("unused", model),
+    ],
+    ids=range(10),
+)
+@pytest.mark.parametrize("wrong", [None, 3, "net", nn.Linear], ids=str)
+def test_what_is_no_model_is_an_error_of_the_package_at_every_door(call, wrong):
+    with pytest.raises(ConfigurationError, match=r"[Mm]odule|Sparsifier|optimizer"):
+        call(wrong)
+
+
+@pytest.mark.parametrize("method", [3, None, object(), ["feather"]], ids=lambda m: type(m).__name__)
+def test_a_method_of_another_type_is_an_error(method):
+    with pytest.raises(ConfigurationError, match="method must be the name of a method"):
+        sparsify(method=method)
+
+
+def test_more_steps_than_a_schedule_can_hold_are_an_error():
+    with pytest.raises(ConfigurationError, match=r"total_steps must be at most 1,000,000,000"):
+        sparsify(total_steps=10**12)
+
+
 def _lookahead(parameters):
     return pytorch_optimizer.Lookahead(torch.optim.AdamW(parameters), k=2)
 

@@ -358,6 +358,32 @@ def test_averaging_leaves_training_alone():
     assert_same(snapshot(run), snapshot(other))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: None,
+        lambda state: {},
+        lambda state: state | {"decay": 2.0},
+        lambda state: state | {"decay": "0.9"},
+        lambda state: state | {"decay": float("nan")},
+        lambda state: state | {"latent": 3},
+        lambda state: state | {"latent": [None for _ in state["latent"]]},
+        lambda state: state | {"latent": [flat.to("meta") for flat in state["latent"]]},
+        lambda state: state | {"latent": [flat.to_sparse() for flat in state["latent"]]},
+        lambda state: state | {"others": None},
+        lambda state: state | {"others": {name: 1.0 for name in state["others"]}},
+        lambda state: state | {"others": {n: v[:1] for n, v in state["others"].items()}},
+    ],
+)
+def test_what_is_no_state_of_an_average_is_an_error_and_changes_nothing(change):
+    run = start("mlp").train(0, 2)
+    average = feather.LatentAverage(run.sparsifier, decay=0.9)
+    before = average.state_dict()
+    with pytest.raises(StateError):
+        average.load_state_dict(change(average.state_dict()))
+    assert_same(average.state_dict(), before)
+
+
 def test_a_latent_average_resumes():
     def averaged(run, state=None):
         average = feather.LatentAverage(run.sparsifier, decay=0.9)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import torch_feather as feather
+from torch_feather.engine.checkpoint import Header
 from torch_feather.errors import StateError
 
 from .harness import (
@@ -320,6 +322,71 @@ def test_relaxed_loading_restarts_missing_latents_from_the_parameters():
     assert torch.equal(latent["2.weight"], effective)
     assert run.sparsifier.step_count == 4
     assert run.zeros() == round(run.sparsifier.sparsity * 120)
+
+
+def with_step(header, step):
+    return Header.read(header)._replace(step=step).tensor()
+
+
+DAMAGED = {  # entries that are no such tensor, as of an edited or damaged checkpoint
+    "a list": lambda value: [0.5],
+    "a number": lambda value: 3,
+    "no values": lambda value: value.to("meta"),
+    "sparse": lambda value: value.to_sparse(),
+    "complex": lambda value: value.to(torch.complex64),
+    "not a number": lambda value: torch.full(value.shape, torch.nan),
+    "no bytes": lambda value: value.double() + 0.5,
+    "cut": lambda value: value.reshape(-1)[:-1],
+}
+
+
+@pytest.mark.parametrize("door", ["optimizer", "relaxed", "sparsifier"])
+@pytest.mark.parametrize("entry", ["latent", "header", "zeros"])
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_entry_is_an_error_and_changes_nothing(kind, entry, door):
+    if entry == "latent" and kind in ("not a number", "no bytes"):
+        pytest.skip("any number may be a latent weight")
+    if door == "relaxed" and (entry == "zeros" or (entry, kind) == ("latent", "cut")):
+        pytest.skip("it is left out")
+    saved = start(seed=1).train(0, 2)
+    run = start().train(0, 4)
+    if door == "sparsifier":
+        state = saved.sparsifier.state_dict()
+        load, own, prefix = run.sparsifier.load_state_dict, state["2.weight"], ""
+    else:
+        state = read(saved.save())["optimizers"][0]
+        load, own, prefix = run.optimizer.load_state_dict, state["state"][2], "feather_"
+    own[prefix + entry] = DAMAGED[kind](own[prefix + entry])
+    relaxed = run.sparsifier.relaxed_loading() if door == "relaxed" else nullcontext()
+    with unchanged(run), relaxed, pytest.raises(StateError, match=r"2\.weight"):
+        load(state)
+
+
+@pytest.mark.parametrize("step", [-1, -(2**62), 2**53 + 1])
+def test_an_impossible_step_is_an_error(step):
+    state = start().train(0, 2).sparsifier.state_dict()
+    for own in state.values():
+        own["header"] = with_step(own["header"], step)
+    run = start().train(0, 3)
+    with unchanged(run), pytest.raises(StateError, match=r"header for .* is damaged"):
+        run.sparsifier.load_state_dict(state)
+
+
+def test_weights_of_different_steps_are_an_error():
+    """The step would be that of the last weight, and the thresholds of the others another one's."""
+    state = start().train(0, 2).sparsifier.state_dict()
+    state["2.weight"]["header"] = with_step(state["2.weight"]["header"], 3)
+    run = start().train(0, 3)
+    with unchanged(run), pytest.raises(StateError, match=r"not of the same step.*2\.weight at 3"):
+        run.sparsifier.load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [None, [], {"0.weight": 3.0}, {1: {}}, {"\x1b[2J": {}}])
+def test_what_is_no_state_of_a_sparsifier_is_an_error(state):
+    run = start().train(0, 3)
+    with unchanged(run), pytest.raises(StateError) as caught:
+        run.sparsifier.load_state_dict(state)
+    assert str(caught.value).isprintable()
 
 
 # --- other roads ----------------------------------------------------------------------------

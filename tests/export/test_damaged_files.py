@@ -299,6 +299,30 @@ def test_random_forgeries_are_rejected_or_harmless(whole, path):
     assert rejected > 200
 
 
+@pytest.mark.parametrize("name", ["\x1b[2J", "\udc80", "a\nb", "\u202ename"])
+def test_names_in_a_file_cannot_write_to_a_terminal(name, whole, path):
+    """A message shows them escaped, whatever is wrong with the tensor of this name."""
+    document, parts = parsed(whole)
+    entry = document["tensors"]["weight"]
+    wrong = {
+        "layout": {**entry, "layout": name},
+        "no data": entry,
+        "kind": name,
+    }
+    for cause, description in wrong.items():
+        changed = copy.deepcopy(document)
+        changed["tensors"][name] = description
+        forge(path, changed, parts)
+        for door in (SparseFile, lambda path: feather.load_sparse(path, nn.Linear(50, 40))):
+            with pytest.raises(FileFormatError) as caught:
+                door(path)
+            assert str(caught.value).isprintable(), cause
+    forge(path, {**document, "tied": {**document["tied"], name: "weight"}}, parts)
+    with pytest.raises((FileFormatError, StateError)) as raised:
+        feather.load_sparse(path, nn.Linear(50, 40))
+    assert str(raised.value).isprintable()
+
+
 def test_a_plain_safetensors_file_is_recognized(path):
     save_file({"a": torch.ones(3)}, path)
     with pytest.raises(FileFormatError, match=r"not written by save_sparse\. .*load_file"):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 import types
 
@@ -112,6 +113,29 @@ def test_the_onnx_file_computes_the_logits_for_any_batch_size(run, export):
         found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(found), network(run)(x))
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_a_native_library_computes_the_logits(run, export, tmp_path):
+    code, output, _ = export(run, "--format", "native", "--target", "host", "--out", "library")
+    size = (tmp_path / "library" / "model.o").stat().st_size
+    assert code == 0
+    assert f"model.o ({size:,} bytes)" in output
+    command = ["gcc", "example.c", "model.o", "-o", "example", "-lm"]
+    subprocess.run(command, cwd=tmp_path / "library", check=True)
+    subprocess.run(["./example"], cwd=tmp_path / "library", check=True)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_c_source_computes_the_logits_and_its_sizes_are_printed(run, export, tmp_path):
+    code, output, _ = export(run, "--format", "c")
+    assert code == 0
+    command = ["gcc", "-std=c99", "-Wall", "-Werror", "example.c", "model.c", "-o", "e", "-lm"]
+    subprocess.run(command, cwd=run / "c", check=True)
+    shown = subprocess.check_output(["./e"], cwd=run / "c", text=True)
+    workspace, constants = map(int, re.findall(r"(\d+) bytes", shown))
+    assert f"RAM: {workspace:,} bytes; flash: {constants:,} bytes of constants" in output
+    assert workspace < 64 * 1024
 
 
 def test_an_onnx_file_with_wrong_outputs_is_not_written(run, export, monkeypatch):
@@ -241,12 +265,12 @@ def test_invalid_addresses_are_errors_without_a_connection(address):
         (
             ["--format", "onnx"],
             "onnxscript",
-            "ONNX export requires onnxscript: pip install 'torch-feather[onnx]'",
+            "ONNX export requires onnxscript. Run pip install 'torch-feather[onnx]'",
         ),
         (
             ["--push", "me/x"],
             "huggingface_hub",
-            "requires its client: pip install 'torch-feather[hub]'",
+            "requires its client. Run pip install 'torch-feather[hub]'",
         ),
     ],
     ids=["onnx", "hub"],
@@ -268,8 +292,10 @@ def test_the_error_names_the_missing_package(run, export, monkeypatch, arguments
         (["--format", "onnx", "--push", "me/x"], "--push puts the format sparse on the hub"),
         (["--dtype", "int8"], "--dtype int8: float16, bfloat16 or float32"),
         (["--out", "nowhere/x"], "No such file or directory"),
+        (["--format", "onnx", "--target", "host"], "target is supported for the native format"),
+        (["--format", "native", "--target", "arm"], "unknown target 'arm'"),
     ],
-    ids=["format", "dtype of onnx", "push of onnx", "dtype", "folder"],
+    ids=["format", "dtype of onnx", "push of onnx", "dtype", "folder", "target of onnx", "target"],
 )
 def test_invalid_options_are_errors(run, export, arguments, message):
     code, _, errors = export(run, *arguments)

@@ -43,10 +43,12 @@ def form(request, monkeypatch):
     return request.param
 
 
-def make_weights(seed, *, ties=False, special=False, dtype=torch.float32):
+SHAPES = ((3,), (301, 401), (5, 7), (20, 11, 3, 3), (1,))
+
+
+def make_weights(seed, *, ties=False, special=False, dtype=torch.float32, shapes=SHAPES):
     """Return weights of several shapes, more than one block, with a tensor of few elements."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(3,), (301, 401), (5, 7), (20, 11, 3, 3), (1,)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     if ties:
         tensors = [(8 * t).round() / 8 for t in tensors]

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import compiled_kernel
 from selection_cases import MAKERS, assert_same_cutoff, make
 
-from torch_feather.selection import device as device_module
-from torch_feather.selection.device import TorchPasses, select_device
+from torch_feather import launching
+from torch_feather.selection.device import TorchPasses, default_passes, select_device
+from torch_feather.selection.float_bits import FLOAT_BITS
 from torch_feather.selection.reference import select_reference
 
 needs_triton = pytest.mark.skipif(
@@ -32,43 +34,34 @@ def test_interpreted_kernels_find_the_reference_cutoff():
 
 
 @needs_triton
-@pytest.mark.parametrize("target", [("cuda", 80, 32), ("cuda", 90, 32)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_kernels_compile_without_a_device(target, dtype, tmp_path, monkeypatch):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
+@pytest.mark.parametrize(
+    ("dtype", "target"), [("fp32", 80), ("fp32", 90), ("bf16", 90), ("fp64", 90)]
+)
+def test_kernels_compile_without_a_device(dtype, target, tmp_path, monkeypatch):
     from torch_feather.selection import triton_kernels as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    bits = device_module.FLOAT_BITS[dtype]
-    scores, count = ("*i32" if bits.integer == torch.int32 else "*i64"), "*i64"
-    sources = [
-        (
-            kernels._count_digits,
-            {"scores": scores, "size": "i64", "prefix": count, "counts": count},
-            {"SHIFT": 20, "WIDTH": 11, "INFINITY": bits.infinity, "BLOCK": kernels.BLOCK},
-        ),
-        (
-            kernels._count_ties,
-            {"scores": scores, "size": "i64", "code": count, "start": count}
-            | {"counts": count, "bins": "i32"},
-            {"INFINITY": bits.infinity, "BINS": 2, "BLOCK": device_module.TIE_BLOCK},
-        ),
-        (
-            kernels._descend,
-            {"counts": count, "bins": "i32", "rank": count, "prefix": count}
-            | {"found": count, "shift": "i32"},
-            {"CHUNK": kernels.CHUNK},
-        ),
-    ]
-    for function, arguments, constants in sources:
-        signature = arguments | dict.fromkeys(constants, "constexpr")
-        binary = compile(
-            ASTSource(fn=function, signature=signature, constexprs=constants),
-            target=GPUTarget(*target),
-            options={"num_warps": 8},
-        )
+    width = 64 if dtype == "fp64" else 32
+    bits = FLOAT_BITS[torch.float64 if width == 64 else torch.float32]
+    scores = {"scores": f"*{dtype}", "size": "i64", "k": "*i64"}
+    found = {"last": "*i64", "bits": f"*i{width}"}
+    code = {"INFINITY": bits.infinity, "BLOCK": kernels.BLOCK}
+    minus_one = {"MINUS_ONE": kernels.MINUS_ONE[width]}
+    pass_ = code | {"STATE": kernels.STATE, "DESCENDS": True}
+    first, second, *_ = kernels.DIGITS[width]
+    shift = width - 1 - first
+    space = {"space": "*i64"}
+    for function, arguments, constants in (
+        (kernels._count_digits, scores | space,
+         pass_ | {"SHIFT": shift, "WIDTH": first, "FIRST": True}),
+        (kernels._count_digits, scores | space,
+         pass_ | {"SHIFT": shift - second, "WIDTH": second, "FIRST": False}),
+        (kernels._find_tie, scores | space | found,
+         code | minus_one | {"STATE": kernels.STATE, "MOST_PROGRAMS": kernels.MOST_PROGRAMS}),
+        (kernels._select_small, scores | found,
+         code | minus_one | {"WIDTH": width, "BLOCK": kernels.SMALL}),
+    ):  # fmt: skip
+        binary = compiled_kernel(function, arguments, constants, target)
         assert binary.asm["cubin"]
         assert binary.metadata.shared <= 48 * 1024  # what every device grants without asking
 
@@ -77,22 +70,22 @@ def test_pytorch_is_used_with_a_warning_if_triton_does_not_work(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no C compiler")
 
-    monkeypatch.setattr(device_module, "select_device", broken)
-    device_module._triton_works.cache_clear()
+    monkeypatch.setattr(launching, "launch", broken)
+    launching._works.cache_clear()
     if importlib.util.find_spec("triton") is None:
-        assert not device_module._triton_works(torch.device("cpu"))
+        assert not launching._works(torch.device("cpu"))
     else:
         with pytest.warns(UserWarning, match="Triton does not work.*no C compiler"):
-            assert not device_module._triton_works(torch.device("cpu"))
-    device_module._triton_works.cache_clear()
+            assert not launching._works(torch.device("cpu"))
+    launching._works.cache_clear()
 
 
 def test_pytorch_is_used_silently_without_triton(monkeypatch, recwarn):
-    monkeypatch.setitem(sys.modules, "torch_feather.selection.triton_kernels", None)
-    device_module._triton_works.cache_clear()
-    assert not device_module._triton_works(torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "torch_feather.probe_kernel", None)
+    launching._works.cache_clear()
+    assert not launching._works(torch.device("cpu"))
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
-    device_module._triton_works.cache_clear()
+    launching._works.cache_clear()
 
 
 def implementations():
@@ -116,7 +109,7 @@ def test_on_cuda_both_find_the_reference_cutoff(kind, dtype):
 
 @pytest.mark.gpu
 def test_cuda_tensors_use_triton():
-    assert device_module.default_passes(torch.ones(3, device="cuda")).__name__ == "TritonPasses"
+    assert default_passes(torch.ones(3, device="cuda")).__name__ == "TritonPasses"
 
 
 @pytest.mark.gpu

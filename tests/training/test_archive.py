@@ -296,6 +296,21 @@ def test_an_extended_header_without_its_member_is_an_error(shards):
         shards(begin + extended_header(record_of(b"path", b"x.png")) + bytes(2 * BLOCK))
 
 
+@pytest.mark.parametrize("kinds", ["xx", "LL", "xL", "Lx"])
+def test_two_names_for_one_member_are_an_error(shards, kinds):
+    """Readers do not agree on which one holds."""
+    content = {"x": b"14 path=c.png\n", "L": b"d.png\0"}
+    headers = b""
+    for kind in kinds:
+        info = tarfile.TarInfo("header")
+        info.type, info.size = kind.encode(), len(content[kind])
+        headers += info.tobuf(tarfile.USTAR_FORMAT) + content[kind].ljust(BLOCK, b"\0")
+    whole = archive(*pairs(range(2)))
+    assert len(shards(whole)) == 2
+    with pytest.raises(DataError, match="two extended headers for one member"):
+        shards(headers + whole)
+
+
 def test_sparse_members_of_gnu_tar_are_refused(shards):
     info, _ = member("9.png")
     header = bytearray(info.tobuf(tarfile.GNU_FORMAT))

@@ -3,6 +3,7 @@ import io
 import os
 import stat
 import tarfile
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch_feather.training.data import (
     tar_index,
 )
 from torch_feather.training.data.prepare import Center
+from torch_feather.training.data.regular import read_regular
 from torch_feather.training.data.stream import StreamEvalLoader, StreamTrainLoader
 from torch_feather.training.distributed import Ranks
 from torch_feather.training.errors import DataError
@@ -527,6 +529,16 @@ def test_a_folder_that_cannot_be_read_is_an_error(folder, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(DataError, match=r"bee: cannot be read \(Permission denied\)"):
         load_dataset(config(folder), 0)
+
+
+def test_reading_a_file_takes_memory_in_proportion_to_the_file(tmp_path):
+    (tmp_path / "small").write_bytes(b"123")
+    tracemalloc.start()
+    try:
+        assert read_regular(tmp_path / "small") == b"123"
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_size_of_a_file_is_bounded(folder):

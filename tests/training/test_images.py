@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -363,6 +364,17 @@ def test_the_limit_of_pixels_holds_whatever_pillow_allows(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 29)
     with pytest.raises(ValueError, match="5x6 pixels, but at most 29 are supported"):
         decode_image(FILES["PNG"])
+
+
+def test_16_bits_take_little_more_memory_than_8():
+    """An image of the largest size must not need several gigabytes."""
+    content = encode(Image.fromarray(np.full((500, 1000), 40_000, np.uint16)), "PNG")
+    tracemalloc.start()
+    try:
+        assert (decode_image(content) == round(40_000 * 255 / 65_535)).all()
+        assert tracemalloc.get_traced_memory()[1] < 12 * 500 * 1000
+    finally:
+        tracemalloc.stop()
 
 
 def test_formats_that_run_programs_are_refused():

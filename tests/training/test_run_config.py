@@ -100,7 +100,7 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(key, nearest):
         ({"sparsity": "much"}, "sparsity must be a number"),
         ({"exclude": [3]}, "exclude must be a string or a list of strings"),
         ({"data.flip": "yes please"}, "data.flip must be true or false"),
-        ({"data.name": "mnist"}, "not one of digits"),
+        ({"data.name": "mnist"}, r"there is no data set 'mnist'"),
         ({"data.validation": 1.0}, "must be a fraction in"),
         ({"data": 3}, "unknown key 'data'"),
         ({"optimizer.lr": None}, "optimizer.lr must be a number"),
@@ -294,6 +294,13 @@ def test_an_option_of_another_type_is_refused_like_any_wrong_value(method):
             with pytest.raises(ConfigurationError) as caught:
                 apply(Config(method=method), {"options": {option: value}}, "here")
             assert f"here: Option {option!r} of method {method!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [2, "text", True, [1], [{"p": 2}]])
+def test_options_that_are_no_mapping_are_refused(value):
+    for given in ({"options": value}, {"options.": value}):
+        with pytest.raises(ConfigurationError, match="options"):
+            apply(Config(), given, "here")
 
 
 def test_text_that_names_no_file_is_refused():

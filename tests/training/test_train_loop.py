@@ -17,6 +17,7 @@ import torch_feather as feather
 from torch_feather import cli
 from torch_feather.errors import ConfigurationError
 from torch_feather.training import loop
+from torch_feather.training.automatic import with_class_names
 from torch_feather.training.callbacks import Callback
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import Config, apply, load_config, resolve_config, to_yaml
@@ -90,7 +91,8 @@ def test_a_run_directory_has_all_its_files(finished):
         "layers.png",
         "operator.png",
     }
-    assert load_config(folder / "config.yaml") == tiny().written_out()
+    expected = with_class_names(tiny(), tuple("0123456789")).written_out()
+    assert load_config(folder / "config.yaml") == expected
     assert json.loads((folder / "report.json").read_text()) == results
     assert {"versions", "commit", "hardware", "seed", "seconds", "macs"} <= results.keys()
     history = RunDirectory(folder).read_metrics()
@@ -423,7 +425,7 @@ def test_excluded_weights_stay_dense_and_are_not_counted(tmp_path, monkeypatch, 
     assert [layer["name"] for layer in report["layers"]] == ["fc.weight"]
     assert report["sparsity"] == 0.5
     run = RunDirectory(tmp_path / "run")
-    assert run.read_config() == config.written_out()
+    assert run.read_config() == with_class_names(config, tuple("0123456789")).written_out()
     assert run.read_metrics()[-1]["sparsity"] == 0.5
     monkeypatch.setattr("sys.argv", ["feather", "evaluate", str(run.path)])
     with pytest.raises(SystemExit):

@@ -10,6 +10,7 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
+from pickle import dumps
 
 import numpy as np
 import pytest
@@ -240,6 +241,25 @@ WRONG = {
         "unknown network 'os.system'",
     ),
 }
+
+
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(dumps(value))])
+def test_code_in_a_file_is_refused_and_not_executed(tmp_path, write):
+    trace = tmp_path / "executed"
+    pickle.loads(dumps(Code(trace)))  # what a reader must not do
+    trace.unlink()
+    write({"weight": torch.ones(2), "code": Code(trace)}, tmp_path / "a.pt")
+    with pytest.raises(RunError, match="damaged, or holds more than tensors"):
+        read_weights(tmp_path / "a.pt")
+    assert not trace.exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.sparse", "ignore:.*[qQ]uantiz")

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import devices
 from ..context import MethodContext
 from ..errors import ConfigurationError
+from ..scalars import count_of
 from ..weights.latent import LatentWeights
 from ..weights.passes import count_pruned
 from ..weights.segments import Segment
@@ -62,7 +63,7 @@ class Global(FittedAllocation):
     def cutoffs(
         self, weights: LatentWeights, sparsity: Tensor, state: State = NO_STATE
     ) -> list[Segment]:
-        k = (sparsity * weights.size).round().long()
+        k = count_of(sparsity, weights.size)
         if self.min_density == 0.0 and self.max_density == 1.0:
             return [Segment(0, weights.size, select_weights(weights, k))]
         if not devices.synchronizes(k.device):

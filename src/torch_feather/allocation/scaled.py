@@ -15,6 +15,7 @@ from ..context import MethodContext
 from ..errors import ConfigurationError, nearest
 from ..measure.flops import count_flops
 from ..prunable import unwrap
+from ..scalars import count_of
 from ..weights.latent import LatentWeights
 from ..weights.passes import count_pruned
 from ..weights.segments import Segment
@@ -46,7 +47,7 @@ def scaled_cutoffs(weights: LatentWeights, scale: Tensor, sparsity: Tensor) -> l
         [1, 1]
     """
     scales = list(scale.to(weights.wide))
-    k = (sparsity * weights.size).round().long()
+    k = count_of(sparsity, weights.size)
     cutoff = select_weights(weights, k, scales)
     pairs = zip(weights.spans, scales, strict=True)
     return [Segment(start, stop, cutoff, scale) for (start, stop), scale in pairs]

@@ -7,22 +7,38 @@ import sys
 import warnings
 from typing import Annotated
 
+from ..errors import install_hint
+
 try:
     import rich  # noqa: F401
     import typer
     import yaml  # noqa: F401
 except ImportError as error:
     raise SystemExit(
-        f"feather: the command line needs {error.name}. Run pip install 'torch-feather[train]'."
+        f"feather: the command line needs {error.name}. {install_hint('train')}"
     ) from None
 
+from .example import example
 from .files import bench, export
 from .lists import methods, recipes
+from .predict import predict
 from .runs import evaluate, report
 from .studies import studies
 from .training import EXAMPLES, train
 
-__all__ = ["app", "bench", "evaluate", "export", "main", "methods", "recipes", "report", "train"]
+__all__ = [
+    "app",
+    "bench",
+    "evaluate",
+    "example",
+    "export",
+    "main",
+    "methods",
+    "predict",
+    "recipes",
+    "report",
+    "train",
+]
 
 app = typer.Typer(
     name="feather",
@@ -33,7 +49,7 @@ app = typer.Typer(
 )
 app.command(epilog=EXAMPLES)(train)
 app.add_typer(studies, name="study")
-for _command in (evaluate, report, export, bench, methods, recipes):
+for _command in (predict, evaluate, report, export, bench, methods, recipes, example):
     app.command()(_command)
 
 

@@ -12,12 +12,25 @@ from .runs import RunArgument
 DTYPES = ("float16", "bfloat16", "float32")
 
 
-def export(
+def export(  # long: each option has its help
     run: RunArgument,
     format: Annotated[
-        str, typer.Option(help="sparse (small), safetensors (dense tensors) or onnx.")
+        str,
+        typer.Option(
+            help="sparse (small), safetensors (dense tensors), onnx, native (a library) or c (C99)."
+        ),
     ] = "sparse",
-    out: Annotated[Path | None, typer.Option(help="The file. [default: one in RUN]")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file; for native and c, the folder. [default: one in RUN]"),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="For --format native: host, x86-64-v3, x86-64-v4, aarch64, riscv64 or wasm32. "
+            "[default: host]"
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="For --format sparse: store weights as float16, bfloat16 or float32."),
@@ -59,7 +72,7 @@ def export(
         raise typer.BadParameter("--push puts the format sparse on the hub. Remove --format.")
     directory = RunDirectory(run)
     torch_dtype = getattr(torch, dtype) if dtype else None
-    file = exports.export_run(directory, format, out, torch_dtype, data_path)
+    file = exports.export_run(directory, format, out, torch_dtype, data_path, target)
     typer.echo(f"{file}: {exports.describe(directory, file, format)}")
     if push is not None:
         typer.echo(f"on the hub: {exports.push(directory, file, push)}")

@@ -24,6 +24,8 @@ EXAMPLES = """
 
 - `feather train --data cifar10 --data-path DATA/cifar10 --set optimizer.lr=0.05 --set options.p=2`
 
+- `feather train --data imagefolder --data-path PHOTOS --network timm/resnet18 --pretrained`
+
 - `feather train --recipe imagenet --data-path DATA/imagenet --set system.compile=true`
 
 - `feather train --method package.module:factory` uses a method of your own
@@ -76,6 +78,9 @@ def train(
         str | None,
         typer.Option(help="Initial weights: a run directory or a file. [default: random]"),
     ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Initial weights: those published by timm.")
+    ] = False,
     teacher: Annotated[
         str | None,
         typer.Option(help="Teacher network: a run directory, a file, or timm/NAME."),
@@ -135,10 +140,11 @@ def train(
     """
     from ..models import TIMM
     from ..training.callbacks import Callbacks
-    from ..training.config import parse_assignments
+    from ..training.config import PRETRAINED, parse_assignments
     from ..training.console import ConsoleCallback, print_results
     from ..training.distributed import process_group
     from ..training.loggers import logging_callbacks
+    from ..training.loop import chosen
     from ..training.loop import train as run_training
 
     given: dict[str, Any] = {
@@ -155,13 +161,23 @@ def train(
         "compare_dense": compare_dense,
         "track_masks": track_masks,
     }
+    if pretrained:
+        if init is not None:
+            raise typer.BadParameter("--pretrained and --init both name initial weights")
+        given["init"] = PRETRAINED
     overrides = {key: value for key, value in given.items() if value is not None}
     overrides |= parse_assignments(settings or [])
     if resume and out is None:
         raise typer.BadParameter("--resume requires --out RUN, the run to resume")
+    named = recipe or config or resume or "data.name" in overrides
+    if data_path is not None and not named:  # digits have no files
+        raise typer.BadParameter(
+            "--data-path requires --data: imagefolder for a folder of images; cifar10; or cifar100"
+        )
     start = _configuration(recipe, config, data, overrides, out if resume else None)
     console = make_console()
     with process_group() as ranks:
+        start = chosen(start, ranks)
         folder = ranks.on_first(lambda: out or free_directory(start))
         # The console comes last, so that its progress bars cover the training alone.
         callback = Callbacks([*logging_callbacks(start), ConsoleCallback(console)])

@@ -19,8 +19,10 @@ from torch.optim import Optimizer
 from ..errors import StateError, some
 from ..methods.base import BoundMethod
 from ..weights.latent import PerTensor
+from .stored_bytes import from_bytes, has_values, stored_bytes, to_bytes
 
 FORMAT = 1
+MOST_STEPS = 2**53  # of training; a header with more is damaged
 # Prefix of the keys of these entries.
 PREFIX = "feather_"
 
@@ -63,10 +65,11 @@ class Header(NamedTuple):
     @classmethod
     def read(cls, tensor: Tensor) -> Header | None:
         """Return the header in a tensor, None if it holds none."""
-        if tensor.numel() != 8 * len(cls._fields):
+        data = stored_bytes(tensor)
+        if data is None or data.numel() != 8 * len(cls._fields):
             return None
-        data = tensor.to("cpu", torch.uint8).numpy().tobytes()
-        words = (data[i : i + 8] for i in range(0, len(data), 8))
+        content = data.cpu().numpy().tobytes()
+        words = (content[i : i + 8] for i in range(0, len(content), 8))
         return cls(*(int.from_bytes(word, "little", signed=True) for word in words))
 
     def differences(self, other: Header) -> list[str]:
@@ -83,32 +86,6 @@ class Header(NamedTuple):
         if self.shape != other.shape:
             found.append("it belongs to another model (another shape, or other prunable weights)")
         return found
-
-
-def to_bytes(tensor: Tensor) -> Tensor:
-    """Return the bits of a tensor as flat uint8, a copy, which casts to floats keep exactly.
-
-    Example:
-        >>> to_bytes(torch.tensor([1.0])).tolist()
-        [0, 0, 128, 63]
-    """
-    return tensor.detach().clone().reshape(-1).view(torch.uint8)
-
-
-def from_bytes(data: Tensor | None, like: Tensor) -> Tensor | None:
-    """Return the tensor that `to_bytes` stored; None if the data does not fit `like`.
-
-    Args:
-        data: result of `to_bytes`, perhaps cast to a float type; None for none.
-        like: tensor of the expected shape and type.
-
-    Example:
-        >>> from_bytes(to_bytes(torch.tensor([1.0])).half(), torch.zeros(1))
-        tensor([1.])
-    """
-    if data is None or data.numel() != like.numel() * like.element_size():
-        return None
-    return data.to(torch.uint8).clone().view(like.dtype).reshape(like.shape)
 
 
 def digest(text: str) -> int:
@@ -198,6 +175,13 @@ def check_loaded(
         loaded = _check_one(expected, found.get(i, {}), i, hint)
         if loaded is not None:
             fitting[i] = loaded
+    steps = {loaded.header.step: i for i, loaded in fitting.items()}
+    if len(steps) > 1:
+        several = " and ".join(f"{expected.names[i]} at {step}" for step, i in steps.items())
+        raise StateError(
+            f"The weights of the state are not of the same step: {several:.200}. Load another "
+            "checkpoint."
+        )
     return fitting
 
 
@@ -213,8 +197,13 @@ def _check_one(expected: Expected, own: Entries, i: int, hint: str) -> Loaded | 
             )
         return None
     latent, saved = own["latent"], Header.read(own["header"])
-    if saved is None:
+    if saved is None or not 0 <= saved.step <= MOST_STEPS:
         raise StateError(f"The state's header for {name} is damaged. Load another checkpoint.")
+    if not has_values(latent) or not latent.is_floating_point():
+        raise StateError(
+            f"The state's latent weights for {name} are damaged: they are not a dense tensor of "
+            "floating-point numbers. Load another checkpoint."
+        )
     present = expected.header(i)
     differences = saved.differences(present)
     if latent.shape != shape:
@@ -257,13 +246,15 @@ def exported(
     return {"latent": latent, "header": header.tensor(), **state}
 
 
-def own_entries(entries: Mapping[Any, Any]) -> dict[str, Tensor]:
+def own_entries(entries: object) -> dict[str, Tensor]:
     """Return the entries with the prefix of a parameter's state, by name without the prefix.
 
     Example:
         >>> own_entries({"momentum_buffer": torch.ones(1), "feather_latent": torch.zeros(1)})
         {'latent': tensor([0.])}
     """
+    if not isinstance(entries, Mapping):  # some optimizers keep other values in their state
+        return {}
     return {
         key.removeprefix(PREFIX): value
         for key, value in entries.items()

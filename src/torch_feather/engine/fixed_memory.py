@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,8 +72,53 @@ def keep_memory(old: Pruning, new: Pruning, device: torch.device) -> Pruning:
     """
     if old is None or not devices.synchronizes(device) or outline(old) != outline(new):
         return new
-    copy_all(tensors_in(old), tensors_in(new))
+    copy_all(*packed(tensors_in(old), tensors_in(new)))
     return old
+
+
+def packed(
+    targets: Sequence[Tensor], sources: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return fewer pairs to copy: numbers that fill one piece of memory are copied as one tensor.
+
+    Args:
+        targets: tensors to write, in any order and number of times.
+        sources: as many tensors, of the same shapes and types.
+
+    Example:
+        >>> old, new = torch.zeros(2), torch.ones(2)
+        >>> [target.shape for target in packed(old.unbind(), new.unbind())[0]]
+        [torch.Size([2])]
+    """
+    groups: dict[tuple[int, int], dict[tuple[int, int], tuple[Tensor, Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        memory = target.untyped_storage()._cdata, source.untyped_storage()._cdata
+        groups.setdefault(memory, {})[_byte(target), _byte(source)] = target, source
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for group in groups.values():
+        whole = _whole(group)
+        pairs += list(group.values()) if whole is None else [whole]
+    return [target for target, _ in pairs], [source for _, source in pairs]
+
+
+def _byte(tensor: Tensor) -> int:
+    return int(tensor.storage_offset()) * tensor.element_size()
+
+
+def _whole(
+    group: dict[tuple[int, int], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor] | None:
+    """Return two pieces of memory as tensors, if numbers fill both of them in the same order."""
+    if len(group) < 2 or any(a != b for a, b in group):
+        return None
+    if any(one.numel() != 1 for pair in group.values() for one in pair):
+        return None
+    length = sum(target.element_size() for target, _ in group.values())
+    target, source = max(group.values(), key=lambda pair: pair[0].element_size())
+    if any(one.untyped_storage().nbytes() != length for one in (target, source)):
+        return None
+    shape = (length // target.element_size(),)
+    return target.as_strided(shape, (1,), 0), source.as_strided(shape, (1,), 0)
 
 
 def store(method: BoundMethod, pruning: Pruning) -> Pruning:

@@ -16,7 +16,7 @@ from ..errors import StateError, warn
 from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
 from ..weights.checksum import Recorded
 from ..weights.compiled import copy_weights
-from ..weights.exchange import read_latent
+from ..weights.exchange import read_latent, write_latent
 from ..weights.latent import LatentWeights
 from ..weights.passes import adopt_written
 from ..weights.shards import fsdp_units, local, local_part, reshard
@@ -152,7 +152,7 @@ class Training:
     def write_latent(self, positions: Sequence[int]) -> None:
         """Write latent weights into the parameters at these positions."""
         held = self.binding.local
-        copy_weights([held[i] for i in positions], [self.weights.views[i] for i in positions])
+        write_latent(self.weights, positions, [held[i] for i in positions])
 
     @torch.no_grad()
     def read_latent(self, positions: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ..errors import FileFormatError, StateError
+from ..errors import FileFormatError, StateError, printable
 from .conversion import convert, without_negative_zeros
 
 
@@ -201,4 +201,6 @@ def load(model: nn.Module, values: Callable[[], Mapping[str, Tensor]], source: o
         reason = "; ".join(lines[1:4] or lines or [type(error).__name__])
     else:
         return
-    raise StateError(f"{source} does not fit {type(model).__name__}: {reason.rstrip('.')}.")
+    raise StateError(
+        f"{printable(source)} does not fit {type(model).__name__}: {printable(reason.rstrip('.'))}."
+    )

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, FeatherError
+from ..errors import ConfigurationError, FeatherError, install_hint
 from ..files import replace_file, to_path
 from ..prunable import unwrap
 
 TOLERANCE = 1e-5  # relative to the largest output
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: str | PathLike[str]) -> None:
+def export_onnx(
+    model: nn.Module,
+    example: Tensor,
+    path: str | PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Save a model in eval mode as ONNX, for batches of any size.
 
     Before the file is written, its outputs in onnxruntime are compared with PyTorch's.
@@ -24,6 +31,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | PathLike[str]) ->
         model: takes one tensor and returns one tensor.
         example: an input (1, ...); only its shape and type matter.
         path: the file, which is replaced atomically; on any error it is unchanged.
+        metadata: texts to store in `metadata_props`, by name.
 
     Raises:
         ConfigurationError: `model` is not a module, `example` is not a batch, or `path` is no path.
@@ -44,12 +52,10 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | PathLike[str]) ->
         kind = "tensor without dimensions" if isinstance(example, Tensor) else type(example)
         raise ConfigurationError(f"The example must be a batch (1, ...), got a {kind}.")
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"ONNX export requires {error.name}: pip install 'torch-feather[onnx]'"
-        ) from error
+        raise ImportError(f"ONNX export requires {error.name}. {install_hint('onnx')}") from error
     model = copy.deepcopy(unwrap(model)).cpu().eval()
     # Two samples: torch.export specializes the graph for a batch of one.
     inputs = torch.randn(2, *example.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -59,7 +65,18 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | PathLike[str]) ->
         model, (inputs,), dynamo=True, dynamic_shapes=batches, verbose=False
     )
     assert program is not None
-    data = program.model_proto.SerializeToString()
+    proto = program.model_proto
+    data = proto.SerializeToString()
+    _compare(model, data, inputs, path)
+    for key, text in (metadata or {}).items():
+        proto.metadata_props.add(key=key, value=text)
+    replace_file(path, lambda file: file.write(proto.SerializeToString()))
+
+
+def _compare(model: nn.Module, data: bytes, inputs: Tensor, path: Path) -> None:
+    """Raise a FeatherError if onnxruntime computes other outputs than PyTorch."""
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     for batch in (inputs, inputs[:1]):
         with torch.no_grad():
@@ -73,4 +90,3 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | PathLike[str]) ->
                 f"Outputs in onnxruntime differ from PyTorch's by {difference:.1e} of the largest. "
                 f"{path} was not written."
             )
-    replace_file(path, lambda file: file.write(data))

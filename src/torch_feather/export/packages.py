@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import install_hint
+
 
 def import_safetensors() -> Any:
     """Return the package safetensors.
@@ -18,9 +20,7 @@ def import_safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(
-            "Sparse files require safetensors: pip install 'torch-feather[files]'"
-        ) from error
+        raise ImportError(f"Sparse files require safetensors. {install_hint('files')}") from error
     return safetensors
 
 
@@ -38,6 +38,6 @@ def import_huggingface_hub() -> Any:
         import huggingface_hub
     except ImportError as error:
         raise ImportError(
-            "The Hugging Face hub requires its client: pip install 'torch-feather[hub]'"
+            f"The Hugging Face hub requires its client. {install_hint('hub')}"
         ) from error
     return huggingface_hub

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, FileFormatError, StateError
+from ..errors import ConfigurationError, FileFormatError, StateError, printable
 from ..files import to_path
 from ..participants import remember_names
 from ..prunable import unwrap
@@ -171,9 +171,9 @@ class SparseFile:
             return self._read(entry)[0].clone()
         if limit is not None and entry.dense_bytes > limit:
             raise FileFormatError(
-                f"{self.path}: {name} requires {entry.dense_bytes:,} bytes of memory, more than "
-                f"the limit of {limit:,}. To read it, raise the limit: "
-                f"tensor({name!r}, limit=...)."
+                f"{printable(self.path)}: {printable(name[:80])} requires {entry.dense_bytes:,} "
+                f"bytes of memory, more than the limit of {limit:,}. To read it, raise the limit: "
+                f"tensor({name!r:.80}, limit=...)."
             )
         values, codes = self._read(entry)
         positions = self._positions(entry, values, codes)
@@ -181,8 +181,8 @@ class SparseFile:
             dense = torch.zeros(entry.size, dtype=entry.dtype)
         except RuntimeError:  # a MemoryError of PyTorch
             raise FileFormatError(
-                f"{self.path}: {name:.80} requires {entry.dense_bytes:,} bytes, more memory than "
-                "there is"
+                f"{printable(self.path)}: {printable(name[:80])} requires {entry.dense_bytes:,} "
+                "bytes, more memory than there is"
             ) from None
         as_integers(dense)[positions] = as_integers(values)
         return dense.reshape(entry.shape)
@@ -250,16 +250,16 @@ def _check_zeros(entry: Entry, values: Tensor) -> None:
 @contextmanager
 def _format_errors(path: Path, name: str = "") -> Iterator[None]:
     """Convert all errors that the contents of a file can cause into FileFormatError."""
-    position = f"{path}: {name[:80]}: " if name else f"{path}: "
+    position = f"{printable(path)}: {printable(name[:80])}: " if name else f"{printable(path)}: "
     try:
         yield
     except FileFormatError as error:
-        raise FileFormatError(f"{path}: {error}") from None
+        raise FileFormatError(f"{printable(path)}: {printable(error)}") from None
     except (
         *(ValueError, TypeError, KeyError, RuntimeError, OverflowError),
         import_safetensors().SafetensorError,
     ) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileFormatError(
-            f"{position}truncated, damaged, or not a safetensors file ({first})"
+            f"{position}truncated, damaged, or not a safetensors file ({printable(first)})"
         ) from None

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import devices
+from .. import devices, scalars
 from ..allocation import Allocation
 from ..allocation.base import FittedAllocation
 from ..context import MethodContext
-from ..gradient_rules import GradientRule
+from ..gradient_rules import GradientRule, StraightThrough
 from ..operators import Operator
 from ..schedules import Schedule, make_table
+from ..weights import triton_passes
 from ..weights.counts import count_true
 from ..weights.latent import LatentWeights, PerTensor, write_if
 from ..weights.passes import pruned_mask, write_effective
@@ -109,7 +110,7 @@ class Thresholded(BoundMethod):
 
     def progress(self, step: Tensor) -> Tensor:
         """Return the completed fraction of training after `step` steps, 0-dimensional float64."""
-        return (step.double() / self.total_steps).clamp(max=1.0)
+        return scalars.progress(step, self.total_steps)
 
     def write_effective(
         self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
@@ -145,6 +146,10 @@ class Thresholded(BoundMethod):
         """
         if not self.facts.pulls_back:
             return gradient
+        if type(self.gradient) is StraightThrough and isinstance(self.gradient.theta, float):
+            result = triton_passes.pull_back(gradient, effective, cutoff, self.gradient.theta)
+            if result is not None:
+                return result
         on_device = devices.synchronizes(cutoff.device)
         if on_device or not cutoff > 0:
             effective = mark_kept(effective, cutoff <= 0)
@@ -188,26 +193,25 @@ class Timetable:
     def __init__(self, schedule: Schedule, context: MethodContext):
         self.fractions = make_table(schedule, context.total_steps)
         self.target_step = int(np.flatnonzero(self.fractions != 1).max(initial=-1)) + 1
-        table, self._target = torch.from_numpy(self.fractions), context.sparsity
-        self._table = table.to(context.weights.device)
+        tables = np.stack([self.fractions * context.sparsity, 1 - self.fractions])
+        self._tables = torch.from_numpy(tables).to(context.weights.device)
 
     @property
     def fingerprint(self) -> str:
         """Text that identifies the timetable in checkpoints."""
         return self.fractions.tobytes().hex()
 
-    def at(self, step: Tensor, begin: Tensor | float = 0.0) -> Tensor:
+    def at(self, step: Tensor, zeros: Tensor | None = None, size: int = 1) -> Tensor:
         """Return the target sparsity after `step` steps, 0-dimensional float64.
 
         Args:
             step: 0-dimensional; the last value holds beyond the table.
-            begin: the sparsity that the schedule starts from.
+            zeros: zeros of each weight tensor that the schedule starts from; None for none.
+            size: number of weights.
         """
-        if self._table.device != step.device:  # the weights were moved
-            self._table = self._table.to(step.device)
-        # `take`: indexing by a tensor would read the step on the host.
-        fraction = self._table.take(step.clamp(max=len(self.fractions) - 1))
-        return fraction * self._target + begin * (1 - fraction)
+        if self._tables.device != step.device:  # the weights were moved
+            self._tables = self._tables.to(step.device)
+        return scalars.scheduled(step, self._tables[0], self._tables[1], zeros, size)
 
 
 class MagnitudePruning(Thresholded):
@@ -253,8 +257,8 @@ class MagnitudePruning(Thresholded):
         return f"{m.operator!r} {m.gradient!r} {m.allocation!r} {self.timetable.fingerprint}"
 
     def cutoffs(self, weights: LatentWeights, step: Tensor) -> list[Segment]:
-        begin = self.state["zeros"].flat.sum().double() / weights.size
-        return self.allocation.cutoffs(weights, self.timetable.at(step, begin), self._entries())
+        target = self.timetable.at(step, self.state["zeros"].flat, weights.size)
+        return self.allocation.cutoffs(weights, target, self._entries())
 
     def _entries(self) -> dict[str, Tensor]:
         """Return the state as tensors with one number per weight tensor."""

@@ -230,10 +230,15 @@ def build_method(name: str, *, sparsity: float, **options: Any) -> AnyMethod:
                 f"Method {name!r} has no option {option!r}{nearest(option, known)} "
                 f"Its options: {', '.join(known) or 'none'}."
             )
+    given = {"sparsity": sparsity} if "sparsity" in parameters or free else {}
+    try:
+        method = factory(**options, **given)
+    except ConfigurationError:  # the factory knows best what is wrong
+        raise
+    except Exception:
+        check_option_types(name, factory, options)
+        raise
     check_option_types(name, factory, options)
-    if "sparsity" in parameters or free:
-        options["sparsity"] = sparsity
-    method = factory(**options)
     if not hasattr(method, "bind"):
         raise ConfigurationError(
             f"The factory of method {name!r} returned {type(method).__name__}, which has no "

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigurationError, nearest
+from ..errors import ConfigurationError, install_hint, nearest
 from .densenet import DenseNet, densenet40_24
 from .mobilenet import MobileNetV1, mobilenet_v1
 from .resnet import ResNet, resnet8, resnet20
@@ -67,11 +67,73 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     if name.startswith(TIMM):
         return create_timm(name, num_classes=num_classes, in_chans=in_channels)
     if name not in _MODELS:
+        near = f"; did you mean {TIMM + name!r}?" if _is_timm(name) else nearest(name, _MODELS)
         raise ConfigurationError(
-            f"unknown network {name!r}{nearest(name, _MODELS)} "
-            f"Available: {', '.join(_MODELS)}, and timm/NAME."
+            f"unknown network {name!r}{near} Available: {', '.join(_MODELS)}, and timm/NAME."
         )
     return _MODELS[name](num_classes, in_channels)
+
+
+def create_pretrained(name: str, **options: Any) -> nn.Module:
+    """Create a model of timm with its published weights, from the hub or the local cache.
+
+    Args:
+        name: `timm/NAME`.
+        options: keyword arguments of `timm.create_model`.
+
+    Raises:
+        ConfigurationError: timm has no such model, or no weights for it; or they cannot be read or
+            downloaded.
+        ImportError: timm is not installed.
+
+    Example:
+        >>> create_pretrained("timm/resnet81")
+        Traceback (most recent call last):
+        torch_feather.errors.ConfigurationError: timm has no model 'resnet81'; did you mean ...
+    """
+    short = _timm_model(name)
+    settings = published_settings(name)
+    if not any(settings.get(key) for key in ("hf_hub_id", "url", "file")):
+        raise ConfigurationError(
+            f"timm has no published weights of {short!r}. timm.list_pretrained() lists all."
+        )
+    try:
+        return create_timm(name, pretrained=True, **options)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # of the hub's client, of requests, or of a damaged file
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigurationError(
+            f"timm's weights of {short} cannot be loaded ({first}). Download them on a machine "
+            "with a connection, and pass the file with --init."
+        ) from error
+
+
+def published_settings(name: str) -> dict[str, Any]:
+    """Return what timm knows of a model's weights: source, image size, normalization, ...
+
+    Args:
+        name: `timm/NAME`.
+
+    Returns:
+        The model's `pretrained_cfg`; empty if there is none.
+
+    Raises:
+        ConfigurationError: timm has no such model.
+        ImportError: timm is not installed.
+
+    Example:
+        >>> published_settings("timm/resnet18")["input_size"]
+        (3, 224, 224)
+    """
+    short = _timm_model(name)
+    from timm.models import get_pretrained_cfg
+
+    try:
+        found = get_pretrained_cfg(short)
+    except RuntimeError:  # no weights with this tag
+        found = None
+    return {} if found is None else found.to_dict()
 
 
 def create_timm(name: str, **options: Any) -> nn.Module:
@@ -91,16 +153,48 @@ def create_timm(name: str, **options: Any) -> nn.Module:
         >>> model(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
+    timm = import_timm(name)
+    return timm.create_model(_timm_model(name), **options)
+
+
+def _timm_model(name: str) -> str:
+    """Return timm's name of a model.
+
+    Raises:
+        ConfigurationError: timm has no model of this name.
+    """
+    timm = import_timm(name)
+    short = name.removeprefix(TIMM)
+    if not timm.is_model(short):
+        raise ConfigurationError(
+            f"timm has no model {short!r}{nearest(short, timm.list_models())} "
+            "timm.list_models() lists all models."
+        )
+    return short
+
+
+def _is_timm(name: str) -> bool:
+    try:
+        return bool(import_timm(name).is_model(name))
+    except ImportError:
+        return False
+
+
+def import_timm(name: str) -> Any:
+    """Return the package timm.
+
+    Args:
+        name: the network that requires it, for the message.
+
+    Raises:
+        ImportError: it is not installed; the message says how to install it.
+
+    Example:
+        >>> import_timm("timm/resnet18").__name__
+        'timm'
+    """
     try:
         import timm
     except ImportError as error:
-        raise ImportError(
-            f"network {name!r} requires timm: pip install 'torch-feather[vision]'"
-        ) from error
-    name = name.removeprefix(TIMM)
-    if not timm.is_model(name):
-        raise ConfigurationError(
-            f"timm has no model {name!r}{nearest(name, timm.list_models())} "
-            "timm.list_models() lists all models."
-        )
-    return timm.create_model(name, **options)
+        raise ImportError(f"network {name!r} requires timm. {install_hint('vision')}") from error
+    return timm

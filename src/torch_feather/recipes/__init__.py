@@ -1,4 +1,4 @@
-"""Recipes: the paper's training settings, and two small ones, one YAML file each."""
+"""Recipes: the paper's training settings, two small ones, and fine-tuning; one YAML file each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def available_recipes() -> dict[str, str]:
 
     Example:
         >>> list(available_recipes())
-        ['cifar10', 'cifar100-small', 'cifar100', 'digits', 'imagenet']
+        ['cifar10', 'cifar100-small', 'cifar100', 'digits', 'finetune', 'imagenet']
     """
     found = {}
     for file in sorted(resources.files(__package__).iterdir(), key=lambda f: f.name):

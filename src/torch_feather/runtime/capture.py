@@ -51,12 +51,14 @@ class Captured(NamedTuple):
     reads_memory: bool
 
 
-def capture(model: nn.Module, example: Tensor) -> Captured:
+def capture(model: nn.Module, example: Tensor, *, any_batch: bool = True) -> Captured:
     """Capture a model in eval mode as a graph in which layers and batch norms are fused.
 
     Args:
         model: takes one tensor.
         example: an input.
+        any_batch: whether to try a graph for all batch sizes first; otherwise, all sizes of the
+            graph are those of the example.
 
     Raises:
         CaptureError: torch.export cannot capture the model, or the model writes into its input.
@@ -67,11 +69,12 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
         [<OpOverload(op='aten.relu', overload='default')>]
     """
     # torch.export specializes the graph for a batch of one.
-    several = example if len(example) > 1 else torch.cat([example, example])
-    with suppress(Exception), _guard_batch_of_one():  # of many types, none documented
-        found = _export(model, several, {0: torch.export.Dim.AUTO})
-        if found.accepts(example):
-            return found
+    if any_batch:
+        several = example if len(example) > 1 else torch.cat([example, example])
+        with suppress(Exception), _guard_batch_of_one():  # of many types, none documented
+            found = _export(model, several, {0: torch.export.Dim.AUTO})
+            if found.accepts(example):
+                return found
     try:
         return _export(model, example, None)
     except CaptureError:

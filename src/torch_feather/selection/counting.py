@@ -1,4 +1,4 @@
-"""The passes over memory that a selection by counting consists of.
+"""The passes over memory that a selection consists of.
 
 `Passes` is the interface, `TorchPasses` its form in plain PyTorch; `triton_kernels.py` has another.
 """
@@ -10,7 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .cutoff import Cutoff, cutoff_at
 from .float_bits import FLOAT_BITS
+
+MOST_SORTED = 1 << 26
+"""Scores that are sorted at most; more are counted."""
+TIE_BLOCK = 4096
+"""Ties are counted per block of this many flat indices, then one by one within one block."""
 
 
 class Passes(Protocol):
@@ -37,19 +43,12 @@ class Passes(Protocol):
             Counts of shape (2**width,).
         """
 
-    def count_ties(self, code: Tensor, start: Tensor, block: int, bins: int) -> Tensor:
-        """Count the scores that have this code, per block of flat indices.
+    def cutoff(self, k: Tensor) -> Cutoff:
+        """Return the cutoff of the k smallest scores.
 
-        Bin j holds the indices start + [j * block, (j + 1) * block). `start` is 0 if block > 1.
-
-        Returns:
-            Counts of shape (bins,).
+        Args:
+            k: 0-dimensional int64 on the device of the scores; clamped to the possible range.
         """
-
-    def descend(
-        self, counts: Tensor, rank: Tensor, prefix: Tensor, shift: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Step into the bin that holds `rank`; arguments as for the function `descend`."""
 
 
 def descend(
@@ -81,7 +80,10 @@ def descend(
 class TorchPasses:
     """`Passes` in plain PyTorch, for any device and for `torch.compile`.
 
-    Memory: the codes and up to three more arrays of their size at a time.
+    Up to `MOST_SORTED` scores are sorted: on a GPU, this takes few launches and is faster than
+    counting. More are counted, since a sort takes memory.
+
+    Memory for counting: the codes and up to three more arrays of their size at a time.
 
     Args:
         scores: flat float32 or float64 tensor of numbers >= 0; NaN ranks above infinity.
@@ -94,7 +96,7 @@ class TorchPasses:
     """
 
     def __init__(self, scores: Tensor) -> None:
-        bits = FLOAT_BITS[scores.dtype]
+        bits = self.bits = FLOAT_BITS[scores.dtype]
         # Clearing the sign makes -0 a zero, and the NaN that x86 produces (negative) a NaN.
         codes = scores.view(bits.integer) & torch.iinfo(bits.integer).max
         self.codes = codes.clamp_(max=bits.infinity + 1)
@@ -109,7 +111,47 @@ class TorchPasses:
         counts = codes.new_zeros(1 << width, dtype=counter)
         return counts.index_add_(0, digit, member.to(counter)).long()
 
+    def cutoff(self, k: Tensor) -> Cutoff:
+        total = self.codes.numel()
+        k = k.clamp(0, total)
+        code, tied, last = self._sorted(k) if 0 < total <= MOST_SORTED else self._counted(k)
+        return cutoff_at(k, code, tied, torch.where(tied, last, total - 1), self.bits)
+
+    def _sorted(self, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the code of the k-th score, whether a kept score has it, and the k-th index."""
+        codes, order = self.codes.sort(stable=True)
+        index = (k - 1).clamp_min(0)
+        code, total = codes.take(index), codes.numel()
+        tied = (codes.take(k.clamp(max=total - 1)) == code) & (k < total)
+        # All NaN have one code but are not ties: a cutoff among them becomes the one at infinity.
+        return code.long(), tied & (code <= self.bits.infinity), order.take(index)
+
+    def _counted(self, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same as `_sorted`, digit by digit."""
+        zero = torch.zeros_like(k)
+        code, rank, equal, shift = zero, k, zero, sum(self.bits.digits)
+        for width in self.bits.digits:
+            shift -= width
+            code, rank, equal = descend(self.count_digits(code, shift, width), rank, code, shift)
+        tied = (equal > rank) & (code <= self.bits.infinity)
+        last, blocks = zero, max(1, -(-self.codes.numel() // TIE_BLOCK))
+        for block, bins in ((TIE_BLOCK, blocks), (1, TIE_BLOCK)):
+            counts = self.count_ties(code, last, block, bins)
+            last, rank, _ = descend(counts, rank, last, block.bit_length() - 1)
+        return code, tied, last
+
     def count_ties(self, code: Tensor, start: Tensor, block: int, bins: int) -> Tensor:
+        """Count the scores that have this code, per block of flat indices.
+
+        Args:
+            code: the code.
+            start: index of the first block; 0 if block > 1.
+            block: indices per block.
+            bins: number of blocks.
+
+        Returns:
+            Counts of shape (bins,).
+        """
         size = self.codes.numel()
         counts = self.codes.new_zeros(bins, dtype=torch.int64)
         if size == 0:
@@ -122,8 +164,3 @@ class TorchPasses:
         tie = torch.nn.functional.pad(self.codes == code, (0, rows * block - size), value=False)
         counts[:rows] = tie.view(rows, block).sum(1)
         return counts
-
-    def descend(
-        self, counts: Tensor, rank: Tensor, prefix: Tensor, shift: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return descend(counts, rank, prefix, shift)

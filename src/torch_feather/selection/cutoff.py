@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import devices
+from .float_bits import FloatBits
 
 
 class Cutoff(NamedTuple):
@@ -50,3 +51,31 @@ class Cutoff(NamedTuple):
         index = torch.arange(offset, offset + scores.numel(), device=scores.device)
         tied = (scores == self.value) & (index.view_as(scores) <= self.last)
         return (scores < self.value) | tied
+
+
+def cutoff_at(k: Tensor, code: Tensor, tied: Tensor, last: Tensor, bits: FloatBits) -> Cutoff:
+    """Return the cutoff at the code of the k-th score.
+
+    Args:
+        k: number of pruned scores.
+        code: code of the k-th score (see `Passes`).
+        tied: whether a kept score has this code too.
+        last: flat index of the last pruned score that has it.
+        bits: the float type of the scores.
+
+    Example:
+        >>> from torch_feather.selection.float_bits import FLOAT_BITS
+        >>> one = torch.tensor(1.0).view(torch.int32).long()
+        >>> k, tied, last = torch.tensor(2), torch.tensor(False), torch.tensor(4)
+        >>> float(cutoff_at(k, one, tied, last, FLOAT_BITS[torch.float32]).value)
+        1.0
+    """
+    dtype = torch.float32 if bits.integer == torch.int32 else torch.float64
+    code = code.clamp(max=bits.infinity)
+    value = code.to(bits.integer).view(dtype)
+    # One step towards 0 is one less as an integer.
+    threshold = (code - tied.long()).clamp(min=0).to(bits.integer).view(dtype)
+    some = k > 0
+    return Cutoff(
+        torch.where(some, value, -1.0), torch.where(some, last, -1), torch.where(some, threshold, 0)
+    )

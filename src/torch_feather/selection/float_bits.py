@@ -28,3 +28,13 @@ FLOAT_BITS = {
     torch.float32: FloatBits(torch.int32, 0x7F80_0000, (11, 10, 10)),
     torch.float64: FloatBits(torch.int64, 0x7FF0_0000_0000_0000, (11, 11, 11, 10, 10, 10)),
 }
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which numbers of a floating type are ranked.
+
+    Example:
+        >>> wide(torch.bfloat16), wide(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32

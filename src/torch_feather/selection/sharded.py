@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .. import devices
 from .counting import Passes, descend
-from .cutoff import Cutoff
-from .device import cutoff_at, default_passes
+from .cutoff import Cutoff, cutoff_at
+from .device import default_passes
 from .float_bits import FLOAT_BITS
 
 DIGIT = 11

@@ -15,7 +15,9 @@ from ..errors import ConfigurationError
 from ..methods import available_methods
 from ..training import Config, resolve_config
 from ..training.config import DENSE, apply, default_recipe, parse_assignments
+from ..training.distributed import Ranks
 from ..training.errors import RunError
+from ..training.loop import chosen
 from . import STUDIES
 from .output import RunFacts, write_study
 from .runner import Outcome, train_all
@@ -197,10 +199,12 @@ def base_config(
             f"--set {key}=... is not supported: {elsewhere.get(key, 'the study')} determines "
             f"{key} of all runs. Leave it out."
         )
-    config = resolve_config(recipe or default_recipe(data))
+    # The studies are the paper's: its recipe, also for folders of images.
+    usual = "imagenet" if data == "imagefolder" else default_recipe(data)
+    config = resolve_config(recipe or usual)
     if given.get("data.name", config.data.name) == "digits":
         config = apply(config, study.digits_settings, f"study {study.name}")
-    return apply(config, given, "command line")
+    return chosen(apply(config, given, "command line"), Ranks())
 
 
 def _parse_list(option: str, text: str, kind: type) -> list[Any]:

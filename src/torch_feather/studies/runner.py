@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigurationError, FeatherError
+from ..errors import ConfigurationError, FeatherError, install_hint
 from ..training import train
 from ..training.checkpoint import RunDirectory
 from ..training.errors import Interrupted, InUse
@@ -204,7 +204,7 @@ def _ray_tasks(address: str, jobs: int) -> Iterator[Submit]:
     try:
         import ray
     except ImportError:
-        raise ConfigurationError("--ray requires Ray: pip install 'torch-feather[ray]'") from None
+        raise ConfigurationError(f"--ray requires Ray. {install_hint('ray')}") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if address.rpartition(":")[2].isdigit():  # Ray itself would try for minutes

@@ -17,9 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import devices
-from ..selection import device
-from ..selection.counting import TorchPasses
+from .. import devices, launching
 
 HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
 
@@ -35,7 +33,7 @@ def simulated_device() -> Iterator[None]:
     """
     with (
         mock.patch.object(devices, "synchronizes", return_value=True),
-        mock.patch.object(device, "default_passes", return_value=TorchPasses),
+        mock.patch.object(launching, "uses_triton", return_value=False),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
     ):
         yield

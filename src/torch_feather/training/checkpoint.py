@@ -23,7 +23,7 @@ from .content import read_json, read_json_lines
 from .deprecation import renamed_names, warn_renamed
 from .errors import CheckpointError, InUse, RunError
 from .schemas import RESULTS, history
-from .writing import remove_temporary_files, write_atomically, write_json
+from .writing import remove_temporary_files, remove_unused, write_atomically, write_json
 
 __all__ = [
     "DENSE_BASELINE",
@@ -68,6 +68,7 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Lock the directory, and delete what killed writers left in it.
 
+        If the body raises before it wrote a file, a directory that was created for it is removed.
         The kernel holds the lock, so it ends with its process, however the process ends.
 
         Raises:
@@ -80,6 +81,7 @@ class RunDirectory:
             raise RunError(
                 f"{self.path}: run directories require a POSIX system (Linux, macOS, WSL)"
             ) from None
+        created = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(self.path / ".lock", "a")  # noqa: SIM115
@@ -95,7 +97,11 @@ class RunDirectory:
                 ) from None
             for folder in (self.path, self.last.parent, self.path / "masks"):
                 remove_temporary_files(folder)
-            yield
+            try:
+                yield
+            except BaseException:
+                remove_unused(created, [".lock"])  # if the run did not begin
+                raise
 
     def dense_baseline(self) -> RunDirectory:
         """Return the directory of the dense baseline of this run."""
@@ -303,15 +309,20 @@ class RunDirectory:
             return f"{self.path}: not a run directory (no config.yaml in it)"
         return f"{self.path}: this run has not finished; {self.resume_hint()}"
 
-    def save_model(self, model: torch.nn.Module) -> None:
-        """Write model.safetensors: the state dict with plain keys and dense tensors."""
+    def save_model(self, model: torch.nn.Module, metadata: dict[str, str] | None = None) -> None:
+        """Write model.safetensors: the state dict with plain keys and dense tensors.
+
+        Args:
+            model: the network.
+            metadata: texts to store in the header of the file.
+        """
         from safetensors.torch import save
 
         tensors = {
             name: tensor.detach().cpu().contiguous().clone()
             for name, tensor in model.state_dict().items()
         }
-        write_atomically(self.model_file, lambda file: file.write(save(tensors)))
+        write_atomically(self.model_file, lambda file: file.write(save(tensors, metadata)))
 
     def load_model(self, model: torch.nn.Module) -> None:
         """Load model.safetensors into `model`.
@@ -375,7 +386,8 @@ def changed_keys(old: Config, new: Config) -> str:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and not key.startswith("system.")
-        and key not in ("data.path", "recipe", "compare_dense", "track_masks")
+        and key not in ("data.path", "recipe", "compare_dense", "track_masks", "automatic")
+        and key != "data.class_names"  # the images are compared by class
         # A path, like data.path; the checkpoint identifies the teacher by a hash.
         and not (key == "distillation.teacher" and before[key] and after[key])
     )

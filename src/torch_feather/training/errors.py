@@ -1,16 +1,7 @@
 """Errors of training runs. Each message says where the problem is and how to solve it."""
 
 from ..errors import FeatherError
-
-
-def printable(text: object) -> str:
-    """Return the text of a path or name for messages: one line, without control characters.
-
-    Example:
-        >>> printable("a" + chr(10) + "b" + chr(0xDC80))
-        'a\\\\nb\\\\udc80'
-    """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+from ..errors import printable as printable
 
 
 class DataError(FeatherError):

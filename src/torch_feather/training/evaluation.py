@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from ..measure.flops import count_flops
+from .config import Config
 from .distributed import Ranks
 from .precision import autocast
 
@@ -66,6 +68,59 @@ def check_accepts(model: nn.Module, name: str, example: Tensor) -> None:
         size = "x".join(map(str, example.shape[1:]))
         raise ConfigurationError(
             f"network {name!r} does not accept images of {size}: {first}"
+        ) from None
+
+
+def check_batches(
+    model: nn.Module, example: Tensor, config: Config, images: int, ranks: Ranks
+) -> None:
+    """Raise an error if a batch norm would get a single number per channel in training.
+
+    Args:
+        model: the network.
+        example: an image, (1, C, H, W).
+        config: the configuration of the run.
+        images: number of training images.
+        ranks: the processes that train together.
+
+    Raises:
+        ConfigurationError: a batch, or the part of a process, has one image, and the network
+            reduces it to one pixel.
+
+    Example:
+        >>> model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3))
+        >>> check_batches(model, torch.zeros(1, 3, 8, 8), Config(batch_size=4), 8, Ranks())
+        >>> try:
+        ...     check_batches(model, torch.zeros(1, 3, 8, 8), Config(batch_size=4), 9, Ranks())
+        ... except ConfigurationError as error:
+        ...     print(error)
+        the last of 9 images is a batch of its own, in which batch norm cannot ...
+    """
+    sizes = {min(config.batch_size, images), images % config.batch_size}
+    if config.data.drop_last and images >= config.batch_size:
+        sizes = {config.batch_size}
+    parts = set()
+    for size in sizes:
+        own = ranks.part(0, size)
+        count, most = own.stop - own.start, config.system.micro_batch or size
+        parts |= {min(count, most), count % most if most else 0}
+    norms = (nn.modules.batchnorm._BatchNorm,)
+    if 1 not in parts or not any(isinstance(module, norms) for module in model.modules()):
+        return
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).train()(example)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        if images % config.batch_size == 1:
+            problem = f"the last of {images:,} images is a batch of its own"
+            remedy = "data.drop_last=true, or another batch_size"
+        else:
+            problem = "a batch, or a part of it, has one image"
+            remedy = "a larger batch_size or system.micro_batch"
+        raise ConfigurationError(
+            f"{problem}, in which batch norm cannot compute a deviation. Set {remedy}."
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,20 @@ from .. import models
 from ..errors import ConfigurationError
 from ..export import SparseFile, export_onnx, hub, save_sparse
 from ..files import replace_file
+from ..native import c_sizes, export_c, export_native
 from .checkpoint import RunDirectory
-from .config import Config, to_dict, to_yaml
+from .config import to_dict, to_yaml
 from .data import load_dataset
+from .network_info import network_info, without_local_paths
 from .weights import read_finished, read_weights
 
-FORMATS = {"sparse": hub.FILE, "safetensors": "model.safetensors", "onnx": "model.onnx"}
+FORMATS = {
+    "sparse": hub.FILE,
+    "safetensors": "model.safetensors",
+    "onnx": "model.onnx",
+    "native": "native",  # a folder
+    "c": "c",
+}
 
 
 def export_run(
@@ -29,27 +38,32 @@ def export_run(
     out: Path | None = None,
     dtype: torch.dtype | None = None,
     data_path: str | None = None,
+    target: str | None = None,
 ) -> Path:
-    """Write the network of a completed run to a file.
+    """Write the network of a completed run to a file, or to a folder.
 
     Args:
         run: run directory.
-        format: `sparse`; `safetensors` (plain keys, all zeros stored); or `onnx`.
-        out: the file. [default: a file in the run directory, see FORMATS]
+        format: `sparse`; `safetensors` (plain keys, all zeros stored); `onnx`; or, as folders,
+            `native` (a library, see `export_native`) and `c` (C99, see `export_c`).
+        out: the file or folder. [default: one in the run directory, see FORMATS]
         dtype: type of the values in a sparse file, see `save_sparse`.
-        data_path: path of the data. Only needed for ONNX files of early runs, whose report lacks
-            the input shape.
+        data_path: path of the data. Only needed for ONNX files, libraries and C files of early
+            runs, whose report lacks the input shape.
+        target: processor of a native library, see `export_native`. [default: the host]
 
     Returns:
-        The file.
+        The file or folder.
 
     Raises:
-        ConfigurationError: the format is unknown, or does not support `dtype`.
+        ConfigurationError: the format is unknown, or does not support `dtype` or `target`.
         RunError: the run is not complete, or cannot be read.
+        NativeExportError: a native library does not support an operation of the network.
 
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .config import Config
         >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(network="resnet8"))
@@ -62,6 +76,8 @@ def export_run(
         raise ConfigurationError(f"format {format!r} is not one of {', '.join(FORMATS)}.")
     if dtype is not None and format != "sparse":
         raise ConfigurationError("dtype is supported for the sparse format only.")
+    if target is not None and format != "native":
+        raise ConfigurationError("target is supported for the native format only.")
     path = out or run.path / FORMATS[format]
     run.read_report()  # raises RunError if the run is not complete
     if format == "sparse":
@@ -69,12 +85,26 @@ def export_run(
         metadata, prunable = run_metadata(run), run.prunable()
         save_sparse(tensors, path, dtype=dtype, metadata=metadata, prunable=prunable)
     elif format == "onnx":
-        export_onnx(*load_network(run, data_path), path)
+        export_onnx(*load_network(run, data_path), path, _onnx_metadata(run))
+    elif format == "native":
+        export_native(*load_network(run, data_path), path, target or "host")
+    elif format == "c":
+        export_c(*load_network(run, data_path), path)
     elif path.resolve() != run.model_file.resolve():
         read_weights(run.path)  # raises RunError if the file is damaged
         with open(run.model_file, "rb") as file:
             replace_file(path, lambda new: shutil.copyfileobj(file, new))
     return path
+
+
+def _onnx_metadata(run: RunDirectory) -> dict[str, str]:
+    """Return what programs without this package need as texts of their own: names and pixels."""
+    config, results = read_finished(run)
+    if "input_shape" not in results:
+        return {}
+    info = network_info(config, results, run.path)
+    keys = ("class_names", "preprocessing")
+    return info.metadata() | {key: json.dumps(info.entries()[key]) for key in keys}
 
 
 def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Module, Tensor]:
@@ -93,6 +123,7 @@ def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Mo
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .config import Config
         >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(network="resnet8"))
@@ -126,6 +157,7 @@ def run_metadata(run: RunDirectory) -> dict[str, Any]:
     Example:
         >>> import tempfile
         >>> from .checkpoint import write_json
+        >>> from .config import Config
         >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config(init="/home/me/runs/a"))
@@ -135,25 +167,15 @@ def run_metadata(run: RunDirectory) -> dict[str, Any]:
         ('digits', 4, 'a')
     """
     config, results = read_finished(run)
-    keys = ("network", "data", "classes", "input_shape", "method", "test_accuracy", "macs")
+    keys = ("network", "data", "classes", "method", "test_accuracy", "macs")
     metadata = {key: results[key] for key in keys if key in results}
+    if "input_shape" in results:
+        metadata |= network_info(config, results, run.path).entries()
     return metadata | {
         "weights": results["report"]["weights"],
         "zeros": results["report"]["zeros"],
-        "config": to_dict(_without_local_paths(config)),
+        "config": to_dict(without_local_paths(config)),
     }
-
-
-def _without_local_paths(config: Config) -> Config:
-    teacher = config.distillation.teacher
-    if teacher is not None and not teacher.startswith(models.TIMM):
-        teacher = Path(teacher).name
-    return replace(
-        config,
-        init=config.init and Path(config.init).name,
-        data=replace(config.data, path=None),
-        distillation=replace(config.distillation, teacher=teacher),
-    )
 
 
 def describe(run: RunDirectory, path: Path, format: str) -> str:
@@ -171,6 +193,13 @@ def describe(run: RunDirectory, path: Path, format: str) -> str:
         >>> describe(run, run.model_file, "safetensors")
         '... bytes, all zeros stored'
     """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        text = ", ".join(f"{file.name} ({file.stat().st_size:,} bytes)" for file in files)
+        if format != "c":
+            return text
+        workspace, constants = c_sizes(path)
+        return f"{text}; RAM: {workspace:,} bytes; flash: {constants:,} bytes of constants"
     size = path.stat().st_size
     if format != "sparse":
         return f"{size:,} bytes, all zeros stored"
@@ -206,6 +235,7 @@ def push(run: RunDirectory, path: Path, repository: str) -> str:
         >>> import tempfile
         >>> from unittest import mock
         >>> from .checkpoint import write_json
+        >>> from .config import Config
         >>> from .schemas import example_results
         >>> run = RunDirectory(tempfile.mkdtemp())
         >>> run.write_config(Config())
@@ -223,7 +253,7 @@ def push(run: RunDirectory, path: Path, repository: str) -> str:
     """
     with TemporaryDirectory() as folder:
         shutil.copyfile(path, Path(folder) / hub.FILE)
-        config = to_yaml(_without_local_paths(run.read_config()))
+        config = to_yaml(without_local_paths(run.read_config()))
         (Path(folder) / "config.yaml").write_text(config)
         card = hub.model_card(repository, run_metadata(run), describe(run, path, "sparse"))
         (Path(folder) / "README.md").write_text(card)

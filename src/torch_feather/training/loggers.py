@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 from uuid import uuid4
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, install_hint
 from .callbacks import Callback
 from .checkpoint import RunDirectory, write_atomically
 from .config import Config, to_dict
@@ -48,8 +48,8 @@ def logging_callbacks(config: Config) -> list[Callback]:
     if config.system.wandb is not None:
         if find_spec("wandb") is None:
             raise ConfigurationError(
-                "system.wandb is set, but wandb is not installed. Run "
-                "pip install 'torch-feather[logging]', or remove the setting."
+                "system.wandb is set, but wandb is not installed. Remove the setting, or install "
+                f"it. {install_hint('logging')}"
             )
         found.append(WandbCallback(config.system.wandb))
     return found

@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import torch
 
+from ..errors import install_hint
+from .automatic import choose_settings, with_class_names
 from .callbacks import Callback
 from .checkpoint import RunDirectory, write_json
 from .checkpoint_files import newest, set_aside
@@ -20,6 +22,7 @@ from .data import load_dataset
 from .deprecation import warn_renamed
 from .distributed import Ranks, process_group
 from .errors import DamagedCheckpoint, RunError
+from .optimizer import check_warmup
 from .restore import restore
 from .same_run import check_same_data
 from .signals import stop_requests
@@ -72,6 +75,7 @@ def train(
     with process_group() as ranks:
         callback = callback if callback is not None and ranks.first else Callback()
         run = RunDirectory(out)
+        config = chosen(config, ranks)
         results = _train_one(config, run, resume, callback, make_task, ranks)
         if config.compare_dense and "dense" not in results:
             baseline = run.dense_baseline()
@@ -85,6 +89,26 @@ def train(
         if ranks.first:
             _plot(run, results, callback)
     return results
+
+
+def chosen(config: Config, ranks: Ranks) -> Config:
+    """Return a configuration in which the automatic settings are chosen.
+
+    Args:
+        config: the configuration.
+        ranks: the processes that train together.
+
+    Raises:
+        FeatherError: data, initial weights or device cannot be used.
+
+    Example:
+        >>> chosen(Config(automatic=["batch_size"]), Ranks()).batch_size
+        16
+    """
+    if not config.automatic:
+        return config
+    device = resolve_device(config.system.device, ranks)
+    return ranks.local_first(partial(choose_settings, config, device))
 
 
 def _train_one(
@@ -101,6 +125,8 @@ def _train_one(
         def begin() -> dict[str, Any] | None:
             held.enter_context(run.locked())
             run.check(config, resume, callback.message)
+            if not run.holds_a_run():
+                check_warmup(config)  # earlier versions began runs that do not pass
             if not run.report_file.exists():
                 return None
             results = run.read_report()
@@ -112,10 +138,13 @@ def _train_one(
         if results is not None:
             return results
         data = ranks.local_first(lambda: load_dataset(config.data, config.seed))
+        config = with_class_names(config, data.names)
         task = _begin_or_resume(
             lambda config: make_task(config, data, device, ranks), config, run, callback, ranks
         )
         check_same_data(data_digest, task.data_identity, config)
+        for note in task.notes:
+            callback.message(note)
         ranks.on_first(lambda: run.write_config(config))
         callback.begin(config, task.total_steps, task.step, run)
         try:
@@ -239,8 +268,6 @@ def _plot(run: RunDirectory, results: dict[str, Any], callback: Callback) -> Non
     try:
         from ..analysis.plots import plot_run
     except ImportError as error:
-        callback.message(
-            f"no plots: {error.name} is not installed. Run pip install 'torch-feather[train]'."
-        )
+        callback.message(f"no plots: {error.name} is not installed. {install_hint('train')}")
         return
     plot_run(run.path, run.read_metrics(), results)

@@ -7,17 +7,18 @@ import math
 import torch
 from torch import nn
 
-from .config import OptimizerConfig
+from ..errors import ConfigurationError
+from .config import Config, OptimizerConfig
 
 
 def make_optimizer(
     model: nn.Module, options: OptimizerConfig, fused: bool | None = None
-) -> torch.optim.SGD:
-    """Return SGD for `model`, without weight decay for vectors and scalars (biases, norms).
+) -> torch.optim.Optimizer:
+    """Return SGD or AdamW for `model`, without weight decay for vectors (biases, norms).
 
     Args:
         model: the network.
-        options: learning rate, momentum and weight decay.
+        options: name, learning rate, momentum and weight decay.
         fused: as for `torch.optim.SGD`.
 
     Example:
@@ -33,8 +34,12 @@ def make_optimizer(
         },
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    if options.name == "adamw":
+        # capturable: the step count is on the device, as a CUDA graph requires.
+        return torch.optim.AdamW(groups, lr=options.lr, fused=fused, capturable=bool(fused))
     return torch.optim.SGD(
-        [group for group in groups if group["params"]],
+        groups,
         lr=options.lr,
         momentum=options.momentum,
         nesterov=options.nesterov,
@@ -56,8 +61,50 @@ def learning_rate(options: OptimizerConfig, step: int, total_steps: int, epoch_s
         >>> [round(learning_rate(options, step, 8, 4), 2) for step in range(8)]
         [0.25, 0.5, 0.75, 1.0, 1.0, 0.85, 0.5, 0.15]
     """
-    warmup = round(options.warmup_epochs * epoch_steps)
+    warmup = warmup_steps(options, total_steps, epoch_steps)
     if step < warmup:
         return options.lr * ((step + 1) / warmup)
     progress = (step - warmup) / max(1, total_steps - warmup)
     return options.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def warmup_steps(options: OptimizerConfig, total_steps: int, epoch_steps: int) -> int:
+    """Return the steps of the warm-up.
+
+    Args:
+        options: the length of the warm-up, in epochs or as a fraction of the training.
+        total_steps: steps of the whole run.
+        epoch_steps: steps of an epoch.
+
+    Example:
+        >>> warmup_steps(OptimizerConfig(warmup_fraction=0.1), 200, 10)
+        20
+    """
+    if options.warmup_fraction:
+        return round(options.warmup_fraction * total_steps)
+    return round(options.warmup_epochs * epoch_steps)
+
+
+def check_warmup(config: Config) -> None:
+    """Raise an error if the warm-up takes the whole training or more.
+
+    Args:
+        config: the configuration of a run.
+
+    Raises:
+        ConfigurationError: the learning rate would not reach its maximum before the end.
+
+    Example:
+        >>> try:
+        ...     check_warmup(Config(epochs=2, optimizer=OptimizerConfig(warmup_epochs=5)))
+        ... except ConfigurationError as error:
+        ...     print(error)
+        the warm-up takes 5 epochs (optimizer.warmup_epochs), but the training has 2. Set ...
+    """
+    warmup = config.optimizer.warmup_epochs
+    if warmup >= config.epochs:
+        raise ConfigurationError(
+            f"the warm-up takes {warmup:g} epochs (optimizer.warmup_epochs), but the training has "
+            f"{config.epochs}. Set more epochs, or a share of the training instead: "
+            "optimizer.warmup_epochs=0 and optimizer.warmup_fraction=0.1."
+        )

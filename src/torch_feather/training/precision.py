@@ -36,6 +36,25 @@ def autocast(device: torch.device, enabled: bool) -> Iterator[None]:
             yield
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16 numbers faster than float32 numbers.
+
+    CPUs without such instructions convert to float32 and back, which takes longer.
+
+    Args:
+        device: the device.
+
+    Example:
+        >>> has_bfloat16(torch.device("cpu")) in (True, False)
+        True
+    """
+    if device.type != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Early versions of PyTorch do not know the capabilities.
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(found.get(key, False) for key in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+
+
 class _DepthwiseInFloat32(TorchFunctionMode):
     def __torch_function__(
         self,

@@ -13,6 +13,7 @@ from .data import Dataset
 from .distillation import Distillation
 from .distributed import Ranks
 from .evaluation import evaluate
+from .network_info import info_of_data
 from .provenance import provenance
 
 
@@ -37,11 +38,9 @@ def report_entries(
         ('resnet8', 10, [1, 8, 8])
     """
     entries = {
-        "network": config.network,
+        **info_of_data(config, data).entries(),
         "data": config.data.name,
         "data_digest": digest,
-        "classes": data.classes,
-        "input_shape": list(data.example().shape[1:]),  # of one image, (C, H, W)
         "method": config.method,
         "target_sparsity": config.sparsity,
         "seed": config.seed,

@@ -97,6 +97,7 @@ RESULTS = record(
     {
         "data_digest": text,
         "classes": integer(1, 10**6),
+        "class_names": items(text),
         "input_shape": items(integer(1, 10**5), 1),
         "learned_sparsity": nullable(fraction),
         "own_sparsity": nullable(fraction),

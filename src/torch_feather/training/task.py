@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +22,15 @@ from .data import Dataset, data_identity, eval_loader, identity_digest, train_lo
 from .distillation import make_distillation
 from .distributed import Ranks
 from .errors import CheckpointError, Interrupted, TrainingDiverged
-from .evaluation import StoppedEvaluation, check_accepts, evaluate, until
+from .evaluation import StoppedEvaluation, check_accepts, check_batches, evaluate, until
+from .initial_weights import initialize
 from .masks import record_masks
+from .network_info import info_of_data
 from .optimizer import learning_rate, make_optimizer
 from .results import report_entries, teacher_entry
 from .same_run import check_same_run, run_identity
 from .sparsification import attach_sparsifier
 from .step import Step
-from .weights import read_weights
 
 
 class Task:
@@ -49,6 +51,7 @@ class Task:
         images: images of the present epoch so far.
         seconds: duration of the training so far, without interruptions.
         history: the lines of metrics.jsonl.
+        notes: what the user should know before the training starts.
         best: the best epoch so far and its network, if `config.select` is `best`.
 
     Example:
@@ -66,13 +69,14 @@ class Task:
         self.ranks = ranks or Ranks()
         layout = torch.channels_last if config.system.channels_last else torch.contiguous_format
         self.model = models.create(config.network, data.classes, data.channels)
-        if (init := config.init) is not None:
-            self.ranks.local_first(lambda: read_weights(init).fill(self.model))
+        start = partial(initialize, self.model, config.init, config.network)
+        self.notes = self.ranks.local_first(start)
         self.model.to(device).to(memory_format=layout)
         self.loader = train_loader(data, config, device, self.ranks)
         self.data_identity = self.ranks.on_first(lambda: data_identity(data))
         self.example = data.example().to(device)
         check_accepts(self.model, config.network, self.example)
+        check_batches(self.model, self.example, config, len(data.train), self.ranks)
         self.total_steps = config.epochs * len(self.loader)
         self.optimizer = make_optimizer(
             self.model, config.optimizer, fused=True if config.system.cuda_graph else None
@@ -175,7 +179,7 @@ class Task:
         state = self.state_dict()
         state["loader"] = position or state["loader"]
         if began is not None:
-            state["seconds"] = self._elapsed(began)
+            state["seconds"] = self.seconds + time.perf_counter() - began
         if self.ranks.first:
             run.save(state)
 
@@ -224,7 +228,7 @@ class Task:
             }
         )
         self._update_best(measured["val_acc"])
-        self.seconds = self._elapsed(began)
+        self.seconds = self.seconds + time.perf_counter() - began
         self.train_step.loss_sum.zero_()
         self.images = 0
 
@@ -277,7 +281,7 @@ class Task:
             learned_sparsity=learned_sparsity,
         )
         if self.ranks.first:
-            run.save_model(self.model)
+            run.save_model(self.model, info_of_data(self.config, self.data).metadata())
         results = {
             **report_entries(
                 self.config, self.data, identity_digest(self.data_identity), self.device, self.ranks
@@ -300,9 +304,6 @@ class Task:
 
     def _thresholds(self) -> dict[str, Tensor]:
         return self.sparsifier.thresholds() if self.sparsifier is not None else {}
-
-    def _elapsed(self, began: float) -> float:
-        return self.seconds + time.perf_counter() - began
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the remaining steps depend on.

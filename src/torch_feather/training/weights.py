@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, FileFormatError, StateError
+from ..errors import ConfigurationError, FileFormatError, StateError, printable
 from ..export import Entry, SparseFile, load_sparse
 from ..export.fitting import fitted, load
 from ..export.manifest import KEY
@@ -106,7 +106,7 @@ class Weights:
             else:
                 load(model, partial(self._fitted, self.stored, model.state_dict()), self.source)
         except StateError as error:
-            prefix = f"{self.source} does not fit {type(model).__name__}: "
+            prefix = f"{printable(self.source)} does not fit {type(model).__name__}: "
             raise self._misfit(model, str(error).removeprefix(prefix)) from None
         return model
 
@@ -126,7 +126,8 @@ class Weights:
 
     def _misfit(self, model: nn.Module, reason: str) -> ConfigurationError:
         return ConfigurationError(
-            f"The weights of {self.source} do not fit {type(model).__name__}: {reason}"
+            f"The weights of {printable(self.source)} do not fit {type(model).__name__}: "
+            f"{printable(reason)}"
         )
 
 
@@ -164,8 +165,8 @@ def read_weights(source: Path | str) -> Weights:
 
     Args:
         source: a run directory; a `.safetensors` file, sparse or plain; or a file that `torch.save`
-            wrote. The latter holds a state dict, or a checkpoint with a state dict as `model` or
-            `state_dict`.
+            wrote. The latter holds a state dict, or a checkpoint with a state dict as `model`,
+            `state_dict` or `model_state_dict`.
 
     Raises:
         RunError: the source does not exist or cannot be read, or the run is not complete.
@@ -212,7 +213,8 @@ def _read_errors(path: Path) -> Iterator[None]:
         ):  # its message explains how to load it unsafely
             reason = "it is damaged, or holds more than tensors"
         raise RunError(
-            f"{path}: cannot be read as weights ({reason}). Restore it, or name another file."
+            f"{printable(path)}: cannot be read as weights ({printable(reason)}). "
+            "Restore it, or name another file."
         ) from None
 
 
@@ -236,7 +238,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     with _read_errors(path):
         _require_uncompressed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -90,3 +91,29 @@ def write_json(path: Path, value: Any) -> None:
     """
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def remove_unused(folders: list[Path], files: list[str]) -> None:
+    """Remove folders that were created for nothing.
+
+    Args:
+        folders: the folders, the innermost first.
+        files: files of the first folder that may be removed with it. If it holds others, nothing is
+            removed.
+
+    Example:
+        >>> import tempfile
+        >>> runs = Path(tempfile.mkdtemp()) / "runs"
+        >>> (runs / "a").mkdir(parents=True)
+        >>> (runs / "a" / ".lock").touch()
+        >>> remove_unused([runs / "a", runs], [".lock"])
+        >>> runs.exists()
+        False
+    """
+    if not folders or not set(os.listdir(folders[0])) <= set(files):
+        return
+    with suppress(OSError):  # another program uses one of them now
+        for file in files:
+            (folders[0] / file).unlink(missing_ok=True)
+        for folder in folders:
+            folder.rmdir()

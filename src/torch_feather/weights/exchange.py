@@ -16,6 +16,7 @@ from .. import devices
 from ..selection.bracket import Bracket
 from ..selection.cpu import SMALL, Collected
 from ..threads import for_each
+from . import triton_passes
 from .compiled import copy_memory, copy_weights
 from .groups import Group, groups
 from .latent import LatentWeights
@@ -75,6 +76,8 @@ def read_latent(
         tensor([1., 1.])
     """
     weights.collected = {}
+    if triton_passes.copy(weights, positions, sources, reads=True):
+        return
     targets = [weights.views[i] for i in positions]
     if devices.synchronizes(weights.device) or not _copies_all(weights, positions, sources):
         copy_weights(targets, sources)
@@ -105,6 +108,27 @@ def read_latent(
         near = np.concatenate([near for _, near in found[span]])
         assert bracket.bounds is not None
         weights.collected[span] = Collected(bracket.bounds, below, near, versions)
+
+
+def write_latent(
+    weights: LatentWeights, positions: Sequence[int], targets: Sequence[Tensor]
+) -> None:
+    """Copy latent weights into parameters.
+
+    Args:
+        weights: the latent weights.
+        positions: positions of the weight tensors to copy.
+        targets: a local tensor for each position, in its layout, to write.
+
+    Example:
+        >>> import torch
+        >>> target = torch.zeros(2)
+        >>> write_latent(LatentWeights([torch.ones(2)]), [0], [target])
+        >>> target
+        tensor([1., 1.])
+    """
+    if not triton_passes.copy(weights, positions, targets, reads=False):
+        copy_weights(targets, [weights.views[i] for i in positions])
 
 
 def _known_brackets(weights: LatentWeights) -> dict[Span, Bracket]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import devices
 from ..operators import Operator
-from . import plain, rows
+from . import plain, rows, triton_passes
 from .kept import kept_values
 from .latent import DEVICE_BLOCK, LatentWeights, copy_all
 from .rows import NO_FACTORS
@@ -104,12 +104,13 @@ def write_effective(
         >>> out.tolist()
         [0.0, -0.5, 1.5]
     """
-    if devices.synchronizes(weights.device):
-        _write_device(weights, segments, operator, out)
-        for i, factor in factors.items():
-            out[i].mul_(factor.view(-1, *[1] * (out[i].dim() - 1)))
-    else:
+    if not devices.synchronizes(weights.device):
         plain.write_effective(weights, segments, operator, out, factors)
+        return
+    if not triton_passes.write_effective(weights, segments, operator, out):
+        _write_device(weights, segments, operator, out)
+    for i, factor in factors.items():
+        out[i].mul_(factor.view(-1, *[1] * (out[i].dim() - 1)))
 
 
 def _write_device(
@@ -118,6 +119,7 @@ def _write_device(
     """Write effective weights without a host read."""
     flats = [torch.empty_like(part.flat) for part in weights.parts]
     for part, flat in zip(weights.parts, flats, strict=True):
+        zero = flat.new_zeros(())
         for segment in segments:
             first, end = weights.local_range(segment.start, segment.stop)
             start, stop = max(first, part.start), min(end, part.stop)
@@ -125,7 +127,7 @@ def _write_device(
                 inside = slice(a - part.start, min(a + DEVICE_BLOCK, stop) - part.start)
                 block = part.flat[inside].to(weights.wide)
                 kept = kept_values(block, segment.threshold, operator, flat.dtype)
-                flat[inside] = kept.masked_fill(segment.pruned(block.abs(), a), 0.0)
+                torch.where(segment.pruned(block.abs(), a), zero, kept, out=flat[inside])
     copy_all(out, weights.like(flats).views)
 
 
@@ -152,6 +154,8 @@ def adopt_written(
         >>> weights.views[0].tolist()  # 0 is the effective weight of 0.5, 3.0 is new
         [0.5, 3.0]
     """
+    if triton_passes.adopt(weights, which, values, effective):
+        return
     runs = [[i] for i in which]
     if devices.synchronizes(weights.device):
         runs = weights.constant(("runs", *which), lambda weights: _runs(weights, which))

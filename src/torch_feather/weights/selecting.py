@@ -11,6 +11,8 @@ from torch import Tensor
 from .. import devices
 from ..selection import Cutoff, select, select_sharded
 from ..selection.cpu import select_scores
+from ..selection.device import select_magnitudes
+from ..selection.float_bits import wide
 from .exchange import bracket_of
 from .latent import LatentWeights
 from .scores import WeightScores
@@ -33,6 +35,8 @@ def select_weights(
     """
     if weights.shards is None and not devices.synchronizes(weights.device):
         return _select_cpu(weights, int(k), 0, weights.size, scales)
+    if weights.shards is None and scales is None:
+        return _select_device(weights, 0, weights.size, k)
     fill = weights.magnitudes if scales is None else partial(_scores, weights, scales)
     if weights.shards is None:
         return select(fill, k)
@@ -58,7 +62,7 @@ def select_each(weights: LatentWeights, counts: Tensor) -> list[Cutoff]:
     ks = counts.unbind() if on_device else counts.tolist()
     for (start, stop), k in zip(weights.spans, ks, strict=True):
         if on_device:
-            cutoff = select(partial(weights.magnitudes, start, stop), k)
+            cutoff = _select_device(weights, start, stop, k)
         else:
             cutoff = _select_cpu(weights, k, start, stop)
         cutoffs.append(cutoff._replace(last=cutoff.last + start))
@@ -73,11 +77,19 @@ def _select_cpu(
     return select_scores(WeightScores(weights, start, stop, scales), k, bracket)
 
 
+def _select_device(weights: LatentWeights, start: int, stop: int, k: Tensor) -> Cutoff:
+    """Return the cutoff of the k smallest |w| of a range; without a copy if it has one type."""
+    for part in weights.parts:
+        if part.start <= start and stop <= part.stop and wide(part.flat.dtype) == weights.wide:
+            return select_magnitudes(part.flat[start - part.start : stop - part.start], k)
+    return select(partial(weights.magnitudes, start, stop), k)
+
+
 def _scores(weights: LatentWeights, scales: Sequence[Tensor]) -> Tensor:
     """Return |w| times the scale of its tensor, flat."""
     out = weights.magnitudes()
-    for (start, stop), scale in zip(weights.local_spans, scales, strict=True):
-        out[start:stop].mul_(scale)
+    ranges = [out[start:stop] for start, stop in weights.local_spans]
+    torch._foreach_mul_(ranges, list(scales))
     return out
 
 

@@ -22,6 +22,7 @@ from ...errors import ConfigurationError
 from ...gradient_rules import GradientRule
 from ...operators import Operator
 from ...prunable import convolutions
+from ...scalars import count_of
 from ...schedules import Schedule
 from ...selection import Cutoff
 from ...weights.latent import LatentWeights, PerTensor, sum_blocks
@@ -257,7 +258,7 @@ class LearnedThresholds(Thresholded):
 
     def exact_cutoff(self, sparsity: Tensor, scale: Tensor, weights: LatentWeights) -> Cutoff:
         """Return the cutoff that prunes exactly the round(s N) lowest |w| times scale."""
-        k = (sparsity * weights.size).round().long()
+        k = count_of(sparsity, weights.size)
         return select_weights(weights, k, list(scale))
 
     def _is_dense(self) -> Tensor:

@@ -9,10 +9,10 @@ convolution kernels. `convolution`, `plane_copy` and `schedule` emit LLVM IR as 
 compiles it.
 """
 
-from .build import KernelLibrary, emit_module, emit_object, library
-from .convolution import Variant
+from .build import KernelLibrary, compile_object, emit_module, emit_object, library
+from .convolution import Variant, declare_intrinsics, emit_convolution
 from .host import Target, host, llvm, openmp
-from .plane_copy import CHANNEL_BLOCK
+from .plane_copy import CHANNEL_BLOCK, FunctionText
 from .records import CONVOLUTION, COPY, OPERATION
 from .tiles import Tile, tiles
 
@@ -21,10 +21,14 @@ __all__ = [
     "CONVOLUTION",
     "COPY",
     "OPERATION",
+    "FunctionText",
     "KernelLibrary",
     "Target",
     "Tile",
     "Variant",
+    "compile_object",
+    "declare_intrinsics",
+    "emit_convolution",
     "emit_module",
     "emit_object",
     "host",

@@ -75,10 +75,23 @@ def emit_object(target: Target, convolutions: Iterable[Variant] | None = None) -
         >>> emit_object(Target("aarch64-linux-gnu"), convolutions=[])[:4]
         b'\\x7fELF'
     """
-    machine = target.machine()
+    return compile_object(target, emit_module(target, convolutions))
+
+
+def compile_object(target: Target, text: str) -> bytes:
+    """Return an object file of LLVM IR. Its code is position-independent.
+
+    Args:
+        target: the processor.
+        text: LLVM IR.
+
+    Example:
+        >>> compile_object(Target("riscv64-linux-gnu"), "define void @f() { ret void }")[:4]
+        b'\\x7fELF'
+    """
+    machine = target.machine(for_files=True)
     layout = f'target triple = "{target.triple}"\ntarget datalayout = "{machine.target_data}"\n'
-    module = _optimized(layout + emit_module(target, convolutions), machine)
-    return bytes(machine.emit_object(module))
+    return bytes(machine.emit_object(_optimized(layout + text, machine)))
 
 
 def _optimized(text: str, machine: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...errors import install_hint
 from ..errors import RuntimeMissingError
 
 
@@ -28,8 +29,7 @@ def llvm() -> ModuleType:
         import llvmlite.binding as binding
     except ImportError:
         raise RuntimeMissingError(
-            "compile_sparse requires llvmlite, which is not installed: "
-            "pip install 'torch-feather[runtime]'"
+            f"Machine code requires llvmlite, which is not installed. {install_hint('runtime')}"
         ) from None
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
@@ -60,13 +60,17 @@ class Target(NamedTuple):
         """The first part of the triple."""
         return self.triple.partition("-")[0]
 
-    def machine(self) -> Any:
+    def machine(self, *, for_files: bool = False) -> Any:
         """Return a new LLVM target machine.
 
         An MCJIT engine takes ownership of its target machine, so each engine needs a new one.
+
+        Args:
+            for_files: whether it writes object files, whose code must be position-independent.
         """
         known = llvm().Target.from_triple(self.triple)
-        return known.create_target_machine(cpu=self.cpu, features=self.features, opt=3)
+        options = {"reloc": "pic", "codemodel": "default"} if for_files else {}
+        return known.create_target_machine(cpu=self.cpu, features=self.features, opt=3, **options)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from .resolve import default_recipe, parse_assignments, resolve_config
 from .schema import (
     DATASETS,
     DENSE,
+    PRETRAINED,
     Config,
     DataConfig,
     DistillationConfig,
@@ -20,6 +21,7 @@ from .schema import (
 __all__ = [
     "DATASETS",
     "DENSE",
+    "PRETRAINED",
     "Config",
     "DataConfig",
     "DistillationConfig",

@@ -126,11 +126,19 @@ def apply(config: Config, values: Mapping[str, Any], where: str) -> Config:
         section, dot, name = key.partition(".")
         fields = sections.setdefault(section, {}) if dot else top
         if section == "options":
+            if not name:
+                raise ConfigurationError(
+                    f"{where}: {key} must hold names and values, such as 'p: 2', got "
+                    f"{shorten(value)}"
+                )
             fields[name] = _parse_number(f"{where}: {key}", value)
         elif key in types_of:
             fields[name if dot else key] = _convert(f"{where}: {key}", value, types_of[key])
         else:
             raise ConfigurationError(f"{where}: unknown key {shorten(key)}{_hint(key, types_of)}")
+    if config.automatic and "automatic" not in top:  # a key that is set is not chosen any more
+        given = {renamed.get(key, key) for key in flat}
+        top["automatic"] = [key for key in config.automatic if key not in given] or None
     try:
         for section, fields in sections.items():
             before = getattr(config, section)
@@ -179,12 +187,14 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             raise ConfigurationError(f"{key} must be finite, got {shorten(value)}")
     if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return _checked_text(key, str(value))
+    if kind == list[float] and isinstance(value, list):
+        return [_convert(key, one, float) for one in value]
     if kind == list[str]:
         values = [value] if isinstance(value, str) else value
         if isinstance(values, list) and all(isinstance(one, str) for one in values):
             return [_checked_text(key, one) for one in values]
     names = {bool: "true or false", int: "an integer", float: "a number",
-             str: "a string",
+             str: "a string", list[float]: "a list of numbers",
              list[str]: "a string or a list of strings"}  # fmt: skip
     expected = names.get(kind, "a section with its own keys")
     raise ConfigurationError(f"{key} must be {expected}, got {shorten(value)}")

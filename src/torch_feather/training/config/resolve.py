@@ -14,7 +14,7 @@ from ...recipes import recipe_values
 from .files import read_yaml
 from .keys import apply
 from .plain_yaml import parse_yaml
-from .schema import Config
+from .schema import Config, check_data_name
 
 
 def resolve_config(
@@ -54,11 +54,16 @@ def default_recipe(data: str | None) -> str:
     Args:
         data: name of a data set.
 
+    Raises:
+        ConfigurationError: no data set has this name.
+
     Example:
         >>> default_recipe("imagefolder"), default_recipe("cifar10"), default_recipe(None)
-        ('imagenet', 'cifar10', 'digits')
+        ('finetune', 'cifar10', 'digits')
     """
-    return {"imagefolder": "imagenet", None: "digits"}.get(data, data or "digits")
+    if data is not None:
+        check_data_name(data)
+    return {"imagefolder": "finetune", None: "digits"}.get(data, data or "digits")
 
 
 def parse_assignments(assignments: list[str], source: str = "--set") -> dict[str, Any]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigurationError
+from ...errors import ConfigurationError, nearest
 from ...methods import method_options, unused_options
 from ...methods.option_types import shorten
 from ..deprecation import renamed_fields
 
 DENSE = "dense"
+PRETRAINED = "pretrained"  # value of `init`
+OPTIMIZERS = ("sgd", "adamw")
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
 MOST_EPOCHS, MOST_IMAGES, MOST_PIXELS = 10**6, 10**7, 10**5
 
@@ -39,6 +43,36 @@ def _finite(key: str, value: float | None) -> None:
     _require(value is None or math.isfinite(value), f"{key} must be finite, got {value}")
 
 
+def check_data_name(name: str) -> None:
+    """Raise an error if no data set has this name.
+
+    Args:
+        name: the value of `--data`.
+
+    Raises:
+        ConfigurationError: the message says how to name a folder.
+
+    Example:
+        >>> try:
+        ...     check_data_name("photos")
+        ... except ConfigurationError as error:
+        ...     print(error)
+        there is no data set 'photos'. ... --data imagefolder --data-path FOLDER
+    """
+    if name in DATASETS:
+        return
+    folder = "FOLDER"
+    problem = f"there is no data set {shorten(name)}{nearest(name, DATASETS)}"
+    if name and "\0" not in name and os.path.exists(name):
+        folder = shlex.quote(name)
+        kind = "folder" if os.path.isdir(name) else "file"
+        problem = f"{shorten(name)} is a {kind}, not the name of a data set."
+    raise ConfigurationError(
+        f"{problem} There are {', '.join(DATASETS)}. For images of your own: "
+        f"--data imagefolder --data-path {folder}"
+    )
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The data set, and how its images are prepared.
@@ -59,6 +93,12 @@ class DataConfig:
     # Center-crop fraction of the shorter side for imagefolder evaluation; null: 1.0 with
     # crop=shift, 0.875 with crop=resized.
     center: float | None = None
+    # imagefolder: mean and standard deviation of each channel, of pixels scaled to [0, 1]; null:
+    # those of ImageNet.
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    # Names of the classes, in the order of their labels; null: those of the data set.
+    class_names: list[str] | None = None
     storage: str = "auto"  # imagefolder: memory (decoded once), stream (by workers), or auto
     drop_last: bool = False  # drop the last, smaller batch of an epoch
 
@@ -70,7 +110,7 @@ class DataConfig:
         return self.name
 
     def __post_init__(self) -> None:
-        _choice("data.name", self.name, DATASETS)
+        check_data_name(self.name)
         _require(
             0 <= self.validation < 1,
             f"data.validation must be a fraction in [0, 1), got {self.validation}",
@@ -86,11 +126,26 @@ class DataConfig:
                 fraction is None or 0 < fraction <= 1,
                 f"data.{key} must be a fraction in (0, 1], got {fraction}",
             )
+        _require(
+            (self.mean is None) == (self.std is None)
+            and len(self.mean or ()) == len(self.std or ()),
+            f"data.mean and data.std must have one number per channel, got {self.mean} and "
+            f"{self.std}",
+        )
+        _require(
+            all(deviation > 0 for deviation in self.std or ()),
+            f"data.std must be positive, got {self.std}",
+        )
+        names = self.class_names
+        _require(
+            names is None or (len(set(names)) == len(names) > 0),
+            f"data.class_names must be different names, got {names}",
+        )
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD. The learning rate warms up linearly, then follows a cosine to 0, step by step.
+    """SGD or AdamW. The learning rate warms up linearly, then follows a cosine to 0, step by step.
 
     Raises:
         ConfigurationError: a value out of range.
@@ -105,15 +160,27 @@ class OptimizerConfig:
         optimizer.momentum must be in [0, 1), got 1.0
     """
 
+    name: str = "sgd"  # sgd or adamw
     lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = False
+    momentum: float = 0.9  # of sgd
+    nesterov: bool = False  # of sgd
     weight_decay: float = 5e-4  # of weights; norm parameters and biases do not decay
     clip: float | None = 3.0  # maximum gradient norm; null: no clipping
     label_smoothing: float = 0.0
     warmup_epochs: float = 0.0
+    warmup_fraction: float = 0.0  # warm-up as a fraction of the training, instead of warmup_epochs
 
     def __post_init__(self) -> None:
+        _choice("optimizer.name", self.name, OPTIMIZERS)
+        _require(
+            0 <= self.warmup_fraction < 1,
+            f"optimizer.warmup_fraction must be in [0, 1), got {self.warmup_fraction}",
+        )
+        _require(
+            not (self.warmup_epochs and self.warmup_fraction),
+            "optimizer.warmup_epochs and optimizer.warmup_fraction both set the warm-up. Set one "
+            "of them to 0.",
+        )
         _require(self.lr > 0, f"optimizer.lr must be positive, got {self.lr}")
         _require(
             0 <= self.momentum < 1, f"optimizer.momentum must be in [0, 1), got {self.momentum}"
@@ -235,7 +302,8 @@ class Config:
     sparsity: float = 0.95  # final fraction of prunable weights that are zero; dense: 0
     include: list[str] | None = None  # name patterns of prunable weights; null: the default choice
     exclude: list[str] | None = None  # name patterns of weights that stay dense
-    init: str | None = None  # initial weights: a run directory or a file; null: random
+    # Initial weights: a run directory or a file; pretrained: those of timm; null: random.
+    init: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the method, such as p or theta
     epochs: int = 160
     batch_size: int = 128
@@ -244,6 +312,8 @@ class Config:
     select: str = "last"  # last epoch; or best: by validation, among epochs at the final sparsity
     track_masks: bool = False  # store the mask after each epoch in RUN/masks
     compare_dense: bool = False  # then train a dense baseline with the same training budget
+    # Keys whose values are chosen when the training starts, see the recipe finetune.
+    automatic: list[str] | None = None
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

@@ -8,7 +8,8 @@ from .cache import cache_folder
 from .dataset import Dataset, EncodedImages, Images
 from .epochs import Batch
 from .identity import changed_data, data_identity, identity_digest
-from .load import load_dataset
+from .imagefolder import center_crop
+from .load import count_training_images, load_dataset, normalization
 from .loaders import eval_loader, train_loader
 from .memory import EvalLoader, TrainLoader
 from .normalize import Normalize
@@ -22,10 +23,13 @@ __all__ = [
     "Normalize",
     "TrainLoader",
     "cache_folder",
+    "center_crop",
     "changed_data",
+    "count_training_images",
     "data_identity",
     "eval_loader",
     "identity_digest",
     "load_dataset",
+    "normalization",
     "train_loader",
 ]

@@ -105,14 +105,20 @@ class _Reader:
             content = self._read_extended(length)
             if kind in b"LK":
                 key = b"path" if kind == b"L" else b"linkpath"
-                extended.setdefault(key, content.rstrip(b"\0"))
+                self._extend(extended, {key: content.rstrip(b"\0")})
             elif kind == b"x":
-                extended |= self._records(content)
+                self._extend(extended, self._records(content))
             elif {b"path", b"size"} & self._records(content).keys():
                 self._fail("a global header sets the path or size of all members")
         if extended:
             self._fail("an extended header without its member")
         self._check_end()
+
+    def _extend(self, extended: dict[bytes, bytes], records: dict[bytes, bytes]) -> None:
+        """Add records. Readers do not agree on which of two extended headers holds."""
+        if {b"path", b"linkpath", b"size"} & extended.keys() & records.keys():
+            self._fail("two extended headers for one member")
+        extended |= records
 
     def _member(self, header: bytes, extended: dict[bytes, bytes], first: int) -> Member:
         """Return the member of a header, and move to the next header."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...errors import install_hint
 from ..errors import DataError, printable
 from .cache import cached, version
 from .dataset import Arrays
@@ -17,6 +18,19 @@ from .regular import open_regular
 from .shards import complete_shards
 
 MEMORY = 4 * 2**30  # largest number of bytes of pixels
+CLASSES = {  # the names of the data sets' authors, in the order of their labels
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck",
+    "cifar100": """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+    butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
+    crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo
+    keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
+    mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain
+    plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+    television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """,
+}
 ROWS = 64  # rows of a parquet file to decode at a time
 
 
@@ -83,9 +97,7 @@ def _read_parquet(files: list[Path], label: str, classes: int) -> dict[str, np.n
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
-        raise DataError(
-            f"parquet files require {error.name}. Run pip install 'torch-feather[train]'."
-        ) from None
+        raise DataError(f"parquet files require {error.name}. {install_hint('train')}") from None
     pixels: list[np.ndarray] = []
     labels: list[int] = []
     for file in files:
@@ -162,7 +174,7 @@ def _read_archive(folder: Path, name: str) -> tuple[Arrays, Arrays]:
         from torchvision.datasets import CIFAR10, CIFAR100
     except ImportError:
         raise DataError(
-            "the CIFAR archive requires torchvision. Run pip install 'torch-feather[vision]'."
+            f"the CIFAR archive requires torchvision. {install_hint('vision')}"
         ) from None
     cls = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     for file in (folder / cls.base_folder).iterdir():

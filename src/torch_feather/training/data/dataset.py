@@ -120,6 +120,7 @@ class Dataset:
         classes: number of classes.
         mean: mean per channel, of pixels scaled to [0, 1].
         std: standard deviation per channel.
+        class_names: names of the classes, in the order of their labels; empty if not known.
 
     Example:
         >>> images = Images(torch.full((2, 8, 8, 1), 255, dtype=torch.uint8), torch.tensor([0, 1]))
@@ -136,6 +137,12 @@ class Dataset:
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the classes; their numbers if the names are not known."""
+        return self.class_names or tuple(map(str, range(self.classes)))
 
     @property
     def channels(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...errors import install_hint
 from ..errors import DataError
 from .dataset import Arrays
 
@@ -28,9 +29,7 @@ def read_digits(path: str | None) -> tuple[Arrays, Arrays]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise DataError(
-            "digits requires scikit-learn. Run pip install 'torch-feather[train]'."
-        ) from None
+        raise DataError(f"digits requires scikit-learn. {install_hint('train')}") from None
     bunch = load_digits()
     pixels = (bunch.images * 15).astype(np.uint8)[..., None]  # 0..16 to 0..240
     labels = bunch.target.astype(np.int64)

@@ -100,16 +100,37 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
             f"{', '.join(SUFFIXES)}, or remove them."
         )
     if "train" not in parts:
-        raise DataError(f"{printable(root)}: no training images; expected {LAYOUT}")
+        raise DataError(f"{printable(root)}: {_why_no_training_images(root)}")
     held_back = next((part for part in HELD_BACK if part in parts), None)
     if held_back is None:
         raise DataError(
-            f"{printable(root)}: no images in {', '.join(HELD_BACK[:-1])} or {HELD_BACK[-1]}"
+            f"{printable(root)}: no images in {', '.join(HELD_BACK[:-1])} or {HELD_BACK[-1]}. "
+            "Accuracy is measured on them: move some images of each class, such as every fifth, "
+            "from train/CLASS to val/CLASS."
         )
     _check_labels(containers, parts["train"] + parts[held_back])
     classes = _common_classes(root, held_back, parts["train"], parts[held_back])
     train, test = (_to_files(containers, parts[part], classes) for part in ("train", held_back))
     return train, test, len(classes)
+
+
+def _why_no_training_images(root: Path) -> str:
+    """Return what is missing, and what to do: most often, folders of classes are not divided."""
+    if (root / "train").is_dir():
+        return "no images in train/CLASS/. Put a folder of images for each class there."
+    classes = []
+    if root.is_dir():
+        classes = [
+            printable(entry.name)
+            for entry in sorted(root.iterdir())
+            if entry.is_dir() and any(map(is_image, os.listdir(entry)))
+        ]
+    if classes:
+        return (
+            f"has folders of images ({some(classes)}), but not in train/ and val/. Move most "
+            "images of each class to train/CLASS and the others, such as every fifth, to val/CLASS."
+        )
+    return f"no training images; expected {LAYOUT}"
 
 
 def _check_labels(containers: tuple[Path, ...], entries: list[_Entry]) -> None:
@@ -141,6 +162,11 @@ def _common_classes(
         only_in = [f"only in {part}: {_some(kinds)}" for part, kinds in only.items() if kinds]
         raise DataError(
             f"{printable(root)}: train and {name} have different classes; {'; '.join(only_in)}"
+        )
+    if len(trained) == 1:
+        raise DataError(
+            f"{printable(root)}: only one class, {printable(next(iter(trained)))!r}. A network "
+            "learns to tell classes apart: at least two folders are needed in train/ and val/."
         )
     spellings: dict[str, str | int] = {}
     for kind in trained:

@@ -60,11 +60,24 @@ def load_image_folder(config: DataConfig, seed: int) -> Dataset:
             raise
         parts = _streamed(config, train.take(kept), train.take(held_out), test)
     training, validation, evaluation = parts
-    return Dataset(config.name, training, validation, evaluation, classes, MEAN, STD)
+    mean, std = tuple(config.mean or MEAN), tuple(config.std or STD)
+    if len(mean) != 3:
+        raise DataError(f"data.mean and data.std must have 3 numbers, got {config.mean}")
+    names = tuple(map(printable, train.classes))
+    return Dataset(config.name, training, validation, evaluation, classes, mean, std, names)
 
 
-def _center(config: DataConfig, resolution: int) -> Center:
-    """Return the preparation for evaluation."""
+def center_crop(config: DataConfig, resolution: int) -> Center:
+    """Return the preparation for evaluation.
+
+    Args:
+        config: the data set.
+        resolution: height and width of the result.
+
+    Example:
+        >>> center_crop(DataConfig("imagefolder", crop="resized"), 224)
+        Center(side=256, resolution=224)
+    """
     fraction = config.center or (0.875 if config.crop == "resized" else 1.0)
     return Center(round(resolution / fraction), resolution)
 
@@ -73,7 +86,7 @@ def _streamed(
     config: DataConfig, train: ImageFiles, validation: ImageFiles, test: ImageFiles
 ) -> tuple[EncodedImages, EncodedImages, EncodedImages]:
     resolution = config.resolution or RESOLUTION
-    center = _center(config, resolution)
+    center = center_crop(config, resolution)
     return (
         EncodedImages(train, Augment(config, resolution), resolution),
         EncodedImages(validation, center, resolution),
@@ -101,7 +114,7 @@ def _in_memory(
     needed = (len(train) * height * width + len(test) * resolution**2) * channels
     if config.storage == "auto" and needed > MEMORY:
         raise _MemoryStorageError
-    center = _center(config, resolution)
+    center = center_crop(config, resolution)
     every = Images(_kept("train", train, ready), torch.from_numpy(train.labels), train)
     # Validation images are decoded again: evaluation prepares them in another way.
     held = train.take(held_out)

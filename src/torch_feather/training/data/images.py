@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...errors import install_hint
 from ..errors import DataError, printable
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def decode_image(content: bytes) -> np.ndarray:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
-        raise DataError("images require Pillow. Run pip install 'torch-feather[train]'.") from None
+        raise DataError(f"images require Pillow. {install_hint('train')}") from None
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if not 0 < image.width * image.height <= MAX_PIXELS:
@@ -101,15 +102,19 @@ def _rgb(image: PIL.Image.Image, depth: int) -> np.ndarray:
 
 
 def _from_16_bits(image: PIL.Image.Image, tags: Any) -> np.ndarray:
-    values = np.asarray(image).astype(np.int64)
+    stored = np.asarray(image)
     largest = 2 ** max(tags.get(_TIFF_BITS, (16,))) - 1
-    if values.min() < 0 or values.max() > largest:
+    if stored.min() < 0 or stored.max() > largest:
         raise ValueError(f"grey values beyond {largest}")
-    grey = ((values * 255 + largest // 2) // largest).astype(np.uint8)
+    values = stored.astype(np.uint32)  # in place from here on, because an image may be large
+    values *= 255
+    values += largest // 2
+    values //= largest
+    grey = values.astype(np.uint8)
     if tags.get(_TIFF_PHOTOMETRIC) == 0:  # 0 is white; Pillow inverts only 8 bits
         grey = 255 - grey
     if (transparent := image.info.get("transparency")) is not None:
-        grey[values == transparent] = 255
+        grey[stored == transparent] = 255
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 

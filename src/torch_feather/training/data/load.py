@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import some
 from ..config import DataConfig
 from ..errors import DataError
-from .cifar import cifar
+from .cifar import CLASSES, cifar
 from .dataset import Arrays, Dataset, Images, split
 from .digits import read_digits
-from .imagefolder import load_image_folder
+from .find import find_images
+from .imagefolder import MEAN, STD, load_image_folder
 
 
 @dataclass(frozen=True)
@@ -23,23 +25,31 @@ class _Source:
 
     Attributes:
         read: reads training and test images from a path.
-        classes: number of classes.
+        classes: names of the classes.
         mean: mean per channel, of pixels scaled to [0, 1].
         std: standard deviation per channel.
     """
 
     read: Callable[[str | None], tuple[Arrays, Arrays]]
-    classes: int
+    classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 SOURCES = {
-    "digits": _Source(read_digits, 10, (0.288,), (0.354,)),
-    "cifar10": _Source(cifar("cifar10", "label", 10), 10, CIFAR_MEAN, (0.2470, 0.2435, 0.2616)),
+    "digits": _Source(read_digits, tuple("0123456789"), (0.288,), (0.354,)),
+    "cifar10": _Source(
+        cifar("cifar10", "label", 10),
+        tuple(CLASSES["cifar10"].split()),
+        CIFAR_MEAN,
+        (0.2470, 0.2435, 0.2616),
+    ),
     "cifar100": _Source(
-        cifar("cifar100", "fine_label", 100), 100, CIFAR_MEAN, (0.2023, 0.1994, 0.2010)
+        cifar("cifar100", "fine_label", 100),
+        tuple(CLASSES["cifar100"].split()),
+        CIFAR_MEAN,
+        (0.2023, 0.1994, 0.2010),
     ),
 }
 
@@ -60,7 +70,8 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
         (1294, 144, 359)
     """
     if config.name == "imagefolder":
-        return load_image_folder(config, seed)
+        data = load_image_folder(config, seed)
+        return replace(data, class_names=_class_names(config, data.class_names))
     source = SOURCES[config.name]
     train, test = (Images(*_to_tensors(part, config)) for part in source.read(config.path))
     kept, held_out = split(len(train), config.validation, seed)
@@ -69,9 +80,59 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
         train.take(kept) if len(held_out) else train,
         train.take(held_out),
         test,
-        source.classes,
-        source.mean,
-        source.std,
+        len(source.classes),
+        *normalization(config),
+        _class_names(config, source.classes),
+    )
+
+
+def count_training_images(config: DataConfig, seed: int) -> int:
+    """Return the number of training images. Folders are listed, without decoding an image.
+
+    Args:
+        config: the data set.
+        seed: determines the validation images.
+
+    Raises:
+        DataError: as for `load_dataset`.
+
+    Example:
+        >>> count_training_images(DataConfig("digits", validation=0.0), seed=0)
+        1438
+    """
+    if config.name != "imagefolder":
+        return len(load_dataset(config, seed).train)
+    return len(split(len(find_images(config.path)[0]), config.validation, seed)[0])
+
+
+def normalization(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation per channel, of pixels scaled to [0, 1].
+
+    Args:
+        config: the data set.
+
+    Example:
+        >>> normalization(DataConfig("digits"))
+        ((0.288,), (0.354,))
+    """
+    if config.name == "imagefolder":
+        return tuple(config.mean or MEAN), tuple(config.std or STD)
+    return SOURCES[config.name].mean, SOURCES[config.name].std
+
+
+def _class_names(config: DataConfig, found: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of the classes. Classes that only have numbers can be given names.
+
+    Raises:
+        DataError: the settings name other classes than the data set has.
+    """
+    given = tuple(config.class_names or found)
+    if given == found or (len(given) == len(found) and all(name.isdecimal() for name in found)):
+        return given
+    others = [name for name in found if name not in given] or found
+    raise DataError(
+        f"data.class_names has {some(given)}, but {config.title} has {some(others)}. Remove "
+        "data.class_names from the settings, or choose the data that they belong to."
     )
 
 

@@ -63,7 +63,10 @@ def read_regular(path: Path, largest: int = LARGEST) -> bytes:
     """
     descriptor, size = open_regular(path)
     with os.fdopen(descriptor, "rb") as file:
-        content = file.read(largest + 1) if size <= largest else b""
-    if size > largest or len(content) > largest:
+        # `read` allocates the number of bytes that it is asked for.
+        content = file.read(size + 1) if size <= largest else b""
+    if size > largest:
         raise DataError(f"{printable(path)}: has {size:,} bytes, but at most {largest:,} are read")
+    if len(content) > size:
+        raise DataError(f"{printable(path)}: was written to while it was read")
     return content

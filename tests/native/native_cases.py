@@ -1,0 +1,62 @@
+"""Helpers of the tests of native libraries: sparse networks, and running what was exported."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+PACKAGE = Path(__file__).parents[2] / "packages/torch-feather-runtime/src"
+if str(PACKAGE) not in sys.path:
+    sys.path.insert(0, str(PACKAGE))
+
+import torch_feather_runtime as runtime  # noqa: E402
+
+TOLERANCE = 1e-5  # relative to the largest output
+GCC = shutil.which("gcc")
+needs_gcc = pytest.mark.skipif(GCC is None, reason="needs gcc")
+
+
+def pruned(model, sparsity=0.95, seed=0):
+    """Return the model with sparse weights that keep the variance, and trained-like statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                kept = torch.rand(weight.shape, generator=generator) > sparsity
+                weight.normal_(generator=generator).mul_(kept)
+                weight.div_((weight[0].numel() * (1 - sparsity)) ** 0.5)
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(generator=generator)
+                module.running_var.uniform_(0.5, 2, generator=generator)
+    return model.eval()
+
+
+def error(result, expected):
+    """Return the largest difference relative to the largest expected number."""
+    expected = expected.double()
+    difference = (torch.as_tensor(result).double() - expected).abs().max()
+    return float(difference / expected.abs().max())
+
+
+def library(folder, name="model"):
+    return runtime.load(Path(folder) / f"lib{name}.so")
+
+
+def compile_and_run(folder, command, *sources, run=()):
+    """Compile an exported example in its folder, run it, and return its output."""
+    result = subprocess.run(
+        [*command, *sources, "-o", "example_program", "-lm"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    program = str(Path(folder) / "example_program")
+    done = subprocess.run([*run, program], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
