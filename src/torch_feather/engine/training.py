@@ -299,10 +299,14 @@ class Training:
         """Return whether it is known that the parameters hold the effective weights.
 
         On shards, and on accelerators without a comparison of all weights, it is not.
+
+        Raises:
+            StateError: the optimizers hold parameters that the model does not.
         """
         if self.in_backward.is_open or self.weights.shards is not None:
             return False
         current = self.binding.current()
+        self._check_held(current)
         pairs = zip(self.binding.parameters, current, strict=True)
         if any(old is not new for old, new in pairs) or list(map(layout, current)) != self._layout:
             return False
