@@ -11,6 +11,10 @@ from torch_feather.engine.health import Health
 from torch_feather.methods import magnitude
 from torch_feather.schedules import make_table
 
+# The first backward pass of a process starts autograd's threads, one per device. A module of tests
+# that uses FakeTensorMode while it is collected adds a device, and tests could not fork any more.
+torch.ones(1, requires_grad=True).sum().backward()
+
 # Examples are derived from the test itself, so that a run can be repeated; no deadline, because
 # the machine that runs the suite may be busy.
 settings.register_profile(
@@ -27,9 +31,6 @@ settings.load_profile("repeatable")
 def one_thread():
     """Tiny networks gain nothing from threads, and lose much if cores are shared."""
     torch.set_num_threads(1)
-    # The first backward pass of a process starts autograd's threads, one per device. Under
-    # FakeTensorMode there would be one, and later tests could not fork.
-    torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(autouse=True)

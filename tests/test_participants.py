@@ -15,6 +15,7 @@ from torch_feather import ConfigurationError
 from torch_feather.errors import FeatherWarning
 from torch_feather.export import SparseFile
 from torch_feather.training.checkpoint import RunDirectory
+from torch_feather.training.schemas import example_results
 
 
 class Text(nn.Module):
@@ -128,7 +129,8 @@ def test_invalid_names_in_a_file_are_an_error():
 def test_a_run_directory_knows_which_weights_took_part(tmp_path):
     model, run = trained("excluded"), RunDirectory(tmp_path)
     run.save_model(model)
-    run.report_file.write_text(json.dumps({"report": feather.report(model).to_dict()}))
+    results = example_results() | {"report": feather.report(model).to_dict()}
+    run.report_file.write_text(json.dumps(results))
     loaded = mlp()
     run.load_model(loaded)
     assert quiet_sparsity(loaded) == quiet_sparsity(model)

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .adapters import in_adapter
 from .errors import option, some, warn
-from .prunable import DEFAULT, Filters, Prunable, find_prunable, unwrap
+from .prunable import DEFAULT, Filters, Prunable, find_prunable, is_lazy, unwrap
 
 # Smaller fractions of the trainable parameters are not worth a warning.
 LEAST_FRACTION = 0.01
@@ -98,7 +98,8 @@ def _every_name(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
 
 
 def _fraction(model: nn.Module, items: Iterable[Prunable]) -> float:
-    total = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = [p for p in model.parameters() if p.requires_grad and not is_lazy(p)]
+    total = sum(parameter.numel() for parameter in trained)
     return sum(item.parameter.numel() for item in items) / max(total, 1)
 
 
