@@ -33,7 +33,6 @@ TOLERANCE = 1e-5  # relative to the largest output
 NATIVE_FILES = ("model.h", "example.c", "example.cpp", "CMakeLists.txt")
 
 
-# long: half of it is documentation
 def export_native(
     model: nn.Module,
     example_input: Tensor,
