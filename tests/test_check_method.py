@@ -88,15 +88,6 @@ class Unseeded(MagnitudePruning):
         weights.views[0].add_(0.01 * torch.randn_like(weights.views[0]))
 
 
-class ZerosNaN(MagnitudePruning):
-    """Prunes NaN silently."""
-
-    def write_effective(self, weights, pruning, out):
-        super().write_effective(weights, pruning, out)
-        for u in out:
-            u.nan_to_num_(0.0)
-
-
 @pytest.mark.filterwarnings("ignore::torch_feather.FeatherWarning")
 @pytest.mark.parametrize(
     ("cls", "name"),
@@ -106,7 +97,6 @@ class ZerosNaN(MagnitudePruning):
         (Forgetful, "resume"),
         (HostRead, "capture"),
         (Unseeded, "resume"),
-        (ZerosNaN, "NaN"),
     ],
 )
 def test_a_broken_method_fails_its_property(cls, name):
