@@ -79,7 +79,9 @@ class OfficialTask(Task):
 
         self.train_step.run = with_threshold  # type: ignore[method-assign]
 
-    def end_epoch(self, images: int, began: float) -> None:
+    def end_epoch(
+        self, images: int, began: float, stop_requested: Callable[[], bool] = lambda: False
+    ) -> None:
         """Measure a sparse copy, because the wrapped model holds dense weights."""
         self.pruner.update_thresh(end_of_batch=True)
         wrapped = self.model
@@ -87,7 +89,7 @@ class OfficialTask(Task):
         sparse.desparsify()
         self.model = sparse.model
         try:
-            super().end_epoch(images, began)
+            super().end_epoch(images, began, stop_requested)
         finally:
             self.model = wrapped
 

@@ -73,6 +73,8 @@ def content_of(files):
     ]
 
 
+# A second class, as archives with one class are refused.
+OTHERS = [member(f"{part}/b/1.png", png(9)) for part in ("train", "val")]
 EXPECTED = [(f"{i:03}.png".encode(), i % 2, i) for i in (*range(0, 6, 2), *range(1, 6, 2))]
 BLOCK = 512
 
@@ -206,17 +208,18 @@ def test_an_image_of_another_format_is_not_left_out_without_a_word(shards, tmp_p
 def test_long_and_foreign_names(tmp_path, name, format):
     members = [member(f"{part}/a/{name}", png(1)) for part in ("train", "val")]
     file = tmp_path / "a.tar"
-    file.write_bytes(archive(*members, format=format))
+    file.write_bytes(archive(*members, *OTHERS, format=format))
     train, _, _ = find_images(str(file))
-    assert train.names.tolist() == [f"train/a/{name}".encode()]
+    assert train.names.tolist() == [f"train/a/{name}".encode(), b"train/b/1.png"]
     assert content_of(train)[0][2] == 1
 
 
 def test_names_of_ustar_with_a_prefix(tmp_path):
     name = "train/a/" + "y" * 80 + "/" + "x" * 60 + ".png"
     file = tmp_path / "a.tar"
-    file.write_bytes(archive(member(name, png(1)), member(name.replace("train", "val"), png(2))))
-    assert find_images(str(file))[0].names.tolist() == [name.encode()]
+    members = [member(name, png(1)), member(name.replace("train", "val"), png(2))]
+    file.write_bytes(archive(*members, *OTHERS))
+    assert find_images(str(file))[0].names.tolist() == [name.encode(), b"train/b/1.png"]
 
 
 def test_sizes_in_binary_and_in_pax_headers(tmp_path):
@@ -235,7 +238,7 @@ def test_sizes_in_binary_and_in_pax_headers(tmp_path):
         binary + extended + bytes(with_checksum(header)) + content + bytes(-len(content) % BLOCK)
     )
     file = tmp_path / "a.tar"
-    file.write_bytes(whole + bytes(2 * BLOCK))
+    file.write_bytes(whole + archive(*OTHERS))
     train, test, _ = find_images(str(file))
     assert [content_of(one)[0][2] for one in (train, test)] == [3, 3]
 
@@ -322,12 +325,12 @@ def test_sparse_members_of_gnu_tar_are_refused(shards):
 def test_the_index_takes_memory_in_proportion_to_its_members(tmp_path):
     names = [f"{part}/a/{i}.png" for part in ("train", "val") for i in range(1500)]
     long = "train/a/" + "y" * 4000 + ".png"
-    members = [member(name) for name in (*names, long)]
+    members = [*(member(name) for name in (*names, long)), *OTHERS]
     file = tmp_path / "a.tar"
     file.write_bytes(archive(*members, format=tarfile.PAX_FORMAT))
     train, _, _ = find_images(str(file))
-    assert len(train) == 1501
-    assert train.names.text.nbytes < 60_000  # not 1,501 times the longest name
+    assert len(train) == 1502
+    assert train.names.text.nbytes < 60_000  # not 1,502 times the longest name
     assert max(train.names.tolist(), key=len) == long.encode()
     assert all(entry.stat().st_size < 400_000 for entry in cache_folder().iterdir())
 

@@ -111,7 +111,7 @@ def test_wandb_is_used_if_a_project_is_named(monkeypatch):
 
 def test_a_named_project_without_wandb_is_an_error_before_training(monkeypatch):
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match=r"wandb is not installed\. Run pip install"):
+    with pytest.raises(ConfigurationError, match=r"wandb is not installed\. .* Run pip install"):
         logging_callbacks(Config(system=SystemConfig(wandb="sparse")))
 
 
