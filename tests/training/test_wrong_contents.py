@@ -26,13 +26,14 @@ from torch_feather.cli import app
 from torch_feather.errors import FeatherError
 from torch_feather.studies import runs as study_runs
 from torch_feather.studies.runs import Run, read_rows, row_of
-from torch_feather.training import loop, task
+from torch_feather.training import loop
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.checkpoint_files import structure
 from torch_feather.training.config import apply, load_config, resolve_config
 from torch_feather.training.data import load_dataset
 from torch_feather.training.errors import Interrupted
 from torch_feather.training.loop import train
+from torch_feather.training.provenance import provenance
 from torch_feather.training.schemas import RESULTS
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -336,8 +337,8 @@ def test_from_every_wrong_checkpoint_the_run_ends_with_the_same_bits(made, tmp_p
     data = load_dataset(tiny().data, tiny().seed)
     monkeypatch.setattr(loop, "load_dataset", lambda *details: data)
     # What takes the most time, and does not matter here: git, and forcing files to disk.
-    facts = task.provenance(torch.device("cpu"))
-    monkeypatch.setattr(task, "provenance", lambda device: facts)
+    facts = provenance(torch.device("cpu"))
+    monkeypatch.setattr("torch_feather.training.results.provenance", lambda device: facts)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     expected = (made / "finished" / "model.safetensors").read_bytes()
     right = torch.load(made / "stopped" / "checkpoints" / "last.pt", weights_only=True)

@@ -44,12 +44,19 @@ def evaluate(
     from ..training.checkpoint import RunDirectory
     from ..training.console import percent
     from ..training.data import eval_loader, load_dataset
+    from ..training.data.load import class_names
+    from ..training.errors import DataError
     from ..training.evaluation import evaluate as measure
     from ..training.loop import resolve_device
 
     directory = RunDirectory(run)
     config = directory.read_config()
-    data = load_dataset(replace(config.data, path=data_path or config.data.path), config.seed)
+    source = replace(config.data, path=data_path or config.data.path)
+    data = load_dataset(replace(source, class_names=None), config.seed)
+    try:
+        class_names(source, data.class_names)
+    except DataError as error:
+        raise DataError(f"{directory.config_file}: {error}") from None
     model = models.create(config.network, data.classes, data.channels)
     directory.load_model(model)
     target = resolve_device(device)

@@ -71,7 +71,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     """
     if config.name == "imagefolder":
         data = load_image_folder(config, seed)
-        return replace(data, class_names=_class_names(config, data.class_names))
+        return replace(data, class_names=class_names(config, data.class_names))
     source = SOURCES[config.name]
     train, test = (Images(*_to_tensors(part, config)) for part in source.read(config.path))
     kept, held_out = split(len(train), config.validation, seed)
@@ -82,7 +82,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
         test,
         len(source.classes),
         *normalization(config),
-        _class_names(config, source.classes),
+        class_names(config, source.classes),
     )
 
 
@@ -120,11 +120,19 @@ def normalization(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, .
     return SOURCES[config.name].mean, SOURCES[config.name].std
 
 
-def _class_names(config: DataConfig, found: tuple[str, ...]) -> tuple[str, ...]:
+def class_names(config: DataConfig, found: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of the classes. Classes that only have numbers can be given names.
+
+    Args:
+        config: the settings of the data set.
+        found: names of the classes that it has.
 
     Raises:
         DataError: the settings name other classes than the data set has.
+
+    Example:
+        >>> class_names(DataConfig(class_names=["zero", "one"]), ("0", "1"))
+        ('zero', 'one')
     """
     given = tuple(config.class_names or found)
     if given == found or (len(given) == len(found) and all(name.isdecimal() for name in found)):
