@@ -276,7 +276,8 @@ def _value(value: Any, old: Any) -> Any:
     if kind == "flip":
         data = old.clone().reshape(-1)
         bits = data.view(torch.uint8)
-        bits[given % len(bits)] ^= 0x81
+        if len(bits):
+            bits[given % len(bits)] ^= 0x81
         return data.reshape(old.shape)
     return _layout(old, given)
 
