@@ -126,7 +126,7 @@ def _read_parquet(files: list[Path], label: str, classes: int) -> dict[str, np.n
 def _rows(file: Path, label: str, classes: int) -> Iterator[tuple[bytes, int]]:
     """Yield the encoded image and the label of each row of a parquet file.
 
-    The file is read in small batches: a few bytes can stand for any number of equal rows.
+    The file is read in batches of few rows, because a few bytes can encode many equal rows.
     """
     import pyarrow
     import pyarrow.parquet
