@@ -372,14 +372,16 @@ def test_an_impossible_step_is_an_error(step):
         run.sparsifier.load_state_dict(state)
 
 
-@pytest.mark.parametrize("position", range(56))
-def test_a_changed_byte_of_a_header_is_an_error(position):
+def test_any_changed_byte_of_a_header_is_an_error():
     """As of a damaged disk; a changed count of steps would be trained from otherwise."""
     state = start().train(0, 2).sparsifier.state_dict()
-    state["2.weight"]["header"][position] ^= 0x81
+    right = state["2.weight"]["header"]
     run = start().train(0, 3)
-    with unchanged(run), pytest.raises(StateError, match=r"header for 2\.weight is damaged"):
-        run.sparsifier.load_state_dict(state)
+    for position in range(len(right)):
+        state["2.weight"]["header"] = right.clone()
+        state["2.weight"]["header"][position] ^= 0x81
+        with unchanged(run), pytest.raises(StateError, match=r"header for 2\.weight is damaged"):
+            run.sparsifier.load_state_dict(state)
 
 
 def test_a_header_of_version_0_1_has_no_checksum_and_is_read():
