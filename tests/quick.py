@@ -7,6 +7,7 @@ new test is quick unless it is added. `pytest -m quick --durations=20` shows whi
 from pathlib import Path
 
 import pytest
+from thinned import mark_slow_cases
 
 TESTS = Path(__file__).parent
 
@@ -122,6 +123,7 @@ def is_quick(file: str, test: str) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow_cases(items)
     seen = set()
     for item in items:
         file = item.path.relative_to(TESTS).as_posix()
