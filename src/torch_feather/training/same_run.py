@@ -124,8 +124,8 @@ def _accept(config: Config, differences: str, digest: str, batches: int, before:
     if batches != before:
         raise CheckpointError(
             f"the images have changed since the checkpoint: {differences}. An epoch has {batches} "
-            f"steps now, not {printable(before)}, so the run cannot continue. Restore the images, or "
-            "start a new run in another --out."
+            f"steps now, not {printable(before)}, so the run cannot continue. Restore the images, "
+            "or start a new run in another --out."
         )
     if config.system.accept_data != digest:
         raise CheckpointError(
