@@ -34,9 +34,9 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = "torch-feather"
-html_static_path = ["_static", "../src/torch_feather/studies/sort.js"]
+html_static_path = ["_static", "../src/torch_feather/studies/tables.js"]
 html_css_files = ["site.css"]
-html_js_files = [("sort.js", {"defer": "defer"})]  # also in the pages of studies
+html_js_files = [("tables.js", {"defer": "defer"})]  # also in the pages of studies
 html_theme_options = {"top_of_page_buttons": []}
 html_copy_source = False
 
