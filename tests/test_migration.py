@@ -7,6 +7,8 @@ import torch
 
 import torch_feather as feather
 
+pytestmark = pytest.mark.apps
+
 
 def network():
     return torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
@@ -43,7 +45,6 @@ def test_training_goes_on_from_the_zeros_of_torch_ao_pruning():
     assert final == round(0.9 * size) / size
 
 
-@pytest.mark.apps
 def test_a_network_of_torch_pruning_is_trained_as_any_other():
     tp = pytest.importorskip("torch_pruning")
     model = network()

@@ -93,7 +93,8 @@ def test_a_page_has_no_errors_fits_the_width_and_follows_the_scheme(visit, name,
 def test_axe_finds_no_fault_of_accessibility(visit, name, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     page, _ = visit(name, scheme)
-    found = axe.Axe().run(page).response["violations"]
+    part = "body" if name in STUDIES else "article"  # not the theme's navigation
+    found = axe.Axe().run(page, context=part).response["violations"]
     faults = {fault["id"]: [node["html"][:200] for node in fault["nodes"]] for fault in found}
     assert faults == {}
 

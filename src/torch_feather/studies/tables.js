@@ -11,7 +11,7 @@ for (const table of document.querySelectorAll("table")) {
     const name = head.textContent.trim();
     for (const { cells } of body.rows)
       if (cells[column].textContent.trim()) cells[column].dataset.name = name;
-    if (body.rows.length < 3 || !name) return;
+    if (body.rows.length < 3 || !name || head.querySelector("a")) return;
     const text = (row) => row.cells[column].textContent.trim().replace("−", "-").replaceAll(",", "");
     const number = (row) => (/^1\//.test(text(row)) ? 1 / text(row).slice(2) : parseFloat(text(row)));
     const button = document.createElement("button");
