@@ -2,7 +2,7 @@
 
     python docs/plot_overview.py
 
-Reads results/cifar100-small/runs.json and results/deploy.json, and writes docs/_static/overview.svg.
+Reads results/cifar100-small/runs.json and results/deploy.json; writes docs/_static/overview.svg.
 Its text is text, so that it can be read aloud, searched and tested.
 """
 

@@ -1,4 +1,4 @@
-"""docs/migrate.md: what other libraries leave can be trained on. Its own code runs in test_docs.py."""
+"""docs/migrate.md: what other libraries leave can be trained on. Its code runs in test_docs.py."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""The README's figure and badges, and the numbers that pages repeat, agree with what was recorded."""
+"""The figure and badges of the README, and numbers that pages repeat, are those recorded."""
 
 import importlib.util
 import json
