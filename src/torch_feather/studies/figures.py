@@ -7,9 +7,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ..analysis.plots import GREY, line_style, panel, plain
@@ -256,14 +258,18 @@ def label_lines(axes: Axes) -> None:
     ends = []
     for handle, name in zip(handles, names, strict=True):
         line = handle.lines[0] if isinstance(handle, ErrorbarContainer) else handle
-        x, y = to_axes.transform(max(line.get_xydata(), key=lambda point: point[0]))
+        assert isinstance(line, Line2D)
+        points = np.asarray(line.get_xydata())
+        x, y = to_axes.transform(points[points[:, 0].argmax()])
         if line.get_transform() != axes.transData:
             x = 1.0  # it crosses the whole axes, in their coordinates
         if len(name) > LABEL_WIDTH:
             name = name.replace(" (", "\n(").replace(" = ", "=")
         ends.append((y, x, name, line.get_color()))
     ends.sort(key=lambda end: -end[0])
-    row = 1.25 * LABEL_SIZE / 72 / (axes.figure.get_size_inches()[1] * 0.84)
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    row = 1.25 * LABEL_SIZE / 72 / (figure.get_figheight() * 0.84)
     sizes = [row * (1 + label.count("\n")) for _, _, label, _ in ends]
     heights = spread([y for y, _, _, _ in ends], sizes)
     for (y, x, label, colour), height in zip(ends, heights, strict=True):
