@@ -129,7 +129,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         file = item.path.relative_to(TESTS).as_posix()
         test = getattr(item, "originalname", item.name)
-        other = any(map(item.get_closest_marker, ("slow", "more", "gpu")))
+        other = any(map(item.get_closest_marker, ("slow", "more", "gpu", "apps")))
         if other or not is_quick(file, test):
             continue
         if (file, test) not in seen or file in EVERY_CASE:
