@@ -147,6 +147,7 @@ def _train(method: str, optimizer: str) -> dict[str, Any]:
 def _load(method: str, optimizer: str, door: str, state: Any) -> bool:
     model = _model()
     own = OPTIMIZERS[optimizer](model.parameters())
+    given = copy.deepcopy(state)  # a loaded state shares tensors with its optimizer
     before = None
     if door != "early":
         sparsifier = _sparsify(model, own, method)
@@ -182,7 +183,7 @@ def _load(method: str, optimizer: str, door: str, state: Any) -> bool:
                 assert all(torch.equal(now[name], latent[name]) for name in latent)
             return False
     except Exception:
-        if _fails_without(optimizer, door, state):  # an error of PyTorch, not of a state of ours
+        if _fails_without(optimizer, door, given):  # an error of PyTorch, not of a state of ours
             return False
         raise
     try:
@@ -194,7 +195,7 @@ def _load(method: str, optimizer: str, door: str, state: Any) -> bool:
     except FeatherError:
         return True
     except Exception:
-        if _fails_without(optimizer, door, state, step=True):
+        if _fails_without(optimizer, door, given, step=True):
             return False
         raise
     return True
@@ -212,7 +213,7 @@ def _fails_without(optimizer: str, door: str, state: Any, step: bool = False) ->
         else:
             from torch_feather.engine.checkpoint import split
 
-            own.load_state_dict(split(state)[0])
+            own.load_state_dict(state if door == "early" else split(state)[0])
         if step:
             model(torch.ones(4, 6)).sum().backward()
             own.step()
