@@ -53,16 +53,24 @@ def train(
         Path | None, typer.Option(help="YAML file that overrides the recipe, such as config.yaml.")
     ] = None,
     network: Annotated[
-        str | None, typer.Option(help="resnet8, resnet20, mobilenet_v1, ..., or timm/NAME.")
+        str | None,
+        typer.Option(
+            help="resnet8, resnet20, mobilenet_v1, ...; timm/NAME; or package.module:factory."
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="digits, cifar10, cifar100 or imagefolder.")
+        str | None,
+        typer.Option(
+            help="digits, cifar10, cifar100, imagefolder; or package.module:factory for a data set "
+            "of your own."
+        ),
     ] = None,
     data_path: Annotated[
         str | None,
         typer.Option(
             help="CIFAR: folder with train*.parquet and test*.parquet, or the unpacked archive. "
-            "imagefolder: folder with train/ and val/, or tar files."
+            "imagefolder: folder with train/ and val/, or tar files. "
+            "A factory of your own: its argument path."
         ),
     ] = None,
     method: Annotated[
@@ -150,7 +158,7 @@ def train(
     given: dict[str, Any] = {
         "network": network,
         "data.name": data,
-        "data.path": _absolute(data_path),
+        "data.path": data_path if _names_no_file(data, data_path) else _absolute(data_path),
         "method": method,
         "sparsity": sparsity,
         "init": _absolute(init),
@@ -211,6 +219,13 @@ def _configuration(
     if stored is None:
         raise RunError(f"{resumed}: no run to resume. Add --recipe to start one there.")
     return apply(stored, overrides, "command line")
+
+
+def _names_no_file(data: str | None, path: str | None) -> bool:
+    """Whether a path is for a factory of the user to interpret, such as the name of a data set."""
+    from ..import_path import is_import_path
+
+    return is_import_path(data) and path is not None and not Path(path).exists()
 
 
 def _absolute(path: str | None) -> str | None:

@@ -71,6 +71,33 @@ def check_accepts(model: nn.Module, name: str, example: Tensor) -> None:
         ) from None
 
 
+def check_outputs(model: nn.Module, name: str, example: Tensor, classes: int) -> None:
+    """Check that a network of the user returns one logit per class.
+
+    Args:
+        model: the network; its training mode is restored.
+        name: its name, for the message.
+        example: an image, (1, C, H, W).
+        classes: number of classes.
+
+    Raises:
+        ConfigurationError: it does not.
+
+    Example:
+        >>> check_outputs(nn.Flatten(), "net", torch.zeros(1, 1, 2, 2), classes=4)
+    """
+    training = model.training
+    with torch.no_grad():
+        output = model.eval()(example)
+    model.train(training)
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if shape != (1, classes):
+        raise ConfigurationError(
+            f"network {name!r} must return logits of shape (B, {classes}), one per class, but "
+            f"returns {shape} for one image. Build its head for num_classes={classes}."
+        )
+
+
 def check_batches(
     model: nn.Module, example: Tensor, config: Config, images: int, ranks: Ranks
 ) -> None:

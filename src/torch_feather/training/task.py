@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import torch_feather as feather
 
 from .. import models
+from ..import_path import is_import_path
 from .callbacks import Callback
 from .checkpoint import RunDirectory, write_json
 from .config import Config
@@ -22,7 +23,14 @@ from .data import Dataset, data_identity, eval_loader, identity_digest, train_lo
 from .distillation import make_distillation
 from .distributed import Ranks
 from .errors import CheckpointError, Interrupted, TrainingDiverged
-from .evaluation import StoppedEvaluation, check_accepts, check_batches, evaluate, until
+from .evaluation import (
+    StoppedEvaluation,
+    check_accepts,
+    check_batches,
+    check_outputs,
+    evaluate,
+    until,
+)
 from .initial_weights import initialize
 from .masks import record_masks
 from .network_info import info_of_data
@@ -76,6 +84,8 @@ class Task:
         self.data_identity = self.ranks.on_first(lambda: data_identity(data))
         self.example = data.example().to(device)
         check_accepts(self.model, config.network, self.example)
+        if is_import_path(config.network):
+            check_outputs(self.model, config.network, self.example, data.classes)
         check_batches(self.model, self.example, config, len(data.train), self.ranks)
         self.total_steps = config.epochs * len(self.loader)
         self.optimizer = make_optimizer(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigurationError
+from ...import_path import is_import_path
 from ...methods.option_types import shorten
 from ...recipes import recipe_values
 from .files import read_yaml
@@ -63,6 +64,8 @@ def default_recipe(data: str | None) -> str:
     """
     if data is not None:
         check_data_name(data)
+        if is_import_path(data):
+            return "finetune"
     return {"imagefolder": "finetune", None: "digits"}.get(data, data or "digits")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigurationError, nearest
+from ...import_path import is_import_path
 from ...methods import method_options, unused_options
 from ...methods.option_types import shorten
 from ..deprecation import renamed_fields
@@ -59,7 +60,7 @@ def check_data_name(name: str) -> None:
         ...     print(error)
         there is no data set 'photos'. ... --data imagefolder --data-path FOLDER
     """
-    if name in DATASETS:
+    if name in DATASETS or is_import_path(name):
         return
     folder = "FOLDER"
     problem = f"there is no data set {shorten(name)}{nearest(name, DATASETS)}"
@@ -69,7 +70,8 @@ def check_data_name(name: str) -> None:
         problem = f"{shorten(name)} is a {kind}, not the name of a data set."
     raise ConfigurationError(
         f"{problem} There are {', '.join(DATASETS)}. For images of your own: "
-        f"--data imagefolder --data-path {folder}"
+        f"--data imagefolder --data-path {folder}. For a data set in Python: "
+        "--data package.module:factory"
     )
 
 
@@ -82,7 +84,7 @@ class DataConfig:
         'flowers'
     """
 
-    name: str = "digits"
+    name: str = "digits"  # digits, cifar10, cifar100, imagefolder, or package.module:factory
     path: str | None = None  # folder of the files, or a tar file; not used for digits
     validation: float = 0.1  # fraction of the training set held out for validation; 0: none
     resolution: int | None = None  # height and width of the network's input; null: as stored
@@ -107,6 +109,8 @@ class DataConfig:
         """Display name of the data set; for imagefolder the name of its folder."""
         if self.name == "imagefolder" and self.path is not None:
             return Path(self.path).name
+        if is_import_path(self.name):
+            return self.name.partition(":")[2]
         return self.name
 
     def __post_init__(self) -> None:
@@ -297,7 +301,8 @@ class Config:
     """
 
     recipe: str | None = None  # name of the recipe that the settings started from; for reference
-    network: str = "resnet20"  # a name in torch_feather.models, or timm/NAME
+    # A name in torch_feather.models, timm/NAME, or package.module:factory.
+    network: str = "resnet20"
     method: str = "feather"  # see `feather methods`; package.module:factory; or dense
     sparsity: float = 0.95  # final fraction of prunable weights that are zero; dense: 0
     include: list[str] | None = None  # name patterns of prunable weights; null: the default choice
