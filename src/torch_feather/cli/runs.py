@@ -43,11 +43,11 @@ def evaluate(
     from .. import models
     from ..training.checkpoint import RunDirectory
     from ..training.console import percent
-    from ..training.data import eval_loader, load_dataset
-    from ..training.data.load import class_names
+    from ..training.data import class_names, eval_loader, load_dataset
     from ..training.errors import DataError
     from ..training.evaluation import evaluate as measure
     from ..training.loop import resolve_device
+    from ..training.losses import make_loss
 
     directory = RunDirectory(run)
     config = directory.read_config()
@@ -59,10 +59,10 @@ def evaluate(
         raise DataError(f"{directory.config_file}: {error}") from None
     model = models.create(config.network, data.classes, data.channels)
     directory.load_model(model)
-    target = resolve_device(device)
-    model.to(target)
+    model.to(target := resolve_device(device))
     test = eval_loader(data, data.test, config, target)
-    loss, accuracy = measure(model, test, config.system.amp)
+    mean = make_loss(config, training=False)
+    loss, accuracy = measure(model, test, config.system.amp, loss=mean)
     macs = feather.count_flops(model, data.example().to(target))
     zeros = feather.sparsity(model, config.include, config.exclude)
     make_console().print(

@@ -41,6 +41,8 @@ class NetworkInfo:
             cropped to (H, W).
         prepared_by: the data set that prepared the images for the network itself; None if they are
             prepared as described here.
+        multi_label: whether an image may have several classes; the probabilities are then those of
+            a sigmoid for each class.
 
     Example:
         >>> results = {"classes": 10, "input_shape": [1, 8, 8]}
@@ -56,6 +58,7 @@ class NetworkInfo:
     std: tuple[float, ...]
     side: int
     prepared_by: str | None = None
+    multi_label: bool = False
 
     def entries(self) -> dict[str, Any]:
         """Return the facts as plain values, as files hold them."""
@@ -64,6 +67,7 @@ class NetworkInfo:
             "classes": len(self.class_names),
             "class_names": list(self.class_names),
             "input_shape": list(self.input_shape),
+            **({"multi_label": True} if self.multi_label else {}),
             "preprocessing": {
                 "resize_shorter_side": self.side,
                 "center_crop": list(self.input_shape[1:]),
@@ -113,7 +117,8 @@ def network_info(config: Config, results: Mapping[str, Any], source: object) -> 
         side = center_crop(config.data, length).side
     prepared = results.get("preprocessing")
     by = prepared.get("prepared_by") if isinstance(prepared, Mapping) else None
-    facts = (config.network, classes, names, shape, list(mean), list(std), side, by)
+    several = results.get("multi_label") is True
+    facts = (config.network, classes, names, shape, list(mean), list(std), side, by, several)
     return _checked(facts, source)
 
 
@@ -134,6 +139,7 @@ def info_of_data(config: Config, data: Dataset) -> NetworkInfo:
         "classes": data.classes,
         "class_names": list(data.names),
         "input_shape": list(data.example().shape[1:]),  # (C, H, W)
+        "multi_label": data.train.labels.ndim == 2,
         "preprocessing": {"prepared_by": data.name} if data.prepared else {},
     }
     return network_info(config, facts, data.name)
@@ -141,7 +147,7 @@ def info_of_data(config: Config, data: Dataset) -> NetworkInfo:
 
 def _checked(values: Sequence[Any], source: object) -> NetworkInfo:
     """Return the facts if they have the right types and sizes."""
-    network, classes, names, shape, mean, std, side, prepared_by = values
+    network, classes, names, shape, mean, std, side, prepared_by, several = values
     lengths = [*shape, side] if isinstance(shape, list) else []
     numbers = [*mean, *std] if isinstance(mean, list) and isinstance(std, list) else []
     if not (
@@ -169,6 +175,7 @@ def _checked(values: Sequence[Any], source: object) -> NetworkInfo:
         tuple(std),
         side,
         prepared_by,
+        several,
     )
 
 
@@ -216,9 +223,8 @@ def info_of_metadata(found: Mapping[str, Any], source: object) -> NetworkInfo | 
     prepared, config = found.get("preprocessing"), found.get("config")
     if isinstance(prepared, Mapping):
         values = [found.get(key) for key in ("network", "classes", "class_names", "input_shape")]
-        values += [
-            prepared.get(key) for key in ("mean", "std", "resize_shorter_side", "prepared_by")
-        ]
+        keys = ("mean", "std", "resize_shorter_side", "prepared_by")
+        values += [*(prepared.get(key) for key in keys), found.get("multi_label") is True]
         return _checked(values, source)
     if not isinstance(config, Mapping):
         return None

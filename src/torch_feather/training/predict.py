@@ -104,7 +104,8 @@ class Predictor:
             top: number of classes to name.
         """
         logits = self.network(torch.cat([self.prepare(image) for image in images])).float()
-        found = logits.softmax(1).topk(min(top, len(self.info.class_names)))
+        probabilities = logits.sigmoid() if self.info.multi_label else logits.softmax(1)
+        found = probabilities.topk(min(top, len(self.info.class_names)))
         return [
             Prediction(name, tuple(self.info.class_names[i] for i in labels), tuple(values))
             for name, labels, values in zip(

@@ -20,6 +20,8 @@ from .schema import Config
 
 # Keys of version 0.1 that have another name now.
 RENAMED_KEYS = {"system.graph": "system.cuda_graph"}
+# Keys whose values are mappings of any names; those of `options` are keys themselves.
+MAPPINGS = ("options.", "optimizer.arguments", "optimizer.layers")
 # Values that are compared, not computed with: .inf turns them off.
 MAY_BE_INFINITE = ("optimizer.clip", "system.checkpoint_seconds")
 
@@ -38,7 +40,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and not name.startswith("options."):
+        if isinstance(value, Mapping) and not name.startswith(MAPPINGS):
             flat |= flatten(value, f"{name}.")
         else:
             flat[name] = value
@@ -132,6 +134,9 @@ def apply(config: Config, values: Mapping[str, Any], where: str) -> Config:
                     f"{shorten(value)}"
                 )
             fields[name] = _parse_number(f"{where}: {key}", value)
+        elif section == "optimizer" and name.startswith("arguments."):
+            found = _mapping(f"{where}: {section}", {name.removeprefix("arguments."): value})
+            fields["arguments"] = fields.get("arguments", config.optimizer.arguments) | found
         elif key in types_of:
             fields[name if dot else key] = _convert(f"{where}: {key}", value, types_of[key])
         else:
@@ -193,11 +198,25 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         values = [value] if isinstance(value, str) else value
         if isinstance(values, list) and all(isinstance(one, str) for one in values):
             return [_checked_text(key, one) for one in values]
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return _mapping(key, value)
     names = {bool: "true or false", int: "an integer", float: "a number",
              str: "a string", list[float]: "a list of numbers",
-             list[str]: "a string or a list of strings"}  # fmt: skip
+             list[str]: "a string or a list of strings", dict[str, Any]: "names and values",
+             dict[str, dict[str, float]]: "name patterns with values"}  # fmt: skip
     expected = names.get(kind, "a section with its own keys")
     raise ConfigurationError(f"{key} must be {expected}, got {shorten(value)}")
+
+
+def _mapping(key: str, value: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return a mapping, or a mapping of mappings, with texts that read as numbers converted."""
+    found = {}
+    for name, one in value.items():
+        inner = f"{key}.{_checked_text(key, str(name))}"
+        found[str(name)] = (
+            _mapping(inner, one) if isinstance(one, Mapping) else _parse_number(inner, one)
+        )
+    return found
 
 
 def _checked_text(key: str, text: str) -> str:

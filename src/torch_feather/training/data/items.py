@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, printable
+from .seeds import seeded
 
 IMAGE_KEYS, LABEL_KEYS = ("image", "img", "pixel_values"), ("label", "labels", "fine_label")
 
@@ -130,21 +129,6 @@ class Items:
         )
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global random numbers that data sets use, and restore them."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.random.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
 def read_item(data: Any, i: int, name: str, seed: int = 0) -> tuple[Any, Any]:
     """Return image and label of an item.
 
@@ -162,7 +146,7 @@ def read_item(data: Any, i: int, name: str, seed: int = 0) -> tuple[Any, Any]:
         ('pixels', 3)
     """
     try:
-        with _seeded(seed):
+        with seeded(seed):
             item = data[i]
     except DataError:
         raise
