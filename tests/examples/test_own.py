@@ -10,7 +10,7 @@ from example_cases import EXAMPLES
 from torch_feather.cli import main
 
 QUICK = "--epochs 1 --batch-size 64 --no-compare-dense --out {out} "
-QUICK += "--set system.threads=1 --set system.workers=0 --set system.amp=false"
+QUICK += "--system.threads 1 --system.workers 0 --system.amp false"
 
 
 def commands(name):
@@ -44,7 +44,7 @@ def test_the_command_in_the_file_trains(name, tmp_path, monkeypatch):
 
 def test_the_example_of_a_data_set_that_prepares_its_images_trains(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
-    command = "feather train --data own_data:prepared --network own_network:small_net --set seed=1"
+    command = "feather train --data own_data:prepared --network own_network:small_net --seed 1"
     run([*command.split(), *QUICK.format(out=tmp_path / "run").split()], monkeypatch)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["preprocessing"]["prepared_by"] == "own_data:prepared"

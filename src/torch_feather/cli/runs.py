@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .output import make_console
+from .output import make_console, print_json
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
@@ -18,6 +18,7 @@ def evaluate(
         str | None, typer.Option(help="Folder of the data, if it has moved.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate the stored network of RUN on its test images.
 
@@ -65,6 +66,11 @@ def evaluate(
     loss, accuracy = measure(model, test, config.system.amp, loss=mean)
     macs = feather.count_flops(model, data.example().to(target))
     zeros = feather.sparsity(model, config.include, config.exclude)
+    if json:
+        costs = {"dense": macs.dense, "sparse": macs.sparse}
+        found = {"images": len(data.test), "accuracy": accuracy, "loss": loss}
+        print_json({"run": str(run), "data": data.name, **found, "sparsity": zeros, "macs": costs})
+        return
     make_console().print(
         f"{len(data.test):,} test images of {data.name}: accuracy {percent(accuracy)}, "
         f"loss {loss:.4f}; {percent(zeros)} of the weights are zero, "

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ...errors import ConfigurationError, nearest
-from ...methods.option_types import shorten
+from ...errors import ConfigurationError, nearest, shorten
 
 
 def require(condition: object, message: str) -> None:

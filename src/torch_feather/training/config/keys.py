@@ -12,10 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ...errors import ConfigurationError, nearest
-from ...methods import RENAMED_OPTIONS, unused_options
-from ...methods.option_types import check_option_types, shorten
-from ...methods.registry import METHODS
+from ...errors import ConfigurationError, nearest, shorten
 from .schema import Config
 
 # Keys of version 0.1 that have another name now.
@@ -81,6 +78,10 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(values)
     renamed = _renamed(flat, Config().method)
     flat = {renamed.get(key, key): value for key, value in flat.items()}
+    if not any(key.startswith("options.") for key in flat):
+        return flat
+    from ...methods import unused_options  # imports PyTorch
+
     options = {key.removeprefix("options."): value for key, value in flat.items()}
     for option in unused_options(str(flat.get("method", Config().method)), options):
         flat.pop(f"options.{option}", None)
@@ -90,6 +91,10 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
 def _renamed(flat: Mapping[str, Any], method: str) -> dict[str, str]:
     """Return the old keys among those of `flat`, with their new names."""
     renamed = {old: new for old, new in RENAMED_KEYS.items() if old in flat}
+    if not any(key.startswith("options.") for key in flat):
+        return renamed
+    from ...methods import RENAMED_OPTIONS  # imports PyTorch
+
     options = RENAMED_OPTIONS.get(str(flat.get("method", method)), {})
     for old, new in options.items():
         if f"options.{old}" in flat:
@@ -149,14 +154,21 @@ def apply(config: Config, values: Mapping[str, Any], where: str) -> Config:
             before = getattr(config, section)
             top[section] = before | fields if section == "options" else replace(before, **fields)
         changed = replace(config, **top)
-        if changed.method in METHODS:
-            known = {
-                k: v for k, v in changed.options.items() if (k, v) != ("costs", "milliseconds")
-            }
-            check_option_types(changed.method, METHODS[changed.method], known)
+        if changed.options:
+            _check_options(changed)
         return changed
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error}") from None
+
+
+def _check_options(config: Config) -> None:
+    """Check the types of the options of a known method."""
+    from ...methods.option_types import check_option_types  # imports PyTorch
+    from ...methods.registry import METHODS
+
+    known = {k: v for k, v in config.options.items() if (k, v) != ("costs", "milliseconds")}
+    if config.method in METHODS:
+        check_option_types(config.method, METHODS[config.method], known)
 
 
 def _hint(key: str, known: Collection[str]) -> str:

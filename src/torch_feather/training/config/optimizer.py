@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...errors import shorten
 from ...import_path import is_import_path
-from ...methods.option_types import shorten
 from .checks import choice, finite, require, within
 
 TIMM = "timm/"

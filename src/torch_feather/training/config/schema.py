@@ -8,10 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigurationError, nearest
+from ...errors import ConfigurationError, nearest, shorten
 from ...import_path import is_import_path
-from ...methods import method_options, unused_options
-from ...methods.option_types import shorten
 from ..deprecation import renamed_fields
 from .checks import choice, finite, require, within
 from .optimizer import MOST_EPOCHS, OptimizerConfig
@@ -301,6 +299,8 @@ class Config:
             >>> Config(method="st3").written_out().options
             {'allocation': 'global', 'schedule': 'cubic', 'begin': 0}
         """
+        from ...methods import method_options, unused_options  # imports PyTorch
+
         defaults = {} if self.method == DENSE else method_options(self.method)
         defaults = {option: value for option, value in defaults.items() if _is_plain(value)}
         unused = unused_options(self.method, self.options)
