@@ -88,7 +88,7 @@ def export(  # long: each option has its help
         typer.echo(f"on the hub: {address}")
 
 
-def bench(
+def bench(  # long: each option has its help
     run: RunArgument,
     batch: Annotated[int, typer.Option(help="Images per call.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,

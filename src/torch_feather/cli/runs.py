@@ -12,7 +12,7 @@ from .output import make_console, print_json
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
 
-def evaluate(
+def evaluate(  # long: each option has its help
     run: RunArgument,
     data_path: Annotated[
         str | None, typer.Option(help="Folder of the data, if it has moved.")
