@@ -248,8 +248,8 @@ before = shown()
 callback = ConsoleCallback(Console(force_terminal=True))
 callback.begin(Config(epochs=1), steps=4, done=0, run=RunDirectory("a"))
 during = shown()
-print("READY", flush=True)
 try:
+    print("READY", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     callback.end()
