@@ -1,4 +1,4 @@
-"""Settings: files, assignments, which options become, and the start of a run with what was accepted."""
+"""Settings: files, assignments and options, and the start of a run with what was accepted."""
 
 from __future__ import annotations
 
