@@ -25,6 +25,7 @@ class OptimizerConfig:
     Example:
         >>> OptimizerConfig(lr=0.05).clip  # the default
         3.0
+        >>> from torch_feather.errors import ConfigurationError
         >>> try:
         ...     OptimizerConfig(momentum=1.0)
         ... except ConfigurationError as error:

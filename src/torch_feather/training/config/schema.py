@@ -35,7 +35,7 @@ def check_data_name(name: str) -> None:
         ...     check_data_name("photos")
         ... except ConfigurationError as error:
         ...     print(error)
-        there is no data set 'photos'. ... --data imagefolder --data-path FOLDER
+        there is no data set 'photos'. ... --data imagefolder --data-path FOLDER. ...
     """
     if name in DATASETS or is_import_path(name):
         return

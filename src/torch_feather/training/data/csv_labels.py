@@ -50,6 +50,8 @@ def find_csv_images(root: Path) -> tuple[ImageFiles, ImageFiles, int]:
     Example:
         >>> import tempfile
         >>> root = Path(tempfile.mkdtemp())
+        >>> (root / "a.jpg").touch(), (root / "b.jpg").touch()
+        (None, None)
         >>> for name in ("train.csv", "val.csv"):
         ...     _ = (root / name).write_text("image,cat,dog\\na.jpg,1,1\\nb.jpg,0,1\\n")
         >>> train, _, classes = find_csv_images(root)
