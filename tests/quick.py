@@ -1,13 +1,14 @@
 """The choice of `pytest -m quick`, the inner loop: every part once, in under 60 seconds in all.
 
-Quick is the first case of every test that is not marked `slow` or `gpu`, except as listed here. A
-new test is quick unless it is added. `pytest -m quick --durations=20` shows which ones take long.
+Quick is the first case of every test that is not marked `slow`, `more` or `gpu`, except as listed
+here. A new test is quick unless it is added. `pytest -m quick --durations=20` shows which ones take
+long.
 """
 
 from pathlib import Path
 
 import pytest
-from thinned import mark_slow_cases
+from thinned import mark_further_cases
 
 TESTS = Path(__file__).parent
 
@@ -123,13 +124,13 @@ def is_quick(file: str, test: str) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    mark_slow_cases(items)
+    mark_further_cases(items)
     seen = set()
     for item in items:
         file = item.path.relative_to(TESTS).as_posix()
         test = getattr(item, "originalname", item.name)
-        slow = item.get_closest_marker("slow") or item.get_closest_marker("gpu")
-        if slow or not is_quick(file, test):
+        other = any(map(item.get_closest_marker, ("slow", "more", "gpu", "apps")))
+        if other or not is_quick(file, test):
             continue
         if (file, test) not in seen or file in EVERY_CASE:
             seen.add((file, test))
