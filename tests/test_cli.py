@@ -17,7 +17,7 @@ from torch_feather.training.config import parse_assignments
 from torch_feather.training.console import percent
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-QUICK = ["--epochs", "1", "--batch-size", "256", "--set", "system.threads=1"]
+QUICK = ["--epochs", "1", "--batch-size", "256", "--system.threads", "1"]
 
 
 @pytest.fixture
@@ -169,12 +169,12 @@ def test_help_has_examples(feather):
         (["bench", "nowhere"], "nowhere: no such run directory"),
         (["train", "--recipe", "digit"], "did you mean 'digits'"),
         (["train", "--config", "mine.yaml"], "mine.yaml: no such file"),
-        (["train", "--set", "lr=1"], "did you mean 'optimizer.lr'"),
-        (["train", "--set", "lr"], "write key=value"),
+        (["train", "--optimizer.schedule", "cosin"], "did you mean 'cosine'"),
+        (["train", "--optimizer.lr", "ten"], "optimizer.lr must be a number, got 'ten'"),
         (["train", "--sparsity", "1.5"], "sparsity must be a fraction"),
         (["train", "--epochs", "0"], "epochs must be at least 1"),
         (["train", "--method", "fether"], "did you mean 'feather'"),
-        (["train", "--set", "options.q=2"], "no option 'q'"),
+        (["train", "--options.q", "2"], "no option 'q'"),
         (["train", "--network", "resnet9"], "unknown network 'resnet9'"),
         (["train", "--network", "timm/resnet9999"], "timm has no model"),
         (["train", "--network", "timm/vit_tiny_patch16_224"], "does not accept images of 1x8x8"),
@@ -182,7 +182,7 @@ def test_help_has_examples(feather):
         (["train", "--data", "cifar10"], "cifar10 requires --data-path"),
         (["train", "--data", "cifar100", "--data-path", "nowhere"], "no such folder"),
         (["train", "--data", "cifar100", "--data-path", "."], "found neither train"),
-        (["train", "--set", "system.device=tpu"], "device 'tpu'"),
+        (["train", "--system.device", "tpu"], "device 'tpu'"),
         (["train", "--resume", "--out", "nowhere"], "no run to resume"),
     ],
 )
@@ -200,6 +200,7 @@ def test_a_mistake_is_a_one_line_error(feather, tmp_path, arguments, message):
 def test_an_invalid_command_is_a_usage_error(feather, arguments):
     code, _, errors = feather(*arguments)
     assert code == 2
+    assert re.search(r"mean|valid integer|requires --out", errors)
     assert "Traceback" not in errors
 
 
@@ -257,10 +258,10 @@ def test_a_warning_names_options_in_the_form_of_the_command_line(feather):
     """What it suggests can be given to the command as it is."""
     _, _, errors = feather("train", "--sparsity", "0.9995", *QUICK, "--out", "run")
     [line] = [line for line in errors.splitlines() if "Every weight of" in line]
-    arguments = re.findall(r"(--set (?:'[^']*'|[\w.]+=[\d.]*\d))", line)
-    assert [a.split("=")[0] for a in arguments] == ["--set 'exclude", "--set options.min_density"]
-    [exclude] = re.findall(r"--set '([^']*)'", line)
-    assert parse_assignments([exclude])["exclude"][0].endswith(".weight")
+    arguments = dict(re.findall(r"--([\w.]+) ('[^']*'|[\d.]*\d)", line))
+    assert arguments.keys() == {"exclude", "options.min_density"}
+    exclude = parse_assignments([f"exclude={arguments['exclude'][1:-1]}"])["exclude"]
+    assert exclude[0].endswith(".weight")
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1000))
     torch.nn.init.constant_(model[0].weight, 1e-6)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -448,17 +448,17 @@ class RunCase:
         return [
             *("--network", "timm/tiny_digits", "--method", self.method, "--sparsity", "0.75"),
             *("--epochs", "3", "--batch-size", "256"),
-            *("--set", "optimizer.clip=null"),
-            *("--set", "system.tensorboard=false", *self.options),
+            *("--optimizer.clip", "null"),
+            *("--system.tensorboard", "false", *self.options),
         ]  # fmt: skip
 
 
 RUNS = {
     "finished": RunCase("feather", ("--compare-dense", "--track-masks")),
     "stopped-feather": RunCase("feather", ("--no-compare-dense", "--track-masks"), 8),
-    "stopped-asl": RunCase("asl", ("--no-compare-dense", "--set", "options.dense_below=200"), 10),
+    "stopped-asl": RunCase("asl", ("--no-compare-dense", "--options.dense_below", "200"), 10),
     "stopped-probmask": RunCase("probmask", ("--no-compare-dense",), 8),
-    "stopped-str": RunCase("str", ("--no-compare-dense", "--set", "select=best"), 13),
+    "stopped-str": RunCase("str", ("--no-compare-dense", "--select", "best"), 13),
 }
 STOPPED = [name for name, case in RUNS.items() if case.stopped is not None]
 

@@ -13,8 +13,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import _moved
-from ._version import __version__
-from .average import LatentAverage
 from .errors import (
     ConfigurationError,
     FeatherError,
@@ -23,28 +21,46 @@ from .errors import (
     NonFiniteWeightError,
     StateError,
 )
-from .finetune import FixedMask, keep_zeros
-from .info import engine_info
-from .measure import count_flops, recalibrate_batchnorm, report, sparsity
-from .methods import available_methods, register_method
-from .operators import power_threshold
-from .sparsifier import Sparsifier
-from .sparsify import sparsify
 
 if TYPE_CHECKING:
     from . import models
+    from ._version import __version__
+    from .attach import sparsify
+    from .average import LatentAverage
     from .export import load_sparse, save_sparse
+    from .finetune import FixedMask, keep_zeros
+    from .info import engine_info
+    from .measure import count_flops, recalibrate_batchnorm
+    from .measure.report import report, sparsity
+    from .methods import available_methods, register_method
     from .native import export_c, export_native
+    from .operators import power_threshold
     from .runtime import compile_sparse
+    from .sparsifier import Sparsifier
 
-# What is below the core is imported when it is first used.
+# Imported when first used: the command line answers without PyTorch, and what is above the core is
+# loaded only if it is needed. No name is that of a module, which would take its place.
 _LAZY = {
+    "FixedMask": ".finetune",
+    "LatentAverage": ".average",
+    "Sparsifier": ".sparsifier",
+    "__version__": "._version",
+    "available_methods": ".methods",
     "compile_sparse": ".runtime",
+    "count_flops": ".measure",
+    "engine_info": ".info",
     "export_c": ".native",
     "export_native": ".native",
+    "keep_zeros": ".finetune",
     "load_sparse": ".export",
     "models": ".models",
+    "power_threshold": ".operators",
+    "recalibrate_batchnorm": ".measure",
+    "register_method": ".methods",
+    "report": ".measure",
     "save_sparse": ".export",
+    "sparsify": ".attach",
+    "sparsity": ".measure",
     "testing": ".testing",
 }
 

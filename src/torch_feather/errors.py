@@ -119,24 +119,30 @@ def warn(message: str, category: type[Warning] = FeatherWarning) -> None:
         warnings.warn(message, category, stacklevel=2)
 
 
-# Whether options are given on the command line. Messages name them in that form.
-_on_command_line = False
+# How messages name options: as Python keywords, as options of `feather train`, or as assignments.
+_form = "{name}={value}"
 
 
-def name_command_line_options(active: bool) -> None:
-    """Let messages name options as `--set name=value` instead of Python keywords.
+def name_command_line_options(active: bool, *, assignments: bool = False) -> None:
+    """Let messages name options as `--name value` instead of Python keywords.
 
     Args:
         active: whether the user gives options on the command line.
+        assignments: whether the command takes them as `--set name=value`, as `feather study`.
 
     Example:
         >>> name_command_line_options(True)
         >>> print(option("exclude", ["fc.weight"]))
-        --set 'exclude=["fc.weight"]'
+        --exclude '["fc.weight"]'
+        >>> name_command_line_options(True, assignments=True)
+        >>> print(option("min_density", 0.01, of_method=True))
+        --set options.min_density=0.01
         >>> name_command_line_options(False)
     """
-    global _on_command_line
-    _on_command_line = active
+    global _form
+    _form = "--set {name}={value}" if assignments else "--{name} {value}"
+    if not active:
+        _form = "{name}={value}"
 
 
 def option(name: str, value: object = None, *, of_method: bool = False) -> str:
@@ -154,10 +160,11 @@ def option(name: str, value: object = None, *, of_method: bool = False) -> str:
     listed = isinstance(value, list | tuple)
     items = ", ".join(f'"{item}"' for item in value) if listed else ""  # type: ignore[attr-defined]
     text = f"[{items}]" if listed else "" if value is None else str(value)
-    if not _on_command_line:
+    if not _form.startswith("--"):
         return f"{name}={text}"
-    assignment = f"{'options.' if of_method else ''}{name}={text}"
-    return f"--set '{assignment}'" if listed else f"--set {assignment}"
+    name = f"options.{name}" if of_method else name
+    quoted = f"'{text}'" if listed else text
+    return _form.format(name=name, value=quoted).rstrip()
 
 
 def fill_layers(names: Sequence[str] = ()) -> str:
@@ -225,3 +232,17 @@ def some(names: Sequence[str], most: int = 3) -> str:
     """
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def shorten(value: object, most: int = 60) -> str:
+    """Return the `repr` of a value, cut after `most` characters.
+
+    Example:
+        >>> shorten("a" * 100, most=10)
+        "'aaaaaa..."
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; deep nesting
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -232,3 +232,53 @@ def test_most_steps_do_not_update_the_display(monkeypatch):
 
 def test_a_callback_can_end_without_a_begin():
     Run().callback.end()
+
+
+SCRIPT = """
+import os, sys, termios, time
+from rich.console import Console
+from torch_feather.training.checkpoint import RunDirectory
+from torch_feather.training.config import Config
+from torch_feather.training.console import ConsoleCallback
+
+def shown():
+    return bool(termios.tcgetattr(0)[3] & termios.ECHOCTL)
+
+before = shown()
+callback = ConsoleCallback(Console(force_terminal=True))
+callback.begin(Config(epochs=1), steps=4, done=0, run=RunDirectory("a"))
+during = shown()
+try:
+    print("READY", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    callback.end()
+print("STATES", before, during, shown(), flush=True)
+"""
+
+
+def test_ctrl_c_in_a_terminal_is_not_shown_within_the_bar():
+    """`^C` behind a bar of the full width would begin a new line, and the bar be shown twice."""
+    import contextlib
+    import os
+    import pty
+    import signal
+    import sys
+
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", SCRIPT])
+    output, sent = b"", False
+    try:
+        with contextlib.suppress(OSError):  # when the process has ended
+            while chunk := os.read(terminal, 4096):
+                output += chunk
+                if b"READY" in output and not sent:
+                    sent = True
+                    os.write(terminal, b"\x03")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(terminal)
+    assert b"STATES True False True" in output
+    assert b"^C" not in output

@@ -116,7 +116,8 @@ def test_the_command_line_shows_the_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["feather", *arguments])
     with pytest.raises(SystemExit):
         main()
-    warning, error = capsys.readouterr().err.splitlines()
+    form, warning, error = capsys.readouterr().err.splitlines()
+    assert "--set KEY=VALUE is deprecated" in form
     expected = "feather: warning: command line: system.graph is deprecated. Use system.cuda_graph."
     assert warning == expected
     assert error.startswith("feather: system.cuda_graph requires a CUDA device")

@@ -175,7 +175,7 @@ def test_two_processes_train_the_same_network_as_one(tmp_path, batch_size):
 
 @pytest.mark.slow
 def test_the_report_of_two_processes_matches_their_stored_network(pair):
-    from torch_feather.cli import app  # noqa: F401 - the extra is installed
+    from torch_feather.cli import main  # noqa: F401 - the extra is installed
     from torch_feather.training.data import eval_loader, load_dataset
     from torch_feather.training.evaluation import evaluate
 

@@ -254,7 +254,7 @@ FOLDER = ("train", "--data", "imagefolder", "--network", "resnet8", "--data-path
         ((*FOLDER, "flowers/train"), "has folders of images (rose, tulip), but not in train/"),
         ((*FOLDER, "single"), "only one class, 'cat'. A network learns to tell classes apart"),
         ((*FOLDER, "empty"), "no images in train/CLASS/"),
-        (("train", "--set", "optimizer.warmup_epochs=30"), "the warm-up takes 30 epochs"),
+        (("train", "--optimizer.warmup_epochs", "30"), "the warm-up takes 30 epochs"),
         (("train", "--network", "timm/vit_tiny_patch16_224"), "does not accept images of 1x8x8"),
         (("train", "--pretrained"), "not for 'resnet8'. Use --init FILE"),
         (("train", "--init", "flowers"), "not a run directory"),
@@ -286,7 +286,7 @@ def test_a_path_without_a_data_set_is_an_error(feather):
     code, _, errors = feather("train", "--data-path", "photos")
     assert code == 2
     assert "--data-path requires --data" in " ".join(errors.split())
-    given = ("train", "--data-path", "photos", "--set", "data.name=imagefolder")
+    given = ("train", "--data-path", "photos", "--data.name", "imagefolder")
     assert "photos: no such file or folder" in feather(*given)[2]
 
 
@@ -329,7 +329,7 @@ def test_a_missing_extra_names_both_commands(feather, monkeypatch):
 def test_a_damaged_image_is_named(feather, tmp_path):
     root = make_photos(tmp_path / "photos", 4, 2)
     (root / "train" / "red" / "01.png").write_bytes(b"no image")
-    code, _, errors = feather(*FOLDER, root, "--epochs", "1", "--set", "data.resolution=16")
+    code, _, errors = feather(*FOLDER, root, "--epochs", "1", "--data.resolution", "16")
     assert code == 1
     assert "train/red/01.png" in errors
 

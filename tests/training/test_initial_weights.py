@@ -221,7 +221,7 @@ def test_pretrained_and_init_exclude_each_other(monkeypatch, capsys):
 def test_the_command_says_in_one_line_that_the_head_is_replaced(hub, tmp_path):
     arguments = ["--pretrained", "--network", "timm/resnet18", "--data", "digits", "--epochs", "1",
                  "--batch-size", "512", "--no-compare-dense",
-                 "--set", "system.threads=1"]  # fmt: skip
+                 "--system.threads", "1"]  # fmt: skip
     environment = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "torch_feather.cli", "train", *arguments]
     done = subprocess.run(

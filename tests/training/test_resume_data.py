@@ -76,7 +76,7 @@ def interrupted(config, folder, step=5):
 
 def accepting(config, error):
     """Return the configuration that the message of an error asks for."""
-    digest = re.search(r"--set system\.accept_data=(data-[0-9a-f]{12})", str(error))[1]
+    digest = re.search(r"--system\.accept_data (data-[0-9a-f]{12})", str(error))[1]
     return replace(config, system=replace(config.system, accept_data=digest))
 
 

@@ -426,8 +426,8 @@ def test_without_settings_in_the_checkpoint_they_can_be_given_again(made, tmp_pa
         torch.save(state, folder / "checkpoints" / name)
     resume = ["train", "--resume", "--out", folder]
     error = outcome(*resume, file=folder / "config.yaml")
-    assert "feather train --resume --recipe NAME --set KEY=VALUE --out" in error
-    given = [word for key, v in SETTINGS.items() for word in ("--set", f"{key}={json.dumps(v)}")]
+    assert "feather train --resume --recipe NAME --KEY VALUE --out" in error
+    given = [word for key, v in SETTINGS.items() for word in (f"--{key}", json.dumps(v))]
     assert outcome(*resume, "--recipe", "digits", *given) is None
     expected = (made / "finished" / "model.safetensors").read_bytes()
     assert (folder / "model.safetensors").read_bytes() == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Annotated
 
 from ..errors import install_hint
@@ -23,34 +24,23 @@ from .files import bench, export
 from .lists import methods, recipes
 from .predict import predict
 from .runs import evaluate, report
+from .settings import misplaced_option, with_settings
 from .studies import studies
 from .training import EXAMPLES, train
 
 __all__ = [
-    "app",
     "bench",
     "evaluate",
     "example",
     "export",
     "main",
+    "make_app",
     "methods",
     "predict",
     "recipes",
     "report",
     "train",
 ]
-
-app = typer.Typer(
-    name="feather",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-)
-app.command(epilog=EXAMPLES)(train)
-app.add_typer(studies, name="study")
-for _command in (predict, evaluate, report, export, bench, methods, recipes, example):
-    app.command()(_command)
 
 
 def _show_version(requested: bool) -> None:
@@ -61,7 +51,6 @@ def _show_version(requested: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     context: typer.Context,
     version: Annotated[
@@ -77,8 +66,38 @@ def _options(
     """
     from ..errors import name_command_line_options
 
-    name_command_line_options(True)
+    name_command_line_options(True, assignments=context.invoked_subcommand == "study")
     context.call_on_close(lambda: name_command_line_options(False))
+
+
+def make_app(arguments: Sequence[str] = ()) -> typer.Typer:
+    """Return the command line.
+
+    Args:
+        arguments: what it will be called with. They name the options of a method, and the recipe
+            whose values `feather train --help` shows.
+
+    Example:
+        >>> len(make_app().registered_commands) > 8
+        True
+    """
+    made = typer.Typer(
+        name="feather",
+        no_args_is_help=True,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+    )
+    made.callback()(_options)
+    # --batch_size as in config.yaml, and --batch-size
+    names = {"token_normalize_func": lambda name: name.replace("_", "-")}
+    # Its many options cost time, which other commands do not have to spend; a shell completes them.
+    complete = arguments[:1] in ([], ["train"]) or "_FEATHER_COMPLETE" in os.environ
+    command = with_settings(train, arguments, complete=complete)
+    made.command(epilog=EXAMPLES, context_settings=names)(command)
+    made.add_typer(studies, name="study")
+    for other in (predict, evaluate, report, export, bench, methods, recipes, example):
+        made.command()(other)
+    return made
 
 
 def main() -> None:
@@ -101,8 +120,6 @@ def main() -> None:
         feather: runs/absent: ...
         exit code 1
     """
-    import torch
-
     from ..errors import FeatherError
     from ..training.errors import Interrupted
 
@@ -114,17 +131,22 @@ def main() -> None:
             warnings.showwarning = _show_warning
             # Python hides these by default; they concern options and files of the user.
             warnings.filterwarnings("default", category=DeprecationWarning, module="torch_feather")
-            app()
+            problem = misplaced_option(sys.argv[1:])
+            if problem is not None:
+                _fail(problem, 2)
+            make_app(sys.argv[1:])()
     except Interrupted as error:
         _fail(str(error), 130)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except torch.OutOfMemoryError:
-        _fail("GPU out of memory. Try a smaller --batch-size, or --set system.amp=true.", 1)
     except (FeatherError, OSError, ValueError, ImportError) as error:
         if os.environ.get("FEATHER_TRACEBACK"):
             raise
         _fail(str(error) or type(error).__name__, 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of PyTorch, which may not be imported
+            raise
+        _fail("GPU out of memory. Try a smaller --batch-size, or --system.amp true.", 1)
 
 
 def _show_warning(message: Warning | str, *details: object, **more: object) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .lists import JsonOption
+from .output import print_json
 from .runs import RunArgument
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -43,6 +45,7 @@ def export(  # long: each option has its help
         str | None,
         typer.Option(help="Folder of the data, if it has moved. Only for ONNX and old runs."),
     ] = None,
+    json: JsonOption = False,
 ) -> None:
     """Export the network of RUN to a file.
 
@@ -73,12 +76,19 @@ def export(  # long: each option has its help
     directory = RunDirectory(run)
     torch_dtype = getattr(torch, dtype) if dtype else None
     file = exports.export_run(directory, format, out, torch_dtype, data_path, target)
-    typer.echo(f"{file}: {exports.describe(directory, file, format)}")
-    if push is not None:
-        typer.echo(f"on the hub: {exports.push(directory, file, push)}")
+    about = exports.describe(directory, file, format)
+    address = exports.push(directory, file, push) if push is not None else None
+    if json:
+        size = None if file.is_dir() else file.stat().st_size
+        found = {"file": str(file), "format": format, "bytes": size, "description": about}
+        print_json(found | ({} if address is None else {"hub": address}))
+        return
+    typer.echo(f"{file}: {about}")
+    if address is not None:
+        typer.echo(f"on the hub: {address}")
 
 
-def bench(
+def bench(  # long: each option has its help
     run: RunArgument,
     batch: Annotated[int, typer.Option(help="Images per call.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -96,6 +106,7 @@ def bench(
     data_path: Annotated[
         str | None, typer.Option(help="Folder of the data, if it has moved. Only for old runs.")
     ] = None,
+    json: JsonOption = False,
 ) -> None:
     """Time the network of RUN on this CPU: dense in PyTorch, and compiled sparse.
 
@@ -132,6 +143,10 @@ def bench(
         dense_ms, sparse_ms = alternate([lambda: model(x), lambda: sparse(x)])
         expected, found = model(x), sparse(x)
     error = float((expected - found).abs().max() / expected.abs().max())
+    if json:
+        times = {"dense_ms": dense_ms, "sparse_ms": sparse_ms, "largest_difference": error}
+        print_json({"run": str(run), "batch": batch, "threads": threads, **times})
+        return
     typer.echo(f"{sparse}\n")
     typer.echo(
         f"batch {batch}, {threads} thread(s): PyTorch {dense_ms:.3f} ms, sparse {sparse_ms:.3f} "

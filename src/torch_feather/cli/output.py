@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -16,3 +18,18 @@ def make_console() -> Any:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """Print values as JSON on the standard output, one key per line.
+
+    Args:
+        values: plain values by name.
+
+    Example:
+        >>> print_json({"accuracy": 0.5})
+        {
+          "accuracy": 0.5
+        }
+    """
+    print(json.dumps(values, indent=2))

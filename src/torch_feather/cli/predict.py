@@ -26,6 +26,13 @@ def predict(
         bool, typer.Option("--compiled", help="Compile the network for this CPU first.")
     ] = False,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FACTORY",
+            help="The network of an exported file, if it is your own: it is imported and executed.",
+        ),
+    ] = None,
 ) -> None:
     """Name the classes of images, with probabilities.
 
@@ -48,7 +55,7 @@ def predict(
     from ..training.predict import image_files, load_predictor
 
     torch.set_num_threads(threads)
-    predictor = load_predictor(source, compiled=compiled, threads=threads)
+    predictor = load_predictor(source, compiled=compiled, threads=threads, network=network)
     if str(image) == "-":
         try:
             pixels = decode_image(sys.stdin.buffer.read())

@@ -7,17 +7,18 @@ from typing import Annotated
 
 import typer
 
-from .output import make_console
+from .output import make_console, print_json
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
 
-def evaluate(
+def evaluate(  # long: each option has its help
     run: RunArgument,
     data_path: Annotated[
         str | None, typer.Option(help="Folder of the data, if it has moved.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate the stored network of RUN on its test images.
 
@@ -43,11 +44,11 @@ def evaluate(
     from .. import models
     from ..training.checkpoint import RunDirectory
     from ..training.console import percent
-    from ..training.data import eval_loader, load_dataset
-    from ..training.data.load import class_names
+    from ..training.data import class_names, eval_loader, load_dataset
     from ..training.errors import DataError
     from ..training.evaluation import evaluate as measure
     from ..training.loop import resolve_device
+    from ..training.losses import make_loss
 
     directory = RunDirectory(run)
     config = directory.read_config()
@@ -59,12 +60,17 @@ def evaluate(
         raise DataError(f"{directory.config_file}: {error}") from None
     model = models.create(config.network, data.classes, data.channels)
     directory.load_model(model)
-    target = resolve_device(device)
-    model.to(target)
+    model.to(target := resolve_device(device))
     test = eval_loader(data, data.test, config, target)
-    loss, accuracy = measure(model, test, config.system.amp)
+    mean = make_loss(config, training=False)
+    loss, accuracy = measure(model, test, config.system.amp, loss=mean)
     macs = feather.count_flops(model, data.example().to(target))
     zeros = feather.sparsity(model, config.include, config.exclude)
+    if json:
+        costs = {"dense": macs.dense, "sparse": macs.sparse}
+        found = {"images": len(data.test), "accuracy": accuracy, "loss": loss}
+        print_json({"run": str(run), "data": data.name, **found, "sparsity": zeros, "macs": costs})
+        return
     make_console().print(
         f"{len(data.test):,} test images of {data.name}: accuracy {percent(accuracy)}, "
         f"loss {loss:.4f}; {percent(zeros)} of the weights are zero, "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import make_console
+from .output import make_console, print_json
 
 if TYPE_CHECKING:
     from ..training import Config
@@ -22,11 +23,11 @@ EXAMPLES = """
 
 - `feather train --recipe cifar100 --data-path DATA/cifar100 --network mobilenet_v1 --sparsity 0.98`
 
-- `feather train --data cifar10 --data-path DATA/cifar10 --set optimizer.lr=0.05 --set options.p=2`
+- `feather train --data cifar10 --data-path DATA/cifar10 --optimizer.lr 0.05 --options.p 2`
 
 - `feather train --data imagefolder --data-path PHOTOS --network timm/resnet18 --pretrained`
 
-- `feather train --recipe imagenet --data-path DATA/imagenet --set system.compile=true`
+- `feather train --recipe imagenet --data-path DATA/imagenet --system.compile true`
 
 - `feather train --method package.module:factory` uses a method of your own
 
@@ -50,19 +51,35 @@ def train(
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file that overrides the recipe, such as config.yaml.")
+        list[Path] | None,
+        typer.Option(
+            help="YAML file that overrides the recipe, such as config.yaml. Later ones override "
+            "earlier ones."
+        ),
     ] = None,
     network: Annotated[
-        str | None, typer.Option(help="resnet8, resnet20, mobilenet_v1, ..., or timm/NAME.")
+        str | None,
+        typer.Option(
+            help="resnet8, resnet20, mobilenet_v1, ...; timm/NAME; or package.module:factory."
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="digits, cifar10, cifar100 or imagefolder.")
+        str | None,
+        typer.Option(
+            "--data",
+            "--data.name",
+            help="digits, cifar10, cifar100, imagefolder; or package.module:factory for a data set "
+            "of your own.",
+        ),
     ] = None,
     data_path: Annotated[
         str | None,
         typer.Option(
+            "--data-path",
+            "--data.path",
             help="CIFAR: folder with train*.parquet and test*.parquet, or the unpacked archive. "
-            "imagefolder: folder with train/ and val/, or tar files."
+            "imagefolder: folder with train/ and val/, or tar files. "
+            "A factory of your own: its argument path.",
         ),
     ] = None,
     method: Annotated[
@@ -83,7 +100,11 @@ def train(
     ] = False,
     teacher: Annotated[
         str | None,
-        typer.Option(help="Teacher network: a run directory, a file, or timm/NAME."),
+        typer.Option(
+            "--teacher",
+            "--distillation.teacher",
+            help="Teacher network: a run directory, a file, or timm/NAME.",
+        ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
@@ -111,15 +132,26 @@ def train(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Any key of config.yaml, such as optimizer.lr=0.05."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", hidden=True, help="Deprecated: --KEY VALUE."),
     ] = None,
+    print_config: Annotated[
+        bool,
+        typer.Option("--print-config", help="Print the settings as YAML; train nothing."),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print warnings, errors and the run directory alone.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print report.json at the end, and nothing else.")
+    ] = False,
+    *,
+    given: dict[str, str] | None = None,
 ) -> None:
     """Train a sparse network into a run directory.
 
-    The recipe is overridden by --config, and both by the options below. Under `torchrun`, all
-    processes train one network together.
+    The recipe is overridden by --config, and both by the options below. Options of the method are
+    set by `--options.NAME VALUE`, see `feather methods`. Under `torchrun`, all processes train one
+    network together.
 
     \f
     Example:
@@ -138,19 +170,12 @@ def train(
         layer                       shape        weights    zeros  sparsity ...
         conv1.weight                32x1x3x3         288 ...
     """
-    from ..models import TIMM
-    from ..training.callbacks import Callbacks
-    from ..training.config import PRETRAINED, parse_assignments
-    from ..training.console import ConsoleCallback, print_results
-    from ..training.distributed import process_group
-    from ..training.loggers import logging_callbacks
-    from ..training.loop import chosen
-    from ..training.loop import train as run_training
+    from ..training.config import PRETRAINED, TIMM, parse_assignments, to_yaml
 
-    given: dict[str, Any] = {
+    named_options: dict[str, Any] = {
         "network": network,
         "data.name": data,
-        "data.path": _absolute(data_path),
+        "data.path": data_path if _names_no_file(data, data_path) else _absolute(data_path),
         "method": method,
         "sparsity": sparsity,
         "init": _absolute(init),
@@ -164,9 +189,16 @@ def train(
     if pretrained:
         if init is not None:
             raise typer.BadParameter("--pretrained and --init both name initial weights")
-        given["init"] = PRETRAINED
-    overrides = {key: value for key, value in given.items() if value is not None}
+        named_options["init"] = PRETRAINED
+    overrides = {key: value for key, value in named_options.items() if value is not None}
     overrides |= parse_assignments(settings or [])
+    if settings:
+        from ..training.deprecation import warn_renamed
+
+        key, _, value = settings[0].partition("=")
+        warn_renamed("--set KEY=VALUE", f"--KEY VALUE, such as --{key} {shlex.quote(value)}")
+    for key, value in (given or {}).items():
+        overrides |= parse_assignments([f"{key}={value}"], "command line:")
     if resume and out is None:
         raise typer.BadParameter("--resume requires --out RUN, the run to resume")
     named = recipe or config or resume or "data.name" in overrides
@@ -174,43 +206,73 @@ def train(
         raise typer.BadParameter(
             "--data-path requires --data: imagefolder for a folder of images; cifar10; or cifar100"
         )
-    start = _configuration(recipe, config, data, overrides, out if resume else None)
+    start = _configuration(recipe, config, overrides, out if resume else None)
+    if print_config:
+        typer.echo(to_yaml(start), nl=False)
+        return
+    _run(start, out, resume, quiet, json)
+
+
+def _run(start: Config, out: Path | None, resume: bool, quiet: bool, json: bool) -> None:
+    """Train, with as much output as was asked for."""
+    from ..training.callbacks import Callback, Callbacks
+    from ..training.console import ConsoleCallback, print_results
+    from ..training.distributed import process_group
+    from ..training.loggers import logging_callbacks
+    from ..training.loop import chosen
+    from ..training.loop import train as run_training
+
     console = make_console()
     with process_group() as ranks:
         start = chosen(start, ranks)
         folder = ranks.on_first(lambda: out or free_directory(start))
         # The console comes last, so that its progress bars cover the training alone.
-        callback = Callbacks([*logging_callbacks(start), ConsoleCallback(console)])
+        shown: list[Callback] = [] if quiet or json else [ConsoleCallback(console)]
+        callback = Callbacks([*logging_callbacks(start), *shown])
         results = run_training(start, folder, resume=resume, callback=callback)
-        if ranks.first:
+        if not ranks.first:
+            return
+        if json:
+            print_json({"run": str(folder), **results})
+        elif quiet:
+            typer.echo(folder)
+        else:
             print_results(console, results, folder)
 
 
 def _configuration(
     recipe: str | None,
-    file: Path | None,
-    data: str | None,
+    files: list[Path] | None,
     overrides: dict[str, Any],
     resumed: Path | None,
 ) -> Config:
     """Return the configuration to train; without recipe and file, that of the resumed run."""
-    from ..errors import warn
-    from ..training.checkpoint import RunDirectory
     from ..training.config import apply, default_recipe, resolve_config
     from ..training.errors import RunError
 
-    if recipe is not None or file is not None or resumed is None:
-        return resolve_config(recipe or default_recipe(data), file, overrides)
+    if recipe is not None or files or resumed is None:
+        named = recipe or default_recipe(overrides.get("data.name"))
+        return resolve_config(named, files, overrides)
+    from ..errors import warn
+    from ..training.checkpoint import RunDirectory
+
     run = RunDirectory(resumed)
     stored = run.stored_config(warn)
     if stored is None and run.holds_a_run():
         raise RunError(
             f"{run.config_file}: missing, and no checkpoint holds the settings. Give those of the "
-            f"run: feather train --resume --recipe NAME --set KEY=VALUE --out {resumed}"
+            f"run: feather train --resume --recipe NAME --KEY VALUE --out {resumed}"
         )
     if stored is None:
         raise RunError(f"{resumed}: no run to resume. Add --recipe to start one there.")
     return apply(stored, overrides, "command line")
+
+
+def _names_no_file(data: str | None, path: str | None) -> bool:
+    """Whether a path is for a factory of the user to interpret, such as the name of a data set."""
+    from ..import_path import is_import_path
+
+    return is_import_path(data) and path is not None and not Path(path).exists()
 
 
 def _absolute(path: str | None) -> str | None:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, shorten
 
 LIMIT = 2**53  # larger integers are not exact as floats
 NAMES = {
@@ -91,17 +91,3 @@ def _plain_types(hint: Any) -> set[type] | None:
     if issubclass(origin, Sequence):
         return {list}
     return set()
-
-
-def shorten(value: Any, most: int = 60) -> str:
-    """Return the `repr` of a value, cut after `most` characters.
-
-    Example:
-        >>> shorten("a" * 100, most=10)
-        "'aaaaaa..."
-    """
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits; deep nesting
-        return f"a value of type {type(value).__name__}"
-    return text if len(text) <= most else text[: most - 3] + "..."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,6 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from ..errors import ConfigurationError, nearest
+from ..import_path import import_object
 from .base import AnyMethod
 from .feather import feather
 from .feather_flops import GAMMA, feather_flops
@@ -115,7 +115,7 @@ def find_method(name: str) -> Factory:
     if name in METHODS:
         return METHODS[name]
     if isinstance(name, str) and ":" in name:
-        return _imported(name)
+        return import_object(name, "Method")
     found = _entry_points().get(name)
     if found is not None:
         return found.load()
@@ -250,22 +250,3 @@ def build_method(name: str, *, sparsity: float, **options: Any) -> AnyMethod:
 def _entry_points() -> dict[str, Any]:
     """Return the entry points of installed packages, by name."""
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-
-
-def _imported(path: str) -> Factory:
-    """Return the factory at `package.module:factory`."""
-    module, _, attribute = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, ValueError) as error:
-        raise ConfigurationError(
-            f"Method {path!r}: module {module!r} cannot be imported ({error}). Install it, or add "
-            "its folder to PYTHONPATH."
-        ) from error
-    except AttributeError:
-        raise ConfigurationError(
-            f"Method {path!r}: module {module!r} has no {attribute!r}."
-        ) from None
-    if not callable(found):
-        raise ConfigurationError(f"Method {path!r}: {attribute!r} is not callable.")
-    return found

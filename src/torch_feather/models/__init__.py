@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigurationError, install_hint, nearest
+from ..import_path import accepted, import_object, is_import_path
 from .densenet import DenseNet, densenet40_24
 from .mobilenet import MobileNetV1, mobilenet_v1
 from .resnet import ResNet, resnet8, resnet20
@@ -34,7 +35,8 @@ _MODELS = {
 def available_models() -> list[str]:
     """Return the names of the networks of this module, for `create`.
 
-    `create` also accepts `timm/NAME` for each model of timm.
+    `create` also accepts `timm/NAME` for each model of timm, and `package.module:factory` for a
+    network of your own.
 
     Example:
         >>> available_models()
@@ -47,12 +49,14 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     """Create a network by name, with random initial weights.
 
     Args:
-        name: one of `available_models()`, or `timm/NAME`.
+        name: one of `available_models()`; `timm/NAME`; or `package.module:factory`, which is
+            imported and called with those of the two keywords that it takes.
         num_classes: number of classes.
         in_channels: channels of an image.
 
     Raises:
-        ConfigurationError: the name is unknown, or a number is below 1.
+        ConfigurationError: the name is unknown, a number is below 1, or a factory of your own fails
+            or returns no module.
         ImportError: the name is `timm/NAME` and timm is not installed.
 
     Example:
@@ -66,12 +70,36 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
             raise ConfigurationError(f"{option} must be at least 1, got {number}.")
     if name.startswith(TIMM):
         return create_timm(name, num_classes=num_classes, in_chans=in_channels)
+    if is_import_path(name):
+        return _create_own(name, {"num_classes": num_classes, "in_channels": in_channels})
     if name not in _MODELS:
         near = f"; did you mean {TIMM + name!r}?" if _is_timm(name) else nearest(name, _MODELS)
         raise ConfigurationError(
-            f"unknown network {name!r}{near} Available: {', '.join(_MODELS)}, and timm/NAME."
+            f"unknown network {name!r}{near} Available: {', '.join(_MODELS)}, timm/NAME, and "
+            "package.module:factory."
         )
     return _MODELS[name](num_classes, in_channels)
+
+
+def _create_own(name: str, sizes: dict[str, int]) -> nn.Module:
+    """Return the network of a factory of the user."""
+    factory = import_object(name, "Network")
+    try:
+        network = factory(**accepted(factory, sizes))
+    except ConfigurationError:
+        raise
+    except Exception as error:  # of the user's code
+        first = (str(error).splitlines() or [""])[0]
+        raise ConfigurationError(
+            f"Network {name!r}: its factory failed ({type(error).__name__}: {first}). It is called "
+            "with those of the keywords num_classes and in_channels that it takes."
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ConfigurationError(
+            f"Network {name!r}: its factory returned {type(network).__name__}. Return a "
+            "torch.nn.Module that maps images (B, C, H, W) to logits (B, num_classes)."
+        )
+    return network
 
 
 def create_pretrained(name: str, **options: Any) -> nn.Module:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attach import sparsify
 from ..average import LatentAverage
 from ..errors import NonFiniteWeightError, StateError
 from ..methods import find_method
 from ..methods.base import effective_weights
-from ..sparsify import sparsify
 from .capture import Tape, simulated_device
 from .problem import STEPS, Factory, Run, call, describe, differences, make_batch, make_network
 from .processes import same_on_two_processes

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attach import sparsify
 from ..methods import AnyMethod
 from ..sparsifier import Sparsifier
-from ..sparsify import sparsify
 
 Factory = Callable[..., AnyMethod]
 """Called with the keyword `sparsity`, if it takes it; returns an object with `bind(context)`."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ..sparsify import sparsify
+from ..attach import sparsify
 from .problem import STEPS, Factory, call, make_batch, make_network
 
 SECONDS = 120

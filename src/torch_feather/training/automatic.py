@@ -16,7 +16,7 @@ from .. import models
 from ..errors import ConfigurationError, nearest
 from .config import PRETRAINED, Config, apply
 from .data import count_training_images
-from .network_info import NetworkInfo, read_network_info
+from .network_info import NetworkInfo, check_trusted, read_network_info
 from .precision import has_bfloat16
 
 MOST_LETTERS = 32_000  # in the names of classes
@@ -115,7 +115,10 @@ def with_class_names(config: Config, names: tuple[str, ...]) -> Config:
 
 
 def _network(config: Config, facts: Facts) -> str:
-    return config.network if facts.origin is None else facts.origin.network
+    if facts.origin is None:
+        return config.network
+    check_trusted(facts.origin.network, Path(str(config.init)), config.network)
+    return facts.origin.network
 
 
 def _published(config: Config) -> dict[str, Any]:

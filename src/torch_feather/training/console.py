@@ -22,6 +22,7 @@ from .callbacks import Callback
 from .checkpoint import RunDirectory
 from .config import Config
 from .deprecation import renamed_names
+from .terminal import control_characters_shown
 
 __getattr__ = renamed_names(__name__, {"ConsoleWatch": "ConsoleCallback"})
 
@@ -125,6 +126,7 @@ class ConsoleCallback(Callback):
         self.console = console
         self.clock = clock
         self.progress: Progress | None = None
+        self.shown: bool | None = None  # whether the terminal showed control characters before
 
     def message(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -148,6 +150,8 @@ class ConsoleCallback(Callback):
         self.run_bar = self.progress.add_task(self.name, total=self.epochs, left="", note="")
         self.epoch_bar = self.progress.add_task("", total=self.epoch_steps, left="", note="")
         self._show()
+        if self.console.is_interactive:
+            self.shown = control_characters_shown(None, False)
         self.progress.start()
 
     def step(self, images: int) -> None:
@@ -178,6 +182,9 @@ class ConsoleCallback(Callback):
             self._show()
             self.progress.stop()
             self.progress = None
+            if self.shown is not None:
+                control_characters_shown(None, self.shown)
+                self.shown = None
 
     def _show(self) -> None:
         assert self.progress is not None

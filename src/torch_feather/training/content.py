@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..methods.option_types import shorten
+from ..errors import shorten
 from .errors import RunError
 
 Check = Callable[[Any, str], None]

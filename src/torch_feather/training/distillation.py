@@ -19,6 +19,7 @@ from ..errors import ConfigurationError
 from .config import Config, DistillationConfig
 from .data import Dataset
 from .distributed import Ranks
+from .network_info import check_trusted
 from .weights import read_weights
 
 
@@ -135,6 +136,7 @@ def load_teacher(config: Config, data: Dataset) -> nn.Module:
         else:
             weights = read_weights(Path(source))
             name = weights.network or config.network
+            check_trusted(name, Path(source), config.network)
             with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
                 # Before a network is created that only the file names. A few cannot be on meta.
                 weights.check(models.create(name, data.classes, data.channels))

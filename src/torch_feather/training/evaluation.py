@@ -17,6 +17,7 @@ from .distributed import Ranks
 from .precision import autocast
 
 T = TypeVar("T")
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class StoppedEvaluation(Exception):  # noqa: N818
@@ -131,8 +132,11 @@ def evaluate(
     amp: bool = False,
     ranks: Ranks | None = None,
     compiled: nn.Module | None = None,
+    loss: Loss = F.cross_entropy,
 ) -> tuple[float, float]:
-    """Return the mean cross-entropy and the accuracy, with the model in evaluation mode.
+    """Return the mean loss and the accuracy, with the model in evaluation mode.
+
+    With several labels per image, the accuracy is the fraction of labels that are right.
 
     Args:
         model: the network; its training mode is restored.
@@ -140,12 +144,13 @@ def evaluate(
         amp: whether to use bfloat16 autocast.
         ranks: the processes, each with its own batches; the means are over all of their images.
         compiled: the model compiled for one shape; called for all batches of the first one's size.
+        loss: the mean loss of logits and labels.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
         >>> images, labels = torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 1, 1])
-        >>> loss, accuracy = evaluate(model, [(images, labels)])
-        >>> round(loss, 4), accuracy  # log 2, and class 0 for all images
+        >>> mean, accuracy = evaluate(model, [(images, labels)])
+        >>> round(mean, 4), accuracy  # log 2, and class 0 for all images
         (0.6931, 0.25)
     """
     training, size = model.training, 0
@@ -157,9 +162,48 @@ def evaluate(
         network = compiled if compiled is not None and len(y) == size else model
         with autocast(device, amp):
             logits = network(x).float()
-        totals[0] += F.cross_entropy(logits, y, reduction="sum")
-        totals[1] += (logits.argmax(1) == y).sum()
+        totals[0] += loss(logits, y) * len(y)
+        if y.ndim == 1:
+            totals[1] += (logits.argmax(1) == y).sum()
+        else:
+            totals[1] += ((logits > 0) == (y > 0.5)).float().mean(1).sum()
         totals[2] += len(y)
     model.train(training)
-    loss, correct, images = (ranks or Ranks()).sum(totals).tolist()
-    return loss / images, correct / images
+    total, correct, images = (ranks or Ranks()).sum(totals).tolist()
+    return total / images, correct / images
+
+
+@torch.no_grad()
+def f1_score(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    amp: bool = False,
+    ranks: Ranks | None = None,
+) -> float:
+    """Return the F1 score of images with several labels, over all classes together (micro).
+
+    Args:
+        model: the network; its training mode is restored.
+        batches: images (B, C, H, W) and labels (B, classes) of zeros and ones.
+        amp: whether to use bfloat16 autocast.
+        ranks: the processes, each with its own batches.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+        >>> _ = nn.init.ones_(model[1].weight)
+        >>> images, labels = torch.ones(2, 1, 2, 2), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        >>> round(f1_score(model, [(images, labels)]), 4)  # both labels for both images
+        0.8571
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # true positives, all positives
+    for x, y in batches:
+        with autocast(device, amp):
+            positive = model(x).float() > 0
+        totals[0] += (positive & (y > 0.5)).sum()
+        totals[1] += positive.sum() + (y > 0.5).sum()
+    model.train(training)
+    true, both = (ranks or Ranks()).sum(totals).tolist()
+    return 2 * true / both if both else 1.0

@@ -18,6 +18,7 @@ from ..errors import ConfigurationError, install_hint
 from ..export import SparseFile
 from ..export.manifest import KEY as SPARSE_KEY
 from ..export.packages import import_safetensors
+from ..import_path import is_import_path
 from .checkpoint import RunDirectory
 from .config import PRETRAINED, Config, apply, upgrade
 from .data import Dataset, center_crop, normalization
@@ -38,6 +39,10 @@ class NetworkInfo:
         std: standard deviation per channel.
         side: length in pixels to which the shorter side of an image is scaled before the center is
             cropped to (H, W).
+        prepared_by: the data set that prepared the images for the network itself; None if they are
+            prepared as described here.
+        multi_label: whether an image may have several classes; the probabilities are then those of
+            a sigmoid for each class.
 
     Example:
         >>> results = {"classes": 10, "input_shape": [1, 8, 8]}
@@ -52,6 +57,8 @@ class NetworkInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     side: int
+    prepared_by: str | None = None
+    multi_label: bool = False
 
     def entries(self) -> dict[str, Any]:
         """Return the facts as plain values, as files hold them."""
@@ -60,12 +67,14 @@ class NetworkInfo:
             "classes": len(self.class_names),
             "class_names": list(self.class_names),
             "input_shape": list(self.input_shape),
+            **({"multi_label": True} if self.multi_label else {}),
             "preprocessing": {
                 "resize_shorter_side": self.side,
                 "center_crop": list(self.input_shape[1:]),
                 "scale": "to [0, 1]",
                 "mean": list(self.mean),
                 "std": list(self.std),
+                **({"prepared_by": self.prepared_by} if self.prepared_by else {}),
             },
         }
 
@@ -98,12 +107,18 @@ def network_info(config: Config, results: Mapping[str, Any], source: object) -> 
     names = results.get("class_names") or config.data.class_names
     if names is None and type(classes) is int and 1 <= classes <= 10**6:
         names = [str(label) for label in range(classes)]
-    mean, std = normalization(config.data)
+    channels = shape[0] if isinstance(shape, list) and shape else 3
+    usable = type(channels) is int and 1 <= channels <= 10**5  # others are an error below
+    mean, std = normalization(config.data, channels if usable else 3)
     length = shape[1] if isinstance(shape, list) and len(shape) > 1 else 0
     side = length
-    if config.data.name == "imagefolder" and type(length) is int:
+    own = is_import_path(config.data.name)
+    if (config.data.name == "imagefolder" or own) and type(length) is int:
         side = center_crop(config.data, length).side
-    facts = (config.network, classes, names, shape, list(mean), list(std), side)
+    prepared = results.get("preprocessing")
+    by = prepared.get("prepared_by") if isinstance(prepared, Mapping) else None
+    several = results.get("multi_label") is True
+    facts = (config.network, classes, names, shape, list(mean), list(std), side, by, several)
     return _checked(facts, source)
 
 
@@ -124,13 +139,15 @@ def info_of_data(config: Config, data: Dataset) -> NetworkInfo:
         "classes": data.classes,
         "class_names": list(data.names),
         "input_shape": list(data.example().shape[1:]),  # (C, H, W)
+        "multi_label": data.train.labels.ndim == 2,
+        "preprocessing": {"prepared_by": data.name} if data.prepared else {},
     }
     return network_info(config, facts, data.name)
 
 
 def _checked(values: Sequence[Any], source: object) -> NetworkInfo:
     """Return the facts if they have the right types and sizes."""
-    network, classes, names, shape, mean, std, side = values
+    network, classes, names, shape, mean, std, side, prepared_by, several = values
     lengths = [*shape, side] if isinstance(shape, list) else []
     numbers = [*mean, *std] if isinstance(mean, list) and isinstance(std, list) else []
     if not (
@@ -143,6 +160,7 @@ def _checked(values: Sequence[Any], source: object) -> NetworkInfo:
         and len(mean) == len(std) == shape[0]
         and all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
         and all(number > 0 for number in std)
+        and isinstance(prepared_by, str | None)
     ):
         raise RunError(
             f"{source}: its network, classes, class_names, input_shape or preprocessing has wrong "
@@ -150,7 +168,14 @@ def _checked(values: Sequence[Any], source: object) -> NetworkInfo:
         )
     names = tuple(map(printable, names))
     return NetworkInfo(
-        network, names, (shape[0], shape[1], shape[2]), tuple(mean), tuple(std), side
+        network,
+        names,
+        (shape[0], shape[1], shape[2]),
+        tuple(mean),
+        tuple(std),
+        side,
+        prepared_by,
+        several,
     )
 
 
@@ -198,7 +223,8 @@ def info_of_metadata(found: Mapping[str, Any], source: object) -> NetworkInfo | 
     prepared, config = found.get("preprocessing"), found.get("config")
     if isinstance(prepared, Mapping):
         values = [found.get(key) for key in ("network", "classes", "class_names", "input_shape")]
-        values += [prepared.get(key) for key in ("mean", "std", "resize_shorter_side")]
+        keys = ("mean", "std", "resize_shorter_side", "prepared_by")
+        values += [*(prepared.get(key) for key in keys), found.get("multi_label") is True]
         return _checked(values, source)
     if not isinstance(config, Mapping):
         return None
@@ -207,6 +233,33 @@ def info_of_metadata(found: Mapping[str, Any], source: object) -> NetworkInfo | 
     except (ConfigurationError, AttributeError, TypeError) as error:
         raise RunError(f"{source}: its metadata has other settings than a run ({error})") from None
     return network_info(settings, found, source)
+
+
+def check_trusted(network: str | None, source: Path, named: str | None) -> None:
+    """Raise an error if a file names code to execute that the user did not name.
+
+    Run directories are trusted: their config.yaml names methods and data in the same way.
+
+    Args:
+        network: the network that `source` names.
+        source: a run directory or a file.
+        named: the network that the user named.
+
+    Raises:
+        RunError: a file names a network by an import path, and the user did not.
+
+    Example:
+        >>> check_trusted("timm/resnet18", Path("a.safetensors"), None)
+        >>> check_trusted("shutil:rmtree", Path("a.safetensors"), None)
+        Traceback (most recent call last):
+        torch_feather...RunError: a.safetensors: names its network by code, 'shutil:rmtree', ...
+    """
+    if not is_import_path(network) or source.is_dir() or network == named:
+        return
+    raise RunError(
+        f"{printable(source)}: names its network by code, {network!r:.100}, which would be "
+        "imported and executed. If you trust it, name it too: --network MODULE:FACTORY."
+    )
 
 
 def _file_metadata(source: Path) -> Mapping[str, Any]:

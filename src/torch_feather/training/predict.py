@@ -20,7 +20,7 @@ from .data.images import decode_image
 from .data.prepare import Center
 from .data.regular import read_regular
 from .errors import DataError, RunError, printable
-from .network_info import NetworkInfo, read_network_info
+from .network_info import NetworkInfo, check_trusted, read_network_info
 from .weights import read_weights
 
 BATCH = 32  # images in memory at a time
@@ -104,7 +104,8 @@ class Predictor:
             top: number of classes to name.
         """
         logits = self.network(torch.cat([self.prepare(image) for image in images])).float()
-        found = logits.softmax(1).topk(min(top, len(self.info.class_names)))
+        probabilities = logits.sigmoid() if self.info.multi_label else logits.softmax(1)
+        found = probabilities.topk(min(top, len(self.info.class_names)))
         return [
             Prediction(name, tuple(self.info.class_names[i] for i in labels), tuple(values))
             for name, labels, values in zip(
@@ -142,13 +143,17 @@ class Predictor:
             yield from (found[file] for file in part)
 
 
-def load_predictor(source: Path | str, *, compiled: bool = False, threads: int = 1) -> Predictor:
+def load_predictor(
+    source: Path | str, *, compiled: bool = False, threads: int = 1, network: str | None = None
+) -> Predictor:
     """Load the network of a run directory, a sparse or dense file, or an ONNX file.
 
     Args:
         source: a completed run, or a file of `feather export`.
         compiled: whether `compile_sparse` compiles the network, for batches of one image.
         threads: threads of a compiled network.
+        network: a network `package.module:factory` that a file may name; other files of networks of
+            your own are an error, because they would be executed.
 
     Raises:
         RunError: the source cannot be read, or does not hold names of classes and shape of images.
@@ -166,18 +171,12 @@ def load_predictor(source: Path | str, *, compiled: bool = False, threads: int =
         2
     """
     path = Path(source)
-    if not os.path.exists(path):
-        raise RunError(f"{printable(path)}: no such run directory or file")
-    info = read_network_info(path)
-    if info is None:
-        raise RunError(
-            f"{printable(path)}: does not hold names of classes and shape of images. Use a run "
-            "directory, or a file that feather export wrote."
-        )
+    info = _usable_info(path)
     if path.suffix == ".onnx":
         if compiled:
             raise ConfigurationError("an ONNX file cannot be compiled. Use a run or a sparse file.")
         return Predictor(_onnx_session(path), info)
+    check_trusted(info.network, path, network)
     weights = read_weights(path)
     classes, channels = len(info.class_names), info.input_shape[0]
     try:
@@ -194,6 +193,25 @@ def load_predictor(source: Path | str, *, compiled: bool = False, threads: int =
     return Predictor(
         compile_sparse(model, torch.zeros(1, *info.input_shape), threads=threads), info
     )
+
+
+def _usable_info(path: Path) -> NetworkInfo:
+    """Return the facts by which images can be prepared and answers named."""
+    if not os.path.exists(path):
+        raise RunError(f"{printable(path)}: no such run directory or file")
+    info = read_network_info(path)
+    if info is None:
+        raise RunError(
+            f"{printable(path)}: does not hold names of classes and shape of images. Use a run "
+            "directory, or a file that feather export wrote."
+        )
+    if info.prepared_by is not None:
+        raise RunError(
+            f"{printable(path)}: its images were prepared by the data set "
+            f"{printable(info.prepared_by)}, which this command cannot repeat. Let the data set "
+            "return images of Pillow or uint8, or call the network on tensors of your own."
+        )
+    return info
 
 
 def _onnx_session(path: Path) -> Callable[[Tensor], Tensor]:

@@ -25,6 +25,7 @@ from .content import (
     text,
 )
 from .errors import CheckpointError, DamagedCheckpoint
+from .optimizer import changes_its_groups
 from .schemas import count, fraction, history
 from .task import Task
 
@@ -132,7 +133,8 @@ def _check_optimizer(task: Task, before: list[dict[str, Any]]) -> None:
             own, value = fresh[key], group.setdefault(key, fresh[key])
             numbers = type(own) in (int, float) and type(value) in (int, float)
             # Another task may change its values with time, but not their kind.
-            same = type(task) is not Task and numbers and math.isfinite(value)
+            foreign = type(task) is not Task or changes_its_groups(task.config.optimizer)
+            same = foreign and numbers and math.isfinite(value)
             at = f"optimizer.param_groups[{i}].{key}"
             require(same or (type(own) is type(value) and own == value), at, repr(own), value)
     keys: set[str] | None = None
@@ -145,7 +147,8 @@ def _check_optimizer(task: Task, before: list[dict[str, Any]]) -> None:
         present = {f"{key} ({type(value).__name__})" for key, value in own.items()}
         keys = present if keys is None else keys
         same_names(present, keys, "an entry of optimizer.state")
-    if task.step > 0 and task.config.optimizer.momentum > 0:
+    known = not changes_its_groups(task.config.optimizer)
+    if task.step > 0 and task.config.optimizer.momentum > 0 and known:
         require(bool(keys), "optimizer.state", "the state after a step", {})
 
 

@@ -115,7 +115,7 @@ def check_same_data(expected: str | None, data: Mapping[str, Any], config: Confi
         raise RunError(
             "the images have changed since the sparse run, so a dense baseline could not be "
             "compared with it. Restore them, or train on the changed images with "
-            f"--set system.accept_data={digest}"
+            f"--system.accept_data {digest}"
         )
 
 
@@ -130,6 +130,6 @@ def _accept(config: Config, differences: str, digest: str, batches: int, before:
     if config.system.accept_data != digest:
         raise CheckpointError(
             f"the images have changed since the checkpoint: {differences}. Restore them, or "
-            f"continue on the changed images with --set system.accept_data={digest}"
+            f"continue on the changed images with --system.accept_data {digest}"
         )
     warn(f"The run continues on changed images: {differences}.")

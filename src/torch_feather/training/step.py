@@ -8,7 +8,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -20,6 +19,9 @@ from .data import Batch
 from .deprecation import renamed_names
 from .distillation import Distillation
 from .distributed import Ranks
+from .losses import make_loss
+from .mixing import Mixing
+from .optimizer import SCALE, set_learning_rate
 from .precision import autocast
 
 __getattr__ = renamed_names(__name__, {"Captured": "CudaGraphStep"})
@@ -36,6 +38,7 @@ class Step:
         device: the device of the network.
         ranks: the processes that train together.
         distillation: the loss with a teacher, if there is one.
+        mixing: Mixup or CutMix, if there is one.
 
     Attributes:
         network: the model as it is called: distributed and compiled as configured.
@@ -60,11 +63,13 @@ class Step:
         device: torch.device,
         ranks: Ranks,
         distillation: Distillation | None = None,
+        mixing: Mixing | None = None,
     ) -> None:
         self.model, self.optimizer, self.sparsifier = model, optimizer, sparsifier
         self.options, self.amp = config.optimizer, config.system.amp
         self.device, self.ranks = device, ranks
-        self.distillation = distillation
+        self.distillation, self.mixing = distillation, mixing
+        self.loss = make_loss(config)
         self.batch_size = config.batch_size
         part = ranks.part(0, config.batch_size)
         images = part.stop - part.start
@@ -85,11 +90,12 @@ class Step:
             batch: the part.
             lr: the learning rate.
         """
+        if self.mixing is not None:
+            batch = self.mixing(batch)
         if self.cuda_graph is not None:
             self.cuda_graph(batch, lr)
             return
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.run(batch)
 
     def run(self, batch: Batch) -> None:
@@ -124,9 +130,8 @@ class Step:
             network = self.network if whole else self.uncompiled
             with self._no_exchange(i < len(parts) - 1):
                 with autocast(self.device, self.amp):
-                    smoothing = self.options.label_smoothing
                     logits = network(x)
-                    loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
+                    loss = self.loss(logits, y)
                     if self.distillation is not None:
                         loss = self.distillation(loss, logits, x, whole)
                 # DistributedDataParallel averages over the ranks; this makes it a sum.
@@ -185,16 +190,17 @@ class CudaGraphStep:
                 "Set system.cuda_graph=false, or start one process."
             )
         self.step = step
-        self.lr = torch.zeros((), device=device)
+        self.rates = [torch.zeros((), device=device) for _ in step.optimizer.param_groups]
         self.left = self.WARM_UP
         self.stream = torch.cuda.Stream(device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Batch, lr: float) -> None:
         """Train on a batch, as `Step` does."""
-        self.lr.fill_(lr)
-        for group in self.step.optimizer.param_groups:
-            group["lr"] = self.lr
+        groups = self.step.optimizer.param_groups
+        for rate, group in zip(self.rates, groups, strict=True):
+            rate.fill_(lr * group.get(SCALE, 1.0))
+            group["lr"] = rate
         if batch.total != self.step.batch_size:
             self.step.run(batch)
         elif self.left > 0:

@@ -22,9 +22,18 @@ from .data import Dataset, data_identity, eval_loader, identity_digest, train_lo
 from .distillation import make_distillation
 from .distributed import Ranks
 from .errors import CheckpointError, Interrupted, TrainingDiverged
-from .evaluation import StoppedEvaluation, check_accepts, check_batches, evaluate, until
+from .evaluation import (
+    StoppedEvaluation,
+    check_accepts,
+    check_batches,
+    evaluate,
+    f1_score,
+    until,
+)
 from .initial_weights import initialize
+from .losses import check_outputs, make_loss
 from .masks import record_masks
+from .mixing import make_mixing
 from .network_info import info_of_data
 from .optimizer import learning_rate, make_optimizer
 from .results import report_entries, teacher_entry
@@ -76,6 +85,7 @@ class Task:
         self.data_identity = self.ranks.on_first(lambda: data_identity(data))
         self.example = data.example().to(device)
         check_accepts(self.model, config.network, self.example)
+        check_outputs(self.model, config, data, self.example)
         check_batches(self.model, self.example, config, len(data.train), self.ranks)
         self.total_steps = config.epochs * len(self.loader)
         self.optimizer = make_optimizer(
@@ -93,6 +103,7 @@ class Task:
             device,
             self.ranks,
             self.distillation,
+            make_mixing(config.data, data.classes, data.train.labels),
         )
         # For evaluation; DistributedDataParallel would communicate for every batch.
         self.compiled: nn.Module | None = None
@@ -234,7 +245,8 @@ class Task:
 
     def evaluate(self, images: Any) -> tuple[float, float]:
         """Return loss and accuracy on the images of an `eval_loader`."""
-        return evaluate(self.model, images, self.config.system.amp, self.ranks, self.compiled)
+        loss = make_loss(self.config, training=False)
+        return evaluate(self.model, images, self.config.system.amp, self.ranks, self.compiled, loss)
 
     def _update_best(self, val_acc: float | None) -> None:
         """Keep this epoch if it is the best so far. Epochs before the target do not count."""
@@ -291,6 +303,7 @@ class Task:
             "chosen_epoch": chosen,
             "test_accuracy": test_accuracy,
             "test_loss": test_loss,
+            **self._test_f1(test),
             "validation_accuracy": self.history[chosen - 1]["val_acc"],
             "train_loss": self.history[chosen - 1]["train_loss"],
             "macs": {"dense": report.dense_macs, "sparse": report.sparse_macs},
@@ -301,6 +314,12 @@ class Task:
         if self.ranks.first:
             write_json(run.report_file, results)
         return results
+
+    def _test_f1(self, test: Any) -> dict[str, float]:
+        """Return the F1 score on the test images if they have several labels."""
+        if self.data.test.labels.ndim == 1:
+            return {}
+        return {"test_f1": f1_score(self.model, test, self.config.system.amp, self.ranks)}
 
     def _thresholds(self) -> dict[str, Tensor]:
         return self.sparsifier.thresholds() if self.sparsifier is not None else {}
@@ -345,10 +364,11 @@ class Task:
         batches, ranks = len(self.loader), self.ranks.count
         check_same_run(state, self.config, self.data_identity, batches, ranks)
         self.model.load_state_dict(state["model"])
-        fused = self.optimizer.param_groups[0]["fused"]
+        fused = self.optimizer.param_groups[0].get("fused")
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
-            group["fused"] = fused  # depends on this machine, not on the state
+            if "fused" in group:
+                group["fused"] = fused  # depends on this machine, not on the state
         self.loader.load_state_dict(state["loader"])
         for key in ("step", "epoch", "images", "seconds", "history", "best"):
             setattr(self, key, state[key])

@@ -1,4 +1,4 @@
-"""Settings: files, assignments of `--set`, and the start of a run with what was accepted."""
+"""Settings: files, assignments and options, and the start of a run with what was accepted."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Settings(Target):
         found += [yaml.safe_dump(recipe_values(name)).encode() for name in available_recipes()]
         found += [f"method: {name}\nsparsity: 0.5\n".encode() for name in available_methods()]
         found += [to_yaml(Config(method=m).written_out()).encode() for m in available_methods()]
+        found += [b"optimizer: {arguments: {betas: [0.9, 0.95]}, layers: {'fc.*': {lr: 10}}}"]
         found += [b"optimizer.lr=0.05", b"options.theta=linear(1, 0)", b"include=[a, 'b*']"]
         return [
             *found,

@@ -6,6 +6,7 @@ A key is the dotted name of a field, such as `epochs` or `optimizer.lr`.
 
 from .files import load_config, parse_config, read_yaml, to_dict, to_yaml
 from .keys import apply, flatten, known_keys, upgrade
+from .optimizer import TIMM, OptimizerConfig
 from .resolve import default_recipe, parse_assignments, resolve_config
 from .schema import (
     DATASETS,
@@ -14,7 +15,6 @@ from .schema import (
     Config,
     DataConfig,
     DistillationConfig,
-    OptimizerConfig,
     SystemConfig,
 )
 
@@ -22,6 +22,7 @@ __all__ = [
     "DATASETS",
     "DENSE",
     "PRETRAINED",
+    "TIMM",
     "Config",
     "DataConfig",
     "DistillationConfig",

@@ -34,7 +34,7 @@ def to_yaml(config: Config) -> str:
         config: the configuration.
 
     Example:
-        >>> print(to_yaml(Config(seed=3)).splitlines()[10])
+        >>> print(to_yaml(Config(seed=3)).splitlines()[11])
         seed: 3
     """
     return yaml.safe_dump(to_dict(config), sort_keys=False)

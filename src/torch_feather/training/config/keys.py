@@ -12,14 +12,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ...errors import ConfigurationError, nearest
-from ...methods import RENAMED_OPTIONS, unused_options
-from ...methods.option_types import check_option_types, shorten
-from ...methods.registry import METHODS
+from ...errors import ConfigurationError, nearest, shorten
 from .schema import Config
 
 # Keys of version 0.1 that have another name now.
 RENAMED_KEYS = {"system.graph": "system.cuda_graph"}
+# Keys whose values are mappings of any names; those of `options` are keys themselves.
+MAPPINGS = ("options.", "optimizer.arguments", "optimizer.layers")
 # Values that are compared, not computed with: .inf turns them off.
 MAY_BE_INFINITE = ("optimizer.clip", "system.checkpoint_seconds")
 
@@ -38,7 +37,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and not name.startswith("options."):
+        if isinstance(value, Mapping) and not name.startswith(MAPPINGS):
             flat |= flatten(value, f"{name}.")
         else:
             flat[name] = value
@@ -79,6 +78,10 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(values)
     renamed = _renamed(flat, Config().method)
     flat = {renamed.get(key, key): value for key, value in flat.items()}
+    if not any(key.startswith("options.") for key in flat):
+        return flat
+    from ...methods import unused_options  # imports PyTorch
+
     options = {key.removeprefix("options."): value for key, value in flat.items()}
     for option in unused_options(str(flat.get("method", Config().method)), options):
         flat.pop(f"options.{option}", None)
@@ -88,6 +91,10 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
 def _renamed(flat: Mapping[str, Any], method: str) -> dict[str, str]:
     """Return the old keys among those of `flat`, with their new names."""
     renamed = {old: new for old, new in RENAMED_KEYS.items() if old in flat}
+    if not any(key.startswith("options.") for key in flat):
+        return renamed
+    from ...methods import RENAMED_OPTIONS  # imports PyTorch
+
     options = RENAMED_OPTIONS.get(str(flat.get("method", method)), {})
     for old, new in options.items():
         if f"options.{old}" in flat:
@@ -132,6 +139,9 @@ def apply(config: Config, values: Mapping[str, Any], where: str) -> Config:
                     f"{shorten(value)}"
                 )
             fields[name] = _parse_number(f"{where}: {key}", value)
+        elif section == "optimizer" and name.startswith("arguments."):
+            found = _mapping(f"{where}: {section}", {name.removeprefix("arguments."): value})
+            fields["arguments"] = fields.get("arguments", config.optimizer.arguments) | found
         elif key in types_of:
             fields[name if dot else key] = _convert(f"{where}: {key}", value, types_of[key])
         else:
@@ -144,14 +154,21 @@ def apply(config: Config, values: Mapping[str, Any], where: str) -> Config:
             before = getattr(config, section)
             top[section] = before | fields if section == "options" else replace(before, **fields)
         changed = replace(config, **top)
-        if changed.method in METHODS:
-            known = {
-                k: v for k, v in changed.options.items() if (k, v) != ("costs", "milliseconds")
-            }
-            check_option_types(changed.method, METHODS[changed.method], known)
+        if changed.options:
+            _check_options(changed)
         return changed
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error}") from None
+
+
+def _check_options(config: Config) -> None:
+    """Check the types of the options of a known method."""
+    from ...methods.option_types import check_option_types  # imports PyTorch
+    from ...methods.registry import METHODS
+
+    known = {k: v for k, v in config.options.items() if (k, v) != ("costs", "milliseconds")}
+    if config.method in METHODS:
+        check_option_types(config.method, METHODS[config.method], known)
 
 
 def _hint(key: str, known: Collection[str]) -> str:
@@ -193,11 +210,25 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         values = [value] if isinstance(value, str) else value
         if isinstance(values, list) and all(isinstance(one, str) for one in values):
             return [_checked_text(key, one) for one in values]
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return _mapping(key, value)
     names = {bool: "true or false", int: "an integer", float: "a number",
              str: "a string", list[float]: "a list of numbers",
-             list[str]: "a string or a list of strings"}  # fmt: skip
+             list[str]: "a string or a list of strings", dict[str, Any]: "names and values",
+             dict[str, dict[str, float]]: "name patterns with values"}  # fmt: skip
     expected = names.get(kind, "a section with its own keys")
     raise ConfigurationError(f"{key} must be {expected}, got {shorten(value)}")
+
+
+def _mapping(key: str, value: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return a mapping, or a mapping of mappings, with texts that read as numbers converted."""
+    found = {}
+    for name, one in value.items():
+        inner = f"{key}.{_checked_text(key, str(name))}"
+        found[str(name)] = (
+            _mapping(inner, one) if isinstance(one, Mapping) else _parse_number(inner, one)
+        )
+    return found
 
 
 def _checked_text(key: str, text: str) -> str:

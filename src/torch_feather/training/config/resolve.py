@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigurationError
-from ...methods.option_types import shorten
+from ...errors import ConfigurationError, shorten
+from ...import_path import is_import_path
 from ...recipes import recipe_values
 from .files import read_yaml
 from .keys import apply
@@ -19,14 +19,14 @@ from .schema import Config, check_data_name
 
 def resolve_config(
     recipe: str | None = None,
-    file: Path | None = None,
+    file: Path | Sequence[Path] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Config:
     """Return the defaults, overridden by the recipe, the file and `overrides`, in this order.
 
     Args:
         recipe: a name of `torch_feather.recipes.available_recipes()`.
-        file: a YAML file.
+        file: a YAML file, or several, of which later ones override earlier ones.
         overrides: nested sections or dotted keys, as for `apply`.
 
     Raises:
@@ -41,8 +41,8 @@ def resolve_config(
     if recipe is not None:
         config = apply(config, recipe_values(recipe), f"recipe {recipe}")
         config = replace(config, recipe=recipe)
-    if file is not None:
-        config = apply(config, read_yaml(file), str(file))
+    for path in [file] if isinstance(file, Path) else file or ():
+        config = apply(config, read_yaml(path), str(path))
     if overrides:
         config = apply(config, overrides, "command line")
     return config
@@ -63,6 +63,8 @@ def default_recipe(data: str | None) -> str:
     """
     if data is not None:
         check_data_name(data)
+        if is_import_path(data):
+            return "finetune"
     return {"imagefolder": "finetune", None: "digits"}.get(data, data or "digits")
 
 

@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigurationError, nearest
-from ...methods import method_options, unused_options
-from ...methods.option_types import shorten
+from ...errors import ConfigurationError, nearest, shorten
+from ...import_path import is_import_path
 from ..deprecation import renamed_fields
+from .checks import choice, finite, require, within
+from .optimizer import MOST_EPOCHS, OptimizerConfig
 
 DENSE = "dense"
 PRETRAINED = "pretrained"  # value of `init`
-OPTIMIZERS = ("sgd", "adamw")
+LOSSES = ("cross-entropy", "binary")
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
-MOST_EPOCHS, MOST_IMAGES, MOST_PIXELS = 10**6, 10**7, 10**5
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigurationError(message)
-
-
-def _choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigurationError(f"{key}: {value!r} is not one of {', '.join(known)}")
-
-
-def _within(key: str, value: float | None, least: float, most: float) -> None:
-    """Check a number that may be None; larger values overflow, or cannot be meant."""
-    if value is None:
-        return
-    _require(value >= least, f"{key} must be at least {least}, got {shorten(value)}")
-    _require(value <= most, f"{key} must be at most {most:,}, got {shorten(value)}")
-
-
-def _finite(key: str, value: float | None) -> None:
-    _require(value is None or math.isfinite(value), f"{key} must be finite, got {value}")
+MOST_IMAGES, MOST_PIXELS = 10**7, 10**5
 
 
 def check_data_name(name: str) -> None:
@@ -57,9 +35,9 @@ def check_data_name(name: str) -> None:
         ...     check_data_name("photos")
         ... except ConfigurationError as error:
         ...     print(error)
-        there is no data set 'photos'. ... --data imagefolder --data-path FOLDER
+        there is no data set 'photos'. ... --data imagefolder --data-path FOLDER. ...
     """
-    if name in DATASETS:
+    if name in DATASETS or is_import_path(name):
         return
     folder = "FOLDER"
     problem = f"there is no data set {shorten(name)}{nearest(name, DATASETS)}"
@@ -69,7 +47,8 @@ def check_data_name(name: str) -> None:
         problem = f"{shorten(name)} is a {kind}, not the name of a data set."
     raise ConfigurationError(
         f"{problem} There are {', '.join(DATASETS)}. For images of your own: "
-        f"--data imagefolder --data-path {folder}"
+        f"--data imagefolder --data-path {folder}. For a data set in Python: "
+        "--data package.module:factory"
     )
 
 
@@ -82,7 +61,7 @@ class DataConfig:
         'flowers'
     """
 
-    name: str = "digits"
+    name: str = "digits"  # digits, cifar10, cifar100, imagefolder, or package.module:factory
     path: str | None = None  # folder of the files, or a tar file; not used for digits
     validation: float = 0.1  # fraction of the training set held out for validation; 0: none
     resolution: int | None = None  # height and width of the network's input; null: as stored
@@ -101,113 +80,55 @@ class DataConfig:
     class_names: list[str] | None = None
     storage: str = "auto"  # imagefolder: memory (decoded once), stream (by workers), or auto
     drop_last: bool = False  # drop the last, smaller batch of an epoch
+    randaugment: int | None = None  # magnitude of RandAugment, 0 to 30, usually 9; null: none
+    mixup: float = 0.0  # alpha of Mixup, usually 0.2; 0: none. With cutmix, each batch takes one
+    cutmix: float = 0.0  # alpha of CutMix, usually 1; 0: none
 
     @property
     def title(self) -> str:
         """Display name of the data set; for imagefolder the name of its folder."""
         if self.name == "imagefolder" and self.path is not None:
             return Path(self.path).name
+        if is_import_path(self.name):
+            return self.name.partition(":")[2]
         return self.name
 
     def __post_init__(self) -> None:
         check_data_name(self.name)
-        _require(
+        require(
             0 <= self.validation < 1,
             f"data.validation must be a fraction in [0, 1), got {self.validation}",
         )
-        _within("data.resolution", self.resolution, 1, MOST_PIXELS)
-        _choice("data.crop", self.crop, ("shift", "resized"))
-        _choice("data.storage", self.storage, ("auto", "memory", "stream"))
-        _require(self.shift >= 0, f"data.shift must not be negative, got {shorten(self.shift)}")
-        _within("data.shift", self.shift, 0, MOST_PIXELS)
+        within("data.resolution", self.resolution, 1, MOST_PIXELS)
+        within("data.randaugment", self.randaugment, 0, 30)
+        for key in ("mixup", "cutmix"):
+            within(f"data.{key}", getattr(self, key), 0, 1000)
+            finite(f"data.{key}", getattr(self, key))
+        choice("data.crop", self.crop, ("shift", "resized"))
+        choice("data.storage", self.storage, ("auto", "memory", "stream"))
+        require(self.shift >= 0, f"data.shift must not be negative, got {shorten(self.shift)}")
+        within("data.shift", self.shift, 0, MOST_PIXELS)
         for key in ("smallest_crop", "center"):
             fraction = getattr(self, key)
-            _require(
+            require(
                 fraction is None or 0 < fraction <= 1,
                 f"data.{key} must be a fraction in (0, 1], got {fraction}",
             )
-        _require(
+        require(
             (self.mean is None) == (self.std is None)
             and len(self.mean or ()) == len(self.std or ()),
             f"data.mean and data.std must have one number per channel, got {self.mean} and "
             f"{self.std}",
         )
-        _require(
+        require(
             all(deviation > 0 for deviation in self.std or ()),
             f"data.std must be positive, got {self.std}",
         )
         names = self.class_names
-        _require(
+        require(
             names is None or (len(set(names)) == len(names) > 0),
             f"data.class_names must be different names, got {names}",
         )
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """SGD or AdamW. The learning rate warms up linearly, then follows a cosine to 0, step by step.
-
-    Raises:
-        ConfigurationError: a value out of range.
-
-    Example:
-        >>> OptimizerConfig(lr=0.05).clip  # the default
-        3.0
-        >>> try:
-        ...     OptimizerConfig(momentum=1.0)
-        ... except ConfigurationError as error:
-        ...     print(error)
-        optimizer.momentum must be in [0, 1), got 1.0
-    """
-
-    name: str = "sgd"  # sgd or adamw
-    lr: float = 0.1
-    momentum: float = 0.9  # of sgd
-    nesterov: bool = False  # of sgd
-    weight_decay: float = 5e-4  # of weights; norm parameters and biases do not decay
-    clip: float | None = 3.0  # maximum gradient norm; null: no clipping
-    label_smoothing: float = 0.0
-    warmup_epochs: float = 0.0
-    warmup_fraction: float = 0.0  # warm-up as a fraction of the training, instead of warmup_epochs
-
-    def __post_init__(self) -> None:
-        _choice("optimizer.name", self.name, OPTIMIZERS)
-        _require(
-            0 <= self.warmup_fraction < 1,
-            f"optimizer.warmup_fraction must be in [0, 1), got {self.warmup_fraction}",
-        )
-        _require(
-            not (self.warmup_epochs and self.warmup_fraction),
-            "optimizer.warmup_epochs and optimizer.warmup_fraction both set the warm-up. Set one "
-            "of them to 0.",
-        )
-        _require(self.lr > 0, f"optimizer.lr must be positive, got {self.lr}")
-        _require(
-            0 <= self.momentum < 1, f"optimizer.momentum must be in [0, 1), got {self.momentum}"
-        )
-        _require(
-            not self.nesterov or self.momentum > 0,
-            "optimizer.nesterov requires optimizer.momentum above 0",
-        )
-        _require(
-            self.weight_decay >= 0,
-            f"optimizer.weight_decay must not be negative, got {self.weight_decay}",
-        )
-        _require(
-            self.clip is None or self.clip > 0,
-            f"optimizer.clip must be positive, or null for no clipping; got {self.clip}",
-        )
-        _require(
-            0 <= self.label_smoothing < 1,
-            f"optimizer.label_smoothing must be in [0, 1), got {self.label_smoothing}",
-        )
-        _require(
-            self.warmup_epochs >= 0,
-            f"optimizer.warmup_epochs must not be negative, got {self.warmup_epochs}",
-        )
-        _within("optimizer.warmup_epochs", self.warmup_epochs, 0, MOST_EPOCHS)
-        _finite("optimizer.lr", self.lr)
-        _finite("optimizer.weight_decay", self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -228,15 +149,15 @@ class DistillationConfig:
     temperature: float = 4.0  # divides the logits of teacher and student
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 <= self.weight <= 1,
             f"distillation.weight must be in [0, 1], got {self.weight}",
         )
-        _require(
+        require(
             self.temperature > 0,
             f"distillation.temperature must be positive, got {self.temperature}",
         )
-        _finite("distillation.temperature", self.temperature)
+        finite("distillation.temperature", self.temperature)
 
 
 @renamed_fields(graph="cuda_graph")
@@ -272,12 +193,12 @@ class SystemConfig:
     wandb: str | None = None  # Weights & Biases project to log to
 
     def __post_init__(self) -> None:
-        _within("system.threads", self.threads, 1, 4096)
-        _within("system.micro_batch", self.micro_batch, 1, MOST_IMAGES)
-        _within("system.workers", self.workers, 0, 4096)
-        _within("system.checkpoint_steps", self.checkpoint_steps, 1, 2**53)
-        _within("system.stop_seconds", self.stop_seconds, 0, 86_400)
-        _require(
+        within("system.threads", self.threads, 1, 4096)
+        within("system.micro_batch", self.micro_batch, 1, MOST_IMAGES)
+        within("system.workers", self.workers, 0, 4096)
+        within("system.checkpoint_steps", self.checkpoint_steps, 1, 2**53)
+        within("system.stop_seconds", self.stop_seconds, 0, 86_400)
+        require(
             self.checkpoint_seconds >= 0,
             f"system.checkpoint_seconds must not be negative, got {self.checkpoint_seconds}",
         )
@@ -297,7 +218,8 @@ class Config:
     """
 
     recipe: str | None = None  # name of the recipe that the settings started from; for reference
-    network: str = "resnet20"  # a name in torch_feather.models, or timm/NAME
+    # A name in torch_feather.models, timm/NAME, or package.module:factory.
+    network: str = "resnet20"
     method: str = "feather"  # see `feather methods`; package.module:factory; or dense
     sparsity: float = 0.95  # final fraction of prunable weights that are zero; dense: 0
     include: list[str] | None = None  # name patterns of prunable weights; null: the default choice
@@ -305,6 +227,8 @@ class Config:
     # Initial weights: a run directory or a file; pretrained: those of timm; null: random.
     init: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the method, such as p or theta
+    # cross-entropy; binary, for several labels per image; or package.module:function.
+    loss: str = "cross-entropy"
     epochs: int = 160
     batch_size: int = 128
     seed: int = 0
@@ -323,21 +247,32 @@ class Config:
         if self.method == DENSE:  # a dense run has a fixed target and needs no dense baseline
             object.__setattr__(self, "sparsity", 0.0)
             object.__setattr__(self, "compare_dense", False)
-        _require(
+        require(
             0 <= self.sparsity < 1,
             f"sparsity must be a fraction in [0, 1), such as 0.95; got {self.sparsity}",
         )
-        _within("epochs", self.epochs, 1, MOST_EPOCHS)
-        _within("batch_size", self.batch_size, 1, MOST_IMAGES)
-        _within("evaluate_every", self.evaluate_every, 1, 2**53)
-        _require(self.seed >= 0, f"seed must not be negative, got {shorten(self.seed)}")
-        _within("seed", self.seed, 0, 2**63 - 1)
-        _choice("select", self.select, ("last", "best"))
-        _require(
+        within("epochs", self.epochs, 1, MOST_EPOCHS)
+        within("batch_size", self.batch_size, 1, MOST_IMAGES)
+        within("evaluate_every", self.evaluate_every, 1, 2**53)
+        require(self.seed >= 0, f"seed must not be negative, got {shorten(self.seed)}")
+        within("seed", self.seed, 0, 2**63 - 1)
+        choice("select", self.select, ("last", "best"))
+        if not is_import_path(self.loss):
+            choice("loss", self.loss, LOSSES, "package.module:function")
+        require(
+            self.distillation.teacher is None or self.loss == "cross-entropy",
+            f"distillation.teacher requires loss=cross-entropy, got {self.loss}",
+        )
+        mixed = self.data.mixup or self.data.cutmix
+        require(
+            not mixed or not is_import_path(self.loss),
+            "data.mixup and data.cutmix require loss=cross-entropy or binary",
+        )
+        require(
             self.select == "last" or self.data.validation > 0,
             "select=best requires validation images. Set data.validation above 0.",
         )
-        _require(
+        require(
             not (self.method == DENSE and self.options),
             f"method dense has no options, got {', '.join(self.options)}",
         )
@@ -364,6 +299,8 @@ class Config:
             >>> Config(method="st3").written_out().options
             {'allocation': 'global', 'schedule': 'cubic', 'begin': 0}
         """
+        from ...methods import method_options, unused_options  # imports PyTorch
+
         defaults = {} if self.method == DENSE else method_options(self.method)
         defaults = {option: value for option, value in defaults.items() if _is_plain(value)}
         unused = unused_options(self.method, self.options)

@@ -9,7 +9,7 @@ from .dataset import Dataset, EncodedImages, Images
 from .epochs import Batch
 from .identity import changed_data, data_identity, identity_digest
 from .imagefolder import center_crop
-from .load import count_training_images, load_dataset, normalization
+from .load import class_names, count_training_images, load_dataset, normalization
 from .loaders import eval_loader, train_loader
 from .memory import EvalLoader, TrainLoader
 from .normalize import Normalize
@@ -25,6 +25,7 @@ __all__ = [
     "cache_folder",
     "center_crop",
     "changed_data",
+    "class_names",
     "count_training_images",
     "data_identity",
     "eval_loader",

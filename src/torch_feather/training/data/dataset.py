@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .files import ImageFiles
+from .items import Items
 from .normalize import Normalize
 from .prepare import Augment, Center
 
@@ -33,7 +34,7 @@ class Images:
 
     pixels: Tensor
     labels: Tensor
-    files: ImageFiles | None = None
+    files: ImageFiles | Items | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,7 +77,7 @@ class EncodedImages:
         (torch.Size([1, 8, 8, 3]), tensor([255, 0, 0], dtype=torch.uint8), tensor([7]))
     """
 
-    files: ImageFiles
+    files: ImageFiles | Items
     prepare: Center | Augment
     resolution: int
 
@@ -102,10 +103,43 @@ class EncodedImages:
         Returns:
             uint8 (B, H, W, C).
         """
-        pixels = torch.empty(len(index), self.resolution, self.resolution, 3, dtype=torch.uint8)
+        size = (self.resolution, self.resolution, self.files.channels)
+        pixels = torch.empty(len(index), *size, dtype=torch.uint8)
         for target, i, seed in zip(pixels, index.tolist(), seeds.tolist(), strict=True):
             target.copy_(self.files.prepare(i, self.prepare, seed))
         return pixels
+
+
+@dataclass(frozen=True)
+class PreparedImages(EncodedImages):
+    """Images that a data set of the user prepares for the network itself.
+
+    Attributes:
+        files: the items of the data set.
+        prepare: not used.
+        resolution: height of the images.
+
+    Example:
+        >>> items = Items([(torch.ones(1, 2, 3), 5)], "ones", np.arange(1), np.array([5]), 1, True)
+        >>> PreparedImages(items, None, 2).first().shape
+        torch.Size([1, 1, 2, 3])
+    """
+
+    files: Items
+    prepare: None  # type: ignore[assignment]
+
+    def load(self, index: np.ndarray, seeds: np.ndarray) -> Tensor:
+        """Return images as the network receives them: float32 (B, C, H, W)."""
+        loaded = [
+            self.files.tensor(i, seed)
+            for i, seed in zip(index.tolist(), seeds.tolist(), strict=True)
+        ]
+        shapes = {tuple(image.shape) for image in loaded}
+        if len(shapes) > 1:
+            raise self.files.error(
+                int(index[0]), f"and others have several shapes, {sorted(shapes)}"
+            )
+        return torch.stack(loaded)
 
 
 @dataclass(frozen=True)
@@ -121,6 +155,8 @@ class Dataset:
         mean: mean per channel, of pixels scaled to [0, 1].
         std: standard deviation per channel.
         class_names: names of the classes, in the order of their labels; empty if not known.
+        prepared: whether the images are already as the network receives them, so that nothing is
+            cropped, mirrored or normalized.
 
     Example:
         >>> images = Images(torch.full((2, 8, 8, 1), 255, dtype=torch.uint8), torch.tensor([0, 1]))
@@ -138,6 +174,7 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...] = ()
+    prepared: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -151,7 +188,18 @@ class Dataset:
 
     def example(self) -> Tensor:
         """Return one image as the network receives it: float32 (1, C, H, W)."""
-        return Normalize(self.mean, self.std)(self.test.first())
+        return self.normalize()(self.test.first())
+
+    def normalize(
+        self, device: torch.device | str = "cpu", channels_last: bool = True
+    ) -> Normalize:
+        """Return the conversion of images to the input of a network.
+
+        Args:
+            device: the device of the images.
+            channels_last: memory format of the result.
+        """
+        return Normalize(self.mean, self.std, device, channels_last, self.prepared)
 
 
 def split(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

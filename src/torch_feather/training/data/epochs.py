@@ -18,7 +18,6 @@ from ..config import DataConfig
 from ..distributed import Ranks
 from ..errors import DataError
 from .dataset import Dataset, EncodedImages, Images
-from .normalize import Normalize
 
 
 class Batch(NamedTuple):
@@ -95,10 +94,10 @@ class Epochs(ABC):
                 "smaller batch_size, or set data.drop_last=false."
             )
         size = data.train.resolution
-        if config.crop == "shift" and config.shift >= size:
+        if config.crop == "shift" and config.shift >= size and not data.prepared:
             raise DataError(f"data.shift must be below the resolution {size}, got {config.shift}")
         self.labels = data.train.labels.to(device)
-        self.normalize = Normalize(data.mean, data.std, device, channels_last)
+        self.normalize = data.normalize(device, channels_last)
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch_start = self.generator.get_state()
         self.position = 0
@@ -174,7 +173,7 @@ class InOrder(ABC):
         starts = range(own.start, own.stop, batch_size)
         self.parts = [slice(start, min(start + batch_size, own.stop)) for start in starts]
         self.labels = images.labels.to(device)
-        self.normalize = Normalize(data.mean, data.std, device, channels_last)
+        self.normalize = data.normalize(device, channels_last)
 
     def __len__(self) -> int:
         return len(self.parts)

@@ -68,6 +68,11 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def channels(self) -> int:
+        """Number of channels of the decoded images."""
+        return 3
+
     def take(self, index: np.ndarray) -> ImageFiles:
         """Return the images at `index`, in that order."""
         return replace(

@@ -3,6 +3,7 @@
 A folder or tar file has the paths `train/CLASS/IMAGE` and `val/CLASS/IMAGE`. Alternatively, a
 folder has the tar files train*.tar and val*.tar with paths `CLASS/IMAGE`, or with pairs `KEY.jpg`
 and `KEY.cls` (the number of the class). `validation` and `test` are accepted in place of `val`.
+A folder with `train.csv` and `val.csv` lists images with several labels each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from ...errors import some, warn
 from ..errors import DataError, printable
+from .csv_labels import find_csv_images, has_csv_labels
 from .files import SUFFIXES, ImageFiles, image_error
 from .names import Names
 from .shards import complete_shards
@@ -76,6 +78,8 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
         raise DataError(f"imagefolder requires --data-path: {LAYOUT}")
     root = Path(path).expanduser()
     containers: tuple[Path, ...] = (root,)
+    if has_csv_labels(root):
+        return find_csv_images(root)
     if root.is_file():
         found = _in_tar(root, 0)
     elif not root.is_dir():
@@ -94,11 +98,7 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
             parts.setdefault(part, []).append(entry)
         else:
             unread.append(printable(containers[entry.container] / entry.name))
-    if unread:
-        warn(
-            f"{some(unread, 1)}: images of this format are not read. Convert them to one of "
-            f"{', '.join(SUFFIXES)}, or remove them."
-        )
+    _warn_of(unread)
     if "train" not in parts:
         raise DataError(f"{printable(root)}: {_why_no_training_images(root)}")
     held_back = next((part for part in HELD_BACK if part in parts), None)
@@ -112,6 +112,14 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
     classes = _common_classes(root, held_back, parts["train"], parts[held_back])
     train, test = (_to_files(containers, parts[part], classes) for part in ("train", held_back))
     return train, test, len(classes)
+
+
+def _warn_of(unread: list[str]) -> None:
+    if unread:
+        warn(
+            f"{some(unread, 1)}: images of this format are not read. Convert them to one of "
+            f"{', '.join(SUFFIXES)}, or remove them."
+        )
 
 
 def _why_no_training_images(root: Path) -> str:

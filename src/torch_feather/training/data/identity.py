@@ -13,9 +13,12 @@ from torch import Tensor
 from ..errors import printable
 from .dataset import Dataset, EncodedImages, Images
 from .files import ImageFiles
+from .items import Items
 
 # Bytes of encoded images to read per part. Of larger parts, every n-th image is read.
 READ = 64 * 2**20
+MOST_ITEMS = 1024  # to read of a part of a data set of the user
+UNVERIFIED = "unverified"  # content of images that differ each time they are read
 PARTS = ("train", "validation", "test")
 
 
@@ -29,7 +32,9 @@ def data_identity(data: Dataset) -> dict[str, Any]:
         A dict of plain values. For each part and class: number of images, digest of their names,
         bytes and digest of their content. The content is the pixels of images in memory, and the
         encoded bytes of others: of all, or of every n-th if a part has more than 64 MiB. Names are
-        only known of image folders and tar files.
+        only known of image folders and tar files. Of a data set of the user that is not in memory,
+        every n-th image is read, about 1,024 of a part; if these differ each time although random
+        numbers are seeded, their content cannot be verified.
 
     Raises:
         DataError: a file cannot be read.
@@ -87,19 +92,24 @@ def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
 def _by_class(images: Images | EncodedImages, classes: int) -> dict[str, Any]:
     """Return the identities of the classes of a part. Their images are in the order of training."""
     labels: Tensor = images.labels
+    if labels.ndim == 2:  # several labels per image
+        return _all(images)
     order = np.argsort(labels.numpy(), kind="stable")
     bounds = np.searchsorted(labels.numpy()[order], np.arange(classes + 1))
-    files = images.files
+    source = images.files
+    files = source if isinstance(source, ImageFiles) else None
     sizes = None if files is None else files.sizes()
     step = 1
     if isinstance(images, EncodedImages) and sizes is not None and len(sizes):
         step = -(-int(sizes.sum()) // READ) or 1
+    elif isinstance(source, Items):
+        step = -(-len(source) // MOST_ITEMS) or 1
     found = {}
     for label in range(classes):
         index = order[bounds[label] : bounds[label + 1]]
         if len(index) == 0:
             continue
-        name = files.classes[label] if files is not None and files.classes else str(label)
+        name = source.classes[label] if source is not None and source.classes else str(label)
         found[name] = {
             "images": len(index),
             "names": None if files is None else _names(files, index),
@@ -107,6 +117,21 @@ def _by_class(images: Images | EncodedImages, classes: int) -> dict[str, Any]:
             "content": _content(images, index, sizes, step),
         }
     return found
+
+
+def _all(images: Images | EncodedImages) -> dict[str, Any]:
+    """Return the identity of images with several labels each, as one class."""
+    index = np.arange(len(images))
+    if len(index) == 0:
+        return {}
+    files = images.files if isinstance(images.files, ImageFiles) else None
+    step = 1 if isinstance(images, Images) else -(-len(index) // MOST_ITEMS)
+    content = _content(images, index, None, step)
+    labels = hashlib.sha256(images.labels.numpy().tobytes()).hexdigest()[:32]
+    names = None if files is None else _names(files, index)
+    return {
+        "all": {"images": len(index), "names": names, "bytes": None, "content": content + labels}
+    }
 
 
 def _names(files: ImageFiles, index: np.ndarray) -> str:
@@ -124,6 +149,8 @@ def _content(
         for i in index.tolist():
             digest.update(images.pixels[i].numpy().tobytes())
     else:
+        if isinstance(images.files, Items) and not images.files.is_verifiable():
+            return UNVERIFIED
         for i in index.tolist()[::step]:
             digest.update(images.files.read(i))
     # The order of the images of all classes decides which of them are in a batch.

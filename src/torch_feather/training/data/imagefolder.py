@@ -12,12 +12,14 @@ from .dataset import Dataset, EncodedImages, Images, split
 from .files import ImageFiles
 from .find import find_images
 from .images import VERSION
+from .items import Items
 from .prepare import Augment, Center
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 RESOLUTION = 224  # default of streamed images
 MEMORY = 4 * 2**30  # largest number of bytes that `auto` keeps in memory
 
+Source = ImageFiles | Items
 Parts = tuple[Images, Images, Images] | tuple[EncodedImages, EncodedImages, EncodedImages]
 
 
@@ -51,20 +53,47 @@ def load_image_folder(config: DataConfig, seed: int) -> Dataset:
     """
     train, test, classes = find_images(config.path)
     kept, held_out = split(len(train), config.validation, seed)
-    try:
-        if config.storage == "stream":
-            raise _MemoryStorageError
-        parts: Parts = _in_memory(config, train, kept, held_out, test)
-    except _MemoryStorageError:
-        if config.storage == "memory":
-            raise
-        parts = _streamed(config, train.take(kept), train.take(held_out), test)
-    training, validation, evaluation = parts
+    training, validation, evaluation = store(config, train, kept, train.take(held_out), test)
     mean, std = tuple(config.mean or MEAN), tuple(config.std or STD)
     if len(mean) != 3:
         raise DataError(f"data.mean and data.std must have 3 numbers, got {config.mean}")
     names = tuple(map(printable, train.classes))
     return Dataset(config.name, training, validation, evaluation, classes, mean, std, names)
+
+
+def store(
+    config: DataConfig, train: Source, kept: np.ndarray, validation: Source, test: Source
+) -> Parts:
+    """Return training, validation and test images: decoded if they fit in memory.
+
+    Args:
+        config: resolution, crop and storage.
+        train: all training images.
+        kept: indices of those to train on.
+        validation: images for validation; none of those at `kept`.
+        test: test images.
+
+    Raises:
+        DataError: an image cannot be decoded, or images of several sizes should be kept in memory
+            without scaling.
+
+    Example:
+        >>> from .items import Items
+        >>> images = [(np.zeros((8, 8), np.uint8), i % 2) for i in range(4)]
+        >>> items = Items(images, "zeros", np.arange(4), np.arange(4) % 2, channels=1)
+        >>> none = items.take(np.arange(0))
+        >>> train, _, test = store(DataConfig(), items, np.arange(3), none, items)
+        >>> train.pixels.shape, len(test)
+        (torch.Size([3, 8, 8, 1]), 4)
+    """
+    try:
+        if config.storage == "stream":
+            raise _MemoryStorageError
+        return _in_memory(config, train, kept, validation, test)
+    except _MemoryStorageError:
+        if config.storage == "memory":
+            raise
+        return _streamed(config, train.take(kept), validation, test)
 
 
 def center_crop(config: DataConfig, resolution: int) -> Center:
@@ -83,7 +112,7 @@ def center_crop(config: DataConfig, resolution: int) -> Center:
 
 
 def _streamed(
-    config: DataConfig, train: ImageFiles, validation: ImageFiles, test: ImageFiles
+    config: DataConfig, train: Source, validation: Source, test: Source
 ) -> tuple[EncodedImages, EncodedImages, EncodedImages]:
     resolution = config.resolution or RESOLUTION
     center = center_crop(config, resolution)
@@ -95,7 +124,7 @@ def _streamed(
 
 
 def _in_memory(
-    config: DataConfig, train: ImageFiles, kept: np.ndarray, held_out: np.ndarray, test: ImageFiles
+    config: DataConfig, train: Source, kept: np.ndarray, validation: Source, test: Source
 ) -> tuple[Images, Images, Images]:
     """Decode training images before their crop, and the others as for evaluation."""
     height, width, channels = train.decode(0).shape
@@ -116,20 +145,22 @@ def _in_memory(
         raise _MemoryStorageError
     center = center_crop(config, resolution)
     every = Images(_kept("train", train, ready), torch.from_numpy(train.labels), train)
-    # Validation images are decoded again: evaluation prepares them in another way.
-    held = train.take(held_out)
-    validation = Images(
-        torch.from_numpy(_decode(held, center)), torch.from_numpy(held.labels), held
-    )
     return (
-        every.take(kept) if len(held_out) else every,
-        validation,
+        every.take(kept) if len(kept) < len(train) else every,
+        # Decoded again: evaluation prepares images in another way.
+        Images(
+            torch.from_numpy(_decode(validation, center)),
+            torch.from_numpy(validation.labels),
+            validation,
+        ),
         Images(_kept("test", test, center), torch.from_numpy(test.labels), test),
     )
 
 
-def _kept(part: str, files: ImageFiles, ready: Center | None) -> torch.Tensor:
+def _kept(part: str, files: Source, ready: Center | None) -> torch.Tensor:
     """Return decoded images, from the cache if possible."""
+    if isinstance(files, Items):
+        return torch.from_numpy(_decode(files, ready))
     arrays = cached(
         f"imagefolder-{part}",
         [VERSION, files.version(), repr(ready)],
@@ -138,9 +169,10 @@ def _kept(part: str, files: ImageFiles, ready: Center | None) -> torch.Tensor:
     return torch.from_numpy(arrays["pixels"])
 
 
-def _decode(files: ImageFiles, ready: Center | None) -> np.ndarray:
+def _decode(files: Source, ready: Center | None) -> np.ndarray:
     """Decode images to uint8 (N, H, W, C)."""
-    shape = (ready.resolution, ready.resolution, 3) if ready else tuple(files.decode(0).shape)
+    size = (ready.resolution, ready.resolution, files.channels) if ready else None
+    shape = size or tuple(files.decode(0).shape)
     pixels = np.empty((len(files), *shape), dtype=np.uint8)
     for i in range(len(files)):
         image = files.decode(i) if ready is None else files.prepare(i, ready)

@@ -64,6 +64,28 @@ def decode_image(content: bytes) -> np.ndarray:
     raise ValueError(printable(reason))
 
 
+def rgb_pixels(image: PIL.Image.Image) -> np.ndarray:
+    """Return the pixels of an image of Pillow, uint8 (H, W, 3); its orientation is kept.
+
+    Args:
+        image: the image.
+
+    Raises:
+        ValueError: its pixels have no defined display.
+
+    Example:
+        >>> from PIL import Image
+        >>> rgb_pixels(Image.new("L", (2, 1), color=7)).tolist()
+        [[[7, 7, 7], [7, 7, 7]]]
+    """
+    try:
+        image.load()
+        return np.ascontiguousarray(_rgb(image, 8))
+    except Exception as error:  # of a file that is read only now
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise ValueError(printable(reason))
+
+
 def _check_png(content: bytes) -> None:
     """Raise a ValueError if a chunk is cut or damaged; Pillow does not check pixels."""
     view, position, kind = memoryview(content), len(_PNG), b""

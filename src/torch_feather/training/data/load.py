@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import some
+from ...import_path import is_import_path
 from ..config import DataConfig
 from ..errors import DataError
 from .cifar import CLASSES, cifar
@@ -17,6 +18,7 @@ from .dataset import Arrays, Dataset, Images, split
 from .digits import read_digits
 from .find import find_images
 from .imagefolder import MEAN, STD, load_image_folder
+from .own import call_factory, load_own_data, moments
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     if config.name == "imagefolder":
         data = load_image_folder(config, seed)
         return replace(data, class_names=class_names(config, data.class_names))
+    if is_import_path(config.name):
+        data = load_own_data(config, seed)
+        return replace(data, class_names=class_names(config, data.names))
     source = SOURCES[config.name]
     train, test = (Images(*_to_tensors(part, config)) for part in source.read(config.path))
     kept, held_out = split(len(train), config.validation, seed)
@@ -100,16 +105,23 @@ def count_training_images(config: DataConfig, seed: int) -> int:
         >>> count_training_images(DataConfig("digits", validation=0.0), seed=0)
         1438
     """
+    if is_import_path(config.name):
+        parts = call_factory(config)
+        count, own = len(parts["train"]), "validation" in parts
+        return count if own else len(split(count, config.validation, seed)[0])
     if config.name != "imagefolder":
         return len(load_dataset(config, seed).train)
     return len(split(len(find_images(config.path)[0]), config.validation, seed)[0])
 
 
-def normalization(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(
+    config: DataConfig, channels: int = 3
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation per channel, of pixels scaled to [0, 1].
 
     Args:
         config: the data set.
+        channels: number of channels, of a data set of the user.
 
     Example:
         >>> normalization(DataConfig("digits"))
@@ -117,6 +129,8 @@ def normalization(config: DataConfig) -> tuple[tuple[float, ...], tuple[float, .
     """
     if config.name == "imagefolder":
         return tuple(config.mean or MEAN), tuple(config.std or STD)
+    if is_import_path(config.name):
+        return moments(config, channels)
     return SOURCES[config.name].mean, SOURCES[config.name].std
 
 

@@ -17,6 +17,7 @@ from ..config import DataConfig
 from .crops import DRAWS, random_boxes, resize_boxes
 from .dataset import Dataset, Images
 from .epochs import Epochs, InOrder
+from .randaugment import rand_augment
 
 
 class TrainLoader(Epochs):
@@ -49,8 +50,8 @@ class TrainLoader(Epochs):
             pixels = F.pad(pixels, (0, 0, *[config.shift] * 4))
         self.pixels = pixels.to(device)
 
-    def _draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw the order, the crops, and which images are mirrored."""
+    def _draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Draw the order, the crops, which images are mirrored, and seeds of RandAugment."""
 
         def integers(high: int) -> Tensor:
             return torch.randint(high, (self.count,), generator=self.generator)
@@ -64,17 +65,21 @@ class TrainLoader(Epochs):
             height, width = self.pixels.shape[1:3]
             crops = random_boxes(uniform, height, width, self.config.smallest_crop)
         mirrored = integers(2 if self.config.flip else 1).bool()
+        seeds = None
+        if self.config.randaugment is not None:
+            seeds = torch.randint(2**63 - 1, (self.count,), generator=self.generator)
         device = self.labels.device
         return (
             order.to(device, non_blocking=True),
             crops.to(device, non_blocking=True),
             mirrored.to(device, non_blocking=True),
+            seeds,
         )
 
     def _load(
-        self, drawn: tuple[Tensor, Tensor, Tensor], parts: list[slice]
+        self, drawn: tuple[Tensor, Tensor, Tensor, Tensor | None], parts: list[slice]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        order, crops, mirrored = drawn
+        order, crops, mirrored, seeds = drawn
         grid = torch.arange(self.size, device=order.device)
         for part in parts:
             index = order[part]
@@ -87,7 +92,19 @@ class TrainLoader(Epochs):
                 pixels = resize_boxes(
                     self.pixels[index], crops[part], mirrored[part], self.resolution
                 )
+            if seeds is not None:
+                pixels = self._augmented(pixels, seeds[part])
             yield self.normalize(pixels), self.labels[index]
+
+    def _augmented(self, pixels: Tensor, seeds: Tensor) -> Tensor:
+        """Apply RandAugment, which works on uint8 images one by one."""
+        assert self.config.randaugment is not None
+        if len(pixels) == 0:
+            return pixels
+        images = pixels.round().clamp(0, 255).to(torch.uint8)
+        pairs = zip(images, seeds.tolist(), strict=True)
+        magnitude = self.config.randaugment
+        return torch.stack([rand_augment(image, magnitude, seed) for image, seed in pairs])
 
 
 class EvalLoader(InOrder):

@@ -12,6 +12,7 @@ from ..config import DataConfig
 from ..errors import DataError
 from .crops import DRAWS, random_boxes, resize
 from .images import MAX_PIXELS
+from .randaugment import rand_augment
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ class Augment:
         )
         crop = self._resized if self.config.crop == "resized" else self._shifted
         pixels = crop(pixels, uniform[1:])
-        return pixels.flip(1) if self.config.flip and uniform[0] < 0.5 else pixels
+        pixels = pixels.flip(1) if self.config.flip and uniform[0] < 0.5 else pixels
+        if self.config.randaugment is not None:
+            pixels = rand_augment(pixels, self.config.randaugment, seed)
+        return pixels
 
     def _resized(self, pixels: Tensor, uniform: Tensor) -> Tensor:
         height, width, _ = pixels.shape
