@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental import _config as config
 from torch.overrides import TorchFunctionMode
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_unflatten
 
 from .errors import CaptureError
 from .fusion import fuse, graphs_of, reads_memory
+from .in_place import without_writes
 from .strides import ShapeModel
 
 aten = torch.ops.aten
@@ -51,7 +53,9 @@ class Captured(NamedTuple):
     reads_memory: bool
 
 
-def capture(model: nn.Module, example: Tensor, *, any_batch: bool = True) -> Captured:
+def capture(
+    model: nn.Module, example: Tensor, *, any_batch: bool = True, decompose: bool = False
+) -> Captured:
     """Capture a model in eval mode as a graph in which layers and batch norms are fused.
 
     Args:
@@ -59,6 +63,7 @@ def capture(model: nn.Module, example: Tensor, *, any_batch: bool = True) -> Cap
         example: an input.
         any_batch: whether to try a graph for all batch sizes first; otherwise, all sizes of the
             graph are those of the example.
+        decompose: whether to split composite functions into those of PyTorch's smaller sets.
 
     Raises:
         CaptureError: torch.export cannot capture the model, or the model writes into its input.
@@ -72,11 +77,11 @@ def capture(model: nn.Module, example: Tensor, *, any_batch: bool = True) -> Cap
     if any_batch:
         several = example if len(example) > 1 else torch.cat([example, example])
         with suppress(Exception), _guard_batch_of_one():  # of many types, none documented
-            found = _export(model, several, {0: torch.export.Dim.AUTO})
+            found = _export(model, several, {0: torch.export.Dim.AUTO}, decompose)
             if found.accepts(example):
                 return found
     try:
-        return _export(model, example, None)
+        return _export(model, example, None, decompose)
     except CaptureError:
         raise
     except Exception as error:
@@ -115,7 +120,9 @@ class _CircularPadding(TorchFunctionMode):
         return x
 
 
-def _export(model: nn.Module, example: Tensor, sizes: dict[int, Any] | None) -> Captured:
+def _export(
+    model: nn.Module, example: Tensor, sizes: dict[int, Any] | None, decompose: bool
+) -> Captured:
     with _CircularPadding(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", RECURRENT)
         program = torch.export.export(model, (example,), dynamic_shapes=sizes and (sizes,))
@@ -126,15 +133,7 @@ def _export(model: nn.Module, example: Tensor, sizes: dict[int, Any] | None) -> 
             "does not change its input. Construct this layer with inplace=False, or copy the input "
             "first (x = x.clone())."
         )
-    program = program.run_decompositions({})
-    if changed := program.graph_signature.buffers_to_mutate:
-        raise CaptureError(
-            f"{type(model).__name__} changes its buffers in eval mode "
-            f"({', '.join(changed.values())}). A compiled network has no state: remove these "
-            "changes."
-        )
-    module = program.module()
-    assert isinstance(module, GraphModule)
+    module = _functional(model, program, decompose)
     batch = next(n for n in module.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
     guards: Any = getattr(module, "_guards_fn", None)
     squeezed = [size for part in graphs_of(module) for size in _squeezed_sizes(part.graph)]
@@ -164,6 +163,24 @@ def _export(model: nn.Module, example: Tensor, sizes: dict[int, Any] | None) -> 
         return tree_unflatten(list(flat), spec)
 
     return Captured(fuse(module), accepts, unflatten, shapes, in_order)
+
+
+def _functional(model: nn.Module, program: ExportedProgram, decompose: bool) -> GraphModule:
+    """Return the graph of an exported model without writes into tensors."""
+    module = program.module()
+    assert isinstance(module, GraphModule)
+    if not decompose and without_writes(module.graph):
+        return module
+    program = program.run_decompositions({})
+    if changed := program.graph_signature.buffers_to_mutate:
+        raise CaptureError(
+            f"{type(model).__name__} changes its buffers in eval mode "
+            f"({', '.join(changed.values())}). A compiled network has no state: remove these "
+            "changes."
+        )
+    module = program.module()
+    assert isinstance(module, GraphModule)
+    return module
 
 
 def _squeezed_sizes(graph: Graph) -> Iterator[torch.SymInt]:

@@ -20,7 +20,8 @@ from .errors import CaptureError
 from .layer import Layer, MaxPool
 
 aten = torch.ops.aten
-BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+BATCH_NORM = aten._native_batch_norm_legit_no_training.default  # returns statistics, too
+BATCH_NORMS = (BATCH_NORM, aten.batch_norm.default)
 # Functions that read memory in its order, which differs in planes.
 READS_MEMORY = (
     aten.as_strided.default,
@@ -218,6 +219,7 @@ def _weighted(node: Node, constants: Constants) -> Layer | None:
 LAYERS: dict[Any, Any] = {
     aten.max_pool2d.default: _max_pool,
     BATCH_NORM: _batch_norm,
+    aten.batch_norm.default: _batch_norm,
     aten.conv2d.default: _weighted,
     aten.conv2d.padding: _weighted,
     aten.linear.default: _weighted,
@@ -244,8 +246,9 @@ def _fuse_layer(graph: Graph, node: Node, layer: Layer, constants: Constants) ->
             layer = layer.scaled(factor)
         elif linear_so_far and (folded := _folded(user, layer, constants)) is not None:
             layer = folded
-            chain.append(user)
-            (user,) = user.users
+            if user.target is BATCH_NORM:
+                chain.append(user)
+                (user,) = user.users
         elif linear_so_far and (other := _addend(user, chain[-1])) is not None:
             residual = other
         else:
@@ -270,14 +273,22 @@ def _only_user(node: Node) -> Node | None:
 
 def _folded(user: Node, layer: Layer, constants: Constants) -> Layer | None:
     """Return the layer with a batch norm folded in; None if `user` is none that can be folded."""
-    if user.target is not BATCH_NORM or layer.linear:
+    if user.target not in BATCH_NORMS or layer.linear:
         return None
-    if any(u.target is not operator.getitem or u.args[1] != 0 for u in user.users):
-        return None  # the model uses the statistics
+    if user.target is BATCH_NORM:
+        if any(u.target is not operator.getitem or u.args[1] != 0 for u in user.users):
+            return None  # the model uses the statistics
+        if len(user.users) != 1:
+            return None
+        eps = user.args[6]
+    else:
+        eps = user.args[7]
+        if user.args[5]:  # the statistics of the batch
+            return None
     weight, bias, mean, var = (constants.get(a) for a in user.args[1:5])  # type: ignore[arg-type]
-    if mean is None or var is None or len(user.users) != 1:
+    if mean is None or var is None:
         return None
-    factor = (var.double() + user.args[6]).rsqrt()  # type: ignore[operator]
+    factor = (var.double() + eps).rsqrt()  # type: ignore[operator]
     if weight is not None:
         factor = factor * weight.double()
     shift = -mean.double() * factor
