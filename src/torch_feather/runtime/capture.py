@@ -162,7 +162,7 @@ def _export(
     def unflatten(flat: Any) -> Any:
         return tree_unflatten(list(flat), spec)
 
-    return Captured(fuse(module), accepts, unflatten, shapes, in_order)
+    return Captured(fuse(module, activations=not decompose), accepts, unflatten, shapes, in_order)
 
 
 def _functional(model: nn.Module, program: ExportedProgram, decompose: bool) -> GraphModule:

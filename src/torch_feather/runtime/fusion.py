@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .errors import CaptureError
-from .layer import Layer, MaxPool
+from .layer import AvgPool, Layer, MaxPool
 
 aten = torch.ops.aten
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default  # returns statistics, too
@@ -34,11 +34,13 @@ NEEDS_CONTIGUOUS = (*READS_MEMORY, aten.view_as_complex.default, aten.view.dtype
 Constants = dict[Node, Tensor]
 
 
-def fuse(module: GraphModule) -> GraphModule:
+def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
     """Replace layers with constant weights, and the operations after them, by `Layer` nodes.
 
     Args:
         module: an exported model, which is modified.
+        activations: whether to fuse smooth activation functions into the layers before them, and to
+            replace average pooling by layers.
 
     Returns:
         The module.
@@ -58,11 +60,11 @@ def fuse(module: GraphModule) -> GraphModule:
     graph, constants = module.graph, _constants(module)
     alive, uses = set(graph.nodes), Counter[str]()
     for node in list(graph.nodes):
-        if node in alive and (layer := _layer(node, constants)):
+        if node in alive and (layer := _layer(node, constants, activations)):
             uses[layer.name] += 1
             if uses[layer.name] > 1:  # shared weights, maybe at another input size
                 layer = replace(layer, name=f"{layer.name}@{uses[layer.name]}")
-            _fuse_layer(graph, node, layer, constants)
+            _fuse_layer(graph, node, layer, constants, activations)
             alive = set(graph.nodes)
     graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
@@ -138,7 +140,7 @@ def _make_contiguous(graph: Graph, node: Node) -> None:
         clone = graph.call_function(
             aten.clone.default, (x,), {"memory_format": torch.contiguous_format}
         )
-    clone.meta["val"] = x.meta["val"]
+    clone.meta.update(val=x.meta["val"], is_needed=True)
     node.replace_input_with(x, clone)
 
 
@@ -161,12 +163,12 @@ def _constants(module: GraphModule) -> Constants:
 # Layers
 
 
-def _layer(node: Node, constants: Constants) -> Layer | None:
+def _layer(node: Node, constants: Constants, activations: bool) -> Layer | None:
     """Return the layer that a node computes; None if it is no layer with constant weights."""
     if node.op != "call_function":
         return None
     read = LAYERS.get(node.target)
-    if read is None:
+    if read is None or (read is _avg_pool and not activations):
         return None
     x = node.args[0].meta["val"]  # type: ignore[union-attr]
     images = x.dim() == 4
@@ -183,6 +185,15 @@ def _max_pool(node: Node, constants: Constants) -> Layer | None:
         return None
     channels = args[0].meta["val"].shape[1]
     return MaxPool.create(node.name, channels, kernel, stride, padding, dilation)
+
+
+def _avg_pool(node: Node, constants: Constants) -> Layer | None:
+    args: list[Any] = list(node.args) + [None] * 7
+    kernel, stride = _pair(args[1], 1), _pair(args[2] or args[1], 1)
+    padding, counts_padding = _pair(args[3], 0), args[5] is None or args[5]
+    if args[4] or args[6] or node.kwargs or (padding != (0, 0) and not counts_padding):
+        return None
+    return AvgPool.create(node.name, args[0].meta["val"].shape[1], kernel, stride, padding)
 
 
 def _batch_norm(node: Node, constants: Constants) -> Layer | None:
@@ -218,6 +229,7 @@ def _weighted(node: Node, constants: Constants) -> Layer | None:
 
 LAYERS: dict[Any, Any] = {
     aten.max_pool2d.default: _max_pool,
+    aten.avg_pool2d.default: _avg_pool,
     BATCH_NORM: _batch_norm,
     aten.batch_norm.default: _batch_norm,
     aten.conv2d.default: _weighted,
@@ -236,12 +248,15 @@ def _pair(value: Any, default: int) -> tuple[int, int]:
 # Operations after a layer
 
 
-def _fuse_layer(graph: Graph, node: Node, layer: Layer, constants: Constants) -> None:
+def _fuse_layer(
+    graph: Graph, node: Node, layer: Layer, constants: Constants, activations: bool
+) -> None:
     """Replace a node, and the operations after it that can be fused, by `layer`."""
     residual: Node | None = None
     chain = [node, *node.users] if node.target is BATCH_NORM else [node]
     while (user := _only_user(chain[-1])) is not None:
-        linear_so_far = layer.combine == "fma" and residual is None
+        adds = layer.combine == "fma" and residual is None
+        linear_so_far = adds and not layer.pools
         if linear_so_far and (factor := _factor(user, chain[-1], layer, constants)) is not None:
             layer = layer.scaled(factor)
         elif linear_so_far and (folded := _folded(user, layer, constants)) is not None:
@@ -249,11 +264,14 @@ def _fuse_layer(graph: Graph, node: Node, layer: Layer, constants: Constants) ->
             if user.target is BATCH_NORM:
                 chain.append(user)
                 (user,) = user.users
-        elif linear_so_far and (other := _addend(user, chain[-1])) is not None:
+        elif adds and (other := _addend(user, chain[-1])) is not None:
             residual = other
         else:
             if (bounds := _bounds(user)) is not None:
                 layer = replace(layer, low=bounds[0], high=bounds[1])
+                chain.append(user)
+            elif activations and layer.combine == "fma" and (name := activation_of(user)):
+                layer = replace(layer, activation=name)
                 chain.append(user)
             break
         chain.append(user)
@@ -330,10 +348,33 @@ def _shape(node: Node) -> tuple[Any, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
+def activation_of(node: Node) -> str | None:
+    """Return the name of the activation function that a node computes, see `kernels.ACTIVATIONS`.
+
+    Example:
+        >>> graph = Graph()
+        >>> activation_of(graph.call_function(aten.silu.default, (graph.placeholder("x"),)))
+        'silu'
+    """
+    if node.target is aten.gelu.default:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(node.kwargs.get("approximate", "none"))  # type: ignore[arg-type]
+    return SMOOTH.get(node.target)
+
+
+SMOOTH: dict[Any, str] = {
+    aten.silu.default: "silu",
+    aten.hardswish.default: "hardswish",
+    aten.sigmoid.default: "sigmoid",
+    aten.hardsigmoid.default: "hardsigmoid",
+}
+
+
 def _bounds(user: Node) -> tuple[float, float] | None:
     """Return the bounds to which `user` clamps the result."""
     if user.target is aten.relu.default:
         return 0.0, math.inf
+    if user.target is aten.relu6.default:
+        return 0.0, 6.0
     if user.target in (aten.hardtanh.default, aten.clamp.default):
         bounds = [-1.0, 1.0] if user.target is aten.hardtanh.default else [-math.inf, math.inf]
         for i, given in enumerate(user.args[1:3]):

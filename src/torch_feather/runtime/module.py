@@ -148,15 +148,17 @@ class SparseModule(nn.Module):
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self._captured = capture(model, example)
             self._empty_result = result_of_empty_batch(model, example)
-            values = attributes(self._captured.module)
-            self._constants = {node.name: value for node, value in values.items()}
+            self._values = attributes(self._captured.module)
+            self._constants = {node.name: value for node, value in self._values.items()}
             nodes = self._layer_nodes()
             self.tuning = self._tune(nodes, known or {})
             if known is None:
                 self.tuning = self._fastest(list(nodes.values()), example)
             self.plan = self._plan(list(nodes.values()), self.tuning)
             for layer in nodes.values():
-                if self.tuning[layer.name].sparse:
+                tuning = self.tuning[layer.name]
+                layer.packs = tuning.packs
+                if tuning.sparse or not tuning.packs:
                     layer.free_packed()
         self._pools: OrderedDict[int, WorkspacePool] = OrderedDict()
         self._lock = threading.Lock()
@@ -219,7 +221,7 @@ class SparseModule(nn.Module):
         }
 
     def _plan_all(self, layers: Sequence[Layer]) -> Plan:
-        return Plan.build(self._captured.module.graph, layers)
+        return Plan.build(self._captured.module.graph, layers, self._values)
 
     def _plan(self, layers: Sequence[Layer], tuning: Tuning) -> Plan:
         return self._plan_all([layer for layer in layers if tuning[layer.name].sparse])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ class LayerTuning:
         sparsity: fraction of the layer's weights that is zero.
         dense_ms: milliseconds of the dense layer; None if it was not timed.
         sparse_ms: milliseconds of the sparse layer; None if it was not timed.
+        packs: whether a dense convolution stores its weights in oneDNN's own order.
 
     Example:
         >>> LayerTuning(sparse=True, tile=Tile(2, 8), sparsity=0.9).tile.channels
@@ -49,6 +50,7 @@ class LayerTuning:
     sparsity: float
     dense_ms: float | None = None
     sparse_ms: float | None = None
+    packs: bool = True
 
 
 def tune_layer(
@@ -80,7 +82,7 @@ def tune_layer(
     """
     sparsity = layer.sparsity
     x, *residual = (_random_input(n, batch) for n in node.args if isinstance(n, Node))
-    dense = milliseconds(lambda: layer(x, *residual))
+    dense = _time_dense(layer, x, residual)
     plan = _plan_of_layer(node, layer)
     (step,) = (s for s in plan.steps if isinstance(s, Sparse))
     if layout is not None:
@@ -97,7 +99,19 @@ def tune_layer(
             best = min(times.values(), default=math.inf)
             times[tile] = milliseconds(run, min_total=2.0, give_up=1.5 * best)
     fastest = min(times, key=times.__getitem__)
-    return LayerTuning(times[fastest] < dense, fastest, sparsity, dense, times[fastest])
+    sparse = times[fastest]
+    return LayerTuning(sparse < dense, fastest, sparsity, dense, sparse, layer.packs)
+
+
+def _time_dense(layer: Layer, x: Tensor, residual: Sequence[Tensor]) -> float:
+    """Return the milliseconds of a dense layer, with packed weights if these are faster."""
+    times = {}
+    for layer.packs in (False, True):
+        times[layer.packs] = milliseconds(lambda: layer(x, *residual))
+        if layer.linear or layer.pools:  # there is one way
+            break
+    layer.packs = min(times, key=times.__getitem__)
+    return times[layer.packs]
 
 
 def save_tuning(tuning: Mapping[str, LayerTuning], path: str | Path) -> None:
@@ -160,8 +174,9 @@ def _read_layer(stored: Mapping[str, Any]) -> LayerTuning:
     for number, most in ((layer.sparsity, 1), *((t, math.inf) for t in times)):
         if type(number) not in (int, float) or not 0 <= number <= most or number == math.inf:
             raise ValueError(f"{number!r:.40} is out of range")
-    if not isinstance(layer.sparse, bool):
-        raise TypeError(f"sparse is {layer.sparse!r:.40}")
+    for flag in (layer.sparse, layer.packs):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{flag!r:.40} is neither true nor false")
     return layer
 
 

@@ -9,18 +9,22 @@ convolution kernels. `convolution`, `plane_copy` and `schedule` emit LLVM IR as 
 compiles it.
 """
 
+from .activations import ACTIVATIONS
 from .build import KernelLibrary, compile_object, emit_module, emit_object, library
 from .convolution import Variant, declare_intrinsics, emit_convolution
 from .host import Target, host, llvm, openmp
 from .plane_copy import CHANNEL_BLOCK, FunctionText
-from .records import CONVOLUTION, COPY, OPERATION
+from .records import CONVOLUTION, COPY, OPERATION, PLANE_OPERATION, TRANSPOSE
 from .tiles import Tile, tiles
 
 __all__ = [
+    "ACTIVATIONS",
     "CHANNEL_BLOCK",
     "CONVOLUTION",
     "COPY",
     "OPERATION",
+    "PLANE_OPERATION",
+    "TRANSPOSE",
     "FunctionText",
     "KernelLibrary",
     "Target",
