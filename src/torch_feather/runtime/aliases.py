@@ -91,7 +91,11 @@ def _dim(node: Node, dim: Any, x: Planes) -> bool:
 def _slice(node: Node, x: Planes) -> Planes | None:
     args: list[Any] = list(node.args) + [None] * 5
     dim, start, end, step = args[1] or 0, args[2] or 0, args[3], args[4]
-    if step not in (None, 1) or not isinstance(start, int) or not _dim(node, dim, x):
+    if step not in (None, 1) or not isinstance(start, int):
+        return None
+    if start == 0 and (end is None or (isinstance(end, int) and end > 2**62)):  # all of it
+        return replace(x, base=x, first=0)
+    if not _dim(node, dim, x):
         return None
     if not (end is None or isinstance(end, int)):
         return None

@@ -90,11 +90,15 @@ class BatchPlan:
         smaller = [t for t in fitting if t.vectors <= requested.vectors]
         return max(smaller) if smaller else min(fitting)
 
+    def variant(self, step: Sparse, tile: Tile) -> Variant:
+        """Return the kernel of a layer for a tile."""
+        masks = "mask" in self.tables(step)
+        return Variant(tile, step.layer.combine, step.residual is not None, masks)
+
     def kernel(self, step: Sparse) -> tuple[Tile, int]:
         """Return the tile of a layer and the address of its kernel."""
-        tile, masks = self.tile(step), "mask" in self.tables(step)
-        variant = Variant(tile, step.layer.combine, step.residual is not None, masks)
-        return tile, library().convolution(variant)
+        tile = self.tile(step)
+        return tile, library().convolution(self.variant(step, tile))
 
     def _allocate(self) -> tuple[dict[Planes, int], int]:
         """Assign memory to activations, so that those in use at the same time do not overlap."""

@@ -14,11 +14,12 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental import _config as config
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import TreeSpec
 
 from .errors import CaptureError
 from .fusion import fuse, graphs_of, reads_memory
-from .in_place import without_writes
+from .inputs import Example, arguments, like, tensors_of
+from .in_place import may_write_into_input, without_writes
 from .strides import ShapeModel
 
 aten = torch.ops.aten
@@ -36,7 +37,7 @@ class Captured(NamedTuple):
         module: the graph; its layers are fused, see `fusion`.
         accepts: whether the graph is valid for this batch of at least one sample. A model may
             behave differently for other batch sizes.
-        unflatten: converts the list of tensors that the graph returns to the model's output.
+        spec: structure of the model's output, whose leaves are what the graph returns.
         shapes: the strides of these tensors.
         reads_memory: whether the input must be contiguous and no part of another tensor.
 
@@ -47,20 +48,20 @@ class Captured(NamedTuple):
     """
 
     module: GraphModule
-    accepts: Callable[[Tensor], bool]
-    unflatten: Callable[[Any], Any]
+    accepts: Callable[..., bool]
+    spec: TreeSpec
     shapes: ShapeModel
     reads_memory: bool
 
 
 def capture(
-    model: nn.Module, example: Tensor, *, any_batch: bool = True, decompose: bool = False
+    model: nn.Module, example: Example, *, any_batch: bool = True, decompose: bool = False
 ) -> Captured:
     """Capture a model in eval mode as a graph in which layers and batch norms are fused.
 
     Args:
-        model: takes one tensor.
-        example: an input.
+        model: the model.
+        example: its inputs.
         any_batch: whether to try a graph for all batch sizes first; otherwise, all sizes of the
             graph are those of the example.
         decompose: whether to split composite functions into those of PyTorch's smaller sets.
@@ -75,10 +76,11 @@ def capture(
     """
     # torch.export specializes the graph for a batch of one.
     if any_batch:
-        several = example if len(example) > 1 else torch.cat([example, example])
+        given = tensors_of(example)
+        several = [x if len(x) > 1 else torch.cat([x, x]) for x in given]
         with suppress(Exception), _guard_batch_of_one():  # of many types, none documented
-            found = _export(model, several, {0: torch.export.Dim.AUTO}, decompose)
-            if found.accepts(example):
+            found = _export(model, like(example, several), {0: torch.export.Dim.AUTO}, decompose)
+            if found.accepts(*given):
                 return found
     try:
         return _export(model, example, None, decompose)
@@ -121,13 +123,18 @@ class _CircularPadding(TorchFunctionMode):
 
 
 def _export(
-    model: nn.Module, example: Tensor, sizes: dict[int, Any] | None, decompose: bool
+    model: nn.Module, example: Example, sizes: dict[int, Any] | None, decompose: bool
 ) -> Captured:
     with _CircularPadding(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", RECURRENT)
-        program = torch.export.export(model, (example,), dynamic_shapes=sizes and (sizes,))
-    shapes = ShapeModel(model, program)
-    if writer := shapes.write_into_input(example):
+        args, kwargs = arguments(example)
+        dynamic = (tuple(sizes for _ in args), dict.fromkeys(kwargs, sizes))
+        program = torch.export.export(
+            model, args, kwargs, dynamic_shapes=sizes and (dynamic[1] if kwargs else dynamic[0])
+        )
+    tensors = tensors_of(example)
+    shapes = ShapeModel(model, program, tuple(kwargs))
+    if may_write_into_input(program.graph) and (writer := shapes.write_into_input(*tensors)):
         raise CaptureError(
             f"{type(model).__name__} writes into its input in-place ({writer}). A compiled network "
             "does not change its input. Construct this layer with inplace=False, or copy the input "
@@ -138,10 +145,11 @@ def _export(
     guards: Any = getattr(module, "_guards_fn", None)
     squeezed = [size for part in graphs_of(module) for size in _squeezed_sizes(part.graph)]
 
-    def accepts(x: Tensor) -> bool:
+    def accepts(*given: Tensor) -> bool:
+        x = given[0]
         try:
             if guards is not None:
-                guards(x)
+                guards(*given)
         except AssertionError:
             return False
         if isinstance(batch, int):
@@ -151,18 +159,14 @@ def _export(
         return len(x) > 1 or hasattr(config, SIZE_OBLIVIOUS)
 
     spec = program.call_spec.out_spec
-
     in_order = reads_memory(module)
-    if in_order and not example.is_contiguous():
+    if in_order and not all(x.is_contiguous() for x in tensors):
         raise CaptureError(
             f"{type(model).__name__} calls as_strided, so the example must be contiguous, got "
-            f"strides {example.stride()}. Pass example.contiguous()."
+            f"strides {', '.join(str(x.stride()) for x in tensors)}. Pass example.contiguous()."
         )
-
-    def unflatten(flat: Any) -> Any:
-        return tree_unflatten(list(flat), spec)
-
-    return Captured(fuse(module, activations=not decompose), accepts, unflatten, shapes, in_order)
+    fused = fuse(module, activations=not decompose)
+    return Captured(fused, accepts, spec, shapes, in_order)
 
 
 def _functional(model: nn.Module, program: ExportedProgram, decompose: bool) -> GraphModule:

@@ -168,11 +168,12 @@ def _layer(node: Node, constants: Constants, activations: bool) -> Layer | None:
     if node.op != "call_function":
         return None
     read = LAYERS.get(node.target)
-    if read is None or (read is _avg_pool and not activations):
+    if read is None or (read in (_avg_pool, _product) and not activations):
         return None
-    x = node.args[0].meta["val"]  # type: ignore[union-attr]
+    x = node.args[1 if node.target is aten.addmm.default else 0].meta["val"]  # type: ignore[union-attr]
     images = x.dim() == 4
-    if x.dtype != torch.float32 or not (images or node.target is aten.linear.default):
+    is_linear = node.target is aten.linear.default or read is _product
+    if x.dtype != torch.float32 or not (images or is_linear):
         return None
     return read(node, constants)
 
@@ -227,6 +228,20 @@ def _weighted(node: Node, constants: Constants) -> Layer | None:
     return Layer(name, weight, bias, stride, padding, dilation, args[6] or 1)
 
 
+def _product(node: Node, constants: Constants) -> Layer | None:
+    """Return the linear layer of a product with a constant matrix: x @ weight + bias."""
+    bias_node, x, matrix = node.args if len(node.args) == 3 else (None, *node.args)
+    weight, bias = constants.get(matrix), constants.get(bias_node)  # type: ignore[arg-type]
+    if weight is None or node.kwargs or x in constants or (bias is None and bias_node is not None):
+        return None
+    weight = weight.t().contiguous()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    if bias.shape != weight.shape[:1] or {weight.dtype, bias.dtype} != {torch.float32}:
+        return None
+    name = str(matrix.target) if matrix.op == "get_attr" else matrix.name  # type: ignore[union-attr]
+    return Layer(name, weight, bias)
+
+
 LAYERS: dict[Any, Any] = {
     aten.max_pool2d.default: _max_pool,
     aten.avg_pool2d.default: _avg_pool,
@@ -235,6 +250,8 @@ LAYERS: dict[Any, Any] = {
     aten.conv2d.default: _weighted,
     aten.conv2d.padding: _weighted,
     aten.linear.default: _weighted,
+    aten.addmm.default: _product,
+    aten.mm.default: _product,
 }
 
 
@@ -276,7 +293,8 @@ def _fuse_layer(
             break
         chain.append(user)
     with graph.inserting_before(chain[-1]):
-        inputs = (node.args[0],) if residual is None else (node.args[0], residual)
+        x = node.args[1 if node.target is aten.addmm.default else 0]
+        inputs = (x,) if residual is None else (x, residual)
         fused = graph.call_function(layer, inputs)
     fused.meta["val"] = chain[-1].meta["val"]
     chain[-1].replace_all_uses_with(fused)

@@ -2,7 +2,7 @@
 
 `torch.export` can do this too (`run_decompositions`), but it traces the model again, which takes
 most of the time of a capture, and splits functions such as `hardswish_` into several. The
-replacement here covers the usual case: a function writes into a value that no view refers to.
+replacement here covers the usual case: a function writes into a value that nothing else refers to.
 """
 
 from __future__ import annotations
@@ -54,6 +54,30 @@ def without_writes(graph: Graph) -> bool:
     return True
 
 
+def may_write_into_input(graph: Graph) -> bool:
+    """Return whether a function of a graph may write into an input, or into a view of one.
+
+    Example:
+        >>> program = torch.export.export(torch.nn.ReLU(inplace=True), (torch.ones(2, 3),))
+        >>> may_write_into_input(program.graph)
+        True
+    """
+    views = {node for node in graph.nodes if node.op == "placeholder"}
+    for node in graph.nodes:
+        if node.op != "call_function" or views.isdisjoint(node.all_input_nodes):
+            continue
+        if not isinstance(node.target, OpOverload):
+            return True
+        arguments = zip(node.target._schema.arguments, node.args, strict=False)
+        if any(a.alias_info and a.alias_info.is_write and x in views for a, x in arguments):
+            return True
+        if _writes(node.target) and node.kwargs:
+            return True
+        if _aliases(node):
+            views.add(node)
+    return False
+
+
 def _writes(target: OpOverload) -> bool:
     return any(a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments)
 
@@ -83,7 +107,7 @@ def _replace(graph: Graph, node: Node) -> bool:
     x = node.args[0]
     if not written[0] or any(written[1:]) or not isinstance(x, Node) or x.op != "call_function":
         return False
-    if _aliases(x) or any(_aliases(user) for user in x.users if user is not node):
+    if any(_aliases(user) for user in x.users if user is not node) or not _is_only_view(x):
         return False
     packet = getattr(aten, name[:-1], None)
     function = getattr(packet, target._overloadname, None)
@@ -95,6 +119,17 @@ def _replace(graph: Graph, node: Node) -> bool:
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     x.replace_all_uses_with(result, delete_user_cb=_follows(result))
+    return True
+
+
+def _is_only_view(x: Node) -> bool:
+    """Return whether a value is no view, or the only use of what it is a view of."""
+    while _aliases(x):
+        if len(x.all_input_nodes) != 1:
+            return False
+        (x,) = x.all_input_nodes
+        if x.op != "call_function" or len(x.users) != 1:
+            return False
     return True
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,7 @@ class Layer:
     activation: str | None = None
     packs: bool = True
     _packed: Tensor | bool | None = field(default=None, init=False, repr=False)
+    taps: Any = field(default=None, init=False, repr=False)  # `Taps.from_layer` keeps them
     combine: ClassVar[str] = "fma"  # see kernels.Variant
     padding_value: ClassVar[float] = 0.0
     pools: ClassVar[bool] = False  # whether it is pooling, which has no weights to prune

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils._pytree import tree_unflatten
 
 from ..errors import StateError
 from .batch import BatchPlan
@@ -24,13 +25,13 @@ from .checks import (
     NOT_SAVED,
     NOT_TRACED,
     check_eager,
-    check_input,
     check_types,
     copy_in_eval_mode,
     result_of_empty_batch,
 )
 from .errors import InputError
 from .fusion import attributes
+from .inputs import Example, Inputs, arguments, tensors_of
 from .kernels import Tile
 from .layer import Layer
 from .plan import Plan, Sparse, Torch, can_run_sparse
@@ -46,7 +47,7 @@ Tuning = Mapping[str, LayerTuning]
 
 def compile_sparse(
     model: nn.Module,
-    example_input: Tensor,
+    example_input: Example,
     *,
     threads: int | None = None,
     tuning: Tuning | str | Path | None = None,
@@ -64,9 +65,11 @@ def compile_sparse(
     of the batch size. Otherwise, other sizes raise `InputError`; compile another module for them.
 
     Args:
-        model: on the CPU, in float32; takes one tensor. It is not changed. Later changes of the
-            model do not affect the compiled network.
-        example_input: (batch, ...), float32. Layers are timed with its batch size.
+        model: on the CPU, in float32. It is not changed. Later changes of the model do not affect
+            the compiled network.
+        example_input: a tensor (batch, ...) of float32 or integers, a tuple of tensors for several
+            positional inputs, or a dictionary of tensors for inputs by name. Layers are timed with
+            its batch size.
         threads: number of threads of the sparse layers; the others use PyTorch's number.
             [default: torch.get_num_threads()]
         tuning: results of another compiled network (`SparseModule.tuning`), or a file that
@@ -114,7 +117,8 @@ class SparseModule(nn.Module):
         tuning: how each layer runs, by the name of its weight.
         threads: number of threads of the sparse layers.
         chunk_size: number of samples that are processed together; None for whole batches.
-        shape: shape of one sample of the input.
+        shape: shape of one sample of the (first) input.
+        inputs: names, shapes and types of all inputs.
         plan: the steps of the network.
 
     Example:
@@ -128,7 +132,7 @@ class SparseModule(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        example: Tensor,
+        example: Example,
         threads: int,
         tuning: Tuning | str | Path | None,
         chunk_size: int | None,
@@ -137,23 +141,22 @@ class SparseModule(nn.Module):
         for name, number in (("threads", threads), ("chunk_size", chunk_size)):
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise InputError(f"{name} must be an integer of at least 1, got {number!r}.")
-        batch = isinstance(example, Tensor) and example.dim() > 0 and example.numel() > 0
-        if not batch or example.dtype != torch.float32:
-            raise InputError("The example must be a non-empty batch (batch, ...) of float32.")
         known = load_tuning(tuning) if isinstance(tuning, str | Path) else tuning
-        self.threads, self.chunk_size, self.shape = threads, chunk_size, tuple(example.shape[1:])
-        self._batch = len(example)
+        self.inputs, given = Inputs.of(example), tensors_of(example)
+        self.threads, self.chunk_size, self.shape = threads, chunk_size, self.inputs.shapes[0]
+        self._batch = len(given[0])
         model = copy_in_eval_mode(model)
-        check_types(model, example)
+        check_types(model, *given)
+        args, kwargs = arguments(example)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self._captured = capture(model, example)
-            self._empty_result = result_of_empty_batch(model, example)
+            self._empty_result = result_of_empty_batch(model, *args, **kwargs)
             self._values = attributes(self._captured.module)
             self._constants = {node.name: value for node, value in self._values.items()}
             nodes = self._layer_nodes()
             self.tuning = self._tune(nodes, known or {})
             if known is None:
-                self.tuning = self._fastest(list(nodes.values()), example)
+                self.tuning = self._fastest(list(nodes.values()), given)
             self.plan = self._plan(list(nodes.values()), self.tuning)
             for layer in nodes.values():
                 tuning = self.tuning[layer.name]
@@ -163,42 +166,47 @@ class SparseModule(nn.Module):
         self._pools: OrderedDict[int, WorkspacePool] = OrderedDict()
         self._lock = threading.Lock()
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """Compute the model's output in float32.
 
         Its tensors have the strides of the model's own, so they can be viewed in the same ways.
 
         Args:
-            x: (batch, ...), float32 on the CPU.
+            args: inputs like those of the example, with any batch size for which the model behaves
+                alike.
+            kwargs: inputs by name, if the example was a dictionary.
 
         Raises:
-            InputError: the input has another shape or type, or a batch size for which the model may
+            InputError: an input has another shape or type, or a batch size for which the model may
                 behave differently.
             StateError: PyTorch traces, exports or compiles the call instead of computing it.
         """
-        check_eager(x)
-        return self._forward(x)
+        given = self.inputs.tensors(args, kwargs)
+        for x in given:
+            check_eager(x)
+        return self._forward(given)
 
     @torch.no_grad()
-    def _forward(self, x: Tensor) -> Any:
+    def _forward(self, given: Sequence[Tensor]) -> Any:
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
-                return self._forward(x)
-        check_input(x, self.shape, self._captured.reads_memory)
-        if not len(x):
+                return self._forward(given)
+        self.inputs.check(given, self._captured.reads_memory)
+        if not len(given[0]):
             return self._empty_result()
-        chunked = self.chunk_size is not None and len(x) > self.chunk_size
-        chunks = x.split(self.chunk_size) if chunked else [x]
-        parts = [self._for_batch(chunk)(chunk) for chunk in chunks]
+        if self.chunk_size is not None and len(given[0]) > self.chunk_size:
+            chunks = list(zip(*(x.split(self.chunk_size) for x in given), strict=True))
+        else:
+            chunks = [tuple(given)]
+        parts = [self._for_batch(*chunk)(*chunk) for chunk in chunks]
         values = parts[0] if len(parts) == 1 else map(_concatenated, *parts)
         with self._lock:
-            strides = self._captured.shapes.output_strides(x)
-        return self._captured.unflatten(
-            [
-                v if s is None or not isinstance(v, Tensor) else with_strides(v, s)
-                for v, s in itertools.zip_longest(values, strides)
-            ]
-        )
+            strides = self._captured.shapes.output_strides(*given)
+        found = [
+            v if s is None or not isinstance(v, Tensor) else with_strides(v, s)
+            for v, s in itertools.zip_longest(values, strides)
+        ]
+        return tree_unflatten(found, self._captured.spec)
 
     def _layer_nodes(self) -> dict[Node, Layer]:
         """Return the layers that can run sparse."""
@@ -214,9 +222,10 @@ class SparseModule(nn.Module):
         """Return how each layer runs; time those that are not known."""
         steps = self._plan_all(list(nodes.values())).steps
         layouts = {s.layer: s.out.layout.root() for s in steps if isinstance(s, Sparse)}
+        times: dict[Any, Any] = {}
         return {
             layer.name: known.get(layer.name)
-            or tune_layer(node, layer, self._batch, self.threads, layouts.get(layer))
+            or tune_layer(node, layer, self._batch, self.threads, layouts.get(layer), times)
             for node, layer in nodes.items()
         }
 
@@ -230,7 +239,7 @@ class SparseModule(nn.Module):
         tiles: dict[str, Tile] = {name: layer.tile for name, layer in tuning.items()}
         return BatchPlan(plan, self._constants, batch, tiles, self.threads)
 
-    def _fastest(self, layers: Sequence[Layer], example: Tensor) -> dict[str, LayerTuning]:
+    def _fastest(self, layers: Sequence[Layer], given: Sequence[Tensor]) -> dict[str, LayerTuning]:
         """Time the whole network tuned, with all layers sparse, and with all layers dense.
 
         The conversion between the layouts of sparse and dense layers takes time, too. The times of
@@ -240,18 +249,18 @@ class SparseModule(nn.Module):
         sparse = {n: replace(t, sparse=t.sparse_ms is not None) for n, t in tuned.items()}
         dense = {n: replace(t, sparse=False) for n, t in tuned.items()}
         times = []
-        for tuning in (tuned, sparse, dense):
+        for tuning in _distinct(tuned, sparse, dense):
             plan = self._plan(layers, tuning)
             run = WorkspacePool(self._batch_plan(plan, tuning, self._batch))
-            times.append((milliseconds(partial(run, example), min_total=100.0), tuning))
+            times.append((milliseconds(partial(run, *given), min_total=100.0), tuning))
         return min(times, key=lambda item: item[0])[1]
 
-    def _for_batch(self, x: Tensor) -> WorkspacePool:
-        """Return the function that executes the plan for the batch size of `x`."""
-        batch = len(x)
+    def _for_batch(self, *given: Tensor) -> WorkspacePool:
+        """Return the function that executes the plan for the batch size of inputs."""
+        batch = len(given[0])
         with self._lock:
             if batch not in self._pools:
-                if not self._captured.accepts(x):
+                if not self._captured.accepts(*given):
                     raise InputError(
                         "The behavior of this model depends on the batch size. It was captured for "
                         f"a batch of {self._batch}, not of {batch}. Compile another module with "
@@ -334,6 +343,21 @@ class SparseModule(nn.Module):
         """Deprecated name of `save_tuning`."""
         _warn_renamed("SparseModule.save_choices", "save_tuning")
         self.save_tuning(path)
+
+
+def _distinct(tuned: Tuning, sparse: Tuning, dense: Tuning) -> list[Tuning]:
+    """Return the ways to run a network that may be the fastest and are not the same.
+
+    If the layers are twice as fast in the sparse way, all of them densely is not faster.
+    """
+    ways = [tuned]
+    if any(sparse[name].sparse != layer.sparse for name, layer in tuned.items()):
+        ways.append(sparse)
+    times = [(t.dense_ms, t.sparse_ms) for t in tuned.values() if t.dense_ms and t.sparse_ms]
+    if any(t.sparse for t in tuned.values()):
+        if sum(d for d, _ in times) < 2 * sum(min(d, s) for d, s in times):
+            ways.append(dense)
+    return ways
 
 
 def _warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:

@@ -47,7 +47,7 @@ class Taps:
 
     @classmethod
     def from_layer(cls, layer: Layer) -> Taps:
-        """Return the taps of a layer.
+        """Return the taps of a layer, which keeps them for the next call.
 
         Example:
             >>> import torch
@@ -56,6 +56,13 @@ class Taps:
             >>> taps.values, taps.channel
             (array([1., 1., 1.], dtype=float32), array([0, 1, 2]))
         """
+        if layer.taps is None:
+            layer.taps = cls._find(layer)
+        found: Taps = layer.taps
+        return found
+
+    @classmethod
+    def _find(cls, layer: Layer) -> Taps:
         weight = layer.weight.reshape(*layer.weight.shape[:2], *layer.weight.shape[2:] or (1, 1))
         out, per_group, *kernel = weight.shape
         o, c, ky, kx = weight.numpy().nonzero()
