@@ -35,15 +35,17 @@ if TYPE_CHECKING:
     from . import models
     from .export import load_sparse, save_sparse
     from .native import export_c, export_native
-    from .runtime import compile_sparse
+    from .runtime import compile_sparse, load_compiled, save_compiled
 
 # What is below the core is imported when it is first used.
 _LAZY = {
     "compile_sparse": ".runtime",
     "export_c": ".native",
     "export_native": ".native",
+    "load_compiled": ".runtime",
     "load_sparse": ".export",
     "models": ".models",
+    "save_compiled": ".runtime",
     "save_sparse": ".export",
     "testing": ".testing",
 }
@@ -66,12 +68,14 @@ __all__ = [
     "export_c",
     "export_native",
     "keep_zeros",
+    "load_compiled",
     "load_sparse",
     "models",
     "power_threshold",
     "recalibrate_batchnorm",
     "register_method",
     "report",
+    "save_compiled",
     "save_sparse",
     "sparsify",
     "sparsity",

@@ -234,7 +234,7 @@ EXAMPLES = {
     "no samples": lambda: torch.zeros(0, *SHAPE),
     "number": lambda: torch.tensor(1.0),
     "float64": lambda: torch.zeros(2, *SHAPE).double(),
-    "tokens": lambda: torch.zeros(2, 5, dtype=torch.long),
+    "complex": lambda: torch.zeros(2, 5, dtype=torch.complex64),
     "no tensor": lambda: [1.0],
 }
 

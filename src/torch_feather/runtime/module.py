@@ -119,6 +119,9 @@ class SparseModule(nn.Module):
         chunk_size: number of samples that are processed together; None for whole batches.
         shape: shape of one sample of the (first) input.
         inputs: names, shapes and types of all inputs.
+        batch_size: number of samples of the example.
+        captured: the graph of the model.
+        constants: values of the `get_attr` nodes of the graph, by name.
         plan: the steps of the network.
 
     Example:
@@ -144,15 +147,15 @@ class SparseModule(nn.Module):
         known = load_tuning(tuning) if isinstance(tuning, str | Path) else tuning
         self.inputs, given = Inputs.of(example), tensors_of(example)
         self.threads, self.chunk_size, self.shape = threads, chunk_size, self.inputs.shapes[0]
-        self._batch = len(given[0])
+        self.batch_size = len(given[0])
         model = copy_in_eval_mode(model)
         check_types(model, *given)
         args, kwargs = arguments(example)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            self._captured = capture(model, example)
+            self.captured = capture(model, example)
             self._empty_result = result_of_empty_batch(model, *args, **kwargs)
-            self._values = attributes(self._captured.module)
-            self._constants = {node.name: value for node, value in self._values.items()}
+            self._values = attributes(self.captured.module)
+            self.constants = {node.name: value for node, value in self._values.items()}
             nodes = self._layer_nodes()
             self.tuning = self._tune(nodes, known or {})
             if known is None:
@@ -163,8 +166,29 @@ class SparseModule(nn.Module):
                 layer.packs = tuning.packs
                 if tuning.sparse or not tuning.packs:
                     layer.free_packed()
+        self._start()
+
+    def _start(self) -> None:
         self._pools: OrderedDict[int, WorkspacePool] = OrderedDict()
         self._lock = threading.Lock()
+
+    @classmethod
+    def restored(cls, **attributes: Any) -> SparseModule:
+        """Return a network with these attributes; it does not accept an empty batch.
+
+        Args:
+            attributes: see the class, without `shape`.
+        """
+        network = cls.__new__(cls)
+        nn.Module.__init__(network)
+        network.__dict__.update(attributes, shape=attributes["inputs"].shapes[0])
+        network._empty_result = _fail_for_empty_batch
+        network._start()
+        return network
+
+    def batch_plan(self, batch: int) -> BatchPlan:
+        """Return the plan for a batch size."""
+        return self._batch_plan(self.plan, self.tuning, batch)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """Compute the model's output in float32.
@@ -191,7 +215,7 @@ class SparseModule(nn.Module):
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return self._forward(given)
-        self.inputs.check(given, self._captured.reads_memory)
+        self.inputs.check(given, self.captured.reads_memory)
         if not len(given[0]):
             return self._empty_result()
         if self.chunk_size is not None and len(given[0]) > self.chunk_size:
@@ -201,16 +225,16 @@ class SparseModule(nn.Module):
         parts = [self._for_batch(*chunk)(*chunk) for chunk in chunks]
         values = parts[0] if len(parts) == 1 else map(_concatenated, *parts)
         with self._lock:
-            strides = self._captured.shapes.output_strides(*given)
+            strides = self.captured.shapes.output_strides(*given)
         found = [
             v if s is None or not isinstance(v, Tensor) else with_strides(v, s)
             for v, s in itertools.zip_longest(values, strides)
         ]
-        return tree_unflatten(found, self._captured.spec)
+        return tree_unflatten(found, self.captured.spec)
 
     def _layer_nodes(self) -> dict[Node, Layer]:
         """Return the layers that can run sparse."""
-        graph = self._captured.module.graph
+        graph = self.captured.module.graph
         given = next(n for n in graph.nodes if n.op == "placeholder").meta["val"]
         return {
             n: n.target
@@ -225,19 +249,19 @@ class SparseModule(nn.Module):
         times: dict[Any, Any] = {}
         return {
             layer.name: known.get(layer.name)
-            or tune_layer(node, layer, self._batch, self.threads, layouts.get(layer), times)
+            or tune_layer(node, layer, self.batch_size, self.threads, layouts.get(layer), times)
             for node, layer in nodes.items()
         }
 
     def _plan_all(self, layers: Sequence[Layer]) -> Plan:
-        return Plan.build(self._captured.module.graph, layers, self._values)
+        return Plan.build(self.captured.module.graph, layers, self._values)
 
     def _plan(self, layers: Sequence[Layer], tuning: Tuning) -> Plan:
         return self._plan_all([layer for layer in layers if tuning[layer.name].sparse])
 
     def _batch_plan(self, plan: Plan, tuning: Tuning, batch: int) -> BatchPlan:
         tiles: dict[str, Tile] = {name: layer.tile for name, layer in tuning.items()}
-        return BatchPlan(plan, self._constants, batch, tiles, self.threads)
+        return BatchPlan(plan, self.constants, batch, tiles, self.threads)
 
     def _fastest(self, layers: Sequence[Layer], given: Sequence[Tensor]) -> dict[str, LayerTuning]:
         """Time the whole network tuned, with all layers sparse, and with all layers dense.
@@ -251,7 +275,7 @@ class SparseModule(nn.Module):
         times = []
         for tuning in _distinct(tuned, sparse, dense):
             plan = self._plan(layers, tuning)
-            run = WorkspacePool(self._batch_plan(plan, tuning, self._batch))
+            run = WorkspacePool(self._batch_plan(plan, tuning, self.batch_size))
             times.append((milliseconds(partial(run, *given), min_total=100.0), tuning))
         return min(times, key=lambda item: item[0])[1]
 
@@ -260,13 +284,13 @@ class SparseModule(nn.Module):
         batch = len(given[0])
         with self._lock:
             if batch not in self._pools:
-                if not self._captured.accepts(*given):
+                if not self.captured.accepts(*given):
                     raise InputError(
                         "The behavior of this model depends on the batch size. It was captured for "
-                        f"a batch of {self._batch}, not of {batch}. Compile another module with "
+                        f"a batch of {self.batch_size}, not of {batch}. Compile another module with "
                         "an example of this size."
                     )
-                self._pools[batch] = WorkspacePool(self._batch_plan(self.plan, self.tuning, batch))
+                self._pools[batch] = WorkspacePool(self.batch_plan(batch))
                 while len(self._pools) > MAX_BATCH_SIZES:
                     self._pools.popitem(last=False)
             self._pools.move_to_end(batch)
@@ -343,6 +367,13 @@ class SparseModule(nn.Module):
         """Deprecated name of `save_tuning`."""
         _warn_renamed("SparseModule.save_choices", "save_tuning")
         self.save_tuning(path)
+
+
+def _fail_for_empty_batch() -> Any:
+    raise InputError(
+        "A network that was loaded from a file accepts the batch sizes for which it was saved only, "
+        "got an empty batch."
+    )
 
 
 def _distinct(tuned: Tuning, sparse: Tuning, dense: Tuning) -> list[Tuning]:

@@ -10,7 +10,16 @@ compiles it.
 """
 
 from .activations import ACTIVATIONS
-from .build import KernelLibrary, compile_object, emit_module, emit_object, library
+from .build import (
+    KernelLibrary,
+    add_objects,
+    compile_object,
+    emit_convolutions,
+    emit_module,
+    emit_object,
+    fingerprint,
+    library,
+)
 from .convolution import Variant, declare_intrinsics, emit_convolution
 from .host import Target, host, llvm, openmp
 from .plane_copy import CHANNEL_BLOCK, FunctionText
@@ -30,11 +39,14 @@ __all__ = [
     "Target",
     "Tile",
     "Variant",
+    "add_objects",
     "compile_object",
     "declare_intrinsics",
     "emit_convolution",
+    "emit_convolutions",
     "emit_module",
     "emit_object",
+    "fingerprint",
     "host",
     "library",
     "llvm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -205,6 +206,12 @@ class KernelLibrary:
                 names = [v.name for v in missing]
                 self._add(names, text=emit_convolutions(self.target, missing))
 
+    def add_object(self, names: Sequence[str], data: bytes) -> None:
+        """Add the kernels of an object file that are missing."""
+        with self._lock:
+            if any(name not in self._convolutions for name in names):
+                self._add(names, data=data)
+
     def _add(
         self, names: Sequence[str], *, text: str | None = None, data: bytes | None = None
     ) -> None:
@@ -224,12 +231,47 @@ class KernelLibrary:
             self._convolutions[name] = engine.get_function_address(name)
 
 
+_base: list[bytes] = []  # the object file of the base functions, if a file has it
+
+
 @functools.cache
 def _library() -> KernelLibrary:
-    return KernelLibrary(host())
+    return KernelLibrary(host(), [((), _base[0])] if _base else None)
 
 
 _compiling = threading.Lock()
+
+
+def fingerprint() -> str:
+    """Return a text that identifies the functions of this version, on this processor.
+
+    Object files of other functions must not be used.
+
+    Example:
+        >>> len(fingerprint())
+        64
+    """
+    some = Variant(Tile(1, host().widths[0], 1), "fma", residual=True, mask=True)
+    text = emit_module(host(), [some], team=bool(openmp()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def add_objects(base: bytes, names: Sequence[str], data: bytes) -> None:
+    """Add convolution kernels of an object file, and use its base functions if there are none yet.
+
+    Args:
+        base: object file of the base functions, see `KernelLibrary.objects`.
+        names: names of the kernels.
+        data: object file of the kernels.
+
+    Example:
+        >>> kernels = library()
+        >>> add_objects(kernels.objects[0][1], [], b"")
+    """
+    with _compiling:
+        _base[:] = [base]
+        found = _library()
+    found.add_object(names, data)
 
 
 def library() -> KernelLibrary:
