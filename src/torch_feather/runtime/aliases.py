@@ -67,9 +67,7 @@ def _reshaped(node: Node, x: Planes, batch: Any) -> Planes | None:
     one_pixel = x.height == x.width == 1
     if one_pixel and len(shape) == 4 and str(shape[0]) == str(batch):
         if shape[1:] == (x.channels, 1, 1):
-            return replace(
-                x, shape=(x.channels, 1, 1), linear=False, tokens=None, base=x, first=0
-            )
+            return replace(x, shape=(x.channels, 1, 1), linear=False, tokens=None, base=x, first=0)
         return None
     if not isinstance(shape[-1], int) or shape[-1] != x.channels:
         return None

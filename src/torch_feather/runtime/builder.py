@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,7 +120,9 @@ class Builder:
         else:
             found = self.plan.planes.get(source)
             is_image = found is not None and found.linear and found.tokens is None
-            x = self.in_planes(source, self.empty(source, layer.linear, found if is_image else None))
+            x = self.in_planes(
+                source, self.empty(source, layer.linear, found if is_image else None)
+            )
             if not x.layout.can_have(*taps.reach):
                 x = self.copied(source, self.empty(source, layer.linear), "padded")
         out = self.empty(node, layer.linear, x)

@@ -18,8 +18,8 @@ from torch.utils._pytree import TreeSpec
 
 from .errors import CaptureError
 from .fusion import fuse, graphs_of, reads_memory
-from .inputs import Example, arguments, like, tensors_of
 from .in_place import may_write_into_input, without_writes
+from .inputs import Example, arguments, like, tensors_of
 from .strides import ShapeModel
 
 aten = torch.ops.aten

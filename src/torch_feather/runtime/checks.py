@@ -154,9 +154,7 @@ def check_types(model: nn.Module, *examples: Tensor) -> None:
             )
 
 
-def result_of_empty_batch(
-    model: nn.Module, *args: Tensor, **kwargs: Tensor
-) -> Callable[[], Any]:
+def result_of_empty_batch(model: nn.Module, *args: Tensor, **kwargs: Tensor) -> Callable[[], Any]:
     """Return a function that returns the model's output for a batch of 0.
 
     The graph cannot compute it: torch.export assumes that a batch is not empty, and does not report

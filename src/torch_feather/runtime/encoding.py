@@ -76,7 +76,9 @@ class Encoder:
             return {"device": str(value)}
         if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
             return {"torch": str(value).removeprefix("torch.")}
-        raise StateError(f"Files of compiled networks cannot hold values of {type(value).__name__}.")
+        raise StateError(
+            f"Files of compiled networks cannot hold values of {type(value).__name__}."
+        )
 
     def target(self, target: Any) -> Any:
         """Return a function as JSON.

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .memory import LINE, round_up
 
-
 # A size that depends on the batch: a constant, and a number that is multiplied by the batch size.
 Size = tuple[int, int]
 
@@ -162,9 +161,7 @@ class Planes:
     def channels_from(self, first: int, count: int) -> Planes:
         """Return some of the channels, as planes in the same memory."""
         shape = (*self.shape[:-1], count) if self.linear else (count, *self.shape[1:])
-        return replace(
-            self, channels=count, shape=shape, base=self, first=first, grows=False
-        )
+        return replace(self, channels=count, shape=shape, base=self, first=first, grows=False)
 
     def size(self, batch: int) -> int:
         """Return the number of float32 values in memory, including the edges."""

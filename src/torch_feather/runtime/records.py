@@ -90,7 +90,11 @@ class Records:
         width = library().target.widths[0]
         layout, source = step.out.layout.root(), x.layout.root()
         record["x"], record["out"] = self._first_pixel(x), self._first_pixel(step.out)
-        record["images"], record["channels"], record["pixels"] = batch, x.channels, source.image_stride
+        record["images"], record["channels"], record["pixels"] = (
+            batch,
+            x.channels,
+            source.image_stride,
+        )
         record["x_plane"], record["x_image"] = source.channel_stride(batch), source.image_stride
         record["plane"], record["image"] = layout.channel_stride(batch), layout.image_stride
         record["lead_bytes"], record["eps"] = 4 * layout.lead, step.eps

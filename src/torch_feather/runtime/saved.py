@@ -163,7 +163,7 @@ def _strides(network: SparseModule, batch: int) -> list[Any]:
         torch.zeros((batch, *shape), dtype=dtype)
         for shape, dtype in zip(network.inputs.shapes, network.inputs.dtypes, strict=True)
     ]
-    if not network.captured.accepts(*examples):
+    if batch < 1 or not network.captured.accepts(*examples):
         raise InputError(
             f"The network does not accept a batch of {batch}. Compile it with an example of this "
             "size."

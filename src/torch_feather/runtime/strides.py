@@ -120,9 +120,7 @@ class ShapeModel:
             if isinstance(interpreter, _Watching):
                 interpreter.inputs = given
             remaining = iter(given)
-            return interpreter.run(
-                *(next(remaining) if w is None else w for w in self._weights)
-            )
+            return interpreter.run(*(next(remaining) if w is None else w for w in self._weights))
 
 
 @contextmanager
@@ -130,8 +128,7 @@ def _without_values(mode: FakeTensorMode, inputs: Sequence[Tensor]) -> Iterator[
     """Compute without values; the tensors are like the inputs."""
     with torch.inference_mode(False), torch.no_grad(), mode, _without_log():
         yield [
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-            for x in inputs
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in inputs
         ]
 
 

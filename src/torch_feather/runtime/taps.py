@@ -71,9 +71,7 @@ class Taps:
         return cls.from_keys(layer, values, o, (c * kernel[0] + ky) * kernel[1] + kx)
 
     @classmethod
-    def from_keys(
-        cls, layer: Layer, values: np.ndarray, out: np.ndarray, key: np.ndarray
-    ) -> Taps:
+    def from_keys(cls, layer: Layer, values: np.ndarray, out: np.ndarray, key: np.ndarray) -> Taps:
         """Return taps whose positions are known.
 
         Args:

@@ -88,9 +88,7 @@ class VectorCode:
     def fma(self, a: str, b: str, c: str) -> str:
         """Append a·b + c."""
         v = self.floats
-        return self.set(
-            f"call {v} @llvm.fmuladd.v{self.width}f32({v} {a}, {v} {b}, {v} {c})"
-        )
+        return self.set(f"call {v} @llvm.fmuladd.v{self.width}f32({v} {a}, {v} {b}, {v} {c})")
 
     def at_most(self, a: str, bound: float, test: str = "ogt") -> str:
         """Append the smaller of a vector and a bound; the larger if `test` is "olt"."""

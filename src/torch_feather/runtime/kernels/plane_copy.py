@@ -220,9 +220,7 @@ def _fill_rest_of_row(code: FunctionText) -> None:
 def _splat(code: FunctionText, name: str, kind: str, scalar: str, width: int) -> None:
     v = f"<{width} x {kind}>"
     code(f"%{name}.one = insertelement {v} poison, {kind} {scalar}, i32 0")
-    code(
-        f"%{name} = shufflevector {v} %{name}.one, {v} poison, <{width} x i32> zeroinitializer"
-    )
+    code(f"%{name} = shufflevector {v} %{name}.one, {v} poison, <{width} x i32> zeroinitializer")
 
 
 def _prepare_masks(code: FunctionText, width: int) -> None:

@@ -158,8 +158,7 @@ def _layer_norm(code: FunctionText, width: int) -> None:
     def splat(name: str, scalar: str) -> None:
         code(f"%{name}.one = insertelement {v} poison, float {scalar}, i32 0")
         code(
-            f"%{name} = shufflevector {v} %{name}.one, {v} poison, "
-            f"<{width} x i32> zeroinitializer"
+            f"%{name} = shufflevector {v} %{name}.one, {v} poison, <{width} x i32> zeroinitializer"
         )
 
     def pixels(counter: str) -> None:

@@ -26,7 +26,9 @@ def emit_transpose(width: int) -> Iterator[str]:
     code = FunctionText()
     for field, offset in fields(TRANSPOSE):
         code(f"%{field}.field = getelementptr i8, ptr %record, i64 {offset}")
-        code(f"%{field} = load {'ptr' if field in ('source', 'out') else 'i64'}, ptr %{field}.field")
+        code(
+            f"%{field} = load {'ptr' if field in ('source', 'out') else 'i64'}, ptr %{field}.field"
+        )
     code(f"%last.row = sub i64 %rows, {width}")
     code(f"%last.column = sub i64 %columns, {width}")
     code(f"%columns.up = add i64 %columns, {width - 1}")
