@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from .activations import activation_of
 from .aliases import alias_of, channels_of
 from .concatenation import Concatenation
-from .fusion import activation_of
 from .layer import Layer
 from .planes import PlaneLayout, Planes, split_size
 from .sizes import pixels_per_sample, sizes_of
-from .steps import Copy, Operation, Pointwise, Sparse, Torch
+from .steps import Copy, Operation, Pointwise, Sparse, Step, Torch
 from .taps import Taps
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Builder:
             return
         if isinstance(node.target, Layer):
             is_sparse = node.target in self.sparse and self._fits(node)
-            step = self._sparse(node, node.target) if is_sparse else Torch(node)
+            step: Step = self._sparse(node, node.target) if is_sparse else Torch(node)
         elif self._is_in_planes(node):
             return
         else:
@@ -259,8 +259,10 @@ class Builder:
         return None
 
     def _activation(self, node: Node, name: str) -> Operation | None:
-        x = self.plan.planes.get(node.args[0])  # type: ignore[call-overload]
-        return x and Operation("activate", (x,), self._like(node, x), activation=name)
+        x = self.plan.planes.get(node.args[0])  # type: ignore[arg-type]
+        if x is None:
+            return None
+        return Operation("activate", (x,), self._like(node, x), activation=name)
 
     def _layer_norm(self, node: Node) -> Operation | None:
         args: list[Any] = list(node.args) + [None] * 5

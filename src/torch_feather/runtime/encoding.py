@@ -285,7 +285,8 @@ class Decoder:
         return graph.create_node("call_function", target, args, kwargs, name=name)
 
     def _read_layer(self, data: Mapping[str, Any]) -> None:
-        kind: Any = {c.__name__: c for c in (Layer, *Layer.__subclasses__())}[data["kind"]]
+        kinds: list[Any] = [Layer, *Layer.__subclasses__()]
+        (kind,) = (c for c in kinds if c.__name__ == data["kind"])
         bias = torch.from_numpy(self._arrays[data["bias"]])
         if "weight" in data:
             weight = torch.from_numpy(self._arrays[data["weight"]])

@@ -6,7 +6,6 @@ convolution or linear layer before them. The target of the new node is a `Layer`
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import Counter
 from dataclasses import replace
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from .activations import activation_of, bounds_of
 from .errors import CaptureError
 from .layer import AvgPool, Layer, MaxPool
 
@@ -230,16 +230,17 @@ def _weighted(node: Node, constants: Constants) -> Layer | None:
 
 def _product(node: Node, constants: Constants) -> Layer | None:
     """Return the linear layer of a product with a constant matrix: x @ weight + bias."""
-    bias_node, x, matrix = node.args if len(node.args) == 3 else (None, *node.args)
-    weight, bias = constants.get(matrix), constants.get(bias_node)  # type: ignore[arg-type]
+    given: list[Any] = list(node.args)
+    bias_node, x, matrix = given if len(given) == 3 else (None, *given)
+    weight, bias = constants.get(matrix), constants.get(bias_node)
     if weight is None or node.kwargs or x in constants or (bias is None and bias_node is not None):
         return None
     weight = weight.t().contiguous()
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     if bias.shape != weight.shape[:1] or {weight.dtype, bias.dtype} != {torch.float32}:
         return None
-    name = str(matrix.target) if matrix.op == "get_attr" else matrix.name  # type: ignore[union-attr]
-    return Layer(name, weight, bias)
+    name = matrix.target if matrix.op == "get_attr" else matrix.name
+    return Layer(str(name), weight, bias)
 
 
 LAYERS: dict[Any, Any] = {
@@ -284,7 +285,7 @@ def _fuse_layer(
         elif adds and (other := _addend(user, chain[-1])) is not None:
             residual = other
         else:
-            if (bounds := _bounds(user)) is not None:
+            if (bounds := bounds_of(user)) is not None:
                 layer = replace(layer, low=bounds[0], high=bounds[1])
                 chain.append(user)
             elif activations and layer.combine == "fma" and (name := activation_of(user)):
@@ -364,41 +365,3 @@ def _is_alike(a: Node, b: Node) -> bool:
 def _shape(node: Node) -> tuple[Any, ...] | None:
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def activation_of(node: Node) -> str | None:
-    """Return the name of the activation function that a node computes, see `kernels.ACTIVATIONS`.
-
-    Example:
-        >>> graph = Graph()
-        >>> activation_of(graph.call_function(aten.silu.default, (graph.placeholder("x"),)))
-        'silu'
-    """
-    if node.target is aten.gelu.default:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(node.kwargs.get("approximate", "none"))  # type: ignore[arg-type]
-    return SMOOTH.get(node.target)
-
-
-SMOOTH: dict[Any, str] = {
-    aten.silu.default: "silu",
-    aten.hardswish.default: "hardswish",
-    aten.sigmoid.default: "sigmoid",
-    aten.hardsigmoid.default: "hardsigmoid",
-}
-
-
-def _bounds(user: Node) -> tuple[float, float] | None:
-    """Return the bounds to which `user` clamps the result."""
-    if user.target is aten.relu.default:
-        return 0.0, math.inf
-    if user.target is aten.relu6.default:
-        return 0.0, 6.0
-    if user.target in (aten.hardtanh.default, aten.clamp.default):
-        bounds = [-1.0, 1.0] if user.target is aten.hardtanh.default else [-math.inf, math.inf]
-        for i, given in enumerate(user.args[1:3]):
-            if isinstance(given, Node):
-                return None
-            if given is not None:
-                bounds[i] = float(given)  # type: ignore[arg-type]
-        return None if user.kwargs else (bounds[0], bounds[1])
-    return None

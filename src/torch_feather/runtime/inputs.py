@@ -133,7 +133,7 @@ def like(example: Example, tensors: Sequence[Any]) -> Example:
     """
     if isinstance(example, Tensor):
         (only,) = tensors
-        return only  # type: ignore[no-any-return]
+        return only
     if isinstance(example, Mapping):
         return dict(zip(example, tensors, strict=True))
     return tuple(tensors)

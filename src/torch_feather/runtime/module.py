@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,14 +34,13 @@ from .inputs import Example, Inputs, arguments, tensors_of
 from .kernels import Tile
 from .layer import Layer
 from .plan import Plan, Sparse, Torch, can_run_sparse
+from .renamed import renamed
 from .strides import with_strides
 from .timing import milliseconds
-from .tuning import LayerTuning, load_tuning, save_tuning, tune_layer
+from .tuning import LayerTuning, Tuning, distinct_ways, load_tuning, save_tuning, tune_layer
 from .workspace import WorkspacePool
 
 MAX_BATCH_SIZES = 4  # number of batch sizes for which tables and memory are kept
-
-Tuning = Mapping[str, LayerTuning]
 
 
 def compile_sparse(
@@ -101,8 +99,8 @@ def compile_sparse(
         >>> sparse(torch.zeros(3, 64)).shape
         torch.Size([3, 8])
     """
-    tuning = _renamed("choices", choices, "tuning", tuning)
-    chunk_size = _renamed("at_a_time", at_a_time, "chunk_size", chunk_size)
+    tuning = renamed("choices", choices, "tuning", tuning)
+    chunk_size = renamed("at_a_time", at_a_time, "chunk_size", chunk_size)
     threads = torch.get_num_threads() if threads is None else threads
     return SparseModule(model, example_input, threads, tuning, chunk_size)
 
@@ -162,9 +160,9 @@ class SparseModule(nn.Module):
                 self.tuning = self._fastest(list(nodes.values()), given)
             self.plan = self._plan(list(nodes.values()), self.tuning)
             for layer in nodes.values():
-                tuning = self.tuning[layer.name]
-                layer.packs = tuning.packs
-                if tuning.sparse or not tuning.packs:
+                chosen = self.tuning[layer.name]
+                layer.packs = chosen.packs
+                if chosen.sparse or not chosen.packs:
                     layer.free_packed()
         self._start()
 
@@ -273,11 +271,11 @@ class SparseModule(nn.Module):
         sparse = {n: replace(t, sparse=t.sparse_ms is not None) for n, t in tuned.items()}
         dense = {n: replace(t, sparse=False) for n, t in tuned.items()}
         times = []
-        for tuning in _distinct(tuned, sparse, dense):
+        for tuning in distinct_ways(tuned, sparse, dense):
             plan = self._plan(layers, tuning)
             run = WorkspacePool(self._batch_plan(plan, tuning, self.batch_size))
             times.append((milliseconds(partial(run, *given), min_total=100.0), tuning))
-        return min(times, key=lambda item: item[0])[1]
+        return dict(min(times, key=lambda item: item[0])[1])
 
     def _for_batch(self, *given: Tensor) -> WorkspacePool:
         """Return the function that executes the plan for the batch size of inputs."""
@@ -287,8 +285,8 @@ class SparseModule(nn.Module):
                 if not self.captured.accepts(*given):
                     raise InputError(
                         "The behavior of this model depends on the batch size. It was captured for "
-                        f"a batch of {self.batch_size}, not of {batch}. Compile another module with "
-                        "an example of this size."
+                        f"a batch of {self.batch_size}, not of {batch}. Compile another module "
+                        "with an example of this size."
                     )
                 self._pools[batch] = WorkspacePool(self.batch_plan(batch))
                 while len(self._pools) > MAX_BATCH_SIZES:
@@ -354,54 +352,26 @@ class SparseModule(nn.Module):
     @property
     def choices(self) -> dict[str, LayerTuning]:
         """Deprecated name of `tuning`."""
-        _warn_renamed("SparseModule.choices", "tuning")
+        warn_renamed("SparseModule.choices", "tuning")
         return self.tuning
 
     @property
     def at_a_time(self) -> int | None:
         """Deprecated name of `chunk_size`."""
-        _warn_renamed("SparseModule.at_a_time", "chunk_size")
+        warn_renamed("SparseModule.at_a_time", "chunk_size")
         return self.chunk_size
 
     def save_choices(self, path: str | Path) -> None:
         """Deprecated name of `save_tuning`."""
-        _warn_renamed("SparseModule.save_choices", "save_tuning")
+        warn_renamed("SparseModule.save_choices", "save_tuning")
         self.save_tuning(path)
 
 
 def _fail_for_empty_batch() -> Any:
     raise InputError(
-        "A network that was loaded from a file accepts the batch sizes for which it was saved only, "
-        "got an empty batch."
+        "A network that was loaded from a file accepts only the batch sizes for which it was saved,"
+        " got a batch of 0."
     )
-
-
-def _distinct(tuned: Tuning, sparse: Tuning, dense: Tuning) -> list[Tuning]:
-    """Return the ways to run a network that may be the fastest and are not the same.
-
-    If the layers are twice as fast in the sparse way, all of them densely is not faster.
-    """
-    ways = [tuned]
-    if any(sparse[name].sparse != layer.sparse for name, layer in tuned.items()):
-        ways.append(sparse)
-    times = [(t.dense_ms, t.sparse_ms) for t in tuned.values() if t.dense_ms and t.sparse_ms]
-    if any(t.sparse for t in tuned.values()):
-        if sum(d for d, _ in times) < 2 * sum(min(d, s) for d, s in times):
-            ways.append(dense)
-    return ways
-
-
-def _warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    message = f"{old} is deprecated and will be removed in the next release. Use {new}."
-    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
-
-
-def _renamed(old: str, old_value: Any, new: str, value: Any) -> Any:
-    """Return the value of an argument of `compile_sparse`, also if it has its old name."""
-    if old_value is None:
-        return value
-    _warn_renamed(f"compile_sparse({old}=)", f"{new}=", stacklevel=4)
-    return old_value
 
 
 def _concatenated(*values: Any) -> Any:

@@ -114,7 +114,8 @@ class Records:
             assert step.activation is not None
             record["activation"] = library().activations[step.activation, width]
         elif name == "layer_norm":
-            assert step.weight is not None and step.bias is not None
+            assert step.weight is not None
+            assert step.bias is not None
             record["weight"], record["bias"] = self._address(step.weight), self._address(step.bias)
             record["factor"], items = 1 / x.channels, layout.channel_stride(batch) // width
         operation["kernel"], operation["items"] = library().operations[name], items

@@ -115,11 +115,11 @@ class Taps:
         """
         counts = np.bincount(self.out, minlength=self.channels)
         if size == 1:  # the taps are in this order already
-            rows = np.zeros(self.channels + 1, np.int32)
-            np.cumsum(counts, out=rows[1:])
-            order = np.arange(self.channels, dtype=np.int32)
+            ends = np.zeros(self.channels + 1, np.int32)
+            np.cumsum(counts, out=ends[1:])
+            in_order = np.arange(self.channels, dtype=np.int32)
             source = self.channel, self.dy, self.dx
-            return GroupedTaps(order, rows, self.values.reshape(-1, 1), *source)
+            return GroupedTaps(in_order, ends, self.values.reshape(-1, 1), *source)
         order = np.argsort(counts, kind="stable")
         position = np.empty(self.channels, np.int64)
         position[order] = np.arange(self.channels)

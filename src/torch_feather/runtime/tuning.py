@@ -55,6 +55,9 @@ class LayerTuning:
     packs: bool = True
 
 
+Tuning = Mapping[str, LayerTuning]
+
+
 def tune_layer(
     node: Node,
     layer: Layer,
@@ -182,6 +185,32 @@ def _time_dense(layer: Layer, x: Tensor, residual: Sequence[Tensor], give_up: fl
             break
     layer.packs = min(times, key=times.__getitem__)
     return times[layer.packs]
+
+
+def distinct_ways(tuned: Tuning, sparse: Tuning, dense: Tuning) -> list[Tuning]:
+    """Return the ways to run a network that may be the fastest and are not the same.
+
+    If the layers are twice as fast in the sparse way, all of them densely is not faster.
+
+    Args:
+        tuned: each layer in its faster way.
+        sparse: all layers that can run sparse.
+        dense: no layer sparse.
+
+    Example:
+        >>> layer = LayerTuning(True, Tile(2, 8), 0.9, dense_ms=3.0, sparse_ms=1.0)
+        >>> dense = LayerTuning(False, Tile(2, 8), 0.9, dense_ms=3.0, sparse_ms=1.0)
+        >>> len(distinct_ways({"w": layer}, {"w": layer}, {"w": dense}))
+        1
+    """
+    ways = [tuned]
+    if any(sparse[name].sparse != layer.sparse for name, layer in tuned.items()):
+        ways.append(sparse)
+    times = [(t.dense_ms, t.sparse_ms) for t in tuned.values() if t.dense_ms and t.sparse_ms]
+    dense_ms, best_ms = sum(d for d, _ in times), sum(min(d, s) for d, s in times)
+    if any(t.sparse for t in tuned.values()) and dense_ms < 2 * best_ms:
+        ways.append(dense)
+    return ways
 
 
 def save_tuning(tuning: Mapping[str, LayerTuning], path: str | Path) -> None:

@@ -239,9 +239,9 @@ class Workspace:
         a token are adjacent.
         """
         for node, planes in self.plan.plan.planes.items():
-            if planes.linear and planes.shape[:-1] != () and planes.is_within(written):
-                if any(user not in self.plan.plan.planes for user in node.users):
-                    yield node, planes
+            is_result = planes.linear and planes.shape[:-1] != () and planes.is_within(written)
+            if is_result and any(user not in self.plan.plan.planes for user in node.users):
+                yield node, planes
 
     def _pointwise(self, step: Pointwise) -> Callable[[Values], None]:
         """Return a function that computes all pixels, including the padding.

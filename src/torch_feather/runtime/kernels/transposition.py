@@ -84,7 +84,7 @@ def _square(code: FunctionText, width: int) -> None:
                 )
                 new[row] = f"%square.{step}.{row}"
         rows, size = new, 2 * size
-    for k, row in enumerate(rows):
+    for k, name in enumerate(rows):
         code(f"%to.{k}.place = mul i64 %out_pitch, {k}")
         code(f"%to.{k} = getelementptr float, ptr %to, i64 %to.{k}.place")
-        code(f"store {v} {row}, ptr %to.{k}, align 4")
+        code(f"store {v} {name}, ptr %to.{k}, align 4")
