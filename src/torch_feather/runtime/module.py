@@ -34,7 +34,7 @@ from .inputs import Example, Inputs, arguments, tensors_of
 from .kernels import Tile
 from .layer import Layer
 from .plan import Plan, Sparse, Torch, can_run_sparse
-from .renamed import renamed
+from .renamed import renamed, warn_renamed
 from .strides import with_strides
 from .timing import milliseconds
 from .tuning import LayerTuning, Tuning, distinct_ways, load_tuning, save_tuning, tune_layer
