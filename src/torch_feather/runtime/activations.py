@@ -15,6 +15,7 @@ def activation_of(node: Node) -> str | None:
     """Return the name of the activation function that a node computes, see `kernels.ACTIVATIONS`.
 
     Example:
+        >>> from torch.fx import Graph
         >>> graph = Graph()
         >>> activation_of(graph.call_function(aten.silu.default, (graph.placeholder("x"),)))
         'silu'
@@ -37,6 +38,7 @@ def bounds_of(node: Node) -> tuple[float, float] | None:
     """Return the bounds to which a node clamps its argument; None if it does something else.
 
     Example:
+        >>> from torch.fx import Graph
         >>> bounds_of(Graph().call_function(aten.relu.default, ()))
         (0.0, inf)
     """

@@ -17,9 +17,9 @@ from ..prunable import unwrap
 from .errors import CaptureError, InputError
 
 NOT_SAVED = (
-    "A compiled network works on this machine and in this process only and cannot be saved, copied "
-    "or exported. Save the model (feather.save_sparse) and the tuning results (save_tuning), then "
-    "compile again. To export it, export the model."
+    "A compiled network cannot be pickled, copied or exported, and has no state dict. Save it with "
+    "feather.save_compiled, for this kind of processor, or save the model (feather.save_sparse) and "
+    "the tuning results (save_tuning), then compile again. To export it, export the model."
 )
 NOT_LOADED = (
     "A compiled network has no state to load. Load the weights into the model (load_state_dict, "

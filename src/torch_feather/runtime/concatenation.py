@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 
 from .planes import Planes
-from .steps import Copy
-
-if TYPE_CHECKING:
-    from .builder import Builder
+from .steps import Copy, Step
 
 
 class Concatenation:
@@ -22,18 +20,19 @@ class Concatenation:
     concatenation is a part of it. A value that is in another place already is copied.
 
     Args:
-        builder: the plan so far.
+        planes: planes of the values so far.
+        steps: steps so far; copies are appended.
+        empty: function that returns new planes for the value of a node.
 
     Example:
-        >>> from torch.fx import Graph
-        >>> from torch_feather.runtime.builder import Builder
-        >>> from torch_feather.runtime.plan import Plan
-        >>> Concatenation(Builder(Plan(Graph()), [])).builder.plan.steps
+        >>> Concatenation({}, [], lambda node, linear: None).steps
         []
     """
 
-    def __init__(self, builder: Builder) -> None:
-        self.builder = builder
+    def __init__(
+        self, planes: Mapping[Node, Planes], steps: list[Step], empty: Callable[..., Planes]
+    ) -> None:
+        self.planes, self.steps, self.empty = planes, steps, empty
 
     def planes_of(self, node: Node) -> Planes | None:
         """Return the planes of concatenated images.
@@ -49,7 +48,7 @@ class Concatenation:
         value = node.meta["val"]
         if value.dim() != 4 or dim not in (1, -3):
             return None
-        known = [self.builder.plan.planes.get(n) for n in nodes]
+        known = [self.planes.get(n) for n in nodes]
         images = [p for p in known if p is not None and not p.linear]
         if 2 * sum(p.channels for p in images) < int(value.shape[1]):
             return None
@@ -92,8 +91,8 @@ class Concatenation:
                 end += planes.channels
                 continue
             if planes is None or planes.linear or planes.base is not None or planes.grows:
-                out = self.builder.empty(node, linear=False)
-                self.builder.plan.steps.append(Copy(node, out, (out.height, out.width)))
+                out = self.empty(node, linear=False)
+                self.steps.append(Copy(node, out, (out.height, out.width)))
                 planes = out
             planes.base, planes.first = memory, memory.channels
             memory.layout.merge(planes.layout)

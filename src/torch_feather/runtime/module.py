@@ -108,8 +108,8 @@ def compile_sparse(
 class SparseModule(nn.Module):
     """A network that `compile_sparse` compiled.
 
-    Several threads may call it concurrently. It works on this machine and in this process only, and
-    has no parameters to train or save. Its `repr` is a table of its layers.
+    Several threads may call it concurrently. It works on this kind of processor only, and has no
+    parameters to train. `save_compiled` saves it. Its `repr` is a table of its layers.
 
     Attributes:
         tuning: how each layer runs, by the name of its weight.

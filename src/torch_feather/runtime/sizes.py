@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+from torch.fx import Node
+
+from .layer import Layer
 from .planes import Size
 
 PROBES = (1, 2, 3, 8, 61)  # batch sizes at which a size is evaluated
@@ -80,3 +84,37 @@ def pixels_per_sample(sizes: Sequence[Any], batch: Any) -> int | None:
         counts.add(total / n)
     (count, *others) = counts
     return int(count) if not others and count.is_integer() and count > 0 else None
+
+
+def can_run_sparse(node: Node, batch: Any) -> bool:
+    """Return whether a layer can run sparse.
+
+    The input and result of a convolution must have the samples of the batch as their first
+    dimension, and a known size otherwise. Those of a linear layer must have a constant number of
+    tokens per sample.
+
+    Args:
+        node: node of the layer.
+        batch: size or symbol of the first dimension of the graph's input.
+
+    Example:
+        >>> import torch
+        >>> from torch.fx import Graph
+        >>> node = Graph().placeholder("x")
+        >>> node.meta["val"] = torch.ones(3, 4)
+        >>> can_run_sparse(node, batch=3), can_run_sparse(node, batch=2)
+        (True, False)
+    """
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    is_linear = isinstance(node.target, Layer) and node.target.linear
+    for v in values:
+        if not isinstance(v, Tensor) or v.dim() < 2:
+            return False
+        if is_linear or v.dim() == 2:
+            if not isinstance(v.shape[-1], int) or pixels_per_sample(v.shape[:-1], batch) is None:
+                return False
+        elif str(v.shape[0]) != str(batch) or not all(
+            isinstance(n, int) and n > 0 for n in v.shape[1:]
+        ):
+            return False
+    return True

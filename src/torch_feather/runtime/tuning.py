@@ -102,27 +102,35 @@ def tune_layer(
     (step,) = (s for s in plan.steps if isinstance(s, Sparse))
     if layout is not None:
         step.out.layout.require(layout.height, layout.width, layout.pad_y, layout.pad_x)
-    requested = {layer.name: library().tiles[0]}
-    batch_plan = BatchPlan(plan, {}, batch, requested, threads)
     plane = step.out.layout.root().channel_stride(batch)
     key = (*_size(layer), tuple(x.shape), len(residual), plane)
     similar = (*key, round(sparsity, 2))
     tiles = [known[similar]] if similar in known else candidates(layer, sparsity, plane)
-    library().compile(batch_plan.variant(step, tile) for tile in tiles)
-    workspace = Workspace(batch_plan)
-    workspace(x, *residual)
-    times: dict[Tile, float] = {}
-    for tile in tiles:
-        requested[layer.name] = tile
-        run = partial(workspace.native([step]), workspace.values)
-        best = min(times.values(), default=math.inf)
-        times[tile] = milliseconds(run, min_total=1.0, give_up=1.5 * best)
+    times = _time_tiles(plan, step, tiles, (x, *residual), threads)
     fastest = known[similar] = min(times, key=times.__getitem__)
     sparse = times[fastest]
     if key not in known:
         known[key] = _time_dense(layer, x, residual, give_up=3 * sparse), layer.packs
     dense, layer.packs = known[key]
     return LayerTuning(sparse < dense, fastest, sparsity, dense, sparse, layer.packs)
+
+
+def _time_tiles(
+    plan: Plan, step: Sparse, tiles: Sequence[Tile], inputs: Sequence[Tensor], threads: int
+) -> dict[Tile, float]:
+    """Return the milliseconds of the only layer of a plan with each tile."""
+    requested = {step.layer.name: tiles[0]}
+    batch_plan = BatchPlan(plan, {}, len(inputs[0]), requested, threads)
+    library().compile(batch_plan.variant(step, tile) for tile in tiles)
+    workspace = Workspace(batch_plan)
+    workspace(*inputs)
+    times: dict[Tile, float] = {}
+    for tile in tiles:
+        requested[step.layer.name] = tile
+        run = partial(workspace.native([step]), workspace.values)
+        best = min(times.values(), default=math.inf)
+        times[tile] = milliseconds(run, min_total=1.0, give_up=1.5 * best)
+    return times
 
 
 def _size(layer: Layer) -> tuple[Any, ...]:
