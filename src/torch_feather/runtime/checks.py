@@ -18,8 +18,8 @@ from .errors import CaptureError, InputError
 
 NOT_SAVED = (
     "A compiled network cannot be pickled, copied or exported, and has no state dict. Save it with "
-    "feather.save_compiled, for this kind of processor, or save the model (feather.save_sparse) and "
-    "the tuning results (save_tuning), then compile again. To export it, export the model."
+    "feather.save_compiled, or save the model (feather.save_sparse) and the tuning results "
+    "(save_tuning), then compile again. To export it, export the model."
 )
 NOT_LOADED = (
     "A compiled network has no state to load. Load the weights into the model (load_state_dict, "
