@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from .activations import AVX512
 from .records import CONVOLUTION, fields
 from .tiles import Tile
 
@@ -96,6 +97,8 @@ def declare_intrinsics(width: int) -> Iterator[str]:
     yield f"declare {v} @llvm.maximum.v{width}f32({v}, {v})"
     yield f"declare {v} @llvm.fabs.v{width}f32({v})"
     yield f"declare {v} @llvm.sqrt.v{width}f32({v})"
+    if width == AVX512:
+        yield f"declare {v} @llvm.x86.avx512.rcp14.ps.512({v}, {v}, i16)"
 
 
 def emit_convolution(variant: Variant, activations: bool = False) -> Iterator[str]:
