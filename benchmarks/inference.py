@@ -8,6 +8,8 @@ a batch as a whole and image by image; the faster way counts.
     python benchmarks/inference.py --run runs/resnet50 --run runs/mobilenet \\
         --json results/inference.json
 
+`python benchmarks/inference.py --zoo` measures many networks instead, see `inference_zoo.py`.
+
 Optional packages: pip install openvino onnxruntime onnx onnxscript. Missing ones are skipped.
 """
 
@@ -17,16 +19,17 @@ import argparse
 import itertools
 import json
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import inference_zoo
 import numpy as np
 import torch
 from inference_details import breakdown, multiply_adds, peak
+from inference_systems import System, dense_systems
 from renamed_options import current_options
 from torch import Tensor, nn
 
@@ -38,7 +41,6 @@ from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.provenance import provenance
 
 Call = Callable[[], object]
-System = Callable[[Tensor], object]
 ALLOCATIONS = {"global": Global, "erk": ERK}
 BOUND = 1e-5  # relative to the largest output; rounding differs less from PyTorch
 
@@ -71,40 +73,6 @@ def prune(run: RunDirectory, classes: int, sparsity: float, allocation: str) -> 
     pruned = sparsifier.finalize()
     assert abs(feather.sparsity(pruned) - sparsity) < 1e-4
     return pruned.eval()
-
-
-def dense_systems(model: nn.Module, x: Tensor, threads: int) -> dict[str, System]:
-    """Return the dense systems that are installed, for inputs of the size of `x`."""
-    torch._inductor.config.freezing = True  # treat weights as constants, like the others
-    systems: dict[str, System] = {"PyTorch": model}
-    systems["torch.compile"] = torch.compile(model, dynamic=False)
-    try:
-        import onnxruntime
-
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            session = onnxruntime.InferenceSession(path, options)
-        name = session.get_inputs()[0].name
-        systems["onnxruntime"] = lambda x: session.run(None, {name: x.numpy()})
-    except ImportError:
-        pass
-    try:
-        import openvino
-    except ImportError:
-        return systems
-    graph = openvino.convert_model(model, example_input=x, input=list(x.shape))
-    core = openvino.Core()
-    for label, precision in (("OpenVINO f32", "f32"), ("OpenVINO default", None)):
-        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        settings["ENABLE_CPU_PINNING"] = False  # other systems use the threads too
-        if precision:
-            settings["INFERENCE_PRECISION_HINT"] = precision
-        request = core.compile_model(graph, "CPU", settings).create_infer_request()
-        systems[label] = lambda x, request=request: request.infer([x.numpy()], share_inputs=True)
-    return systems
 
 
 def dense_calls(model: nn.Module, x: Tensor, threads: int) -> dict[str, dict[str, Call]]:
@@ -277,6 +245,9 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    if "--zoo" in sys.argv:
+        inference_zoo.main()
+        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

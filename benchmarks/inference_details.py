@@ -16,8 +16,7 @@ from torch import Tensor
 
 import torch_feather as feather
 from torch_feather.runtime.kernels import host, llvm
-from torch_feather.runtime.layer import MaxPool
-from torch_feather.runtime.plan import Copy, Sparse
+from torch_feather.runtime.plan import Copy, Operation, Sparse
 from torch_feather.runtime.workspace import Workspace
 
 
@@ -93,11 +92,13 @@ def breakdown(module: feather.runtime.SparseModule, x: Tensor) -> dict[str, floa
     return {name: float(np.median(times)) for name, times in repetitions.items()}
 
 
-def kind(step: Sparse | Copy) -> str:
+def kind(step: Sparse | Copy | Operation) -> str:
     """Return the kind of a step, such as `1x1` or `copies`."""
     if isinstance(step, Copy):
         return "copies"
-    if isinstance(step.layer, MaxPool):
+    if isinstance(step, Operation):
+        return step.name
+    if step.layer.pools:
         return "pooling"
     if step.layer.linear:
         return "linear"
@@ -110,5 +111,5 @@ def multiply_adds(module: feather.runtime.SparseModule) -> int:
     return sum(
         len(step.taps.values) * step.out.height * step.out.width
         for step in module.plan.steps
-        if isinstance(step, Sparse) and not isinstance(step.layer, MaxPool)
+        if isinstance(step, Sparse) and not step.layer.pools
     )

@@ -334,3 +334,34 @@ def test_the_table_of_optimizers_tells_working_ones_from_others(monkeypatch, tmp
     capsys.readouterr()
     table.main(["--out", str(tmp_path)])
     assert "SGD " not in capsys.readouterr().out  # completed ones are not repeated
+
+
+def test_the_zoo_compares_pruned_networks_with_dense_systems(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    zoo = importlib.import_module("inference_zoo")
+
+    def create(name):
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d
+        return torch.nn.Sequential(conv(3, 8, 3), torch.nn.SiLU(), conv(8, 8, 3)).eval(), (
+            torch.randn(1, 3, 12, 12)
+        )
+
+    monkeypatch.setattr(zoo, "create", create)
+    monkeypatch.setattr(
+        zoo, "dense_systems", lambda model, x, **_: {"PyTorch": model, "onnxruntime": model}
+    )
+    row = zoo.measure("small", "mobile", [0.5, 0.95])
+    assert set(row["dense_ms"]) == {"PyTorch", "onnxruntime"}
+    for found in row["sparse"].values():
+        assert found["error"] < 1e-5
+        assert found["ms"] > 0
+        assert found["layers"] == 2
+        assert not found["empty"]
+    row["dense_ms"] = {"PyTorch": 9.0, "onnxruntime": 3.0, "OpenVINO f32": 4.0}
+    row["sparse"]["0.95"] |= {"ms": 2.5, "in_pytorch": "sort"}
+    assert zoo.best_dense(row) == 3.0
+    (line,) = zoo.below_goal(row, 3.0)
+    assert line.startswith("below 1.5x at 95%")
+    assert line.endswith("sort")
+    assert "95%: 2.50 (1.20x)" in zoo.table([row])

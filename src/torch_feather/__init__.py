@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .methods import available_methods, register_method
     from .native import export_c, export_native
     from .operators import power_threshold
-    from .runtime import compile_sparse
+    from .runtime import compile_sparse, load_compiled, save_compiled
     from .sparsifier import Sparsifier
 
 # Imported when first used: the command line answers without PyTorch, and what is above the core is
@@ -52,12 +52,14 @@ _LAZY = {
     "export_c": ".native",
     "export_native": ".native",
     "keep_zeros": ".finetune",
+    "load_compiled": ".runtime",
     "load_sparse": ".export",
     "models": ".models",
     "power_threshold": ".operators",
     "recalibrate_batchnorm": ".measure",
     "register_method": ".methods",
     "report": ".measure",
+    "save_compiled": ".runtime",
     "save_sparse": ".export",
     "sparsify": ".attach",
     "sparsity": ".measure",
@@ -82,12 +84,14 @@ __all__ = [
     "export_c",
     "export_native",
     "keep_zeros",
+    "load_compiled",
     "load_sparse",
     "models",
     "power_threshold",
     "recalibrate_batchnorm",
     "register_method",
     "report",
+    "save_compiled",
     "save_sparse",
     "sparsify",
     "sparsity",

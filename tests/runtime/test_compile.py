@@ -234,7 +234,7 @@ EXAMPLES = {
     "no samples": lambda: torch.zeros(0, *SHAPE),
     "number": lambda: torch.tensor(1.0),
     "float64": lambda: torch.zeros(2, *SHAPE).double(),
-    "tokens": lambda: torch.zeros(2, 5, dtype=torch.long),
+    "complex": lambda: torch.zeros(2, 5, dtype=torch.complex64),
     "no tensor": lambda: [1.0],
 }
 
@@ -487,7 +487,7 @@ def test_pytorch_cannot_trace_or_compile_it(name, wrap, network, model):
     if wrap and name == "compile of forward":
         pytest.skip("the same")
     x = torch.randn(2, *SHAPE)
-    message = "cannot be saved, copied or exported" if name == "old onnx" else "cannot be traced"
+    message = "cannot be pickled, copied or exported" if name == "old onnx" else "cannot be traced"
     with pytest.raises(StateError, match=message):
         TRACES[name](nn.Sequential(nn.Identity(), network) if wrap else network, x)
     assert error(network(x), model(x)) < TOLERANCE  # it still computes
@@ -514,7 +514,7 @@ def test_function_transforms_are_refused(transform, network):
 
 
 def test_a_compiled_network_cannot_be_compiled_again(network):
-    with pytest.raises(StateError, match="cannot be saved, copied or exported"):
+    with pytest.raises(StateError, match="cannot be pickled, copied or exported"):
         compiled(nn.Sequential(network), torch.randn(2, *SHAPE))
 
 

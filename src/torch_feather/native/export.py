@@ -204,7 +204,7 @@ def prepare(model: nn.Module, example_input: Tensor) -> tuple[Program, Tensor, l
             )
     example = torch.randn(example_input.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        program = lower(capture(model, example, any_batch=False).module, SUPPORTED)
+        program = lower(capture(model, example, any_batch=False, decompose=True).module, SUPPORTED)
         found = model(example)
     flat = [v for v in torch.utils._pytree.tree_leaves(found) if isinstance(v, Tensor)]
     return program, example, flat

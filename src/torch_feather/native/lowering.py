@@ -172,7 +172,7 @@ class _Lowering:
                 self._copy(step)
             elif isinstance(step, Sparse):
                 self._sparse(step)
-            else:
+            elif isinstance(step, Pointwise):
                 self._pointwise(step)
         self._outputs(next(n for n in graph.nodes if n.op == "output").args[0])
 

@@ -6,6 +6,7 @@ from typing import Any
 from .costs import layer_milliseconds
 from .errors import CaptureError, InputError, RuntimeMissingError
 from .module import SparseModule, compile_sparse
+from .saved import load_compiled, save_compiled
 from .tuning import LayerTuning
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "SparseModule",
     "compile_sparse",
     "layer_milliseconds",
+    "load_compiled",
+    "save_compiled",
 ]
 
 

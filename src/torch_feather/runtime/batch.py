@@ -10,8 +10,9 @@ import numpy as np
 from .errors import InputError
 from .kernels import Tile, Variant, library
 from .memory import round_up
-from .plan import Plan, Sparse, Torch
+from .plan import Plan
 from .planes import Planes
+from .steps import Sparse, Torch
 
 
 class BatchPlan:
@@ -23,7 +24,7 @@ class BatchPlan:
         batch: number of samples.
         tiles: requested tile of each layer, by the name of its weight.
         threads: number of threads of sparse layers.
-        offsets: first float32 value of each activation in a workspace.
+        offsets: first float32 value in a workspace of planes that have memory of their own.
         size: number of float32 values in a workspace.
 
     Example:
@@ -89,11 +90,15 @@ class BatchPlan:
         smaller = [t for t in fitting if t.vectors <= requested.vectors]
         return max(smaller) if smaller else min(fitting)
 
+    def variant(self, step: Sparse, tile: Tile) -> Variant:
+        """Return the kernel of a layer for a tile."""
+        masks = "mask" in self.tables(step)
+        return Variant(tile, step.layer.combine, step.residual is not None, masks)
+
     def kernel(self, step: Sparse) -> tuple[Tile, int]:
         """Return the tile of a layer and the address of its kernel."""
-        tile, masks = self.tile(step), "mask" in self.tables(step)
-        variant = Variant(tile, step.layer.combine, step.residual is not None, masks)
-        return tile, library().convolutions[variant]
+        tile = self.tile(step)
+        return tile, library().convolution(self.variant(step, tile))
 
     def _allocate(self) -> tuple[dict[Planes, int], int]:
         """Assign memory to activations, so that those in use at the same time do not overlap."""
@@ -102,14 +107,15 @@ class BatchPlan:
         total = 0
         for i, step in enumerate(self.plan.steps):
             live = [planes for planes in live if self.plan.last_use[planes] >= i]
-            if isinstance(step, Torch):
+            if isinstance(step, Torch) or step.out.root in offsets:
                 continue
-            size, start = round_up(step.out.size(self.batch)), 0
+            out = step.out.root
+            size, start = round_up(out.size(self.batch)), 0
             for taken in sorted(live, key=offsets.__getitem__):
                 if offsets[taken] - start >= size:
                     break
                 start = max(start, offsets[taken] + round_up(taken.size(self.batch)))
-            offsets[step.out] = start
-            live.append(step.out)
+            offsets[out] = start
+            live.append(out)
             total = max(total, start + size)
         return offsets, total

@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental import _config as config
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import TreeSpec
 
 from .errors import CaptureError
 from .fusion import fuse, graphs_of, reads_memory
+from .in_place import may_write_into_input, without_writes
+from .inputs import Example, arguments, like, tensors_of
 from .strides import ShapeModel
 
 aten = torch.ops.aten
@@ -34,7 +37,7 @@ class Captured(NamedTuple):
         module: the graph; its layers are fused, see `fusion`.
         accepts: whether the graph is valid for this batch of at least one sample. A model may
             behave differently for other batch sizes.
-        unflatten: converts the list of tensors that the graph returns to the model's output.
+        spec: structure of the model's output, whose leaves are what the graph returns.
         shapes: the strides of these tensors.
         reads_memory: whether the input must be contiguous and no part of another tensor.
 
@@ -45,20 +48,23 @@ class Captured(NamedTuple):
     """
 
     module: GraphModule
-    accepts: Callable[[Tensor], bool]
-    unflatten: Callable[[Any], Any]
+    accepts: Callable[..., bool]
+    spec: TreeSpec
     shapes: ShapeModel
     reads_memory: bool
 
 
-def capture(model: nn.Module, example: Tensor, *, any_batch: bool = True) -> Captured:
+def capture(
+    model: nn.Module, example: Example, *, any_batch: bool = True, decompose: bool = False
+) -> Captured:
     """Capture a model in eval mode as a graph in which layers and batch norms are fused.
 
     Args:
-        model: takes one tensor.
-        example: an input.
+        model: the model.
+        example: its inputs.
         any_batch: whether to try a graph for all batch sizes first; otherwise, all sizes of the
             graph are those of the example.
+        decompose: whether to split composite functions into those of PyTorch's smaller sets.
 
     Raises:
         CaptureError: torch.export cannot capture the model, or the model writes into its input.
@@ -70,13 +76,14 @@ def capture(model: nn.Module, example: Tensor, *, any_batch: bool = True) -> Cap
     """
     # torch.export specializes the graph for a batch of one.
     if any_batch:
-        several = example if len(example) > 1 else torch.cat([example, example])
+        given = tensors_of(example)
+        several = [x if len(x) > 1 else torch.cat([x, x]) for x in given]
         with suppress(Exception), _guard_batch_of_one():  # of many types, none documented
-            found = _export(model, several, {0: torch.export.Dim.AUTO})
-            if found.accepts(example):
+            found = _export(model, like(example, several), {0: torch.export.Dim.AUTO}, decompose)
+            if found.accepts(*given):
                 return found
     try:
-        return _export(model, example, None)
+        return _export(model, example, None, decompose)
     except CaptureError:
         raise
     except Exception as error:
@@ -115,34 +122,34 @@ class _CircularPadding(TorchFunctionMode):
         return x
 
 
-def _export(model: nn.Module, example: Tensor, sizes: dict[int, Any] | None) -> Captured:
+def _export(
+    model: nn.Module, example: Example, sizes: dict[int, Any] | None, decompose: bool
+) -> Captured:
     with _CircularPadding(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", RECURRENT)
-        program = torch.export.export(model, (example,), dynamic_shapes=sizes and (sizes,))
-    shapes = ShapeModel(model, program)
-    if writer := shapes.write_into_input(example):
+        args, kwargs = arguments(example)
+        dynamic = (tuple(sizes for _ in args), dict.fromkeys(kwargs, sizes))
+        program = torch.export.export(
+            model, args, kwargs, dynamic_shapes=sizes and (dynamic[1] if kwargs else dynamic[0])
+        )
+    tensors = tensors_of(example)
+    shapes = ShapeModel(model, program, tuple(kwargs))
+    if may_write_into_input(program.graph) and (writer := shapes.write_into_input(*tensors)):
         raise CaptureError(
             f"{type(model).__name__} writes into its input in-place ({writer}). A compiled network "
             "does not change its input. Construct this layer with inplace=False, or copy the input "
             "first (x = x.clone())."
         )
-    program = program.run_decompositions({})
-    if changed := program.graph_signature.buffers_to_mutate:
-        raise CaptureError(
-            f"{type(model).__name__} changes its buffers in eval mode "
-            f"({', '.join(changed.values())}). A compiled network has no state: remove these "
-            "changes."
-        )
-    module = program.module()
-    assert isinstance(module, GraphModule)
+    module = _functional(model, program, decompose)
     batch = next(n for n in module.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
     guards: Any = getattr(module, "_guards_fn", None)
     squeezed = [size for part in graphs_of(module) for size in _squeezed_sizes(part.graph)]
 
-    def accepts(x: Tensor) -> bool:
+    def accepts(*given: Tensor) -> bool:
+        x = given[0]
         try:
             if guards is not None:
-                guards(x)
+                guards(*given)
         except AssertionError:
             return False
         if isinstance(batch, int):
@@ -152,18 +159,32 @@ def _export(model: nn.Module, example: Tensor, sizes: dict[int, Any] | None) -> 
         return len(x) > 1 or hasattr(config, SIZE_OBLIVIOUS)
 
     spec = program.call_spec.out_spec
-
     in_order = reads_memory(module)
-    if in_order and not example.is_contiguous():
+    if in_order and not all(x.is_contiguous() for x in tensors):
         raise CaptureError(
             f"{type(model).__name__} calls as_strided, so the example must be contiguous, got "
-            f"strides {example.stride()}. Pass example.contiguous()."
+            f"strides {', '.join(str(x.stride()) for x in tensors)}. Pass example.contiguous()."
         )
+    fused = fuse(module, activations=not decompose)
+    return Captured(fused, accepts, spec, shapes, in_order)
 
-    def unflatten(flat: Any) -> Any:
-        return tree_unflatten(list(flat), spec)
 
-    return Captured(fuse(module), accepts, unflatten, shapes, in_order)
+def _functional(model: nn.Module, program: ExportedProgram, decompose: bool) -> GraphModule:
+    """Return the graph of an exported model without writes into tensors."""
+    module = program.module()
+    assert isinstance(module, GraphModule)
+    if not decompose and without_writes(module.graph):
+        return module
+    program = program.run_decompositions({})
+    if changed := program.graph_signature.buffers_to_mutate:
+        raise CaptureError(
+            f"{type(model).__name__} changes its buffers in eval mode "
+            f"({', '.join(changed.values())}). A compiled network has no state: remove these "
+            "changes."
+        )
+    module = program.module()
+    assert isinstance(module, GraphModule)
+    return module
 
 
 def _squeezed_sizes(graph: Graph) -> Iterator[torch.SymInt]:

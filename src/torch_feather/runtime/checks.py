@@ -17,9 +17,9 @@ from ..prunable import unwrap
 from .errors import CaptureError, InputError
 
 NOT_SAVED = (
-    "A compiled network works on this machine and in this process only and cannot be saved, copied "
-    "or exported. Save the model (feather.save_sparse) and the tuning results (save_tuning), then "
-    "compile again. To export it, export the model."
+    "A compiled network cannot be pickled, copied or exported, and has no state dict. Save it with "
+    "feather.save_compiled, or save the model (feather.save_sparse) and the tuning results "
+    "(save_tuning), then compile again. To export it, export the model."
 )
 NOT_LOADED = (
     "A compiled network has no state to load. Load the weights into the model (load_state_dict, "
@@ -63,23 +63,26 @@ def _raise_not_traced() -> None:
     raise StateError(NOT_TRACED)
 
 
-def check_input(x: Any, shape: tuple[int, ...], contiguous: bool = False) -> None:
+def check_memory(
+    x: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, contiguous: bool = False
+) -> None:
     """Check an input of a compiled network.
 
     Args:
         x: the input.
         shape: expected shape of one sample.
+        dtype: expected type.
         contiguous: whether it must be contiguous, and no part of another tensor.
 
     Raises:
-        InputError: it is no dense float32 tensor of this shape on the CPU, or has no memory that
+        InputError: it is no dense tensor of this shape and type on the CPU, or has no memory that
             machine code can read.
 
     Example:
-        >>> check_input(torch.ones(2, 3), shape=(3,))
+        >>> check_memory(torch.ones(2, 3), shape=(3,))
     """
     if not isinstance(x, Tensor) or (
-        (tuple(x.shape[1:]), x.dtype, x.layout) != (shape, torch.float32, torch.strided)
+        (tuple(x.shape[1:]), x.dtype, x.layout) != (shape, dtype, torch.strided)
         or x.device.type != "cpu"
         or x.dim() == 0
     ):
@@ -87,8 +90,9 @@ def check_input(x: Any, shape: tuple[int, ...], contiguous: bool = False) -> Non
         given = type(x).__name__
         if isinstance(x, Tensor):
             given = f"{x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
+        kind = str(dtype).removeprefix("torch.")
         raise InputError(
-            f"The network was compiled for float32 inputs ({expected}) on the CPU, got {given}."
+            f"The network was compiled for {kind} inputs ({expected}) on the CPU, got {given}."
         )
     if contiguous and (x.storage_offset() or not x.is_contiguous()):
         raise InputError(
@@ -127,8 +131,8 @@ def copy_in_eval_mode(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def check_types(model: nn.Module, example: Tensor) -> None:
-    """Check that a model is float32, and on the CPU as well as the example.
+def check_types(model: nn.Module, *examples: Tensor) -> None:
+    """Check that a model is float32, and on the CPU as well as the examples.
 
     Raises:
         InputError: it is not.
@@ -136,7 +140,7 @@ def check_types(model: nn.Module, example: Tensor) -> None:
     Example:
         >>> check_types(nn.Linear(4, 2), torch.ones(1, 4))
     """
-    for tensor in (*model.parameters(), *model.buffers(), example):
+    for tensor in (*model.parameters(), *model.buffers(), *examples):
         if tensor.device.type != "cpu":
             raise InputError(
                 f"compile_sparse requires the model and the example on the CPU, got a tensor on "
@@ -150,7 +154,7 @@ def check_types(model: nn.Module, example: Tensor) -> None:
             )
 
 
-def result_of_empty_batch(model: nn.Module, example: Tensor) -> Callable[[], Any]:
+def result_of_empty_batch(model: nn.Module, *args: Tensor, **kwargs: Tensor) -> Callable[[], Any]:
     """Return a function that returns the model's output for a batch of 0.
 
     The graph cannot compute it: torch.export assumes that a batch is not empty, and does not report
@@ -158,7 +162,8 @@ def result_of_empty_batch(model: nn.Module, example: Tensor) -> Callable[[], Any
 
     Args:
         model: the model.
-        example: an input.
+        args: its inputs.
+        kwargs: its inputs by name.
 
     Returns:
         A function that raises InputError if the model fails on a batch of 0.
@@ -169,7 +174,8 @@ def result_of_empty_batch(model: nn.Module, example: Tensor) -> Callable[[], Any
     """
     try:
         with torch.compiler.set_stance("force_eager"):  # compiling for one call would be slow
-            found = model(example[:0])
+            named = {name: x[:0] for name, x in kwargs.items()}
+            found = model(*(x[:0] for x in args), **named)
     except Exception as error:  # any error of the model
         message = (
             f"{type(model).__name__} fails on a batch of 0 ({error}), and so does the compiled "

@@ -13,7 +13,7 @@ from ..errors import ConfigurationError
 from ..prunable import unwrap
 from .capture import capture
 from .kernels import llvm
-from .layer import Layer, MaxPool
+from .layer import Layer
 from .plan import can_run_sparse
 from .tuning import tune_layer
 
@@ -62,7 +62,7 @@ def layer_milliseconds(
         batch = next(n for n in graph.nodes if n.op == "placeholder").meta["val"].shape[0]
         for node in graph.nodes:
             layer = node.target
-            if not isinstance(layer, Layer) or isinstance(layer, MaxPool):
+            if not isinstance(layer, Layer) or layer.pools:
                 continue
             if not can_run_sparse(node, batch):
                 continue

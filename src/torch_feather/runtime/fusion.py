@@ -6,7 +6,6 @@ convolution or linear layer before them. The target of the new node is a `Layer`
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import Counter
 from dataclasses import replace
@@ -16,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from .activations import activation_of, bounds_of
 from .errors import CaptureError
-from .layer import Layer, MaxPool
+from .layer import AvgPool, Layer, MaxPool
 
 aten = torch.ops.aten
-BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+BATCH_NORM = aten._native_batch_norm_legit_no_training.default  # returns statistics, too
+BATCH_NORMS = (BATCH_NORM, aten.batch_norm.default)
 # Functions that read memory in its order, which differs in planes.
 READS_MEMORY = (
     aten.as_strided.default,
@@ -33,11 +34,13 @@ NEEDS_CONTIGUOUS = (*READS_MEMORY, aten.view_as_complex.default, aten.view.dtype
 Constants = dict[Node, Tensor]
 
 
-def fuse(module: GraphModule) -> GraphModule:
+def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
     """Replace layers with constant weights, and the operations after them, by `Layer` nodes.
 
     Args:
         module: an exported model, which is modified.
+        activations: whether to fuse smooth activation functions into the layers before them, and to
+            replace average pooling by layers.
 
     Returns:
         The module.
@@ -57,11 +60,11 @@ def fuse(module: GraphModule) -> GraphModule:
     graph, constants = module.graph, _constants(module)
     alive, uses = set(graph.nodes), Counter[str]()
     for node in list(graph.nodes):
-        if node in alive and (layer := _layer(node, constants)):
+        if node in alive and (layer := _layer(node, constants, activations)):
             uses[layer.name] += 1
             if uses[layer.name] > 1:  # shared weights, maybe at another input size
                 layer = replace(layer, name=f"{layer.name}@{uses[layer.name]}")
-            _fuse_layer(graph, node, layer, constants)
+            _fuse_layer(graph, node, layer, constants, activations)
             alive = set(graph.nodes)
     graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
@@ -137,7 +140,7 @@ def _make_contiguous(graph: Graph, node: Node) -> None:
         clone = graph.call_function(
             aten.clone.default, (x,), {"memory_format": torch.contiguous_format}
         )
-    clone.meta["val"] = x.meta["val"]
+    clone.meta.update(val=x.meta["val"], is_needed=True)
     node.replace_input_with(x, clone)
 
 
@@ -160,16 +163,17 @@ def _constants(module: GraphModule) -> Constants:
 # Layers
 
 
-def _layer(node: Node, constants: Constants) -> Layer | None:
+def _layer(node: Node, constants: Constants, activations: bool) -> Layer | None:
     """Return the layer that a node computes; None if it is no layer with constant weights."""
     if node.op != "call_function":
         return None
     read = LAYERS.get(node.target)
-    if read is None:
+    if read is None or (read in (_avg_pool, _product) and not activations):
         return None
-    x = node.args[0].meta["val"]  # type: ignore[union-attr]
+    x = node.args[1 if node.target is aten.addmm.default else 0].meta["val"]  # type: ignore[union-attr]
     images = x.dim() == 4
-    if x.dtype != torch.float32 or not (images or node.target is aten.linear.default):
+    is_linear = node.target is aten.linear.default or read is _product
+    if x.dtype != torch.float32 or not (images or is_linear):
         return None
     return read(node, constants)
 
@@ -182,6 +186,15 @@ def _max_pool(node: Node, constants: Constants) -> Layer | None:
         return None
     channels = args[0].meta["val"].shape[1]
     return MaxPool.create(node.name, channels, kernel, stride, padding, dilation)
+
+
+def _avg_pool(node: Node, constants: Constants) -> Layer | None:
+    args: list[Any] = list(node.args) + [None] * 7
+    kernel, stride = _pair(args[1], 1), _pair(args[2] or args[1], 1)
+    padding, counts_padding = _pair(args[3], 0), args[5] is None or args[5]
+    if args[4] or args[6] or node.kwargs or (padding != (0, 0) and not counts_padding):
+        return None
+    return AvgPool.create(node.name, args[0].meta["val"].shape[1], kernel, stride, padding)
 
 
 def _batch_norm(node: Node, constants: Constants) -> Layer | None:
@@ -215,12 +228,31 @@ def _weighted(node: Node, constants: Constants) -> Layer | None:
     return Layer(name, weight, bias, stride, padding, dilation, args[6] or 1)
 
 
+def _product(node: Node, constants: Constants) -> Layer | None:
+    """Return the linear layer of a product with a constant matrix: x @ weight + bias."""
+    given: list[Any] = list(node.args)
+    bias_node, x, matrix = given if len(given) == 3 else (None, *given)
+    weight, bias = constants.get(matrix), constants.get(bias_node)
+    if weight is None or node.kwargs or x in constants or (bias is None and bias_node is not None):
+        return None
+    weight = weight.t().contiguous()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    if bias.shape != weight.shape[:1] or {weight.dtype, bias.dtype} != {torch.float32}:
+        return None
+    name = matrix.target if matrix.op == "get_attr" else matrix.name
+    return Layer(str(name), weight, bias)
+
+
 LAYERS: dict[Any, Any] = {
     aten.max_pool2d.default: _max_pool,
+    aten.avg_pool2d.default: _avg_pool,
     BATCH_NORM: _batch_norm,
+    aten.batch_norm.default: _batch_norm,
     aten.conv2d.default: _weighted,
     aten.conv2d.padding: _weighted,
     aten.linear.default: _weighted,
+    aten.addmm.default: _product,
+    aten.mm.default: _product,
 }
 
 
@@ -234,28 +266,36 @@ def _pair(value: Any, default: int) -> tuple[int, int]:
 # Operations after a layer
 
 
-def _fuse_layer(graph: Graph, node: Node, layer: Layer, constants: Constants) -> None:
+def _fuse_layer(
+    graph: Graph, node: Node, layer: Layer, constants: Constants, activations: bool
+) -> None:
     """Replace a node, and the operations after it that can be fused, by `layer`."""
     residual: Node | None = None
     chain = [node, *node.users] if node.target is BATCH_NORM else [node]
     while (user := _only_user(chain[-1])) is not None:
-        linear_so_far = layer.combine == "fma" and residual is None
+        adds = layer.combine == "fma" and residual is None
+        linear_so_far = adds and not layer.pools
         if linear_so_far and (factor := _factor(user, chain[-1], layer, constants)) is not None:
             layer = layer.scaled(factor)
         elif linear_so_far and (folded := _folded(user, layer, constants)) is not None:
             layer = folded
-            chain.append(user)
-            (user,) = user.users
-        elif linear_so_far and (other := _addend(user, chain[-1])) is not None:
+            if user.target is BATCH_NORM:
+                chain.append(user)
+                (user,) = user.users
+        elif adds and (other := _addend(user, chain[-1])) is not None:
             residual = other
         else:
-            if (bounds := _bounds(user)) is not None:
+            if (bounds := bounds_of(user)) is not None:
                 layer = replace(layer, low=bounds[0], high=bounds[1])
+                chain.append(user)
+            elif activations and layer.combine == "fma" and (name := activation_of(user)):
+                layer = replace(layer, activation=name)
                 chain.append(user)
             break
         chain.append(user)
     with graph.inserting_before(chain[-1]):
-        inputs = (node.args[0],) if residual is None else (node.args[0], residual)
+        x = node.args[1 if node.target is aten.addmm.default else 0]
+        inputs = (x,) if residual is None else (x, residual)
         fused = graph.call_function(layer, inputs)
     fused.meta["val"] = chain[-1].meta["val"]
     chain[-1].replace_all_uses_with(fused)
@@ -270,14 +310,22 @@ def _only_user(node: Node) -> Node | None:
 
 def _folded(user: Node, layer: Layer, constants: Constants) -> Layer | None:
     """Return the layer with a batch norm folded in; None if `user` is none that can be folded."""
-    if user.target is not BATCH_NORM or layer.linear:
+    if user.target not in BATCH_NORMS or layer.linear:
         return None
-    if any(u.target is not operator.getitem or u.args[1] != 0 for u in user.users):
-        return None  # the model uses the statistics
+    if user.target is BATCH_NORM:
+        if any(u.target is not operator.getitem or u.args[1] != 0 for u in user.users):
+            return None  # the model uses the statistics
+        if len(user.users) != 1:
+            return None
+        eps = user.args[6]
+    else:
+        eps = user.args[7]
+        if user.args[5]:  # the statistics of the batch
+            return None
     weight, bias, mean, var = (constants.get(a) for a in user.args[1:5])  # type: ignore[arg-type]
-    if mean is None or var is None or len(user.users) != 1:
+    if mean is None or var is None:
         return None
-    factor = (var.double() + user.args[6]).rsqrt()  # type: ignore[operator]
+    factor = (var.double() + eps).rsqrt()  # type: ignore[operator]
     if weight is not None:
         factor = factor * weight.double()
     shift = -mean.double() * factor
@@ -317,18 +365,3 @@ def _is_alike(a: Node, b: Node) -> bool:
 def _shape(node: Node) -> tuple[Any, ...] | None:
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def _bounds(user: Node) -> tuple[float, float] | None:
-    """Return the bounds to which `user` clamps the result."""
-    if user.target is aten.relu.default:
-        return 0.0, math.inf
-    if user.target in (aten.hardtanh.default, aten.clamp.default):
-        bounds = [-1.0, 1.0] if user.target is aten.hardtanh.default else [-math.inf, math.inf]
-        for i, given in enumerate(user.args[1:3]):
-            if isinstance(given, Node):
-                return None
-            if given is not None:
-                bounds[i] = float(given)  # type: ignore[arg-type]
-        return None if user.kwargs else (bounds[0], bounds[1])
-    return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,9 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Layer:
-    """A convolution or linear layer: y = clamp(conv(x) + bias + residual, low, high).
+    """A layer: y = activation(clamp(conv(x) + bias + residual, low, high)).
+
+    It is a convolution or a linear layer.
 
     Calling it computes y densely, with PyTorch.
 
@@ -27,6 +31,9 @@ class Layer:
         groups: groups of channels, as in `torch.nn.Conv2d`.
         low: lower bound of the result; 0 for ReLU.
         high: upper bound of the result.
+        activation: one of `kernels.ACTIVATIONS`; None for none.
+        packs: whether a dense convolution uses weights in oneDNN's own order if it can. For some
+            sizes this is slower, since its result is in channels-last order.
 
     Example:
         >>> relu = Layer("weight", torch.tensor([[1.0], [-1.0]]), torch.zeros(2), low=0.0)
@@ -43,9 +50,13 @@ class Layer:
     groups: int = 1
     low: float = -math.inf
     high: float = math.inf
+    activation: str | None = None
+    packs: bool = True
     _packed: Tensor | bool | None = field(default=None, init=False, repr=False)
+    taps: Any = field(default=None, init=False, repr=False)  # `Taps.from_layer` keeps them
     combine: ClassVar[str] = "fma"  # see kernels.Variant
     padding_value: ClassVar[float] = 0.0
+    pools: ClassVar[bool] = False  # whether it is pooling, which has no weights to prune
     __name__: ClassVar[str] = "layer"  # torch.fx names functions by it
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -59,10 +70,10 @@ class Layer:
         if residual is not None:
             y += residual
         if self.low == 0.0 and self.high == math.inf:
-            return y.relu_()
-        if self.low > -math.inf or self.high < math.inf:
-            return y.clamp_(self.low, self.high)
-        return y
+            y = y.relu_()
+        elif self.low > -math.inf or self.high < math.inf:
+            y = y.clamp_(self.low, self.high)
+        return y if self.activation is None else IN_PLACE[self.activation](y)
 
     def free_packed(self) -> None:
         """Free the packed copy of the weights. The next dense call creates it again."""
@@ -71,9 +82,9 @@ class Layer:
     def _combined(self, x: Tensor) -> Tensor:
         if self.linear:
             return F.linear(x, self.weight, self.bias)
-        if self._packed is None:
-            self._packed = pack(self)
-        if self._packed is not False:
+        if self._packed is None and self.packs:
+            self._packed = pack(self, x.shape)
+        if self.packs and isinstance(self._packed, Tensor):
             return torch.ops.mkldnn._convolution_pointwise(
                 x, self._packed, self.bias, self.padding, self.stride, self.dilation, self.groups,
                 "none", [], "",
@@ -124,6 +135,7 @@ class MaxPool(Layer):
 
     combine = "max"
     padding_value = -math.inf
+    pools = True
     __name__ = "max_pool"
 
     @classmethod
@@ -146,16 +158,63 @@ class MaxPool(Layer):
         return F.max_pool2d(x, size, self.stride, self.padding, self.dilation)
 
 
-def pack(layer: Layer) -> Tensor | bool:
+class AvgPool(Layer):
+    """Average pooling as a layer: a depthwise convolution whose weights are equal.
+
+    Example:
+        >>> pool = AvgPool.create("pool", 1, (2, 2), (2, 2), (0, 0))
+        >>> pool(torch.arange(4.0).view(1, 1, 2, 2))
+        tensor([[[[1.5000]]]])
+    """
+
+    pools = True
+    __name__ = "avg_pool"
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        channels: int,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+    ) -> AvgPool:
+        """Return a pooling layer for a number of channels; see `torch.nn.AvgPool2d`."""
+        weight = torch.ones(channels, 1, *kernel, dtype=torch.float32, device="cpu")
+        weight /= math.prod(kernel)
+        return cls(name, weight, weight.new_zeros(channels), stride, padding, groups=channels)
+
+    def _combined(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, self.weight.shape[2:], self.stride, self.padding)
+
+
+# Activation functions that write into their argument.
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": partial(F.silu, inplace=True),
+    "gelu": torch.ops.aten.gelu_.default,
+    "gelu_tanh": partial(torch.ops.aten.gelu_.default, approximate="tanh"),
+    "hardswish": partial(F.hardswish, inplace=True),
+    "sigmoid": Tensor.sigmoid_,
+    "hardsigmoid": partial(F.hardsigmoid, inplace=True),
+}
+
+
+def pack(layer: Layer, shape: Sequence[int]) -> Tensor | bool:
     """Return the weights in oneDNN's own order, so that it does not reorder them at every call.
 
-    PyTorch has this operator for its compiler and may remove it.
+    PyTorch has this operator for its compiler and may remove it. The packed weights are valid for
+    all sizes, but oneDNN reorders them at every call for sizes for which it prefers another order.
+
+    Args:
+        layer: a convolution.
+        shape: of its input.
 
     Returns:
         The packed weights, or False if they cannot be packed.
 
     Example:
-        >>> packed = pack(Layer("weight", torch.ones(2, 3, 1, 1), torch.zeros(2)))
+        >>> layer = Layer("weight", torch.ones(2, 3, 1, 1), torch.zeros(2))
+        >>> packed = pack(layer, (1, 3, 8, 8))
         >>> packed is False or packed.is_mkldnn
         True
     """
@@ -166,7 +225,7 @@ def pack(layer: Layer) -> Tensor | bool:
         return False  # oneDNN may crash if a window contains padding only
     try:
         return torch.ops.mkldnn._reorder_convolution_weight(
-            layer.weight, layer.padding, layer.stride, layer.dilation, layer.groups, []
+            layer.weight, layer.padding, layer.stride, layer.dilation, layer.groups, list(shape)
         )
     except (AttributeError, RuntimeError, TypeError):
         return False

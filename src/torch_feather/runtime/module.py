@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils._pytree import tree_unflatten
 
 from ..errors import StateError
 from .batch import BatchPlan
@@ -24,29 +24,28 @@ from .checks import (
     NOT_SAVED,
     NOT_TRACED,
     check_eager,
-    check_input,
     check_types,
     copy_in_eval_mode,
     result_of_empty_batch,
 )
 from .errors import InputError
 from .fusion import attributes
+from .inputs import Example, Inputs, arguments, tensors_of
 from .kernels import Tile
 from .layer import Layer
 from .plan import Plan, Sparse, Torch, can_run_sparse
+from .renamed import renamed, warn_renamed
 from .strides import with_strides
 from .timing import milliseconds
-from .tuning import LayerTuning, load_tuning, save_tuning, tune_layer
+from .tuning import LayerTuning, Tuning, distinct_ways, load_tuning, save_tuning, tune_layer
 from .workspace import WorkspacePool
 
 MAX_BATCH_SIZES = 4  # number of batch sizes for which tables and memory are kept
 
-Tuning = Mapping[str, LayerTuning]
-
 
 def compile_sparse(
     model: nn.Module,
-    example_input: Tensor,
+    example_input: Example,
     *,
     threads: int | None = None,
     tuning: Tuning | str | Path | None = None,
@@ -64,9 +63,11 @@ def compile_sparse(
     of the batch size. Otherwise, other sizes raise `InputError`; compile another module for them.
 
     Args:
-        model: on the CPU, in float32; takes one tensor. It is not changed. Later changes of the
-            model do not affect the compiled network.
-        example_input: (batch, ...), float32. Layers are timed with its batch size.
+        model: on the CPU, in float32. It is not changed. Later changes of the model do not affect
+            the compiled network.
+        example_input: a tensor (batch, ...) of float32 or integers, a tuple of tensors for several
+            positional inputs, or a dictionary of tensors for inputs by name. Layers are timed with
+            its batch size.
         threads: number of threads of the sparse layers; the others use PyTorch's number.
             [default: torch.get_num_threads()]
         tuning: results of another compiled network (`SparseModule.tuning`), or a file that
@@ -98,8 +99,8 @@ def compile_sparse(
         >>> sparse(torch.zeros(3, 64)).shape
         torch.Size([3, 8])
     """
-    tuning = _renamed("choices", choices, "tuning", tuning)
-    chunk_size = _renamed("at_a_time", at_a_time, "chunk_size", chunk_size)
+    tuning = renamed("choices", choices, "tuning", tuning)
+    chunk_size = renamed("at_a_time", at_a_time, "chunk_size", chunk_size)
     threads = torch.get_num_threads() if threads is None else threads
     return SparseModule(model, example_input, threads, tuning, chunk_size)
 
@@ -107,14 +108,18 @@ def compile_sparse(
 class SparseModule(nn.Module):
     """A network that `compile_sparse` compiled.
 
-    Several threads may call it concurrently. It works on this machine and in this process only, and
-    has no parameters to train or save. Its `repr` is a table of its layers.
+    Several threads may call it concurrently. It works on this kind of processor only, and has no
+    parameters to train. `save_compiled` saves it. Its `repr` is a table of its layers.
 
     Attributes:
         tuning: how each layer runs, by the name of its weight.
         threads: number of threads of the sparse layers.
         chunk_size: number of samples that are processed together; None for whole batches.
-        shape: shape of one sample of the input.
+        shape: shape of one sample of the (first) input.
+        inputs: names, shapes and types of all inputs.
+        batch_size: number of samples of the example.
+        captured: the graph of the model.
+        constants: values of the `get_attr` nodes of the graph, by name.
         plan: the steps of the network.
 
     Example:
@@ -128,7 +133,7 @@ class SparseModule(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        example: Tensor,
+        example: Example,
         threads: int,
         tuning: Tuning | str | Path | None,
         chunk_size: int | None,
@@ -137,70 +142,97 @@ class SparseModule(nn.Module):
         for name, number in (("threads", threads), ("chunk_size", chunk_size)):
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise InputError(f"{name} must be an integer of at least 1, got {number!r}.")
-        batch = isinstance(example, Tensor) and example.dim() > 0 and example.numel() > 0
-        if not batch or example.dtype != torch.float32:
-            raise InputError("The example must be a non-empty batch (batch, ...) of float32.")
         known = load_tuning(tuning) if isinstance(tuning, str | Path) else tuning
-        self.threads, self.chunk_size, self.shape = threads, chunk_size, tuple(example.shape[1:])
-        self._batch = len(example)
+        self.inputs, given = Inputs.of(example), tensors_of(example)
+        self.threads, self.chunk_size, self.shape = threads, chunk_size, self.inputs.shapes[0]
+        self.batch_size = len(given[0])
         model = copy_in_eval_mode(model)
-        check_types(model, example)
+        check_types(model, *given)
+        args, kwargs = arguments(example)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            self._captured = capture(model, example)
-            self._empty_result = result_of_empty_batch(model, example)
-            values = attributes(self._captured.module)
-            self._constants = {node.name: value for node, value in values.items()}
+            self.captured = capture(model, example)
+            self._empty_result = result_of_empty_batch(model, *args, **kwargs)
+            self._values = attributes(self.captured.module)
+            self.constants = {node.name: value for node, value in self._values.items()}
             nodes = self._layer_nodes()
             self.tuning = self._tune(nodes, known or {})
             if known is None:
-                self.tuning = self._fastest(list(nodes.values()), example)
+                self.tuning = self._fastest(list(nodes.values()), given)
             self.plan = self._plan(list(nodes.values()), self.tuning)
             for layer in nodes.values():
-                if self.tuning[layer.name].sparse:
+                chosen = self.tuning[layer.name]
+                layer.packs = chosen.packs
+                if chosen.sparse or not chosen.packs:
                     layer.free_packed()
+        self._start()
+
+    def _start(self) -> None:
         self._pools: OrderedDict[int, WorkspacePool] = OrderedDict()
         self._lock = threading.Lock()
 
-    def forward(self, x: Tensor) -> Any:
+    @classmethod
+    def restored(cls, **attributes: Any) -> SparseModule:
+        """Return a network with these attributes; it does not accept an empty batch.
+
+        Args:
+            attributes: see the class, without `shape`.
+        """
+        network = cls.__new__(cls)
+        nn.Module.__init__(network)
+        network.__dict__.update(attributes, shape=attributes["inputs"].shapes[0])
+        network._empty_result = _fail_for_empty_batch
+        network._start()
+        return network
+
+    def batch_plan(self, batch: int) -> BatchPlan:
+        """Return the plan for a batch size."""
+        return self._batch_plan(self.plan, self.tuning, batch)
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """Compute the model's output in float32.
 
         Its tensors have the strides of the model's own, so they can be viewed in the same ways.
 
         Args:
-            x: (batch, ...), float32 on the CPU.
+            args: inputs like those of the example, with any batch size for which the model behaves
+                alike.
+            kwargs: inputs by name, if the example was a dictionary.
 
         Raises:
-            InputError: the input has another shape or type, or a batch size for which the model may
+            InputError: an input has another shape or type, or a batch size for which the model may
                 behave differently.
             StateError: PyTorch traces, exports or compiles the call instead of computing it.
         """
-        check_eager(x)
-        return self._forward(x)
+        given = self.inputs.tensors(args, kwargs)
+        for x in given:
+            check_eager(x)
+        return self._forward(given)
 
     @torch.no_grad()
-    def _forward(self, x: Tensor) -> Any:
+    def _forward(self, given: Sequence[Tensor]) -> Any:
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
-                return self._forward(x)
-        check_input(x, self.shape, self._captured.reads_memory)
-        if not len(x):
+                return self._forward(given)
+        self.inputs.check(given, self.captured.reads_memory)
+        if not len(given[0]):
             return self._empty_result()
-        chunked = self.chunk_size is not None and len(x) > self.chunk_size
-        chunks = x.split(self.chunk_size) if chunked else [x]
-        parts = [self._for_batch(chunk)(chunk) for chunk in chunks]
+        if self.chunk_size is not None and len(given[0]) > self.chunk_size:
+            chunks = list(zip(*(x.split(self.chunk_size) for x in given), strict=True))
+        else:
+            chunks = [tuple(given)]
+        parts = [self._for_batch(*chunk)(*chunk) for chunk in chunks]
         values = parts[0] if len(parts) == 1 else map(_concatenated, *parts)
         with self._lock:
-            strides = self._captured.shapes.output_strides(x)
-        return self._captured.unflatten(
-            [
-                v if s is None or not isinstance(v, Tensor) else with_strides(v, s)
-                for v, s in itertools.zip_longest(values, strides)
-            ]
-        )
+            strides = self.captured.shapes.output_strides(*given)
+        found = [
+            v if s is None or not isinstance(v, Tensor) else with_strides(v, s)
+            for v, s in itertools.zip_longest(values, strides)
+        ]
+        return tree_unflatten(found, self.captured.spec)
 
     def _layer_nodes(self) -> dict[Node, Layer]:
         """Return the layers that can run sparse."""
-        graph = self._captured.module.graph
+        graph = self.captured.module.graph
         given = next(n for n in graph.nodes if n.op == "placeholder").meta["val"]
         return {
             n: n.target
@@ -212,23 +244,24 @@ class SparseModule(nn.Module):
         """Return how each layer runs; time those that are not known."""
         steps = self._plan_all(list(nodes.values())).steps
         layouts = {s.layer: s.out.layout.root() for s in steps if isinstance(s, Sparse)}
+        times: dict[Any, Any] = {}
         return {
             layer.name: known.get(layer.name)
-            or tune_layer(node, layer, self._batch, self.threads, layouts.get(layer))
+            or tune_layer(node, layer, self.batch_size, self.threads, layouts.get(layer), times)
             for node, layer in nodes.items()
         }
 
     def _plan_all(self, layers: Sequence[Layer]) -> Plan:
-        return Plan.build(self._captured.module.graph, layers)
+        return Plan.build(self.captured.module.graph, layers, self._values)
 
     def _plan(self, layers: Sequence[Layer], tuning: Tuning) -> Plan:
         return self._plan_all([layer for layer in layers if tuning[layer.name].sparse])
 
     def _batch_plan(self, plan: Plan, tuning: Tuning, batch: int) -> BatchPlan:
         tiles: dict[str, Tile] = {name: layer.tile for name, layer in tuning.items()}
-        return BatchPlan(plan, self._constants, batch, tiles, self.threads)
+        return BatchPlan(plan, self.constants, batch, tiles, self.threads)
 
-    def _fastest(self, layers: Sequence[Layer], example: Tensor) -> dict[str, LayerTuning]:
+    def _fastest(self, layers: Sequence[Layer], given: Sequence[Tensor]) -> dict[str, LayerTuning]:
         """Time the whole network tuned, with all layers sparse, and with all layers dense.
 
         The conversion between the layouts of sparse and dense layers takes time, too. The times of
@@ -238,24 +271,24 @@ class SparseModule(nn.Module):
         sparse = {n: replace(t, sparse=t.sparse_ms is not None) for n, t in tuned.items()}
         dense = {n: replace(t, sparse=False) for n, t in tuned.items()}
         times = []
-        for tuning in (tuned, sparse, dense):
+        for tuning in distinct_ways(tuned, sparse, dense):
             plan = self._plan(layers, tuning)
-            run = WorkspacePool(self._batch_plan(plan, tuning, self._batch))
-            times.append((milliseconds(partial(run, example), min_total=100.0), tuning))
-        return min(times, key=lambda item: item[0])[1]
+            run = WorkspacePool(self._batch_plan(plan, tuning, self.batch_size))
+            times.append((milliseconds(partial(run, *given), min_total=100.0), tuning))
+        return dict(min(times, key=lambda item: item[0])[1])
 
-    def _for_batch(self, x: Tensor) -> WorkspacePool:
-        """Return the function that executes the plan for the batch size of `x`."""
-        batch = len(x)
+    def _for_batch(self, *given: Tensor) -> WorkspacePool:
+        """Return the function that executes the plan for the batch size of inputs."""
+        batch = len(given[0])
         with self._lock:
             if batch not in self._pools:
-                if not self._captured.accepts(x):
+                if not self.captured.accepts(*given):
                     raise InputError(
                         "The behavior of this model depends on the batch size. It was captured for "
-                        f"a batch of {self._batch}, not of {batch}. Compile another module with "
-                        "an example of this size."
+                        f"a batch of {self.batch_size}, not of {batch}. Compile another module "
+                        "with an example of this size."
                     )
-                self._pools[batch] = WorkspacePool(self._batch_plan(self.plan, self.tuning, batch))
+                self._pools[batch] = WorkspacePool(self.batch_plan(batch))
                 while len(self._pools) > MAX_BATCH_SIZES:
                     self._pools.popitem(last=False)
             self._pools.move_to_end(batch)
@@ -319,32 +352,26 @@ class SparseModule(nn.Module):
     @property
     def choices(self) -> dict[str, LayerTuning]:
         """Deprecated name of `tuning`."""
-        _warn_renamed("SparseModule.choices", "tuning")
+        warn_renamed("SparseModule.choices", "tuning")
         return self.tuning
 
     @property
     def at_a_time(self) -> int | None:
         """Deprecated name of `chunk_size`."""
-        _warn_renamed("SparseModule.at_a_time", "chunk_size")
+        warn_renamed("SparseModule.at_a_time", "chunk_size")
         return self.chunk_size
 
     def save_choices(self, path: str | Path) -> None:
         """Deprecated name of `save_tuning`."""
-        _warn_renamed("SparseModule.save_choices", "save_tuning")
+        warn_renamed("SparseModule.save_choices", "save_tuning")
         self.save_tuning(path)
 
 
-def _warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    message = f"{old} is deprecated and will be removed in the next release. Use {new}."
-    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
-
-
-def _renamed(old: str, old_value: Any, new: str, value: Any) -> Any:
-    """Return the value of an argument of `compile_sparse`, also if it has its old name."""
-    if old_value is None:
-        return value
-    _warn_renamed(f"compile_sparse({old}=)", f"{new}=", stacklevel=4)
-    return old_value
+def _fail_for_empty_batch() -> Any:
+    raise InputError(
+        "A network that was loaded from a file accepts only the batch sizes for which it was saved,"
+        " got a batch of 0."
+    )
 
 
 def _concatenated(*values: Any) -> Any:

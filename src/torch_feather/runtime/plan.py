@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,98 +10,16 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from .activations import activation_of
+from .aliases import alias_of, channels_of
+from .concatenation import Concatenation
 from .layer import Layer
 from .planes import PlaneLayout, Planes, split_size
+from .sizes import can_run_sparse, pixels_per_sample, sizes_of
+from .steps import Copy, Operation, Pointwise, Sparse, Step, Torch
 from .taps import Taps
 
-
-@dataclass(eq=False)
-class Torch:
-    """A function of PyTorch, or a dense layer.
-
-    Attributes:
-        node: its node in the graph.
-
-    Example:
-        >>> Torch(Graph().placeholder("x")).node
-        x
-    """
-
-    node: Node
-
-
-@dataclass(eq=False)
-class Copy:
-    """Copies a value into planes, split into phases.
-
-    Attributes:
-        source: node of the value.
-        out: planes; the channels of each phase follow those of the phase before.
-        size: rows and columns of the source.
-        stride: distance of the rows and columns of a phase.
-        phases: first row and column of each phase.
-        padding_value: value of the padding around images.
-
-    Example:
-        >>> out = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
-        >>> Copy(Graph().placeholder("x"), out, size=(3, 4)).phases
-        ((0, 0),)
-    """
-
-    source: Node
-    out: Planes
-    size: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
-    phases: tuple[tuple[int, int], ...] = ((0, 0),)
-    padding_value: float = 0.0
-
-
-@dataclass(eq=False)
-class Sparse:
-    """A sparse layer, from planes to planes.
-
-    Attributes:
-        layer: the layer.
-        taps: its nonzero weights.
-        x: input.
-        out: result.
-        residual: planes that are added to the result.
-
-    Example:
-        >>> layer = Layer("weight", torch.eye(4), torch.zeros(4))
-        >>> x, out = (Planes(PlaneLayout(1, 1), 4, 1, 1, (4,), linear=True) for _ in range(2))
-        >>> len(Sparse(layer, Taps.from_layer(layer), x, out).taps.values)
-        4
-    """
-
-    layer: Layer
-    taps: Taps
-    x: Planes
-    out: Planes
-    residual: Planes | None = None
-
-
-@dataclass(eq=False)
-class Pointwise:
-    """An elementwise function of PyTorch that maps 0 to 0, from planes to planes.
-
-    Attributes:
-        node: its node in the graph.
-        x: inputs.
-        out: result.
-
-    Example:
-        >>> planes = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
-        >>> Pointwise(Graph().placeholder("x"), (planes,), planes).out.channels
-        8
-    """
-
-    node: Node
-    x: tuple[Planes, ...]
-    out: Planes
-
-
-Step = Torch | Copy | Sparse | Pointwise
+__all__ = ["Copy", "Operation", "Plan", "Pointwise", "Sparse", "Step", "Torch", "can_run_sparse"]
 
 aten = torch.ops.aten
 # Elementwise functions that map 0 to 0, so that padding stays 0.
@@ -111,6 +28,8 @@ POINTWISE = {
     *(aten.leaky_relu.default, aten.elu.default, aten.mish.default, aten.tanh.default),
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor),
 }
+BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
+MEAN = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
 
 
 @dataclass
@@ -121,10 +40,12 @@ class Plan:
         graph: the captured graph.
         steps: in order of execution.
         planes: planes of the nodes whose values are in planes.
-        last_use: number of the last step that uses an activation. Activations that PyTorch reads
-            are used until the end, since PyTorch may return views of them.
+        last_use: number of the last step that uses the memory of planes (`Planes.root`).
+            Activations that PyTorch reads are used until the end, since PyTorch may return views of
+            them.
 
     Example:
+        >>> import torch
         >>> graph = Graph()
         >>> x = graph.placeholder("x")
         >>> x.meta["val"] = torch.ones(1, 4)
@@ -142,76 +63,145 @@ class Plan:
     last_use: dict[Planes, int] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, graph: Graph, sparse: Collection[Layer]) -> Plan:
+    def build(
+        cls,
+        graph: Graph,
+        sparse: Collection[Layer],
+        constants: Mapping[Node, Any] | None = None,
+    ) -> Plan:
         """Return the plan of a captured graph.
 
         Args:
             graph: its layers are nodes whose target is a `Layer`.
             sparse: the layers that run sparse.
+            constants: values of the `get_attr` nodes. Without them, the only steps are `Torch`,
+                `Copy`, `Sparse` and `Pointwise`.
         """
-        builder = _Builder(cls(graph), sparse)
+        builder = Builder(cls(graph), sparse, constants)
         for node in graph.nodes:
             builder.add(node)
-        return builder.finish()
+        plan = builder.plan
+        _find_last_uses(plan)
+        return plan
 
 
-class _Builder:
-    """Adds the steps of one node after the other to a plan."""
+class Builder:
+    """Adds the steps of one node after the other to a plan.
 
-    def __init__(self, plan: Plan, sparse: Collection[Layer]) -> None:
-        self.plan, self.sparse = plan, sparse
-        self.copies: dict[Any, Planes] = {}  # planes that were copied, by source and layout
+    Args:
+        plan: an empty plan.
+        sparse: the layers that run sparse.
+        constants: values of the `get_attr` nodes; None if `Operation` steps are not supported.
+
+    Example:
+        >>> Builder(Plan(Graph()), []).plan.steps
+        []
+    """
+
+    def __init__(
+        self, plan: Plan, sparse: Collection[Layer], constants: Mapping[Node, Any] | None = None
+    ) -> None:
+        self.plan, self.sparse, self.constants = plan, sparse, constants
+        self._copies: dict[Any, Planes] = {}  # planes that were copied, by source and layout
+        self._parts: dict[Node, list[Planes]] = {}  # planes of nodes that return several values
+        given = [n.meta.get("val") for n in plan.graph.nodes if n.op == "placeholder"]
+        self._batch: Any = given[0].shape[0] if given and isinstance(given[0], Tensor) else 1
 
     def add(self, node: Node) -> None:
         """Add the step of a node, and the copies that it needs."""
-        if node.target in POINTWISE and (pointwise := self._pointwise(node)):
-            self._append(node, pointwise)
-        elif isinstance(node.target, Layer) and node.target in self.sparse and self._fits(node):
-            self._append(node, self._sparse(node, node.target))
-        elif node.op == "call_function":
-            self.plan.steps.append(Torch(node))
-
-    def _append(self, node: Node, step: Pointwise | Sparse) -> None:
-        self.plan.planes[node] = step.out
+        if node.op != "call_function":
+            return
+        if isinstance(node.target, Layer):
+            is_sparse = node.target in self.sparse and self._fits(node)
+            step: Step = self._sparse(node, node.target) if is_sparse else Torch(node)
+        elif self._is_in_planes(node):
+            return
+        else:
+            step = self._operation(node) or Torch(node)
+        if not isinstance(step, Torch):
+            self.plan.planes[node] = step.out
         self.plan.steps.append(step)
 
-    def finish(self) -> Plan:
-        """Return the plan, with the last use of each activation."""
-        _find_last_uses(self.plan)
-        return self.plan
+    def empty(self, node: Node, linear: bool, like: Planes | None = None) -> Planes:
+        """Return new planes for the value of a node.
+
+        Args:
+            node: the node.
+            linear: whether channels are the last dimension.
+            like: planes whose pixels are alike.
+        """
+        shape = node.meta["val"].shape
+        if not linear:
+            channels, height, width = (int(n) for n in shape[1:])
+            return Planes(
+                PlaneLayout(height, width), channels, height, width, (channels, height, width)
+            )
+        channels = int(shape[-1])
+        if like is not None and like.tokens is None:
+            h, w = like.height, like.width
+            return Planes(PlaneLayout(h, w), channels, h, w, (h, w, channels), linear=True)
+        pixels = pixels_per_sample(shape[:-1], self._batch)
+        assert pixels is not None
+        sample = (channels,) if len(shape) == 2 else (pixels, channels)
+        tokens = sizes_of(shape[:-1], self._batch)
+        layout = PlaneLayout(1, pixels, is_fixed=True)
+        return Planes(layout, channels, 1, pixels, sample, linear=True, tokens=tokens)
+
+    def copied(self, node: Node, out: Planes, key: Any) -> Planes:
+        """Return planes like `out` into which the value of a node was copied."""
+        if (node, key) not in self._copies:
+            self._copies[node, key] = out
+            self.plan.steps.append(Copy(node, out, (out.height, out.width)))
+        return self._copies[node, key]
+
+    def in_planes(self, node: Any, out: Planes) -> Planes:
+        """Return planes of a value that can share a layout with `out`; copied if necessary."""
+        found = self.plan.planes.get(node)
+        if found is not None and alike(found, out) and found.layout.can_merge(out.layout):
+            return found
+        like = out if out.linear and out.tokens is None else None
+        new = self.empty(node, out.linear, like)
+        return self.copied(node, new, (out.linear, like and out.layout))
 
     def _sparse(self, node: Node, layer: Layer) -> Sparse:
-        taps = Taps.from_layer(layer)
-        if layer.stride == (1, 1) and layer.padding_value == 0.0:
-            x = self._in_planes(node.args[0], layer.linear)
+        taps, source = Taps.from_layer(layer), node.args[0]
+        assert isinstance(source, Node)
+        if layer.stride != (1, 1) or layer.padding_value != 0.0:
+            x = self._split(source, layer, taps)
         else:
-            x = self._split(node.args[0], layer, taps)
-        residual = self._in_planes(node.args[1], layer.linear) if len(node.args) > 1 else None
-        out = _planes(node, layer.linear)
-        for other in (x, residual):
-            if other is not None:
-                out.layout.merge(other.layout)
+            found = self.plan.planes.get(source)
+            is_image = found is not None and found.linear and found.tokens is None
+            x = self.in_planes(
+                source, self.empty(source, layer.linear, found if is_image else None)
+            )
+            if not x.layout.can_have(*taps.reach):
+                x = self.copied(source, self.empty(source, layer.linear), "padded")
+        out = self.empty(node, layer.linear, x)
+        out.layout.merge(x.layout)
+        residual = self.in_planes(node.args[1], out) if len(node.args) > 1 else None
+        if residual is not None:
+            out.layout.merge(residual.layout)
         for planes in (x, out):
             out.layout.require(planes.height, planes.width, *taps.reach)
         return Sparse(layer, taps, x, out, residual)
 
-    def _in_planes(self, node: Any, linear: bool) -> Planes:
-        """Return the planes of a value, copied if it is not in planes yet."""
-        planes = self.plan.planes.get(node)
-        if planes is not None and planes.linear == linear:
-            return planes
-        if (node, linear) not in self.copies:
-            out = self.copies[node, linear] = _planes(node, linear)
-            self.plan.steps.append(Copy(node, out, (out.height, out.width)))
-        return self.copies[node, linear]
+    def _fits(self, node: Node) -> bool:
+        """Return whether a layer can read the planes of its inputs.
 
-    def _split(self, node: Any, layer: Layer, taps: Taps) -> Planes:
+        A linear layer of the rows of images cannot: their channels are other ones.
+        """
+        planes = [self.plan.planes.get(n) for n in node.all_input_nodes]
+        return not node.target.linear or all(  # type: ignore[union-attr]
+            p is None or p.linear for p in planes
+        )
+
+    def _split(self, node: Node, layer: Layer, taps: Taps) -> Planes:
         """Return the planes of a value, split into the phases that the taps read."""
         key = (node, layer.stride, taps.phases, layer.padding_value)
-        if key not in self.copies:
-            height, width = _sample_shape(node)[1:]
+        if key not in self._copies:
+            height, width = (int(n) for n in node.meta["val"].shape[2:])
             ys, xs = zip(*taps.phases, strict=True)
-            out = self.copies[key] = Planes(
+            out = self._copies[key] = Planes(
                 PlaneLayout(0, 0),
                 layer.channels[0] * len(taps.phases),
                 split_size(height, layer.stride[0], ys),
@@ -220,86 +210,155 @@ class _Builder:
             )
             size, padding_value = (height, width), layer.padding_value
             self.plan.steps.append(Copy(node, out, size, layer.stride, taps.phases, padding_value))
-        return self.copies[key]
+        return self._copies[key]
+
+    def _operation(self, node: Node) -> Pointwise | Operation | None:
+        """Return the step of a function that is no layer; None if PyTorch computes it."""
+        step: Pointwise | Operation | None = None
+        if self.constants is not None:
+            if node.target in MEAN:
+                step = self._mean(node)
+            elif node.target is aten.layer_norm.default:
+                step = self._layer_norm(node)
+            elif name := activation_of(node):
+                step = self._activation(node, name)
+            elif node.target is aten.mul.Tensor:
+                step = self._scale(node)
+        if step is None and node.target in POINTWISE:
+            step = self._pointwise(node)
+        return step
+
+    def _is_in_planes(self, node: Node) -> bool:
+        """Find the planes of a node whose value is in planes without a step of its own."""
+        planes, source = self.plan.planes, node.args[0] if node.args else None
+        if self.constants is None:
+            return False
+        if node.target is aten.cat.default:
+            found = Concatenation(planes, self.plan.steps, self.empty).planes_of(node)
+        elif isinstance(source, Node) and source in self._parts:
+            index = node.args[1]
+            assert isinstance(index, int)
+            found = self._parts[source][index]
+        elif isinstance(source, Node) and source in planes:
+            found = alias_of(node, planes[source], self._batch)
+            if found is None and (parts := channels_of(node, planes[source])):
+                self._parts[node] = parts
+                return True
+        else:
+            return False
+        if found is not None:
+            planes[node] = found
+        return found is not None
 
     def _pointwise(self, node: Node) -> Pointwise | None:
         """Return the step of an elementwise function whose inputs are planes of one shape."""
-        inputs = [self.plan.planes.get(n) for n in node.all_input_nodes]
-        shape = node.meta["val"].shape[1:]
-        x = tuple(p for p in inputs if p is not None and p.shape == tuple(shape))
-        binary = node.target in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
-        if len(x) < len(inputs) or (binary and not all(isinstance(a, Node) for a in node.args)):
+        x = [self.plan.planes.get(n) for n in node.all_input_nodes]
+        first = x[0] if x else None
+        binary = node.target in BINARY
+        if first is None or (binary and not all(isinstance(a, Node) for a in node.args)):
             return None
-        if len({planes.linear for planes in x}) != 1:
-            return None
-        out = _planes(node, x[0].linear)
+        found = []
         for planes in x:
+            if planes is None or not alike(planes, first) or planes.channels != first.channels:
+                return None
+            if not planes.layout.can_merge(first.layout):
+                return None
+            found.append(planes)
+        out = self._like(node, first)
+        for planes in found:
             out.layout.merge(planes.layout)
-        return Pointwise(node, x, out)
+        return Pointwise(node, tuple(found), out)
 
-    def _fits(self, node: Node) -> bool:
-        """Return whether a layer can read the planes of its inputs.
+    def _like(self, node: Node, x: Planes) -> Planes:
+        """Return new planes for the result of a function, alike and in the layout of its input."""
+        out = self.empty(node, x.linear, x)
+        out.layout.merge(x.layout)
+        return out
 
-        A linear layer cannot read planes of images: their rows are not its pixels.
-        """
-        planes = [self.plan.planes.get(n) for n in node.all_input_nodes]
-        return not node.target.linear or all(  # type: ignore[union-attr]
-            p is None or p.linear for p in planes
-        )
+    def _image(self, node: Any) -> Planes | None:
+        """Return the planes of images."""
+        found = self.plan.planes.get(node)
+        return None if found is None or found.linear else found
+
+    def _mean(self, node: Node) -> Operation | None:
+        x = self._image(node.args[0])
+        if x is None or node.kwargs:
+            return None
+        if node.target is aten.mean.dim:
+            dims = [d % 4 for d in node.args[1] or ()]  # type: ignore[operator, union-attr]
+            keeps = len(node.args) > 2 and bool(node.args[2])
+            if sorted(dims) != [2, 3]:
+                return None
+        else:
+            keeps = True
+            if set(node.args[1] if isinstance(node.args[1], list) else [node.args[1]]) != {1}:
+                return None
+        return Operation("mean", (x,), self.empty(node, linear=not keeps))
+
+    def _scale(self, node: Node) -> Operation | None:
+        """Return the step of a product with one factor per channel and sample."""
+        for a, b in (node.args, node.args[::-1]):
+            x = self._image(a)
+            if x is None or not isinstance(b, Node) or x.height * x.width == 1:
+                continue
+            value = b.meta["val"]
+            if isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() == 4:
+                shape = a.meta["val"].shape  # type: ignore[union-attr]
+                if str(value.shape[0]) == str(shape[0]) and value.shape[1:] == (x.channels, 1, 1):
+                    y = self.in_planes(b, self.empty(b, linear=False))
+                    return Operation("scale", (x, y), self._like(node, x))
+        return None
+
+    def _activation(self, node: Node, name: str) -> Operation | None:
+        x = self.plan.planes.get(node.args[0])  # type: ignore[arg-type]
+        if x is None:
+            return None
+        return Operation("activate", (x,), self._like(node, x), activation=name)
+
+    def _layer_norm(self, node: Node) -> Operation | None:
+        args: list[Any] = list(node.args) + [None] * 5
+        x = self.plan.planes.get(args[0])
+        if x is None or not x.linear or list(args[1]) != [x.channels] or node.kwargs:
+            return None
+        assert self.constants is not None
+        values = []
+        for given, default in ((args[2], torch.ones), (args[3], torch.zeros)):
+            value = default(x.channels) if given is None else self.constants.get(given)
+            if not isinstance(value, Tensor) or value.dtype != torch.float32:
+                return None
+            values.append(value.contiguous().numpy())
+        eps = 1e-5 if args[4] is None else float(args[4])
+        out = self._like(node, x)
+        return Operation("layer_norm", (x,), out, weight=values[0], bias=values[1], eps=eps)
+
+
+def alike(a: Planes, b: Planes) -> bool:
+    """Return whether the pixels of two planes are in the same places, apart from their padding.
+
+    Example:
+        >>> x = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
+        >>> alike(x, Planes(PlaneLayout(3, 4), 5, 3, 4, (5, 3, 4)))
+        True
+    """
+    same = (a.linear, a.height, a.width) == (b.linear, b.height, b.width)
+    return same and (a.tokens is None) == (b.tokens is None)
 
 
 def _find_last_uses(plan: Plan) -> None:
     last_use, end = plan.last_use, len(plan.steps)
     for i, step in enumerate(plan.steps):
-        if isinstance(step, Sparse | Pointwise):
-            used = (step.x, step.residual) if isinstance(step, Sparse) else step.x
-            for planes in (*used, step.out):
-                if planes is not None:
-                    last_use[planes] = max(i, last_use.get(planes, 0))
+        if isinstance(step, Torch):
+            continue
+        used: list[Planes | None] = [step.out]
+        if isinstance(step, Sparse):
+            used += [step.x, step.residual]
         elif isinstance(step, Copy):
-            last_use[step.out] = i
-            if step.source in plan.planes:
-                source = plan.planes[step.source]
-                last_use[source] = max(i, last_use[source])
+            used.append(plan.planes.get(step.source))
+        else:
+            used += step.x
+        for planes in used:
+            if planes is not None:
+                last_use[planes.root] = i
     for node, planes in plan.planes.items():
         if any(user not in plan.planes for user in node.users):
-            last_use[planes] = end
-
-
-def can_run_sparse(node: Node, batch: Any) -> bool:
-    """Return whether a layer can run sparse.
-
-    Its input and result must have the samples of the batch as their first dimension, and a known
-    size otherwise.
-
-    Args:
-        node: node of the layer.
-        batch: size or symbol of the first dimension of the graph's input.
-
-    Example:
-        >>> node = Graph().placeholder("x")
-        >>> node.meta["val"] = torch.ones(3, 4)
-        >>> can_run_sparse(node, batch=3), can_run_sparse(node, batch=1)
-        (True, False)
-    """
-    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
-    return all(
-        isinstance(v, Tensor)
-        and v.dim() >= 2
-        and str(v.shape[0]) == str(batch)
-        and all(isinstance(n, int) and n > 0 for n in v.shape[1:])
-        for v in values
-    )
-
-
-def _sample_shape(node: Node) -> tuple[int, ...]:
-    return tuple(int(n) for n in node.meta["val"].shape[1:])
-
-
-def _planes(node: Node, linear: bool) -> Planes:
-    shape = _sample_shape(node)
-    if not linear:
-        channels, height, width = shape
-        return Planes(PlaneLayout(height, width), channels, height, width, shape)
-    pixels = math.prod(shape[:-1])
-    return Planes(PlaneLayout(1, pixels), shape[-1], 1, pixels, shape, linear=True)
+            last_use[planes.root] = end

@@ -9,13 +9,16 @@ the same strides, so that a weight is a constant distance between input and outp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
 from .memory import LINE, round_up
+
+# A size that depends on the batch: a constant, and a number that is multiplied by the batch size.
+Size = tuple[int, int]
 
 
 class PlaneLayout:
@@ -26,6 +29,7 @@ class PlaneLayout:
     Args:
         height: rows of an image.
         width: columns of an image.
+        is_fixed: whether the strides must stay as they are, without padding.
 
     Example:
         >>> layout = PlaneLayout(height=3, width=4)
@@ -34,8 +38,9 @@ class PlaneLayout:
         (5, 20, 48)
     """
 
-    def __init__(self, height: int, width: int) -> None:
+    def __init__(self, height: int, width: int, is_fixed: bool = False) -> None:
         self.height, self.width, self.pad_y, self.pad_x = height, width, 0, 0
+        self._is_fixed = is_fixed
         self._parent: PlaneLayout | None = None
 
     def root(self) -> PlaneLayout:
@@ -48,12 +53,36 @@ class PlaneLayout:
         if a is not b:
             b._parent = a
             a.require(b.height, b.width, b.pad_y, b.pad_x)
+            a._is_fixed = a._is_fixed or b._is_fixed
 
     def require(self, height: int, width: int, pad_y: int, pad_x: int) -> None:
         """Make room for images of at least this size with at least this much padding."""
         root = self.root()
         root.height, root.width = max(root.height, height), max(root.width, width)
         root.pad_y, root.pad_x = max(root.pad_y, pad_y), max(root.pad_x, pad_x)
+
+    def can_merge(self, other: PlaneLayout) -> bool:
+        """Return whether `merge` keeps layouts that are fixed as they are."""
+        a, b = self.root(), other.root()
+        return a is b or not (a._is_fixed or b._is_fixed) or a.strides == b.strides
+
+    def can_have(self, pad_y: int, pad_x: int) -> bool:
+        """Return whether at least this much padding is possible."""
+        root = self.root()
+        return not root._is_fixed or (pad_y <= root.pad_y and pad_x <= root.pad_x)
+
+    def fix(self) -> bool:
+        """Keep the strides as they are from now on. Return whether there is no padding."""
+        root = self.root()
+        if root.pad_x or root.pad_y:
+            return False
+        root._is_fixed = True
+        return True
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Pixels between consecutive rows, and between consecutive images."""
+        return self.row_stride, self.image_stride
 
     @property
     def row_stride(self) -> int:
@@ -66,9 +95,14 @@ class PlaneLayout:
         return (self.height + self.pad_y) * self.row_stride
 
     @property
+    def lead(self) -> int:
+        """Pixels before the first pixel of a channel that windows may read."""
+        return self.pad_y * self.row_stride + self.pad_x
+
+    @property
     def edge(self) -> int:
-        """Pixels before the first and after the last channel that windows may read."""
-        return round_up(self.pad_y * self.row_stride + self.pad_x)
+        """Pixels in memory before the first and after the last channel."""
+        return round_up(self.lead)
 
     def channel_stride(self, batch: int) -> int:
         """Return the number of pixels between consecutive channels."""
@@ -85,8 +119,12 @@ class Planes:
         height: rows of an image.
         width: columns of an image.
         shape: shape of one sample in PyTorch: (channels, height, width), or (..., channels).
-        linear: whether channels are the last dimension. The other dimensions form one row of
-            pixels.
+        linear: whether channels are the last dimension.
+        tokens: sizes of the other dimensions, whose pixels form one row without padding. None if
+            these dimensions are the batch, rows and columns.
+        base: larger planes in which these are some channels, or None.
+        first: their first channel there.
+        grows: whether these are memory for a concatenation, to which channels can be appended.
 
     Example:
         >>> import torch
@@ -101,6 +139,29 @@ class Planes:
     width: int
     shape: tuple[int, ...]
     linear: bool = False
+    tokens: tuple[Size, ...] | None = None
+    base: Planes | None = None
+    first: int = 0
+    grows: bool = False
+
+    @property
+    def root(self) -> Planes:
+        """The planes that have memory of their own: the largest that contain these."""
+        return self if self.base is None else self.base.root
+
+    @property
+    def start(self) -> int:
+        """The first channel within `root`."""
+        return 0 if self.base is None else self.first + self.base.start
+
+    def is_within(self, others: Set[Planes]) -> bool:
+        """Return whether these are, or are channels of, some planes."""
+        return self in others or (self.base is not None and self.base.is_within(others))
+
+    def channels_from(self, first: int, count: int) -> Planes:
+        """Return some of the channels, as planes in the same memory."""
+        shape = (*self.shape[:-1], count) if self.linear else (count, *self.shape[1:])
+        return replace(self, channels=count, shape=shape, base=self, first=first, grows=False)
 
     def size(self, batch: int) -> int:
         """Return the number of float32 values in memory, including the edges."""
@@ -115,18 +176,20 @@ class Planes:
             batch: number of samples.
         """
         layout = self.layout.root()
-        channel, start = layout.channel_stride(batch), memory.storage_offset() + layout.edge
-        if not self.linear:
-            shape = (batch, self.channels, self.height, self.width)
-            strides = (layout.image_stride, channel, layout.row_stride, 1)
-            return memory.as_strided(shape, strides, start)
-        inner = [1]
-        for n in self.shape[-2:0:-1]:
-            inner.append(inner[-1] * n)
-        inner = inner[: len(self.shape) - 1][::-1]
-        return memory.as_strided(
-            (batch, *self.shape), (layout.image_stride, *inner, channel), start
-        )
+        channel = layout.channel_stride(batch)
+        start = memory.storage_offset() + layout.edge + self.start * channel
+        if self.tokens is not None:
+            sizes = [constant + per_sample * batch for constant, per_sample in self.tokens]
+            inner = [1]
+            for n in reversed(sizes[1:]):
+                inner.append(inner[-1] * n)
+            return memory.as_strided((*sizes, self.channels), (*inner[::-1], channel), start)
+        rows = (layout.image_stride, layout.row_stride, 1)
+        if self.linear:
+            shape = (batch, self.height, self.width, self.channels)
+            return memory.as_strided(shape, (*rows, channel), start)
+        shape = (batch, self.channels, self.height, self.width)
+        return memory.as_strided(shape, (rows[0], channel, *rows[1:]), start)
 
     def mask(self, batch: int) -> np.ndarray | None:
         """Return the mask of the pixels of one channel that belong to images.
@@ -137,7 +200,7 @@ class Planes:
         """
         layout = self.layout.root()
         used = (layout.height, layout.width, layout.pad_y, layout.pad_x)
-        if used == (self.height, self.width, 0, 0):
+        if used == (self.height, self.width, 0, 0) or self.tokens is not None:
             return None
         mask = np.zeros(layout.channel_stride(batch), np.int32)
         rows = layout.height + layout.pad_y

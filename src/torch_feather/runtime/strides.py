@@ -28,9 +28,10 @@ class ShapeModel:
     without values, so the choices are its own. No weights are kept.
 
     Args:
-        model: the model, of one tensor.
+        model: the model.
         program: the same, exported, before its decomposition, which replaces writes and views by
             other functions.
+        names: names of the inputs that are given by name.
 
     Example:
         >>> model = torch.nn.Conv2d(3, 8, 1)
@@ -39,13 +40,16 @@ class ShapeModel:
         ((128, 16, 4, 1),)
     """
 
-    def __init__(self, model: nn.Module, program: ExportedProgram) -> None:
+    def __init__(
+        self, model: nn.Module, program: ExportedProgram, names: Sequence[str] = ()
+    ) -> None:
+        self._names = names
         inputs = set(program.graph_signature.user_inputs)
         given = [node for node in program.graph.nodes if node.op == "placeholder"]
         self._graph = program.graph_module
         # Weights without values; None is the input.
         self._weights = [None if node.name in inputs else node.meta["val"] for node in given]
-        (self._graph_mode,) = (n.meta["val"].fake_mode for n in given if n.name in inputs)
+        self._graph_mode = next(n.meta["val"].fake_mode for n in given if n.name in inputs)
         self._outputs = len(program.graph_signature.user_outputs)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         tensors = (*model.parameters(), *model.buffers())
@@ -53,72 +57,79 @@ class ShapeModel:
         self._model: nn.Module | None = None
         with suppress(Exception):  # not every model can be copied again
             self._model = copy.deepcopy(model, without_values)
-        self._captured_contiguous = program.example_inputs[0][0].is_contiguous()
-        self._known: dict[tuple[torch.Size, Strides], tuple[Strides | None, ...]] = {}
+        examples = tree_leaves(program.example_inputs)
+        self._captured_contiguous = all(x.is_contiguous() for x in examples)
+        self._known: dict[Any, tuple[Strides | None, ...]] = {}
 
-    def output_strides(self, x: Tensor) -> tuple[Strides | None, ...]:
-        """Return the strides of the tensors that the model returns for an input like `x`.
+    def output_strides(self, *inputs: Tensor) -> tuple[Strides | None, ...]:
+        """Return the strides of the tensors that the model returns for inputs like these.
 
         Args:
-            x: the input; its values do not matter.
+            inputs: the inputs; their values do not matter.
 
         Returns:
             Strides of each output, in the order of the graph. None for other values. Empty if the
             model fails for this input.
         """
-        key = x.shape, x.stride()
+        key = tuple((x.shape, x.stride()) for x in inputs)
         if key not in self._known:
             if len(self._known) >= MAX_LAYOUTS:
                 self._known.clear()
-            self._known[key] = self._strides_for(x)
+            self._known[key] = self._strides_for(*inputs)
         return self._known[key]
 
-    def _strides_for(self, x: Tensor) -> tuple[Strides | None, ...]:
+    def _strides_for(self, *inputs: Tensor) -> tuple[Strides | None, ...]:
         # For other layouts than the example's the graph is second: it lacks functions that did
         # nothing for the example, such as `contiguous`. But it can run torch.cond without values,
         # and has no side effects.
         runs = [self._run_model, self._run_graph]
-        if self._captured_contiguous and x.is_contiguous():
+        if self._captured_contiguous and all(x.is_contiguous() for x in inputs):
             runs.reverse()
         for run in runs:
             with suppress(Exception):  # the model fails where the compiled network may not
-                found = tuple(map(_strides_of, tree_leaves(run(x))))
+                found = tuple(map(_strides_of, tree_leaves(run(inputs))))
                 if len(found) == self._outputs:
                     return found
         return ()
 
-    def write_into_input(self, x: Tensor) -> str | None:
-        """Return the function, and the module, that write into the model's input.
+    def write_into_input(self, *inputs: Tensor) -> str | None:
+        """Return the function, and the module, that write into one of the model's inputs.
 
         Args:
-            x: an input; its values do not matter.
+            inputs: the inputs; their values do not matter.
 
         Returns:
             Text such as ``"relu_ in layer1"``; None if the input is not changed.
         """
         interpreter = _Watching(self._graph)
         with suppress(Exception):
-            self._run_graph(x, interpreter)
+            self._run_graph(inputs, interpreter)
         return interpreter.writer
 
-    def _run_model(self, x: Tensor) -> Any:
-        with torch.compiler.set_stance("force_eager"), _without_values(self._mode, x) as given:
+    def _run_model(self, inputs: Sequence[Tensor]) -> Any:
+        mode = self._mode
+        with torch.compiler.set_stance("force_eager"), _without_values(mode, inputs) as given:
             assert self._model is not None
-            return self._model(given)
+            if self._names:
+                return self._model(**dict(zip(self._names, given, strict=True)))
+            return self._model(*given)
 
-    def _run_graph(self, x: Tensor, interpreter: Interpreter | None = None) -> Any:
+    def _run_graph(self, inputs: Sequence[Tensor], interpreter: Interpreter | None = None) -> Any:
         interpreter = interpreter or Interpreter(self._graph)
-        with _without_values(self._graph_mode, x) as given:
+        with _without_values(self._graph_mode, inputs) as given:
             if isinstance(interpreter, _Watching):
-                interpreter.input = given
-            return interpreter.run(*(given if w is None else w for w in self._weights))
+                interpreter.inputs = given
+            remaining = iter(given)
+            return interpreter.run(*(next(remaining) if w is None else w for w in self._weights))
 
 
 @contextmanager
-def _without_values(mode: FakeTensorMode, x: Tensor) -> Iterator[Tensor]:
-    """Compute without values; the tensor is one like `x`."""
+def _without_values(mode: FakeTensorMode, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Compute without values; the tensors are like the inputs."""
     with torch.inference_mode(False), torch.no_grad(), mode, _without_log():
-        yield torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        yield [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in inputs
+        ]
 
 
 @contextmanager
@@ -133,15 +144,15 @@ def _without_log() -> Iterator[None]:
 
 
 class _Watching(Interpreter):
-    """Finds the first function that writes into the input or into a view of it."""
+    """Finds the first function that writes into an input or into a view of one."""
 
-    input: Tensor
+    inputs: Sequence[Tensor]
     writer: str | None = None
 
     def run_node(self, node: Node) -> Any:
-        before = self.input._version
+        before = [x._version for x in self.inputs]
         result = super().run_node(node)
-        if self.writer is None and self.input._version > before:
+        if self.writer is None and [x._version for x in self.inputs] != before:
             modules = list(node.meta.get("nn_module_stack", {}).values())
             where = modules[-1][0] if modules else ""
             name = str(node.target).removeprefix("aten.").partition(".")[0]

@@ -47,7 +47,7 @@ class Taps:
 
     @classmethod
     def from_layer(cls, layer: Layer) -> Taps:
-        """Return the taps of a layer.
+        """Return the taps of a layer, which keeps them for the next call.
 
         Example:
             >>> import torch
@@ -56,19 +56,48 @@ class Taps:
             >>> taps.values, taps.channel
             (array([1., 1., 1.], dtype=float32), array([0, 1, 2]))
         """
+        if layer.taps is None:
+            layer.taps = cls._find(layer)
+        found: Taps = layer.taps
+        return found
+
+    @classmethod
+    def _find(cls, layer: Layer) -> Taps:
         weight = layer.weight.reshape(*layer.weight.shape[:2], *layer.weight.shape[2:] or (1, 1))
         out, per_group, *kernel = weight.shape
         o, c, ky, kx = weight.numpy().nonzero()
         values = weight.numpy()[o, c, ky, kx].astype(np.float32)
         c = c + o // (out // layer.groups) * per_group
+        return cls.from_keys(layer, values, o, (c * kernel[0] + ky) * kernel[1] + kx)
+
+    @classmethod
+    def from_keys(cls, layer: Layer, values: np.ndarray, out: np.ndarray, key: np.ndarray) -> Taps:
+        """Return taps whose positions are known.
+
+        Args:
+            layer: the layer; its weights are not used.
+            values: nonzero weights, ordered by output channel and key.
+            out: output channel of each.
+            key: position of each in the kernel, see `key`.
+
+        Example:
+            >>> import torch
+            >>> layer = Layer("weight", torch.eye(3), torch.zeros(3))
+            >>> Taps.from_keys(layer, np.ones(1), np.zeros(1, int), np.ones(1, int)).channel
+            array([1])
+        """
+        height, width = layer.weight.shape[2:] or (1, 1)
+        rest, kx = np.divmod(key, width)
+        c, ky = np.divmod(rest, height)
         y = ky * layer.dilation[0] - layer.padding[0]
         x = kx * layer.dilation[1] - layer.padding[1]
         (dy, a), (dx, b) = np.divmod(y, layer.stride[0]), np.divmod(x, layer.stride[1])
-        used, phase = np.unique(a * layer.stride[1] + b, return_inverse=True)
+        number = a * layer.stride[1] + b
+        used = np.bincount(number, minlength=1).nonzero()[0]
         phases = tuple(divmod(int(p), layer.stride[1]) for p in used) or ((0, 0),)
+        phase = np.searchsorted(used, number)
         channel = phase * layer.channels[0] + c
-        key = (c * kernel[0] + ky) * kernel[1] + kx
-        return cls(values, o, key, channel, dy, dx, phases, out)
+        return cls(values, out, key, channel, dy, dx, phases, layer.channels[1])
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -85,7 +114,13 @@ class Taps:
             size: channels of a group; a divisor of the number of output channels.
         """
         counts = np.bincount(self.out, minlength=self.channels)
-        order = np.argsort(counts, kind="stable") if size > 1 else np.arange(self.channels)
+        if size == 1:  # the taps are in this order already
+            ends = np.zeros(self.channels + 1, np.int32)
+            np.cumsum(counts, out=ends[1:])
+            in_order = np.arange(self.channels, dtype=np.int32)
+            source = self.channel, self.dy, self.dx
+            return GroupedTaps(in_order, ends, self.values.reshape(-1, 1), *source)
+        order = np.argsort(counts, kind="stable")
         position = np.empty(self.channels, np.int64)
         position[order] = np.arange(self.channels)
         group, member = np.divmod(position[self.out], size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from .planes import PlaneLayout
 from .timing import milliseconds
 from .workspace import Workspace
 
+CANDIDATES = 5  # number of tiles that are timed
+LATENCY, GROUP_CYCLES = 3.0, 12.0  # cycles of a multiply-add that follows another; of a group
 MAX_TILE = 64  # vectors, values of a vector, or channels; larger ones would take long to compile
 
 
@@ -38,6 +40,7 @@ class LayerTuning:
         sparsity: fraction of the layer's weights that is zero.
         dense_ms: milliseconds of the dense layer; None if it was not timed.
         sparse_ms: milliseconds of the sparse layer; None if it was not timed.
+        packs: whether a dense convolution stores its weights in oneDNN's own order.
 
     Example:
         >>> LayerTuning(sparse=True, tile=Tile(2, 8), sparsity=0.9).tile.channels
@@ -49,12 +52,24 @@ class LayerTuning:
     sparsity: float
     dense_ms: float | None = None
     sparse_ms: float | None = None
+    packs: bool = True
+
+
+Tuning = Mapping[str, LayerTuning]
 
 
 def tune_layer(
-    node: Node, layer: Layer, batch: int, threads: int, layout: PlaneLayout | None = None
+    node: Node,
+    layer: Layer,
+    batch: int,
+    threads: int,
+    layout: PlaneLayout | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> LayerTuning:
-    """Time a layer densely and with each tile, on random input.
+    """Time a layer densely and with some tiles, on random input.
+
+    The tiles are those with the lowest estimated costs. A layer that is clearly faster sparse is
+    timed densely only once.
 
     Args:
         node: node of the layer.
@@ -63,6 +78,8 @@ def tune_layer(
         threads: number of threads of the sparse kernels.
         layout: layout of its result in the network, which may have more padding than the layer
             needs.
+        known: times of earlier layers, by their sizes. Layers of equal size have the same dense
+            time, and the same best tile if their sparsity is similar. Times are added.
 
     Returns:
         The faster of both ways for this layer alone. The time of the whole network may favor the
@@ -78,26 +95,130 @@ def tune_layer(
         >>> tune_layer(node, layer, batch=1, threads=1).sparsity
         0.75
     """
+    known = {} if known is None else known
     sparsity = layer.sparsity
     x, *residual = (_random_input(n, batch) for n in node.args if isinstance(n, Node))
-    dense = milliseconds(lambda: layer(x, *residual))
     plan = _plan_of_layer(node, layer)
     (step,) = (s for s in plan.steps if isinstance(s, Sparse))
     if layout is not None:
         step.out.layout.require(layout.height, layout.width, layout.pad_y, layout.pad_x)
-    requested = {layer.name: library().tiles[0]}
-    batch_plan = BatchPlan(plan, {}, batch, requested, threads)
+    plane = step.out.layout.root().channel_stride(batch)
+    key = (*_size(layer), tuple(x.shape), len(residual), plane)
+    similar = (*key, round(sparsity, 2))
+    tiles = [known[similar]] if similar in known else candidates(layer, sparsity, plane)
+    times = _time_tiles(plan, step, tiles, (x, *residual), threads)
+    fastest = known[similar] = min(times, key=times.__getitem__)
+    sparse = times[fastest]
+    if key not in known:
+        known[key] = _time_dense(layer, x, residual, give_up=3 * sparse), layer.packs
+    dense, layer.packs = known[key]
+    return LayerTuning(sparse < dense, fastest, sparsity, dense, sparse, layer.packs)
+
+
+def _time_tiles(
+    plan: Plan, step: Sparse, tiles: Sequence[Tile], inputs: Sequence[Tensor], threads: int
+) -> dict[Tile, float]:
+    """Return the milliseconds of the only layer of a plan with each tile."""
+    requested = {step.layer.name: tiles[0]}
+    batch_plan = BatchPlan(plan, {}, len(inputs[0]), requested, threads)
+    library().compile(batch_plan.variant(step, tile) for tile in tiles)
     workspace = Workspace(batch_plan)
-    workspace(x, *residual)
+    workspace(*inputs)
     times: dict[Tile, float] = {}
-    for tile in library().tiles:
-        requested[layer.name] = tile
-        if batch_plan.kernel(step)[0] == tile:  # it fits
-            run = partial(workspace.native([step]), workspace.values)
-            best = min(times.values(), default=math.inf)
-            times[tile] = milliseconds(run, min_total=2.0, give_up=1.5 * best)
-    fastest = min(times, key=times.__getitem__)
-    return LayerTuning(times[fastest] < dense, fastest, sparsity, dense, times[fastest])
+    for tile in tiles:
+        requested[step.layer.name] = tile
+        run = partial(workspace.native([step]), workspace.values)
+        best = min(times.values(), default=math.inf)
+        times[tile] = milliseconds(run, min_total=1.0, give_up=1.5 * best)
+    return times
+
+
+def _size(layer: Layer) -> tuple[Any, ...]:
+    shape = tuple(layer.weight.shape)
+    kind = layer.combine, layer.activation, layer.pools
+    return (*kind, shape, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def candidates(layer: Layer, sparsity: float, plane: int) -> list[Tile]:
+    """Return the tiles of a layer that are probably the fastest ones.
+
+    The estimate counts cycles per tap: two multiply-adds, or two loads, at a time, and at least
+    `LATENCY` cycles, since each sum waits for the one before.
+
+    Args:
+        layer: the layer.
+        sparsity: fraction of its weights that is zero.
+        plane: pixels of a channel, with padding.
+
+    Example:
+        >>> layer = Layer("weight", torch.eye(4), torch.zeros(4))
+        >>> len(candidates(layer, 0.75, plane=16)) <= CANDIDATES
+        True
+    """
+    out, positions = layer.channels[1], layer.weight[0].numel()
+    most = out if layer.combine == "fma" else 1
+    fitting = [
+        t
+        for t in library().tiles
+        if t.vectors * t.width <= plane and t.channels <= most and out % t.channels == 0
+    ]
+
+    def cost(tile: Tile) -> float:
+        sums = tile.vectors * tile.channels
+        shared = tile.channels if layer.groups == 1 else 1  # channels that read the same inputs
+        taps = positions * (1 - sparsity**shared) * tile.channels / shared  # expected
+        loads = tile.vectors + tile.channels + 1
+        group = taps * max(LATENCY, sums / 2, loads / 2) + GROUP_CYCLES + 2 * sums
+        count = -(-plane // (tile.vectors * tile.width))
+        return count * group * (out // tile.channels)
+
+    return sorted(fitting, key=cost)[:CANDIDATES]
+
+
+def _time_dense(layer: Layer, x: Tensor, residual: Sequence[Tensor], give_up: float) -> float:
+    """Return the milliseconds of a dense layer, with packed weights if these are faster.
+
+    Args:
+        layer: the layer; its `packs` is set.
+        x: input.
+        residual: what is added.
+        give_up: if the first call takes longer than this, it is the only one.
+    """
+    times = {}
+    for layer.packs in (False, True):
+        layer(x, *residual)
+        run = partial(layer, x, *residual)
+        times[layer.packs] = milliseconds(run, min_total=3.0, give_up=give_up)
+        if layer.linear or layer.pools:  # there is one way
+            break
+    layer.packs = min(times, key=times.__getitem__)
+    return times[layer.packs]
+
+
+def distinct_ways(tuned: Tuning, sparse: Tuning, dense: Tuning) -> list[Tuning]:
+    """Return the ways to run a network that may be the fastest and are not the same.
+
+    If the layers are twice as fast in the sparse way, all of them densely is not faster.
+
+    Args:
+        tuned: each layer in its faster way.
+        sparse: all layers that can run sparse.
+        dense: no layer sparse.
+
+    Example:
+        >>> layer = LayerTuning(True, Tile(2, 8), 0.9, dense_ms=3.0, sparse_ms=1.0)
+        >>> dense = LayerTuning(False, Tile(2, 8), 0.9, dense_ms=3.0, sparse_ms=1.0)
+        >>> len(distinct_ways({"w": layer}, {"w": layer}, {"w": dense}))
+        1
+    """
+    ways = [tuned]
+    if any(sparse[name].sparse != layer.sparse for name, layer in tuned.items()):
+        ways.append(sparse)
+    times = [(t.dense_ms, t.sparse_ms) for t in tuned.values() if t.dense_ms and t.sparse_ms]
+    dense_ms, best_ms = sum(d for d, _ in times), sum(min(d, s) for d, s in times)
+    if any(t.sparse for t in tuned.values()) and dense_ms < 2 * best_ms:
+        ways.append(dense)
+    return ways
 
 
 def save_tuning(tuning: Mapping[str, LayerTuning], path: str | Path) -> None:
@@ -160,8 +281,9 @@ def _read_layer(stored: Mapping[str, Any]) -> LayerTuning:
     for number, most in ((layer.sparsity, 1), *((t, math.inf) for t in times)):
         if type(number) not in (int, float) or not 0 <= number <= most or number == math.inf:
             raise ValueError(f"{number!r:.40} is out of range")
-    if not isinstance(layer.sparse, bool):
-        raise TypeError(f"sparse is {layer.sparse!r:.40}")
+    for flag in (layer.sparse, layer.packs):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{flag!r:.40} is neither true nor false")
     return layer
 
 

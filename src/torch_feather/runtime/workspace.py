@@ -15,12 +15,14 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .batch import BatchPlan
-from .kernels import CHANNEL_BLOCK, CONVOLUTION, COPY, OPERATION, library
-from .memory import aligned_zeros, round_up
-from .plan import Copy, Pointwise, Sparse, Torch
+from .kernels import OPERATION, library
+from .memory import aligned_zeros
 from .planes import Planes
+from .records import Records
+from .steps import Copy, Operation, Pointwise, Sparse, Torch
 
 Values = list[Any]  # values of the nodes of a graph
+Native = Sparse | Copy | Operation  # steps in machine code
 
 
 class Call(NamedTuple):
@@ -36,7 +38,7 @@ class Call(NamedTuple):
     """
 
     run: Callable[[Values], None]
-    steps: Sequence[Sparse | Copy] = ()
+    steps: Sequence[Native] = ()
 
 
 class WorkspacePool:
@@ -96,9 +98,9 @@ class Workspace:
     def __init__(self, plan: BatchPlan) -> None:
         self.plan = plan
         self.memory = torch.from_numpy(aligned_zeros(plan.size))
-        self.views = {node: self._view(planes) for node, planes in plan.plan.planes.items()}
+        self.records = Records(plan, self.memory)
+        self.views = {node: self.records.view(p) for node, p in plan.plan.planes.items()}
         self._barrier = np.zeros(16, np.int64)  # a counter, padded to whole cache lines
-        self._referenced: list[Any] = []  # arrays that records and programs point to
         self._workers = (
             ThreadPoolExecutor(plan.threads - 1, "torch-feather")
             if plan.threads > 1 and library().run_team is None
@@ -133,28 +135,16 @@ class Workspace:
             return value.clone(memory_format=torch.contiguous_format)
         return value
 
-    def _memory_of(self, planes: Planes) -> Tensor:
-        start = self.plan.offsets[planes]
-        return self.memory[start : start + round_up(planes.size(self.plan.batch))]
-
-    def _view(self, planes: Planes) -> Tensor:
-        return planes.view(self._memory_of(planes), self.plan.batch)
-
-    def _first_pixel(self, planes: Planes) -> int:
-        return self._memory_of(planes).data_ptr() + 4 * planes.layout.root().edge
-
     def _calls(self) -> Iterator[Call]:
         steps = self.plan.plan.steps
         last_use = self._last_uses()
-        machine_code = (Sparse, Copy)
+        machine_code = (Sparse, Copy, Operation)
         for native, group in itertools.groupby(
             enumerate(steps), lambda item: isinstance(item[1], machine_code)
         ):
             if native:
                 run = [step for _, step in group if isinstance(step, machine_code)]
                 yield Call(self.native(run), run)
-                for make_contiguous in self._contiguous_results({step.out for step in run}):
-                    yield Call(make_contiguous)
                 continue
             for i, step in group:
                 if isinstance(step, Pointwise):
@@ -175,30 +165,51 @@ class Workspace:
         map_arg(self._output, lambda node: last_use.update({node: len(steps)}))
         return last_use
 
-    def native(self, steps: Sequence[Sparse | Copy]) -> Callable[[Values], None]:
+    def native(self, steps: Sequence[Native]) -> Callable[[Values], None]:
         """Return a function that executes steps with one call into machine code."""
-        program = np.zeros(len(steps), OPERATION)
-        sources = []
-        for operation, step in zip(program, steps, strict=True):
-            record = np.zeros((), CONVOLUTION if isinstance(step, Sparse) else COPY)
-            self._referenced.append(record)
-            operation["record"] = record.ctypes.data
+        results = list(self._token_results({step.out for step in steps}))
+        program = np.zeros(len(steps) + len(results), OPERATION)
+        sources: list[tuple[int, Callable[[Any], Any]]] = []
+        for operation, step in zip(program, steps, strict=False):
             if isinstance(step, Sparse):
-                self._fill_convolution(step, record, operation)
-                continue
-            set_source = self._fill_copy(step, record, operation)
-            if step.source in self.views:
-                set_source(self.views[step.source])
+                self.records.convolution(step, operation)
+            elif isinstance(step, Operation):
+                self.records.operation(step, operation)
             else:
-                sources.append((self.index[step.source], set_source))
-        self._referenced.append(program)
+                set_source = self.records.copy(step, operation)
+                if step.source in self.views:
+                    set_source(self.views[step.source])
+                else:
+                    sources.append((self.index[step.source], set_source))
+        tokens, others, used = [], [], len(steps)
+        for node, planes in results:
+            if set_result := self.records.to_tokens(planes, program[used]):
+                tokens.append((self.index[node], set_result))
+                used += 1
+            else:
+                others.append((self.index[node], self.views[node]))
+        execute = self._executor(program[:used])
+
+        def call(values: Values) -> None:
+            alive = [set_source(values[i]) for i, set_source in sources]
+            for i, set_result in tokens:
+                values[i] = set_result()
+            execute()
+            for i, view in others:
+                values[i] = view.contiguous()
+            del alive
+
+        return call
+
+    def _executor(self, program: np.ndarray) -> Callable[[], None]:
+        """Return a function that executes operations on all threads."""
+        self.records.referenced.append(program)
         run, run_team = library().run, library().run_team
         threads, workers = self.plan.threads, self._workers
         counter, barrier = self._barrier, self._barrier.ctypes.data
         address, n = program.ctypes.data, len(program)
 
-        def call(values: Values) -> None:
-            alive = [set_source(values[i]) for i, set_source in sources]
+        def execute() -> None:
             counter[0] = 0
             if threads == 1:
                 run(address, n, 0, 1, barrier)
@@ -218,85 +229,19 @@ class Workspace:
                     counter[0] = 1 << 62  # release threads that wait for one that never starts
                     workers.shutdown()  # the memory is freed next, so wait for all threads
                     raise
-            del alive
 
-        return call
+        return execute
 
-    def _fill_convolution(self, step: Sparse, record: np.ndarray, operation: np.void) -> None:
-        tile, operation["kernel"] = self.plan.kernel(step)
-        tables, layout = self.plan.tables(step), step.out.layout.root()
-        plane = layout.channel_stride(self.plan.batch)
-        for name, table in tables.items():
-            record[name] = table.ctypes.data
-        record["x"], record["out"] = self._first_pixel(step.x), self._first_pixel(step.out)
-        if step.residual is not None:
-            record["residual"] = self._first_pixel(step.residual)
-        start = self._memory_of(step.out).data_ptr()
-        used = layout.edge + step.out.channels * plane
-        record["lead"], record["lead_bytes"] = start, 4 * layout.edge
-        record["trail"], record["trail_bytes"] = start + 4 * used, 4 * layout.edge
-        pixels = tile.vectors * tile.width
-        record["plane"], record["last"] = plane, plane - pixels
-        record["n_blocks"] = len(tables["blocks"]) - 1
-        record["low"], record["high"] = step.layer.low, step.layer.high
-        operation["items"] = -(-plane // pixels) * (len(tables["blocks"]) - 1)
+    def _token_results(self, written: Set[Planes]) -> Iterator[tuple[Node, Planes]]:
+        """Yield results of linear layers that functions of PyTorch read.
 
-    def _fill_copy(
-        self, step: Copy, record: np.ndarray, operation: np.void
-    ) -> Callable[[Tensor], Tensor]:
-        """Fill the record of a copy except for its source.
-
-        Returns:
-            A function that sets the source. The tensor that it returns must stay alive until the
-            copy is done.
-        """
-        batch, layout, (height, width) = self.plan.batch, step.out.layout.root(), step.size
-        (sy, sx), copies = step.stride, library().copies
-        channels = step.out.channels // len(step.phases)
-        phases = np.array(
-            [(0, -(-(height - a) // sy), -(-(width - b) // sx)) for a, b in step.phases], np.int64
-        )
-        self._referenced.append(phases)
-        record["phases"], record["out"] = phases.ctypes.data, self._first_pixel(step.out)
-        record["images"], record["channels"] = batch, channels
-        record["all_channels"], record["fill"] = step.out.channels, step.padding_value
-        record["plane"], record["image"] = layout.channel_stride(batch), layout.image_stride
-        record["pitch"] = layout.row_stride
-        record["rows"] = layout.image_stride // layout.row_stride
-        record["edge"] = layout.edge
-
-        def set_source(x: Tensor) -> Tensor:
-            if step.out.linear:
-                x = x.reshape(batch, width, channels).permute(0, 2, 1).unsqueeze(2)
-            x = x.resolve_neg()
-            image, channel, row, column = x.stride()
-            record["source"] = x.data_ptr()
-            record["source_image"], record["source_channel"] = image, channel
-            record["source_row"], record["source_column"] = row * sy, column * sx
-            phases[:, 0] = [a * row + b * column for a, b in step.phases]
-            known = column * sx if column * sx in copies else None
-            operation["kernel"] = copies[known]
-            blocks = channels if known else -(-channels // CHANNEL_BLOCK)
-            operation["items"] = len(step.phases) * blocks * batch
-            return x
-
-        return set_source
-
-    def _contiguous_results(self, written: Set[Planes]) -> Iterator[Callable[[Values], None]]:
-        """Yield functions that copy results of linear layers into PyTorch's layout.
-
-        PyTorch's functions of tokens are faster if the channels of a token are adjacent.
+        They are copied into PyTorch's order: its functions of tokens are faster if the channels of
+        a token are adjacent.
         """
         for node, planes in self.plan.plan.planes.items():
-            if planes in written and planes.linear and planes.shape[:-1] != ():
-                if all(user in self.plan.plan.planes for user in node.users):
-                    continue
-                view, i = self.views[node], self.index[node]
-
-                def call(values: Values, view: Tensor = view, i: int = i) -> None:
-                    values[i] = view.contiguous()
-
-                yield call
+            is_result = planes.linear and planes.shape[:-1] != () and planes.is_within(written)
+            if is_result and any(user not in self.plan.plan.planes for user in node.users):
+                yield node, planes
 
     def _pointwise(self, step: Pointwise) -> Callable[[Values], None]:
         """Return a function that computes all pixels, including the padding.
@@ -304,10 +249,10 @@ class Workspace:
         The memory of planes is contiguous only with its padding.
         """
         inputs = zip(step.node.all_input_nodes, step.x, strict=True)
-        memory = {n: self._memory_of(x) for n, x in inputs}
+        memory = {n: self.records.span(x) for n, x in inputs}
         args, kwargs = map_arg((step.node.args, step.node.kwargs), memory.__getitem__)
         function = step.node.target.overloadpacket.out  # type: ignore[union-attr]
-        out = self._memory_of(step.out)
+        out = self.records.span(step.out)
 
         def call(values: Values) -> None:
             function(*args, **kwargs, out=out)

@@ -9,28 +9,44 @@ convolution kernels. `convolution`, `plane_copy` and `schedule` emit LLVM IR as 
 compiles it.
 """
 
-from .build import KernelLibrary, compile_object, emit_module, emit_object, library
+from .activations import ACTIVATIONS
+from .build import (
+    KernelLibrary,
+    add_objects,
+    compile_object,
+    emit_convolutions,
+    emit_module,
+    emit_object,
+    fingerprint,
+    library,
+)
 from .convolution import Variant, declare_intrinsics, emit_convolution
 from .host import Target, host, llvm, openmp
 from .plane_copy import CHANNEL_BLOCK, FunctionText
-from .records import CONVOLUTION, COPY, OPERATION
+from .records import CONVOLUTION, COPY, OPERATION, PLANE_OPERATION, TRANSPOSE
 from .tiles import Tile, tiles
 
 __all__ = [
+    "ACTIVATIONS",
     "CHANNEL_BLOCK",
     "CONVOLUTION",
     "COPY",
     "OPERATION",
+    "PLANE_OPERATION",
+    "TRANSPOSE",
     "FunctionText",
     "KernelLibrary",
     "Target",
     "Tile",
     "Variant",
+    "add_objects",
     "compile_object",
     "declare_intrinsics",
     "emit_convolution",
+    "emit_convolutions",
     "emit_module",
     "emit_object",
+    "fingerprint",
     "host",
     "library",
     "llvm",

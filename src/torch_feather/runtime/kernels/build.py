@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from .activations import ACTIVATIONS, emit_activation, function_name
 from .convolution import Variant, declare_intrinsics, emit_convolution
 from .host import Target, host, llvm, openmp
-from .plane_copy import COLUMN_STRIDES, emit_copy
+from .plane_copy import COLUMN_STRIDES, declare_masked, emit_copy
+from .plane_operations import OPERATIONS, emit_plane_operation
 from .schedule import declare_waiting, emit_run, emit_run_team
-from .tiles import tiles
+from .tiles import Tile, tiles
+from .transposition import emit_transpose
 
 
 def variants(target: Target) -> list[Variant]:
@@ -49,17 +53,39 @@ def emit_module(
         True
     """
     convolutions = variants(target) if convolutions is None else convolutions
+    width = target.widths[0]
     return "\n".join(
         [
-            *("\n".join(declare_intrinsics(width)) for width in target.widths),
-            "declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)",
+            *_declarations(target),
             *declare_waiting(target),
-            *("\n".join(emit_convolution(variant)) for variant in convolutions),
-            *("\n".join(emit_copy(stride)) for stride in COLUMN_STRIDES),
+            *declare_masked(width),
+            *("\n".join(emit_convolution(variant, activations=True)) for variant in convolutions),
+            *("\n".join(emit_copy(stride, width)) for stride in COLUMN_STRIDES),
+            *("\n".join(emit_plane_operation(name, width)) for name in OPERATIONS),
+            "\n".join(emit_transpose(width)),
+            *("\n".join(emit_activation(a, w)) for a in ACTIVATIONS for w in target.widths),
             "\n".join(emit_run(target)),
             *(("\n".join(emit_run_team()),) if team else ()),
         ]
     )
+
+
+def _declarations(target: Target) -> Iterator[str]:
+    for width in target.widths:
+        yield from declare_intrinsics(width)
+    yield "declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)"
+
+
+def emit_convolutions(target: Target, convolutions: Iterable[Variant]) -> str:
+    """Return the LLVM IR of convolution kernels alone.
+
+    Example:
+        >>> kernel = Variant(Tile(4, 4, 1), "fma", residual=False, mask=False)
+        >>> "@fma_4x4x1(" in emit_convolutions(Target("riscv64-linux-gnu"), [kernel])
+        True
+    """
+    kernels = ("\n".join(emit_convolution(v, activations=True)) for v in convolutions)
+    return "\n".join([*_declarations(target), *kernels])
 
 
 def emit_object(target: Target, convolutions: Iterable[Variant] | None = None) -> bytes:
@@ -110,14 +136,20 @@ def _optimized(text: str, machine: Any) -> Any:
 class KernelLibrary:
     """The compiled functions. Use `library()` to get the one of this process.
 
+    Convolution kernels are compiled when they are needed, some at once.
+
     Args:
         target: a processor whose code the host can execute.
+        objects: object files of the functions (`objects` of another library of this target).
+            [default: they are compiled]
 
     Attributes:
         target: the processor.
         tiles: tiles of its convolution kernels.
-        convolutions: addresses by variant.
+        objects: the object file of each compiled module, with the names of its kernels.
         copies: addresses by distance between columns of the source, or None for any distance.
+        operations: addresses of the kernels in `plane_operations`, and of `transpose`.
+        activations: addresses of activation functions, by name and vector width.
         run: function (operations, number of operations, thread, threads, barrier) that releases the
             GIL.
         run_team: function (operations, number of operations, threads, barrier) that calls `run` on
@@ -127,40 +159,123 @@ class KernelLibrary:
 
     Example:
         >>> kernels = library()
-        >>> set(kernels.convolutions) == set(variants(kernels.target))
+        >>> kernel = Variant(Tile(2, kernels.target.widths[0], 1), "fma", False, False)
+        >>> kernels.convolution(kernel) == kernels.convolution(kernel)
         True
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(
+        self, target: Target, objects: Sequence[tuple[Sequence[str], bytes]] | None = None
+    ) -> None:
         binding = llvm()
         for name, address in openmp().items():
             binding.add_symbol(name, address)
         self.target, self.tiles = target, tiles(target.widths)
-        machine = target.machine()
+        self.objects: list[tuple[Sequence[str], bytes]] = []
+        self._engines: list[Any] = []
+        self._convolutions: dict[str, int] = {}
+        self._lock = threading.Lock()
         # Without a data layout, which costs some kernels 1 to 4%.
-        module = _optimized(emit_module(target, team=bool(openmp())), machine)
-        self._engine = binding.create_mcjit_compiler(module, machine)
-        self._engine.finalize_object()
-        address_of = self._engine.get_function_address
-        self.convolutions = {variant: address_of(variant.name) for variant in variants(target)}
+        if objects is None:
+            self._add((), text=emit_module(target, (), team=bool(openmp())))
+        else:
+            for names, data in objects:
+                self._add(names, data=data)
+        address_of = self._engines[0].get_function_address
         self.copies = {stride: address_of(f"copy_{stride}") for stride in COLUMN_STRIDES}
+        self.operations = {name: address_of(name) for name in (*OPERATIONS, "transpose")}
+        self.activations = {
+            (a, w): address_of(function_name(a, w)) for a in ACTIVATIONS for w in target.widths
+        }
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         run = ctypes.CFUNCTYPE(None, pointer, number, number, number, pointer)
         self.run = run(address_of("run"))
         run_team = ctypes.CFUNCTYPE(None, pointer, number, number, pointer)
         self.run_team = run_team(address_of("run_team")) if openmp() else None
 
+    def convolution(self, variant: Variant) -> int:
+        """Return the address of a convolution kernel, which is compiled at the first call."""
+        self.compile([variant])
+        return self._convolutions[variant.name]
+
+    def compile(self, variants: Iterable[Variant]) -> None:
+        """Compile convolution kernels together, which is faster than one by one."""
+        with self._lock:
+            missing = [v for v in dict.fromkeys(variants) if v.name not in self._convolutions]
+            if missing:
+                names = [v.name for v in missing]
+                self._add(names, text=emit_convolutions(self.target, missing))
+
+    def add_object(self, names: Sequence[str], data: bytes) -> None:
+        """Add the kernels of an object file that are missing."""
+        with self._lock:
+            if any(name not in self._convolutions for name in names):
+                self._add(names, data=data)
+
+    def _add(
+        self, names: Sequence[str], *, text: str | None = None, data: bytes | None = None
+    ) -> None:
+        """Add the kernels of LLVM IR, or of an object file."""
+        binding = llvm()
+        machine = self.target.machine()
+        if data is None:
+            assert text is not None
+            module = _optimized(text, machine)
+            data = bytes(machine.emit_object(module))
+        engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+        engine.add_object_file(binding.ObjectFileRef.from_data(data))
+        engine.finalize_object()
+        self.objects.append((tuple(names), data))
+        self._engines.append(engine)
+        for name in names:
+            self._convolutions[name] = engine.get_function_address(name)
+
+
+_base: list[bytes] = []  # the object file of the base functions, if a file has it
+
 
 @functools.cache
 def _library() -> KernelLibrary:
-    return KernelLibrary(host())
+    return KernelLibrary(host(), [((), _base[0])] if _base else None)
 
 
 _compiling = threading.Lock()
 
 
+def fingerprint() -> str:
+    """Return a text that identifies the functions of this version, on this processor.
+
+    Object files of other functions must not be used.
+
+    Example:
+        >>> len(fingerprint())
+        64
+    """
+    some = Variant(Tile(1, host().widths[0], 1), "fma", residual=True, mask=True)
+    text = emit_module(host(), [some], team=bool(openmp()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def add_objects(base: bytes, names: Sequence[str], data: bytes) -> None:
+    """Add convolution kernels of an object file, and use its base functions if there are none yet.
+
+    Args:
+        base: object file of the base functions, see `KernelLibrary.objects`.
+        names: names of the kernels.
+        data: object file of the kernels.
+
+    Example:
+        >>> kernels = library()
+        >>> add_objects(kernels.objects[0][1], [], b"")
+    """
+    with _compiling:
+        _base[:] = [base]
+        found = _library()
+    found.add_object(names, data)
+
+
 def library() -> KernelLibrary:
-    """Return the functions, compiled on the first call in about one second.
+    """Return the functions, which are compiled when they are needed.
 
     Raises:
         RuntimeMissingError: llvmlite is not installed.

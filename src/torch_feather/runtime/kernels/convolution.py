@@ -14,7 +14,7 @@ the weight's value. A work item is one tile of pixels of one block of groups of 
             for k in range(rows[g], rows[g + 1]):
                 offset, weights = taps[k]
                 y = combine(y, weights, x[p + offset])
-            out[o, p] = clamp(y + residual[o, p], low, high) & mask[p]
+            out[o, p] = activation(clamp(y + residual[o, p], low, high)) & mask[p]
 
 where `p` stands for `tile_pixels` consecutive pixels. Each function below emits one level of this
 loop nest. Comparisons propagate NaN, as in PyTorch.
@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from .activations import AVX512
 from .records import CONVOLUTION, fields
 from .tiles import Tile
 
@@ -94,10 +95,18 @@ def declare_intrinsics(width: int) -> Iterator[str]:
     v = f"<{width} x float>"
     yield f"declare {v} @llvm.fmuladd.v{width}f32({v}, {v}, {v})"
     yield f"declare {v} @llvm.maximum.v{width}f32({v}, {v})"
+    yield f"declare {v} @llvm.fabs.v{width}f32({v})"
+    yield f"declare {v} @llvm.sqrt.v{width}f32({v})"
+    if width == AVX512:
+        yield f"declare {v} @llvm.x86.avx512.rcp14.ps.512({v}, {v}, i16)"
 
 
-def emit_convolution(variant: Variant) -> Iterator[str]:
+def emit_convolution(variant: Variant, activations: bool = False) -> Iterator[str]:
     """Yield the lines of the function `variant.name(record, i0, i1)`.
+
+    Args:
+        variant: the kernel.
+        activations: whether it calls the activation function of its record, if there is one.
 
     Example:
         >>> variant = Variant(Tile(1, 4), "max", residual=False, mask=True)
@@ -111,7 +120,7 @@ def emit_convolution(variant: Variant) -> Iterator[str]:
     yield from _begin_item(variant)
     yield from _begin_group(variant)
     yield from _combine_taps(variant)
-    yield from _end_group(variant)
+    yield from _end_group(variant, activations)
     yield from _end_item()
     yield "}"
 
@@ -169,7 +178,7 @@ def _begin_item(variant: Variant) -> Iterator[str]:
 def _begin_group(variant: Variant) -> Iterator[str]:
     channels = variant.tile.channels
     yield "group:"
-    yield "  %g = phi i64 [ %g0, %item ], [ %g.next, %group.end ]"
+    yield "  %g = phi i64 [ %g0, %item ], [ %g.next, %group.done ]"
     yield "  %row = getelementptr i32, ptr %rows.value, i64 %g"
     yield "  %row.after = getelementptr i32, ptr %row, i64 1"
     for name, at in (("k0", "row"), ("k1", "row.after")):
@@ -217,10 +226,11 @@ def _combine_taps(variant: Variant) -> Iterator[str]:
     yield "  br i1 %k.more, label %tap, label %group.end"
 
 
-def _end_group(variant: Variant) -> Iterator[str]:
+def _end_group(variant: Variant, activations: bool) -> Iterator[str]:
+    v = variant.floats
     yield "group.end:"
     for r, j in variant.cells:
-        yield f"  %y.{r}.{j} = phi {variant.floats} [ %bias.{r}, %group ], [ %new.{r}.{j}, %tap ]"
+        yield f"  %y.{r}.{j} = phi {v} [ %bias.{r}, %group ], [ %new.{r}.{j}, %tap ]"
     for r in range(variant.tile.channels):
         yield f"  %plane.first.{r} = mul i64 %o.{r}, %plane.value"
         yield f"  %q.{r} = add i64 %plane.first.{r}, %p"
@@ -228,15 +238,30 @@ def _end_group(variant: Variant) -> Iterator[str]:
         if variant.residual:
             yield f"  %residual.{r} = getelementptr float, ptr %residual.value, i64 %q.{r}"
     for r, j in variant.cells:
-        yield from _store(variant, r, j)
+        yield from _finish(variant, r, j)
+    if activations:
+        yield "  %is.linear = icmp eq ptr %activation.value, null"
+        yield "  br i1 %is.linear, label %store, label %activate"
+        yield "activate:"
+        for r, j in variant.cells:
+            yield f"  %active.{r}.{j} = call {v} %activation.value({v} %high.y.{r}.{j})"
+        yield "  br label %store"
+        yield "store:"
+        for r, j in variant.cells:
+            values = f"[ %high.y.{r}.{j}, %group.end ], [ %active.{r}.{j}, %activate ]"
+            yield f"  %result.{r}.{j} = phi {v} {values}"
+    for r, j in variant.cells:
+        yield from _store(variant, r, j, "%result" if activations else "%high.y")
+    yield "  br label %group.done"
+    yield "group.done:"
     yield "  %g.next = add i64 %g, 1"
     yield "  %g.more = icmp ult i64 %g.next, %g1"
     yield "  br i1 %g.more, label %group, label %item.end"
 
 
-def _store(variant: Variant, r: int, j: int) -> Iterator[str]:
-    """Add the residual, clamp, mask and store one register."""
-    v, iv, bv = variant.floats, variant.ints, f"<{variant.tile.width} x i1>"
+def _finish(variant: Variant, r: int, j: int) -> Iterator[str]:
+    """Add the residual to one register, and clamp it."""
+    v, bv = variant.floats, f"<{variant.tile.width} x i1>"
     c, skip = f"{r}.{j}", j * variant.tile.width
     y = f"%y.{c}"
     if variant.residual:
@@ -248,6 +273,13 @@ def _store(variant: Variant, r: int, j: int) -> Iterator[str]:
         yield f"  %{bound}.is.{c} = fcmp {test} {v} {y}, %{bound}"
         yield f"  %{bound}.y.{c} = select {bv} %{bound}.is.{c}, {v} %{bound}, {v} {y}"
         y = f"%{bound}.y.{c}"
+
+
+def _store(variant: Variant, r: int, j: int, prefix: str) -> Iterator[str]:
+    """Mask and store one register."""
+    v, iv = variant.floats, variant.ints
+    c, skip = f"{r}.{j}", j * variant.tile.width
+    y = f"{prefix}.{c}"
     if variant.mask:
         yield f"  %m.at.{c} = getelementptr i32, ptr %mask, i64 {skip}"
         yield f"  %m.{c} = load {iv}, ptr %m.at.{c}, align 4"

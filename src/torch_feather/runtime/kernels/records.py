@@ -33,6 +33,46 @@ CONVOLUTION = np.dtype(
         ("low_", "f4"),
         ("high", "f4"),  # upper bound of the result
         ("high_", "f4"),
+        ("activation", "i8"),  # function of vectors that is applied to the result, or 0
+    ]
+)
+
+# Arguments of the kernels in `plane_operations`.
+PLANE_OPERATION = np.dtype(
+    [
+        ("x", "i8"),  # first pixel of the input
+        ("y", "i8"),  # first pixel of the second input: factors of `scale`
+        ("out", "i8"),  # first pixel of the result
+        ("mask", "i8"),  # int32: all bits set at pixels of an image, 0 between images; or 0
+        ("activation", "i8"),  # function of vectors
+        ("weight", "i8"),  # of a norm, one number per channel
+        ("bias", "i8"),
+        ("images", "i8"),
+        ("channels", "i8"),
+        ("x_plane", "i8"),  # pixels between consecutive channels of x
+        ("x_image", "i8"),  # pixels between consecutive images of x
+        ("y_plane", "i8"),
+        ("y_image", "i8"),
+        ("plane", "i8"),  # pixels between consecutive channels of out
+        ("image", "i8"),
+        ("pixels", "i8"),  # of an image, including padding
+        ("lead_bytes", "i8"),  # memory before the first pixel of out, which is set to 0
+        ("factor", "f4"),  # 1 / number of pixels of an image, or 1 / channels
+        ("factor_", "f4"),
+        ("eps", "f4"),  # of a norm
+        ("eps_", "f4"),
+    ]
+)
+
+# Arguments of the kernels that transpose between planes and tokens, whose channels are adjacent.
+TRANSPOSE = np.dtype(
+    [
+        ("source", "i8"),
+        ("out", "i8"),
+        ("rows", "i8"),  # of the source: tokens, or channels of planes
+        ("columns", "i8"),  # adjacent numbers in a row of the source
+        ("pitch", "i8"),  # numbers between consecutive rows of the source
+        ("out_pitch", "i8"),  # between consecutive rows of the result, which are columns
     ]
 )
 

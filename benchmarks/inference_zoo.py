@@ -1,0 +1,210 @@
+"""Latency of many networks of timm and torchvision, pruned with ERK densities, on one CPU thread.
+
+Systems take turns on one image: torch-feather at several sparsities, and OpenVINO, ONNX Runtime and
+PyTorch on dense weights. Times are medians; the ratio is the faster of OpenVINO and ONNX Runtime
+over torch-feather. Weights are random, with a fixed seed: times depend on their positions, not on
+their values. Layers without a nonzero weight are reported.
+
+    python benchmarks/inference.py --zoo --json results/inference_zoo.json
+
+Networks that the file has already are not measured again. Options: --networks NAME ...,
+--sparsity S ... Optional packages: pip install timm torchvision openvino onnxruntime onnx
+onnxscript. Missing ones are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from inference_systems import dense_systems
+from torch import Tensor, nn
+
+import torch_feather as feather
+from torch_feather.allocation import ERK
+from torch_feather.runtime.timing import alternate
+from torch_feather.training.provenance import provenance
+
+# Networks by kind, with the goals of the ratio at 95% and 98%; at 90% the goal is 1.
+GOALS = {"convolutional": (2.5, 4.0), "mobile": (1.5, 2.0), "transformer": (2.0, 2.5)}
+NETWORKS = {
+    "convolutional": (
+        *("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg16_bn", "repvgg_a0"),
+        *("densenet121", "inception_v3", "regnety_008", "hrnet_w18_small", "dla34", "cspresnet50"),
+        *("convnext_atto", "res2net50_26w_4s"),
+    ),
+    "mobile": (
+        *("mobilenetv2_100", "mobilenetv3_large_100", "mobilenetv3_small_100", "ghostnet_100"),
+        *("efficientnet_b0", "mnasnet_100", "regnety_004", "lcnet_100"),
+        *("torchvision:lraspp_mobilenet_v3_large", "torchvision:shufflenet_v2_x1_0"),
+    ),
+    "transformer": (
+        *("deit_tiny_patch16_224", "deit_small_patch16_224", "mixer_s16_224"),
+        *("swin_tiny_patch4_window7_224", "poolformer_s12"),
+    ),
+}
+
+
+def create(name: str) -> tuple[nn.Module, Tensor]:
+    """Return a network in eval mode, and an image."""
+    torch.manual_seed(0)
+    if name.startswith("torchvision:"):
+        import torchvision
+
+        name, size = name.partition(":")[2], 224
+        options = {"weights_backbone": None} if "lraspp" in name else {}
+        model = torchvision.models.get_model(name, weights=None, **options)
+    else:
+        import timm
+
+        model = timm.create_model(name)
+        size = model.default_cfg["input_size"][1]
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.any():  # some heads begin with zeros
+            nn.init.normal_(layer.weight, std=0.02)
+    return model.eval(), torch.randn(1, 3, size, size)
+
+
+def pruned(name: str, sparsity: float) -> tuple[nn.Module, list[str]]:
+    """Return a network with ERK densities, and the names of weights that are 0."""
+    model, _ = create(name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparsifier = feather.sparsify(
+        model,
+        optimizer,
+        "hard-ste",
+        sparsity=sparsity,
+        total_steps=1,
+        schedule="constant",
+        allocation=ERK(),
+    )
+    pruned_model = sparsifier.finalize().eval()
+    empty = [n for n, p in pruned_model.named_parameters() if p.dim() > 1 and not p.any()]
+    return pruned_model, empty
+
+
+def first(output: Any) -> Tensor:
+    """Return the first tensor of an output."""
+    return next(v for v in torch.utils._pytree.tree_leaves(output) if isinstance(v, Tensor))
+
+
+def measure(name: str, kind: str, sparsities: list[float]) -> dict[str, Any]:
+    """Return the row of a network."""
+    model, x = create(name)
+    systems = dense_systems(model, x, threads=1, compiles=False)
+    networks, row = {}, {"network": name, "kind": kind, "size": x.shape[-1], "sparse": {}}
+    for sparsity in sparsities:
+        sparse_model, empty = pruned(name, sparsity)
+        begin = time.process_time()
+        network = feather.compile_sparse(sparse_model, x, threads=1)
+        seconds = time.process_time() - begin
+        with torch.inference_mode():
+            found, expected = first(network(x)), first(sparse_model(x))
+        networks[sparsity] = network
+        row["sparse"][str(sparsity)] = {
+            "compile_s": seconds,
+            "error": float((found - expected).abs().max() / expected.abs().max()),
+            "empty": empty,
+            "sparse_layers": sum(t.sparse for t in network.tuning.values()),
+            "layers": len(network.tuning),
+            "in_pytorch": repr(network).rpartition("in PyTorch: ")[2][:-2]
+            if "in PyTorch" in repr(network)
+            else "",
+        }
+    calls: list[Callable[[], object]] = [partial(run, x) for run in systems.values()]
+    calls += [partial(network, x) for network in networks.values()]
+    with torch.inference_mode():
+        times = alternate(calls, rounds=9, burst=3)
+    row["dense_ms"] = dict(zip(systems, times, strict=False))
+    for sparsity, ms in zip(networks, times[len(systems) :], strict=True):
+        row["sparse"][str(sparsity)]["ms"] = ms
+    return row
+
+
+def best_dense(row: dict[str, Any]) -> float | None:
+    """Return the milliseconds of the faster of OpenVINO and ONNX Runtime."""
+    rivals = [ms for n, ms in row["dense_ms"].items() if n in ("OpenVINO f32", "onnxruntime")]
+    return min(rivals, default=None)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return all rows as text."""
+    lines = [
+        f"{'network':34} {'PyTorch':>8} {'OpenVINO':>8} {'ORT':>8}   torch-feather: ms (ratio), "
+        "compile s, error"
+    ]
+    for row in rows:
+        dense = row["dense_ms"]
+        names = ("PyTorch", "OpenVINO f32", "onnxruntime")
+        cells = [f"{dense[n]:8.2f}" if n in dense else f"{'':8}" for n in names]
+        best, parts = best_dense(row), []
+        for sparsity, found in row["sparse"].items():
+            ratio = f" ({best / found['ms']:.2f}x)" if best else ""
+            parts.append(f"{100 * float(sparsity):g}%: {found['ms']:.2f}{ratio}")
+        slowest = max(found["compile_s"] for found in row["sparse"].values())
+        error = max(found["error"] for found in row["sparse"].values())
+        parts.append(f"{slowest:.1f} s, {error:.0e}")
+        lines.append(f"{row['network']:34} {' '.join(cells)}   {', '.join(parts)}")
+        empty = {n for found in row["sparse"].values() for n in found["empty"]}
+        if empty:
+            lines.append(f"{'':34} empty layers: {', '.join(sorted(empty))}")
+        lines += [f"{'':34} {text}" for text in below_goal(row, best)]
+    return "\n".join(lines) + "\n"
+
+
+def below_goal(row: dict[str, Any], best: float | None) -> list[str]:
+    """Return, for each sparsity below its goal, what the network computes outside of kernels."""
+    found = []
+    goals = dict(zip((0.95, 0.98), GOALS[row["kind"]], strict=True)) | {0.9: 1.0}
+    for sparsity, result in row["sparse"].items():
+        goal = goals.get(float(sparsity))
+        if best and goal and best / result["ms"] < goal:
+            outside = result["in_pytorch"] or "nothing"
+            dense = result["layers"] - result["sparse_layers"]
+            text = (
+                f"below {goal}x at {100 * float(sparsity):g}%: {dense} dense layers; in PyTorch: "
+            )
+            found.append(f"{text}{outside[:200]}")
+    return found
+
+
+def main() -> None:
+    """Measure the networks that the file does not have yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = {name: kind for kind, names in NETWORKS.items() for name in names}
+    parser.add_argument("--zoo", action="store_true", help="measure many networks")
+    parser.add_argument("--networks", nargs="+", choices=list(kinds), default=list(kinds))
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95, 0.98])
+    parser.add_argument("--json", type=Path, default=Path("results/inference_zoo.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    stored: dict[str, Any] = {"rows": []}
+    if options.json.exists():
+        stored = json.loads(options.json.read_text())
+    rows = stored["rows"]
+    stored["command"] = " ".join(["python benchmarks/inference.py", *sys.argv[1:]])
+    stored |= provenance(torch.device("cpu"))
+    for name in options.networks:
+        if any(row["network"] == name for row in rows):
+            continue
+        rows.append(measure(name, kinds[name], options.sparsity))
+        options.json.write_text(json.dumps(stored, indent=1) + "\n")
+        heading = f"{stored['hardware']['cpu']}, one thread, batch 1, float32\n"
+        options.json.with_suffix(".txt").write_text(
+            f"{heading}{stored['versions']}, commit {stored['commit']}\n{stored['command']}\n\n"
+            f"{table(rows)}"
+        )
+        print(table(rows[-1:]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

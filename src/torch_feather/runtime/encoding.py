@@ -1,0 +1,337 @@
+"""Plans, graphs and their values as JSON and arrays, for files of compiled networks."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+from ..errors import StateError
+from .layer import Layer
+from .plan import Plan
+from .planes import PlaneLayout, Planes
+from .steps import Copy, Operation, Pointwise, Sparse, Step, Torch
+from .taps import Taps
+
+NUMBERS = ("stride", "padding", "dilation", "groups", "low", "high", "activation", "packs")
+LOCATIONS = {"operator": operator, "math": math, "torch": torch}
+
+
+class Encoder:
+    """Encodes a plan.
+
+    Attributes:
+        arrays: the arrays that the encoded values refer to, by name.
+
+    Example:
+        >>> Encoder().value((1, None, float("inf")))
+        {'tuple': [1, None, {'float': 'inf'}]}
+    """
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+        self._names: dict[int, str] = {}
+        self._alive: list[Any] = []  # objects whose ids are in `_names`
+        self._planes: dict[Planes, int] = {}
+        self._planes_data: list[Any] = []
+        self._layouts: dict[PlaneLayout, int] = {}
+        self._layers: dict[Layer, int] = {}
+        self._layer_data: list[Any] = []
+
+    def array(self, value: np.ndarray | Tensor) -> str:
+        """Return the name of an array; the same for the same array."""
+        if id(value) not in self._names:
+            name = self._names[id(value)] = f"array.{len(self.arrays)}"
+            self._alive.append(value)
+            data = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+            self.arrays[name] = np.ascontiguousarray(data)
+        return self._names[id(value)]
+
+    def value(self, value: Any) -> Any:
+        """Return an argument of a function of PyTorch as JSON.
+
+        Raises:
+            StateError: it has a type that files do not hold.
+        """
+        if value is None or isinstance(value, bool | str) or type(value) is int:
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else {"float": repr(value)}
+        if isinstance(value, tuple | list):
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {kind: [self.value(v) for v in value]}
+        if isinstance(value, Node):
+            return {"node": value.name}
+        if isinstance(value, slice):
+            return {"slice": [self.value(v) for v in (value.start, value.stop, value.step)]}
+        if isinstance(value, torch.device):
+            return {"device": str(value)}
+        if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
+            return {"torch": str(value).removeprefix("torch.")}
+        raise StateError(
+            f"Files of compiled networks cannot hold values of {type(value).__name__}."
+        )
+
+    def target(self, target: Any) -> Any:
+        """Return a function as JSON.
+
+        Raises:
+            StateError: it is no function of PyTorch's aten library or of Python.
+        """
+        if isinstance(target, Layer):
+            return {"layer": self.layer(target)}
+        if isinstance(target, OpOverload) and target.namespace == "aten":
+            return {"aten": [target._schema.name.partition("::")[2], target._overloadname]}
+        name = getattr(target, "__name__", "")
+        for place, module in LOCATIONS.items():
+            if (place != "torch" or name.startswith("sym_")) and (
+                getattr(module, name, None) is target
+            ):
+                return {place: name}
+        raise StateError(
+            f"The compiled network calls {target}, which files of compiled networks cannot hold. "
+            "Save the model and the tuning results instead, and compile again."
+        )
+
+    def layer(self, layer: Layer) -> int:
+        """Return the number of a layer."""
+        if layer not in self._layers:
+            self._layers[layer] = len(self._layers)
+            stored = {name: self.value(getattr(layer, name)) for name in NUMBERS}
+            self._layer_data.append(
+                stored
+                | {
+                    "kind": type(layer).__name__,
+                    "name": layer.name,
+                    "shape": list(layer.weight.shape),
+                    "bias": self.array(layer.bias),
+                }
+            )
+        return self._layers[layer]
+
+    def planes(self, planes: Planes | None) -> int | None:
+        """Return the number of planes."""
+        if planes is None:
+            return None
+        if planes not in self._planes:
+            layout = planes.layout.root()
+            stored = {
+                "layout": self._layouts.setdefault(layout, len(self._layouts)),
+                "base": self.planes(planes.base),
+            }
+            for name in ("channels", "height", "width", "shape", "linear", "tokens", "first"):
+                stored[name] = self.value(getattr(planes, name))
+            self._planes[planes] = len(self._planes_data)
+            self._planes_data.append(stored)
+        return self._planes[planes]
+
+    def step(self, step: Step) -> dict[str, Any]:
+        """Return a step as JSON."""
+        if isinstance(step, Torch):
+            if isinstance(step.node.target, Layer) and not step.node.target.pools:
+                data = self._layer_data[self.layer(step.node.target)]
+                data["weight"] = self.array(step.node.target.weight)
+            return {"kind": "Torch", "node": step.node.name}
+        stored: dict[str, Any] = {"kind": type(step).__name__, "out": self.planes(step.out)}
+        if isinstance(step, Sparse):
+            data = self._layer_data[self.layer(step.layer)]
+            data["values"] = self.array(step.taps.values)
+            data["keys"] = self.array(step.taps.key.astype(np.int32))
+            counts = np.bincount(step.taps.out, minlength=step.taps.channels)
+            data["counts"] = self.array(counts.astype(np.int32))
+            residual = self.planes(step.residual)
+            return stored | {
+                "layer": self.layer(step.layer), "x": self.planes(step.x), "residual": residual,
+            }  # fmt: skip
+        if isinstance(step, Copy):
+            numbers = {n: self.value(getattr(step, n)) for n in ("size", "stride", "phases")}
+            value = self.value(step.padding_value)
+            return stored | numbers | {"source": step.source.name, "padding_value": value}
+        stored["x"] = [self.planes(x) for x in step.x]
+        if isinstance(step, Pointwise):
+            return stored | {"node": step.node.name}
+        for name in ("weight", "bias"):
+            array = getattr(step, name)
+            stored[name] = None if array is None else self.array(array)
+        return stored | {"name": step.name, "activation": step.activation, "eps": step.eps}
+
+    def plan(self, plan: Plan, constants: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a plan as JSON.
+
+        Args:
+            plan: the plan.
+            constants: values of the `get_attr` nodes, by name.
+        """
+        steps = [self.step(step) for step in plan.steps]
+        called = {s.node for s in plan.steps if isinstance(s, Torch | Pointwise)}
+        planes = {node.name: self.planes(p) for node, p in plan.planes.items()}
+        nodes, used = [], set()
+        for node in plan.graph.nodes:
+            stored: dict[str, Any] = {"name": node.name, "op": node.op}
+            if node in called:
+                stored["target"] = self.target(node.target)
+                stored["args"] = self.value(node.args)
+                stored["kwargs"] = {k: self.value(v) for k, v in node.kwargs.items()}
+            if node.op == "output":
+                stored["args"] = self.value(node.args)
+            if node in called or node.op == "output":
+                used.update(node.all_input_nodes)
+            nodes.append(stored)
+        used.update(s.source for s in plan.steps if isinstance(s, Copy))
+        values = {}
+        for node in used:
+            if node.op == "get_attr":
+                value = constants[node.name]
+                if not isinstance(value, Tensor):
+                    self.value(value)
+                values[node.name] = self.array(value)
+        layouts = [
+            [layout.height, layout.width, layout.pad_y, layout.pad_x] for layout in self._layouts
+        ]
+        last_use = [[self.planes(p), i] for p, i in plan.last_use.items()]
+        return {
+            "nodes": nodes, "steps": steps, "node_planes": planes, "planes": self._planes_data,
+            "layouts": layouts, "layers": self._layer_data, "constants": values,
+            "last_use": last_use,
+        }  # fmt: skip
+
+
+class Decoder:
+    """Decodes a plan.
+
+    Args:
+        stored: what `Encoder.plan` returned.
+        arrays: its arrays.
+
+    Attributes:
+        plan: the plan.
+        constants: values of the `get_attr` nodes, by name.
+
+    Example:
+        >>> encoder = Encoder()
+        >>> stored = encoder.plan(Plan(Graph()), {})
+        >>> Decoder(stored, encoder.arrays).plan.steps
+        []
+    """
+
+    def __init__(self, stored: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays = arrays
+        self.layers, self._taps = list[Layer](), list[Taps | None]()
+        for data in stored["layers"]:
+            self._read_layer(data)
+        self._layouts = [PlaneLayout(h, w) for h, w, _, _ in stored["layouts"]]
+        for layout, (h, w, pad_y, pad_x) in zip(self._layouts, stored["layouts"], strict=True):
+            layout.require(h, w, pad_y, pad_x)
+        self._planes: list[Planes] = []
+        for data in stored["planes"]:
+            self._planes.append(self._read_planes(data))
+        self._nodes: dict[str, Node] = {}
+        graph = Graph()
+        for data in stored["nodes"]:
+            self._nodes[data["name"]] = self._read_node(graph, data)
+        planes = {self._nodes[n]: self._planes[i] for n, i in stored["node_planes"].items()}
+        last_use = {self._planes[i]: step for i, step in stored["last_use"]}
+        steps = [self._read_step(data) for data in stored["steps"]]
+        self.plan = Plan(graph, steps, planes, last_use)
+        self.constants = {
+            name: torch.from_numpy(arrays[a]) for name, a in stored["constants"].items()
+        }
+
+    def value(self, stored: Any) -> Any:
+        """Return an argument of a function."""
+        if not isinstance(stored, dict):
+            return stored
+        ((kind, content),) = stored.items()
+        if kind == "float":
+            return float(content)
+        if kind in ("tuple", "list"):
+            values = [self.value(v) for v in content]
+            return tuple(values) if kind == "tuple" else values
+        if kind == "slice":
+            return slice(*(self.value(v) for v in content))
+        if kind == "node":
+            return self._nodes[content]
+        return torch.device(content) if kind == "device" else getattr(torch, content)
+
+    def _target(self, stored: Mapping[str, Any]) -> Any:
+        ((kind, content),) = stored.items()
+        if kind == "layer":
+            return self.layers[content]
+        if kind == "aten":
+            name, overload = content
+            return getattr(getattr(torch.ops.aten, name), overload)
+        return getattr(LOCATIONS[kind], content)
+
+    def _read_node(self, graph: Graph, data: Mapping[str, Any]) -> Node:
+        op, name = data["op"], data["name"]
+        if op == "output":
+            return graph.output(*self.value(data["args"]))
+        if op == "placeholder":
+            return graph.create_node("placeholder", name, name=name)
+        if op == "get_attr":
+            return graph.create_node("get_attr", name, name=name)
+        if "target" not in data:  # computed in planes
+            return graph.create_node("call_function", in_planes, name=name)
+        kwargs = {k: self.value(v) for k, v in data["kwargs"].items()}
+        args, target = self.value(data["args"]), self._target(data["target"])
+        return graph.create_node("call_function", target, args, kwargs, name=name)
+
+    def _read_layer(self, data: Mapping[str, Any]) -> None:
+        kinds: list[Any] = [Layer, *Layer.__subclasses__()]
+        (kind,) = (c for c in kinds if c.__name__ == data["kind"])
+        bias = torch.from_numpy(self._arrays[data["bias"]])
+        if "weight" in data:
+            weight = torch.from_numpy(self._arrays[data["weight"]])
+        else:  # only its shape is used
+            weight = torch.zeros(()).expand(data["shape"])
+        numbers = {name: self.value(data[name]) for name in NUMBERS}
+        layer = kind(data["name"], weight, bias, **numbers)
+        self.layers.append(layer)
+        taps = None
+        if "values" in data:
+            values, key = (self._arrays[data[name]] for name in ("values", "keys"))
+            counts = self._arrays[data["counts"]]
+            out = np.repeat(np.arange(len(counts)), counts)
+            taps = layer.taps = Taps.from_keys(layer, values, out, key.astype(np.int64))
+        self._taps.append(taps)
+
+    def _read_planes(self, data: Mapping[str, Any]) -> Planes:
+        base = None if data["base"] is None else self._planes[data["base"]]
+        names = ("channels", "height", "width", "shape", "linear", "tokens", "first")
+        values = {name: self.value(data[name]) for name in names}
+        return Planes(self._layouts[data["layout"]], base=base, **values)
+
+    def _read_step(self, data: Mapping[str, Any]) -> Step:
+        if data["kind"] == "Torch":
+            return Torch(self._nodes[data["node"]])
+        out = self._planes[data["out"]]
+        if data["kind"] == "Sparse":
+            taps = self._taps[data["layer"]]
+            assert taps is not None
+            residual = None if data["residual"] is None else self._planes[data["residual"]]
+            layer = self.layers[data["layer"]]
+            return Sparse(layer, taps, self._planes[data["x"]], out, residual)
+        if data["kind"] == "Copy":
+            numbers = {f.name: self.value(data[f.name]) for f in fields(Copy)[2:]}
+            return Copy(self._nodes[data["source"]], out, **numbers)
+        x = tuple(self._planes[i] for i in data["x"])
+        if data["kind"] == "Pointwise":
+            return Pointwise(self._nodes[data["node"]], x, out)
+        weight, bias = (data[n] and self._arrays[data[n]] for n in ("weight", "bias"))
+        return Operation(data["name"], x, out, data["activation"], weight, bias, data["eps"])
+
+
+def in_planes() -> None:
+    """Stand for the function of a value that a kernel computes.
+
+    Example:
+        >>> in_planes()
+    """

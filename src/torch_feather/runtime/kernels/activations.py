@@ -1,0 +1,198 @@
+"""LLVM IR of activation functions on vectors, which layers and other kernels call.
+
+A function takes a vector of float32 numbers and returns one. The exponential function is computed
+as 2^n · e^r with |r| ≤ ln(2)/2 and a polynomial for e^r. The errors are below 1e-6 of the
+result, except where it is so small that PyTorch's own are larger.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+# The activation functions; those of `ZERO_AT_ZERO` map 0 to 0, so that padding stays 0.
+ZERO_AT_ZERO = ("silu", "gelu", "gelu_tanh", "hardswish")
+ACTIVATIONS = (*ZERO_AT_ZERO, "sigmoid", "hardsigmoid")
+
+# Coefficients of e^r, from r^6 to r^2 (Taylor; the next term is below 2^-23 for |r| ≤ ln(2)/2).
+EXP = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2)
+# The complementary error function is t·exp(-z² + P(t)) with t = 1 / (1 + z/2) for z ≥ 0, with a
+# relative error below 1.2e-7: the Chebyshev fit of "Numerical Recipes", from t^9 to t^0.
+ERFC = (
+    *(0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807),
+    *(-0.18628806, 0.09678418, 0.37409196, 1.00002368, -1.26551223),
+)
+ROUND = 12582912.0  # 1.5 · 2^23: adding it rounds a number to an integer, in its lowest bits
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
+LARGE = 1e15  # beyond it the error function is 1
+AVX512 = 16  # numbers in a vector
+LOWEST, HIGHEST = -87.0, 88.0  # exponents between which e^x is a normal number
+
+
+def number(value: float) -> str:
+    """Return a float32 number in LLVM's notation: the bits of the number as float64.
+
+    Example:
+        >>> number(0.5)
+        '0x3FE0000000000000'
+    """
+    rounded = struct.unpack("f", struct.pack("f", value))[0]
+    return f"0x{struct.unpack('Q', struct.pack('d', rounded))[0]:016X}"
+
+
+def function_name(activation: str, width: int) -> str:
+    """Return the name of the function of an activation.
+
+    Example:
+        >>> function_name("silu", 16)
+        'silu_16'
+    """
+    return f"{activation}_{width}"
+
+
+class VectorCode:
+    """Writes arithmetic on vectors of float32 numbers.
+
+    Args:
+        width: numbers in a vector.
+
+    Example:
+        >>> code = VectorCode(8)
+        >>> code.op("fadd", "%x", code.constant(1.0))
+        '%t0'
+        >>> code.lines[0][:33]
+        '  %t0 = fadd <8 x float> %x, <flo'
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width, self.lines, self._count = width, list[str](), 0
+        self.floats, self.ints = f"<{width} x float>", f"<{width} x i32>"
+
+    def constant(self, value: float) -> str:
+        """Return a vector of equal numbers."""
+        return f"<{', '.join([f'float {number(value)}'] * self.width)}>"
+
+    def integers(self, value: int) -> str:
+        """Return a vector of equal integers."""
+        return f"<{', '.join([f'i32 {value}'] * self.width)}>"
+
+    def set(self, instruction: str) -> str:
+        """Append an instruction and return the name of its result."""
+        name = f"%t{self._count}"
+        self._count += 1
+        self.lines.append(f"  {name} = {instruction}")
+        return name
+
+    def op(self, operation: str, a: str, b: str) -> str:
+        """Append an operation on two vectors of float32 numbers."""
+        return self.set(f"{operation} {self.floats} {a}, {b}")
+
+    def fma(self, a: str, b: str, c: str) -> str:
+        """Append a·b + c."""
+        v = self.floats
+        return self.set(f"call {v} @llvm.fmuladd.v{self.width}f32({v} {a}, {v} {b}, {v} {c})")
+
+    def at_most(self, a: str, bound: float, test: str = "ogt") -> str:
+        """Append the smaller of a vector and a bound; the larger if `test` is "olt"."""
+        b = self.constant(bound)
+        is_beyond = self.set(f"fcmp {test} {self.floats} {a}, {b}")
+        return self.set(
+            f"select <{self.width} x i1> {is_beyond}, {self.floats} {b}, {self.floats} {a}"
+        )
+
+    def polynomial(self, x: str, coefficients: tuple[float, ...]) -> str:
+        """Append a polynomial; its coefficients begin with that of the highest power."""
+        sum_ = self.constant(coefficients[0])
+        for c in coefficients[1:]:
+            sum_ = self.fma(sum_, x, self.constant(c))
+        return sum_
+
+    def exp(self, x: str) -> str:
+        """Append e^x; NaN stays NaN."""
+        v, iv, w = self.floats, self.ints, self.width
+        x = self.at_most(self.at_most(x, HIGHEST), LOWEST, "olt")
+        shifted = self.fma(x, self.constant(1.4426950408889634), self.constant(ROUND))
+        n = self.op("fsub", shifted, self.constant(ROUND))
+        r = self.fma(n, self.constant(-LN2_HIGH), x)
+        r = self.fma(n, self.constant(-LN2_LOW), r)
+        inner = self.polynomial(r, EXP)
+        square = self.op("fmul", r, r)
+        power = self.fma(inner, square, r)
+        power = self.op("fadd", power, self.constant(1.0))
+        bits = self.set(f"bitcast {v} {shifted} to {iv}")
+        exponent = self.set(f"shl {iv} {bits}, {self.integers(23)}")
+        # The lowest bits of `shifted` are n, so this adds n to the exponent of the power.
+        scaled = self.set(f"add {iv} {exponent}, {self.set(f'bitcast {v} {power} to {iv}')}")
+        assert w == self.width
+        return self.set(f"bitcast {iv} {scaled} to {v}")
+
+    def reciprocal(self, x: str) -> str:
+        """Append 1 / x for a finite x ≥ 1.
+
+        With AVX-512, an estimate of 14 bits and one step of Newton's method replace the division,
+        which blocks its unit for many cycles.
+        """
+        v = self.floats
+        if self.width < AVX512:
+            return self.op("fdiv", self.constant(1.0), x)
+        name = "llvm.x86.avx512.rcp14.ps.512"
+        estimate = self.set(f"call {v} @{name}({v} {x}, {v} zeroinitializer, i16 -1)")
+        negative = self.set(f"fneg {v} {x}")
+        rest = self.fma(negative, estimate, self.constant(1.0))
+        return self.fma(rest, estimate, estimate)
+
+    def sigmoid(self, x: str) -> str:
+        """Append 1 / (1 + e^-x)."""
+        power = self.exp(self.set(f"fneg {self.floats} {x}"))
+        return self.reciprocal(self.op("fadd", power, self.constant(1.0)))
+
+    def normal(self, x: str) -> str:
+        """Append the cumulative distribution function of the normal distribution."""
+        v, w = self.floats, self.width
+        z = self.set(f"call {v} @llvm.fabs.v{w}f32({v} {x})")
+        z = self.at_most(self.op("fmul", z, self.constant(0.5**0.5)), LARGE)
+        denominator = self.fma(z, self.constant(0.5), self.constant(1.0))
+        t = self.reciprocal(denominator)
+        negative = self.set(f"fneg {v} {z}")
+        power = self.exp(self.fma(negative, z, self.polynomial(t, ERFC)))
+        tail = self.op("fmul", self.op("fmul", t, power), self.constant(0.5))
+        other = self.op("fsub", self.constant(1.0), tail)
+        is_negative = self.set(f"fcmp olt {v} {x}, zeroinitializer")
+        return self.set(f"select <{w} x i1> {is_negative}, {v} {tail}, {v} {other}")
+
+    def hard_sigmoid(self, x: str) -> str:
+        """Append clamp(x + 3, 0, 6) / 6."""
+        y = self.op("fadd", x, self.constant(3.0))
+        y = self.at_most(self.at_most(y, 6.0), 0.0, "olt")
+        return self.op("fmul", y, self.constant(1 / 6))
+
+    def apply(self, activation: str, x: str) -> str:
+        """Append an activation function."""
+        if activation in ("sigmoid", "hardsigmoid"):
+            return self.sigmoid(x) if activation == "sigmoid" else self.hard_sigmoid(x)
+        if activation == "gelu_tanh":  # 1 + tanh(u) is 2 · sigmoid(2u)
+            cube = self.fma(self.op("fmul", x, x), self.constant(0.044715), self.constant(1.0))
+            inner = self.op("fmul", self.op("fmul", x, self.constant(1.5957691216057308)), cube)
+            return self.op("fmul", x, self.sigmoid(inner))
+        factor = {"silu": self.sigmoid, "gelu": self.normal, "hardswish": self.hard_sigmoid}
+        return self.op("fmul", x, factor[activation](x))
+
+
+def emit_activation(activation: str, width: int) -> Iterator[str]:
+    """Yield the lines of the function of an activation.
+
+    Args:
+        activation: one of `ACTIVATIONS`.
+        width: float32 values in a vector.
+
+    Example:
+        >>> next(emit_activation("silu", 8))
+        'define <8 x float> @silu_8(<8 x float> %x) {'
+    """
+    code = VectorCode(width)
+    result = code.apply(activation, "%x")
+    name = function_name(activation, width)
+    yield f"define {code.floats} @{name}({code.floats} %x) {{"
+    yield from code.lines
+    yield f"  ret {code.floats} {result}"
+    yield "}"

@@ -1,0 +1,210 @@
+"""LLVM IR of the kernels from planes to planes that are no convolutions.
+
+    mean          out[c, n] = factor · sum of x[c, n, p] over the pixels; padding is 0
+    scale         out[c, n, p] = x[c, n, p] · y[c, n]
+    scale_masked  the same & mask[p]
+    activate      out[c, p] = activation(x[c, p]) & mask[p]
+    layer_norm    of each pixel, over the channels
+
+The items of `mean`, `scale` and `activate` are channels, those of `layer_norm` vectors of pixels.
+Loops over pixels of the first two are written for single numbers; LLVM makes vectors of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .plane_copy import FunctionText
+from .records import PLANE_OPERATION, fields
+
+OPERATIONS = ("mean", "scale", "scale_masked", "activate", "layer_norm")
+FIELD_TYPES = {
+    **dict.fromkeys(("x", "y", "out", "mask", "activation", "weight", "bias"), "ptr"),
+    **dict.fromkeys(("factor", "eps"), "float"),
+}
+
+
+def emit_plane_operation(name: str, width: int) -> Iterator[str]:
+    """Yield the lines of the function `name(record, i0, i1)`.
+
+    Args:
+        name: one of `OPERATIONS`.
+        width: float32 values in a vector.
+
+    Example:
+        >>> next(emit_plane_operation("mean", 8))
+        'define void @mean(ptr noalias %record, i64 %i0, i64 %i1) {'
+    """
+    code = FunctionText()
+    for field, offset in fields(PLANE_OPERATION):
+        code(f"%{field}.field = getelementptr i8, ptr %record, i64 {offset}")
+        code(f"%{field} = load {FIELD_TYPES.get(field, 'i64')}, ptr %{field}.field")
+    _clear_lead(code)
+    writers = {
+        "mean": _mean,
+        "scale": _scale,
+        "scale_masked": lambda code: _scale(code, masked=True),
+        "activate": lambda code: _activate(code, width),
+        "layer_norm": lambda code: _layer_norm(code, width),
+    }
+    with code.loop("%i", "%i0", "%i1"):
+        writers[name](code)
+    yield f"define void @{name}(ptr noalias %record, i64 %i0, i64 %i1) {{"
+    yield "entry:"
+    if name == "mean":
+        yield "  %sum = alloca float"
+    if name == "layer_norm":
+        yield f"  %total = alloca <{width} x float>, align 64"
+    yield from code.lines
+    yield "  ret void"
+    yield "}"
+
+
+def _clear_lead(code: FunctionText) -> None:
+    code("%first = icmp eq i64 %i0, 0")
+    code("%lead.here = select i1 %first, i64 %lead_bytes, i64 0")
+    code("%lead.back = sub i64 0, %lead.here")
+    code("%lead = getelementptr i8, ptr %out, i64 %lead.back")
+    code("call void @llvm.memset.p0.i64(ptr %lead, i8 0, i64 %lead.here, i1 false)")
+
+
+def _pointer(code: FunctionText, name: str, base: str, *terms: tuple[str, str]) -> None:
+    """Compute the address of an element whose index is a sum of products."""
+    code(f"%{name}.0 = add i64 0, 0")
+    for k, (a, b) in enumerate(terms):
+        code(f"%{name}.term.{k} = mul i64 {a}, {b}")
+        code(f"%{name}.{k + 1} = add i64 %{name}.{k}, %{name}.term.{k}")
+    code(f"%{name} = getelementptr float, ptr {base}, i64 %{name}.{len(terms)}")
+
+
+def _mean(code: FunctionText) -> None:
+    with code.loop("%n", "0", "%images"):
+        _pointer(code, "row", "%x", ("%i", "%x_plane"), ("%n", "%x_image"))
+        code("store float 0.0, ptr %sum")
+        with code.loop("%p", "0", "%pixels"):
+            code("%at = getelementptr inbounds float, ptr %row, i64 %p")
+            code("%pixel = load float, ptr %at")
+            code("%before = load float, ptr %sum")
+            code("%after = fadd reassoc contract float %before, %pixel")
+            code("store float %after, ptr %sum")
+        code("%all = load float, ptr %sum")
+        code("%average = fmul float %all, %factor")
+        _pointer(code, "to", "%out", ("%i", "%plane"), ("%n", "%image"))
+        code("store float %average, ptr %to")
+
+
+def _scale(code: FunctionText, masked: bool = False) -> None:
+    with code.loop("%n", "0", "%images"):
+        _pointer(code, "row", "%x", ("%i", "%x_plane"), ("%n", "%x_image"))
+        _pointer(code, "scale.at", "%y", ("%i", "%y_plane"), ("%n", "%y_image"))
+        _pointer(code, "to", "%out", ("%i", "%plane"), ("%n", "%image"))
+        code("%scale = load float, ptr %scale.at")
+        if masked:
+            _pointer(code, "mask.row", "%mask", ("%n", "%image"))
+        with code.loop("%p", "0", "%pixels"):
+            code("%at = getelementptr inbounds float, ptr %row, i64 %p")
+            code("%pixel = load float, ptr %at")
+            code("%product = fmul float %pixel, %scale")
+            code("%to.at = getelementptr inbounds float, ptr %to, i64 %p")
+            if masked:
+                code("%mask.at = getelementptr inbounds i32, ptr %mask.row, i64 %p")
+                code("%mask.here = load i32, ptr %mask.at")
+                code("%bits = bitcast float %product to i32")
+                code("%bits.masked = and i32 %bits, %mask.here")
+                code("store i32 %bits.masked, ptr %to.at")
+            else:
+                code("store float %product, ptr %to.at")
+
+
+def _masked(code: FunctionText, value: str, width: int, pixel: str) -> str:
+    """Set the pixels between images to 0, if there are any. Return the name of the result."""
+    v, iv = f"<{width} x float>", f"<{width} x i32>"
+    code(f"%mask.at = getelementptr i32, ptr %mask.safe, i64 {pixel}")
+    code(f"%mask.here = load {iv}, ptr %mask.at, align 4")
+    ones = f"<{', '.join(['i32 -1'] * width)}>"
+    code(f"%mask.used = select i1 %is.whole, {iv} {ones}, {iv} %mask.here")
+    code(f"%bits = bitcast {v} {value} to {iv}")
+    code(f"%bits.masked = and {iv} %bits, %mask.used")
+    code(f"%masked = bitcast {iv} %bits.masked to {v}")
+    return "%masked"
+
+
+def _choose_mask(code: FunctionText, other: str) -> None:
+    """Without a mask, read another address instead; the value is not used."""
+    code("%is.whole = icmp eq ptr %mask, null")
+    code(f"%mask.safe = select i1 %is.whole, ptr {other}, ptr %mask")
+
+
+def _activate(code: FunctionText, width: int) -> None:
+    v = f"<{width} x float>"
+    _pointer(code, "row", "%x", ("%i", "%x_plane"))
+    _pointer(code, "to", "%out", ("%i", "%plane"))
+    _choose_mask(code, "%row")
+    code(f"%vectors = udiv i64 %plane, {width}")
+    with code.loop("%p", "0", "%vectors"):
+        code(f"%p.first = mul i64 %p, {width}")
+        code("%at = getelementptr float, ptr %row, i64 %p.first")
+        code(f"%pixel = load {v}, ptr %at, align 4")
+        code(f"%active = call {v} %activation({v} %pixel)")
+        masked = _masked(code, "%active", width, "%p.first")
+        code("%to.at = getelementptr float, ptr %to, i64 %p.first")
+        code(f"store {v} {masked}, ptr %to.at, align 4")
+
+
+def _layer_norm(code: FunctionText, width: int) -> None:
+    """Normalize one vector of pixels. The sums stay in registers, as LLVM promotes the memory."""
+    v = f"<{width} x float>"
+
+    def splat(name: str, scalar: str) -> None:
+        code(f"%{name}.one = insertelement {v} poison, float {scalar}, i32 0")
+        code(
+            f"%{name} = shufflevector {v} %{name}.one, {v} poison, <{width} x i32> zeroinitializer"
+        )
+
+    def pixels(counter: str) -> None:
+        code(f"%{counter}.first = mul i64 %{counter}, %x_plane")
+        code(f"%{counter}.at = getelementptr float, ptr %row, i64 %{counter}.first")
+        code(f"%{counter}.x = load {v}, ptr %{counter}.at, align 4")
+
+    code(f"%p = mul i64 %i, {width}")
+    code("%row = getelementptr float, ptr %x, i64 %p")
+    code("%to = getelementptr float, ptr %out, i64 %p")
+    _choose_mask(code, "%row")
+    splat("factor.all", "%factor")
+    splat("eps.all", "%eps")
+    code(f"store {v} zeroinitializer, ptr %total, align 64")
+    with code.loop("%a", "0", "%channels"):
+        pixels("a")
+        code(f"%a.before = load {v}, ptr %total, align 64")
+        code(f"%a.after = fadd {v} %a.before, %a.x")
+        code(f"store {v} %a.after, ptr %total, align 64")
+    code(f"%sum = load {v}, ptr %total, align 64")
+    code(f"%mean = fmul {v} %sum, %factor.all")
+    code(f"store {v} zeroinitializer, ptr %total, align 64")
+    with code.loop("%b", "0", "%channels"):
+        pixels("b")
+        code(f"%b.centered = fsub {v} %b.x, %mean")
+        code(f"%b.before = load {v}, ptr %total, align 64")
+        arguments = f"{v} %b.centered, {v} %b.centered, {v} %b.before"
+        code(f"%b.after = call {v} @llvm.fmuladd.v{width}f32({arguments})")
+        code(f"store {v} %b.after, ptr %total, align 64")
+    code(f"%squares = load {v}, ptr %total, align 64")
+    arguments = f"{v} %squares, {v} %factor.all, {v} %eps.all"
+    code(f"%variance = call {v} @llvm.fmuladd.v{width}f32({arguments})")
+    code(f"%deviation = call {v} @llvm.sqrt.v{width}f32({v} %variance)")
+    splat("one", "1.0")
+    code(f"%inverse = fdiv {v} %one, %deviation")
+    with code.loop("%c", "0", "%channels"):
+        pixels("c")
+        code(f"%c.centered = fsub {v} %c.x, %mean")
+        for name in ("weight", "bias"):
+            code(f"%{name}.at = getelementptr float, ptr %{name}, i64 %c")
+            code(f"%{name}.here = load float, ptr %{name}.at")
+            splat(f"{name}.all", f"%{name}.here")
+        code(f"%c.scale = fmul {v} %inverse, %weight.all")
+        arguments = f"{v} %c.centered, {v} %c.scale, {v} %bias.all"
+        code(f"%c.y = call {v} @llvm.fmuladd.v{width}f32({arguments})")
+        masked = _masked(code, "%c.y", width, "%p")
+        code("%c.to = mul i64 %c, %plane")
+        code("%to.at = getelementptr float, ptr %to, i64 %c.to")
+        code(f"store {v} {masked}, ptr %to.at, align 4")

@@ -1,0 +1,220 @@
+"""Records of the operations of a plan: the arguments of kernels, for the memory of one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import BatchPlan
+from .kernels import CHANNEL_BLOCK, CONVOLUTION, COPY, PLANE_OPERATION, TRANSPOSE, library
+from .memory import round_up
+from .planes import Planes
+from .steps import Copy, Operation, Sparse
+
+SetSource = Callable[[Tensor], Any]
+
+
+class Records:
+    """Fills the records of operations.
+
+    Args:
+        plan: the plan for one batch size.
+        memory: memory of all activations in planes.
+
+    Attributes:
+        referenced: arrays that records point to.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> from torch_feather.runtime.plan import Plan
+        >>> Records(BatchPlan(Plan(Graph()), {}, 1, {}, 1), torch.zeros(0)).referenced
+        []
+    """
+
+    def __init__(self, plan: BatchPlan, memory: Tensor) -> None:
+        self.plan, self.memory = plan, memory
+        self.referenced: list[Any] = []
+
+    def memory_of(self, planes: Planes) -> Tensor:
+        """Return the memory of the planes that contain some planes."""
+        start = self.plan.offsets[planes.root]
+        return self.memory[start : start + round_up(planes.root.size(self.plan.batch))]
+
+    def span(self, planes: Planes) -> Tensor:
+        """Return the memory of planes, with what windows may read before them."""
+        layout, root = planes.layout.root(), self.memory_of(planes)
+        plane = layout.channel_stride(self.plan.batch)
+        first = layout.edge + planes.start * plane
+        return root[first - layout.lead : first + planes.channels * plane]
+
+    def view(self, planes: Planes) -> Tensor:
+        """Return planes as a tensor of the shape that PyTorch has."""
+        return planes.view(self.memory_of(planes), self.plan.batch)
+
+    def record(self, kind: np.dtype) -> np.ndarray:
+        """Return a new record, which stays alive."""
+        record = np.zeros((), kind)
+        self.referenced.append(record)
+        return record
+
+    def convolution(self, step: Sparse, operation: np.void) -> None:
+        """Fill the record of a sparse layer."""
+        record = self.record(CONVOLUTION)
+        tile, operation["kernel"] = self.plan.kernel(step)
+        tables, layout = self.plan.tables(step), step.out.layout.root()
+        plane = layout.channel_stride(self.plan.batch)
+        for name, table in tables.items():
+            record[name] = table.ctypes.data
+        record["x"], record["out"] = self._first_pixel(step.x), self._first_pixel(step.out)
+        if step.residual is not None:
+            record["residual"] = self._first_pixel(step.residual)
+        record["lead"] = record["out"] - 4 * layout.lead
+        record["lead_bytes"] = 4 * layout.lead
+        record["trail"] = record["out"]  # what is behind is read for pixels of padding only
+        pixels = tile.vectors * tile.width
+        record["plane"], record["last"] = plane, plane - pixels
+        record["n_blocks"] = len(tables["blocks"]) - 1
+        record["low"], record["high"] = step.layer.low, step.layer.high
+        if step.layer.activation is not None:
+            record["activation"] = library().activations[step.layer.activation, tile.width]
+        operation["items"] = -(-plane // pixels) * (len(tables["blocks"]) - 1)
+        operation["record"] = record.ctypes.data
+
+    def operation(self, step: Operation, operation: np.void) -> None:
+        """Fill the record of another operation from planes to planes."""
+        record, batch, (x, *others) = self.record(PLANE_OPERATION), self.plan.batch, step.x
+        width = library().target.widths[0]
+        layout, source = step.out.layout.root(), x.layout.root()
+        record["x"], record["out"] = self._first_pixel(x), self._first_pixel(step.out)
+        record["images"], record["channels"], record["pixels"] = (
+            batch,
+            x.channels,
+            source.image_stride,
+        )
+        record["x_plane"], record["x_image"] = source.channel_stride(batch), source.image_stride
+        record["plane"], record["image"] = layout.channel_stride(batch), layout.image_stride
+        record["lead_bytes"], record["eps"] = 4 * layout.lead, step.eps
+        if others:
+            factors = others[0].layout.root()
+            record["y"] = self._first_pixel(others[0])
+            record["y_plane"] = factors.channel_stride(batch)
+            record["y_image"] = factors.image_stride
+        name, items = step.name, x.channels
+        mask = step.out.mask(batch)
+        if mask is not None:
+            record["mask"] = self._address(mask)
+            name = "scale_masked" if name == "scale" else name
+        if name == "mean":
+            record["factor"] = 1 / (x.height * x.width)
+        elif name == "activate":
+            assert step.activation is not None
+            record["activation"] = library().activations[step.activation, width]
+        elif name == "layer_norm":
+            assert step.weight is not None
+            assert step.bias is not None
+            record["weight"], record["bias"] = self._address(step.weight), self._address(step.bias)
+            record["factor"], items = 1 / x.channels, layout.channel_stride(batch) // width
+        operation["kernel"], operation["items"] = library().operations[name], items
+        operation["record"] = record.ctypes.data
+
+    def copy(self, step: Copy, operation: np.void) -> SetSource:
+        """Fill the record of a copy except for its source.
+
+        Returns:
+            A function that sets the source. What it returns must stay alive until the copy is done.
+        """
+        record, transpose = self.record(COPY), self.record(TRANSPOSE)
+        batch, layout, (height, width) = self.plan.batch, step.out.layout.root(), step.size
+        (sy, sx), copies = step.stride, library().copies
+        channels = step.out.channels // len(step.phases)
+        phases = np.array(
+            [(0, -(-(height - a) // sy), -(-(width - b) // sx)) for a, b in step.phases], np.int64
+        )
+        self.referenced.append(phases)
+        record["phases"], record["out"] = phases.ctypes.data, self._first_pixel(step.out)
+        record["images"], record["channels"] = batch, channels
+        record["all_channels"], record["fill"] = step.out.channels, step.padding_value
+        record["plane"], record["image"] = layout.channel_stride(batch), layout.image_stride
+        record["pitch"] = layout.row_stride
+        record["rows"] = layout.image_stride // layout.row_stride
+        record["edge"] = layout.lead
+        transpose["out"], transpose["out_pitch"] = record["out"], record["plane"]
+        transpose["columns"], vector = channels, library().target.widths[0]
+        is_whole = step.stride == (1, 1) and layout.image_stride == height * width
+
+        def set_source(x: Tensor) -> Any:
+            if step.out.linear:
+                x = x.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+            x = x.resolve_neg()
+            image, channel, row, column = x.stride()
+            if (
+                is_whole
+                and (channel, row) == (1, column * width)
+                and (batch == 1 or image == column * width * height)
+                and min(channels, batch * height * width) >= vector
+            ):
+                transpose["source"], transpose["pitch"] = x.data_ptr(), column
+                transpose["rows"] = batch * height * width
+                operation["record"] = transpose.ctypes.data
+                operation["kernel"] = library().operations["transpose"]
+                operation["items"] = -(-batch * height * width // vector)
+                return x
+            record["source"] = x.data_ptr()
+            record["source_image"], record["source_channel"] = image, channel
+            record["source_row"], record["source_column"] = row * sy, column * sx
+            phases[:, 0] = [a * row + b * column for a, b in step.phases]
+            known = column * sx if column * sx in copies else None
+            operation["record"] = record.ctypes.data
+            operation["kernel"] = copies[known]
+            blocks = channels if known else -(-channels // CHANNEL_BLOCK)
+            operation["items"] = len(step.phases) * blocks * batch
+            if is_whole and (column, row) == (1, width):  # the planes are one row
+                phases[:, 1:] = 1, height * width
+                record["rows"], record["pitch"] = 1, height * width
+            elif is_whole:
+                phases[:, 1:] = height, width
+                record["rows"], record["pitch"] = height, width
+            return x
+
+        return set_source
+
+    def to_tokens(self, planes: Planes, operation: np.void) -> Callable[[], Tensor] | None:
+        """Fill the record of a transposition of planes into PyTorch's order.
+
+        Returns:
+            A function that sets its result, a new tensor; None if the planes have padding or are
+            too small.
+        """
+        batch, layout = self.plan.batch, planes.layout.root()
+        shape, vector = self.view(planes).shape, library().target.widths[0]
+        tokens = batch * planes.height * planes.width
+        is_whole = layout.image_stride == planes.height * planes.width
+        if not is_whole or min(tokens, planes.channels) < vector:
+            return None
+        record = self.record(TRANSPOSE)
+        record["source"], record["rows"] = self._first_pixel(planes), planes.channels
+        record["columns"], record["pitch"] = tokens, layout.channel_stride(batch)
+        record["out_pitch"] = planes.channels
+        operation["record"] = record.ctypes.data
+        operation["kernel"] = library().operations["transpose"]
+        operation["items"] = -(-planes.channels // vector)
+
+        def set_result() -> Tensor:
+            result = torch.empty(shape, dtype=torch.float32)
+            record["out"] = result.data_ptr()
+            return result
+
+        return set_result
+
+    def _first_pixel(self, planes: Planes) -> int:
+        layout = planes.layout.root()
+        first = layout.edge + planes.start * layout.channel_stride(self.plan.batch)
+        return self.memory_of(planes).data_ptr() + 4 * first
+
+    def _address(self, array: np.ndarray) -> int:
+        self.referenced.append(array)
+        return array.ctypes.data

@@ -1,0 +1,137 @@
+"""The steps of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch.fx import Node
+
+from .layer import Layer
+from .planes import Planes
+from .taps import Taps
+
+
+@dataclass(eq=False)
+class Torch:
+    """A function of PyTorch, or a dense layer.
+
+    Attributes:
+        node: its node in the graph.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> Torch(Graph().placeholder("x")).node
+        x
+    """
+
+    node: Node
+
+
+@dataclass(eq=False)
+class Copy:
+    """Copies a value into planes, split into phases.
+
+    Attributes:
+        source: node of the value.
+        out: planes; the channels of each phase follow those of the phase before.
+        size: rows and columns of the source.
+        stride: distance of the rows and columns of a phase.
+        phases: first row and column of each phase.
+        padding_value: value of the padding around images.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> from torch_feather.runtime.planes import PlaneLayout
+        >>> out = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
+        >>> Copy(Graph().placeholder("x"), out, size=(3, 4)).phases
+        ((0, 0),)
+    """
+
+    source: Node
+    out: Planes
+    size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    phases: tuple[tuple[int, int], ...] = ((0, 0),)
+    padding_value: float = 0.0
+
+
+@dataclass(eq=False)
+class Sparse:
+    """A sparse layer, from planes to planes.
+
+    Attributes:
+        layer: the layer.
+        taps: its nonzero weights.
+        x: input.
+        out: result.
+        residual: planes that are added to the result.
+
+    Example:
+        >>> import torch
+        >>> from torch_feather.runtime.planes import PlaneLayout
+        >>> layer = Layer("weight", torch.eye(4), torch.zeros(4))
+        >>> x, out = (Planes(PlaneLayout(1, 1), 4, 1, 1, (4,), linear=True) for _ in range(2))
+        >>> len(Sparse(layer, Taps.from_layer(layer), x, out).taps.values)
+        4
+    """
+
+    layer: Layer
+    taps: Taps
+    x: Planes
+    out: Planes
+    residual: Planes | None = None
+
+
+@dataclass(eq=False)
+class Pointwise:
+    """An elementwise function of PyTorch that maps 0 to 0, from planes to planes.
+
+    Attributes:
+        node: its node in the graph.
+        x: inputs.
+        out: result.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> from torch_feather.runtime.planes import PlaneLayout
+        >>> planes = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
+        >>> Pointwise(Graph().placeholder("x"), (planes,), planes).out.channels
+        8
+    """
+
+    node: Node
+    x: tuple[Planes, ...]
+    out: Planes
+
+
+@dataclass(eq=False)
+class Operation:
+    """An operation in machine code that is no convolution, from planes to planes.
+
+    Attributes:
+        name: one of `kernels.plane_operations.OPERATIONS`.
+        x: inputs.
+        out: result.
+        activation: function of "activate", one of `kernels.ACTIVATIONS`.
+        weight: of a norm, (channels,).
+        bias: of a norm, (channels,).
+        eps: of a norm.
+
+    Example:
+        >>> from torch_feather.runtime.planes import PlaneLayout
+        >>> x = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
+        >>> Operation("mean", (x,), Planes(PlaneLayout(1, 1), 8, 1, 1, (8, 1, 1))).eps
+        0.0
+    """
+
+    name: str
+    x: tuple[Planes, ...]
+    out: Planes
+    activation: str | None = None
+    weight: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    eps: float = 0.0
+
+
+Step = Torch | Copy | Sparse | Pointwise | Operation

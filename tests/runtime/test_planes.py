@@ -1,0 +1,210 @@
+"""Functions that stay in planes: activations, squeeze-excite, concatenation, slices, layer norm."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runtime_cases import TOLERANCE, compiled, error, pruned
+from torch import nn
+
+from torch_feather.runtime import kernels
+from torch_feather.runtime.steps import Copy, Torch
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+}
+
+
+class Net(nn.Module):
+    """A function of an image and of some modules."""
+
+    def __init__(self, function, *modules):
+        super().__init__()
+        self.function, self.parts = function, nn.ModuleList(modules)
+
+    def forward(self, x):
+        return self.function(x, *self.parts)
+
+
+def check(function, *modules, x=None, threads=1, any_batch=True):
+    """Compare a network with PyTorch, for several batch sizes; return the compiled network."""
+    model = pruned(Net(function, *modules), 0.6)
+    x = torch.randn(2, 8, 9, 7) if x is None else x
+    network = compiled(model, x, threads=threads)
+    with torch.no_grad():
+        others = (x[:1], torch.cat([x, 2 * x, -x])) if any_batch else ()
+        for given in (x, *others, x):
+            result, expected = network(given), model(given)
+            for a, b in zip(
+                torch.utils._pytree.tree_leaves(result),
+                torch.utils._pytree.tree_leaves(expected),
+                strict=True,
+            ):
+                assert error(a, b) < 3 * TOLERANCE
+    return network
+
+
+def in_pytorch(network):
+    return [s.node.name for s in network.plan.steps if isinstance(s, Torch)]
+
+
+def conv(channels=8, out=8, kernel=3, **options):
+    return nn.Conv2d(channels, out, kernel, padding=kernel // 2, **options)
+
+
+def test_there_is_a_function_for_each_activation():
+    assert set(ACTIVATIONS) == set(kernels.ACTIVATIONS)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_fused_and_accurate(name):
+    """Padding stays 0 although sigmoid(0) is not: the second convolution reads it."""
+    activation = ACTIVATIONS[name]
+    network = check(lambda x, a, b: b(activation(a(x))), conv(), conv())
+    assert not in_pytorch(network)
+    x = torch.cat([torch.randn(4000) * 4, torch.linspace(-90, 90, 500)]).view(1, 1, 60, 75)
+    alone = compiled(Net(lambda x, a: activation(a(x)), identity()).eval(), x)(x).double()
+    expected = activation(x.double())
+    assert ((alone - expected).abs() <= 1e-6 * expected.abs() + 5e-7).all()
+
+
+def identity():
+    layer = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    return layer
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_of_other_values(name):
+    activation = ACTIVATIONS[name]
+    network = check(lambda x, a, b: b(activation(a(x) * a(x))) + a(x), conv(), conv())
+    assert [n for n in in_pytorch(network) if name[:4] in n] == []
+
+
+def test_nan_stays_nan_in_its_sample():
+    model = pruned(Net(lambda x, a, b: b(F.silu(a(x))), conv(), conv()))
+    x = torch.randn(3, 8, 9, 7)
+    x[1] = torch.nan
+    found = compiled(model, x)(x)
+    assert found[1].isnan().all()
+    assert found[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "hardsigmoid"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_squeeze_excite_stays_in_planes(gate, threads):
+    def excite(x, a, reduce, expand, b):
+        y = F.silu(a(x))
+        s = ACTIVATIONS[gate](expand(F.relu(reduce(y.mean((2, 3), keepdim=True)))))
+        return b(y * s) + b(F.adaptive_avg_pool2d(y, 1) * y)
+
+    parts = conv(), conv(8, 2, 1), conv(2, 8, 1), conv()
+    assert not in_pytorch(check(excite, *parts, threads=threads))
+
+
+def test_squeeze_excite_by_linear_layers():
+    def excite(x, a, reduce, expand, b):
+        y = a(x).relu()
+        s = expand(reduce(y.mean((2, 3))).relu()).sigmoid()
+        return b(y * s[:, :, None, None]), b(y * s.view(-1, 8, 1, 1))
+
+    check(excite, conv(), nn.Linear(8, 4), nn.Linear(4, 8), conv())
+
+
+def test_concatenation_of_growing_values_is_free():
+    """As in DenseNet: each layer reads all values before it."""
+
+    def dense(x, *layers):
+        values = [layers[0](x)]
+        for layer in layers[1:]:
+            values.append(layer(torch.cat(values, 1)).relu())
+        return torch.cat(values, 1).mean((2, 3)), values[1]
+
+    network = check(dense, conv(8, 4), *(conv(4 * i, 4) for i in range(1, 5)))
+    assert not in_pytorch(network)
+    assert sum(isinstance(s, Copy) for s in network.plan.steps) == 1  # the input
+
+
+CONCATENATIONS = {
+    "order of use": lambda x, a, b: b(torch.cat([(y := a(x)), b(torch.cat([y, y], 1))], 1)[:, :16]),
+    "twice": lambda x, a, b: b(torch.cat([(y := a(x).relu()), y], 1)) + b(torch.cat([y, x], 1)),
+    "two places": lambda x, a, b: (
+        b(torch.cat([(y := a(x)), (z := a(y))], 1)),
+        b(torch.cat([z, y], 1)),
+    ),
+    "with the input": lambda x, a, b: b(torch.cat([x, a(x)], 1)),
+    "read before it is complete": lambda x, a, b: b(
+        torch.cat([a((z := a(x)).relu()) + z, a(a(z))], 1)
+    ),
+    "of slices": lambda x, a, b: b(torch.cat([a(x)[:, 4:], a(x)[:, :4], a(x)], 1)),
+    "mostly in PyTorch": lambda x, a, b: b(torch.cat([x.exp(), a(x)[:, :2], x[:, 2:]], 1)),
+}
+
+
+@pytest.mark.parametrize("name", CONCATENATIONS)
+def test_concatenations(name):
+    check(CONCATENATIONS[name], conv(), conv(16, 8))
+
+
+SLICES = {
+    "slice": lambda x, a, b: b(a(x)[:, 2:6]) + b(a(x)[:, -4:]),
+    "chunk": lambda x, a, b: torch.add(*(b(y) for y in a(x).chunk(2, 1))),
+    "split": lambda x, a, b: [b(y.relu()) for y in a(x).split([4, 4], 1)],
+    "uneven": lambda x, a, b: (b(a(x).split([3, 4, 1], 1)[1]), a(x).split(3, 1)[2]),
+    "gated": lambda x, a, b: b(a(x)[:, :4] * a(x)[:, 4:].sigmoid()),
+    "rows": lambda x, a, b: b(a(x)[:, :4, 1:5]),
+    "steps": lambda x, a, b: b(a(x)[:, ::2]),
+    "written": lambda x, a, b: b((a(x)[:, :4]).add_(1)),
+}
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_slices(name):
+    check(SLICES[name], conv(), conv(4, 8))
+
+
+def test_average_pooling_is_a_layer():
+    def pools(x, a, b):
+        y = a(x)
+        return b(F.avg_pool2d(y, 3, 1, 1)), F.avg_pool2d(y, 2).relu(), b(F.avg_pool2d(y, 3, 2)) + 1
+
+    network = check(pools, conv(), conv())
+    assert not any("avg_pool" in n for n in in_pytorch(network))
+    check(lambda x, a: F.avg_pool2d(a(x), 3, 1, 1, count_include_pad=False), conv())
+    check(lambda x, a: F.avg_pool2d(a(x), 2, ceil_mode=True), conv())
+
+
+def test_layer_norm_of_images_stays_in_planes():
+    """As in ConvNeXt: the channels of an image are the last dimension between permutations."""
+
+    def block(x, depthwise, norm, first, second):
+        x = depthwise(x)
+        y = norm(depthwise(x).permute(0, 2, 3, 1))
+        return x + second(F.gelu(first(y))).permute(0, 3, 1, 2)
+
+    parts = conv(8, 8, 5, groups=8), nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+    assert not in_pytorch(check(block, *parts))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_layers_of_tokens(tokens):
+    """More and fewer tokens than numbers in a vector; the sequence may come first."""
+
+    def function(x, norm, first, second):
+        y = norm(first(x))
+        return x + second(F.gelu(y)), second(y.transpose(0, 1)), y
+
+    parts = nn.LayerNorm(48), nn.Linear(24, 48), nn.Linear(48, 24)
+    check(function, *parts, x=torch.randn(2, tokens, 24), any_batch=False)
+
+
+def test_attention_projections_run_sparse():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=False)
+    x = torch.randn(2, 20, 32)
+    network = check(lambda x, a: a(x.transpose(0, 1)), layer, x=x, any_batch=False)
+    assert {"in_proj_weight", "weight"} == {name.split(".")[-1] for name in network.tuning}
+    assert len(network.tuning) == 4

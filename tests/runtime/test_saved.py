@@ -1,0 +1,186 @@
+"""Files of compiled networks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runtime_cases import compiled, pruned
+from torch import nn
+
+import torch_feather as feather
+from torch_feather import FileFormatError, StateError
+from torch_feather.runtime import InputError, kernels, saved
+
+
+class Net(nn.Module):
+    """Steps of every kind, dense and sparse layers, and two named results."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, 2, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.c = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.other = nn.Conv2d(8, 4, 3)
+        self.register_buffer("scale", torch.tensor([float("inf"), 2.0]))
+
+    def forward(self, x):
+        x = F.silu(self.a(x))
+        y = F.max_pool2d(self.b(x) * x.mean((2, 3), keepdim=True).sigmoid(), 3, 1, 1)
+        z = self.c(self.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        z = torch.cat([z, self.b(y)], 1)[:, 4:12] - y.tanh()
+        return {"map": self.other(z).softmax(1), "rest": (z.flatten(1).clamp(max=self.scale[0]),)}
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return compiled(pruned(Net()), torch.randn(2, 3, 12, 9))
+
+
+def same(a, b):
+    a, b = (torch.utils._pytree.tree_flatten(v) for v in (a, b))
+    assert a[1] == b[1]
+    for x, y in zip(a[0], b[0], strict=True):
+        assert torch.equal(x, y)
+        assert x.stride() == y.stride()
+
+
+@pytest.fixture
+def path(network, tmp_path):
+    path = tmp_path / "net.compiled"
+    feather.save_compiled(network, path, batch_sizes=[1, 2, 5])
+    return path
+
+
+def test_a_loaded_network_computes_the_same_bits(network, path):
+    loaded = feather.load_compiled(path)
+    for batch in (2, 1, 5):
+        x = torch.randn(batch, 3, 12, 9)
+        same(loaded(x), network(x))
+    images = torch.randn(2, 3, 12, 9).to(memory_format=torch.channels_last)
+    assert torch.equal(loaded(images)["map"], network(images)["map"])
+    assert loaded.tuning == network.tuning
+    assert repr(loaded) == repr(network)
+    for batch in (3, 0):
+        with pytest.raises(InputError, match="batch"):
+            loaded(torch.randn(batch, 3, 12, 9))
+    with pytest.raises(InputError, match=r"inputs \(batch, 3, 12, 9\)"):
+        loaded(torch.randn(2, 3, 9, 12))
+
+
+def test_a_loaded_network_can_be_saved(network, path, tmp_path):
+    again = tmp_path / "again.compiled"
+    feather.save_compiled(feather.load_compiled(path), again)
+    x = torch.randn(1, 3, 12, 9)
+    same(feather.load_compiled(again, threads=2)(x), network(x))
+
+
+def test_another_process_loads_without_compiling(path, network):
+    """It neither exports the model nor calls LLVM's optimizer."""
+    x = torch.linspace(-1, 1, 2 * 3 * 12 * 9).view(2, 3, 12, 9)
+    code = f"""
+import torch, torch_feather as feather
+from torch_feather.runtime.kernels import build
+def fail(*args): raise AssertionError
+build._optimized = torch.export.export = fail
+network = feather.load_compiled({str(path)!r})
+x = torch.linspace(-1, 1, 2 * 3 * 12 * 9).view(2, 3, 12, 9)
+print(float(network(x)["map"].double().sum()), float(network(x)["rest"][0].double().sum()))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = network(x)
+    expected = [float(found["map"].double().sum()), float(found["rest"][0].double().sum())]
+    assert [float(n) for n in run.stdout.split()] == expected
+
+
+def test_tokens_and_named_inputs(tmp_path):
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Embedding(20, 32), nn.Linear(32, 24)
+
+        def forward(self, ids, mask):
+            return self.out(self.embed(ids) * mask[..., None]).relu()
+
+    given = {"ids": torch.randint(20, (2, 7)), "mask": torch.rand(2, 7)}
+    network = compiled(pruned(Text()), given)
+    feather.save_compiled(network, tmp_path / "text")
+    loaded = feather.load_compiled(tmp_path / "text")
+    assert torch.equal(loaded(**given), network(**given))
+    with pytest.raises(InputError, match="ids, mask, by name"):
+        loaded(given["ids"], given["mask"])
+
+
+def change(path, function):
+    """Rewrite a file with another header."""
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    with safe_open(path, framework="np") as file:
+        header = json.loads(file.metadata()[saved.KEY])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    function(header, arrays)
+    save_file(arrays, path, {saved.KEY: json.dumps(header)})
+
+
+DAMAGE = {
+    "another format": (lambda h, _: h.update(format=99), "format 99"),
+    "another system": (
+        lambda h, _: h.update(processor=["arm64-apple-macosx", "apple-m1", ""]),
+        "machine code for apple-m1",
+    ),
+    "a newer processor": (
+        lambda h, _: h["processor"].__setitem__(2, h["processor"][2] + ",+future"),
+        "lacks future",
+    ),
+    "another version": (lambda h, _: h.update(fingerprint="0"), "another version"),
+    "other weights": (lambda _, a: a["array.0"].fill(0), "checksum differs"),
+    "no plan": (lambda h, _: h.pop("plan"), "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_files_that_do_not_fit_are_rejected(name, path):
+    function, message = DAMAGE[name]
+    change(path, function)
+    with pytest.raises(FileFormatError, match=message):
+        feather.load_compiled(path)
+
+
+def test_other_files_are_rejected(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(FileNotFoundError):
+        feather.load_compiled(path)
+    path.write_bytes(b"no network")
+    with pytest.raises(FileFormatError, match="no file of save_compiled"):
+        feather.load_compiled(path)
+
+
+def test_networks_that_cannot_be_saved(network, tmp_path):
+    with pytest.raises(StateError, match="requires a network of compile_sparse"):
+        feather.save_compiled(nn.Linear(2, 2), tmp_path / "x")
+
+    class Branches(nn.Module):
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+    with pytest.raises(StateError, match="cannot hold"):
+        feather.save_compiled(compiled(Branches(), torch.ones(2, 3)), tmp_path / "x")
+    fixed = compiled(pruned(nn.Linear(4, 4)), torch.ones(2, 4))
+    with pytest.raises(InputError, match="does not accept a batch of 0"):
+        feather.save_compiled(fixed, tmp_path / "x", batch_sizes=[0])
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_file_names_its_kernels(path):
+    """Only the kernels that the network calls are stored, besides the base functions."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        header = json.loads(file.metadata()[saved.KEY])
+        code = file.get_tensor("code.kernels").tobytes()
+    assert 0 < len(header["kernels"]) < 12
+    assert all(name.encode() in code for name in header["kernels"])
+    assert kernels.library().objects[0][0] == ()
