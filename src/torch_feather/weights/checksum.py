@@ -77,8 +77,8 @@ class Sums(NamedTuple):
         words = data[: data.size // 8 * 8].view(np.int64)
         columns, nonfinite, start = np.zeros(COLUMNS, np.int64), False, 0
         if flat.dtype == torch.float32 and compiled.kernels() is not None:
-            start = words.size // COLUMNS * COLUMNS
-            nonfinite = compiled.scan(words[:start], columns)
+            start = words.size
+            nonfinite = compiled.scan(words, columns)
         for a in range(start, words.size, _ROWS * COLUMNS):
             block = words[a : a + _ROWS * COLUMNS]
             if check:

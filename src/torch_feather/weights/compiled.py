@@ -35,7 +35,10 @@ _pointer, _number, _bits, _float = (
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "copy": (None, _pointer, _pointer, _number),
     "scan": (_bits, _pointer, _number, _pointer),
-    "collect": (_number, _pointer, _number, _float, _bits, _bits, _pointer, _pointer),
+} | {
+    name: (
+        _number, _pointer, _pointer, _number, _float, _bits, _bits, _pointer, _pointer
+    ) for name in ("collect", "read")
 } | {
     f"write_{kind}": (None, _pointer, _pointer, _number, _bits, _float, _float)
     for kind in ("hard", 1, 2, 3)
@@ -69,7 +72,9 @@ class Kernels:
         llvm.initialize_native_asmprinter()
         features = llvm.get_host_cpu_features()
         self.width = 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
-        module = llvm.parse_assembly(emit_module(self.width, columns))
+        # Since AVX-512, one instruction moves the lanes of a mask together.
+        packs = self.width == 16
+        module = llvm.parse_assembly(emit_module(self.width, columns, packs))
         module.verify()
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(),
@@ -162,10 +167,10 @@ def _is_simple(target: Tensor, source: Tensor) -> bool:
 
 
 def scan(words: np.ndarray, columns: np.ndarray) -> bool:
-    """Add full rows of words to the columns of a checksum; return whether one is not finite.
+    """Add words to the columns of a checksum; return whether a weight is not finite.
 
     Args:
-        words: 64-bit words of float32 weights, of shape (rows * COLUMNS,).
+        words: 64-bit words of float32 weights, from the start of a row on.
         columns: int64 of shape (COLUMNS,).
 
     Example:
@@ -176,37 +181,40 @@ def scan(words: np.ndarray, columns: np.ndarray) -> bool:
     """
     found = kernels()
     assert found is not None
-    rows = words.size // COLUMNS
-    return bool(found.functions["scan"](words.ctypes.data, rows, columns.ctypes.data))
+    return bool(found.functions["scan"](words.ctypes.data, words.size, columns.ctypes.data))
 
 
 def collect(
-    w: np.ndarray, scale: float | np.floating | None, low: int, high: int
-) -> tuple[int, np.ndarray] | None:
-    """Count scores and collect them; as `Scores.collect`.
+    w: np.ndarray,
+    scale: float | np.floating | None,
+    low: int,
+    high: int,
+    source: np.ndarray | None = None,
+) -> tuple[int, np.ndarray]:
+    """Count scores and collect them, as `Scores.collect`; only if there are `kernels`.
 
     Args:
-        w: weights, flat.
+        w: float32 weights, flat.
         scale: scores are |w| times this; None for |w|.
         low: the lower bound, as an integer.
         high: the upper bound, as an integer.
-
-    Returns:
-        None if there is no compiled function for these weights.
+        source: memory that is copied into `w` first; None to copy nothing.
 
     Example:
-        >>> found = collect(np.float32([1.0, 2.0, 3.0]), None, 0x3F800000, 0x40400000)
-        >>> found is None or (found[0], found[1].view(np.float32).tolist()) == (1, [2.0])
-        True
+        >>> if kernels():
+        ...     below, near = collect(np.float32([1.0, 2.0, 3.0]), None, 0x3F800000, 0x40400000)
+        ...     assert below == 1 and near.view(np.float32).tolist() == [2.0]
     """
     found = kernels()
-    if found is None or w.dtype != np.float32:
-        return None
-    near, number = scratch("near", w.size, np.int32), np.zeros(1, np.int64)
+    assert found is not None
+    # The last vector that is stored may reach beyond the collected scores.
+    near, number = scratch("near", w.size + found.width, np.int32), np.zeros(1, np.int64)
     factor = 1.0 if scale is None else float(scale)
-    count = found.functions["collect"](
-        w.ctypes.data, w.size, factor, low, high, near.ctypes.data, number.ctypes.data
-    )
+    function, held = found.functions["collect" if source is None else "read"], w.ctypes.data
+    count = function(
+        held if source is None else source.ctypes.data, held, w.size,
+        factor, low, high, near.ctypes.data, number.ctypes.data,
+    )  # fmt: skip
     return count, near[: int(number[0])].copy()
 
 

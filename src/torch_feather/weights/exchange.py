@@ -19,14 +19,11 @@ from ..threads import for_each
 from . import triton_passes
 from .compiled import copy_memory, copy_weights
 from .groups import Group, groups
-from .latent import LatentWeights
-from .plain import flat_bits
+from .latent import LatentWeights, flat_bits
 from .scores import WeightScores
 
 Span = tuple[int, int]
 """A range of local weights."""
-Overlap = tuple[Span, int, int]
-"""A range, and the bounds of a part of it."""
 
 
 def bracket_of(weights: LatentWeights, start: int, stop: int, scaled: bool = False) -> Bracket:
@@ -86,19 +83,27 @@ def read_latent(
     memory = dict(zip(positions, map(flat_bits, sources), strict=True))
     held = {i: flat_bits(weights.views[i]) for i in positions}
     scores = WeightScores(weights, 0, weights.size)
+    spans_of = [[span for span in brackets if span[0] <= start and stop <= span[1]]
+                for start, stop in weights.local_spans]
     bounds = {
         span: tuple(scores.as_integer(bound) for bound in bracket.bounds or ())
         for span, bracket in brackets.items()
     }
 
-    def read(task: tuple[Group, list[Overlap]]) -> list[tuple[Span, int, np.ndarray]]:
-        group, overlaps = task
+    def read(group: Group) -> list[tuple[Span, int, np.ndarray]]:
+        near = []
         for i, a, b in group.ranges:
-            copy_memory(held[i][a:b], memory[i][a:b])
-        return [(span, *scores.collect(a, b, *bounds[span])) for span, a, b in overlaps]
+            target, source = held[i][a:b], memory[i][a:b]
+            first, spans = weights.local_spans[i][0], spans_of[i]
+            if not spans:
+                copy_memory(target, source)
+            for j, span in enumerate(spans):
+                copied = source if j == 0 else None
+                near.append((span, *scores.collect(first + a, first + b, *bounds[span], copied)))
+        return near
 
     found: dict[Span, list[tuple[int, np.ndarray]]] = {span: [] for span in brackets}
-    for part in for_each(read, _overlaps(weights, tuple(brackets))):
+    for part in for_each(read, groups(weights)):
         for span, count, near in part:
             found[span].append((count, near))
     increment_version(weights.flats)
@@ -141,20 +146,6 @@ def _known_brackets(weights: LatentWeights) -> dict[Span, Bracket]:
     }
     expected.clear()
     return known
-
-
-def _overlaps(weights: LatentWeights, spans: tuple[Span, ...]) -> list[tuple[Group, list[Overlap]]]:
-    """Return the groups, and for each of them which part of it lies in which range."""
-
-    def make(weights: LatentWeights) -> list[tuple[Group, list[Overlap]]]:
-        found: list[tuple[Group, list[Overlap]]] = []
-        for group in groups(weights):
-            inside = ((span, max(span[0], group.start), min(span[1], group.stop)) for span in spans)
-            found.append((group, [(span, a, b) for span, a, b in inside if a < b]))
-        return found
-
-    tasks: list[tuple[Group, list[Overlap]]] = weights.constant(("overlaps", spans), make)
-    return tasks
 
 
 def _copies_all(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from .shards import local, shards_of
 BLOCK = 1 << 16
 # Weights per block on other devices: enough to fill them, and few compared with a large network.
 DEVICE_BLOCK = 1 << 24
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class PerTensor(NamedTuple):
@@ -323,6 +325,26 @@ def sum_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 def _strides(tensor: Tensor) -> list[int]:
     """Return the strides of the dimensions with more than one index."""
     return [step for step, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
+
+
+def flat_of(tensor: Tensor) -> Tensor:
+    """Return a dense tensor in the order of its memory, flat.
+
+    Example:
+        >>> flat_of(torch.tensor([[1.0, 2.0]]).t()).tolist()
+        [1.0, 2.0]
+    """
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def flat_bits(tensor: Tensor) -> np.ndarray:
+    """Return the memory of a dense tensor as flat integers of its width.
+
+    Example:
+        >>> flat_bits(torch.tensor([[1.0, 0.0]])).tolist()
+        [1065353216, 0]
+    """
+    return flat_of(tensor).view(INTEGERS[tensor.element_size()]).numpy()
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -22,17 +22,16 @@ from . import compiled
 from .checksum import Recorded, Sums, joined
 from .groups import Group, groups
 from .kept import kept_values
-from .latent import BLOCK, LatentWeights
+from .latent import BLOCK, LatentWeights, flat_bits, flat_of
 from .rows import NO_FACTORS, multiply_rows
 from .scores import as_array
 from .segments import Segment, segment_of
-from .spans import Span, flat_of, spans
+from .spans import Span, spans
 
 DENSE = 0.25
 """Kept fraction of a block above which all its weights are computed, not the kept ones alone."""
 TINY = 2.0**-100
 """Effective weights of float32 weights above a threshold of this size cannot round to 0."""
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def write_effective(
@@ -184,16 +183,6 @@ class Targets:
                 return
             a, b = max(start, first), min(stop, end)
             yield self._flat[j][a - first : b - first], a, b
-
-
-def flat_bits(tensor: Tensor) -> np.ndarray:
-    """Return the memory of a dense tensor as flat integers of its width.
-
-    Example:
-        >>> flat_bits(torch.tensor([[1.0, 0.0]])).tolist()
-        [1065353216, 0]
-    """
-    return flat_of(tensor).view(INTEGERS[tensor.element_size()]).numpy()
 
 
 def _write_range(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..selection.cpu import INTEGER, Scores, magnitude_bits
 from . import compiled
-from .latent import LatentWeights
+from .latent import LatentWeights, flat_bits
 
 
 class Piece(NamedTuple):
@@ -113,17 +113,31 @@ class WeightScores(Scores):
             joined[at : at + b - a] = magnitude_bits(values, piece.scale)
         return joined
 
-    def collect(self, start: int, stop: int, low: int, high: int) -> tuple[int, np.ndarray]:
-        if self.dtype == np.float32 and compiled.kernels() is not None:
-            count, near = 0, []
-            for piece, a, b in self._inside(start, stop):
-                values = as_array(piece.values[a:b], self._wide)
-                found = compiled.collect(values, piece.scale, low, high)
-                assert found is not None
-                count += found[0]
-                near.append(found[1])
-            return count, near[0] if len(near) == 1 else np.concatenate(near)
-        return super().collect(start, stop, low, high)
+    def collect(
+        self, start: int, stop: int, low: int, high: int, source: np.ndarray | None = None
+    ) -> tuple[int, np.ndarray]:
+        """Count scores and collect them, as `Scores.collect`.
+
+        Args:
+            start: first score.
+            stop: end of the range.
+            low: the lower bound, as an integer.
+            high: the upper bound, as an integer.
+            source: memory that is copied into the weights first, which lie in one piece then.
+        """
+        if source is not None:
+            [(piece, a, b)] = self._inside(start, stop)
+            values = piece.values[a:b]
+            if values.dtype == torch.float32 and compiled.kernels() is not None:
+                return compiled.collect(values.numpy(), piece.scale, low, high, source)
+            np.copyto(flat_bits(values), source)
+        if self.dtype != np.float32 or compiled.kernels() is None:
+            return super().collect(start, stop, low, high)
+        parts = [
+            compiled.collect(as_array(piece.values[a:b], self._wide), piece.scale, low, high)
+            for piece, a, b in self._inside(start, stop)
+        ]
+        return sum(count for count, _ in parts), np.concatenate([near for _, near in parts])
 
     def collect_all(self, low: float, high: float) -> tuple[int, np.ndarray]:
         found = self._collected

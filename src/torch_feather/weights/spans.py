@@ -59,13 +59,3 @@ def spans(weights: LatentWeights, segments: Sequence[Segment]) -> Iterator[Span]
                 if start < stop:
                     inside = part.flat[start - part.start : stop - part.start]
                     yield Span(Piece(inside, start, scale), bound, tau)
-
-
-def flat_of(tensor: Tensor) -> Tensor:
-    """Return a dense tensor in the order of its memory, flat.
-
-    Example:
-        >>> flat_of(torch.tensor([[1.0, 2.0]]).t()).tolist()
-        [1.0, 2.0]
-    """
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
