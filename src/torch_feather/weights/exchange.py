@@ -14,16 +14,18 @@ from torch.autograd.graph import increment_version
 
 from .. import devices
 from ..selection.bracket import Bracket
-from ..selection.cpu import SMALL, Collected
+from ..selection.cpu import SMALL, Collected, Near
 from ..threads import for_each
-from . import triton_passes
-from .compiled import copy_memory, copy_weights
-from .groups import Group, groups
-from .latent import LatentWeights, flat_bits
+from . import compiled, triton_passes
+from .latent import LatentWeights, copy_all, flat_bits
+from .ranges import ranges
 from .scores import WeightScores
+from .sums import Sums, copy_unmodified
 
 Span = tuple[int, int]
 """A range of local weights."""
+NOTHING = -1
+"""Both bounds of ranges of which nothing is collected."""
 
 
 def bracket_of(weights: LatentWeights, start: int, stop: int, scaled: bool = False) -> Bracket:
@@ -77,63 +79,103 @@ def read_latent(
         return
     targets = [weights.views[i] for i in positions]
     if devices.synchronizes(weights.device) or not _copies_all(weights, positions, sources):
-        copy_weights(targets, sources)
+        copy_all(targets, sources)
         return
-    brackets = _known_brackets(weights)
-    memory = dict(zip(positions, map(flat_bits, sources), strict=True))
-    held = {i: flat_bits(weights.views[i]) for i in positions}
-    scores = WeightScores(weights, 0, weights.size)
-    spans_of = [[span for span in brackets if span[0] <= start and stop <= span[1]]
-                for start, stop in weights.local_spans]
-    bounds = {
-        span: tuple(scores.as_integer(bound) for bound in bracket.bounds or ())
-        for span, bracket in brackets.items()
+    brackets, found = _known_brackets(weights), ranges(weights)
+    rows_of = {  # the ranges of weights that each selection reads
+        span: slice(*np.searchsorted(found.local, span).tolist()) for span in brackets
     }
-
-    def read(group: Group) -> list[tuple[Span, int, np.ndarray]]:
-        near = []
-        for i, a, b in group.ranges:
-            target, source = held[i][a:b], memory[i][a:b]
-            first, spans = weights.local_spans[i][0], spans_of[i]
-            if not spans:
-                copy_memory(target, source)
-            for j, span in enumerate(spans):
-                copied = source if j == 0 else None
-                near.append((span, *scores.collect(first + a, first + b, *bounds[span], copied)))
-        return near
-
-    found: dict[Span, list[tuple[int, np.ndarray]]] = {span: [] for span in brackets}
-    for part in for_each(read, groups(weights)):
-        for span, count, near in part:
-            found[span].append((count, near))
-    increment_version(weights.flats)
-    versions = [flat._version for flat in weights.flats]
+    scores = WeightScores(weights, 0, weights.size)
+    low, high = (np.full(len(found.size), NOTHING, np.int64) for _ in range(2))
     for span, bracket in brackets.items():
-        below = sum(count for count, _ in found[span])
-        near = np.concatenate([near for _, near in found[span]])
-        assert bracket.bounds is not None
-        weights.collected[span] = Collected(bracket.bounds, below, near, versions)
+        bounds = map(scores.as_integer, bracket.bounds or ())
+        low[rows_of[span]], high[rows_of[span]] = bounds
+    by_position = dict(zip(positions, sources, strict=True))
+    parameters = [by_position[i] for i in range(len(positions))]
+    collected = _read(weights, parameters, low, high)
+    increment_version(weights.flats)
+    if collected is None:
+        return
+    below, near = collected
+    versions = [flat._version for flat in weights.flats]
+    for (start, stop), rows in rows_of.items():
+        parts = [
+            Near(a - start, a - start + n, magnitudes)
+            for a, n, magnitudes in zip(
+                found.local[rows].tolist(), found.size[rows].tolist(), near[rows], strict=True
+            )
+        ]
+        bounds = brackets[start, stop].bounds
+        assert bounds is not None
+        weights.collected[start, stop] = Collected(bounds, int(below[rows].sum()), parts, versions)
+
+
+def _read(
+    weights: LatentWeights, parameters: Sequence[Tensor], low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]] | None:
+    """Copy parameters into latent weights, and collect the magnitudes of each of the `ranges`.
+
+    Args:
+        weights: the latent weights.
+        parameters: a local tensor for each weight tensor.
+        low: bound for each range, as an integer.
+        high: another one.
+
+    Returns:
+        How many are at most `low`, and those strictly between the bounds; None if they are too many
+        to hold.
+    """
+    rows = compiled.table(weights, parameters)
+    if rows is not None:
+        rows["low"], rows["high"] = low, high
+        near = compiled.collect(rows, copies=True)
+        return None if near is None else (rows["below"], near)
+    scores, found = WeightScores(weights, 0, weights.size), ranges(weights)
+
+    def read(task: tuple[int, Tensor, Tensor]) -> tuple[int, np.ndarray]:
+        j, latent, parameter = task
+        np.copyto(flat_bits(latent), flat_bits(parameter))
+        start = int(found.local[j])
+        if low[j] == NOTHING:
+            return 0, np.empty(0, np.int64)
+        return scores.collect(start, start + latent.numel(), int(low[j]), int(high[j]))
+
+    pairs = zip(found.of(weights.views), found.of(parameters), strict=True)
+    parts = for_each(read, [(j, *pair) for j, pair in enumerate(pairs)])
+    return np.array([count for count, _ in parts]), [near for _, near in parts]
 
 
 def write_latent(
-    weights: LatentWeights, positions: Sequence[int], targets: Sequence[Tensor]
-) -> None:
-    """Copy latent weights into parameters.
+    weights: LatentWeights,
+    positions: Sequence[int],
+    parameters: Sequence[Tensor],
+    sums: Sums | None = None,
+) -> list[int]:
+    """Copy latent weights into parameters, except into those that other code modified.
 
     Args:
         weights: the latent weights.
         positions: positions of the weight tensors to copy.
-        targets: a local tensor for each position, in its layout, to write.
+        parameters: a local tensor for each weight tensor, in its layout, to write.
+        sums: of the values that they were given; None to copy in any case.
+
+    Returns:
+        The positions of parameters that were modified, including those that are not copied.
 
     Example:
         >>> import torch
         >>> target = torch.zeros(2)
         >>> write_latent(LatentWeights([torch.ones(2)]), [0], [target])
+        []
         >>> target
         tensor([1., 1.])
     """
+    if sums is not None:
+        return copy_unmodified(weights, positions, parameters, sums)
+    targets = [parameters[i] for i in positions]
     if not triton_passes.copy(weights, positions, targets, reads=False):
-        copy_weights(targets, [weights.views[i] for i in positions])
+        copy_all(targets, [weights.views[i] for i in positions])
+    return []
 
 
 def _known_brackets(weights: LatentWeights) -> dict[Span, Bracket]:

@@ -155,9 +155,9 @@ def hex_float(value: float) -> str:
     return f"0x{struct.unpack('<Q', struct.pack('<d', rounded))[0]:016X}"
 
 
-def _scores(v: Lanes, w: str, scale: str) -> str:
-    """Return the bits of |w| times the scale as integers without sign."""
-    scaled = v.op("fmul", "float", w, scale)
+def _scores(v: Lanes, w: str, scale: str | None) -> str:
+    """Return the bits of |w|, times the scale if there is one, as integers without sign."""
+    scaled = w if scale is None else v.op("fmul", "float", w, scale)
     return v.op(
         "and", "i32", v.cast("bitcast", scaled, "float", "i32"), v.constant("i32", SIGNLESS)
     )
@@ -306,7 +306,7 @@ def _emit_write(name: str, p: int | None, width: int, packs: bool) -> str:
         v.store(u, v.at("%u", i))
 
     if p is None or not packs:
-        return _function(f"void @{name}({WEIGHTS}, {arguments})", _loop(width, "a", "%n", write))
+        return _function(f"internal void @{name}({WEIGHTS}, {arguments})", _loop(width, "a", "%n", write))
     return _emit_packed(name, p, width)
 
 
@@ -361,38 +361,42 @@ call void @{name}_block(ptr %source, ptr %target, i64 %size, i32 %limit, float %
 br label %head
 done:"""
     return block + "\n" + _function(
-        f"void @{name}({WEIGHTS}, i32 %limit, float %tau, float %scale)", blocks
+        f"internal void @{name}({WEIGHTS}, i32 %limit, float %tau, float %scale)", blocks
     )
 
 
 def _emit_collect(width: int, copies: bool) -> str:
-    """Return the function that counts the scores up to `low` and collects those below `high`.
+    """Return the function that counts and collects scores.
 
-    Its arguments: weights, memory for a copy of them if it `copies`, their number, scale, low, high
-    as bits, memory for collected scores and one more vector, memory for their number. It returns
-    the count.
+    Its arguments: weights, memory for their copy, their number, scale, bounds as bits, memory for
+    collected scores and one more vector, how many it holds, their number so far. It returns how
+    many are at most `low`, and collects those above it and below `high`.
+
+    Args:
+        width: numbers in a vector.
+        copies: whether to copy weights; if so, their scores are their magnitudes.
     """
 
     def collect(v: Lanes, i: str) -> None:
         w = v.load(v.at("%w", i))
         if copies:
             v.store(w, v.at("%u", i))
-        bits = _scores(v, w, v.spread("float", "%scale"))
+        bits = _scores(v, w, None if copies else v.spread("float", "%scale"))
         above = v.new(f"icmp sgt {v.type('i32')} {bits}, {v.spread('i32', '%low')}")
         below = v.new(f"icmp slt {v.type('i32')} {bits}, {v.spread('i32', '%high')}")
         within = v.op("and", "i1", above, below)
         v.advance("%above", v.count(above))
-        tag = v.prefix
-        v.do(f"br i1 {v.any(within)}, label %take{tag}, label %skip{tag}")
-        v.do(f"take{tag}:")
+        v.do(f"br i1 {v.any(within)}, label %take{v.prefix}, label %skip{v.prefix}")
+        v.do(f"take{v.prefix}:")
         end = v.advance("%found", v.count(within))
+        end = v.new(f"call i64 @llvm.smin.i64(i64 {end}, i64 %room)")
         near = v.new(f"getelementptr i32, ptr %near, i64 {end}")
         v.do(f"store {v.type('i32')} {v.pack(bits, within, 'i32')}, ptr {near}, align 4")
-        v.do(f"br label %skip{tag}\nskip{tag}:")
+        v.do(f"br label %skip{v.prefix}\nskip{v.prefix}:")
 
-    arguments = "float %scale, i32 %low, i32 %high, ptr noalias %near, ptr noalias %found"
+    bounds = "float %scale, i32 %low, i32 %high, ptr noalias %near, i64 %room, ptr noalias %found"
     return _function(
-        f"i64 @{'read' if copies else 'collect'}({WEIGHTS}, {arguments})",
+        f"internal i64 @{'read' if copies else 'count'}({WEIGHTS}, {bounds})",
         "%above = alloca i64\nstore i64 0, ptr %above",
         _loop(width, "a", "%n", collect),  # lanes outside of the mask are 0, which is not above
         end="%all = load i64, ptr %above\n%upto = sub i64 %n, %all\nret i64 %upto",
@@ -405,50 +409,197 @@ def _emit_copy(width: int) -> str:
     def copy(v: Lanes, i: str) -> None:
         v.store(v.load(v.at("%w", i)), v.at("%u", i))
 
-    return _function(f"void @copy({WEIGHTS})", _loop(width, "a", "%n", copy))
+    return _function(f"internal void @copy({WEIGHTS})", _loop(width, "a", "%n", copy))
 
 
-def _emit_scan(width: int, columns: int) -> str:
-    """Return the function that adds rows of 64-bit words to the columns of a checksum.
+def _emit_sum(width: int, columns: int) -> str:
+    """Return the function that adds weights to the columns of a checksum, see `checksum.py`.
 
-    Its arguments: words, their number, columns. It returns whether a weight is NaN or infinite.
+    Its arguments: weights from the start of a row on, their number, columns. It returns whether a
+    weight is NaN or infinite.
     """
-    words = width // 2
+    both, signless = f"<{width} x i32>", Lanes(width, "").constant("i32", SIGNLESS)
 
     def add(v: Lanes, i: str) -> None:
-        word, sums = v.load(v.at("%row", i, "i64"), "i64"), f"ptr %columns, i64 {i}"
-        sums = v.new(f"getelementptr i64, {sums}")
-        v.store(v.op("add", "i64", v.load(sums, "i64"), word), sums, "i64")
-        both = f"<{width} x i32>"
+        word = v.load(v.at("%row", i, "i64"), "i64")
+        column = v.new(f"getelementptr i64, ptr %columns, i64 {i}")
+        v.store(v.op("add", "i64", v.load(column, "i64"), word), column, "i64")
         bits = v.new(f"bitcast {v.type('i64')} {word} to {both}")
-        wide = Lanes(width, v.prefix + "w")
-        bits = v.new(f"and {both} {bits}, {wide.constant('i32', SIGNLESS)}")
+        bits = v.new(f"and {both} {bits}, {signless}")
         most = v.new(f"load {both}, ptr %most")
         most = v.new(f"call {both} @llvm.smax.v{width}i32({both} {most}, {both} {bits})")
         v.do(f"store {both} {most}, ptr %most")
 
-    both = f"<{width} x i32>"
     return _function(
-        "i32 @scan(ptr noalias %w, i64 %n, ptr noalias %columns)",
+        "internal i32 @sum(ptr noalias %w, i64 %n, ptr noalias %columns)",
         f"%most = alloca {both}\nstore {both} zeroinitializer, ptr %most",
-        f"""br label %head
+        f"""%words = lshr i64 %n, 1
+br label %head
 head:
-%r = phi i64 [0, %entry], [%nextr, %donea]
-%more = icmp slt i64 %r, %n
-br i1 %more, label %body, label %done
+%r = phi i64 [0, %entry], [%next, %donea]
+%more = icmp slt i64 %r, %words
+br i1 %more, label %body, label %rest
 body:
-%left = sub i64 %n, %r
+%left = sub i64 %words, %r
 %count = call i64 @llvm.smin.i64(i64 %left, i64 {columns})
 %row = getelementptr i64, ptr %w, i64 %r""",
-        _loop(words, "a", "%count", add),
-        f"""%nextr = add i64 %r, {columns}
+        _loop(width // 2, "a", "%count", add),
+        f"""%next = add i64 %r, {columns}
 br label %head
-done:
+rest:
 %all = load {both}, ptr %most
 %top = call i32 @llvm.vector.reduce.smax.v{width}i32({both} %all)
-%odd = icmp sge i32 %top, {INFINITY}
-%result = zext i1 %odd to i32""",
+%half = trunc i64 %n to i1
+br i1 %half, label %odd, label %done
+odd:
+%end = sub i64 %n, 1
+%last = getelementptr i32, ptr %w, i64 %end
+%bits = load i32, ptr %last
+%magnitude = and i32 %bits, {SIGNLESS}
+%column = getelementptr i64, ptr %columns, i64 {columns - 1}
+%old = load i64, ptr %column
+%word = zext i32 %bits to i64
+%new = add i64 %old, %word
+store i64 %new, ptr %column
+br label %done
+done:
+%other = phi i32 [0, %rest], [%magnitude, %odd]
+%most2 = call i32 @llvm.smax.i32(i32 %top, i32 %other)
+%nonfinite = icmp sge i32 %most2, {INFINITY}
+%result = zext i1 %nonfinite to i32""",
         end="ret i32 %result",
+    )
+
+
+FIELDS = {
+    "latent": "ptr", "parameter": "ptr", "size": "i64",
+    "whole": "ptr", "count": "i64", "columns": "ptr",
+    "begin": "i64", "end": "i64", "below": "i64",
+    "low": "i32", "high": "i32", "limit": "i32", "flag": "i32",
+    "tau": "float", "scale": "float",
+}  # fmt: skip
+"""Fields of a row of a table, and their types; `compiled.py` describes them."""
+
+
+def _get(*names: str) -> str:
+    """Return instructions that load fields of the row."""
+    return "\n".join(
+        f"%{name}.at = getelementptr %Row, ptr %row, i32 0, i32 {list(FIELDS).index(name)}\n"
+        f"%{name} = load {FIELDS[name]}, ptr %{name}.at"
+        for name in names
+    )
+
+
+def _set(name: str, value: str) -> str:
+    """Return instructions that store a field of the row."""
+    field = f"getelementptr %Row, ptr %row, i32 0, i32 {list(FIELDS).index(name)}"
+    return f"%{name}.to = {field}\nstore {FIELDS[name]} {value}, ptr %{name}.to"
+
+
+def _each_row(name: str, arguments: str, before: str, body: str) -> str:
+    """Return a function that is called for the first `%rows` rows of a table.
+
+    Args:
+        name: of the function.
+        arguments: more of them, each after a comma.
+        before: instructions before the first row.
+        body: instructions for `%row`; they end with a branch to `%next`.
+    """
+    return _function(
+        f"void @{name}(ptr %table, i64 %rows{arguments})",
+        before,
+        f"""br label %head
+head:
+%r = phi i64 [0, %entry], [%following, %next]
+%more = icmp slt i64 %r, %rows
+br i1 %more, label %body, label %done
+body:
+%row = getelementptr %Row, ptr %table, i64 %r
+{body}
+next:
+%following = add i64 %r, 1
+br label %head
+done:""",
+    )
+
+
+def _emit_leave(columns: int) -> str:
+    """Return `leave`: parameters become latent weights, unless other code wrote into them.
+
+    Sets `flag` to whether the checksum differs. A null pointer for latent weights copies nothing.
+    """
+    size = 8 * columns
+    return _each_row(
+        "leave",
+        "",
+        f"%found = alloca [{columns} x i64], align 64",
+        f"""{_get("latent", "parameter", "size", "columns")}
+call void @llvm.memset.p0.i64(ptr %found, i8 0, i64 {size}, i1 false)
+call i32 @sum(ptr %parameter, i64 %size, ptr %found)
+%order = call i32 @memcmp(ptr %found, ptr %columns, i64 {size})
+%differs = icmp ne i32 %order, 0
+%marked = zext i1 %differs to i32
+{_set("flag", "%marked")}
+%nothing = icmp eq ptr %latent, null
+%stays = or i1 %differs, %nothing
+br i1 %stays, label %next, label %copies
+copies:
+call void @copy(ptr %latent, ptr %parameter, i64 %size)
+br label %next""",
+    )
+
+
+def _emit_enter(copies: bool) -> str:
+    """Return `enter`: latent weights become parameters, and magnitudes are collected.
+
+    Its arguments: memory for collected scores and one more vector, how many it holds. Sets `below`,
+    and where the collected scores `begin` and `end`; an end beyond the memory shows that some were
+    lost. Without copies, it is `collect`.
+    """
+    values = "ptr %parameter, ptr %latent, i64 %size, float %scale, i32 %low, i32 %high"
+    return _each_row(
+        "enter" if copies else "collect",
+        ", ptr %near, i64 %room",
+        "%found = alloca i64\nstore i64 0, ptr %found",
+        f"""{_get("latent", "parameter", "size", "low", "high", "scale")}
+%first = load i64, ptr %found
+{_set("begin", "%first")}
+%upto = call i64 @{"read" if copies else "count"}({values}, ptr %near, i64 %room, ptr %found)
+{_set("below", "%upto")}
+%last = load i64, ptr %found
+{_set("end", "%last")}
+br label %next""",
+    )
+
+
+def _emit_update(p: int | None, columns: int) -> str:
+    """Return `update_P`: parameters become effective weights; then a range of them is summed.
+
+    With tau = 0, kept weights keep their values. Sets `flag` to whether a sum found NaN or infinity.
+    """
+    values = "ptr %latent, ptr %parameter, i64 %size, i32 %limit, float %tau, float %scale"
+    return _each_row(
+        f"update_{p or 'hard'}",
+        "",
+        "",
+        f"""{_get("latent", "parameter", "size", "limit", "tau", "scale")}
+{_get("whole", "count", "columns")}
+%soft = fcmp ogt float %tau, 0.0
+br i1 %soft, label %power, label %hard
+power:
+call void @write_{p or "hard"}({values})
+br label %written
+hard:
+call void @write_hard({values})
+br label %written
+written:
+%sums = icmp sgt i64 %count, 0
+br i1 %sums, label %add, label %next
+add:
+call void @llvm.memset.p0.i64(ptr %columns, i8 0, i64 {8 * columns}, i1 false)
+%odd = call i32 @sum(ptr %whole, i64 %count, ptr %columns)
+{_set("flag", "%odd")}
+br label %next""",
     )
 
 
@@ -472,6 +623,9 @@ def _declare(width: int) -> list[str]:
         f"declare i32 @llvm.vector.reduce.smax.v{width}i32({ints})",
         "declare i64 @llvm.ctpop.i64(i64)",
         "declare i64 @llvm.smin.i64(i64, i64)",
+        "declare i32 @llvm.smax.i32(i32, i32)",
+        "declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)",
+        "declare i32 @memcmp(ptr, ptr, i64)",
         "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)",
     ]
 
@@ -486,9 +640,20 @@ def emit_module(width: int, columns: int, packs: bool = False) -> str:
 
     Example:
         >>> text = emit_module(8, 509)
-        >>> [line.split("(")[0] for line in text.splitlines() if line.startswith("define")][:2]
-        ['define void @write_hard', 'define void @write_1']
+        >>> [line.split("(")[0] for line in text.splitlines() if line.startswith("define void")][:2]
+        ['define void @leave', 'define void @enter']
     """
-    writes = [_emit_write(f"write_{p or 'hard'}", p, width, packs) for p in (None, 1, 2, 3)]
-    others = [_emit_collect(width, False), _emit_collect(width, True), _emit_copy(width)]
-    return "\n".join([*_declare(width), *writes, *others, _emit_scan(width, columns)])
+    kinds = (None, 1, 2, 3)
+    return "\n".join(
+        [
+            f"%Row = type {{{', '.join(FIELDS.values())}}}",
+            *_declare(width),
+            *(_emit_write(f"write_{p or 'hard'}", p, width, packs) for p in kinds),
+            *(_emit_collect(width, copies) for copies in (True, False)),
+            _emit_copy(width),
+            _emit_sum(width, columns),
+            _emit_leave(columns),
+            *(_emit_enter(copies) for copies in (True, False)),
+            *(_emit_update(p, columns) for p in kinds),
+        ]
+    )

@@ -1,13 +1,12 @@
 """The effective weights on a CPU with NumPy, block by block in the cache.
 
-`compiled.py` has the same passes as compiled loops, with the same bits. `passes.py` has the form
-for other devices.
+`compiled.py` has the same passes as compiled loops, with the same bits, and is preferred.
+`passes.py` has the form for other devices.
 """
 
 from __future__ import annotations
 
-import itertools
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -19,19 +18,18 @@ from ..operators import Operator, Power
 from ..selection.cpu import INTEGER, magnitude_bits
 from ..threads import for_each, scratch
 from . import compiled
-from .checksum import Recorded, Sums, joined
-from .groups import Group, groups
+from .checksum import column_sums
 from .kept import kept_values
 from .latent import BLOCK, LatentWeights, flat_bits, flat_of
+from .ranges import COLUMNS, groups, ranges
 from .rows import NO_FACTORS, multiply_rows
 from .scores import as_array
 from .segments import Segment, segment_of
-from .spans import Span, spans
+from .spans import Span, is_plain, keeps_all, spans
+from .sums import Recorded, Sums, versions
 
 DENSE = 0.25
 """Kept fraction of a block above which all its weights are computed, not the kept ones alone."""
-TINY = 2.0**-100
-"""Effective weights of float32 weights above a threshold of this size cannot round to 0."""
 
 
 def write_effective(
@@ -52,34 +50,39 @@ def write_effective(
         >>> out
         tensor([ 0.0000, -0.5000])
     """
-    targets, every = Targets(weights, out), list(spans(weights, segments))
-    plain = [is_plain(operator, span.tau) for span in every]
+    every, found = list(spans(weights, segments)), ranges(weights)
+    targets, flat = Targets(weights, out), list(found.of(out))
     starts = [span.piece.start for span in every]
+    recorded = isinstance(out, Recorded)
+    columns = np.empty((len(flat), COLUMNS), np.int64) if recorded else None
 
-    def write(group: Group) -> list[tuple[int, Sums]]:
-        for j in range(bisect_right(starts, group.start) - 1, len(every)):
+    def finish(j: int) -> bool:
+        i = int(found.position[j])
+        if i in factors:
+            width = out[i].numel() // len(factors[i])
+            multiply_rows(flat[j], int(found.start[j]), width, factors[i])
+        return columns is not None and column_sums(flat[j], True, columns[j])[1]
+
+    def write(group: slice) -> bool:
+        first = int(found.local[group.start])
+        last = int(found.local[group.stop - 1] + found.size[group.stop - 1])
+        for j in range(bisect_right(starts, first) - 1, bisect_left(starts, last)):
             piece = every[j].piece
-            if piece.start >= group.stop:
-                break
-            a = max(group.start - piece.start, 0)
-            b = min(group.stop - piece.start, piece.values.numel())
-            if a < b:
-                _write_range(weights.wide, operator, targets, every[j], a, b, plain[j])
-        for i, a, b in group.ranges:
-            if i in factors:
-                width = out[i].numel() // len(factors[i])
-                multiply_rows(flat_of(out[i])[a:b], a, width, factors[i])
-        if not isinstance(out, Recorded):
-            return []
-        return [(i, Sums.of(flat_of(out[i])[a:b])) for i, a, b in group.ranges]
+            a = max(first - piece.start, 0)
+            b = min(last - piece.start, piece.values.numel())
+            _write_range(weights.wide, operator, targets, every[j], a, b)
+        return any([finish(j) for j in range(group.start, group.stop)])
 
-    found = for_each(write, groups(weights))
+    nonfinite = compiled.write_effective(
+        weights, every, operator, out, None if factors else columns
+    )
+    if nonfinite is None:
+        nonfinite = any(for_each(write, groups(weights)))
+    elif factors:
+        nonfinite = any(for_each(finish, range(len(flat))))
     torch.autograd.graph.increment_version(list(out))
-    if isinstance(out, Recorded):
-        sums: dict[int, list[Sums]] = {}
-        for i, one in itertools.chain.from_iterable(found):
-            sums.setdefault(i, []).append(one)
-        out.sums = {i: (out[i]._version, joined(parts)) for i, parts in sums.items()}
+    if isinstance(out, Recorded) and columns is not None:
+        out.sums = Sums(versions(out), columns, nonfinite)
 
 
 def pruned_mask(weights: LatentWeights, segment: Segment, i: int) -> Tensor:
@@ -186,8 +189,7 @@ class Targets:
 
 
 def _write_range(
-    wide: torch.dtype, operator: Operator, targets: Targets, span: Span, first: int, end: int,
-    plain: bool,
+    wide: torch.dtype, operator: Operator, targets: Targets, span: Span, first: int, end: int
 ) -> None:  # fmt: skip
     """Write the effective weights of a range of a span: those of dense blocks at once.
 
@@ -195,16 +197,11 @@ def _write_range(
     NumPy.
     """
     values, offset = span.piece.values[first:end], span.piece.start + first
-    if span.limit < 0 and (operator.is_identity or operator.identity_at_zero):
+    if keeps_all(operator, span):
         targets.write(offset, flat_bits(values))
         return
     w, tau = as_array(values, wide), span.tau.numpy()
-    plain &= values.dtype == wide
-    if plain and w.dtype == np.float32 and compiled.kernels() is not None:
-        for target, a, b in targets.parts(offset, offset + w.size):
-            inside = w[a - offset : b - offset]
-            compiled.write(inside, target, span.limit, operator, tau, span.piece.scale)
-        return
+    plain = is_plain(operator, span) and values.dtype == wide
     sparse: list[tuple[int, int]] = []
     indices: list[np.ndarray] = []
     for a in range(0, w.size, BLOCK):
@@ -233,19 +230,6 @@ def _write_range(
         for a, b in sparse:
             i, j = np.searchsorted(index, (a, b))
             targets.scatter(offset + a, offset + b, index[i:j] + offset, u[i:j])
-
-
-def is_plain(operator: Operator, tau: Tensor) -> bool:
-    """Return whether `plain_values` computes this operator at this threshold.
-
-    Example:
-        >>> is_plain(Power(3.0), torch.tensor(0.1)), is_plain(Power(2.5), torch.tensor(0.1))
-        (True, False)
-    """
-    if operator.is_identity:
-        return True
-    known = type(operator) is Power and operator.p in (1.0, 2.0, 3.0)
-    return known and tau.dtype == torch.float32 and bool((tau == 0) | (tau >= TINY))
 
 
 def plain_values(w: np.ndarray, tau: np.ndarray, operator: Operator) -> np.ndarray:

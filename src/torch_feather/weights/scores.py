@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..selection.cpu import INTEGER, Scores, magnitude_bits
+from ..selection.cpu import INTEGER, Near, Scores, magnitude_bits
 from . import compiled
-from .latent import LatentWeights, flat_bits
+from .latent import LatentWeights
+from .ranges import GROUP
 
 
 class Piece(NamedTuple):
@@ -113,33 +114,7 @@ class WeightScores(Scores):
             joined[at : at + b - a] = magnitude_bits(values, piece.scale)
         return joined
 
-    def collect(
-        self, start: int, stop: int, low: int, high: int, source: np.ndarray | None = None
-    ) -> tuple[int, np.ndarray]:
-        """Count scores and collect them, as `Scores.collect`.
-
-        Args:
-            start: first score.
-            stop: end of the range.
-            low: the lower bound, as an integer.
-            high: the upper bound, as an integer.
-            source: memory that is copied into the weights first, which lie in one piece then.
-        """
-        if source is not None:
-            [(piece, a, b)] = self._inside(start, stop)
-            values = piece.values[a:b]
-            if values.dtype == torch.float32 and compiled.kernels() is not None:
-                return compiled.collect(values.numpy(), piece.scale, low, high, source)
-            np.copyto(flat_bits(values), source)
-        if self.dtype != np.float32 or compiled.kernels() is None:
-            return super().collect(start, stop, low, high)
-        parts = [
-            compiled.collect(as_array(piece.values[a:b], self._wide), piece.scale, low, high)
-            for piece, a, b in self._inside(start, stop)
-        ]
-        return sum(count for count, _ in parts), np.concatenate([near for _, near in parts])
-
-    def collect_all(self, low: float, high: float) -> tuple[int, np.ndarray]:
+    def collect_all(self, low: float, high: float) -> tuple[int, list[Near]]:
         found = self._collected
         # If the weights were changed since then, it is out of date.
         if (
@@ -148,7 +123,30 @@ class WeightScores(Scores):
             and found.versions == [flat._version for flat in self._flats]
         ):
             return found.below, found.near
-        return super().collect_all(low, high)
+        return self._collect_compiled(low, high) or super().collect_all(low, high)
+
+    def _collect_compiled(self, low: float, high: float) -> tuple[int, list[Near]] | None:
+        """Return what `collect_all` does, by compiled loops; None if there are none."""
+        if any(piece.values.dtype != torch.float32 for piece in self._pieces):
+            return None
+        parts = [
+            (piece, a, min(GROUP, piece.values.numel() - a))
+            for piece in self._pieces
+            for a in range(0, piece.values.numel(), GROUP)
+        ]
+        rows = compiled.empty_table(len(parts))
+        if rows is None:
+            return None
+        rows["parameter"] = [piece.values.data_ptr() + 4 * a for piece, a, _ in parts]
+        rows["size"] = [n for _, _, n in parts]
+        rows["scale"] = [1.0 if piece.scale is None else piece.scale for piece, _, _ in parts]
+        rows["low"], rows["high"] = self.as_integer(low), self.as_integer(high)
+        near = compiled.collect(rows, copies=False)
+        if near is None:
+            return None
+        starts = [piece.start + a - self._start for piece, a, _ in parts]
+        found = zip(starts, rows["size"].tolist(), near, strict=True)
+        return int(rows["below"].sum()), [Near(a, a + n, bits) for a, n, bits in found]
 
     def sample(self, step: int) -> np.ndarray:
         found, first = [], 0

@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..operators import Operator, Power
 from ..selection.cpu import INTEGER
 from .latent import LatentWeights
 from .scores import Piece
 from .segments import Segment
+
+TINY = 2.0**-100
+"""Effective weights of float32 weights above a threshold of this size cannot round to 0."""
 
 
 class Span(NamedTuple):
@@ -59,3 +63,27 @@ def spans(weights: LatentWeights, segments: Sequence[Segment]) -> Iterator[Span]
                 if start < stop:
                     inside = part.flat[start - part.start : stop - part.start]
                     yield Span(Piece(inside, start, scale), bound, tau)
+
+
+def is_plain(operator: Operator, span: Span) -> bool:
+    """Return whether the passes on a CPU compute this operator on a span themselves.
+
+    Example:
+        >>> piece, tau = Piece(torch.ones(2), 0), torch.tensor(0.1)
+        >>> is_plain(Power(3.0), Span(piece, 3, tau)), is_plain(Power(2.5), Span(piece, 3, tau))
+        (True, False)
+    """
+    if operator.is_identity or keeps_all(operator, span):
+        return True
+    known, tau = type(operator) is Power and operator.p in (1.0, 2.0, 3.0), span.tau
+    return known and tau.dtype == torch.float32 and bool((tau == 0) | (tau >= TINY))
+
+
+def keeps_all(operator: Operator, span: Span) -> bool:
+    """Return whether the effective weights of a span are its latent weights.
+
+    Example:
+        >>> keeps_all(Power(3.0), Span(Piece(torch.ones(2), 0), -1, torch.tensor(0.0)))
+        True
+    """
+    return span.limit < 0 and (operator.is_identity or operator.identity_at_zero)

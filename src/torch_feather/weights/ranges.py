@@ -1,0 +1,96 @@
+"""Ranges of weights that stay in a CPU's cache from one pass to the next, and groups of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from .latent import LatentWeights, flat_of
+
+COLUMNS = 509
+"""64-bit words in a row of a checksum. A prime, so that exchanged rows or channels rarely keep
+their words in the same columns."""
+ROW_BYTES = 8 * COLUMNS
+GROUP = 256 * ROW_BYTES // 4
+"""Most weights in a range. For all types, a multiple of this begins at a row of a checksum."""
+
+
+class Ranges(NamedTuple):
+    """Local weights in ranges of one tensor each: int64 arrays with an entry per range.
+
+    Example:
+        >>> import torch
+        >>> ranges(LatentWeights([torch.ones(2), torch.ones(300_000)])).start
+        array([     0,      0, 260608])
+    """
+
+    position: np.ndarray
+    """Position of the weight tensor."""
+    start: np.ndarray
+    """First weight, in the order of the tensor's memory."""
+    size: np.ndarray
+    """Number of weights."""
+    local: np.ndarray
+    """Position of the first weight among the local ones; ascending."""
+
+    def of(self, tensors: list[Tensor]) -> Iterator[Tensor]:
+        """Yield each range of tensors, flat.
+
+        Args:
+            tensors: one per weight tensor, dense in memory.
+        """
+        for i, a, n in zip(*(x.tolist() for x in self[:3]), strict=True):
+            yield flat_of(tensors[i])[a : a + n]
+
+
+def ranges(weights: LatentWeights) -> Ranges:
+    """Return the ranges of all local weights in their order.
+
+    Args:
+        weights: the latent weights.
+
+    Example:
+        >>> import torch
+        >>> ranges(LatentWeights([torch.ones(2), torch.ones(300_000)])).size
+        array([     2, 260608,  39392])
+    """
+    return weights.constant("ranges", _ranges)
+
+
+def _ranges(weights: LatentWeights) -> Ranges:
+    spans = sorted((span, i) for i, span in enumerate(weights.local_spans) if span[0] < span[1])
+    every = [
+        (i, a, min(GROUP, last - first - a), first + a)
+        for (first, last), i in spans
+        for a in range(0, last - first, GROUP)
+    ]
+    return Ranges(*np.array(every, np.int64).reshape(-1, 4).T)
+
+
+def groups(weights: LatentWeights) -> list[slice]:
+    """Return the ranges in groups of neighbours of one type, with at most `GROUP` weights.
+
+    Args:
+        weights: the latent weights.
+
+    Example:
+        >>> import torch
+        >>> groups(LatentWeights([torch.ones(2), torch.ones(3), torch.ones(300_000)]))
+        [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None)]
+    """
+    return weights.constant("groups", _groups)
+
+
+def _groups(weights: LatentWeights) -> list[slice]:
+    found: list[slice] = []
+    every, starts = ranges(weights), {part.start for part in weights.parts}
+    size = 0
+    for j, (n, local) in enumerate(zip(every.size.tolist(), every.local.tolist(), strict=True)):
+        if not found or size + n > GROUP or local in starts:
+            found.append(slice(j, j))
+            size = 0
+        found[-1], size = slice(found[-1].start, j + 1), size + n
+    return found
