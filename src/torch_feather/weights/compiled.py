@@ -33,7 +33,7 @@ from ..threads import for_each, scratch
 from .kernels import FIELDS, emit_module
 from .latent import LatentWeights
 from .ranges import COLUMNS, ranges
-from .spans import Span, is_plain
+from .spans import Span, is_plain, overlaps
 
 ROW = np.dtype(
     [
@@ -136,10 +136,10 @@ def table(weights: LatentWeights, parameters: Sequence[Tensor]) -> np.ndarray | 
         these tensors.
 
     Example:
-        >>> w = torch.ones(300_000)
+        >>> w = torch.ones(100_000)
         >>> rows = table(LatentWeights([w]), [w])
         >>> if kernels():
-        ...     assert rows["size"].tolist() == [260608, 39392]
+        ...     assert rows["size"].tolist() == [65152, 34848]
     """
     if not all(map(_is_simple, weights.views, parameters)):
         return None
@@ -254,15 +254,11 @@ def write_effective(
         return None
     # A row for each overlap of a range and a span; the last row of a range sums all of it.
     found = ranges(weights)
-    starts = np.array([span.piece.start for span in every])
-    cuts = np.union1d(found.local, starts)
-    range_of = np.searchsorted(found.local, cuts, "right") - 1
-    span_of = np.searchsorted(starts, cuts, "right") - 1
-    ends = np.minimum(np.append(cuts[1:], cuts[-1] + weights.size), (found.local + found.size)[range_of])
+    range_of, span_of, starts, sizes = overlaps(found, every)
     whole, rows = rows, rows[range_of]
     for field in ("latent", "parameter"):
-        rows[field] += 4 * (cuts - found.local[range_of])
-    rows["size"] = ends - cuts
+        rows[field] += 4 * (starts - found.local[range_of])
+    rows["size"] = sizes
     scales = [1.0 if span.piece.scale is None else float(span.piece.scale) for span in every]
     for field, values in (
         ("limit", [span.limit for span in every]),

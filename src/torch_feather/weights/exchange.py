@@ -17,9 +17,10 @@ from ..selection.bracket import Bracket
 from ..selection.cpu import SMALL, Collected, Near
 from ..threads import for_each
 from . import compiled, triton_passes
+from .candidates import Candidates, collect
 from .latent import LatentWeights, copy_all, flat_bits
 from .ranges import ranges
-from .scores import WeightScores
+from .scores import WeightScores, as_array
 from .sums import Sums, copy_unmodified
 
 Span = tuple[int, int]
@@ -74,7 +75,7 @@ def read_latent(
         >>> weights.views[0]
         tensor([1., 1.])
     """
-    weights.collected = {}
+    weights.collected, weights.candidates = {}, {}
     if triton_passes.copy(weights, positions, sources, reads=True):
         return
     targets = [weights.views[i] for i in positions]
@@ -97,7 +98,7 @@ def read_latent(
     if collected is None:
         return
     below, near = collected
-    versions = [flat._version for flat in weights.flats]
+    versions = weights.candidate_versions = [flat._version for flat in weights.flats]
     for (start, stop), rows in rows_of.items():
         parts = [
             Near(a - start, a - start + n, magnitudes)
@@ -130,19 +131,19 @@ def _read(
         rows["low"], rows["high"] = low, high
         near = compiled.collect(rows, copies=True)
         return None if near is None else (rows["below"], near)
-    scores, found = WeightScores(weights, 0, weights.size), ranges(weights)
+    found = ranges(weights)
 
-    def read(task: tuple[int, Tensor, Tensor]) -> tuple[int, np.ndarray]:
+    def read(task: tuple[int, Tensor, Tensor]) -> tuple[int, np.ndarray, Candidates | None]:
         j, latent, parameter = task
         np.copyto(flat_bits(latent), flat_bits(parameter))
-        start = int(found.local[j])
         if low[j] == NOTHING:
-            return 0, np.empty(0, np.int64)
-        return scores.collect(start, start + latent.numel(), int(low[j]), int(high[j]))
+            return 0, np.empty(0, np.int64), None
+        return collect(as_array(latent, weights.wide), int(low[j]), int(high[j]))
 
     pairs = zip(found.of(weights.views), found.of(parameters), strict=True)
     parts = for_each(read, [(j, *pair) for j, pair in enumerate(pairs)])
-    return np.array([count for count, _ in parts]), [near for _, near in parts]
+    weights.candidates = {j: part[2] for j, part in enumerate(parts) if part[2] is not None}
+    return np.array([count for count, _, _ in parts]), [near for _, near, _ in parts]
 
 
 def write_latent(

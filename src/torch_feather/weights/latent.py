@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import devices
 from ..selection.cpu import Collected
+from .candidates import Candidates
 from .counts import count_zeros
 from .shards import local, shards_of
 
@@ -100,6 +101,8 @@ class LatentWeights:
         device: device of the weights.
         collected: what the next selection from a range of local weights needs, by the range, if a
             copy has collected it.
+        candidates: weights that may be kept, by range, if a copy has found them.
+        candidate_versions: versions of `flats` at that time.
 
     Example:
         >>> weights = LatentWeights([torch.tensor([[1.0, -2.0]]), torch.tensor([3.0])])
@@ -125,6 +128,8 @@ class LatentWeights:
         self.local_spans: list[tuple[int, int]] = [(0, 0)] * len(parameters)
         self.parts: list[Part] = []
         self.collected: dict[tuple[int, int], Collected] = {}
+        self.candidates: dict[int, Candidates] = {}
+        self.candidate_versions: list[int] = []
         self._constants: dict[Hashable, Any] = {}
         start = first = 0
         for dtype in dict.fromkeys(p.dtype for p in parameters):
@@ -269,13 +274,14 @@ class LatentWeights:
             "wide": self.wide,
             "device": self.device,
             "collected": {},
+            "candidates": {},
             "_constants": {},
         }
 
     def like(self, values: Sequence[Tensor]) -> LatentWeights:
         """Return latent weights in the same layout, with the flat `values` in place of `flats`."""
         other = object.__new__(LatentWeights)
-        other.__dict__.update(self.__dict__, views=list(self.views), parts=[], collected={})
+        other.__dict__.update(self.__dict__, views=list(self.views), parts=[], collected={}, candidates={})
         for part, flat in zip(self.parts, values, strict=True):
             other.parts.append(Part(flat, part.start, []))
         for i, (start, _) in enumerate(self.local_spans):

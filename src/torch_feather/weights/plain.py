@@ -1,4 +1,4 @@
-"""The effective weights on a CPU with NumPy, block by block in the cache.
+"""The passes over weights on a CPU with NumPy, range by range in the cache.
 
 `compiled.py` has the same passes as compiled loops, with the same bits, and is preferred.
 `passes.py` has the form for other devices.
@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,18 +18,21 @@ from ..operators import Operator, Power
 from ..selection.cpu import INTEGER, magnitude_bits
 from ..threads import for_each, scratch
 from . import compiled
+from .candidates import Candidates
 from .checksum import column_sums
 from .kept import kept_values
-from .latent import BLOCK, LatentWeights, flat_bits, flat_of
+from .latent import LatentWeights, flat_bits
 from .ranges import COLUMNS, groups, ranges
 from .rows import NO_FACTORS, multiply_rows
 from .scores import as_array
-from .segments import Segment, segment_of
-from .spans import Span, is_plain, keeps_all, spans
+from .segments import Segment
+from .spans import Span, is_plain, keeps_all, overlaps, spans
 from .sums import Recorded, Sums, versions
 
 DENSE = 0.25
-"""Kept fraction of a block above which all its weights are computed, not the kept ones alone."""
+"""Kept fraction of a range above which all its weights are computed, not the kept ones alone."""
+SLICE = 1 << 14
+"""Weights of a dense range that are computed together: their temporary values stay in the cache."""
 
 
 def write_effective(
@@ -51,32 +54,29 @@ def write_effective(
         tensor([ 0.0000, -0.5000])
     """
     every, found = list(spans(weights, segments)), ranges(weights)
-    targets, flat = Targets(weights, out), list(found.of(out))
-    starts = [span.piece.start for span in every]
+    flat = list(found.of(out))
     recorded = isinstance(out, Recorded)
     columns = np.empty((len(flat), COLUMNS), np.int64) if recorded else None
 
     def finish(j: int) -> bool:
+        """Multiply and sum range j; return whether a value may be NaN or infinite."""
         i = int(found.position[j])
         if i in factors:
             width = out[i].numel() // len(factors[i])
             multiply_rows(flat[j], int(found.start[j]), width, factors[i])
         return columns is not None and column_sums(flat[j], True, columns[j])[1]
 
-    def write(group: slice) -> bool:
-        first = int(found.local[group.start])
-        last = int(found.local[group.stop - 1] + found.size[group.stop - 1])
-        for j in range(bisect_right(starts, first) - 1, bisect_left(starts, last)):
-            piece = every[j].piece
-            a = max(first - piece.start, 0)
-            b = min(last - piece.start, piece.values.numel())
-            _write_range(weights.wide, operator, targets, every[j], a, b)
-        return any([finish(j) for j in range(group.start, group.stop)])
-
     nonfinite = compiled.write_effective(
         weights, every, operator, out, None if factors else columns
     )
     if nonfinite is None:
+        pieces = _pieces(weights, every, flat)
+
+        def write(group: slice) -> bool:
+            inside = range(group.start, group.stop)
+            _write([piece for j in inside for piece in pieces[j]], operator, weights.wide)
+            return any([finish(j) for j in inside])
+
         nonfinite = any(for_each(write, groups(weights)))
     elif factors:
         nonfinite = any(for_each(finish, range(len(flat))))
@@ -85,151 +85,102 @@ def write_effective(
         out.sums = Sums(versions(out), columns, nonfinite)
 
 
-def pruned_mask(weights: LatentWeights, segment: Segment, i: int) -> Tensor:
-    """Return the mask of pruned weights of tensor i, computed block by block.
+class PieceOfSpan(NamedTuple):
+    """The overlap of a range and a span.
+
+    Example:
+        >>> span = Span(Piece(torch.ones(2), 0), 3, torch.tensor(0.5))
+        >>> PieceOfSpan(span, torch.ones(2), torch.zeros(2), None).span.limit
+        3
+    """
+
+    span: Span
+    latent: Tensor
+    out: Tensor
+    candidates: Candidates | None
+    """Those of the range, if the piece is all of it."""
+
+
+def _pieces(
+    weights: LatentWeights, every: Sequence[Span], out: Sequence[Tensor]
+) -> list[list[PieceOfSpan]]:
+    """Return the pieces of each of the `ranges`.
 
     Args:
-        weights: the latent weights, on the CPU.
-        segment: the segment that holds the tensor.
-        i: position of the weight tensor.
-
-    Example:
-        >>> from torch_feather.selection import Cutoff
-        >>> weights = LatentWeights([torch.tensor([1.0, 1.0, 2.0])])
-        >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(0), torch.tensor(0.9))
-        >>> pruned_mask(weights, Segment(0, 3, cutoff), 0)
-        tensor([ True, False, False])
+        weights: the latent weights.
+        every: all spans.
+        out: the ranges of the memory to write.
     """
-    first, end = weights.local_spans[i]
-    flat = torch.empty(end - first, dtype=torch.bool)
-    out = flat.numpy()
-
-    def compare(block: tuple[Span, int, int]) -> None:
-        span, a, b = block
-        np.less_equal(_bits(weights, span, a, b), span.limit, out=out[a - first : b - first])
-
-    for_each(compare, _blocks(weights, segment, i))
-    return flat.as_strided(weights.views[i].shape, weights.views[i].stride())
-
-
-def count_pruned(weights: LatentWeights, segments: Sequence[Segment], i: int) -> int:
-    """Return the number of pruned local weights of tensor i, without a mask.
-
-    Example:
-        >>> from torch_feather.selection import Cutoff
-        >>> weights = LatentWeights([torch.tensor([1.0, 1.0, 2.0])])
-        >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(0), torch.tensor(0.9))
-        >>> count_pruned(weights, [Segment(0, 3, cutoff)], 0)
-        1
-    """
-
-    def count(block: tuple[Span, int, int]) -> int:
-        return int(np.count_nonzero(_bits(weights, *block) <= block[0].limit))
-
-    return sum(for_each(count, _blocks(weights, segment_of(weights, segments, i), i)))
+    found, candidates = ranges(weights), weights.candidates
+    if weights.candidate_versions != versions(weights.flats):
+        candidates = {}  # the weights were changed since then
+    pieces: list[list[PieceOfSpan]] = [[] for _ in out]
+    for j, k, start, size in zip(*(x.tolist() for x in overlaps(found, every)), strict=True):
+        a, first = start - int(found.local[j]), start - every[k].piece.start
+        latent = every[k].piece.values[first : first + size]
+        known = candidates.get(j) if size == out[j].numel() else None
+        pieces[j].append(PieceOfSpan(every[k], latent, out[j][a : a + size], known))
+    return pieces
 
 
-def _blocks(weights: LatentWeights, segment: Segment, i: int) -> list[tuple[Span, int, int]]:
-    """Return the blocks of local weights of tensor i: their span, start and stop."""
-    first, end = weights.local_spans[i]
-    found = []
-    for span in spans(weights, [segment]):
-        start = max(first, span.piece.start)
-        stop = min(end, span.piece.start + span.piece.values.numel())
-        found += [(span, a, min(a + BLOCK, stop)) for a in range(start, stop, BLOCK)]
-    return found
+def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype) -> None:
+    """Write effective weights: those of dense pieces at once.
 
-
-def _bits(weights: LatentWeights, span: Span, a: int, b: int) -> np.ndarray:
-    """Return the bits of the scores of local weights a to b, in memory of this thread."""
-    w = as_array(span.piece.values[a - span.piece.start : b - span.piece.start], weights.wide)
-    return magnitude_bits(w, span.piece.scale)
-
-
-class Targets:
-    """Where the effective weights of local weights are written.
-
-    Args:
-        weights: the layout.
-        out: one local tensor per weight tensor, dense in memory.
-
-    Example:
-        >>> weights, out = LatentWeights([torch.ones(2), torch.ones(3)]), [torch.ones(2)] * 2
-        >>> [(target.size, a, b) for target, a, b in Targets(weights, out).parts(1, 4)]
-        [(1, 1, 2), (2, 2, 4)]
-    """
-
-    def __init__(self, weights: LatentWeights, out: Sequence[Tensor]):
-        held = [i for i, view in enumerate(weights.views) if view.numel()]
-        held.sort(key=weights.local_spans.__getitem__)
-        self._spans = [weights.local_spans[i] for i in held]
-        self._starts = [start for start, _ in self._spans]
-        self._flat = [flat_bits(out[i]) for i in held]
-
-    def write(self, start: int, bits: np.ndarray) -> None:
-        """Write the bits of effective weights from local weight `start` on."""
-        for target, a, b in self.parts(start, start + bits.size):
-            target[:] = bits[a - start : b - start]
-
-    def scatter(self, start: int, stop: int, index: np.ndarray, bits: np.ndarray) -> None:
-        """Write zeros into local weights start to stop, except `bits` at the sorted `index`."""
-        for target, a, b in self.parts(start, stop):
-            target.fill(0)
-            i, j = np.searchsorted(index, (a, b))
-            target[index[i:j] - a] = bits[i:j]
-
-    def parts(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, int, int]]:
-        """Yield memory for the local weights start to stop, and which of them it holds."""
-        for j in range(bisect_right(self._starts, start) - 1, len(self._spans)):
-            first, end = self._spans[j]
-            if first >= stop:
-                return
-            a, b = max(start, first), min(stop, end)
-            yield self._flat[j][a - first : b - first], a, b
-
-
-def _write_range(
-    wide: torch.dtype, operator: Operator, targets: Targets, span: Span, first: int, end: int
-) -> None:  # fmt: skip
-    """Write the effective weights of a range of a span: those of dense blocks at once.
-
-    Those of sparse blocks are computed together: most operations on them are shorter than a call of
+    Those of sparse pieces are computed together: most operations on them are shorter than a call of
     NumPy.
     """
-    values, offset = span.piece.values[first:end], span.piece.start + first
-    if keeps_all(operator, span):
-        targets.write(offset, flat_bits(values))
-        return
-    w, tau = as_array(values, wide), span.tau.numpy()
-    plain = is_plain(operator, span) and values.dtype == wide
-    sparse: list[tuple[int, int]] = []
-    indices: list[np.ndarray] = []
-    for a in range(0, w.size, BLOCK):
-        block = w[a : a + BLOCK]
-        bits = magnitude_bits(block, span.piece.scale)
-        limit = bits.dtype.type(span.limit)
-        kept = np.greater(bits, limit, out=scratch("above", bits.size, bool))
-        if plain and np.count_nonzero(kept) > DENSE * bits.size:
-            u = plain_values(block, tau, operator).view(bits.dtype)
-            mask = np.subtract(limit, bits, out=bits)
-            mask >>= 8 * bits.itemsize - 1  # all bits are set if the score is above the limit
-            mask &= u
-            targets.write(offset + a, mask)
+    sparse: dict[int, list[tuple[PieceOfSpan, np.ndarray, np.ndarray]]] = {}
+    for piece in pieces:
+        span = piece.span
+        if keeps_all(operator, span):
+            np.copyto(flat_bits(piece.out), flat_bits(piece.latent))
+            continue
+        w, kept = as_array(piece.latent, wide), None
+        if piece.candidates is not None and span.piece.scale is None:
+            kept = piece.candidates.kept(w, span.limit)
+        if kept is None:
+            bits = magnitude_bits(w, span.piece.scale)
+            above = np.greater(bits, span.limit, out=scratch("above", bits.size, bool))
+            plain = is_plain(operator, span) and piece.latent.dtype == wide
+            if plain and np.count_nonzero(above) > DENSE * w.size:
+                _write_dense(w, bits, span, operator, flat_bits(piece.out))
+                continue
+            index = np.flatnonzero(above)
+            kept = index, w.take(index)
+        sparse.setdefault(id(span), []).append((piece, *kept))
+    for same in sparse.values():
+        span, dtype = same[0][0].span, same[0][0].latent.dtype
+        chosen = np.concatenate([w for _, _, w in same])
+        if is_plain(operator, span) and dtype == wide:
+            u = plain_values(chosen, span.tau.numpy(), operator).view(INTEGER[chosen.dtype])
         else:
-            index = np.flatnonzero(kept)
-            index += a
-            indices.append(index)
-            sparse.append((a, a + bits.size))
-    if sparse:
-        index = np.concatenate(indices)
-        chosen = w.take(index)
-        if plain:
-            u = plain_values(chosen, tau, operator).view(INTEGER[chosen.dtype])
-        else:
-            u = flat_bits(kept_values(torch.from_numpy(chosen), span.tau, operator, values.dtype))
-        for a, b in sparse:
-            i, j = np.searchsorted(index, (a, b))
-            targets.scatter(offset + a, offset + b, index[i:j] + offset, u[i:j])
+            u = flat_bits(kept_values(torch.from_numpy(chosen), span.tau, operator, dtype))
+        end = 0
+        for piece, index, w in same:
+            target, start, end = flat_bits(piece.out), end, end + w.size
+            target.fill(0)
+            target[index] = u[start:end]
+
+
+def _write_dense(
+    w: np.ndarray, bits: np.ndarray, span: Span, operator: Operator, out: np.ndarray
+) -> None:
+    """Write effective weights, computing those of pruned weights too.
+
+    Args:
+        w: the weights.
+        bits: of their scores; overwritten.
+        span: that prunes them.
+        operator: one that `is_plain` knows.
+        out: memory for their effective weights, as integers.
+    """
+    limit, tau = bits.dtype.type(span.limit), span.tau.numpy()
+    for a in range(0, w.size, SLICE):
+        part = slice(a, a + SLICE)
+        u = plain_values(w[part], tau, operator).view(bits.dtype)
+        mask = np.subtract(limit, bits[part], out=bits[part])
+        mask >>= 8 * bits.itemsize - 1  # all bits are set if the score is above the limit
+        np.bitwise_and(mask, u, out=out[part])
 
 
 def plain_values(w: np.ndarray, tau: np.ndarray, operator: Operator) -> np.ndarray:

@@ -14,8 +14,10 @@ COLUMNS = 509
 """64-bit words in a row of a checksum. A prime, so that exchanged rows or channels rarely keep
 their words in the same columns."""
 ROW_BYTES = 8 * COLUMNS
-GROUP = 256 * ROW_BYTES // 4
+RANGE = 64 * ROW_BYTES // 4
 """Most weights in a range. For all types, a multiple of this begins at a row of a checksum."""
+GROUP = 2 * RANGE
+"""Most weights in a group."""
 
 
 class Ranges(NamedTuple):
@@ -24,7 +26,7 @@ class Ranges(NamedTuple):
     Example:
         >>> import torch
         >>> ranges(LatentWeights([torch.ones(2), torch.ones(300_000)])).start
-        array([     0,      0, 260608])
+        array([     0,      0,  65152, 130304, 195456, 260608])
     """
 
     position: np.ndarray
@@ -55,7 +57,7 @@ def ranges(weights: LatentWeights) -> Ranges:
     Example:
         >>> import torch
         >>> ranges(LatentWeights([torch.ones(2), torch.ones(300_000)])).size
-        array([     2, 260608,  39392])
+        array([    2, 65152, 65152, 65152, 65152, 39392])
     """
     return weights.constant("ranges", _ranges)
 
@@ -63,9 +65,9 @@ def ranges(weights: LatentWeights) -> Ranges:
 def _ranges(weights: LatentWeights) -> Ranges:
     spans = sorted((span, i) for i, span in enumerate(weights.local_spans) if span[0] < span[1])
     every = [
-        (i, a, min(GROUP, last - first - a), first + a)
+        (i, a, min(RANGE, last - first - a), first + a)
         for (first, last), i in spans
-        for a in range(0, last - first, GROUP)
+        for a in range(0, last - first, RANGE)
     ]
     return Ranges(*np.array(every, np.int64).reshape(-1, 4).T)
 
@@ -79,7 +81,7 @@ def groups(weights: LatentWeights) -> list[slice]:
     Example:
         >>> import torch
         >>> groups(LatentWeights([torch.ones(2), torch.ones(3), torch.ones(300_000)]))
-        [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None)]
+        [slice(0, 3, None), slice(3, 5, None), slice(5, 7, None), slice(7, 8, None)]
     """
     return weights.constant("groups", _groups)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..selection.cpu import INTEGER, Near, Scores, magnitude_bits
 from . import compiled
 from .latent import LatentWeights
-from .ranges import GROUP
+from .ranges import RANGE
 
 
 class Piece(NamedTuple):
@@ -130,9 +130,9 @@ class WeightScores(Scores):
         if any(piece.values.dtype != torch.float32 for piece in self._pieces):
             return None
         parts = [
-            (piece, a, min(GROUP, piece.values.numel() - a))
+            (piece, a, min(RANGE, piece.values.numel() - a))
             for piece in self._pieces
-            for a in range(0, piece.values.numel(), GROUP)
+            for a in range(0, piece.values.numel(), RANGE)
         ]
         rows = compiled.empty_table(len(parts))
         if rows is None:

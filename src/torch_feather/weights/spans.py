@@ -12,6 +12,7 @@ from torch import Tensor
 from ..operators import Operator, Power
 from ..selection.cpu import INTEGER
 from .latent import LatentWeights
+from .ranges import Ranges
 from .scores import Piece
 from .segments import Segment
 
@@ -87,3 +88,31 @@ def keeps_all(operator: Operator, span: Span) -> bool:
         True
     """
     return span.limit < 0 and (operator.is_identity or operator.identity_at_zero)
+
+
+def overlaps(
+    found: Ranges, every: Sequence[Span]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the overlaps of ranges and spans in the order of the weights.
+
+    Args:
+        found: the ranges of all local weights.
+        every: all spans, in the order of the weights.
+
+    Returns:
+        The number of the range of each overlap, that of its span, its first local weight and its
+        size.
+
+    Example:
+        >>> from torch_feather.weights.ranges import ranges
+        >>> weights = LatentWeights([torch.ones(2), torch.ones(3)])
+        >>> one = [Span(Piece(weights.flats[0], 0), 3, torch.tensor(0.5))]
+        >>> [x.tolist() for x in overlaps(ranges(weights), one)]
+        [[0, 1], [0, 0], [0, 2], [2, 3]]
+    """
+    starts = np.array([span.piece.start for span in every])
+    cuts = np.union1d(found.local, starts)
+    range_of = np.searchsorted(found.local, cuts, "right") - 1
+    ends = np.minimum(np.append(cuts[1:], np.inf), (found.local + found.size)[range_of])
+    span_of = np.searchsorted(starts, cuts, "right") - 1
+    return range_of, span_of, cuts, ends.astype(np.int64) - cuts

@@ -1,0 +1,91 @@
+"""Weights that may be kept, found while a copy of all weights is in a CPU's cache.
+
+Most weights are pruned. If the few others are known, the pass that writes the effective weights
+need not search for them. They only decide how fast it is, never its result.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..selection.cpu import INTEGER, magnitude_bits
+from ..threads import scratch
+
+MOST = 0.2
+"""Largest fraction of candidates that are held. Their indices of 2 bytes take a tenth of the memory
+of float32 weights."""
+MOST_VALUES = 1 / 16
+"""Largest fraction of which also the values are held."""
+
+
+class Candidates(NamedTuple):
+    """The weights of a range with a magnitude above a bound.
+
+    Example:
+        >>> Candidates(5, np.uint16([1, 2]), None).bound
+        5
+    """
+
+    bound: int
+    """As an integer."""
+    index: np.ndarray
+    """Their positions in the range, uint16, ascending."""
+    values: np.ndarray | None
+    """The weights; None if they would need too much memory."""
+
+    def kept(self, w: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return positions and values of the weights with a magnitude above a limit.
+
+        Args:
+            w: the weights of the range, as they were.
+            limit: as an integer.
+
+        Returns:
+            None if the limit is below the bound.
+
+        Example:
+            >>> w = np.float32([1.0, -3.0])
+            >>> Candidates(5, np.uint16([0, 1]), None).kept(w, 0x40000000)
+            (array([1]), array([-3.], dtype=float32))
+        """
+        if limit < self.bound:
+            return None
+        index = self.index.astype(np.intp)
+        values = w.take(index) if self.values is None else self.values
+        kept = magnitude_bits(values) > limit
+        return (index, values) if kept.all() else (index[kept], values[kept])
+
+
+def collect(
+    w: np.ndarray, low: int, high: int
+) -> tuple[int, np.ndarray, Candidates | None]:
+    """Count and collect magnitudes as `Scores.collect`, and find candidates above the same bound.
+
+    Args:
+        w: the weights of a range, of at most 65536.
+        low: the lower bound, as an integer.
+        high: the upper bound, as an integer.
+
+    Returns:
+        The number of magnitudes up to `low`, those strictly between the bounds, and the candidates;
+        None if they are too many.
+
+    Example:
+        >>> low, high = np.float32([1.0, 3.0]).view(np.int32).tolist()
+        >>> count, near, candidates = collect(np.float32([1.0, -2.0, 3.0, 0.5, 0.25]), low, high)
+        >>> count, near.view(np.float32).tolist(), candidates
+        (3, [2.0], None)
+    """
+    bits = magnitude_bits(w)
+    above = np.greater(bits, low, out=scratch("above", bits.size, bool))
+    count = int(np.count_nonzero(above))
+    if count > MOST * w.size:
+        within = np.less(bits, high, out=scratch("within", bits.size, bool))
+        return w.size - count, bits[np.logical_and(within, above, out=within)], None
+    index = np.flatnonzero(above)
+    values = w.take(index)
+    scores = values.view(INTEGER[w.dtype]) & np.iinfo(bits.dtype).max
+    held = values if count <= MOST_VALUES * w.size else None
+    return w.size - count, scores[scores < high], Candidates(low, index.astype(np.uint16), held)
