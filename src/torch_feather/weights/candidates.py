@@ -84,8 +84,36 @@ def collect(
     if count > MOST * w.size:
         within = np.less(bits, high, out=scratch("within", bits.size, bool))
         return w.size - count, bits[np.logical_and(within, above, out=within)], None
-    index = np.flatnonzero(above)
+    index = positions(above, count)
     values = w.take(index)
     scores = values.view(INTEGER[w.dtype]) & np.iinfo(bits.dtype).max
     held = values if count <= MOST_VALUES * w.size else None
     return w.size - count, scores[scores < high], Candidates(low, index.astype(np.uint16), held)
+
+
+def positions(mask: np.ndarray, count: int) -> np.ndarray:
+    """Return the positions of the True in a mask, as `np.flatnonzero`.
+
+    This function is slow if 1% to 10% are True, because a processor predicts none of them. So
+    words of eight are searched first, of which more are not 0.
+
+    Args:
+        mask: bool, contiguous.
+        count: how many are True.
+
+    Example:
+        >>> positions(np.arange(100) % 20 == 3, 5)
+        array([ 3, 23, 43, 63, 83])
+    """
+    if not 0.01 * mask.size <= count <= 0.1 * mask.size or mask.size % 8:
+        return np.flatnonzero(mask)
+    words = mask.view(np.uint64)
+    some = np.not_equal(words, 0, out=scratch("words", words.size, bool))
+    found = np.flatnonzero(some)
+    inside = np.flatnonzero(words.take(found).view(bool))
+    word = inside >> 3
+    index = found.take(word)
+    index -= word
+    index <<= 3
+    index += inside
+    return index

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..threads import for_each, scratch
-from .latent import BLOCK, LatentWeights
+from ..threads import for_each
+from .latent import BLOCK, LatentWeights, flat_bits
 from .ranges import COLUMNS, ROW_BYTES
 
 _FACTORS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, COLUMNS) | 1
@@ -31,10 +31,9 @@ def checksum(tensor: Tensor) -> int:
         >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
         False
     """
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,)).cpu()
-    step = 4 * _ROWS * ROW_BYTES // flat.element_size()
-    starts = range(0, flat.numel(), step)
-    parts = for_each(lambda a: column_sums(flat[a : a + step])[0], starts)
+    flat = flat_bits(tensor.detach().as_strided((tensor.numel(),), (1,)).cpu())
+    step = 4 * _ROWS * ROW_BYTES // flat.itemsize
+    parts = for_each(lambda a: column_sums(flat[a : a + step]), range(0, flat.size, step))
     return checksum_of_columns(np.sum(parts, axis=0, dtype=np.int64))
 
 
@@ -43,40 +42,31 @@ def checksum_of_columns(columns: np.ndarray) -> int:
 
     Example:
         >>> w = torch.tensor([1.0, 2.0, 3.0])
-        >>> checksum_of_columns(column_sums(w)[0]) == checksum(w)
+        >>> checksum_of_columns(column_sums(flat_bits(w))) == checksum(w)
         True
     """
     return _signed(int(np.dot(columns, _FACTORS)) if columns.ndim else 0)
 
 
-def column_sums(
-    flat: Tensor, check: bool = False, out: np.ndarray | None = None
-) -> tuple[np.ndarray, bool]:
+def column_sums(bits: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Return the sums of the columns over a range of a tensor's memory that begins at a row.
 
     Args:
-        flat: values on a CPU, flat and contiguous.
-        check: whether to look for NaN and infinity.
-        out: memory for the sums; None for new memory.
-
-    Returns:
-        int64 of shape (COLUMNS,), and whether a value may be NaN or infinite: False without
-        `check`. In half precision, a large sum gives True too.
+        bits: values as integers of their width.
+        out: int64 of shape (COLUMNS,), memory for the sums; None for new memory.
 
     Example:
-        >>> columns, nonfinite = column_sums(torch.tensor([1.0, torch.nan]), check=True)
-        >>> columns.shape, nonfinite
-        ((509,), True)
+        >>> column_sums(flat_bits(torch.tensor([1.0, 2.0]))).shape
+        (509,)
     """
-    data, width = flat.view(torch.uint8).numpy(), flat.element_size()
-    words, nonfinite = data[: data.size // 8 * 8].view(np.int64), False
+    per_word = 8 // bits.itemsize
+    whole = bits.size // per_word * per_word
+    words, rest = bits[:whole].view(np.int64), bits[whole:]
     columns = np.empty(COLUMNS, np.int64) if out is None else out
     columns.fill(0)
     for a in range(0, words.size, _ROWS * COLUMNS):
         block = words[a : a + _ROWS * COLUMNS]
-        if check:
-            nonfinite |= _may_be_nonfinite(flat[a * 8 // width : (a + block.size) * 8 // width])
-        if width == 8:
+        if per_word == 1:
             # Sign bits would be the topmost bits, and an even number of them cancels: mix them
             # in.
             block = block ^ (block.view(np.uint64) >> 1).view(np.int64)
@@ -84,25 +74,30 @@ def column_sums(
         if full:
             columns += np.add.reduce(block[:full].reshape(-1, COLUMNS), axis=0)
         columns[: block.size - full] += block[full:]
-    rest = data[words.size * 8 :]
     if rest.size:  # the bytes of an incomplete last word; only the end of a tensor has one
         columns[-1] += int.from_bytes(rest.tobytes(), "little")
-        nonfinite |= check and _may_be_nonfinite(flat[words.size * 8 // width :])
-    return columns, nonfinite
+    return columns
 
 
-def _may_be_nonfinite(flat: Tensor) -> bool:
-    """Return whether a value may be NaN or infinite."""
-    if flat.numel() == 0:
+def may_be_nonfinite(bits: np.ndarray, dtype: torch.dtype) -> bool:
+    """Return whether a value may be NaN or infinite; large values give True too.
+
+    Args:
+        bits: values as integers of their width.
+        dtype: their type.
+
+    Example:
+        >>> may_be_nonfinite(flat_bits(torch.tensor([1.0, torch.inf])), torch.float32)
+        True
+    """
+    if bits.size == 0:
         return False
-    if flat.element_size() == 2:  # NumPy has no bfloat16, and float16 is slow there
-        return not bool(flat.sum(dtype=torch.float32).isfinite())
-    values = flat.numpy()
-    # Products of 0 with NaN or infinity are NaN. This is the fastest pass of NumPy.
-    zeros = scratch("zeros", values.size, values.dtype)
-    zeros.fill(0)
-    with np.errstate(invalid="ignore"):
-        return bool(np.isnan(np.dot(values, zeros)))
+    if bits.itemsize == 2:  # NumPy has no bfloat16, and float16 is slow there
+        total = torch.from_numpy(bits).view(dtype).sum(dtype=torch.float32)
+        return not bool(total.isfinite())
+    values = bits.view(f"f{bits.itemsize}")
+    with np.errstate(all="ignore"):  # the fastest pass of NumPy; large values overflow
+        return not np.isfinite(np.dot(values, values))
 
 
 def checksum_of(weights: LatentWeights, i: int, here: Tensor) -> int:

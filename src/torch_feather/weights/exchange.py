@@ -18,9 +18,9 @@ from ..selection.cpu import SMALL, Collected, Near
 from ..threads import for_each
 from . import compiled, triton_passes
 from .candidates import Candidates, collect
-from .latent import LatentWeights, copy_all, flat_bits
-from .ranges import ranges
-from .scores import WeightScores, as_array
+from .latent import LatentWeights, copy_all
+from .ranges import ranges, wide_array
+from .scores import WeightScores
 from .sums import Sums, copy_unmodified
 
 Span = tuple[int, int]
@@ -133,15 +133,18 @@ def _read(
         return None if near is None else (rows["below"], near)
     found = ranges(weights)
 
-    def read(task: tuple[int, Tensor, Tensor]) -> tuple[int, np.ndarray, Candidates | None]:
+    dtypes = [view.dtype for view in weights.views]
+
+    def read(task: tuple[int, np.ndarray, np.ndarray]) -> tuple[int, np.ndarray, Candidates | None]:
         j, latent, parameter = task
-        np.copyto(flat_bits(latent), flat_bits(parameter))
+        np.copyto(latent, parameter)
         if low[j] == NOTHING:
             return 0, np.empty(0, np.int64), None
-        return collect(as_array(latent, weights.wide), int(low[j]), int(high[j]))
+        w = wide_array(latent, dtypes[found.position[j]], weights.wide)
+        return collect(w, int(low[j]), int(high[j]))
 
-    pairs = zip(found.of(weights.views), found.of(parameters), strict=True)
-    parts = for_each(read, [(j, *pair) for j, pair in enumerate(pairs)])
+    tasks = zip(range(len(low)), found.of(weights.views), found.of(parameters), strict=True)
+    parts = for_each(read, list(tasks))
     weights.candidates = {j: part[2] for j, part in enumerate(parts) if part[2] is not None}
     return np.array([count for count, _, _ in parts]), [near for _, near, _ in parts]
 

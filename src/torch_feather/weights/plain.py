@@ -15,24 +15,22 @@ from torch import Tensor
 
 from .. import roots
 from ..operators import Operator, Power
-from ..selection.cpu import INTEGER, magnitude_bits
+from ..selection.cpu import magnitude_bits
 from ..threads import for_each, scratch
 from . import compiled
-from .candidates import Candidates
-from .checksum import column_sums
+from .candidates import Candidates, positions
+from .checksum import column_sums, may_be_nonfinite
 from .kept import kept_values
-from .latent import LatentWeights, flat_bits
-from .ranges import COLUMNS, groups, ranges
+from .latent import LatentWeights, flat_bits, flat_of
+from .ranges import COLUMNS, groups, ranges, wide_array
 from .rows import NO_FACTORS, multiply_rows
-from .scores import as_array
+from .scores import Piece
 from .segments import Segment
 from .spans import Span, is_plain, keeps_all, overlaps, spans
 from .sums import Recorded, Sums, versions
 
-DENSE = 0.25
+DENSE = 0.4
 """Kept fraction of a range above which all its weights are computed, not the kept ones alone."""
-SLICE = 1 << 14
-"""Weights of a dense range that are computed together: their temporary values stay in the cache."""
 
 
 def write_effective(
@@ -54,17 +52,21 @@ def write_effective(
         tensor([ 0.0000, -0.5000])
     """
     every, found = list(spans(weights, segments)), ranges(weights)
-    flat = list(found.of(out))
+    flat = found.of(out)
     recorded = isinstance(out, Recorded)
     columns = np.empty((len(flat), COLUMNS), np.int64) if recorded else None
 
-    def finish(j: int) -> bool:
+    def finish(j: int, check: bool = True) -> bool:
         """Multiply and sum range j; return whether a value may be NaN or infinite."""
         i = int(found.position[j])
         if i in factors:
             width = out[i].numel() // len(factors[i])
-            multiply_rows(flat[j], int(found.start[j]), width, factors[i])
-        return columns is not None and column_sums(flat[j], True, columns[j])[1]
+            part = flat_of(out[i])[found.start[j] :][: found.size[j]]
+            multiply_rows(part, int(found.start[j]), width, factors[i])
+        if columns is None:
+            return False
+        column_sums(flat[j], columns[j])
+        return check and may_be_nonfinite(flat[j], out[i].dtype)
 
     nonfinite = compiled.write_effective(
         weights, every, operator, out, None if factors else columns
@@ -74,8 +76,8 @@ def write_effective(
 
         def write(group: slice) -> bool:
             inside = range(group.start, group.stop)
-            _write([piece for j in inside for piece in pieces[j]], operator, weights.wide)
-            return any([finish(j) for j in inside])
+            found = _write([piece for j in inside for piece in pieces[j]], operator, weights.wide)
+            return any([finish(j, check=bool(factors)) for j in inside]) or found
 
         nonfinite = any(for_each(write, groups(weights)))
     elif factors:
@@ -86,80 +88,93 @@ def write_effective(
 
 
 class PieceOfSpan(NamedTuple):
-    """The overlap of a range and a span.
+    """The overlap of a range and a span, as integers of the width of its values.
 
     Example:
         >>> span = Span(Piece(torch.ones(2), 0), 3, torch.tensor(0.5))
-        >>> PieceOfSpan(span, torch.ones(2), torch.zeros(2), None).span.limit
+        >>> PieceOfSpan(span, torch.float32, np.zeros(2, np.int32), np.zeros(2, np.int32)).span.limit
         3
     """
 
     span: Span
-    latent: Tensor
-    out: Tensor
-    candidates: Candidates | None
+    dtype: torch.dtype
+    latent: np.ndarray
+    out: np.ndarray
+    candidates: Candidates | None = None
     """Those of the range, if the piece is all of it."""
 
 
 def _pieces(
-    weights: LatentWeights, every: Sequence[Span], out: Sequence[Tensor]
+    weights: LatentWeights, every: Sequence[Span], out: Sequence[np.ndarray]
 ) -> list[list[PieceOfSpan]]:
     """Return the pieces of each of the `ranges`.
 
     Args:
         weights: the latent weights.
         every: all spans.
-        out: the ranges of the memory to write.
+        out: memory to write for each range.
     """
     found, candidates = ranges(weights), weights.candidates
     if weights.candidate_versions != versions(weights.flats):
         candidates = {}  # the weights were changed since then
+    latent = found.of(weights.views)
     pieces: list[list[PieceOfSpan]] = [[] for _ in out]
     for j, k, start, size in zip(*(x.tolist() for x in overlaps(found, every)), strict=True):
-        a, first = start - int(found.local[j]), start - every[k].piece.start
-        latent = every[k].piece.values[first : first + size]
-        known = candidates.get(j) if size == out[j].numel() else None
-        pieces[j].append(PieceOfSpan(every[k], latent, out[j][a : a + size], known))
+        inside = slice(start - int(found.local[j]), start - int(found.local[j]) + size)
+        known = candidates.get(j) if size == out[j].size and every[k].piece.scale is None else None
+        dtype = every[k].piece.values.dtype
+        pieces[j].append(PieceOfSpan(every[k], dtype, latent[j][inside], out[j][inside], known))
     return pieces
 
 
-def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype) -> None:
+def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype) -> bool:
     """Write effective weights: those of dense pieces at once.
 
     Those of sparse pieces are computed together: most operations on them are shorter than a call of
     NumPy.
+
+    Returns:
+        Whether a value may be NaN or infinite.
     """
+    nonfinite = False
     sparse: dict[int, list[tuple[PieceOfSpan, np.ndarray, np.ndarray]]] = {}
     for piece in pieces:
-        span = piece.span
-        if keeps_all(operator, span):
-            np.copyto(flat_bits(piece.out), flat_bits(piece.latent))
+        if keeps_all(operator, piece.span):
+            np.copyto(piece.out, piece.latent)
+            nonfinite |= may_be_nonfinite(piece.out, piece.dtype)
             continue
-        w, kept = as_array(piece.latent, wide), None
-        if piece.candidates is not None and span.piece.scale is None:
-            kept = piece.candidates.kept(w, span.limit)
+        w = wide_array(piece.latent, piece.dtype, wide)
+        kept = piece.candidates and piece.candidates.kept(w, piece.span.limit)
         if kept is None:
-            bits = magnitude_bits(w, span.piece.scale)
-            above = np.greater(bits, span.limit, out=scratch("above", bits.size, bool))
-            plain = is_plain(operator, span) and piece.latent.dtype == wide
-            if plain and np.count_nonzero(above) > DENSE * w.size:
-                _write_dense(w, bits, span, operator, flat_bits(piece.out))
+            bits = magnitude_bits(w, piece.span.piece.scale)
+            above = np.greater(bits, piece.span.limit, out=scratch("above", bits.size, bool))
+            count = int(np.count_nonzero(above))
+            if count > DENSE * w.size and _is_plain(piece, operator, wide):
+                _write_dense(w, bits, piece.span, operator, piece.out)
+                nonfinite |= may_be_nonfinite(piece.out, piece.dtype)
                 continue
-            index = np.flatnonzero(above)
+            index = positions(above, count)
             kept = index, w.take(index)
-        sparse.setdefault(id(span), []).append((piece, *kept))
+        sparse.setdefault(id(piece.span), []).append((piece, *kept))
     for same in sparse.values():
-        span, dtype = same[0][0].span, same[0][0].latent.dtype
-        chosen = np.concatenate([w for _, _, w in same])
-        if is_plain(operator, span) and dtype == wide:
-            u = plain_values(chosen, span.tau.numpy(), operator).view(INTEGER[chosen.dtype])
+        piece, chosen = same[0][0], np.concatenate([w for _, _, w in same])
+        tau = piece.span.tau
+        if _is_plain(piece, operator, wide):
+            u = plain_values(chosen, tau.numpy(), operator).view(piece.out.dtype)
         else:
-            u = flat_bits(kept_values(torch.from_numpy(chosen), span.tau, operator, dtype))
+            u = flat_bits(kept_values(torch.from_numpy(chosen), tau, operator, piece.dtype))
+        nonfinite |= may_be_nonfinite(u, piece.dtype)
         end = 0
         for piece, index, w in same:
-            target, start, end = flat_bits(piece.out), end, end + w.size
-            target.fill(0)
-            target[index] = u[start:end]
+            start, end = end, end + w.size
+            piece.out.fill(0)
+            piece.out[index] = u[start:end]
+    return nonfinite
+
+
+def _is_plain(piece: PieceOfSpan, operator: Operator, wide: torch.dtype) -> bool:
+    """Return whether `plain_values` computes the operator on a piece."""
+    return piece.dtype == wide and is_plain(operator, piece.span)
 
 
 def _write_dense(
@@ -174,13 +189,10 @@ def _write_dense(
         operator: one that `is_plain` knows.
         out: memory for their effective weights, as integers.
     """
-    limit, tau = bits.dtype.type(span.limit), span.tau.numpy()
-    for a in range(0, w.size, SLICE):
-        part = slice(a, a + SLICE)
-        u = plain_values(w[part], tau, operator).view(bits.dtype)
-        mask = np.subtract(limit, bits[part], out=bits[part])
-        mask >>= 8 * bits.itemsize - 1  # all bits are set if the score is above the limit
-        np.bitwise_and(mask, u, out=out[part])
+    u = plain_values(w, span.tau.numpy(), operator).view(bits.dtype)
+    mask = np.subtract(bits.dtype.type(span.limit), bits, out=bits)
+    mask >>= 8 * bits.itemsize - 1  # all bits are set if the score is above the limit
+    np.bitwise_and(mask, u, out=out)
 
 
 def plain_values(w: np.ndarray, tau: np.ndarray, operator: Operator) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from .latent import LatentWeights, flat_of
+from .latent import LatentWeights, flat_bits
 
 COLUMNS = 509
 """64-bit words in a row of a checksum. A prime, so that exchanged rows or channels rarely keep
@@ -38,14 +39,32 @@ class Ranges(NamedTuple):
     local: np.ndarray
     """Position of the first weight among the local ones; ascending."""
 
-    def of(self, tensors: list[Tensor]) -> Iterator[Tensor]:
-        """Yield each range of tensors, flat.
+    def of(self, tensors: Sequence[Tensor]) -> list[np.ndarray]:
+        """Return the memory of each range as integers of the width of its values.
 
         Args:
-            tensors: one per weight tensor, dense in memory.
+            tensors: one per weight tensor, dense in memory, on a CPU.
         """
-        for i, a, n in zip(*(x.tolist() for x in self[:3]), strict=True):
-            yield flat_of(tensors[i])[a : a + n]
+        flat = [flat_bits(tensor) for tensor in tensors]
+        triples = zip(*(x.tolist() for x in self[:3]), strict=True)
+        return [flat[i][a : a + n] for i, a, n in triples]
+
+
+def wide_array(bits: np.ndarray, dtype: torch.dtype, wide: torch.dtype) -> np.ndarray:
+    """Return values as an array of type `wide`, in their own memory if they have this type.
+
+    Args:
+        bits: values as integers of their width.
+        dtype: their type.
+        wide: float32 or float64.
+
+    Example:
+        >>> wide_array(np.int16([0x3F80]), torch.bfloat16, torch.float32)
+        array([1.], dtype=float32)
+    """
+    if dtype == wide:
+        return bits.view(f"f{bits.itemsize}")
+    return torch.from_numpy(bits).view(dtype).to(wide).numpy()
 
 
 def ranges(weights: LatentWeights) -> Ranges:

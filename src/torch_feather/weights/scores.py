@@ -90,7 +90,7 @@ class WeightScores(Scores):
         self._start, self._wide, self.size = start, weights.wide, stop - start
         self.dtype = np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
         self._pieces = pieces(weights, start, stop, scales)
-        self._collected = weights.collected.get((start, stop)) if scales is None else None
+        self._collected = weights.collected.pop((start, stop), None) if scales is None else None
         self._flats = weights.flats
 
     def _inside(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
@@ -115,7 +115,7 @@ class WeightScores(Scores):
         return joined
 
     def collect_all(self, low: float, high: float) -> tuple[int, list[Near]]:
-        found = self._collected
+        found, self._collected = self._collected, None  # its memory is free after the first use
         # If the weights were changed since then, it is out of date.
         if (
             found is not None

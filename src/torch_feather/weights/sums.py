@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..threads import for_each
+from ..threads import for_each, scratch
 from . import compiled
-from .checksum import checksum_of_columns, column_sums
-from .latent import LatentWeights, flat_bits
+from .checksum import checksum_of_columns, column_sums, may_be_nonfinite
+from .latent import LatentWeights
 from .ranges import COLUMNS, ranges
 
 
@@ -91,8 +91,13 @@ def sum_ranges(weights: LatentWeights, tensors: Sequence[Tensor]) -> Sums:
     if rows is not None:
         compiled.sum_rows(rows, columns)
         return Sums(versions(tensors), columns, bool(rows["flag"].any()))
-    parts = list(enumerate(every.of(tensors)))
-    odd = for_each(lambda part: column_sums(part[1], True, columns[part[0]])[1], parts)
+
+    def add(task: tuple[int, np.ndarray]) -> bool:
+        j, bits = task
+        column_sums(bits, columns[j])
+        return may_be_nonfinite(bits, tensors[every.position[j]].dtype)
+
+    odd = for_each(add, list(enumerate(every.of(tensors))))
     return Sums(versions(tensors), columns, any(odd))
 
 
@@ -147,13 +152,13 @@ def _copy_unmodified(
     """Copy as `copy_unmodified` with NumPy; return which ranges were modified."""
     every = ranges(weights)
 
-    def copy(task: tuple[int, int, Tensor, Tensor]) -> bool:
-        j, i, parameter, latent = task
-        if not np.array_equal(column_sums(parameter)[0], sums.columns[j]):
+    def copy(task: tuple[int, np.ndarray, np.ndarray]) -> bool:
+        j, parameter, latent = task
+        if not np.array_equal(column_sums(parameter, scratch("sums", COLUMNS, np.int64)), sums.columns[j]):
             return True
-        if copied[i]:
-            np.copyto(flat_bits(parameter), flat_bits(latent))
+        if copied[every.position[j]]:
+            np.copyto(parameter, latent)
         return False
 
-    tasks = zip(every.position.tolist(), every.of(parameters), every.of(weights.views), strict=True)
-    return np.array(for_each(copy, [(j, *task) for j, task in enumerate(tasks)]))
+    tasks = zip(range(len(every.size)), every.of(parameters), every.of(weights.views), strict=True)
+    return np.array(for_each(copy, list(tasks)), bool)
