@@ -35,28 +35,6 @@ class Candidates(NamedTuple):
     values: np.ndarray | None
     """The weights; None if they would need too much memory."""
 
-    def kept(self, w: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return positions and values of the weights with a magnitude above a limit.
-
-        Args:
-            w: the weights of the range, as they were.
-            limit: as an integer.
-
-        Returns:
-            None if the limit is below the bound.
-
-        Example:
-            >>> w = np.float32([1.0, -3.0])
-            >>> Candidates(5, np.uint16([0, 1]), None).kept(w, 0x40000000)
-            (array([1]), array([-3.], dtype=float32))
-        """
-        if limit < self.bound:
-            return None
-        index = self.index.astype(np.intp)
-        values = w.take(index) if self.values is None else self.values
-        kept = magnitude_bits(values) > limit
-        return (index, values) if kept.all() else (index[kept], values[kept])
-
 
 def collect(
     w: np.ndarray, low: int, high: int

@@ -72,7 +72,7 @@ def write_effective(
         weights, every, operator, out, None if factors else columns
     )
     if nonfinite is None:
-        pieces = _pieces(weights, every, flat)
+        pieces = _pieces(weights, every, operator, flat)
 
         def write(group: slice) -> bool:
             inside = range(group.start, group.stop)
@@ -100,30 +100,39 @@ class PieceOfSpan(NamedTuple):
     dtype: torch.dtype
     latent: np.ndarray
     out: np.ndarray
+    plain: bool = True
+    """Whether `plain_values` computes the operator."""
     candidates: Candidates | None = None
     """Those of the range, if the piece is all of it."""
 
 
 def _pieces(
-    weights: LatentWeights, every: Sequence[Span], out: Sequence[np.ndarray]
+    weights: LatentWeights, every: Sequence[Span], operator: Operator, out: Sequence[np.ndarray]
 ) -> list[list[PieceOfSpan]]:
     """Return the pieces of each of the `ranges`.
 
     Args:
         weights: the latent weights.
         every: all spans.
+        operator: gives the values of kept weights.
         out: memory to write for each range.
     """
     found, candidates = ranges(weights), weights.candidates
     if weights.candidate_versions != versions(weights.flats):
         candidates = {}  # the weights were changed since then
+    dtypes = [span.piece.values.dtype for span in every]
+    pairs = zip(every, dtypes, strict=True)
+    plain = [dtype == weights.wide and is_plain(operator, span) for span, dtype in pairs]
     latent = found.of(weights.views)
     pieces: list[list[PieceOfSpan]] = [[] for _ in out]
     for j, k, start, size in zip(*(x.tolist() for x in overlaps(found, every)), strict=True):
         inside = slice(start - int(found.local[j]), start - int(found.local[j]) + size)
         known = candidates.get(j) if size == out[j].size and every[k].piece.scale is None else None
-        dtype = every[k].piece.values.dtype
-        pieces[j].append(PieceOfSpan(every[k], dtype, latent[j][inside], out[j][inside], known))
+        pieces[j].append(
+            PieceOfSpan(
+                every[k], dtypes[k], latent[j][inside], out[j][inside], plain[k], known
+            )
+        )
     return pieces
 
 
@@ -137,44 +146,59 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
         Whether a value may be NaN or infinite.
     """
     nonfinite = False
-    sparse: dict[int, list[tuple[PieceOfSpan, np.ndarray, np.ndarray]]] = {}
+    sparse: dict[int, list[tuple[PieceOfSpan, np.ndarray, np.ndarray]]] = {}  # by span
     for piece in pieces:
         if keeps_all(operator, piece.span):
             np.copyto(piece.out, piece.latent)
             nonfinite |= may_be_nonfinite(piece.out, piece.dtype)
             continue
         w = wide_array(piece.latent, piece.dtype, wide)
-        kept = piece.candidates and piece.candidates.kept(w, piece.span.limit)
-        if kept is None:
+        known = piece.candidates
+        if known is not None and known.bound <= piece.span.limit:
+            index = known.index
+            chosen = w.take(index) if known.values is None else known.values
+        else:
             bits = magnitude_bits(w, piece.span.piece.scale)
             above = np.greater(bits, piece.span.limit, out=scratch("above", bits.size, bool))
             count = int(np.count_nonzero(above))
-            if count > DENSE * w.size and _is_plain(piece, operator, wide):
+            if count > DENSE * w.size and piece.plain:
                 _write_dense(w, bits, piece.span, operator, piece.out)
                 nonfinite |= may_be_nonfinite(piece.out, piece.dtype)
                 continue
             index = positions(above, count)
-            kept = index, w.take(index)
-        sparse.setdefault(id(piece.span), []).append((piece, *kept))
+            chosen = w.take(index)
+        sparse.setdefault(id(piece.span), []).append((piece, index, chosen))
     for same in sparse.values():
-        piece, chosen = same[0][0], np.concatenate([w for _, _, w in same])
-        tau = piece.span.tau
-        if _is_plain(piece, operator, wide):
-            u = plain_values(chosen, tau.numpy(), operator).view(piece.out.dtype)
-        else:
-            u = flat_bits(kept_values(torch.from_numpy(chosen), tau, operator, piece.dtype))
-        nonfinite |= may_be_nonfinite(u, piece.dtype)
+        u = _sparse_values([piece for piece, _, _ in same], [w for *_, w in same], operator)
+        nonfinite |= may_be_nonfinite(u, same[0][0].dtype)
         end = 0
         for piece, index, w in same:
             start, end = end, end + w.size
             piece.out.fill(0)
-            piece.out[index] = u[start:end]
+            piece.out[index.astype(np.intp, copy=False)] = u[start:end]
     return nonfinite
 
 
-def _is_plain(piece: PieceOfSpan, operator: Operator, wide: torch.dtype) -> bool:
-    """Return whether `plain_values` computes the operator on a piece."""
-    return piece.dtype == wide and is_plain(operator, piece.span)
+def _sparse_values(
+    pieces: Sequence[PieceOfSpan],
+    chosen: Sequence[np.ndarray],
+    operator: Operator,
+) -> np.ndarray:
+    """Return the effective values, as integers, of the weights of one span that may be kept.
+
+    Args:
+        pieces: of the span.
+        chosen: the weights of each piece that may be kept.
+        operator: gives the values of kept weights.
+    """
+    span, dtype, w = pieces[0].span, pieces[0].dtype, np.concatenate(chosen)
+    if pieces[0].plain:
+        u = plain_values(w, span.tau.numpy(), operator).view(pieces[0].out.dtype)
+    else:
+        u = flat_bits(kept_values(torch.from_numpy(w), span.tau, operator, dtype))
+    if any(piece.candidates is not None for piece in pieces):  # some of these may be pruned
+        u[np.flatnonzero(magnitude_bits(w) <= span.limit)] = 0
+    return u
 
 
 def _write_dense(

@@ -17,7 +17,7 @@ their words in the same columns."""
 ROW_BYTES = 8 * COLUMNS
 RANGE = 64 * ROW_BYTES // 4
 """Most weights in a range. For all types, a multiple of this begins at a row of a checksum."""
-GROUP = 2 * RANGE
+GROUP = 4 * RANGE
 """Most weights in a group."""
 
 
@@ -100,7 +100,7 @@ def groups(weights: LatentWeights) -> list[slice]:
     Example:
         >>> import torch
         >>> groups(LatentWeights([torch.ones(2), torch.ones(3), torch.ones(300_000)]))
-        [slice(0, 3, None), slice(3, 5, None), slice(5, 7, None), slice(7, 8, None)]
+        [slice(0, 5, None), slice(5, 7, None)]
     """
     return weights.constant("groups", _groups)
 
