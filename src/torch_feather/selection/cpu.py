@@ -263,15 +263,15 @@ def _find(scores: Scores, k: int, low: float, high: float) -> Found | None:
     """
     number = scores.dtype.type
     below, parts = scores.collect_all(low, high)
-    near = np.concatenate([part.scores for part in parts])
     if k <= below:  # at most `low`: only equality is known to be right, such as initial zeros
         smaller = scores.count_up_to(scores.as_integer(low) - 1)
         return (number(low), smaller, below - smaller, None) if smaller < k else None
-    rank = k - below
-    if rank > near.size:
-        smaller = below + near.size
+    rank, size = k - below, sum(part.scores.size for part in parts)
+    if rank > size:
+        smaller = below + size
         equal = scores.count_up_to(scores.as_integer(high)) - smaller
         return (number(high), smaller, equal, None) if k <= smaller + equal else None
+    near = np.concatenate([part.scores for part in parts])
     if near.min() != near.max():  # partition is slow on equal scores
         near.partition(rank - 1)
     value = near[rank - 1]

@@ -30,10 +30,10 @@ from torch import Tensor
 from .. import devices
 from ..operators import Operator, Power
 from ..threads import for_each, scratch
-from .kernels import FIELDS, emit_module
 from .latent import LatentWeights
 from .ranges import COLUMNS, ranges
 from .spans import Span, is_plain, overlaps
+from .table_kernels import FIELDS, emit_module
 
 ROW = np.dtype(
     [
