@@ -1,5 +1,6 @@
 """The passes over the weights on a CPU: reference, plain and compiled forms have the same bits."""
 
+import functools
 import tracemalloc
 
 import numpy as np
@@ -31,6 +32,12 @@ from torch_feather.weights.sums import Recorded
 
 OPERATORS = [Hard(), Power(1.0), Power(2.0), Power(3.0)]
 FORMS = ["plain", "compiled"]
+WIDTHS = {"compiled, 4": 4, "compiled, 8": 8}
+
+
+@functools.cache
+def kernels_of(width):
+    return compiled.Kernels(width)
 
 
 @pytest.fixture(params=FORMS)
@@ -40,6 +47,9 @@ def form(request, monkeypatch):
         monkeypatch.setattr(compiled, "kernels", lambda: None)
     elif compiled.kernels() is None:
         pytest.skip("llvmlite is not installed")
+    elif request.param in WIDTHS:
+        found = kernels_of(WIDTHS[request.param])
+        monkeypatch.setattr(compiled, "kernels", lambda: found)
     return request.param
 
 
@@ -76,6 +86,7 @@ def same_bits(a, b):
     return bool(equal.all())
 
 
+@pytest.mark.parametrize("form", [*FORMS, *WIDTHS], indirect=True)
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
 @pytest.mark.parametrize("kind", ["normal", "ties", "special", "scaled"])
 @pytest.mark.parametrize("fraction", [0.0, 0.02, 0.5, 0.95, 1.0])
@@ -210,6 +221,7 @@ def test_what_a_copy_collected_is_not_used_after_another_change(form):
 # Threads and memory
 
 
+@pytest.mark.parametrize("form", [*FORMS, *WIDTHS], indirect=True)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_change_no_bit(form, threads):
     before = torch.get_num_threads()
