@@ -246,7 +246,7 @@ def _cutoff(value: np.floating, last: int, threshold: np.floating) -> Cutoff:
 
 
 Found = tuple[np.floating, int, int, Sequence[Near] | None]
-"""The k-th smallest score, the number of smaller and of equal ones, and where the equal ones are."""
+"""The k-th smallest score, the number of smaller and of equal ones, and where equal ones are."""
 
 
 def _find(scores: Scores, k: int, low: float, high: float) -> Found | None:

@@ -30,15 +30,13 @@ class Candidates(NamedTuple):
 
     bound: int
     """As an integer."""
-    index: np.ndarray
+    at: np.ndarray
     """Their positions in the range, uint16, ascending."""
     values: np.ndarray | None
     """The weights; None if they would need too much memory."""
 
 
-def collect(
-    w: np.ndarray, low: int, high: int
-) -> tuple[int, np.ndarray, Candidates | None]:
+def collect(w: np.ndarray, low: int, high: int) -> tuple[int, np.ndarray, Candidates | None]:
     """Count and collect magnitudes as `Scores.collect`, and find candidates above the same bound.
 
     Args:

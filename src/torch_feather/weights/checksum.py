@@ -34,7 +34,7 @@ def checksum(tensor: Tensor) -> int:
     flat = flat_bits(tensor.detach().as_strided((tensor.numel(),), (1,)).cpu())
     step = 4 * _ROWS * ROW_BYTES // flat.itemsize
     parts = for_each(lambda a: column_sums(flat[a : a + step]), range(0, flat.size, step))
-    return checksum_of_columns(np.sum(parts, axis=0, dtype=np.int64))
+    return checksum_of_columns(np.sum([np.zeros(COLUMNS, np.int64), *parts], axis=0))
 
 
 def checksum_of_columns(columns: np.ndarray) -> int:
@@ -45,7 +45,7 @@ def checksum_of_columns(columns: np.ndarray) -> int:
         >>> checksum_of_columns(column_sums(flat_bits(w))) == checksum(w)
         True
     """
-    return _signed(int(np.dot(columns, _FACTORS)) if columns.ndim else 0)
+    return _signed(int(np.dot(columns, _FACTORS)))
 
 
 def column_sums(bits: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

@@ -133,7 +133,7 @@ def table(weights: LatentWeights, parameters: Sequence[Tensor]) -> np.ndarray | 
 
     Returns:
         Rows with `latent`, `parameter` and `size`; None if the passes are not compiled, or not for
-        these tensors.
+        these tensors. The rows hold addresses, so the tensors must outlive them.
 
     Example:
         >>> w = torch.ones(100_000)
@@ -178,10 +178,10 @@ def leave(rows: np.ndarray, columns: np.ndarray) -> None:
         columns: int64 of shape (rows, COLUMNS).
 
     Example:
-        >>> u = torch.zeros(2)
-        >>> rows = table(LatentWeights([torch.ones(2)]), [u])
+        >>> weights, u = LatentWeights([torch.ones(2)]), torch.zeros(2)
+        >>> rows, columns = table(weights, [u]), np.zeros((1, COLUMNS), np.int64)
         >>> if rows is not None:
-        ...     leave(rows, np.zeros((1, COLUMNS), np.int64))
+        ...     leave(rows, columns)
         ...     assert u.tolist() == [1, 1]
     """
     rows["columns"] = _addresses(columns)
@@ -199,7 +199,8 @@ def collect(rows: np.ndarray, copies: bool) -> list[np.ndarray] | None:
         The scores between the bounds as bits, for each row; None if they are too many to hold.
 
     Example:
-        >>> rows = table(LatentWeights([torch.zeros(3)]), [torch.tensor([1.0, -2.0, 3.0])])
+        >>> weights, u = LatentWeights([torch.zeros(3)]), torch.tensor([1.0, -2.0, 3.0])
+        >>> rows = table(weights, [u])
         >>> if rows is not None:
         ...     rows["low"], rows["high"] = np.float32([1.0, 3.0]).view(np.int32)
         ...     [near] = collect(rows, copies=True)
@@ -243,7 +244,7 @@ def write_effective(
 
     Example:
         >>> from torch_feather.operators import Hard
-        >>> from torch_feather.weights.scores import Piece
+        >>> from torch_feather.weights.spans import Piece
         >>> weights, u = LatentWeights([torch.tensor([1.0, 3.0])]), torch.zeros(2)
         >>> span = Span(Piece(weights.flats[0], 0), 0x3F800000, torch.tensor(1.0))
         >>> if write_effective(weights, [span], Hard(), [u]) is not None:
@@ -270,8 +271,8 @@ def write_effective(
         last = np.append(range_of[1:] != range_of[:-1], True)
         rows["whole"], rows["columns"] = whole["parameter"][range_of], _addresses(columns)[range_of]
         rows["count"][last] = whole["size"][range_of[last]]
-    power = isinstance(operator, Power) and not operator.is_identity
-    _for_each_part(f"update_{int(operator.p) if power else 'hard'}", rows)
+    kind = int(operator.p) if isinstance(operator, Power) else "hard"
+    _for_each_part(f"update_{kind}", rows)
     return bool(rows["flag"].any())
 
 
@@ -283,8 +284,8 @@ def sum_rows(rows: np.ndarray, columns: np.ndarray) -> None:
         columns: int64 of shape (rows, COLUMNS), to write.
 
     Example:
-        >>> columns = np.zeros((1, COLUMNS), np.int64)
-        >>> rows = table(LatentWeights([torch.ones(2)]), [torch.ones(2)])
+        >>> weights, u = LatentWeights([torch.ones(2)]), torch.ones(2)
+        >>> rows, columns = table(weights, [u]), np.zeros((1, COLUMNS), np.int64)
         >>> if rows is not None:
         ...     sum_rows(rows, columns)
         ...     assert columns[0, 0] == 0x3F8000003F800000

@@ -89,8 +89,7 @@ def read_latent(
     scores = WeightScores(weights, 0, weights.size)
     low, high = (np.full(len(found.size), NOTHING, np.int64) for _ in range(2))
     for span, bracket in brackets.items():
-        bounds = map(scores.as_integer, bracket.bounds or ())
-        low[rows_of[span]], high[rows_of[span]] = bounds
+        low[rows_of[span]], high[rows_of[span]] = map(scores.as_integer, bracket.bounds or ())
     by_position = dict(zip(positions, sources, strict=True))
     parameters = [by_position[i] for i in range(len(positions))]
     collected = _read(weights, parameters, low, high)

@@ -100,6 +100,10 @@ def emit_write(name: str, p: int | None, width: int, packs: bool) -> str:
         p: exponent of the operator.
         width: numbers in a vector.
         packs: compute kept weights side by side, as fast instructions move them there.
+
+    Example:
+        >>> emit_write('write_2', 2, 8, packs=False).splitlines()[0].split('(')[0]
+        'define internal void @write_2'
     """
     arguments = "i32 %limit, float %tau, float %scale"
 
@@ -187,6 +191,10 @@ def emit_collect(width: int, copies: bool) -> str:
     Args:
         width: numbers in a vector.
         copies: whether to copy weights; if so, their scores are their magnitudes.
+
+    Example:
+        >>> emit_collect(8, copies=True).splitlines()[0].split('(')[0]
+        'define internal i64 @read'
     """
 
     def collect(v: Lanes, i: str) -> None:
@@ -218,7 +226,12 @@ def emit_collect(width: int, copies: bool) -> str:
 
 
 def emit_copy(width: int) -> str:
-    """Return the function that copies weights; memcpy is slower on some virtual machines."""
+    """Return the function that copies weights; memcpy is slower on some virtual machines.
+
+    Example:
+        >>> emit_copy(8).splitlines()[0].split('(')[0]
+        'define internal void @copy'
+    """
 
     def copy(v: Lanes, i: str) -> None:
         v.store(v.load(v.at("%w", i)), v.at("%u", i))
@@ -231,6 +244,10 @@ def emit_sum(width: int, columns: int) -> str:
 
     Its arguments: weights from the start of a row on, their number, columns. It returns whether a
     weight is NaN or infinite.
+
+    Example:
+        >>> emit_sum(8, 509).splitlines()[0].split('(')[0]
+        'define internal i32 @sum'
     """
     both, signless = f"<{width} x i32>", Lanes(width, "").constant("i32", SIGNLESS)
 
@@ -273,8 +290,7 @@ odd:
 %column = getelementptr i64, ptr %columns, i64 {columns - 1}
 %old = load i64, ptr %column
 %word = zext i32 %bits to i64
-%new = add i64 %old, %word
-store i64 %new, ptr %column
+%new = add i64 %old, %word\nstore i64 %new, ptr %column
 br label %done
 done:
 %other = phi i32 [0, %rest], [%magnitude, %odd]

@@ -281,7 +281,8 @@ class LatentWeights:
     def like(self, values: Sequence[Tensor]) -> LatentWeights:
         """Return latent weights in the same layout, with the flat `values` in place of `flats`."""
         other = object.__new__(LatentWeights)
-        other.__dict__.update(self.__dict__, views=list(self.views), parts=[], collected={}, candidates={})
+        own = {"views": list(self.views), "parts": [], "collected": {}, "candidates": {}}
+        other.__dict__.update(self.__dict__, **own)
         for part, flat in zip(self.parts, values, strict=True):
             other.parts.append(Part(flat, part.start, []))
         for i, (start, _) in enumerate(self.local_spans):

@@ -24,7 +24,6 @@ from .kept import kept_values
 from .latent import LatentWeights, flat_bits, flat_of
 from .ranges import COLUMNS, groups, ranges, wide_array
 from .rows import NO_FACTORS, multiply_rows
-from .scores import Piece
 from .segments import Segment
 from .spans import Span, is_plain, keeps_all, overlaps, spans
 from .sums import Recorded, Sums, versions
@@ -91,8 +90,9 @@ class PieceOfSpan(NamedTuple):
     """The overlap of a range and a span, as integers of the width of its values.
 
     Example:
-        >>> span = Span(Piece(torch.ones(2), 0), 3, torch.tensor(0.5))
-        >>> PieceOfSpan(span, torch.float32, np.zeros(2, np.int32), np.zeros(2, np.int32)).span.limit
+        >>> from torch_feather.weights.spans import Piece
+        >>> span, bits = Span(Piece(torch.ones(2), 0), 3, torch.tensor(0.5)), np.zeros(2, np.int32)
+        >>> PieceOfSpan(span, torch.float32, bits, bits).span.limit
         3
     """
 
@@ -129,9 +129,7 @@ def _pieces(
         inside = slice(start - int(found.local[j]), start - int(found.local[j]) + size)
         known = candidates.get(j) if size == out[j].size and every[k].piece.scale is None else None
         pieces[j].append(
-            PieceOfSpan(
-                every[k], dtypes[k], latent[j][inside], out[j][inside], plain[k], known
-            )
+            PieceOfSpan(every[k], dtypes[k], latent[j][inside], out[j][inside], plain[k], known)
         )
     return pieces
 
@@ -155,7 +153,7 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
         w = wide_array(piece.latent, piece.dtype, wide)
         known = piece.candidates
         if known is not None and known.bound <= piece.span.limit:
-            index = known.index
+            index = known.at
             chosen = w.take(index) if known.values is None else known.values
         else:
             bits = magnitude_bits(w, piece.span.piece.scale)

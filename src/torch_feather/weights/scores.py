@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,22 +12,7 @@ from ..selection.cpu import INTEGER, Near, Scores, magnitude_bits
 from . import compiled
 from .latent import LatentWeights
 from .ranges import RANGE
-
-
-class Piece(NamedTuple):
-    """Neighbouring local weights of one type and one scale.
-
-    Example:
-        >>> pieces(LatentWeights([torch.ones(2), torch.ones(3)]), 0, 5)[0].start
-        0
-    """
-
-    values: Tensor
-    """The weights, flat."""
-    start: int
-    """Index of the first among the local weights."""
-    scale: float | np.floating | None = None
-    """Scores are |w| times this; None for |w| itself."""
+from .spans import Piece
 
 
 def pieces(

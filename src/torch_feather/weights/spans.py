@@ -13,11 +13,26 @@ from ..operators import Operator, Power
 from ..selection.cpu import INTEGER
 from .latent import LatentWeights
 from .ranges import Ranges
-from .scores import Piece
 from .segments import Segment
 
 TINY = 2.0**-100
 """Effective weights of float32 weights above a threshold of this size cannot round to 0."""
+
+
+class Piece(NamedTuple):
+    """Neighbouring local weights of one type and one scale.
+
+    Example:
+        >>> Piece(torch.ones(2), 3).start
+        3
+    """
+
+    values: Tensor
+    """The weights, flat."""
+    start: int
+    """Index of the first among the local weights."""
+    scale: float | np.floating | None = None
+    """Scores are |w| times this; None for |w| itself."""
 
 
 class Span(NamedTuple):

@@ -92,10 +92,12 @@ def sum_ranges(weights: LatentWeights, tensors: Sequence[Tensor]) -> Sums:
         compiled.sum_rows(rows, columns)
         return Sums(versions(tensors), columns, bool(rows["flag"].any()))
 
+    position: list[int] = every.position.tolist()
+
     def add(task: tuple[int, np.ndarray]) -> bool:
         j, bits = task
         column_sums(bits, columns[j])
-        return may_be_nonfinite(bits, tensors[every.position[j]].dtype)
+        return may_be_nonfinite(bits, tensors[position[j]].dtype)
 
     odd = for_each(add, list(enumerate(every.of(tensors))))
     return Sums(versions(tensors), columns, any(odd))
@@ -142,7 +144,7 @@ def copy_unmodified(
     else:
         differs = _copy_unmodified(weights, parameters, sums, copied)
     modified[every.position[differs]] = True
-    torch.autograd.graph.increment_version([parameters[i] for i in np.flatnonzero(copied)])
+    torch.autograd.graph.increment_version([parameters[i] for i in np.flatnonzero(copied).tolist()])
     return np.flatnonzero(modified).tolist()
 
 
@@ -154,7 +156,8 @@ def _copy_unmodified(
 
     def copy(task: tuple[int, np.ndarray, np.ndarray]) -> bool:
         j, parameter, latent = task
-        if not np.array_equal(column_sums(parameter, scratch("sums", COLUMNS, np.int64)), sums.columns[j]):
+        found = column_sums(parameter, scratch("sums", COLUMNS, np.int64))
+        if not np.array_equal(found, sums.columns[j]):
             return True
         if copied[every.position[j]]:
             np.copyto(parameter, latent)

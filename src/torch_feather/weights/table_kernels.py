@@ -110,7 +110,7 @@ br label %next""",
 def _emit_update(p: int | None, columns: int) -> str:
     """Return `update_P`: parameters become effective weights; then a range of them is summed.
 
-    With tau = 0, kept weights keep their values. Sets `flag` to whether a sum found NaN or infinity.
+    With tau = 0, kept weights keep their values. Sets `flag` if a sum found NaN or infinity.
     """
     values = "ptr %latent, ptr %parameter, i64 %size, i32 %limit, float %tau, float %scale"
     return _each_row(
