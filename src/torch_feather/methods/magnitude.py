@@ -23,7 +23,7 @@ from ..operators import Operator
 from ..schedules import Schedule, make_table
 from ..weights import triton_passes
 from ..weights.counts import count_true
-from ..weights.latent import BLOCK, LatentWeights, PerTensor, blocks, write_if
+from ..weights.latent import LatentWeights, PerTensor, write_if
 from ..weights.passes import pruned_mask, write_effective
 from ..weights.segments import Segment, segment_of
 from .base import BoundMethod, Facts, Gradients, Pruning, Rate, Summary
@@ -153,12 +153,7 @@ class Thresholded(BoundMethod):
         on_device = devices.synchronizes(cutoff.device)
         if on_device or not cutoff > 0:
             effective = mark_kept(effective, cutoff <= 0)
-        if on_device or gradient.numel() <= BLOCK:
-            return self.gradient(gradient, latent, effective, progress)
-        result = torch.empty_like(gradient)
-        for w, g, u, out in blocks(latent, gradient, effective, result):
-            out.copy_(self.gradient(g, w, u, progress))
-        return result
+        return self.gradient(gradient, latent, effective, progress)
 
 
 def mark_kept(effective: Tensor, kept: Tensor) -> Tensor:
