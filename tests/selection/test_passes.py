@@ -1,5 +1,6 @@
 """The passes over the weights on a CPU: reference, plain and compiled forms have the same bits."""
 
+import functools
 import tracemalloc
 
 import numpy as np
@@ -16,7 +17,6 @@ from torch_feather.selection.cpu import TensorScores, select_scores
 from torch_feather.selection.reference import select_reference
 from torch_feather.threads import for_each
 from torch_feather.weights import checksum, compiled
-from torch_feather.weights.checksum import Recorded
 from torch_feather.weights.exchange import read_latent
 from torch_feather.weights.latent import LatentWeights
 from torch_feather.weights.passes import (
@@ -28,9 +28,16 @@ from torch_feather.weights.passes import (
 from torch_feather.weights.rows import has_rows
 from torch_feather.weights.segments import Segment
 from torch_feather.weights.selecting import select_each, select_weights
+from torch_feather.weights.sums import Recorded
 
 OPERATORS = [Hard(), Power(1.0), Power(2.0), Power(3.0)]
 FORMS = ["plain", "compiled"]
+WIDTHS = {"compiled, 4": 4, "compiled, 8": 8}
+
+
+@functools.cache
+def kernels_of(width):
+    return compiled.Kernels(width)
 
 
 @pytest.fixture(params=FORMS)
@@ -40,6 +47,9 @@ def form(request, monkeypatch):
         monkeypatch.setattr(compiled, "kernels", lambda: None)
     elif compiled.kernels() is None:
         pytest.skip("llvmlite is not installed")
+    elif request.param in WIDTHS:
+        found = kernels_of(WIDTHS[request.param])
+        monkeypatch.setattr(compiled, "kernels", lambda: found)
     return request.param
 
 
@@ -76,6 +86,7 @@ def same_bits(a, b):
     return bool(equal.all())
 
 
+@pytest.mark.parametrize("form", [*FORMS, *WIDTHS], indirect=True)
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
 @pytest.mark.parametrize("kind", ["normal", "ties", "special", "scaled"])
 @pytest.mark.parametrize("fraction", [0.0, 0.02, 0.5, 0.95, 1.0])
@@ -91,8 +102,8 @@ def test_effective_weights_have_the_bits_of_their_definition(form, operator, kin
         zip(out, expected_weights(weights, segment, operator), strict=True)
     ):
         assert same_bits(u, expected)
-        assert out.sums[i][1].checksum == checksum.checksum(u)
-        assert out.sums[i][1].nonfinite == (not bool(u.isfinite().all()))
+        assert out.sums.checksum(weights, i) == checksum.checksum(u)
+    assert out.sums.nonfinite == any(not bool(u.isfinite().all()) for u in out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -210,6 +221,7 @@ def test_what_a_copy_collected_is_not_used_after_another_change(form):
 # Threads and memory
 
 
+@pytest.mark.parametrize("form", [*FORMS, *WIDTHS], indirect=True)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_change_no_bit(form, threads):
     before = torch.get_num_threads()
@@ -365,5 +377,5 @@ def test_rows_have_the_sums_and_factors_of_their_definition(form, dtype, channel
     write_effective(weights, segments, Power(1.0), scaled, factors)
     for i, (u, v) in enumerate(zip(plain, scaled, strict=True)):
         assert torch.equal(v, (u * factors[i].view(-1, 1, 1, 1)).to(dtype))
-        assert scaled.sums_of(i).checksum == checksum.checksum(v)
-        assert scaled.sums[i][0] == v._version  # the sums were not computed again
+        assert scaled.sums.checksum(weights, i) == checksum.checksum(v)
+        assert scaled.sums.versions[i] == v._version

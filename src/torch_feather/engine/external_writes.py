@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import devices
-from ..weights.checksum import Recorded, checksum, checksum_of
+from ..weights.checksum import checksum_of
 from ..weights.latent import LatentWeights
+from ..weights.sums import Recorded, Sums, copy_unmodified
 
 
 class WriteDetector:
@@ -25,7 +26,6 @@ class WriteDetector:
         loaded: checksums of effective weights in a loaded checkpoint, by position. These values may
             differ in the last bits if they were computed on another device; they are not external
             writes.
-        nonfinite: whether a recorded value on a CPU may be NaN or infinite.
 
     Example:
         >>> w = torch.ones(2)
@@ -40,8 +40,12 @@ class WriteDetector:
 
     def __init__(self) -> None:
         self.loaded: dict[int, int] = {}
-        self._marks: list[tuple[int, int]] = []
-        self.nonfinite = False
+        self._sums: Sums | None = None
+
+    @property
+    def nonfinite(self) -> bool:
+        """Whether a recorded value on a CPU may be NaN or infinite."""
+        return self._sums is not None and self._sums.nonfinite
 
     def record(self, weights: LatentWeights, local: Recorded) -> None:
         """Record the present values of the parameters.
@@ -50,32 +54,26 @@ class WriteDetector:
             weights: the latent weights.
             local: local shards of the parameters.
         """
-        self._marks, self.nonfinite = [], False
-        if not devices.synchronizes(weights.device):
-            sums = [local.sums_of(i) for i in range(len(local))]
-            versions = [part._version for part in local]
-            self._marks = [(v, one.checksum) for v, one in zip(versions, sums, strict=True)]
-            self.nonfinite = any(one.nonfinite for one in sums)
+        self._sums = None if devices.synchronizes(weights.device) else local.sums_of(weights)
 
     def invalidate(self) -> None:
         """Make all parameters suspects, for a reason that this process alone may know."""
-        self._marks = []
+        self._sums = None
+
+    def sums(self, weights: LatentWeights) -> Sums | None:
+        """Return the sums of the recorded values, if they alone decide what is suspect."""
+        return None if self.loaded or weights.shards is not None else self._sums
 
     def suspects(self, weights: LatentWeights, local: Sequence[Tensor]) -> list[int]:
         """Return the positions of parameters to compare; the same on all processes."""
         found = list(range(len(local)))
         if not devices.synchronizes(weights.device):
-            pairs = enumerate(zip(_marks(local), self._marks, strict=True))
-            named = [i for i, (now, then) in pairs if now != then] if self._marks else found
-            found = _on_any(weights, named)
+            if self._sums is not None:
+                found = copy_unmodified(weights, [], local, self._sums)
+            found = _on_any(weights, found)
         if self.loaded:
             found = [i for i in found if checksum_of(weights, i, local[i]) != self.loaded.get(i)]
         return found
-
-
-def _marks(local: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Return version and checksum of each tensor; every write changes one of them."""
-    return [(part._version, checksum(part)) for part in local]
 
 
 def _on_any(weights: LatentWeights, positions: list[int]) -> list[int]:

@@ -155,9 +155,7 @@ class Step:
             self._settle(one)
         absorbed = ready and not closure and self.training.complete_gradients(one.optimizer)
         self._check_sparse_start()
-        if not absorbed:
-            self.training.absorb_external_writes()
-        self._write_latent(one)
+        self._write_latent(one, check=not absorbed)
 
     @torch.no_grad()
     def _ready(self, one: OneOptimizer) -> None:
@@ -202,8 +200,8 @@ class Step:
             training.count, training.written.nonfinite,
         )  # fmt: skip
 
-    def _write_latent(self, one: OneOptimizer) -> None:
-        self.training.write_latent(one.held)
+    def _write_latent(self, one: OneOptimizer, check: bool = False) -> None:
+        self.training.write_latent(one.held, check)
         one.holds_latent = True
 
     def _read_latent(self, one: OneOptimizer) -> None:

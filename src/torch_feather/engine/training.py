@@ -14,12 +14,11 @@ from torch.optim import Optimizer
 
 from ..errors import StateError, warn
 from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
-from ..weights.checksum import Recorded
-from ..weights.compiled import copy_weights
 from ..weights.exchange import read_latent, write_latent
-from ..weights.latent import LatentWeights
+from ..weights.latent import LatentWeights, copy_all
 from ..weights.passes import adopt_written
 from ..weights.shards import fsdp_units, local, local_part, reshard
+from ..weights.sums import Recorded
 from .assigned_gradients import AssignedGradients
 from .binding import Binding, check_storage, layout
 from .external_writes import WriteDetector
@@ -106,7 +105,7 @@ class Training:
             values: one local tensor per weight tensor.
         """
         held = Recorded(self.binding.local)
-        copy_weights(held, values)
+        copy_all(held, values)
         self.written.record(self.weights, held)
 
     @torch.no_grad()
@@ -149,10 +148,24 @@ class Training:
         self.written.invalidate()
 
     @torch.no_grad()
-    def write_latent(self, positions: Sequence[int]) -> None:
-        """Write latent weights into the parameters at these positions."""
+    def write_latent(self, positions: Sequence[int], check: bool = False) -> None:
+        """Write latent weights into the parameters at these positions.
+
+        Args:
+            positions: positions of the weight tensors.
+            check: adopt external writes first. On a CPU, both are one pass.
+        """
+        sums = None
+        if check:
+            self.follow_parameters()
+            sums = self.written.sums(self.weights)
+            if sums is None:
+                self.absorb_external_writes()
         held = self.binding.local
-        write_latent(self.weights, positions, [held[i] for i in positions])
+        suspects = write_latent(self.weights, positions, held, sums)
+        if suspects:
+            self._adopt(suspects)
+            write_latent(self.weights, positions, held)
 
     @torch.no_grad()
     def read_latent(self, positions: Sequence[int]) -> None:
@@ -290,9 +303,13 @@ class Training:
         held = self.binding.local
         suspects = self.written.suspects(self.weights, held)
         if suspects:
-            effective = effective_weights(self.method, self.weights, self.pruning)
-            adopt_written(self.weights, suspects, held, effective)
+            self._adopt(suspects)
         return bool(suspects)
+
+    def _adopt(self, suspects: Sequence[int]) -> None:
+        """Adopt values of parameters that are not effective weights as latent weights."""
+        effective = effective_weights(self.method, self.weights, self.pruning)
+        adopt_written(self.weights, suspects, self.binding.local, effective)
 
     @torch.no_grad()
     def is_unmodified(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,20 @@ MARGINS = 4.0, 16.0
 """Half-widths of the bracket in standard deviations of the sampled rank; 4 miss 1 in 16000."""
 
 INTEGER: dict[Any, Any] = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
+
+
+class Near(NamedTuple):
+    """The collected scores of a range.
+
+    Example:
+        >>> Near(0, 3, np.int32([5])).stop
+        3
+    """
+
+    start: int
+    stop: int
+    scores: np.ndarray
+    """As integers, in the order of their positions."""
 
 
 class Scores(ABC):
@@ -65,14 +79,17 @@ class Scores(ABC):
         within = np.less(bits, high, out=scratch("within", bits.size, bool))
         return count, bits[np.logical_and(within, above, out=within)]
 
-    def collect_all(self, low: float, high: float) -> tuple[int, np.ndarray]:
+    def collect_all(self, low: float, high: float) -> tuple[int, list[Near]]:
         """Count the scores up to `low`, and return those strictly between `low` and `high`."""
         least, most = self.as_integer(low), self.as_integer(high)
-        parts = for_each(
-            lambda a: self.collect(a, min(a + BLOCK, self.size), least, most),
-            range(0, self.size, BLOCK),
-        )
-        return sum(count for count, _ in parts), np.concatenate([near for _, near in parts])
+
+        def collect(start: int) -> tuple[int, Near]:
+            stop = min(start + BLOCK, self.size)
+            count, near = self.collect(start, stop, least, most)
+            return count, Near(start, stop, near)
+
+        parts = for_each(collect, range(0, self.size, BLOCK))
+        return sum(count for count, _ in parts), [near for _, near in parts]
 
     def as_integer(self, value: float | np.floating) -> int:
         """Return the bits of a score as an integer."""
@@ -86,10 +103,24 @@ class Scores(ABC):
             )
         )
 
-    def find(self, value: int, n: int) -> int:
-        """Return the index of the n-th score, from 1, that equals a value, as an integer."""
-        for a in range(0, self.size, BLOCK):
-            equal = self._block(a) == value
+    def find(self, value: int, n: int, parts: Sequence[Near] | None) -> int:
+        """Return the index of the n-th score, from 1, that equals a value, as an integer.
+
+        Args:
+            value: the score.
+            n: its number.
+            parts: collected scores, if the value is among them.
+        """
+        for part in parts or ():
+            count = int(np.count_nonzero(part.scores == value))
+            if n <= count:
+                return self._find_in(range(part.start, part.stop, BLOCK), part.stop, value, n)
+            n -= count
+        return self._find_in(range(0, self.size, BLOCK), self.size, value, n)
+
+    def _find_in(self, starts: Iterable[int], end: int, value: int, n: int) -> int:
+        for a in starts:
+            equal = self.block(a, min(a + BLOCK, end)) == value
             count = int(np.count_nonzero(equal))
             if n <= count:
                 return a + int(np.flatnonzero(equal)[n - 1])
@@ -144,10 +175,10 @@ def magnitude_bits(values: np.ndarray, scale: Any = None) -> np.ndarray:
 
 
 class Collected(NamedTuple):
-    """What `Scores.collect` found in all scores, before a selection.
+    """What `Scores.collect_all` returns, found before a selection.
 
     Example:
-        >>> Collected((1.0, 2.0), 3, np.zeros(0, np.int32), []).below
+        >>> Collected((1.0, 2.0), 3, [], []).below
         3
     """
 
@@ -155,8 +186,8 @@ class Collected(NamedTuple):
     """Lower and upper bound."""
     below: int
     """Number of scores up to the lower bound."""
-    near: np.ndarray
-    """Scores strictly between the bounds, as integers."""
+    near: list[Near]
+    """Scores strictly between the bounds."""
     versions: list[int]
     """Versions of the tensors that were read."""
 
@@ -198,14 +229,14 @@ def select_scores(scores: Scores, k: int, bracket: Bracket | None = None) -> Cut
         found = _find(scores, k, *bracket.bounds)
     if found is None:
         found = _sampled(scores, k)
-    value, below, equal = found
+    value, below, equal, parts = found
     if bracket is not None:
         bracket.update(float(value))
     if np.isnan(value):  # more NaN than kept weights: all other scores are pruned, NaN never
         return _cutoff(number(np.inf), everywhere, number(np.inf))
     if k == below + equal:
         return _cutoff(value, everywhere, value)
-    last = scores.find(scores.as_integer(value), k - below)
+    last = scores.find(scores.as_integer(value), k - below, parts)
     return _cutoff(value, last, np.nextafter(value, number(0)))
 
 
@@ -214,8 +245,12 @@ def _cutoff(value: np.floating, last: int, threshold: np.floating) -> Cutoff:
     return Cutoff(as_tensor[0], torch.tensor(last), as_tensor[1])
 
 
-def _find(scores: Scores, k: int, low: float, high: float) -> tuple[np.floating, int, int] | None:
-    """Return the k-th smallest score, the number of smaller and of equal ones.
+Found = tuple[np.floating, int, int, Sequence[Near] | None]
+"""The k-th smallest score, the number of smaller and of equal ones, and where equal ones are."""
+
+
+def _find(scores: Scores, k: int, low: float, high: float) -> Found | None:
+    """Return the k-th smallest score.
 
     Args:
         scores: the scores.
@@ -227,26 +262,27 @@ def _find(scores: Scores, k: int, low: float, high: float) -> tuple[np.floating,
         None if the k-th score is not within the bounds.
     """
     number = scores.dtype.type
-    below, near = scores.collect_all(low, high)
+    below, parts = scores.collect_all(low, high)
     if k <= below:  # at most `low`: only equality is known to be right, such as initial zeros
         smaller = scores.count_up_to(scores.as_integer(low) - 1)
-        return (number(low), smaller, below - smaller) if smaller < k else None
-    rank = k - below
-    if rank > near.size:
-        smaller = below + near.size
+        return (number(low), smaller, below - smaller, None) if smaller < k else None
+    rank, size = k - below, sum(part.scores.size for part in parts)
+    if rank > size:
+        smaller = below + size
         equal = scores.count_up_to(scores.as_integer(high)) - smaller
-        return (number(high), smaller, equal) if k <= smaller + equal else None
+        return (number(high), smaller, equal, None) if k <= smaller + equal else None
+    near = np.concatenate([part.scores for part in parts])
     if near.min() != near.max():  # partition is slow on equal scores
         near.partition(rank - 1)
     value = near[rank - 1]
     smaller = below + int(np.count_nonzero(near < value))
     equal = int(np.count_nonzero(near == value))
     found: np.floating = near[rank - 1 : rank].view(scores.dtype)[0]
-    return found, smaller, equal
+    return found, smaller, equal, parts
 
 
-def _sampled(scores: Scores, k: int) -> tuple[np.floating, int, int]:
-    """Return the k-th smallest score, the number of smaller and of equal ones; NaN if it is NaN.
+def _sampled(scores: Scores, k: int) -> Found:
+    """Return the k-th smallest score, or NaN if it is NaN.
 
     A sample brackets the k-th score between two values, as in SELECT (Floyd and Rivest, 1975), and
     a count of the scores below confirms the bracket. If it does not hold, a wider one is tried.
@@ -271,4 +307,4 @@ def _sampled(scores: Scores, k: int) -> tuple[np.floating, int, int]:
             if found is not None:
                 return found
     found = _find(scores, k, 0.0, np.inf)
-    return (scores.dtype.type(np.nan), 0, 0) if found is None else found
+    return (scores.dtype.type(np.nan), 0, 0, None) if found is None else found

@@ -2,6 +2,15 @@
 
 They give the bits of `plain.py`, which is used otherwise. `TORCH_FEATHER_COMPILED=0` in the
 environment turns them off.
+
+A pass reads a table. A row describes a range of weights:
+
+    latent, parameter, size    addresses of its latent weights and of its parameters; their number
+    low, high                  bounds of the magnitudes to collect, as bits
+    below, begin, end          how many are at most `low`; where the collected ones are
+    limit, tau, scale          weights with scores up to `limit`, as bits, are pruned; see `Span`
+    whole, count, columns      address and number of the weights to sum, and where; for whole ranges
+    flag                       whether the sums differ, or contain NaN or infinity
 """
 
 from __future__ import annotations
@@ -11,6 +20,7 @@ import functools
 import os
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,27 +30,26 @@ from torch import Tensor
 from .. import devices
 from ..operators import Operator, Power
 from ..threads import for_each, scratch
-from .kernels import emit_module
-from .latent import copy_all
+from .latent import LatentWeights
+from .ranges import COLUMNS, ranges
+from .spans import Span, is_plain, overlaps
+from .table_kernels import FIELDS, emit_module
 
-COLUMNS = 509
-"""64-bit words in a row of a checksum. A prime, so that exchanged rows or channels rarely keep
-their words in the same columns."""
-CHUNK = 1 << 18
-"""Weights per call: few calls, and enough of them for several threads."""
+ROW = np.dtype(
+    [
+        (name, {"ptr": np.int64, "i64": np.int64, "i32": np.int32, "float": np.float32}[kind])
+        for name, kind in FIELDS.items()
+    ]
+)
+"""Type of a row of a table."""
 
-_pointer, _number, _bits, _float = (
-    ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float,
-)  # fmt: skip
+_pointer, _number = ctypes.c_void_p, ctypes.c_int64
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "copy": (None, _pointer, _pointer, _number),
-    "scan": (_bits, _pointer, _number, _pointer),
-    "collect": (_number, _pointer, _number, _float, _bits, _bits, _pointer, _pointer),
-} | {
-    f"write_{kind}": (None, _pointer, _pointer, _number, _bits, _float, _float)
-    for kind in ("hard", 1, 2, 3)
-}
-"""Type of the result and of the arguments of each function."""
+    "leave": (_pointer, _number),
+    "enter": (_pointer, _number, _pointer, _number),
+    "collect": (_pointer, _number, _pointer, _number),
+} | {f"update_{kind}": (_pointer, _number) for kind in ("hard", 1, 2, 3)}
+"""Type of the arguments of each function."""
 
 
 class Kernels:
@@ -51,7 +60,7 @@ class Kernels:
         functions: by name; each releases the GIL.
 
     Args:
-        columns: 64-bit words in a row of a checksum.
+        width: float32 numbers in a vector; None for the widest of this processor.
 
     Raises:
         ImportError: llvmlite is not installed.
@@ -59,17 +68,20 @@ class Kernels:
     Example:
         >>> found = kernels()
         >>> if found:
-        ...     assert "copy" in found.functions
+        ...     assert "leave" in found.functions
     """
 
-    def __init__(self, columns: int):
+    def __init__(self, width: int | None = None):
         import llvmlite.binding as llvm
 
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         features = llvm.get_host_cpu_features()
-        self.width = 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
-        module = llvm.parse_assembly(emit_module(self.width, columns))
+        widest = 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
+        self.width = width or widest
+        # Since AVX-512, one instruction moves the lanes of a mask together.
+        packs = self.width == 16
+        module = llvm.parse_assembly(emit_module(self.width, COLUMNS, packs))
         module.verify()
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(),
@@ -82,7 +94,7 @@ class Kernels:
         self._engine = llvm.create_mcjit_compiler(module, machine)
         self._engine.finalize_object()
         self.functions = {
-            name: ctypes.CFUNCTYPE(*types)(self._engine.get_function_address(name))
+            name: ctypes.CFUNCTYPE(None, *types)(self._engine.get_function_address(name))
             for name, types in ARGUMENTS.items()
         }
 
@@ -107,138 +119,205 @@ def _kernels() -> Kernels | None:
     if os.environ.get("TORCH_FEATHER_COMPILED") == "0":
         return None
     try:
-        return Kernels(COLUMNS)
+        return Kernels()
     except (ImportError, OSError, RuntimeError):  # no llvmlite, or no code for this processor
         return None
 
 
-def copy_weights(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source into its target, in place.
+def table(weights: LatentWeights, parameters: Sequence[Tensor]) -> np.ndarray | None:
+    """Return a table with a row for each of the `ranges` of the weights.
 
     Args:
-        targets: tensors to write.
-        sources: as many tensors, of the same shapes.
+        weights: the latent weights.
+        parameters: a local tensor for each of them.
+
+    Returns:
+        Rows with `latent`, `parameter` and `size`; None if the passes are not compiled, or not for
+        these tensors. The rows hold addresses, so the tensors must outlive them.
 
     Example:
-        >>> target = torch.zeros(2)
-        >>> copy_weights([target], [torch.ones(2)])
-        >>> target
-        tensor([1., 1.])
+        >>> w = torch.ones(100_000)
+        >>> rows = table(LatentWeights([w]), [w])
+        >>> if kernels():
+        ...     assert rows["size"].tolist() == [65152, 34848]
     """
-    found = kernels()
-    if found is None or not all(map(_is_simple, targets, sources)):
-        copy_all(targets, sources)
-        return
-    copy = found.functions["copy"]
-    chunks = [
-        (source.data_ptr() + 4 * a, target.data_ptr() + 4 * a, min(CHUNK, target.numel() - a))
-        for target, source in zip(targets, sources, strict=True)
-        for a in range(0, target.numel(), CHUNK)
-    ]
-    for_each(lambda chunk: copy(*chunk), chunks)
-    torch.autograd.graph.increment_version(list(targets))
+    if not all(map(_is_simple, weights.views, parameters)):
+        return None
+    found = ranges(weights)
+    rows = empty_table(len(found.size))
+    if rows is None:
+        return None
+    rows["size"] = found.size
+    for field, tensors in (("latent", weights.views), ("parameter", parameters)):
+        rows[field] = np.array([t.data_ptr() for t in tensors])[found.position] + 4 * found.start
+    return rows
 
 
-def copy_memory(target: np.ndarray, source: np.ndarray) -> None:
-    """Copy flat memory, as integers of 2, 4 or 8 bytes.
+def empty_table(size: int) -> np.ndarray | None:
+    """Return a table of zeros; None if the passes are not compiled.
 
     Example:
-        >>> target = np.zeros(2, np.int32)
-        >>> copy_memory(target, np.ones(2, np.int32))
-        >>> target.tolist()
-        [1, 1]
+        >>> rows = empty_table(2)
+        >>> rows is None or len(rows) == 2
+        True
     """
-    found = kernels()
-    if found is None or target.itemsize != 4:
-        np.copyto(target, source)
-    else:
-        found.functions["copy"](source.ctypes.data, target.ctypes.data, target.size)
+    return None if kernels() is None else np.zeros(size, ROW)
 
 
 def _is_simple(target: Tensor, source: Tensor) -> bool:
-    """Return whether memory can be copied as it is."""
+    """Return whether both have the same layout of float32 numbers on a CPU."""
     same = target.dtype == source.dtype == torch.float32 and target.stride() == source.stride()
     return same and not (devices.synchronizes(target.device) or devices.synchronizes(source.device))
 
 
-def scan(words: np.ndarray, columns: np.ndarray) -> bool:
-    """Add full rows of words to the columns of a checksum; return whether one is not finite.
+def leave(rows: np.ndarray, columns: np.ndarray) -> None:
+    """Copy latent weights into parameters if the sums of these are the given ones.
 
     Args:
-        words: 64-bit words of float32 weights, of shape (rows * COLUMNS,).
-        columns: int64 of shape (COLUMNS,).
+        rows: a table. `latent` may be 0: then nothing is copied. `flag` becomes 1 if sums differ.
+        columns: int64 of shape (rows, COLUMNS).
 
     Example:
-        >>> columns = np.zeros(COLUMNS, np.int64)
-        >>> if kernels():
-        ...     assert not scan(np.ones(2 * COLUMNS, np.int64), columns)
-        ...     assert columns.sum() == 2 * COLUMNS
+        >>> weights, u = LatentWeights([torch.ones(2)]), torch.zeros(2)
+        >>> rows, columns = table(weights, [u]), np.zeros((1, COLUMNS), np.int64)
+        >>> if rows is not None:
+        ...     leave(rows, columns)
+        ...     assert u.tolist() == [1, 1]
+    """
+    rows["columns"] = _addresses(columns)
+    _for_each_part("leave", rows)
+
+
+def collect(rows: np.ndarray, copies: bool) -> list[np.ndarray] | None:
+    """Count and collect magnitudes of parameters, which may be copied into latent weights.
+
+    Args:
+        rows: a table with `low` and `high`. `below` becomes the number of scores up to `low`.
+        copies: whether to copy; otherwise the scores are magnitudes times `scale`.
+
+    Returns:
+        The scores between the bounds as bits, for each row; None if they are too many to hold.
+
+    Example:
+        >>> weights, u = LatentWeights([torch.zeros(3)]), torch.tensor([1.0, -2.0, 3.0])
+        >>> rows = table(weights, [u])
+        >>> if rows is not None:
+        ...     rows["low"], rows["high"] = np.float32([1.0, 3.0]).view(np.int32)
+        ...     [near] = collect(rows, copies=True)
+        ...     assert rows["below"] == 1 and near.view(np.float32).tolist() == [2.0]
     """
     found = kernels()
     assert found is not None
-    rows = words.size // COLUMNS
-    return bool(found.functions["scan"](words.ctypes.data, rows, columns.ctypes.data))
+    function, width = found.functions["enter" if copies else "collect"], found.width
+
+    def collect_part(part: np.ndarray) -> list[np.ndarray] | None:
+        room = int(part["size"].sum()) // 16 + 1024
+        # The last vector that is stored may reach beyond the room.
+        near = scratch("near", room + width, np.int32)
+        function(part.ctypes.data, len(part), near.ctypes.data, room)
+        begins, ends = part["begin"].tolist(), part["end"].tolist()
+        if ends[-1] > room:
+            return None
+        return [near[a:b].copy() for a, b in zip(begins, ends, strict=True)]
+
+    parts = for_each(collect_part, _parts(rows))
+    if any(part is None for part in parts):
+        return None
+    return [near for part in parts for near in part or ()]
 
 
-def collect(
-    w: np.ndarray, scale: float | np.floating | None, low: int, high: int
-) -> tuple[int, np.ndarray] | None:
-    """Count scores and collect them; as `Scores.collect`.
+def write_effective(
+    weights: LatentWeights, every: Sequence[Span], operator: Operator, out: Sequence[Tensor],
+    columns: np.ndarray | None = None,
+) -> bool | None:  # fmt: skip
+    """Write the effective weights and sum them, if there is a compiled function for them.
 
     Args:
-        w: weights, flat.
-        scale: scores are |w| times this; None for |w|.
-        low: the lower bound, as an integer.
-        high: the upper bound, as an integer.
+        weights: the latent weights.
+        every: all spans in their order.
+        operator: gives the values of kept weights.
+        out: local tensors to write.
+        columns: int64 of shape (ranges, COLUMNS) for their sums; None for no sums.
 
     Returns:
-        None if there is no compiled function for these weights.
-
-    Example:
-        >>> found = collect(np.float32([1.0, 2.0, 3.0]), None, 0x3F800000, 0x40400000)
-        >>> found is None or (found[0], found[1].view(np.float32).tolist()) == (1, [2.0])
-        True
-    """
-    found = kernels()
-    if found is None or w.dtype != np.float32:
-        return None
-    near, number = scratch("near", w.size, np.int32), np.zeros(1, np.int64)
-    factor = 1.0 if scale is None else float(scale)
-    count = found.functions["collect"](
-        w.ctypes.data, w.size, factor, low, high, near.ctypes.data, number.ctypes.data
-    )
-    return count, near[: int(number[0])].copy()
-
-
-def write(
-    w: np.ndarray,
-    out: np.ndarray,
-    limit: int,
-    operator: Operator,
-    tau: np.ndarray,
-    scale: float | np.floating | None,
-) -> bool:
-    """Write effective weights; return whether there is a compiled function for them.
-
-    Args:
-        w: latent weights, flat.
-        out: memory for the effective weights, as integers.
-        limit: weights are pruned if the bits of their score are at most this.
-        operator: one that `is_plain` knows.
-        tau: threshold of the operator, 0-dimensional.
-        scale: scores are |w| times this; None for |w|.
+        Whether a sum found NaN or infinity; None if nothing was written.
 
     Example:
         >>> from torch_feather.operators import Hard
-        >>> u = np.zeros(2, np.int32)
-        >>> if write(np.float32([1.0, 3.0]), u, 0x3F800000, Hard(), np.float32(1.0), None):
-        ...     assert u.view(np.float32).tolist() == [0.0, 3.0]
+        >>> from torch_feather.weights.spans import Piece
+        >>> weights, u = LatentWeights([torch.tensor([1.0, 3.0])]), torch.zeros(2)
+        >>> span = Span(Piece(weights.flats[0], 0), 0x3F800000, torch.tensor(1.0))
+        >>> if write_effective(weights, [span], Hard(), [u]) is not None:
+        ...     assert u.tolist() == [0.0, 3.0]
     """
+    rows = table(weights, out)
+    if rows is None or not all(is_plain(operator, span) for span in every):
+        return None
+    # A row for each overlap of a range and a span; the last row of a range sums all of it.
+    found = ranges(weights)
+    range_of, span_of, starts, sizes = overlaps(found, every)
+    whole, rows = rows, rows[range_of]
+    for field in ("latent", "parameter"):
+        rows[field] += 4 * (starts - found.local[range_of])
+    rows["size"] = sizes
+    scales = [1.0 if span.piece.scale is None else float(span.piece.scale) for span in every]
+    for field, values in (
+        ("limit", [span.limit for span in every]),
+        ("tau", [0.0 if span.limit < 0 else float(span.tau) for span in every]),
+        ("scale", scales),
+    ):
+        rows[field] = np.array(values)[span_of]
+    if columns is not None:
+        last = np.append(range_of[1:] != range_of[:-1], True)
+        rows["whole"], rows["columns"] = whole["parameter"][range_of], _addresses(columns)[range_of]
+        rows["count"][last] = whole["size"][range_of[last]]
+    kind = int(operator.p) if isinstance(operator, Power) else "hard"
+    _for_each_part(f"update_{kind}", rows)
+    return bool(rows["flag"].any())
+
+
+def sum_rows(rows: np.ndarray, columns: np.ndarray) -> None:
+    """Sum parameters.
+
+    Args:
+        rows: a table. `flag` becomes 1 if a parameter is NaN or infinite.
+        columns: int64 of shape (rows, COLUMNS), to write.
+
+    Example:
+        >>> weights, u = LatentWeights([torch.ones(2)]), torch.ones(2)
+        >>> rows, columns = table(weights, [u]), np.zeros((1, COLUMNS), np.int64)
+        >>> if rows is not None:
+        ...     sum_rows(rows, columns)
+        ...     assert columns[0, 0] == 0x3F8000003F800000
+    """
+    rows["whole"], rows["count"], rows["columns"] = (
+        rows["parameter"], rows["size"], _addresses(columns)
+    )  # fmt: skip
+    rows["size"] = 0  # nothing is written
+    _for_each_part("update_hard", rows, rows["count"])
+
+
+def _addresses(columns: np.ndarray) -> np.ndarray:
+    """Return the address of each row of sums."""
+    return columns.ctypes.data + columns.strides[0] * np.arange(len(columns))
+
+
+def _for_each_part(name: str, rows: np.ndarray, work: np.ndarray | None = None) -> None:
+    """Call a compiled function for all rows, by several threads."""
     found = kernels()
-    if found is None or w.dtype != np.float32:
-        return False
-    kind = int(operator.p) if isinstance(operator, Power) and tau > 0 else "hard"
-    factor = 1.0 if scale is None else float(scale)
-    function = found.functions[f"write_{kind}"]
-    function(w.ctypes.data, out.ctypes.data, w.size, limit, float(tau), factor)
-    return True
+    assert found is not None
+    function = found.functions[name]
+    for_each(lambda part: function(part.ctypes.data, len(part)), _parts(rows, work))
+
+
+def _parts(rows: np.ndarray, work: np.ndarray | None = None) -> list[np.ndarray]:
+    """Return the rows in parts of about equal work, one for each thread.
+
+    Args:
+        rows: a table.
+        work: of each row; None for its size.
+    """
+    ends, threads = np.cumsum(rows["size"] if work is None else work), torch.get_num_threads()
+    shares = np.arange(1, threads) * (ends[-1] if len(ends) else 0) // threads
+    bounds = [0, *np.searchsorted(ends, shares).tolist(), len(rows)]
+    return [rows[a:b] for a, b in pairwise(bounds) if a < b]

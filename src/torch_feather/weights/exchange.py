@@ -14,19 +14,19 @@ from torch.autograd.graph import increment_version
 
 from .. import devices
 from ..selection.bracket import Bracket
-from ..selection.cpu import SMALL, Collected
+from ..selection.cpu import SMALL, Collected, Near
 from ..threads import for_each
-from . import triton_passes
-from .compiled import copy_memory, copy_weights
-from .groups import Group, groups
-from .latent import LatentWeights
-from .plain import flat_bits
+from . import compiled, triton_passes
+from .candidates import Candidates, collect
+from .latent import LatentWeights, copy_all
+from .ranges import ranges, wide_array
 from .scores import WeightScores
+from .sums import Sums, copy_unmodified
 
 Span = tuple[int, int]
 """A range of local weights."""
-Overlap = tuple[Span, int, int]
-"""A range, and the bounds of a part of it."""
+NOTHING = -1
+"""Both bounds of ranges of which nothing is collected."""
 
 
 def bracket_of(weights: LatentWeights, start: int, stop: int, scaled: bool = False) -> Bracket:
@@ -75,60 +75,110 @@ def read_latent(
         >>> weights.views[0]
         tensor([1., 1.])
     """
-    weights.collected = {}
+    weights.collected, weights.candidates = {}, {}
     if triton_passes.copy(weights, positions, sources, reads=True):
         return
     targets = [weights.views[i] for i in positions]
     if devices.synchronizes(weights.device) or not _copies_all(weights, positions, sources):
-        copy_weights(targets, sources)
+        copy_all(targets, sources)
         return
-    brackets = _known_brackets(weights)
-    memory = dict(zip(positions, map(flat_bits, sources), strict=True))
-    held = {i: flat_bits(weights.views[i]) for i in positions}
-    scores = WeightScores(weights, 0, weights.size)
-    bounds = {
-        span: tuple(scores.as_integer(bound) for bound in bracket.bounds or ())
-        for span, bracket in brackets.items()
+    brackets, found = _known_brackets(weights), ranges(weights)
+    rows_of = {  # the ranges of weights that each selection reads
+        span: slice(*np.searchsorted(found.local, span).tolist()) for span in brackets
     }
-
-    def read(task: tuple[Group, list[Overlap]]) -> list[tuple[Span, int, np.ndarray]]:
-        group, overlaps = task
-        for i, a, b in group.ranges:
-            copy_memory(held[i][a:b], memory[i][a:b])
-        return [(span, *scores.collect(a, b, *bounds[span])) for span, a, b in overlaps]
-
-    found: dict[Span, list[tuple[int, np.ndarray]]] = {span: [] for span in brackets}
-    for part in for_each(read, _overlaps(weights, tuple(brackets))):
-        for span, count, near in part:
-            found[span].append((count, near))
-    increment_version(weights.flats)
-    versions = [flat._version for flat in weights.flats]
+    scores = WeightScores(weights, 0, weights.size)
+    low, high = (np.full(len(found.size), NOTHING, np.int64) for _ in range(2))
     for span, bracket in brackets.items():
-        below = sum(count for count, _ in found[span])
-        near = np.concatenate([near for _, near in found[span]])
-        assert bracket.bounds is not None
-        weights.collected[span] = Collected(bracket.bounds, below, near, versions)
+        low[rows_of[span]], high[rows_of[span]] = map(scores.as_integer, bracket.bounds or ())
+    by_position = dict(zip(positions, sources, strict=True))
+    parameters = [by_position[i] for i in range(len(positions))]
+    collected = _read(weights, parameters, low, high)
+    increment_version(weights.flats)
+    if collected is None:
+        return
+    below, near = collected
+    versions = weights.candidate_versions = [flat._version for flat in weights.flats]
+    for (start, stop), rows in rows_of.items():
+        parts = [
+            Near(a - start, a - start + n, magnitudes)
+            for a, n, magnitudes in zip(
+                found.local[rows].tolist(), found.size[rows].tolist(), near[rows], strict=True
+            )
+        ]
+        bounds = brackets[start, stop].bounds
+        assert bounds is not None
+        weights.collected[start, stop] = Collected(bounds, int(below[rows].sum()), parts, versions)
+
+
+def _read(
+    weights: LatentWeights, parameters: Sequence[Tensor], low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]] | None:
+    """Copy parameters into latent weights, and collect the magnitudes of each of the `ranges`.
+
+    Args:
+        weights: the latent weights.
+        parameters: a local tensor for each weight tensor.
+        low: bound for each range, as an integer.
+        high: another one.
+
+    Returns:
+        How many are at most `low`, and those strictly between the bounds; None if they are too many
+        to hold.
+    """
+    rows = compiled.table(weights, parameters)
+    if rows is not None:
+        rows["low"], rows["high"] = low, high
+        near = compiled.collect(rows, copies=True)
+        return None if near is None else (rows["below"], near)
+    found = ranges(weights)
+
+    dtypes = [view.dtype for view in weights.views]
+
+    def read(task: tuple[int, np.ndarray, np.ndarray]) -> tuple[int, np.ndarray, Candidates | None]:
+        j, latent, parameter = task
+        np.copyto(latent, parameter)
+        if low[j] == NOTHING:
+            return 0, np.empty(0, np.int64), None
+        w = wide_array(latent, dtypes[found.position[j]], weights.wide)
+        return collect(w, int(low[j]), int(high[j]))
+
+    tasks = zip(range(len(low)), found.of(weights.views), found.of(parameters), strict=True)
+    parts = for_each(read, list(tasks))
+    weights.candidates = {j: part[2] for j, part in enumerate(parts) if part[2] is not None}
+    return np.array([count for count, _, _ in parts]), [near for _, near, _ in parts]
 
 
 def write_latent(
-    weights: LatentWeights, positions: Sequence[int], targets: Sequence[Tensor]
-) -> None:
-    """Copy latent weights into parameters.
+    weights: LatentWeights,
+    positions: Sequence[int],
+    parameters: Sequence[Tensor],
+    sums: Sums | None = None,
+) -> list[int]:
+    """Copy latent weights into parameters, except into those that other code modified.
 
     Args:
         weights: the latent weights.
         positions: positions of the weight tensors to copy.
-        targets: a local tensor for each position, in its layout, to write.
+        parameters: a local tensor for each weight tensor, in its layout, to write.
+        sums: of the values that they were given; None to copy in any case.
+
+    Returns:
+        The positions of parameters that were modified, including those that are not copied.
 
     Example:
         >>> import torch
         >>> target = torch.zeros(2)
         >>> write_latent(LatentWeights([torch.ones(2)]), [0], [target])
+        []
         >>> target
         tensor([1., 1.])
     """
+    if sums is not None:
+        return copy_unmodified(weights, positions, parameters, sums)
+    targets = [parameters[i] for i in positions]
     if not triton_passes.copy(weights, positions, targets, reads=False):
-        copy_weights(targets, [weights.views[i] for i in positions])
+        copy_all(targets, [weights.views[i] for i in positions])
+    return []
 
 
 def _known_brackets(weights: LatentWeights) -> dict[Span, Bracket]:
@@ -141,20 +191,6 @@ def _known_brackets(weights: LatentWeights) -> dict[Span, Bracket]:
     }
     expected.clear()
     return known
-
-
-def _overlaps(weights: LatentWeights, spans: tuple[Span, ...]) -> list[tuple[Group, list[Overlap]]]:
-    """Return the groups, and for each of them which part of it lies in which range."""
-
-    def make(weights: LatentWeights) -> list[tuple[Group, list[Overlap]]]:
-        found: list[tuple[Group, list[Overlap]]] = []
-        for group in groups(weights):
-            inside = ((span, max(span[0], group.start), min(span[1], group.stop)) for span in spans)
-            found.append((group, [(span, a, b) for span, a, b in inside if a < b]))
-        return found
-
-    tasks: list[tuple[Group, list[Overlap]]] = weights.constant(("overlaps", spans), make)
-    return tasks
 
 
 def _copies_all(

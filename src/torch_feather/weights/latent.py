@@ -6,11 +6,13 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import devices
 from ..selection.cpu import Collected
+from .candidates import Candidates
 from .counts import count_zeros
 from .shards import local, shards_of
 
@@ -18,6 +20,7 @@ from .shards import local, shards_of
 BLOCK = 1 << 16
 # Weights per block on other devices: enough to fill them, and few compared with a large network.
 DEVICE_BLOCK = 1 << 24
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class PerTensor(NamedTuple):
@@ -98,6 +101,8 @@ class LatentWeights:
         device: device of the weights.
         collected: what the next selection from a range of local weights needs, by the range, if a
             copy has collected it.
+        candidates: weights that may be kept, by range, if a copy has found them.
+        candidate_versions: versions of `flats` at that time.
 
     Example:
         >>> weights = LatentWeights([torch.tensor([[1.0, -2.0]]), torch.tensor([3.0])])
@@ -123,6 +128,8 @@ class LatentWeights:
         self.local_spans: list[tuple[int, int]] = [(0, 0)] * len(parameters)
         self.parts: list[Part] = []
         self.collected: dict[tuple[int, int], Collected] = {}
+        self.candidates: dict[int, Candidates] = {}
+        self.candidate_versions: list[int] = []
         self._constants: dict[Hashable, Any] = {}
         start = first = 0
         for dtype in dict.fromkeys(p.dtype for p in parameters):
@@ -267,13 +274,15 @@ class LatentWeights:
             "wide": self.wide,
             "device": self.device,
             "collected": {},
+            "candidates": {},
             "_constants": {},
         }
 
     def like(self, values: Sequence[Tensor]) -> LatentWeights:
         """Return latent weights in the same layout, with the flat `values` in place of `flats`."""
         other = object.__new__(LatentWeights)
-        other.__dict__.update(self.__dict__, views=list(self.views), parts=[], collected={})
+        own = {"views": list(self.views), "parts": [], "collected": {}, "candidates": {}}
+        other.__dict__.update(self.__dict__, **own)
         for part, flat in zip(self.parts, values, strict=True):
             other.parts.append(Part(flat, part.start, []))
         for i, (start, _) in enumerate(self.local_spans):
@@ -323,6 +332,26 @@ def sum_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 def _strides(tensor: Tensor) -> list[int]:
     """Return the strides of the dimensions with more than one index."""
     return [step for step, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
+
+
+def flat_of(tensor: Tensor) -> Tensor:
+    """Return a dense tensor in the order of its memory, flat.
+
+    Example:
+        >>> flat_of(torch.tensor([[1.0, 2.0]]).t()).tolist()
+        [1.0, 2.0]
+    """
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def flat_bits(tensor: Tensor) -> np.ndarray:
+    """Return the memory of a dense tensor as flat integers of its width.
+
+    Example:
+        >>> flat_bits(torch.tensor([[1.0, 0.0]])).tolist()
+        [1065353216, 0]
+    """
+    return flat_of(tensor).view(INTEGERS[tensor.element_size()]).numpy()
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

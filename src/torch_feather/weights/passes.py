@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import devices
 from ..operators import Operator
-from . import plain, rows, triton_passes
+from . import masks, plain, rows, triton_passes
 from .kept import kept_values
 from .latent import DEVICE_BLOCK, LatentWeights, copy_all
 from .rows import NO_FACTORS
@@ -27,7 +27,7 @@ def pruned_mask(weights: LatentWeights, segments: Sequence[Segment], i: int) -> 
         [True, True, False]
     """
     if not devices.synchronizes(weights.device):
-        return plain.pruned_mask(weights, segment_of(weights, segments, i), i)
+        return masks.pruned_mask(weights, segment_of(weights, segments, i), i)
     start, stop = weights.local_spans[i]
     flat = segment_of(weights, segments, i).pruned(weights.local_magnitudes(start, stop), start)
     return flat.as_strided(weights.views[i].shape, weights.views[i].stride())
@@ -73,7 +73,7 @@ def count_pruned(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
     if devices.synchronizes(weights.device):
         counts = torch.stack([pruned_mask(weights, segments, i).sum() for i in every])
     else:
-        counts = torch.tensor([plain.count_pruned(weights, segments, i) for i in every])
+        counts = torch.tensor([masks.count_pruned(weights, segments, i) for i in every])
     return weights.total(counts)
 
 

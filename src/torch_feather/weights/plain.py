@@ -1,14 +1,13 @@
-"""The effective weights on a CPU with NumPy, block by block in the cache.
+"""The passes over weights on a CPU with NumPy, range by range in the cache.
 
-`compiled.py` has the same passes as compiled loops, with the same bits. `passes.py` has the form
-for other devices.
+`compiled.py` has the same passes as compiled loops, with the same bits, and is preferred.
+`passes.py` has the form for other devices.
 """
 
 from __future__ import annotations
 
-import itertools
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,23 +15,21 @@ from torch import Tensor
 
 from .. import roots
 from ..operators import Operator, Power
-from ..selection.cpu import INTEGER, magnitude_bits
+from ..selection.cpu import magnitude_bits
 from ..threads import for_each, scratch
 from . import compiled
-from .checksum import Recorded, Sums, joined
-from .groups import Group, groups
+from .candidates import Candidates, positions
+from .checksum import column_sums, may_be_nonfinite
 from .kept import kept_values
-from .latent import BLOCK, LatentWeights
+from .latent import LatentWeights, flat_bits, flat_of
+from .ranges import COLUMNS, groups, ranges, wide_array
 from .rows import NO_FACTORS, multiply_rows
-from .scores import as_array
-from .segments import Segment, segment_of
-from .spans import Span, flat_of, spans
+from .segments import Segment
+from .spans import Span, is_plain, keeps_all, overlaps, spans
+from .sums import Recorded, Sums, versions
 
-DENSE = 0.25
-"""Kept fraction of a block above which all its weights are computed, not the kept ones alone."""
-TINY = 2.0**-100
-"""Effective weights of float32 weights above a threshold of this size cannot round to 0."""
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+DENSE = 0.4
+"""Kept fraction of a range above which all its weights are computed, not the kept ones alone."""
 
 
 def write_effective(
@@ -53,210 +50,171 @@ def write_effective(
         >>> out
         tensor([ 0.0000, -0.5000])
     """
-    targets, every = Targets(weights, out), list(spans(weights, segments))
-    plain = [is_plain(operator, span.tau) for span in every]
-    starts = [span.piece.start for span in every]
+    every, found = list(spans(weights, segments)), ranges(weights)
+    flat = found.of(out)
+    recorded = isinstance(out, Recorded)
+    columns = np.empty((len(flat), COLUMNS), np.int64) if recorded else None
 
-    def write(group: Group) -> list[tuple[int, Sums]]:
-        for j in range(bisect_right(starts, group.start) - 1, len(every)):
-            piece = every[j].piece
-            if piece.start >= group.stop:
-                break
-            a = max(group.start - piece.start, 0)
-            b = min(group.stop - piece.start, piece.values.numel())
-            if a < b:
-                _write_range(weights.wide, operator, targets, every[j], a, b, plain[j])
-        for i, a, b in group.ranges:
-            if i in factors:
-                width = out[i].numel() // len(factors[i])
-                multiply_rows(flat_of(out[i])[a:b], a, width, factors[i])
-        if not isinstance(out, Recorded):
-            return []
-        return [(i, Sums.of(flat_of(out[i])[a:b])) for i, a, b in group.ranges]
+    def finish(j: int, check: bool = True) -> bool:
+        """Multiply and sum range j; return whether a value may be NaN or infinite."""
+        i = int(found.position[j])
+        if i in factors:
+            width = out[i].numel() // len(factors[i])
+            part = flat_of(out[i])[found.start[j] :][: found.size[j]]
+            multiply_rows(part, int(found.start[j]), width, factors[i])
+        if columns is None:
+            return False
+        column_sums(flat[j], columns[j])
+        return check and may_be_nonfinite(flat[j], out[i].dtype)
 
-    found = for_each(write, groups(weights))
+    nonfinite = compiled.write_effective(
+        weights, every, operator, out, None if factors else columns
+    )
+    if nonfinite is None:
+        pieces = _pieces(weights, every, operator, flat)
+
+        def write(group: slice) -> bool:
+            inside = range(group.start, group.stop)
+            found = _write([piece for j in inside for piece in pieces[j]], operator, weights.wide)
+            return any([finish(j, check=bool(factors)) for j in inside]) or found
+
+        nonfinite = any(for_each(write, groups(weights)))
+    elif factors:
+        nonfinite = any(for_each(finish, range(len(flat))))
     torch.autograd.graph.increment_version(list(out))
-    if isinstance(out, Recorded):
-        sums: dict[int, list[Sums]] = {}
-        for i, one in itertools.chain.from_iterable(found):
-            sums.setdefault(i, []).append(one)
-        out.sums = {i: (out[i]._version, joined(parts)) for i, parts in sums.items()}
+    if isinstance(out, Recorded) and columns is not None:
+        out.sums = Sums(versions(out), columns, nonfinite)
 
 
-def pruned_mask(weights: LatentWeights, segment: Segment, i: int) -> Tensor:
-    """Return the mask of pruned weights of tensor i, computed block by block.
+class PieceOfSpan(NamedTuple):
+    """The overlap of a range and a span, as integers of the width of its values.
+
+    Example:
+        >>> from torch_feather.weights.spans import Piece
+        >>> span, bits = Span(Piece(torch.ones(2), 0), 3, torch.tensor(0.5)), np.zeros(2, np.int32)
+        >>> PieceOfSpan(span, torch.float32, bits, bits).span.limit
+        3
+    """
+
+    span: Span
+    dtype: torch.dtype
+    latent: np.ndarray
+    out: np.ndarray
+    plain: bool = True
+    """Whether `plain_values` computes the operator."""
+    candidates: Candidates | None = None
+    """Those of the range, if the piece is all of it."""
+
+
+def _pieces(
+    weights: LatentWeights, every: Sequence[Span], operator: Operator, out: Sequence[np.ndarray]
+) -> list[list[PieceOfSpan]]:
+    """Return the pieces of each of the `ranges`.
 
     Args:
-        weights: the latent weights, on the CPU.
-        segment: the segment that holds the tensor.
-        i: position of the weight tensor.
-
-    Example:
-        >>> from torch_feather.selection import Cutoff
-        >>> weights = LatentWeights([torch.tensor([1.0, 1.0, 2.0])])
-        >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(0), torch.tensor(0.9))
-        >>> pruned_mask(weights, Segment(0, 3, cutoff), 0)
-        tensor([ True, False, False])
+        weights: the latent weights.
+        every: all spans.
+        operator: gives the values of kept weights.
+        out: memory to write for each range.
     """
-    first, end = weights.local_spans[i]
-    flat = torch.empty(end - first, dtype=torch.bool)
-    out = flat.numpy()
-
-    def compare(block: tuple[Span, int, int]) -> None:
-        span, a, b = block
-        np.less_equal(_bits(weights, span, a, b), span.limit, out=out[a - first : b - first])
-
-    for_each(compare, _blocks(weights, segment, i))
-    return flat.as_strided(weights.views[i].shape, weights.views[i].stride())
-
-
-def count_pruned(weights: LatentWeights, segments: Sequence[Segment], i: int) -> int:
-    """Return the number of pruned local weights of tensor i, without a mask.
-
-    Example:
-        >>> from torch_feather.selection import Cutoff
-        >>> weights = LatentWeights([torch.tensor([1.0, 1.0, 2.0])])
-        >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(0), torch.tensor(0.9))
-        >>> count_pruned(weights, [Segment(0, 3, cutoff)], 0)
-        1
-    """
-
-    def count(block: tuple[Span, int, int]) -> int:
-        return int(np.count_nonzero(_bits(weights, *block) <= block[0].limit))
-
-    return sum(for_each(count, _blocks(weights, segment_of(weights, segments, i), i)))
+    found, candidates = ranges(weights), weights.candidates
+    if weights.candidate_versions != versions(weights.flats):
+        candidates = {}  # the weights were changed since then
+    dtypes = [span.piece.values.dtype for span in every]
+    pairs = zip(every, dtypes, strict=True)
+    plain = [dtype == weights.wide and is_plain(operator, span) for span, dtype in pairs]
+    latent = found.of(weights.views)
+    pieces: list[list[PieceOfSpan]] = [[] for _ in out]
+    for j, k, start, size in zip(*(x.tolist() for x in overlaps(found, every)), strict=True):
+        inside = slice(start - int(found.local[j]), start - int(found.local[j]) + size)
+        known = candidates.get(j) if size == out[j].size and every[k].piece.scale is None else None
+        pieces[j].append(
+            PieceOfSpan(every[k], dtypes[k], latent[j][inside], out[j][inside], plain[k], known)
+        )
+    return pieces
 
 
-def _blocks(weights: LatentWeights, segment: Segment, i: int) -> list[tuple[Span, int, int]]:
-    """Return the blocks of local weights of tensor i: their span, start and stop."""
-    first, end = weights.local_spans[i]
-    found = []
-    for span in spans(weights, [segment]):
-        start = max(first, span.piece.start)
-        stop = min(end, span.piece.start + span.piece.values.numel())
-        found += [(span, a, min(a + BLOCK, stop)) for a in range(start, stop, BLOCK)]
-    return found
+def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype) -> bool:
+    """Write effective weights: those of dense pieces at once.
 
-
-def _bits(weights: LatentWeights, span: Span, a: int, b: int) -> np.ndarray:
-    """Return the bits of the scores of local weights a to b, in memory of this thread."""
-    w = as_array(span.piece.values[a - span.piece.start : b - span.piece.start], weights.wide)
-    return magnitude_bits(w, span.piece.scale)
-
-
-class Targets:
-    """Where the effective weights of local weights are written.
-
-    Args:
-        weights: the layout.
-        out: one local tensor per weight tensor, dense in memory.
-
-    Example:
-        >>> weights, out = LatentWeights([torch.ones(2), torch.ones(3)]), [torch.ones(2)] * 2
-        >>> [(target.size, a, b) for target, a, b in Targets(weights, out).parts(1, 4)]
-        [(1, 1, 2), (2, 2, 4)]
-    """
-
-    def __init__(self, weights: LatentWeights, out: Sequence[Tensor]):
-        held = [i for i, view in enumerate(weights.views) if view.numel()]
-        held.sort(key=weights.local_spans.__getitem__)
-        self._spans = [weights.local_spans[i] for i in held]
-        self._starts = [start for start, _ in self._spans]
-        self._flat = [flat_bits(out[i]) for i in held]
-
-    def write(self, start: int, bits: np.ndarray) -> None:
-        """Write the bits of effective weights from local weight `start` on."""
-        for target, a, b in self.parts(start, start + bits.size):
-            target[:] = bits[a - start : b - start]
-
-    def scatter(self, start: int, stop: int, index: np.ndarray, bits: np.ndarray) -> None:
-        """Write zeros into local weights start to stop, except `bits` at the sorted `index`."""
-        for target, a, b in self.parts(start, stop):
-            target.fill(0)
-            i, j = np.searchsorted(index, (a, b))
-            target[index[i:j] - a] = bits[i:j]
-
-    def parts(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, int, int]]:
-        """Yield memory for the local weights start to stop, and which of them it holds."""
-        for j in range(bisect_right(self._starts, start) - 1, len(self._spans)):
-            first, end = self._spans[j]
-            if first >= stop:
-                return
-            a, b = max(start, first), min(stop, end)
-            yield self._flat[j][a - first : b - first], a, b
-
-
-def flat_bits(tensor: Tensor) -> np.ndarray:
-    """Return the memory of a dense tensor as flat integers of its width.
-
-    Example:
-        >>> flat_bits(torch.tensor([[1.0, 0.0]])).tolist()
-        [1065353216, 0]
-    """
-    return flat_of(tensor).view(INTEGERS[tensor.element_size()]).numpy()
-
-
-def _write_range(
-    wide: torch.dtype, operator: Operator, targets: Targets, span: Span, first: int, end: int,
-    plain: bool,
-) -> None:  # fmt: skip
-    """Write the effective weights of a range of a span: those of dense blocks at once.
-
-    Those of sparse blocks are computed together: most operations on them are shorter than a call of
+    Those of sparse pieces are computed together: most operations on them are shorter than a call of
     NumPy.
+
+    Returns:
+        Whether a value may be NaN or infinite.
     """
-    values, offset = span.piece.values[first:end], span.piece.start + first
-    if span.limit < 0 and (operator.is_identity or operator.identity_at_zero):
-        targets.write(offset, flat_bits(values))
-        return
-    w, tau = as_array(values, wide), span.tau.numpy()
-    plain &= values.dtype == wide
-    if plain and w.dtype == np.float32 and compiled.kernels() is not None:
-        for target, a, b in targets.parts(offset, offset + w.size):
-            inside = w[a - offset : b - offset]
-            compiled.write(inside, target, span.limit, operator, tau, span.piece.scale)
-        return
-    sparse: list[tuple[int, int]] = []
-    indices: list[np.ndarray] = []
-    for a in range(0, w.size, BLOCK):
-        block = w[a : a + BLOCK]
-        bits = magnitude_bits(block, span.piece.scale)
-        limit = bits.dtype.type(span.limit)
-        kept = np.greater(bits, limit, out=scratch("above", bits.size, bool))
-        if plain and np.count_nonzero(kept) > DENSE * bits.size:
-            u = plain_values(block, tau, operator).view(bits.dtype)
-            mask = np.subtract(limit, bits, out=bits)
-            mask >>= 8 * bits.itemsize - 1  # all bits are set if the score is above the limit
-            mask &= u
-            targets.write(offset + a, mask)
+    nonfinite = False
+    sparse: dict[int, list[tuple[PieceOfSpan, np.ndarray, np.ndarray]]] = {}  # by span
+    for piece in pieces:
+        if keeps_all(operator, piece.span):
+            np.copyto(piece.out, piece.latent)
+            nonfinite |= may_be_nonfinite(piece.out, piece.dtype)
+            continue
+        w = wide_array(piece.latent, piece.dtype, wide)
+        known = piece.candidates
+        if known is not None and known.bound <= piece.span.limit:
+            index = known.at
+            chosen = w.take(index) if known.values is None else known.values
         else:
-            index = np.flatnonzero(kept)
-            index += a
-            indices.append(index)
-            sparse.append((a, a + bits.size))
-    if sparse:
-        index = np.concatenate(indices)
-        chosen = w.take(index)
-        if plain:
-            u = plain_values(chosen, tau, operator).view(INTEGER[chosen.dtype])
-        else:
-            u = flat_bits(kept_values(torch.from_numpy(chosen), span.tau, operator, values.dtype))
-        for a, b in sparse:
-            i, j = np.searchsorted(index, (a, b))
-            targets.scatter(offset + a, offset + b, index[i:j] + offset, u[i:j])
+            bits = magnitude_bits(w, piece.span.piece.scale)
+            above = np.greater(bits, piece.span.limit, out=scratch("above", bits.size, bool))
+            count = int(np.count_nonzero(above))
+            if count > DENSE * w.size and piece.plain:
+                _write_dense(w, bits, piece.span, operator, piece.out)
+                nonfinite |= may_be_nonfinite(piece.out, piece.dtype)
+                continue
+            index = positions(above, count)
+            chosen = w.take(index)
+        sparse.setdefault(id(piece.span), []).append((piece, index, chosen))
+    for same in sparse.values():
+        u = _sparse_values([piece for piece, _, _ in same], [w for *_, w in same], operator)
+        nonfinite |= may_be_nonfinite(u, same[0][0].dtype)
+        end = 0
+        for piece, index, w in same:
+            start, end = end, end + w.size
+            piece.out.fill(0)
+            piece.out[index.astype(np.intp, copy=False)] = u[start:end]
+    return nonfinite
 
 
-def is_plain(operator: Operator, tau: Tensor) -> bool:
-    """Return whether `plain_values` computes this operator at this threshold.
+def _sparse_values(
+    pieces: Sequence[PieceOfSpan],
+    chosen: Sequence[np.ndarray],
+    operator: Operator,
+) -> np.ndarray:
+    """Return the effective values, as integers, of the weights of one span that may be kept.
 
-    Example:
-        >>> is_plain(Power(3.0), torch.tensor(0.1)), is_plain(Power(2.5), torch.tensor(0.1))
-        (True, False)
+    Args:
+        pieces: of the span.
+        chosen: the weights of each piece that may be kept.
+        operator: gives the values of kept weights.
     """
-    if operator.is_identity:
-        return True
-    known = type(operator) is Power and operator.p in (1.0, 2.0, 3.0)
-    return known and tau.dtype == torch.float32 and bool((tau == 0) | (tau >= TINY))
+    span, dtype, w = pieces[0].span, pieces[0].dtype, np.concatenate(chosen)
+    if pieces[0].plain:
+        u = plain_values(w, span.tau.numpy(), operator).view(pieces[0].out.dtype)
+    else:
+        u = flat_bits(kept_values(torch.from_numpy(w), span.tau, operator, dtype))
+    if any(piece.candidates is not None for piece in pieces):  # some of these may be pruned
+        u[np.flatnonzero(magnitude_bits(w) <= span.limit)] = 0
+    return u
+
+
+def _write_dense(
+    w: np.ndarray, bits: np.ndarray, span: Span, operator: Operator, out: np.ndarray
+) -> None:
+    """Write effective weights, computing those of pruned weights too.
+
+    Args:
+        w: the weights.
+        bits: of their scores; overwritten.
+        span: that prunes them.
+        operator: one that `is_plain` knows.
+        out: memory for their effective weights, as integers.
+    """
+    u = plain_values(w, span.tau.numpy(), operator).view(bits.dtype)
+    mask = np.subtract(bits.dtype.type(span.limit), bits, out=bits)
+    mask >>= 8 * bits.itemsize - 1  # all bits are set if the score is above the limit
+    np.bitwise_and(mask, u, out=out)
 
 
 def plain_values(w: np.ndarray, tau: np.ndarray, operator: Operator) -> np.ndarray:

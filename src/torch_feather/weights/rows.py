@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import devices
 from ..selection.cpu import INTEGER, magnitude_bits
 from ..threads import for_each, scratch
-from .latent import BLOCK, LatentWeights
+from .latent import BLOCK, LatentWeights, flat_of
 from .scores import as_array
 from .segments import Segment, segment_of
-from .spans import flat_of, spans
+from .spans import spans
 
 NO_FACTORS: Mapping[int, Tensor] = MappingProxyType({})
 

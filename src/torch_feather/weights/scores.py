@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..selection.cpu import INTEGER, Scores, magnitude_bits
+from ..selection.cpu import INTEGER, Near, Scores, magnitude_bits
 from . import compiled
 from .latent import LatentWeights
-
-
-class Piece(NamedTuple):
-    """Neighbouring local weights of one type and one scale.
-
-    Example:
-        >>> pieces(LatentWeights([torch.ones(2), torch.ones(3)]), 0, 5)[0].start
-        0
-    """
-
-    values: Tensor
-    """The weights, flat."""
-    start: int
-    """Index of the first among the local weights."""
-    scale: float | np.floating | None = None
-    """Scores are |w| times this; None for |w| itself."""
+from .ranges import RANGE
+from .spans import Piece
 
 
 def pieces(
@@ -89,7 +74,7 @@ class WeightScores(Scores):
         self._start, self._wide, self.size = start, weights.wide, stop - start
         self.dtype = np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
         self._pieces = pieces(weights, start, stop, scales)
-        self._collected = weights.collected.get((start, stop)) if scales is None else None
+        self._collected = weights.collected.pop((start, stop), None) if scales is None else None
         self._flats = weights.flats
 
     def _inside(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
@@ -113,20 +98,8 @@ class WeightScores(Scores):
             joined[at : at + b - a] = magnitude_bits(values, piece.scale)
         return joined
 
-    def collect(self, start: int, stop: int, low: int, high: int) -> tuple[int, np.ndarray]:
-        if self.dtype == np.float32 and compiled.kernels() is not None:
-            count, near = 0, []
-            for piece, a, b in self._inside(start, stop):
-                values = as_array(piece.values[a:b], self._wide)
-                found = compiled.collect(values, piece.scale, low, high)
-                assert found is not None
-                count += found[0]
-                near.append(found[1])
-            return count, near[0] if len(near) == 1 else np.concatenate(near)
-        return super().collect(start, stop, low, high)
-
-    def collect_all(self, low: float, high: float) -> tuple[int, np.ndarray]:
-        found = self._collected
+    def collect_all(self, low: float, high: float) -> tuple[int, list[Near]]:
+        found, self._collected = self._collected, None  # its memory is free after the first use
         # If the weights were changed since then, it is out of date.
         if (
             found is not None
@@ -134,7 +107,30 @@ class WeightScores(Scores):
             and found.versions == [flat._version for flat in self._flats]
         ):
             return found.below, found.near
-        return super().collect_all(low, high)
+        return self._collect_compiled(low, high) or super().collect_all(low, high)
+
+    def _collect_compiled(self, low: float, high: float) -> tuple[int, list[Near]] | None:
+        """Return what `collect_all` does, by compiled loops; None if there are none."""
+        if any(piece.values.dtype != torch.float32 for piece in self._pieces):
+            return None
+        parts = [
+            (piece, a, min(RANGE, piece.values.numel() - a))
+            for piece in self._pieces
+            for a in range(0, piece.values.numel(), RANGE)
+        ]
+        rows = compiled.empty_table(len(parts))
+        if rows is None:
+            return None
+        rows["parameter"] = [piece.values.data_ptr() + 4 * a for piece, a, _ in parts]
+        rows["size"] = [n for _, _, n in parts]
+        rows["scale"] = [1.0 if piece.scale is None else piece.scale for piece, _, _ in parts]
+        rows["low"], rows["high"] = self.as_integer(low), self.as_integer(high)
+        near = compiled.collect(rows, copies=False)
+        if near is None:
+            return None
+        starts = [piece.start + a - self._start for piece, a, _ in parts]
+        found = zip(starts, rows["size"].tolist(), near, strict=True)
+        return int(rows["below"].sum()), [Near(a, a + n, bits) for a, n, bits in found]
 
     def sample(self, step: int) -> np.ndarray:
         found, first = [], 0

@@ -9,10 +9,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..operators import Operator, Power
 from ..selection.cpu import INTEGER
 from .latent import LatentWeights
-from .scores import Piece
+from .ranges import Ranges
 from .segments import Segment
+
+TINY = 2.0**-100
+"""Effective weights of float32 weights above a threshold of this size cannot round to 0."""
+
+
+class Piece(NamedTuple):
+    """Neighbouring local weights of one type and one scale.
+
+    Example:
+        >>> Piece(torch.ones(2), 3).start
+        3
+    """
+
+    values: Tensor
+    """The weights, flat."""
+    start: int
+    """Index of the first among the local weights."""
+    scale: float | np.floating | None = None
+    """Scores are |w| times this; None for |w| itself."""
 
 
 class Span(NamedTuple):
@@ -61,11 +81,53 @@ def spans(weights: LatentWeights, segments: Sequence[Segment]) -> Iterator[Span]
                     yield Span(Piece(inside, start, scale), bound, tau)
 
 
-def flat_of(tensor: Tensor) -> Tensor:
-    """Return a dense tensor in the order of its memory, flat.
+def is_plain(operator: Operator, span: Span) -> bool:
+    """Return whether the passes on a CPU compute this operator on a span themselves.
 
     Example:
-        >>> flat_of(torch.tensor([[1.0, 2.0]]).t()).tolist()
-        [1.0, 2.0]
+        >>> piece, tau = Piece(torch.ones(2), 0), torch.tensor(0.1)
+        >>> is_plain(Power(3.0), Span(piece, 3, tau)), is_plain(Power(2.5), Span(piece, 3, tau))
+        (True, False)
     """
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
+    if operator.is_identity or keeps_all(operator, span):
+        return True
+    known, tau = type(operator) is Power and operator.p in (1.0, 2.0, 3.0), span.tau
+    return known and tau.dtype == torch.float32 and bool((tau == 0) | (tau >= TINY))
+
+
+def keeps_all(operator: Operator, span: Span) -> bool:
+    """Return whether the effective weights of a span are its latent weights.
+
+    Example:
+        >>> keeps_all(Power(3.0), Span(Piece(torch.ones(2), 0), -1, torch.tensor(0.0)))
+        True
+    """
+    return span.limit < 0 and (operator.is_identity or operator.identity_at_zero)
+
+
+def overlaps(
+    found: Ranges, every: Sequence[Span]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the overlaps of ranges and spans in the order of the weights.
+
+    Args:
+        found: the ranges of all local weights.
+        every: all spans, in the order of the weights.
+
+    Returns:
+        The number of the range of each overlap, that of its span, its first local weight and its
+        size.
+
+    Example:
+        >>> from torch_feather.weights.ranges import ranges
+        >>> weights = LatentWeights([torch.ones(2), torch.ones(3)])
+        >>> one = [Span(Piece(weights.flats[0], 0), 3, torch.tensor(0.5))]
+        >>> [x.tolist() for x in overlaps(ranges(weights), one)]
+        [[0, 1], [0, 0], [0, 2], [2, 3]]
+    """
+    starts = np.array([span.piece.start for span in every])
+    cuts = np.union1d(found.local, starts)
+    range_of = np.searchsorted(found.local, cuts, "right") - 1
+    ends = np.minimum(np.append(cuts[1:], np.inf), (found.local + found.size)[range_of])
+    span_of = np.searchsorted(starts, cuts, "right") - 1
+    return range_of, span_of, cuts, ends.astype(np.int64) - cuts

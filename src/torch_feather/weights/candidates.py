@@ -1,0 +1,95 @@
+"""Weights that may be kept, found while a copy of all weights is in a CPU's cache.
+
+Most weights are pruned. If the few others are known, the pass that writes the effective weights
+need not search for them. They only decide how fast it is, never its result.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..selection.cpu import INTEGER, magnitude_bits
+from ..threads import scratch
+
+MOST = 0.2
+"""Largest fraction of candidates that are held. Their indices of 2 bytes take a tenth of the memory
+of float32 weights."""
+MOST_VALUES = 1 / 16
+"""Largest fraction of which also the values are held."""
+
+
+class Candidates(NamedTuple):
+    """The weights of a range with a magnitude above a bound.
+
+    Example:
+        >>> Candidates(5, np.uint16([1, 2]), None).bound
+        5
+    """
+
+    bound: int
+    """As an integer."""
+    at: np.ndarray
+    """Their positions in the range, uint16, ascending."""
+    values: np.ndarray | None
+    """The weights; None if they would need too much memory."""
+
+
+def collect(w: np.ndarray, low: int, high: int) -> tuple[int, np.ndarray, Candidates | None]:
+    """Count and collect magnitudes as `Scores.collect`, and find candidates above the same bound.
+
+    Args:
+        w: the weights of a range, of at most 65536.
+        low: the lower bound, as an integer.
+        high: the upper bound, as an integer.
+
+    Returns:
+        The number of magnitudes up to `low`, those strictly between the bounds, and the candidates;
+        None if they are too many.
+
+    Example:
+        >>> low, high = np.float32([1.0, 3.0]).view(np.int32).tolist()
+        >>> count, near, candidates = collect(np.float32([1.0, -2.0, 3.0, 0.5, 0.25]), low, high)
+        >>> count, near.view(np.float32).tolist(), candidates
+        (3, [2.0], None)
+    """
+    bits = magnitude_bits(w)
+    above = np.greater(bits, low, out=scratch("above", bits.size, bool))
+    count = int(np.count_nonzero(above))
+    if count > MOST * w.size:
+        within = np.less(bits, high, out=scratch("within", bits.size, bool))
+        return w.size - count, bits[np.logical_and(within, above, out=within)], None
+    index = positions(above, count)
+    values = w.take(index)
+    scores = values.view(INTEGER[w.dtype]) & np.iinfo(bits.dtype).max
+    held = values if count <= MOST_VALUES * w.size else None
+    return w.size - count, scores[scores < high], Candidates(low, index.astype(np.uint16), held)
+
+
+def positions(mask: np.ndarray, count: int) -> np.ndarray:
+    """Return the positions of the True in a mask, as `np.flatnonzero`.
+
+    This function is slow if 1% to 10% are True, because a processor predicts none of them. So
+    words of eight are searched first, of which more are not 0.
+
+    Args:
+        mask: bool, contiguous.
+        count: how many are True.
+
+    Example:
+        >>> positions(np.arange(100) % 20 == 3, 5)
+        array([ 3, 23, 43, 63, 83])
+    """
+    if not 0.01 * mask.size <= count <= 0.1 * mask.size or mask.size % 8:
+        return np.flatnonzero(mask)
+    words = mask.view(np.uint64)
+    some = np.not_equal(words, 0, out=scratch("words", words.size, bool))
+    found = np.flatnonzero(some)
+    inside = np.flatnonzero(words.take(found).view(bool))
+    word = inside >> 3
+    index = found.take(word)
+    index -= word
+    index <<= 3
+    index += inside
+    return index

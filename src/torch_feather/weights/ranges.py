@@ -1,0 +1,117 @@
+"""Ranges of weights that stay in a CPU's cache from one pass to the next, and groups of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .latent import LatentWeights, flat_bits
+
+COLUMNS = 509
+"""64-bit words in a row of a checksum. A prime, so that exchanged rows or channels rarely keep
+their words in the same columns."""
+ROW_BYTES = 8 * COLUMNS
+RANGE = 64 * ROW_BYTES // 4
+"""Most weights in a range. For all types, a multiple of this begins at a row of a checksum."""
+GROUP = 4 * RANGE
+"""Most weights in a group."""
+
+
+class Ranges(NamedTuple):
+    """Local weights in ranges of one tensor each: int64 arrays with an entry per range.
+
+    Example:
+        >>> import torch
+        >>> ranges(LatentWeights([torch.ones(2), torch.ones(300_000)])).start
+        array([     0,      0,  65152, 130304, 195456, 260608])
+    """
+
+    position: np.ndarray
+    """Position of the weight tensor."""
+    start: np.ndarray
+    """First weight, in the order of the tensor's memory."""
+    size: np.ndarray
+    """Number of weights."""
+    local: np.ndarray
+    """Position of the first weight among the local ones; ascending."""
+
+    def of(self, tensors: Sequence[Tensor]) -> list[np.ndarray]:
+        """Return the memory of each range as integers of the width of its values.
+
+        Args:
+            tensors: one per weight tensor, dense in memory, on a CPU.
+        """
+        flat = [flat_bits(tensor) for tensor in tensors]
+        triples = zip(*(x.tolist() for x in self[:3]), strict=True)
+        return [flat[i][a : a + n] for i, a, n in triples]
+
+
+def wide_array(bits: np.ndarray, dtype: torch.dtype, wide: torch.dtype) -> np.ndarray:
+    """Return values as an array of type `wide`, in their own memory if they have this type.
+
+    Args:
+        bits: values as integers of their width.
+        dtype: their type.
+        wide: float32 or float64.
+
+    Example:
+        >>> wide_array(np.int16([0x3F80]), torch.bfloat16, torch.float32)
+        array([1.], dtype=float32)
+    """
+    if dtype == wide:
+        return bits.view(f"f{bits.itemsize}")
+    return torch.from_numpy(bits).view(dtype).to(wide).numpy()
+
+
+def ranges(weights: LatentWeights) -> Ranges:
+    """Return the ranges of all local weights in their order.
+
+    Args:
+        weights: the latent weights.
+
+    Example:
+        >>> import torch
+        >>> ranges(LatentWeights([torch.ones(2), torch.ones(300_000)])).size
+        array([    2, 65152, 65152, 65152, 65152, 39392])
+    """
+    return weights.constant("ranges", _ranges)
+
+
+def _ranges(weights: LatentWeights) -> Ranges:
+    spans = sorted((span, i) for i, span in enumerate(weights.local_spans) if span[0] < span[1])
+    every = [
+        (i, a, min(RANGE, last - first - a), first + a)
+        for (first, last), i in spans
+        for a in range(0, last - first, RANGE)
+    ]
+    return Ranges(*np.array(every, np.int64).reshape(-1, 4).T)
+
+
+def groups(weights: LatentWeights) -> list[slice]:
+    """Return the ranges in groups of neighbours of one type, with at most `GROUP` weights.
+
+    Args:
+        weights: the latent weights.
+
+    Example:
+        >>> import torch
+        >>> groups(LatentWeights([torch.ones(2), torch.ones(3), torch.ones(300_000)]))
+        [slice(0, 5, None), slice(5, 7, None)]
+    """
+    return weights.constant("groups", _groups)
+
+
+def _groups(weights: LatentWeights) -> list[slice]:
+    found: list[slice] = []
+    every, starts = ranges(weights), {part.start for part in weights.parts}
+    size = 0
+    for j, (n, local) in enumerate(zip(every.size.tolist(), every.local.tolist(), strict=True)):
+        if not found or size + n > GROUP or local in starts:
+            found.append(slice(j, j))
+            size = 0
+        found[-1], size = slice(found[-1].start, j + 1), size + n
+    return found

@@ -1,0 +1,167 @@
+"""Sums of what was written into parameters, by which later writes of other code are noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..threads import for_each, scratch
+from . import compiled
+from .checksum import checksum_of_columns, column_sums, may_be_nonfinite
+from .latent import LatentWeights
+from .ranges import COLUMNS, ranges
+
+
+class Sums(NamedTuple):
+    """Versions of tensors, and the sums of the columns of each of their `ranges`.
+
+    Example:
+        >>> w = torch.tensor([1.0, torch.inf])
+        >>> sums = sum_ranges(LatentWeights([w]), [w])
+        >>> sums.columns.shape, sums.nonfinite
+        ((1, 509), True)
+    """
+
+    versions: list[int]
+    columns: np.ndarray
+    """int64 of shape (ranges, COLUMNS)."""
+    nonfinite: bool
+    """Whether a value may be NaN or infinite."""
+
+    def checksum(self, weights: LatentWeights, i: int) -> int:
+        """Return the `checksum` of tensor i."""
+        of_tensor = self.columns[ranges(weights).position == i]
+        return checksum_of_columns(of_tensor.sum(0))
+
+
+class Recorded(list[Tensor]):
+    """Tensors to write, with their sums if the pass that writes them computes these.
+
+    Example:
+        >>> w = torch.ones(2)
+        >>> recorded, weights = Recorded([w]), LatentWeights([w])
+        >>> recorded.sums = sum_ranges(weights, recorded)
+        >>> _ = w.zero_()
+        >>> int(recorded.sums_of(weights).columns.sum())  # computed again
+        0
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        super().__init__(tensors)
+        self.sums: Sums | None = None
+
+    def sums_of(self, weights: LatentWeights) -> Sums:
+        """Return the sums of the present values."""
+        if self.sums is not None and self.sums.versions == versions(self):
+            return self.sums
+        return sum_ranges(weights, self)
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the versions of tensors.
+
+    Example:
+        >>> w = torch.ones(2)
+        >>> before = versions([w])
+        >>> _ = w.zero_()
+        >>> versions([w]) == before
+        False
+    """
+    return [tensor._version for tensor in tensors]
+
+
+def sum_ranges(weights: LatentWeights, tensors: Sequence[Tensor]) -> Sums:
+    """Return the sums of tensors.
+
+    Args:
+        weights: the layout, on a CPU.
+        tensors: one local tensor per weight tensor.
+
+    Example:
+        >>> w = torch.ones(2)
+        >>> sum_ranges(LatentWeights([w]), [w]).nonfinite
+        False
+    """
+    every = ranges(weights)
+    rows, columns = compiled.table(weights, tensors), np.empty((len(every.size), COLUMNS), np.int64)
+    if rows is not None:
+        compiled.sum_rows(rows, columns)
+        return Sums(versions(tensors), columns, bool(rows["flag"].any()))
+
+    position: list[int] = every.position.tolist()
+
+    def add(task: tuple[int, np.ndarray]) -> bool:
+        j, bits = task
+        column_sums(bits, columns[j])
+        return may_be_nonfinite(bits, tensors[position[j]].dtype)
+
+    odd = for_each(add, list(enumerate(every.of(tensors))))
+    return Sums(versions(tensors), columns, any(odd))
+
+
+def copy_unmodified(
+    weights: LatentWeights,
+    positions: Sequence[int],
+    parameters: Sequence[Tensor],
+    sums: Sums,
+) -> list[int]:
+    """Copy latent weights into parameters, except where these were modified.
+
+    A range is copied while it is in the cache for the comparison. If other ranges of a tensor were
+    modified, only those keep their values.
+
+    Args:
+        weights: the latent weights, on a CPU.
+        positions: of the weight tensors to copy; the others are only compared.
+        parameters: a local tensor for each weight tensor.
+        sums: of their values when they were written.
+
+    Returns:
+        The positions of parameters that were modified.
+
+    Example:
+        >>> u, weights = torch.zeros(2), LatentWeights([torch.ones(2)])
+        >>> sums = sum_ranges(weights, [u])
+        >>> copy_unmodified(weights, [0], [u], sums), u
+        ([], tensor([1., 1.]))
+        >>> copy_unmodified(weights, [0], [u], sums)
+        [0]
+    """
+    pairs = enumerate(zip(versions(parameters), sums.versions, strict=True))
+    modified = np.zeros(len(parameters), bool)
+    modified[[i for i, (now, then) in pairs if now != then]] = True
+    copied = ~modified & np.isin(np.arange(len(parameters)), positions)
+    every = ranges(weights)
+    rows = compiled.table(weights, parameters)
+    if rows is not None:
+        rows["latent"][~copied[every.position]] = 0
+        compiled.leave(rows, sums.columns)
+        differs = rows["flag"] != 0
+    else:
+        differs = _copy_unmodified(weights, parameters, sums, copied)
+    modified[every.position[differs]] = True
+    torch.autograd.graph.increment_version([parameters[i] for i in np.flatnonzero(copied).tolist()])
+    return np.flatnonzero(modified).tolist()
+
+
+def _copy_unmodified(
+    weights: LatentWeights, parameters: Sequence[Tensor], sums: Sums, copied: np.ndarray
+) -> np.ndarray:
+    """Copy as `copy_unmodified` with NumPy; return which ranges were modified."""
+    every = ranges(weights)
+
+    def copy(task: tuple[int, np.ndarray, np.ndarray]) -> bool:
+        j, parameter, latent = task
+        found = column_sums(parameter, scratch("sums", COLUMNS, np.int64))
+        if not np.array_equal(found, sums.columns[j]):
+            return True
+        if copied[every.position[j]]:
+            np.copyto(parameter, latent)
+        return False
+
+    tasks = zip(range(len(every.size)), every.of(parameters), every.of(weights.views), strict=True)
+    return np.array(for_each(copy, list(tasks)), bool)
