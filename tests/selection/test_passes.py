@@ -118,6 +118,14 @@ def test_other_types_agree_with_their_definition(operator, dtype):
         torch.testing.assert_close(u, expected, rtol=1e-14 if dtype == torch.float64 else 0, atol=0)
 
 
+def test_an_operator_without_a_compiled_pass_keeps_all_weights_before_pruning_begins(form):
+    weights = make_weights(3)
+    segment = Segment(0, weights.size, select_weights(weights, torch.tensor(0)))
+    out = [torch.zeros_like(view) for view in weights.views]
+    write_effective(weights, [segment], Power(4.0), out)
+    assert all(map(torch.equal, out, weights.views))
+
+
 def test_weights_below_the_smallest_normal_number_are_kept(form):
     weights = LatentWeights([torch.tensor([1e-44, 2e-44, 3e-44, 4e-44])])
     segment = Segment(0, 4, select_weights(weights, torch.tensor(1)))

@@ -271,7 +271,9 @@ def write_effective(
         last = np.append(range_of[1:] != range_of[:-1], True)
         rows["whole"], rows["columns"] = whole["parameter"][range_of], _addresses(columns)[range_of]
         rows["count"][last] = whole["size"][range_of[last]]
-    kind = int(operator.p) if isinstance(operator, Power) else "hard"
+    # Other operators are here only if all weights are kept.
+    known = isinstance(operator, Power) and operator.p in (1.0, 2.0, 3.0)
+    kind = int(operator.p) if known else "hard"  # type: ignore[attr-defined]
     _for_each_part(f"update_{kind}", rows)
     return bool(rows["flag"].any())
 
