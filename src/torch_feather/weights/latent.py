@@ -20,7 +20,7 @@ from .shards import local, shards_of
 BLOCK = 1 << 16
 # Weights per block on other devices: enough to fill them, and few compared with a large network.
 DEVICE_BLOCK = 1 << 24
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class PerTensor(NamedTuple):
