@@ -46,6 +46,7 @@ NAVIGATION = {
             "docs/quickstart",
             "docs/finetune_images",
             "docs/frameworks",
+            "docs/integrations",
             "docs/faq",
             "docs/compatibility",
         ],
@@ -66,7 +67,15 @@ NAVIGATION = {
     },
     "docs/methods/README": {"": ["*"]},
     "results/README": {
-        "": ["claims", "own_methods", "restructuring", "mutation", "fuzzing", "*/table"]
+        "": [
+            "claims",
+            "own_methods",
+            "restructuring",
+            "mutation",
+            "fuzzing",
+            "integrations",
+            "*/table",
+        ]
     },
 }
 

@@ -26,9 +26,7 @@ class GAN(L.LightningModule):
         self.generator = nn.Sequential(
             nn.Linear(16, 128), nn.LeakyReLU(0.2), nn.Linear(128, 64), nn.Tanh()
         )
-        self.discriminator = nn.Sequential(
-            nn.Linear(64, 128), nn.LeakyReLU(0.2), nn.Linear(128, 1)
-        )
+        self.discriminator = nn.Sequential(nn.Linear(64, 128), nn.LeakyReLU(0.2), nn.Linear(128, 1))
 
     def configure_optimizers(self):
         options = {"lr": 2e-3, "betas": (0.5, 0.999)}

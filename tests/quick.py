@@ -1,6 +1,7 @@
 """The choice of `pytest -m quick`, the inner loop: every part once, in under 60 seconds in all.
 
-Quick is the first case of every test that is not marked `slow` or `gpu`, except as listed here. A
+Quick is the first case of every test that is not marked `slow`, `gpu` or `apps`, except as listed
+here. A
 new test is quick unless it is added. `pytest -m quick --durations=20` shows which ones take long.
 """
 
@@ -16,7 +17,15 @@ EVERY_CASE = ["test_doctests.py"]
 # Not quick: no test of these files.
 NONE = [
     "distributed/test_sharded.py",
+    "examples/test_diffusers.py",
+    "examples/test_keras.py",
     "examples/test_lightning.py",
+    "examples/test_lightning_gan.py",
+    "examples/test_loops.py",
+    "examples/test_messages.py",
+    "examples/test_peft.py",
+    "examples/test_seq2seq.py",
+    "examples/test_skorch.py",
     "examples/test_timm.py",
     "examples/test_transformers.py",
     "examples/test_ultralytics.py",
@@ -134,8 +143,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         file = item.path.relative_to(TESTS).as_posix()
         test = getattr(item, "originalname", item.name)
-        slow = item.get_closest_marker("slow") or item.get_closest_marker("gpu")
-        if slow or not is_quick(file, test):
+        other = any(item.get_closest_marker(name) for name in ("slow", "gpu", "apps"))
+        if other or not is_quick(file, test):
             continue
         if (file, test) not in seen or file in EVERY_CASE:
             seen.add((file, test))

@@ -60,9 +60,7 @@ class Joint(example.GAN):
             sparsifier.detach()
         steps = int(self.trainer.estimated_stepping_batches)
         self.sparsifiers = [
-            feather.sparsify(
-                self, optimizers, sparsity=0.9, total_steps=steps, min_density=0.02
-            )
+            feather.sparsify(self, optimizers, sparsity=0.9, total_steps=steps, min_density=0.02)
         ]
         return optimizers, []
 

@@ -210,6 +210,14 @@ def test_a_pushed_network_can_be_loaded_from_the_hub(run, export, tmp_path, monk
     assert "95.00% of 306,720" in card
     assert "`feather`" in card
     assert str(tmp_path) not in card
+    assert front["pipeline_tag"] == "image-classification"
+    rows = re.findall(r"^\| (\S+\.weight) \| \S+ \| ([\d,]+) \| ([\d,]+) \|", card, re.MULTILINE)
+    trained = network(run)
+    assert {name: int(zeros.replace(",", "")) for name, _, zeros in rows} == {
+        name: int((trained.get_parameter(name) == 0).sum()) for name, *_ in rows
+    }
+    assert sum(int(zeros.replace(",", "")) for *_, zeros in rows) == round(0.95 * 306720)
+    assert "Classes, in the order of the outputs: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in card
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})  # the instructions work
     resolve_config("digits", folder / "config.yaml", {})  # the configuration is valid
 

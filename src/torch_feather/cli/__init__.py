@@ -25,6 +25,7 @@ from .predict import predict
 from .runs import evaluate, report
 from .studies import studies
 from .training import EXAMPLES, train
+from .tune import tune
 
 __all__ = [
     "app",
@@ -38,6 +39,7 @@ __all__ = [
     "recipes",
     "report",
     "train",
+    "tune",
 ]
 
 app = typer.Typer(
@@ -49,7 +51,7 @@ app = typer.Typer(
 )
 app.command(epilog=EXAMPLES)(train)
 app.add_typer(studies, name="study")
-for _command in (predict, evaluate, report, export, bench, methods, recipes, example):
+for _command in (tune, predict, evaluate, report, export, bench, methods, recipes, example):
     app.command()(_command)
 
 
