@@ -53,9 +53,10 @@ HEADER = """# Sparse training within other libraries
 
     python benchmarks/integrations.py --out results/integrations
 
-Each row is one of [docs/integrations.md](../docs/integrations.md), whose tests ran. *passed*: a resumed run equals an
-uninterrupted one bit for bit where the page says *exact*, and what is delivered has exactly `round(s * N)` zeros.
-Seconds are those of all tests of the row, imports included; they are no measurement of a library.
+Each row is one of [docs/integrations.md](../docs/integrations.md), whose tests ran (their number).
+*passed*: a resumed run equals an uninterrupted one bit for bit where the page says *exact*, and
+what is delivered has exactly `round(s * N)` zeros. Seconds are those of all tests of the row,
+imports included, on a machine that does other work too.
 
 """
 

@@ -24,8 +24,8 @@ import torch_feather as feather
 class Sparse(Callback):
     """Makes the network of each `fit` sparse.
 
-    After LoadInitState, skorch trains max_epochs more. To resume a run, set max_epochs to the epochs
-    that remain, and `epochs` to those of the whole run.
+    After LoadInitState, skorch trains max_epochs more. To resume a run, set max_epochs to the
+    epochs that remain, and `epochs` to those of the whole run.
     """
 
     def __init__(self, sparsity: float = 0.9, epochs: int | None = None):

@@ -77,9 +77,8 @@ def main(steps: int = 200) -> None:
     places = torch.eye(PLACES)[:-1]
     actions = policy(TensorDict({"observation": places}, [len(places)]))["action"]
     right = (actions == 1).float().mean()
-    print(
-        f"right at {right:.0%} of the places, {feather.sparsity(policy):.2%} of the weights are zero"
-    )
+    zeros = feather.sparsity(policy)
+    print(f"right at {right:.0%} of the places, {zeros:.2%} of the weights are zero")
 
 
 if __name__ == "__main__":

@@ -167,8 +167,8 @@ model = feather.models.create({json.dumps(network)}, {classes}, {channels})
 feather.load_sparse("{SCHEME}{repository}", model)
 ```
 
-The model has plain PyTorch layers; pruned weights are zeros. To repeat the training, use config.yaml
-of this repository:
+The model has plain PyTorch layers; pruned weights are zeros. To repeat the training, use
+config.yaml of this repository:
 
     feather train --config config.yaml --data-path DATA
 {_layers(layers)}"""

@@ -156,7 +156,8 @@ def tune(
         All trials that ended, the best one first.
 
     Raises:
-        ConfigurationError: there are no validation images, or the space has an invalid key or value.
+        ConfigurationError: there are no validation images, or a key or value of the space
+            is invalid.
         RunError: `out` holds a search with other settings.
         ImportError: Optuna is not installed.
 
