@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign
 
 import torch_feather as feather
@@ -28,9 +29,11 @@ def small_detector() -> FasterRCNN:
     )  # fmt: skip
     backbone.out_channels = 32
     return FasterRCNN(
-        backbone, num_classes=2, min_size=SIZE, max_size=SIZE, image_mean=[0] * 3,
-        image_std=[1] * 3, rpn_anchor_generator=AnchorGenerator(((16, 32),), ((1.0,),)),
-        box_roi_pool=MultiScaleRoIAlign(["0"], 4, 2), box_detections_per_img=4,
+        backbone, min_size=SIZE, max_size=SIZE, image_mean=[0] * 3, image_std=[1] * 3,
+        rpn_anchor_generator=AnchorGenerator(((16, 32),), ((1.0,),)),
+        rpn_pre_nms_top_n_train=100, rpn_post_nms_top_n_train=50, box_batch_size_per_image=32,
+        box_roi_pool=MultiScaleRoIAlign(["0"], 4, 2), box_head=TwoMLPHead(32 * 4 * 4, 64),
+        box_predictor=FastRCNNPredictor(64, num_classes=2), box_detections_per_img=4,
     )  # fmt: skip
 
 

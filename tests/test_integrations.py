@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,6 @@ def load_benchmark():
         "integrations", ROOT / "benchmarks" / "integrations.py"
     )
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules["integrations"] = module
     spec.loader.exec_module(module)
     return module
@@ -39,6 +38,15 @@ def test_every_example_of_training_within_a_library_has_a_row():
     named = {row.example for row in ROWS}
     found = {f.stem for f in EXAMPLES.glob("*.py") if "feather.sparsify(" in f.read_text()}
     assert named == found == set(benchmark.PACKAGES)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.example)
+def test_every_row_names_tests_that_exist(row):
+    assert row.tests
+    for file, test in row.tests:
+        text = (ROOT / file).read_text()
+        assert f"def {test}(" in text
+        assert not file.endswith("test_loops.py") or f'    "{row.example}": (' in text
 
 
 @pytest.mark.parametrize("example", sorted(CELLS))
