@@ -83,6 +83,7 @@ def test_a_run_records_every_contestant(step_overhead, tmp_path, monkeypatch, ca
     assert "feather, θ 0.5" in printed
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_once(step_overhead, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step_overhead.engine_cost, "CACHES", 1 << 16)
     monkeypatch.setattr(step_overhead.engine_cost, "REPEATS", 1)

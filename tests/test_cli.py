@@ -105,6 +105,7 @@ def test_the_old_name_of_the_tuning_file_is_accepted_with_a_warning(feather):
     assert error == "feather: nowhere: no such run directory"
 
 
+@pytest.mark.slow
 def test_the_runtime_alone_serves_a_run_with_its_measured_accuracy(
     run, feather, tmp_path, monkeypatch, capsys
 ):

@@ -197,10 +197,11 @@ def test_the_slope_of_the_density_is_that_of_the_weights(kind, r):
 
 # --- learned sparsity -----------------------------------------------------------------------
 
-TARGETS = [0.5, 0.8, 0.9, 0.95, 0.98, 0.99]
 
-
-@pytest.mark.parametrize("sparsity", TARGETS)
+@pytest.mark.parametrize(
+    "sparsity",
+    [0.5, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.8, 0.9, 0.95, 0.98)), 0.99],
+)
 @pytest.mark.parametrize(
     ("optimizer", "lr"), [("sgd", 0.1), ("sgd", 0.003), ("sgd", 0.0), ("adamw", 1e-3)]
 )
@@ -234,6 +235,7 @@ def test_str_controls_half_precision_within_its_ties():
     assert abs(task.sparsifier.learned_sparsity - 0.9) <= 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.8, 0.95, 0.98])
 @pytest.mark.parametrize("method", ["asl+", "feather-asl+"])
 def test_asl_plus_learns_a_sparsity_near_its_target(method, sparsity):

@@ -116,6 +116,24 @@ def test_p_below_1(p):
         sparsify(p=p)
 
 
+@pytest.mark.parametrize(
+    ("method", "option", "value"),
+    [
+        ("asl", "dense_below", -1),
+        ("asl+", "dense_below", -1),
+        ("str", "s_init", -1e300),
+        ("str", "s_init", math.nan),
+        ("probmask", "passes", 10**18),
+        ("probmask", "passes", 0),
+    ],
+)
+def test_an_option_outside_its_range_is_named(method, option, value):
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match=option):
+        feather.sparsify(model, optimizer, method, sparsity=0.5, total_steps=10, **{option: value})
+
+
 @pytest.mark.parametrize("theta", [-0.1, 1.1, math.nan, "Auto", "half"])
 def test_theta_outside_0_to_1(theta):
     with pytest.raises((ConfigurationError, TypeError), match="theta"):

@@ -113,6 +113,24 @@ def test_gradients_that_call_no_hook_are_cleared_before_the_step(form):
         assert (p.grad[~kept] == 0).all()
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [(torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.01}), (torch.optim.AdamW, {})],
+    ids=["sgd", "adamw"],
+)
+def test_a_new_optimizer_keeps_the_zeros_too(form, make, settings):
+    """They have no gradient, and its state has no momentum for them."""
+    model, _ = fixed(form, momentum=0.9)
+    zeros = [p == 0 for p in weights(model)]
+    other = make(model.parameters(), lr=0.01, **settings)
+    for number in range(5):
+        loss(model, number).backward()
+        other.step()
+        other.zero_grad()
+    assert all(torch.equal(p == 0, z) for p, z in zip(weights(model), zeros, strict=True))
+
+
 def test_gradients_from_before_are_cleared():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

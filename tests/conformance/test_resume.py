@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import torch_feather as feather
-from torch_feather.engine.checkpoint import Header
+from torch_feather.engine.checkpoint import FORMAT, Header
 from torch_feather.errors import StateError
 
 from .harness import (
@@ -370,6 +370,27 @@ def test_an_impossible_step_is_an_error(step):
     run = start().train(0, 3)
     with unchanged(run), pytest.raises(StateError, match=r"header for .* is damaged"):
         run.sparsifier.load_state_dict(state)
+
+
+def test_any_changed_byte_of_a_header_is_an_error():
+    """As of a damaged disk; a changed count of steps would be trained from otherwise."""
+    state = start().train(0, 2).sparsifier.state_dict()
+    right = state["2.weight"]["header"]
+    run = start().train(0, 3)
+    for position in range(len(right)):
+        state["2.weight"]["header"] = right.clone()
+        state["2.weight"]["header"][position] ^= 0x81
+        with unchanged(run), pytest.raises(StateError, match=r"header for 2\.weight is damaged"):
+            run.sparsifier.load_state_dict(state)
+
+
+def test_a_header_of_version_0_1_has_no_checksum_and_is_read():
+    header = Header(FORMAT, 3, 10, 5, -6, 7, 8)
+    words = b"".join(value.to_bytes(8, "little", signed=True) for value in header)
+    old = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+    assert Header.read(old) == header
+    assert not torch.equal(header.tensor(), old)
+    assert Header.read(header.tensor().half()) == header  # as optimizers cast loaded states
 
 
 def test_weights_of_different_steps_are_an_error():

@@ -5,8 +5,12 @@ the user has, the latent weights, the effective weights and the sparsity have to
 is float64 if possible, so that no deviation is mistaken for rounding.
 """
 
+from collections.abc import Iterator
+from itertools import product
+
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
@@ -98,19 +102,27 @@ def test_every_method_is_listed():
     assert named == set(feather.available_methods())
 
 
-@pytest.mark.parametrize(
-    ("method", "optimizer"),
-    [
-        (method, optimizer)
-        for method in METHODS
-        for optimizer in OPTIMIZERS
+def pairs() -> Iterator[ParameterSet]:
+    """Every method with every optimizer; slow are all but every sixth, in which each of both is."""
+    for (i, method), (j, optimizer) in product(enumerate(METHODS), enumerate(OPTIMIZERS)):
         # SOAP turns into eigenvectors of matrices of low rank, which the last bit decides: where a
         # method's own gradient enters the clipping, no other form of it has all bits the same.
-        if METHODS[method].exact or "soap" not in optimizer
+        if not METHODS[method].exact and "soap" in optimizer:
+            continue
         # L-BFGS takes differences of gradients under different masks for curvature, and diverges.
-        if optimizer != "lbfgs" or not method.startswith(("probmask", "spartan", "feather-asl+"))
-    ],
-)
+        if optimizer == "lbfgs" and method.startswith(("probmask", "spartan", "feather-asl+")):
+            continue
+        marks = [pytest.mark.slow] if (i + j) % 6 else []
+        yield pytest.param(method, optimizer, marks=marks)
+
+
+def test_each_method_and_each_optimizer_is_in_a_pair_that_is_not_slow():
+    fast = [pair.values for pair in pairs() if not pair.marks]
+    assert {method for method, _ in fast} == set(METHODS)
+    assert {optimizer for _, optimizer in fast} == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize(("method", "optimizer"), pairs())
 def test_every_method_under_every_optimizer(method, optimizer):
     compare(method, optimizer, "mlp", RECIPES["clip"])
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 import torch_feather as feather
 from torch_feather.engine.wrappers import levels_of, plain_optimizer
-from torch_feather.errors import ConfigurationError, StateError
+from torch_feather.errors import ConfigurationError, FeatherWarning, StateError
 
 from .harness import assert_same
 from .optimizers import Delegating, TrustRatio
@@ -421,8 +421,30 @@ def test_an_optimizer_made_anew_is_noticed_after_the_old_one_is_gone():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     gc.collect()
     model(torch.ones(1, 8)).sum().backward()
-    with pytest.raises(StateError, match="belongs to another optimizer"):
+    with pytest.raises(StateError, match="deleted with another optimizer"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_after_an_optimizer_is_deleted_training_goes_on_as_its_error_advises(dense):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    feather.sparsify(model, optimizer, sparsity=0.5, total_steps=STEPS, schedule="one-shot")
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    effective = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gc.collect()
+    with pytest.warns(FeatherWarning, match=r"sparsifier of weight was deleted .*latent weights"):
+        sparsifier = feather.sparsify(model, optimizer, sparsity=0.5, total_steps=STEPS)
+    assert torch.equal(sparsifier.latent_weights()["weight"], effective)
+    if dense:
+        sparsifier.detach()
+    for _ in range(STEPS):
+        model(torch.ones(1, 8)).square().sum().backward()
+        optimizer.step()
+    assert (model.weight == 0).sum() == (0 if dense else 16)
 
 
 def test_other_models_and_optimizers_are_left_alone():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from checks import CHECKS, KINDS, load
 from loops import STEPS, attach, network, step
@@ -47,6 +48,7 @@ def run(world, folder):
     return failed
 
 
+@pytest.mark.slow
 def test_checks_in_two_and_four_processes(tmp_path):
     for world in (2, 4):
         failed = run(world, tmp_path)
@@ -55,6 +57,7 @@ def test_checks_in_two_and_four_processes(tmp_path):
         one_process_resumes(tmp_path, kind, how)
 
 
+@pytest.mark.slow
 def test_checks_in_eight_processes(tmp_path):
     failed = run(8, tmp_path)
     assert not failed, "\n".join(f"{name}: {error}" for name, error in failed.items())

@@ -17,6 +17,7 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_triton
 def test_interpreted_steps_have_few_launches_and_the_bits_of_the_cpu():
     """See `launches.py`: at most 18 launches for any number of tensors, and no host read."""

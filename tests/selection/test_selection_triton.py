@@ -22,6 +22,7 @@ needs_triton = pytest.mark.skipif(
 COUNTS = (0, 1, 4097, 8550, 9000, 9001)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_interpreted_kernels_find_the_reference_cutoff():
     script = Path(__file__).parent / "interpreted.py"
@@ -35,7 +36,14 @@ def test_interpreted_kernels_find_the_reference_cutoff():
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("dtype", "target"), [("fp32", 80), ("fp32", 90), ("bf16", 90), ("fp64", 90)]
+    ("dtype", "target"),
+    [
+        ("bf16", 90),
+        *(
+            pytest.param(*slow, marks=pytest.mark.slow)
+            for slow in [("fp32", 80), ("fp32", 90), ("fp64", 90)]
+        ),
+    ],
 )
 def test_kernels_compile_without_a_device(dtype, target, tmp_path, monkeypatch):
     from torch_feather.selection import triton_kernels as kernels

@@ -176,6 +176,7 @@ def test_after_the_deadline_no_run_starts_but_finished_ones_are_reported(tmp_pat
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_does_not_affect_the_others():
     with _processes(1) as submit:
         died, fine = submit(os._exit, 1), submit(pow, 2, 3)
@@ -280,6 +281,7 @@ def begun(folder):
     return command, process, first
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_killed_study_exit(tmp_path):
     _, process, first = begun(tmp_path)
     process.kill()
@@ -290,11 +292,12 @@ def test_the_processes_of_a_killed_study_exit(tmp_path):
         assert first.load()["step"] >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
         pytest.param(signal.SIGINT, id="ctrl-c"),
-        pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, id="killed"),
     ],
 )
 def test_an_interrupted_study_resumes(tmp_path, how):

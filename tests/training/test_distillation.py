@@ -203,6 +203,7 @@ def test_a_timm_teacher_has_its_published_weights_and_normalization(tmp_path, mo
     torch.testing.assert_close(loaded(given), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_distill_the_same_network_as_one(tmp_path):
     train(digits(network="plain", method="dense", seed=7), tmp_path / "teacher")
     config = digits(network="plain", **{"distillation.teacher": str(tmp_path / "teacher")})

@@ -155,7 +155,9 @@ def pair(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("batch_size", [100, 431])  # of 1294 images; the last batch has 94, and 1
+@pytest.mark.parametrize(
+    "batch_size", [100, pytest.param(431, marks=pytest.mark.slow)]
+)  # of 1294 images; the last batch has 94, and 1
 def test_two_processes_train_the_same_network_as_one(tmp_path, batch_size):
     config = digits(network="plain", batch_size=batch_size)
     codes, errors = together(config, tmp_path / "two")
@@ -172,6 +174,7 @@ def test_two_processes_train_the_same_network_as_one(tmp_path, batch_size):
         assert b["val_acc"] == pytest.approx(a["val_acc"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_report_of_two_processes_matches_their_stored_network(pair):
     from torch_feather.cli import app  # noqa: F401 - the extra is installed
     from torch_feather.training.data import eval_loader, load_dataset
@@ -188,6 +191,7 @@ def test_the_report_of_two_processes_matches_their_stored_network(pair):
     assert report["test_loss"] == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [7, 30])
 def test_stopped_processes_resume_bitwise_identically(pair, tmp_path, step):
     config = digits(network="noisy")
@@ -199,6 +203,7 @@ def test_stopped_processes_resume_bitwise_identically(pair, tmp_path, step):
     assert outcome(tmp_path / "run") == outcome(pair)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_another_number_of_processes(tmp_path):
     config = digits(network="noisy")
     together(config, tmp_path / "run", stop=20)
@@ -207,6 +212,7 @@ def test_a_run_resumes_with_another_number_of_processes(tmp_path):
     assert RunDirectory(tmp_path / "run").read_metrics()[-1]["step"] == 3 * 13
 
 
+@pytest.mark.slow
 def test_an_error_of_the_first_process_ends_all(tmp_path):
     config = digits(network="plain")
     train(digits(network="plain", epochs=1), tmp_path / "run")
@@ -215,6 +221,7 @@ def test_an_error_of_the_first_process_ends_all(tmp_path):
     assert all("a resumed run keeps its settings; epochs was 1, not 3" in e for e in errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "where"), [(1, "data"), (1, "step"), (0, "callback")])
 def test_an_error_of_one_process_ends_all(tmp_path, rank, where):
     codes, errors = together(digits(), tmp_path / "run", failing=(str(rank), where))

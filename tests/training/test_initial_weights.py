@@ -217,6 +217,7 @@ def test_pretrained_and_init_exclude_each_other(monkeypatch, capsys):
     assert "both name initial weights" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_the_command_says_in_one_line_that_the_head_is_replaced(hub, tmp_path):
     arguments = ["--pretrained", "--network", "timm/resnet18", "--data", "digits", "--epochs", "1",
                  "--batch-size", "512", "--no-compare-dense",

@@ -71,6 +71,7 @@ def expected(run):
         return torch.cat([network(x).softmax(1) for x, _ in batches])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["run", "sparse", "safetensors", "onnx"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_answers_are_those_of_the_evaluation(run, photos, files, feather, source, compiled):

@@ -202,6 +202,7 @@ def test_the_lock_ends_with_its_holder(tmp_path):
             pass
 
 
+@pytest.mark.slow
 def test_temporary_files_of_a_killed_writer_are_deleted_by_the_next_one(tmp_path):
     write = """
 import os, signal, sys

@@ -114,6 +114,7 @@ def test_a_damaged_image_is_a_one_line_error_that_names_it(folder, workers):
         list(batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("request_to_stop", [signal.SIGINT, signal.SIGTERM])
 def test_workers_ignore_signals_to_stop(folder, request_to_stop):
     expected = list(training(folder))

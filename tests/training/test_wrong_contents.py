@@ -150,6 +150,7 @@ def outcome(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_every_wrong_report_is_shown_right_or_refused_in_one_line(made, tmp_path, outcome):
     folder = tmp_path / "run"
     shutil.copytree(made / "finished", folder)
@@ -331,6 +332,7 @@ def states(state: dict) -> Iterator[tuple[str, Any]]:
             yield f"{name} = {wrong!r}"[:80], replaced(state, path, wrong)
 
 
+@pytest.mark.slow
 def test_from_every_wrong_checkpoint_the_run_ends_with_the_same_bits(made, tmp_path, monkeypatch):
     """The wrong value does no harm, or the checkpoint before is taken, with a warning."""
     monkeypatch.setattr(loop, "_plot", lambda *details: None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import ConfigurationError, StateError, some
+from ..errors import ConfigurationError, StateError, some, warn
 from ..methods.base import Rate
 from ..prunable import Prunable, unwrap
 from ..weights.shards import fsdp_units, is_sharded, local
@@ -218,11 +218,34 @@ def _check_free(model: nn.Module, prunable: Sequence[Prunable]) -> None:
             "DistributedDataParallel steps optimizers of _apply_optimizer_in_backward while it "
             "averages gradients, without calling hooks. Step the optimizer after the backward pass."
         )
+    deleted = forget_deleted([p.parameter for p in prunable])
+    if deleted:
+        warn(
+            f"The sparsifier of {some([prunable[i].name for i in deleted])} was deleted with its "
+            "optimizer, and the latent weights with it: training starts from the effective "
+            "weights. To start from the latent weights, call detach() before deleting an optimizer."
+        )
     for p in prunable:
         if p.parameter in attached:
             raise ConfigurationError(
                 f"{p.name} already has a sparsifier. Call its detach() or finalize() first."
             )
+
+
+def forget_deleted(parameters: Sequence[Tensor]) -> list[int]:
+    """Remove parameters from `attached` whose sparsifier was deleted with its optimizer.
+
+    Returns:
+        Their positions in `parameters`.
+
+    Example:
+        >>> forget_deleted([torch.ones(2)])
+        []
+    """
+    found = [i for i, p in enumerate(parameters) if p in attached and attached[p]() is None]
+    for i in found:
+        del attached[parameters[i]]
+    return found
 
 
 def _checked(optimizer: Any) -> Optimizer:

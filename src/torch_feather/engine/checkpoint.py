@@ -8,6 +8,7 @@ to the type of the parameter. Half precision holds every byte exactly, but not e
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ from .stored_bytes import from_bytes, has_values, stored_bytes, to_bytes
 
 FORMAT = 1
 MOST_STEPS = 2**53  # of training; a header with more is damaged
+# Bytes of a header with the CRC-32 of the others: the upper half of the format's number. States of
+# version 0.1 hold zeros there and are not checked.
+CHECKSUM = slice(4, 8)
 # Prefix of the keys of these entries.
 PREFIX = "feather_"
 
@@ -58,17 +62,21 @@ class Header(NamedTuple):
     """Checksum of the parameter's effective weights; 0 for parameters that are not prunable."""
 
     def tensor(self) -> Tensor:
-        """Return the header as uint8 of shape (56,), little-endian."""
-        data = b"".join(value.to_bytes(8, "little", signed=True) for value in self)
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        """Return the header as uint8 of shape (56,), little-endian, with its checksum."""
+        data = bytearray().join(value.to_bytes(8, "little", signed=True) for value in self)
+        data[CHECKSUM] = zlib.crc32(data).to_bytes(4, "little")
+        return torch.frombuffer(data, dtype=torch.uint8)
 
     @classmethod
     def read(cls, tensor: Tensor) -> Header | None:
-        """Return the header in a tensor, None if it holds none."""
+        """Return the header in a tensor, None if it holds none or a damaged one."""
         data = stored_bytes(tensor)
         if data is None or data.numel() != 8 * len(cls._fields):
             return None
-        content = data.cpu().numpy().tobytes()
+        content = bytearray(data.cpu().numpy().tobytes())
+        checksum, content[CHECKSUM] = content[CHECKSUM], bytes(4)
+        if any(checksum) and checksum != zlib.crc32(content).to_bytes(4, "little"):
+            return None
         words = (content[i : i + 8] for i in range(0, len(content), 8))
         return cls(*(int.from_bytes(word, "little", signed=True) for word in words))
 
@@ -343,7 +351,7 @@ def by_position(
     for (g, i), own in entries.items():
         if (g, i) in position_at:
             found[position_at[g, i]] = own
-        elif "header" in own and getattr(Header.read(own["header"]), "shape", 0) != 0:
+        elif "header" in own and getattr(Header.read(own["header"]), "shape", None) != 0:
             foreign.append(f"parameter {i} of group {g}")
     return found, foreign
 

@@ -109,6 +109,14 @@ def _foreign(optimizer: Optimizer, held: list[Any], steps: list[Any]) -> StateEr
     }
     found = [names[id(p)] for p in held if id(p) in names]
     weights = some(found) if found else f"{len(held)} weights"
+    if not steps:
+        return StateError(
+            f"This {kind} would step {weights}, whose sparsifier was deleted with another "
+            "optimizer, and would train the pruned ones, too. To start again from the effective "
+            "weights, call sparsify with the new optimizer; to train dense, call detach() of what "
+            "it returns. Before deleting an optimizer, call finalize(), or keep state_dict() of "
+            "its sparsifier."
+        )
     return StateError(
         f"This {kind} would step {weights}, whose sparsifier belongs to another "
         "optimizer, so it would train effective weights instead of latent ones. To replace the "

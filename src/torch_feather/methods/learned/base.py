@@ -109,7 +109,7 @@ class LearnedMethod:
         optimizer: optimizer of the learned parameters.
         schedule: the target sparsity over time.
         dense_below: tensors of fewer weights stay dense. A convolution with groups counts with the
-            weights that it would have without groups, as in ASL's public code.
+            weights that it would have without groups, as in ASL's public code. At least 0.
         exact_from: fraction of training after which the count is made exact. None: never; the
             method learns the final sparsity.
 
@@ -126,6 +126,10 @@ class LearnedMethod:
     schedule: Schedule
     dense_below: int = 0
     exact_from: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.dense_below >= 0:
+            raise ConfigurationError(f"dense_below must be at least 0, got {self.dense_below!r}.")
 
     def bind(self, context: MethodContext) -> LearnedThresholds:
         """Return the method on one model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +82,7 @@ class Sigmoid:
         s_init: s before training.
 
     Raises:
-        ConfigurationError: s_init is not finite.
+        ConfigurationError: s_init is not a finite float32 number.
 
     Example:
         >>> law, weights = Sigmoid(s_init=-100.0), LatentWeights([torch.ones(2)])
@@ -95,8 +94,10 @@ class Sigmoid:
     unit = "logit"
 
     def __post_init__(self) -> None:
-        if not -math.inf < self.s_init < math.inf:
-            raise ConfigurationError(f"s_init must be a finite number, got {self.s_init!r}.")
+        if not abs(self.s_init) <= torch.finfo(torch.float32).max:
+            raise ConfigurationError(
+                f"s_init must be a finite float32 number, got {self.s_init!r}."
+            )
 
     def start(self, weights: LatentWeights, sparsity: float) -> float:
         """Return `s_init`."""

@@ -32,6 +32,7 @@ MARGIN = 2.0**-21
 BEGIN, END = 0.16, 0.6
 # Weights per block of a mask that is drawn on a CPU: its integers stay in the L2 cache.
 BLOCK = 1 << 15
+MOST_PASSES = 1000  # the paper uses 2; many more are a mistake, such as the number of steps
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,11 @@ class ProbabilisticMethod:
     seed: int
 
     def __post_init__(self) -> None:
-        if not self.epochs >= 2 or not 0 <= self.finetune < 1 or not self.passes >= 1:
+        passes = 1 <= self.passes <= MOST_PASSES
+        if not self.epochs >= 2 or not 0 <= self.finetune < 1 or not passes:
             raise ConfigurationError(
                 "epochs must be at least 2, finetune a fraction of the steps in [0, 1) and passes "
-                f"at least 1; got epochs={self.epochs!r}, finetune={self.finetune!r}, "
+                f"from 1 to {MOST_PASSES}; got epochs={self.epochs!r}, finetune={self.finetune!r}, "
                 f"passes={self.passes!r}."
             )
 

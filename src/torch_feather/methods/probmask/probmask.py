@@ -29,8 +29,8 @@ def probmask(
         finetune: fraction of the steps in the last phase, with a frozen mask; published: 20 of 320
             epochs.
         lr: Adam's learning rate for the probabilities, with its own cosine schedule.
-        passes: masks that each step averages over in a loop with `Sparsifier.passes`; the paper
-            uses 2.
+        passes: masks that each step averages over in a loop with `Sparsifier.passes`, at most 1000;
+            the paper uses 2.
         seed: seed of the masks, the same on all ranks of a distributed training run.
 
     Example:
