@@ -1,8 +1,8 @@
 """The choice of `pytest -m quick`, the inner loop: every part once, in under 60 seconds in all.
 
 Quick is the first case of every test that is not marked `slow`, `gpu` or `apps`, except as listed
-here. A
-new test is quick unless it is added. `pytest -m quick --durations=20` shows which ones take long.
+here. A new test is quick unless it is added. `pytest -m quick --durations=20` shows which ones take
+long.
 """
 
 from pathlib import Path
