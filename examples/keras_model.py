@@ -23,6 +23,7 @@ import torch_feather as feather
 BATCH = 64
 
 
+@keras.saving.register_keras_serializable()
 class SparseModel(keras.Model):
     """A model that trains with an optimizer of PyTorch."""
 
@@ -94,8 +95,7 @@ def main(epochs: int = 6) -> None:
     with TemporaryDirectory() as folder:
         train(Path(folder), epochs, stop=epochs // 2)
         train(Path(folder), epochs).save(Path(folder) / "model.keras")
-        classes = {"SparseModel": SparseModel}
-        model = keras.saving.load_model(Path(folder) / "model.keras", custom_objects=classes)
+        model = keras.saving.load_model(Path(folder) / "model.keras")
     _, accuracy = model.evaluate(x[1400:], y[1400:], verbose=0)
     zeros = feather.sparsity(model, include="*kernel")
     print(f"{accuracy:.1%} accuracy, {zeros:.2%} of the weights are zero")
