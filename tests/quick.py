@@ -8,6 +8,7 @@ long.
 from pathlib import Path
 
 import pytest
+from thinned import mark_slow_cases
 
 TESTS = Path(__file__).parent
 
@@ -131,6 +132,7 @@ def is_quick(file: str, test: str) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow_cases(items)
     seen = set()
     for item in items:
         file = item.path.relative_to(TESTS).as_posix()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import quick
+import thinned
 
 import torch_feather
 
@@ -313,10 +314,11 @@ def test_examples_are_not_skipped():
     assert_none(found)
 
 
-def test_tests_that_are_quick_or_not_exist():
-    """A test that was renamed has another name in tests/quick.py, too."""
+def test_tests_that_are_quick_or_thinned_exist():
+    """A test that was renamed has another name in tests/quick.py and tests/thinned.py, too."""
     found = []
-    for file, test in quick.listed():
+    cases = [(file, test) for file, tests in thinned.EVERY.items() for test in tests]
+    for file, test in quick.listed() + cases:
         path = quick.TESTS / file
         if not path.exists():
             found.append(f"tests/{file} does not exist")

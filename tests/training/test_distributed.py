@@ -155,9 +155,8 @@ def pair(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "batch_size", [100, pytest.param(431, marks=pytest.mark.slow)]
-)  # of 1294 images; the last batch has 94, and 1
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [100, 431])  # of 1294 images; the last batch has 94, and 1
 def test_two_processes_train_the_same_network_as_one(tmp_path, batch_size):
     config = digits(network="plain", batch_size=batch_size)
     codes, errors = together(config, tmp_path / "two")

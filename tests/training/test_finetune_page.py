@@ -56,6 +56,7 @@ def follow(feather, more=()):
     return json.loads(Path("first/sparse/report.json").read_text()), asked
 
 
+@pytest.mark.slow
 def test_the_page_can_be_followed_with_few_images_and_steps(feather, monkeypatch):
     (pixels, labels), (test_pixels, test_labels) = read_digits(None)
     few = (pixels[:250], labels[:250]), (test_pixels[:60], test_labels[:60])

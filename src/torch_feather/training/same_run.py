@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..errors import ConfigurationError, warn
+from ..errors import ConfigurationError, printable, warn
 from .checkpoint import changed_keys
 from .config import Config, apply, flatten, to_dict, upgrade
 from .data import changed_data, identity_digest
@@ -75,7 +75,7 @@ def check_same_run(
                 "config.yaml, or start a new run in another --out."
             )
     try:
-        changes = changed_data(state.get("data", data), data)
+        changes = [printable(text)[:500] for text in changed_data(state.get("data", data), data)]
     except (AttributeError, TypeError):
         raise DamagedCheckpoint("the identity of the images in the checkpoint is damaged") from None
     if changes:
@@ -124,8 +124,8 @@ def _accept(config: Config, differences: str, digest: str, batches: int, before:
     if batches != before:
         raise CheckpointError(
             f"the images have changed since the checkpoint: {differences}. An epoch has {batches} "
-            f"steps now, not {before}, so the run cannot continue. Restore the images, or start a "
-            "new run in another --out."
+            f"steps now, not {printable(before)}, so the run cannot continue. Restore the images, "
+            "or start a new run in another --out."
         )
     if config.system.accept_data != digest:
         raise CheckpointError(
