@@ -114,12 +114,12 @@ def test_a_search_by_test_images_is_an_error(trained, tmp_path):
         tune(config(**{"data.validation": 0}), tmp_path)
 
 
-def test_the_command_trains_and_names_the_best_settings(tmp_path):
-    options = ["--set", "epochs=1", "--set", "batch_size=256", "--set", "system.threads=1"]
-    result = CliRunner().invoke(app, ["tune", "--out", str(tmp_path), "--trials", "1", *options])
-    assert result.exit_code == 0, result.output
-    assert "best.yaml" in result.output
-    report = json.loads((tmp_path / "trials" / "000" / "report.json").read_text())
-    rows = json.loads((tmp_path / "trials.json").read_text())
-    by_number = {row["trial"]: row["validation_accuracy"] for row in rows}
-    assert by_number[0] == report["validation_accuracy"]
+def test_the_command_searches_and_resumes(trained, tmp_path):
+    options = ["--set", "epochs=1", "--search", "optimizer.lr=0.1,0.2", "--out", str(tmp_path)]
+    for trials in ("2", "3"):
+        result = CliRunner().invoke(app, ["tune", "--trials", trials, *options])
+        assert result.exit_code == 0, result.output
+    assert "trial 2: " in result.output
+    assert "trial 0: " not in result.output  # it ended the first time
+    assert str(tmp_path / "best.yaml") in result.output
+    assert [config.epochs for config, *_ in trained] == [1, 1, 1]
