@@ -34,8 +34,9 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = "torch-feather"
-html_static_path = ["_static"]
+html_static_path = ["_static", "../src/torch_feather/studies/tables.js"]
 html_css_files = ["site.css"]
+html_js_files = [("tables.js", {"defer": "defer"})]  # also in the pages of studies
 html_theme_options = {"top_of_page_buttons": []}
 html_copy_source = False
 
@@ -45,19 +46,23 @@ NAVIGATION = {
         "Start": [
             "docs/quickstart",
             "docs/finetune_images",
-            "docs/frameworks",
+            "Put it in your loop <docs/frameworks>",
             "docs/integrations",
-            "docs/faq",
-            "docs/compatibility",
+            "docs/choose_method",
+            "docs/choose_sparsity",
+            "docs/deploy",
+            "docs/migrate",
         ],
-        "Sparsity": ["docs/targets", "docs/patterns", "docs/finetuning"],
+        "Help": ["docs/troubleshooting", "docs/faq", "docs/compatibility"],
         "Guides": [
+            "docs/targets",
+            "docs/patterns",
+            "docs/finetuning",
             "docs/training",
             "docs/files",
-            "docs/scale",
             "docs/runtime",
             "docs/native",
-            "docs/deploy",
+            "docs/scale",
         ],
         "Methods": ["docs/methods/README"],
         "Studies and results": [

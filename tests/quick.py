@@ -1,6 +1,6 @@
 """The choice of `pytest -m quick`, the inner loop: every part once, in under 60 seconds in all.
 
-Quick is the first case of every test that is not marked `slow`, `gpu` or `apps`, except as listed
+Quick is the first case of every test not marked `slow`, `more`, `gpu` or `apps`, except as listed
 here. A new test is quick unless it is added. `pytest -m quick --durations=20` shows which ones take
 long.
 """
@@ -8,7 +8,7 @@ long.
 from pathlib import Path
 
 import pytest
-from thinned import mark_slow_cases
+from thinned import mark_further_cases
 
 TESTS = Path(__file__).parent
 
@@ -132,12 +132,12 @@ def is_quick(file: str, test: str) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    mark_slow_cases(items)
+    mark_further_cases(items)
     seen = set()
     for item in items:
         file = item.path.relative_to(TESTS).as_posix()
         test = getattr(item, "originalname", item.name)
-        other = any(item.get_closest_marker(name) for name in ("slow", "gpu", "apps"))
+        other = any(map(item.get_closest_marker, ("slow", "more", "gpu", "apps")))
         if other or not is_quick(file, test):
             continue
         if (file, test) not in seen or file in EVERY_CASE:

@@ -1,7 +1,7 @@
-"""Tests with many similar cases, of which the suite runs every n-th; the others are marked `slow`.
+"""Tests with many similar cases, of which the suite runs every n-th; the others are marked `more`.
 
-`.ci/run` runs both. A table, because the cases to leave out are chosen by their time alone: run
-`pytest -n auto --durations=50` to see which take long.
+`pytest -m more` runs those, as a nightly workflow does. A table, because the cases to leave out are
+chosen by their time alone: `pytest -n auto --durations=50` shows which tests take long.
 """
 
 from collections import Counter
@@ -87,7 +87,7 @@ EVERY = {
 }
 
 
-def mark_slow_cases(items: list[pytest.Item]) -> None:
+def mark_further_cases(items: list[pytest.Item]) -> None:
     """Mark all but every n-th collected case of the tests in `EVERY`."""
     seen: Counter[tuple[str, str]] = Counter()
     for item in items:
@@ -95,5 +95,5 @@ def mark_slow_cases(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("slow"):
             continue
         if seen[test] % EVERY.get(test[0], {}).get(test[1], 1):
-            item.add_marker("slow")
+            item.add_marker("more")
         seen[test] += 1

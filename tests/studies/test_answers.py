@@ -1,5 +1,6 @@
 """Answers of studies: sentences, tables, figures and pages."""
 
+import itertools
 import json
 import random
 import re
@@ -7,8 +8,9 @@ import statistics
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from torch_feather.analysis.plots import line_style
+from torch_feather.analysis.plots import line_style, scheme_style
 from torch_feather.studies import STUDIES, pareto, published, stability
 from torch_feather.studies.command import base_config
 from torch_feather.studies.comparison import compare_pairs, holm, interval, p_value, paired
@@ -168,8 +170,44 @@ def test_the_curves_are_means_with_bars(rows):
     axes = plot_over_sparsity(rows).axes[0]
     heights = {tuple(bar.lines[0].get_ydata()) for bar in axes.containers}
     assert heights == {(40.0, 30.0), (25.0,)}
-    legend = {text.get_text() for text in axes.figure.legends[0].get_texts()}
-    assert legend == {"dense (n=1)", "weak (n=2)", "strong (n=1)"}
+    assert not axes.figure.legends
+    names = [text.get_text() for text in axes.texts]
+    assert names == ["dense (n=1)", "strong (n=1)", "weak (n=2)"]  # downwards, as their lines end
+    assert axes.get_ylabel() == "test accuracy (%)"
+
+
+def test_the_number_of_runs_is_on_the_axis_if_it_is_the_same_everywhere(row):
+    axes = plot_over_sparsity([row(m, 0.9, seed) for m in ("a", "b") for seed in (0, 1)]).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["a", "b"]
+    assert axes.get_ylabel() == "test accuracy (%), n = 2"
+
+
+def test_labels_of_lines_do_not_overlap_and_stay_near_their_lines(row):
+    numbers = random.Random(1)
+    rows = [row(f"m{i}", 0.9, 0, numbers.choice((0.2, 0.4, 0.41))) for i in range(14)]
+    figure = plot_over_sparsity(rows)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]  # without lines
+    assert all(above.y0 >= below.y1 - 2 for above, below in itertools.pairwise(boxes))
+    inside = figure.bbox
+    assert all(inside.y0 <= box.y0 and box.x1 <= inside.x1 for box in boxes)
+
+
+def test_at_most_eight_series_have_colours_which_are_distinct():
+    colours = [line_style(i)["color"] for i in range(20)]
+    assert len(set(colours[:8])) == 8
+    assert len(set(colours[8:])) == 1
+    others = [(str(s["linestyle"]), s["marker"]) for s in map(line_style, range(8, 20))]
+    assert len(set(others)) == len(others)
+
+
+def test_every_colour_of_a_figure_follows_the_scheme_of_the_reader(row, tmp_path):
+    study, answer, rows, planned = answered("compare", row, 3)
+    write_study(study, answer, rows, tmp_path, RunFacts("command", planned))
+    for file in tmp_path.glob("*.svg"):
+        body = file.read_text().replace(scheme_style(), "")
+        fixed = re.sub(r"var\([^)]*\)", "", body)
+        assert set(re.findall(r"#[0-9a-f]{6}\b", fixed)) == set()
 
 
 def test_missing_values_are_left_out_of_bands():
@@ -237,7 +275,7 @@ def test_a_page_is_complete_and_self_contained(name, row, tmp_path):
     assert facts.command in page
     assert answer.sentences
     assert page.count("<svg") == len([*answer.measured.figures, *answer.published.figures])
-    assert not re.search(r"<(script|link|img|iframe)|@import|url\((?!#)", page)
+    assert not re.search(r"<(script \w|link|img|iframe)|@import|url\((?!#)", page)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,38 @@ from matplotlib.figure import Figure
 from ..operators import power_threshold
 from .stability import correlations, read_masks
 
-# Colours of Okabe and Ito, distinct with all kinds of colour vision; dashes and markers in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Colours of Okabe and Ito, distinct with all kinds of colour vision; purple replaces yellow, which
+# is too light for lines.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7E4A9E"),
+)
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 MARKERS = "os^DvPX*<>"
 BLUE, ORANGE, GREY = COLOURS[0], COLOURS[1], "#666666"
+PALE_GREY = "#8A8A8A"  # series for which no colour is left
+
+# Colours of SVG files on a light and on a dark page, by name.
+SCHEMES = {
+    "paper": ("#ffffff", "#16181c"),
+    "rule": ("#e5e5e5", "#34383f"),
+    "muted": (GREY, "#a7adb5"),
+    "pale": (PALE_GREY, "#868c94"),
+    "ink": ("#000000", "#e8eaed"),
+    "blue": ("#0072B2", "#58b1ef"),
+    "red": ("#D55E00", "#ff8a3d"),
+    "green": ("#009E73", "#3ecfa0"),
+    "pink": ("#CC79A7", "#e29cc4"),
+    "orange": ("#E69F00", "#f2b53d"),
+    "sky": ("#56B4E9", "#9ad6f7"),
+    "purple": ("#7E4A9E", "#b98ad9"),
+}
 
 
 def line_style(i: int) -> dict[str, Any]:
     """Return colour, dashes and marker of the i-th series as keywords of matplotlib.
 
-    The first 49 styles differ also without markers.
+    The first eight series have distinct colours, which a reader can tell apart. All others are
+    grey, with distinct dashes and markers.
 
     Args:
         i: position of the series, from 0.
@@ -31,9 +53,11 @@ def line_style(i: int) -> dict[str, Any]:
     Example:
         >>> line_style(0)["color"], line_style(0)["marker"]
         ('#0072B2', 'o')
+        >>> line_style(8)["color"] == line_style(9)["color"] == PALE_GREY
+        True
     """
     return {
-        "color": COLOURS[i % 7],
+        "color": COLOURS[i] if i < len(COLOURS) else PALE_GREY,
         "linestyle": DASHES[(i + i // 7) % 7],
         "marker": MARKERS[i % 10],
         "markersize": 5,
@@ -59,6 +83,47 @@ def panel(width: float, height: float) -> tuple[Figure, Axes]:
     axes.grid(color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def adapt_colours(svg: str) -> str:
+    """Return an SVG of matplotlib whose colours follow the light or dark scheme of the reader.
+
+    Each colour of `SCHEMES` becomes a variable, which a style element sets for both schemes. A page
+    that shows the SVG inline may set the variables itself.
+
+    Args:
+        svg: an SVG file, or its element.
+
+    Example:
+        >>> print(adapt_colours('<svg width="1"><path style="fill: #0072b2"/></svg>')[-56:])
+        <path style="fill: var(--feather-blue, #0072B2)"/></svg>
+    """
+    light = {colour.lower(): name for name, (colour, _) in SCHEMES.items()}
+
+    def variable(match: re.Match[str]) -> str:
+        name = light.get(match[0].lower())
+        return f"var(--feather-{name}, {SCHEMES[name][0]})" if name else match[0]
+
+    svg = re.sub(r"#[0-9a-fA-F]{6}\b(?=[;\"])", variable, svg)
+    start = svg.index(">", svg.index("<svg")) + 1
+    return f"{svg[:start]}<style>{scheme_style()}</style>{svg[start:]}"
+
+
+def scheme_style() -> str:
+    """Return the CSS that sets the colours of `SCHEMES` for both schemes.
+
+    Glyphs of matplotlib have no colour of their own if they are black.
+
+    Example:
+        >>> "--feather-paper:#ffffff" in scheme_style()
+        True
+    """
+    light, dark = (
+        "".join(f"--feather-{name}:{pair[i]};" for name, pair in SCHEMES.items()) for i in (0, 1)
+    )
+    return (
+        f"svg{{{light}fill:var(--feather-ink)}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}"
+    )
 
 
 def plot_run(folder: Path, history: list[dict[str, Any]], results: dict[str, Any]) -> list[Path]:

@@ -7,8 +7,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ..analysis.plots import GREY, line_style, panel, plain
@@ -18,7 +21,8 @@ from .runs import Row
 from .study import StudyFigure
 from .summary import accuracies, deviation, group, labels, mean, percent, sparsities
 
-MAX_TWO_COLUMNS = 24  # characters of a legend entry above which two columns do not fit
+LABEL_SIZE = 8  # points; of the labels at the ends of lines
+LABEL_WIDTH = 17  # characters above which a label has two rows
 
 ACCURACY_CAPTION = (
     "Test accuracy after the last epoch: mean over seeds; bars: ± one standard deviation."
@@ -106,6 +110,11 @@ def plot_over_sparsity(rows: Sequence[Row]) -> Figure:
         ['90%', '98%']
     """
     groups, names, ticks = group(rows), labels(rows), sparsities(rows)
+    counts = {
+        name: _count([groups[name, s] for s in ticks if (name, s) in groups]) for name in names
+    }
+    dense = [row for row in rows if row["method"] == DENSE]
+    titles, number = number_of_runs(counts | ({DENSE: f"{len(dense)}"} if dense else {}))
     figure, axes = panel(5.2, 4.2)
     for i, name in enumerate(names):
         at = [x for x, s in enumerate(ticks) if (name, s) in groups]
@@ -116,14 +125,14 @@ def plot_over_sparsity(rows: Sequence[Row]) -> Figure:
             [mean(mine) for mine in found],
             [deviation(accuracies(mine)) for mine in found],
             capsize=2.5,
-            label=plain(f"{name} (n={_count(found)})"),
+            label=plain(titles[name]),
             **line_style(i),
         )
-    _plot_dense(axes, rows)
+    _plot_dense(axes, dense, titles.get(DENSE, ""))
     axes.set_xticks(range(len(ticks)), [percent(s) for s in ticks])
     axes.set_xlim(-0.5, len(ticks) - 0.5)
-    axes.set(xlabel="sparsity", ylabel="test accuracy (%)")
-    place_legend_below(axes)
+    axes.set(xlabel="sparsity", ylabel=f"test accuracy (%){number}")
+    label_lines(axes)
     return figure
 
 
@@ -138,9 +147,10 @@ def plot_over_epochs(series: Mapping[str, Sequence[Sequence[float | None]]], yla
         >>> two_seeds = [[2.0, 1.0], [2.5, 1.5]]
         >>> axes = plot_over_epochs({"feather": two_seeds}, "training loss").axes[0]
         >>> line = axes.get_lines()[0]
-        >>> line.get_label(), line.get_ydata().tolist()
-        ('feather (n=2)', [2.25, 1.25])
+        >>> line.get_label(), line.get_ydata().tolist(), axes.get_ylabel()
+        ('feather', [2.25, 1.25], 'training loss, n = 2')
     """
+    titles, number = number_of_runs({name: f"{len(curves)}" for name, curves in series.items()})
     figure, axes = panel(5.2, 4.2)
     for i, (name, curves) in enumerate(series.items()):
         points = [
@@ -149,8 +159,8 @@ def plot_over_epochs(series: Mapping[str, Sequence[Sequence[float | None]]], yla
             if (found := [value for value in values if value is not None])
         ]
         style = line_style(i) | {"marker": ""}
-        label = f"{name} (n={len(curves)})"
-        axes.plot([e for e, _, _ in points], [m for _, m, _ in points], label=plain(label), **style)
+        means = [m for _, m, _ in points]
+        axes.plot([e for e, _, _ in points], means, label=plain(titles[name]), **style)
         axes.fill_between(
             [e for e, _, _ in points],
             [m - s for _, m, s in points],
@@ -160,8 +170,8 @@ def plot_over_epochs(series: Mapping[str, Sequence[Sequence[float | None]]], yla
             linewidth=0,
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="epoch", ylabel=ylabel)
-    place_legend_below(axes)
+    axes.set(xlabel="epoch", ylabel=ylabel + number)
+    label_lines(axes)
     return figure
 
 
@@ -186,7 +196,7 @@ def plot_seeds(rows: Sequence[Row], sparsity: float) -> Figure:
         dots, color = accuracies(mine), line_style(0)["color"]
         axes.plot(dots, [y] * len(dots), "o", color=color, alpha=0.6, mew=0, ms=6)
         axes.plot(mean(mine), y, "|", color="black", ms=15, mew=1.8)
-    _plot_dense(axes, rows, vertical=True)
+    _plot_dense(axes, [row for row in rows if row["method"] == DENSE], vertical=True)
     axes.set_yticks(range(len(found)), [plain(f"{m}  (n={len(r)})") for m, r in found])
     axes.set_ylim(-0.6, len(found) - 0.4)
     axes.set_xlabel("test accuracy (%)")
@@ -223,36 +233,119 @@ def published_styles(published: Sequence[Series], rows: Sequence[Row]) -> list[d
     return found
 
 
-def place_legend_below(axes: Axes) -> None:
-    """Place the legend below the axes and enlarge the figure by its height.
+def label_lines(axes: Axes) -> None:
+    """Write the label of each line at the height of its right end, beside the axes.
+
+    Labels that would overlap move apart; a line of the same colour leads from each label to its
+    end. Long labels have two rows.
 
     Args:
-        axes: the axes of a figure from `panel`, with labelled lines.
+        axes: the axes of a figure from `panel`, with labelled lines and final limits.
 
     Example:
         >>> figure, axes = panel(5.2, 4.2)
         >>> for name in ("feather", "gmp", "st3"):
         ...     _ = axes.plot([0, 1], [0, 1], label=name)
-        >>> place_legend_below(axes)  # two columns
-        >>> round(float(figure.get_figheight()), 1), len(figure.legends)
-        (4.6, 1)
+        >>> label_lines(axes)
+        >>> [text.get_text() for text in axes.texts]  # downwards
+        ['feather', 'gmp', 'st3']
+        >>> heights = [text.xyann[1] for text in axes.texts]
+        >>> all(a - b > 0.03 for a, b in zip(heights, heights[1:]))
+        True
     """
     handles, names = axes.get_legend_handles_labels()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = []
+    for handle, name in zip(handles, names, strict=True):
+        line = handle.lines[0] if isinstance(handle, ErrorbarContainer) else handle
+        assert isinstance(line, Line2D)
+        points = np.asarray(line.get_xydata())
+        x, y = to_axes.transform(points[points[:, 0].argmax()])
+        if line.get_transform() != axes.transData:
+            x = 1.0  # it crosses the whole axes, in their coordinates
+        if len(name) > LABEL_WIDTH:
+            name = name.replace(" (", "\n(").replace(" = ", "=")
+        ends.append((y, x, name, line.get_color()))
+    ends.sort(key=lambda end: -end[0])
     figure = axes.figure
     assert isinstance(figure, Figure)
-    columns = 2 if max(map(len, names), default=0) <= MAX_TWO_COLUMNS else 1
-    rows = -(-len(names) // columns)
-    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.2
-    )
+    row = 1.25 * LABEL_SIZE / 72 / (figure.get_figheight() * 0.84)
+    sizes = [row * (1 + label.count("\n")) for _, _, label, _ in ends]
+    heights = spread([y for y, _, _, _ in ends], sizes)
+    for (y, x, label, colour), height in zip(ends, heights, strict=True):
+        axes.annotate(
+            label,
+            (min(x, 1.0), y),
+            (1.035, height),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            fontsize=LABEL_SIZE,
+            va="center",
+            linespacing=1.0,
+            arrowprops={
+                **{"arrowstyle": "-", "color": colour, "alpha": 0.7, "linewidth": 1},
+                **{"shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)},
+            },
+        )
 
 
-def _plot_dense(axes: Axes, rows: Sequence[Row], vertical: bool = False) -> None:
-    dense = [row for row in rows if row["method"] == DENSE]
+def spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    """Return the centres of labels that do not overlap, near the wanted ones.
+
+    Args:
+        wanted: centres in descending order, in units of the axes' height.
+        sizes: height of each label in the same unit.
+
+    Returns:
+        Centres in descending order, within 0 and 1 if there is room.
+
+    Example:
+        >>> [round(centre, 2) for centre in spread([0.5, 0.5, 0.1], [0.1, 0.1, 0.1])]
+        [0.55, 0.45, 0.1]
+    """
+    groups: list[tuple[list[int], float]] = []  # labels that touch, and the top of the first
+    for i, centre in enumerate(wanted):
+        groups.append(([i], centre + sizes[i] / 2))
+        while len(groups) > 1:
+            (above, top), (below, lower) = groups[-2:]
+            if top - sum(sizes[j] for j in above) >= lower:
+                break
+            together = above + below
+            offsets = itertools.accumulate([0.0, *(sizes[j] for j in together[:-1])])
+            middle = [wanted[j] + o + sizes[j] / 2 for j, o in zip(together, offsets, strict=True)]
+            groups[-2:] = [(together, min(1.0, statistics.mean(middle)))]
+    found = []
+    for members, top in groups:
+        height = sum(sizes[j] for j in members)
+        top = max(top, height)
+        for j in members:
+            found.append(top - sizes[j] / 2)
+            top -= sizes[j]
+    return found
+
+
+def number_of_runs(counts: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """Return a title for each series, and a suffix for the label of the vertical axis.
+
+    The number of runs is in the suffix if all series have the same, and otherwise in the titles.
+
+    Args:
+        counts: number of runs for each series, such as "3", or "2–3" if its points differ.
+
+    Example:
+        >>> number_of_runs({"feather": "3", "gmp": "3"})
+        ({'feather': 'feather', 'gmp': 'gmp'}, ', n = 3')
+        >>> number_of_runs({"feather": "3", "gmp": "2"})
+        ({'feather': 'feather (n=3)', 'gmp': 'gmp (n=2)'}, '')
+    """
+    if len(different := set(counts.values())) == 1:
+        return {name: name for name in counts}, f", n = {different.pop()}"
+    return {name: f"{name} (n={count})" for name, count in counts.items()}, ""
+
+
+def _plot_dense(axes: Axes, dense: Sequence[Row], label: str = "", vertical: bool = False) -> None:
     if dense:
         style: dict[str, Any] = {"color": GREY, "linestyle": (0, (6, 3)), "linewidth": 1}
-        label = f"dense (n={len(dense)})"
         line, band = (axes.axvline, axes.axvspan) if vertical else (axes.axhline, axes.axhspan)
         line(mean(dense), label=plain(label), **style)
         width = deviation(accuracies(dense))

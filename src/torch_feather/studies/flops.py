@@ -9,7 +9,7 @@ from typing import Any
 from ..analysis.plots import panel
 from ..training import Config
 from .comparison import compare_pairs
-from .figures import accuracy_figure, place_legend_below, published_styles
+from .figures import accuracy_figure, label_lines, published_styles
 from .pareto import (
     FRONT_NOTE,
     MULTIPLY_ADDS,
@@ -85,7 +85,7 @@ def _published(rows: Sequence[Row]) -> Section:
         axes.plot(*zip(*points, strict=True), label=series.title, **style)
     format_cost_axis(axes, MULTIPLY_ADDS)
     axes.set_ylabel("top-1 accuracy on ImageNet (%)")
-    place_legend_below(axes)
+    label_lines(axes)
     lines = [
         [
             series.title,

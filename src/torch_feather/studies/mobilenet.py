@@ -9,7 +9,7 @@ from ..analysis.plots import GREY, panel
 from ..training import Config
 from . import compare
 from .comparison import compare_pairs
-from .figures import accuracy_figure, loss_figure, place_legend_below, published_styles
+from .figures import accuracy_figure, label_lines, loss_figure, published_styles
 from .published import MOBILENET, MOBILENET_DENSE, SUPPLEMENT
 from .runs import Row, Run
 from .study import Answer, GridAxes, Section, Study, StudyFigure, Table
@@ -48,7 +48,7 @@ def _published(rows: Sequence[Row]) -> Section:
     axes.set_xticks(range(2), [percent(s) for s in SPARSITIES])
     axes.set_xlim(-0.5, 1.5)
     axes.set(xlabel="sparsity", ylabel="top-1 accuracy on ImageNet (%)")
-    place_legend_below(axes)
+    label_lines(axes)
     lines = [["dense", f"{MOBILENET_DENSE:.2f}", ""]]
     for series in MOBILENET:
         found = {point.sparsity: f"{point.accuracy:.2f}" for point in series.points}

@@ -12,6 +12,7 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
+from ..analysis.plots import adapt_colours
 from ..errors import ConfigurationError
 from ..export.markdown import escape_markdown
 from ..methods import describe_method
@@ -121,8 +122,8 @@ def write_study(
         with matplotlib.rc_context({"svg.hashsalt": figure.name}):
             figure.figure.savefig(svg, format="svg", metadata={"Date": None})
         _write(out / f"{figure.name}.png", png.getvalue())
-        _write(out / f"{figure.name}.svg", svg.getvalue())
-        svgs[figure.name] = svg.getvalue().decode()
+        svgs[figure.name] = adapt_colours(svg.getvalue().decode())
+        _write(out / f"{figure.name}.svg", svgs[figure.name].encode())
     text = _markdown(study, answer, rows, facts)
     _write(out / "table.md", text.encode())
     _write(out / "index.html", _page(study, answer, rows, facts, svgs).encode())

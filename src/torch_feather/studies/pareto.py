@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator
 from ..analysis.plots import GREY, line_style, panel, plain
 from ..training.config import DENSE
 from .comparison import MIN_SEEDS, is_significant, paired
-from .figures import place_legend_below
+from .figures import label_lines, number_of_runs
 from .runs import Row
 from .study import StudyFigure
 from .summary import Groups, accuracies, deviation, group, labels, mean, percent, sparsities
@@ -163,6 +163,11 @@ def _plot_over_cost(rows: Sequence[Row], cost: Cost) -> Figure:
     groups = group(rows)
     sparse = [mine for (label, _), mine in groups.items() if label != DENSE]
     plot_front(axes, [(cost.mean(mine), mean(mine)) for mine in sparse])
+    counts = {
+        name: min(len(m) for (label, _), m in groups.items() if label == name)
+        for name in labels(rows)
+    }
+    titles, number = number_of_runs({name: f"{count}" for name, count in counts.items()})
     for i, name in enumerate(labels(rows)):
         found = [groups[name, s] for s in sparsities(rows) if (name, s) in groups]
         axes.errorbar(
@@ -170,12 +175,12 @@ def _plot_over_cost(rows: Sequence[Row], cost: Cost) -> Figure:
             [mean(mine) for mine in found],
             [deviation(accuracies(mine)) for mine in found],
             [deviation([cost.of(row) for row in mine]) for mine in found],
-            label=plain(f"{name} (n={min(map(len, found))})"),
+            label=plain(titles[name]),
             **line_style(i),
         )
     format_cost_axis(axes, cost)
-    axes.set_ylabel("test accuracy (%)")
-    place_legend_below(axes)
+    axes.set_ylabel(f"test accuracy (%){number}")
+    label_lines(axes)
     return figure
 
 
