@@ -47,6 +47,7 @@ NAVIGATION = {
             "docs/quickstart",
             "docs/finetune_images",
             "Put it in your loop <docs/frameworks>",
+            "docs/integrations",
             "docs/choose_method",
             "docs/choose_sparsity",
             "docs/deploy",
@@ -71,7 +72,15 @@ NAVIGATION = {
     },
     "docs/methods/README": {"": ["*"]},
     "results/README": {
-        "": ["claims", "own_methods", "restructuring", "mutation", "fuzzing", "*/table"]
+        "": [
+            "claims",
+            "own_methods",
+            "restructuring",
+            "mutation",
+            "fuzzing",
+            "integrations",
+            "*/table",
+        ]
     },
 }
 

@@ -26,7 +26,7 @@ class SparseEMA(ModelEMA):
 
     def __init__(self, model: torch.nn.Module, sparsifier: feather.Sparsifier):
         super().__init__(model)
-        self.average = feather.LatentAverage(sparsifier)
+        self.average = feather.LatentAverage(sparsifier)  # new
         self.buffers = {name: b.clone() for name, b in self.ema.named_buffers()}
 
     def update(self, model: torch.nn.Module) -> None:
@@ -63,8 +63,8 @@ class SparseTrainer(DetectionTrainer):
         optimizer = super().build_optimizer(model, *args, iterations=iterations, **options)
         if self.args.nbs > self.batch_size:
             raise ValueError("Set nbs to the batch size. Otherwise the trainer skips steps.")
-        self.sparsifier = feather.sparsify(
-            model, optimizer, sparsity=self.sparsity, total_steps=int(iterations)
+        self.sparsifier = feather.sparsify(  # new
+            model, optimizer, sparsity=self.sparsity, total_steps=int(iterations), min_density=0.02
         )
         return optimizer
 
@@ -99,7 +99,7 @@ class SparseTrainer(DetectionTrainer):
         return saved
 
     def final_eval(self) -> None:
-        self.sparsifier.finalize()
+        self.sparsifier.finalize()  # new
         self._rewrite_last(
             lambda checkpoint: {k: v for k, v in checkpoint.items() if k != "sparse"}
         )

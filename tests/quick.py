@@ -1,6 +1,6 @@
 """The choice of `pytest -m quick`, the inner loop: every part once, in under 60 seconds in all.
 
-Quick is the first case of every test that is not marked `slow`, `more` or `gpu`, except as listed
+Quick is the first case of every test not marked `slow`, `more`, `gpu` or `apps`, except as listed
 here. A new test is quick unless it is added. `pytest -m quick --durations=20` shows which ones take
 long.
 """
@@ -17,7 +17,15 @@ EVERY_CASE = ["test_doctests.py"]
 
 # Not quick: no test of these files.
 NONE = [
+    "examples/test_diffusers.py",
+    "examples/test_keras.py",
     "examples/test_lightning.py",
+    "examples/test_lightning_gan.py",
+    "examples/test_loops.py",
+    "examples/test_messages.py",
+    "examples/test_peft.py",
+    "examples/test_seq2seq.py",
+    "examples/test_skorch.py",
     "examples/test_timm.py",
     "examples/test_transformers.py",
     "examples/test_ultralytics.py",

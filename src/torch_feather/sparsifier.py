@@ -19,7 +19,7 @@ from .engine.health import Health, count_pruned_by
 from .engine.state_dict import StateDicts
 from .engine.step import Step
 from .engine.training import Training
-from .engine.turns import COUNTED
+from .engine.turns import not_reached
 from .errors import StateError, printable, warn
 from .finetune import FixedMask
 from .measure.report import Report, report
@@ -285,12 +285,8 @@ class Sparsifier:
         """
         self.step.require_attached()
         if not self.at_target and not force:
-            counts = self.step.unequal()
-            raise StateError(
-                f"After {self.step_count} of {self.total_steps} steps the sparsity is "
-                f"{self.sparsity:.4f}, not yet {self.target}. Continue training, or keep the model "
-                "as it is: finalize(force=True)." + (f" {counts}{COUNTED}" if counts else "")
-            )
+            steps = self.step_count, self.total_steps
+            raise not_reached(*steps, self.sparsity, self.target, self.step.unequal())
         training = self._training
         kept, pruned_again = settle(training, self.step.sync)
         state = training.weights, training.pruning

@@ -1,7 +1,9 @@
-"""A way to interrupt an example."""
+"""A way to interrupt an example, and the sparsifiers that it created."""
 
 import pytest
 from example_cases import Killed
+
+import torch_feather as feather
 
 
 @pytest.fixture
@@ -23,3 +25,17 @@ def killed_at(monkeypatch):
                 train()
 
     return kill
+
+
+@pytest.fixture
+def created(monkeypatch, tmp_path):
+    """The sparsifiers that `feather.sparsify` returned; the test runs in an empty folder."""
+    real, found = feather.sparsify, []
+
+    def sparsify(*args, **kwargs):
+        found.append(real(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(feather, "sparsify", sparsify)
+    return found

@@ -8,6 +8,7 @@ from example_cases import load
 
 import torch_feather as feather
 
+pytestmark = pytest.mark.apps
 pytest.importorskip("ultralytics")
 
 

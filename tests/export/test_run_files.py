@@ -1,6 +1,7 @@
 """`feather export` writes the network of a run."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import types
 import pytest
 import torch
 import yaml
+from hub_server import serving
 
 import torch_feather as feather
 from torch_feather.cli import main
@@ -210,8 +212,52 @@ def test_a_pushed_network_can_be_loaded_from_the_hub(run, export, tmp_path, monk
     assert "95.00% of 306,720" in card
     assert "`feather`" in card
     assert str(tmp_path) not in card
+    assert front["pipeline_tag"] == "image-classification"
+    rows = re.findall(r"^\| (\S+\.weight) \| \S+ \| ([\d,]+) \| ([\d,]+) \|", card, re.MULTILINE)
+    trained = network(run)
+    assert {name: int(zeros.replace(",", "")) for name, _, zeros in rows} == {
+        name: int((trained.get_parameter(name) == 0).sum()) for name, *_ in rows
+    }
+    assert sum(int(zeros.replace(",", "")) for *_, zeros in rows) == round(0.95 * 306720)
+    assert "Classes, in the order of the outputs: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in card
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})  # the instructions work
     resolve_config("digits", folder / "config.yaml", {})  # the configuration is valid
+
+
+def test_the_real_client_uploads_and_downloads(run, tmp_path):
+    """In a process of its own: the client reads the address of the hub when it is imported."""
+    program = """if True:
+        import os, sys
+        import torch_feather as feather
+        from torch_feather.cli import main
+        sys.argv = ["feather", "export", "run", "--push", "me/small"]
+        try:
+            main()
+        except SystemExit as stop:
+            assert not stop.code
+        model = feather.models.create("resnet8", 10, 1)
+        feather.load_sparse("hf://me/small", model)
+        print("loaded", feather.sparsity(model))
+        try:
+            feather.load_sparse("hf://me/absent", model)
+        except feather.ConfigurationError as error:
+            print("absent", error)
+    """
+    with serving(tmp_path / "hub") as (address, requests):
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            **{"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_local"},
+            **{"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, (done.stderr, requests)
+    assert "on the hub: hf://me/small" in done.stdout
+    assert f"loaded {feather.sparsity(network(run))}" in done.stdout
+    assert "absent hf://me/absent: 404" in done.stdout
+    assert "## Sparsity of each layer" in (tmp_path / "hub/me/small/README.md").read_text()
 
 
 class AnswerError(OSError):

@@ -22,7 +22,7 @@ import torch
 from training_callbacks import StopAt
 
 import torch_feather as feather
-from torch_feather.cli import app
+from torch_feather.cli import make_app
 from torch_feather.errors import FeatherError
 from torch_feather.studies import runs as study_runs
 from torch_feather.studies.runs import Run, read_rows, row_of

@@ -27,6 +27,7 @@ from .runs import evaluate, report
 from .settings import misplaced_option, with_settings
 from .studies import studies
 from .training import EXAMPLES, train
+from .tune import tune
 
 __all__ = [
     "bench",
@@ -40,6 +41,7 @@ __all__ = [
     "recipes",
     "report",
     "train",
+    "tune",
 ]
 
 
@@ -66,7 +68,7 @@ def _options(
     """
     from ..errors import name_command_line_options
 
-    name_command_line_options(True, assignments=context.invoked_subcommand == "study")
+    name_command_line_options(True, assignments=context.invoked_subcommand in ("study", "tune"))
     context.call_on_close(lambda: name_command_line_options(False))
 
 
@@ -95,7 +97,7 @@ def make_app(arguments: Sequence[str] = ()) -> typer.Typer:
     command = with_settings(train, arguments, complete=complete)
     made.command(epilog=EXAMPLES, context_settings=names)(command)
     made.add_typer(studies, name="study")
-    for other in (predict, evaluate, report, export, bench, methods, recipes, example):
+    for other in (tune, predict, evaluate, report, export, bench, methods, recipes, example):
         made.command()(other)
     return made
 

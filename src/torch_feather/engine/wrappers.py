@@ -38,6 +38,14 @@ _NO_DEEPSPEED = (
     "could be exchanged. Use fully_shard (FSDP2) with a plain optimizer, which shards weights, "
     "latent weights and the optimizer's state; or DistributedDataParallel."
 )
+# Packages with optimizers of their own that are no torch.optim.Optimizer, and what to use there.
+_OTHER_OPTIMIZERS = {
+    "keras": "Keras' optimizers are not supported. Create a torch.optim optimizer, and step it in "
+    "train_step of the model: see Keras in docs/integrations.md.",
+    "fastai": "To train with an optimizer of PyTorch, pass opt_func=partial(OptimWrapper, "
+    "opt=torch.optim.AdamW) to the Learner, and its opt to sparsify: see fastai in "
+    "docs/integrations.md.",
+}
 # Packages whose wrappers only decide when to step: hooks belong on the optimizer inside.
 _FRAMEWORKS = frozenset(
     ["accelerate", "fastai", "lightning", "lightning_fabric", "opacus", "pytorch_lightning"]
@@ -121,10 +129,12 @@ def checked(optimizer: Any) -> Any:
         _refuse(kind)
     levels = levels_of(optimizer)
     if not isinstance(levels[-1], Optimizer):
+        packages = (kind.__module__.split(".")[0] for kind in type(optimizer).__mro__)
+        advice = [_OTHER_OPTIMIZERS[name] for name in packages if name in _OTHER_OPTIMIZERS]
         raise ConfigurationError(
             "optimizer must be a torch.optim.Optimizer or a sequence of them, got "
-            f"{type(optimizer).__module__}.{type(optimizer).__qualname__}. If it wraps optimizers, "
-            "pass these."
+            f"{type(optimizer).__module__}.{type(optimizer).__qualname__}. "
+            f"{[*advice, 'If it wraps optimizers, pass these.'][0]}"
         )
     for level in levels:
         if not hasattr(level, "__dict__"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -14,6 +14,7 @@ from .packages import import_huggingface_hub
 
 FILE = "model.sparse.safetensors"
 SCHEME = "hf://"
+MOST_CLASSES = 20  # in a model card
 
 
 def is_address(path: object) -> TypeGuard[str]:
@@ -96,13 +97,16 @@ def upload(folder: Path, repository: str) -> str:
 
 
 # long: most of it is the text of the card
-def model_card(repository: str, run: Mapping[str, Any], file: str) -> str:
+def model_card(
+    repository: str, run: Mapping[str, Any], file: str, layers: Sequence[Mapping[str, Any]] = ()
+) -> str:
     """Return README.md of a repository.
 
     Args:
         repository: `USER/NAME`.
         run: metadata of the sparse file: network, data, method, accuracy and counts.
         file: a line about the file and its size.
+        layers: name, shape, weights and zeros of each layer, as in report.json.
 
     Raises:
         ImportError: huggingface_hub is not installed.
@@ -121,6 +125,7 @@ def model_card(repository: str, run: Mapping[str, Any], file: str) -> str:
     accuracy, sparsity = run["test_accuracy"], run["zeros"] / run["weights"]
     data = client.ModelCardData(
         library_name="torch-feather",
+        pipeline_tag="image-classification",
         tags=["sparse", "pruning", run["method"]],
         model_name=name,
         eval_results=[
@@ -150,8 +155,10 @@ def model_card(repository: str, run: Mapping[str, Any], file: str) -> str:
 | sparsity | {100 * sparsity:.2f}% of {run["weights"]:,} weights are zero |
 | multiply-adds (MACs) | {run["macs"]["sparse"]:,}; dense: {run["macs"]["dense"]:,} |
 | file | {escape_markdown(file)} |
+{_classes(run)}
+## Use
 
-To use it, run `pip install 'torch-feather[files,hub]'`, then:
+Run `pip install 'torch-feather[files,hub]'`, then:
 
 ```python
 import torch_feather as feather
@@ -160,7 +167,32 @@ model = feather.models.create({json.dumps(network)}, {classes}, {channels})
 feather.load_sparse("{SCHEME}{repository}", model)
 ```
 
-To repeat the training, use config.yaml of this repository:
+The model has plain PyTorch layers; pruned weights are zeros. To repeat the training, use
+config.yaml of this repository:
 
     feather train --config config.yaml --data-path DATA
-"""
+{_layers(layers)}"""
+
+
+def _classes(run: Mapping[str, Any]) -> str:
+    """Return a line with the names of the classes, in the order of the outputs."""
+    names = run.get("class_names")
+    if not names:
+        return ""
+    shown = ", ".join(escape_markdown(str(name)) for name in names[:MOST_CLASSES])
+    more = f" and {len(names) - MOST_CLASSES} more" if len(names) > MOST_CLASSES else ""
+    return f"\nClasses, in the order of the outputs: {shown}{more}.\n"
+
+
+def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Return a section with a table of the layers."""
+    if not layers:
+        return ""
+    lines = ["", "## Sparsity of each layer", "", "| layer | shape | weights | zeros | sparsity |"]
+    lines.append("|---|---|---|---|---|")
+    for layer in layers:
+        shape = "x".join(str(size) for size in layer["shape"])
+        share = 100 * layer["zeros"] / max(layer["weights"], 1)
+        counts = f"{layer['weights']:,} | {layer['zeros']:,} | {share:.2f}%"
+        lines.append(f"| {escape_markdown(layer['name'])} | {shape} | {counts} |")
+    return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, printable
 from ..participants import remember_names
 from .checkpoint_files import FORMAT, newest, set_aside, structure
 from .config import Config, apply, flatten, load_config, to_dict, to_yaml, upgrade
@@ -382,7 +382,7 @@ def changed_keys(old: Config, new: Config) -> str:
     """
     before, after = (flatten(to_dict(config.written_out())) for config in (old, new))
     return ", ".join(
-        f"{key} was {before.get(key)!r}, not {after.get(key)!r}"
+        f"{printable(key)} was {before.get(key)!r}, not {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and not key.startswith("system.")

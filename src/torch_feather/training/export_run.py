@@ -256,6 +256,8 @@ def push(run: RunDirectory, path: Path, repository: str) -> str:
         shutil.copyfile(path, Path(folder) / hub.FILE)
         config = to_yaml(without_local_paths(run.read_config()))
         (Path(folder) / "config.yaml").write_text(config)
-        card = hub.model_card(repository, run_metadata(run), describe(run, path, "sparse"))
+        layers = run.read_report()["report"]["layers"]
+        about = describe(run, path, "sparse")
+        card = hub.model_card(repository, run_metadata(run), about, layers)
         (Path(folder) / "README.md").write_text(card)
         return hub.upload(Path(folder), repository)
