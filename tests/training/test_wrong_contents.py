@@ -429,7 +429,8 @@ def test_without_settings_in_the_checkpoint_they_can_be_given_again(made, tmp_pa
     assert "feather train --resume --recipe NAME --KEY VALUE --out" in error
     flags = ["--no-compare-dense", "--track-masks"]
     settings = {k: v for k, v in SETTINGS.items() if k not in ("compare_dense", "track_masks")}
-    given = [word for key, v in settings.items() for word in (f"--{key}", json.dumps(v))] + flags
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in settings.items()}
+    given = [word for key, text in texts.items() for word in (f"--{key}", text)] + flags
     assert outcome(*resume, "--recipe", "digits", *given) is None
     expected = (made / "finished" / "model.safetensors").read_bytes()
     assert (folder / "model.safetensors").read_bytes() == expected
