@@ -14,19 +14,30 @@ from .mutate import mutate_blocks, mutate_bytes, mutate_tree
 from .targets import TARGETS, make_target
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # damaged files cause many
-FINDINGS = sorted(Path(__file__).with_name("findings").glob("*/*"))
+FINDINGS = [  # the target `runs` trains a network first
+    pytest.param(
+        file,
+        id=f"{file.parent.name}-{file.name}",
+        marks=[pytest.mark.slow] if file.parent.name == "runs" else [],
+    )
+    for file in sorted(Path(__file__).with_name("findings").glob("*/*"))
+]
 
 
 @pytest.fixture(autouse=True)
 def own_globals(monkeypatch):
     """Targets set global state, which other tests must not see."""
+    from torch_feather import models
+    from torch_feather.training import loop
     from torch_feather.training.data import images
 
     monkeypatch.setattr(images, "MAX_PIXELS", images.MAX_PIXELS)
+    monkeypatch.setattr(loop, "_plot", loop._plot)
+    monkeypatch.setattr(models, "_MODELS", dict(models._MODELS))
     monkeypatch.setenv("TORCH_FEATHER_CACHE", "")
 
 
-@pytest.mark.parametrize("file", FINDINGS, ids=lambda file: f"{file.parent.name}-{file.name}")
+@pytest.mark.parametrize("file", FINDINGS)
 def test_a_finding_is_accepted_or_refused_by_an_error_of_the_package(file, tmp_path):
     make_target(file.parent.name, tmp_path).check(file.read_bytes())
 

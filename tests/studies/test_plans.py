@@ -234,13 +234,13 @@ def test_every_study_is_documented_at_three_scales(name):
 
 
 def test_help_lists_the_studies_and_their_options():
-    listed = CliRunner().invoke(cli.app, ["study", "--help"]).output
+    listed = CliRunner().invoke(cli.make_app(), ["study", "--help"]).output
     assert all(name in listed for name in STUDIES)
-    options = CliRunner().invoke(cli.app, ["study", "threshold", "--help"]).output
+    options = CliRunner().invoke(cli.make_app(), ["study", "threshold", "--help"]).output
     assert "--sparsity" in options
     assert "--methods" not in options  # the question fixes them
 
 
 def test_help_shows_defaults():
-    output = CliRunner().invoke(cli.app, ["study", "mobilenet", "--help"]).output
+    output = CliRunner().invoke(cli.make_app(), ["study", "mobilenet", "--help"]).output
     assert "[default: 0.89,0.941; digits: 0.89,0.941]" in " ".join(output.replace("│", "").split())
