@@ -15,7 +15,7 @@ EVERY = {
     "conformance/test_capture.py": {
         "test_no_step_reads_what_the_step_before_it_allocated": 4,
         "test_replayed_and_eager_steps_can_alternate": 4,
-        "test_replayed_steps_equal_hooked_steps": 4,
+        "test_replayed_steps_equal_hooked_steps": 6,
         "test_the_device_path_agrees_with_the_cpu_path": 3,
     },
     "conformance/test_assigned_gradients.py": {
@@ -40,8 +40,8 @@ EVERY = {
     "conformance/test_torch_features.py": {"test_steps_in_backward_equal_the_plain_loop": 3},
     "conformance/test_trajectory.py": {
         "test_every_method_under_compile": 5,
-        "test_every_method_under_every_recipe": 3,
-        "test_every_way_to_use_an_optimizer": 3,
+        "test_every_method_under_every_recipe": 4,
+        "test_every_way_to_use_an_optimizer": 5,
         "test_fused_optimizers_under_a_grad_scaler": 4,
     },
     "examples/test_lightning.py": {
@@ -51,8 +51,9 @@ EVERY = {
         "test_a_killed_run_resumes_bitwise_identically_from_its_last_checkpoint": 2
     },
     "native/test_native_operations.py": {"test_native_and_c_agree_with_pytorch": 3},
+    "native/test_native_targets.py": {"test_networks": 5},
     "runtime/test_compile.py": {"test_single_samples_are_computed_correctly_or_rejected": 3},
-    "runtime/test_networks.py": {"test_networks_for_cifar": 3},
+    "runtime/test_networks.py": {"test_networks_for_cifar": 3, "test_networks_of_timm": 5},
     "runtime/test_strides.py": {
         "test_strides_of_outputs": 3,
         "test_writes_into_the_input": 3,
@@ -62,7 +63,11 @@ EVERY = {
         "test_networks_on_several_threads": 3,
         "test_object_files_of_other_processors": 3,
     },
+    "runtime/test_graphs.py": {"test_parts": 2},
+    "runtime/test_layers.py": {"test_linear_layers": 3},
     "selection/test_launches.py": {"test_kernels_round_each_product_and_sum": 2},
+    "studies/test_answers.py": {"test_a_page_is_complete_and_self_contained": 3},
+    "studies/test_runner.py": {"test_an_interrupted_study_resumes": 2},
     "test_check_method.py": {
         "test_every_example_has_every_property": 3,
         "test_every_method_has_every_property": 4,
@@ -88,12 +93,11 @@ EVERY = {
 
 
 def mark_further_cases(items: list[pytest.Item]) -> None:
-    """Mark all but every n-th collected case of the tests in `EVERY`."""
-    seen: Counter[tuple[str, str]] = Counter()
+    """Mark all but every n-th collected case of the tests in `EVERY`, slow ones apart."""
+    seen: Counter[tuple[str, str, bool]] = Counter()
     for item in items:
         test = item.path.relative_to(TESTS).as_posix(), getattr(item, "originalname", item.name)
-        if item.get_closest_marker("slow"):
-            continue
-        if seen[test] % EVERY.get(test[0], {}).get(test[1], 1):
+        kind = *test, item.get_closest_marker("slow") is not None
+        if seen[kind] % EVERY.get(test[0], {}).get(test[1], 1):
             item.add_marker("more")
-        seen[test] += 1
+        seen[kind] += 1
