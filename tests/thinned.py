@@ -63,7 +63,7 @@ EVERY = {
         "test_networks_on_several_threads": 3,
         "test_object_files_of_other_processors": 3,
     },
-    "runtime/test_graphs.py": {"test_parts": 2},
+    "runtime/test_graphs.py": {"test_parts": 3},
     "runtime/test_layers.py": {"test_linear_layers": 3},
     "selection/test_launches.py": {"test_kernels_round_each_product_and_sum": 2},
     "studies/test_answers.py": {"test_a_page_is_complete_and_self_contained": 3},
@@ -76,6 +76,11 @@ EVERY = {
     "test_learned.py": {"test_str_learns_any_target_sparsity_with_any_optimizer": 3},
     "training/test_archive.py": {"test_a_changed_byte_gives_the_right_images_or_an_error": 3},
     "training/test_distributed.py": {"test_a_step_in_parts_equals_the_step_of_the_whole_batch": 3},
+    "training/test_image_data.py": {"test_bad_files_are_a_one_line_error_that_names_them": 3},
+    "training/test_optimizers.py": {
+        "test_a_run_with_augmentation_resumes_bitwise_identically": 3,
+        "test_any_optimizer_trains_and_resumes_bitwise_identically": 2,
+    },
     "training/test_resume_data.py": {"test_changed_images_are_refused_and_can_be_accepted": 3},
     "training/test_signals.py": {
         "test_sigterm_ends_the_process_within_an_operation_of_any_length": 2
