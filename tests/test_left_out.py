@@ -251,6 +251,7 @@ def test_the_base_layer_of_an_adapter_is_prunable_when_it_trains():
     assert attach(model)[0] == {"0.base_layer.weight", "2.base_layer.weight", "3.weight"}
 
 
+@pytest.mark.apps
 def test_layers_of_peft_are_recognized():
     peft = pytest.importorskip("peft")
     model = transformers.BertModel(transformers.BertConfig(

@@ -82,6 +82,7 @@ def test_the_recipe_for_swa_delivers_exact_zeros():
     assert not torch.equal(delivered[0].weight, run.model[0].weight)
 
 
+@pytest.mark.apps
 def test_the_recipe_for_diffusers_delivers_exact_zeros(tmp_path):
     training_utils = pytest.importorskip("diffusers.training_utils")
     from diffusers import UNet2DModel
