@@ -748,7 +748,7 @@ def test_parameters_that_change_their_position_raise_before_a_step(change, group
     saved = [list(group["params"]) for group in optimizer.param_groups]
     groups = list(optimizer.param_groups)
     change(optimizer)
-    with pytest.raises(StateError, match="reordered, or some were removed|no longer holds"):
+    with pytest.raises(StateError, match=r"reordered, or some were removed|no longer holds"):
         train_square(model, optimizer)
     assert all(map(torch.equal, before, model.parameters()))
     optimizer.param_groups[:] = groups
