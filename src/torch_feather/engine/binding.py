@@ -35,6 +35,7 @@ class BoundWeight:
         position: position in this group.
 
     Example:
+        >>> import torch
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> weight = BoundWeight("head.weight", layer, "weight", layer.weight, 0, 0, 0)
         >>> weight.local.shape
@@ -65,6 +66,7 @@ class Binding:
         optimizers: the optimizers, in the order in which they step.
 
     Example:
+        >>> import torch
         >>> from torch_feather.prunable import find_prunable
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -192,6 +194,7 @@ def bind(
             optimizer is not supported.
 
     Example:
+        >>> import torch
         >>> from torch_feather.prunable import find_prunable
         >>> model = nn.Linear(4, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -264,6 +267,7 @@ def forget_deleted(parameters: Sequence[Tensor]) -> list[int]:
         Their positions in `parameters`.
 
     Example:
+        >>> import torch
         >>> forget_deleted([torch.ones(2)])
         []
     """
