@@ -23,8 +23,9 @@ from .data.images import decode_image
 from .errors import RunError, printable
 from .predict import Predictor, load_predictor
 
+ALONE = "PyTorch, which also multiplies by zeros"
 ROUNDS = 3  # timed calls of each network
-PYTORCH = "PyTorch, which also multiplies by zeros"
+PYTORCH = "the same network in PyTorch, which also multiplies by zeros"
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def load_demo(source: Path, *, threads: int = 1, network: str | None = None, top
         >>> save_file(models.create("resnet8", 2).state_dict(), path, info.metadata())
         >>> demo = load_demo(path)
         >>> [one.how for one in demo.networks][-1]
-        'PyTorch, which also multiplies by zeros'
+        'the same network in PyTorch, which also multiplies by zeros'
         >>> demo.close()
     """
     plain = load_predictor(source, network=network)
@@ -177,11 +178,12 @@ def load_demo(source: Path, *, threads: int = 1, network: str | None = None, top
         notes.append(f"Not compiled: {printable(error)}")
     if baseline is not None:
         if not networks:
-            networks.append(DemoNetwork(title, PYTORCH, plain))
+            networks.append(DemoNetwork(title, ALONE, plain))
         networks.append(DemoNetwork("Dense baseline", "PyTorch", baseline))
     else:
-        same = "Same network" if networks else title
-        how = "ONNX Runtime" if source.suffix == ".onnx" else PYTORCH
+        same = "Dense computation" if networks else title
+        how = PYTORCH if networks else ALONE
+        how = "ONNX Runtime" if source.suffix == ".onnx" else how
         networks.append(DemoNetwork(same, how, plain))
     return Demo(printable(source), networks, notes, threads, top)
 
