@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..analysis.confusion import ConfusionMatrix, draw, plot_confusion
+from ..analysis.confusion import NAMED, ConfusionMatrix, draw, plot_confusion
 from ..analysis.pages import inline_svgs, render_page
 from ..analysis.plots import adapt_colours
 from .console import percent
@@ -47,6 +47,10 @@ def mistakes_page(found: Mistakes, run: Path) -> str:
         (label, answer, f"{count:,}", percent(count / totals[label]))
         for label, answer, count in pairs[:LARGEST]
     ]
+    classes = class_rows(found)
+    numbered = len(classes) > NAMED  # the axes of the figure then show numbers
+    if numbered:
+        classes = [(str(i), *row) for i, row in enumerate(classes)]
     return render_page(
         __package__,
         "errors.html.jinja",
@@ -58,7 +62,8 @@ def mistakes_page(found: Mistakes, run: Path) -> str:
         confusion=inline_svgs(svgs)["confusion"],
         confusions=confusions,
         left_out=len(pairs) - len(confusions),
-        classes=class_rows(found),
+        classes=classes,
+        numbered=numbered,
         worst=[_shown(mistake) for mistake in found.worst],
     )
 
