@@ -24,7 +24,8 @@ from torch_feather.analysis.confusion import ConfusionMatrix
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.demo import Demo, DemoNetwork
 from torch_feather.training.demo_server import LIMIT, DemoServer
-from torch_feather.training.mistakes import Mistake, Mistakes, write_mistakes
+from torch_feather.training.mistakes import Mistake, Mistakes
+from torch_feather.training.mistakes_page import write_mistakes
 from torch_feather.training.network_info import NetworkInfo
 from torch_feather.training.predict import Predictor
 

@@ -19,8 +19,8 @@ from torch_feather.training.checkpoint import RunDirectory, write_json
 from torch_feather.training.config import Config, DataConfig, SystemConfig
 from torch_feather.training.data import eval_loader, load_dataset
 from torch_feather.training.errors import RunError
-from torch_feather.training.mistakes import Mistakes, find_mistakes, write_mistakes
-from torch_feather.training.mistakes_page import LARGEST, mistakes_page
+from torch_feather.training.mistakes import Mistakes, find_mistakes
+from torch_feather.training.mistakes_page import LARGEST, mistakes_page, write_mistakes
 from torch_feather.training.schemas import example_results
 
 CPU = SystemConfig(device="cpu", threads=1)

@@ -28,8 +28,9 @@ def occlusion(model: nn.Module, image: Tensor, answer: int) -> Tensor:
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2, bias=False))
-        >>> _ = nn.init.zeros_(model[1].weight)
-        >>> model[1].weight[1, :8] = 1.0  # class 1 depends on the first row
+        >>> weight = torch.zeros(2, 64)
+        >>> weight[1, :8] = 1.0  # class 1 depends on the first row
+        >>> _ = model[1].load_state_dict({"weight": weight})
         >>> found = occlusion(model, torch.ones(1, 1, 8, 8), answer=1)
         >>> bool(found[0].min() > 0), found[2:].abs().max()
         (True, tensor(0.))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
 
-def evaluate(  # long: each option has its help
+def evaluate(
     run: RunArgument,
     data_path: Annotated[
         str | None, typer.Option(help="Folder of the data, if it has moved.")
@@ -129,7 +129,8 @@ def report(
 def _report_errors(run: RunDirectory, data_path: str | None, device: str, json: bool) -> None:
     """Print and write where the network of a run is wrong."""
     from ..training.console import percent
-    from ..training.mistakes import find_mistakes, write_mistakes
+    from ..training.mistakes import find_mistakes
+    from ..training.mistakes_page import write_mistakes
 
     run.read_report()  # raises RunError if the run is not complete
     found = find_mistakes(run, data_path, device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -298,36 +297,3 @@ def _name(images: Images | EncodedImages, i: int) -> str:
     if images.files is None:
         return f"image {i}"
     return printable(images.files.path(i))
-
-
-def write_mistakes(run: RunDirectory, found: Mistakes) -> list[Path]:
-    """Write `errors.html` and `confusion.png` into a run directory.
-
-    Args:
-        run: the run directory.
-        found: its errors.
-
-    Returns:
-        The files.
-
-    Raises:
-        RunError: a file cannot be written.
-        ImportError: a package of the extra `train` is missing.
-
-    Example:
-        >>> import tempfile
-        >>> run = RunDirectory(tempfile.mkdtemp())
-        >>> matrix = ConfusionMatrix(("<cat>", "dog"), np.array([[3, 1], [0, 4]]))
-        >>> page, figure = write_mistakes(run, Mistakes("pets", "test", matrix, []))
-        >>> "&lt;cat&gt;" in page.read_text(), figure.name
-        (True, 'confusion.png')
-    """
-    from .mistakes_page import mistakes_page, png_of_matrix
-    from .writing import write_atomically
-
-    page, figure = run.path / "errors.html", run.path / "confusion.png"
-    html = mistakes_page(found, run.path).encode()
-    png = png_of_matrix(found.matrix)
-    write_atomically(page, lambda file: file.write(html))
-    write_atomically(figure, lambda file: file.write(png))
-    return [page, figure]
