@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -165,6 +166,39 @@ def test_images_of_a_folder_are_named_by_their_files_and_shown_as_the_network_se
         assert mean == [("red", "green", "blue").index(one.label) for one in worst]
         names[storage] = {one.image for one in worst}
     assert names["memory"] == names["stream"]
+
+
+OWN = """
+import torch
+
+def factory():
+    images = [(torch.full((1, 8, 8), float(i)), i % 2) for i in range(8)]
+    return {"train": images, "test": images}
+
+def broken(num_classes, in_channels):
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            return torch.zeros(len(x), 2, 4, 4) if SHAPE else torch.full((len(x), 2), torch.nan)
+    return Network()
+"""
+
+
+def test_images_of_an_own_data_set_and_networks_without_logits(tmp_path, monkeypatch):
+    name = f"own_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    source = DataConfig(f"{name}:factory", validation=0.0)
+    config = Config(network="resnet8", data=source, system=CPU)
+    found = find_mistakes(make_run(tmp_path / "run", config, classes=2))
+    assert found.matrix.counts.sum() == 8
+    assert len(found.worst) == 8 - found.matrix.counts.trace() > 0
+    assert all(one.pixels.shape == (8, 8, 1) for one in found.worst)
+    config = replace(config, network=f"{name}:broken")
+    run = make_run(tmp_path / "broken", config, classes=2)
+    module = sys.modules[name]
+    for module.SHAPE, message in ((True, r"\(8, 2, 4, 4\).*one logit per class"), (False, "NaN")):
+        with pytest.raises(RunError, match=message):
+            find_mistakes(run)
 
 
 def test_names_are_escaped_and_the_page_needs_no_other_file(tmp_path):

@@ -189,7 +189,7 @@ def find_mistakes(
         worst: number of images to return.
 
     Raises:
-        RunError: the images have several labels, or the network has no logits of classes.
+        RunError: the images have several labels, or the network has no finite logits of classes.
         FeatherError: as for `load_trained`.
 
     Example:
@@ -232,7 +232,7 @@ def _answers(
     trained: TrainedRun, images: Images | EncodedImages, worst: int
 ) -> tuple[np.ndarray, list[Wrong]]:
     """Return the answers to all images, and the most probable wrong ones."""
-    config, device = trained.config, trained.device
+    config, device, data = trained.config, trained.device, trained.data.name
     answers: list[Tensor] = []
     wrong: list[Wrong] = []
     first = 0
@@ -246,6 +246,11 @@ def _answers(
                 f"{trained.data.classes} classes. A confusion matrix requires one logit per class."
             )
         logits = logits.float()
+        if not logits.isfinite().all():
+            raise RunError(
+                f"network {config.network!r} returns infinite or NaN logits for {printable(data)}. "
+                "Train it again with a smaller optimizer.lr."
+            )
         probabilities = logits.softmax(1)
         found = logits.argmax(1)  # as in the evaluation, also with ties
         answers.append(found.cpu())
