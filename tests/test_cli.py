@@ -140,7 +140,7 @@ def test_methods_and_recipes_are_listed_completely(feather):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "evaluate", "report", "export", "bench", "methods", "recipes"]
+    "command", ["train", "evaluate", "report", "demo", "export", "bench", "methods", "recipes"]
 )
 def test_help_exists_for_every_command(feather, command):
     code, output, _ = feather(command, "--help")

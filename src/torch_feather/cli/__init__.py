@@ -19,6 +19,7 @@ except ImportError as error:
         f"feather: the command line needs {error.name}. {install_hint('train')}"
     ) from None
 
+from .demo import demo
 from .example import example
 from .files import bench, export
 from .lists import methods, recipes
@@ -31,6 +32,7 @@ from .tune import tune
 
 __all__ = [
     "bench",
+    "demo",
     "evaluate",
     "example",
     "export",
@@ -97,7 +99,7 @@ def make_app(arguments: Sequence[str] = ()) -> typer.Typer:
     command = with_settings(train, arguments, complete=complete)
     made.command(epilog=EXAMPLES, context_settings=names)(command)
     made.add_typer(studies, name="study")
-    for other in (tune, predict, evaluate, report, export, bench, methods, recipes, example):
+    for other in (tune, predict, demo, evaluate, report, export, bench, methods, recipes, example):
         made.command()(other)
     return made
 
