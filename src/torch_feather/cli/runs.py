@@ -77,7 +77,8 @@ def evaluate(  # long: each option has its help
     make_console().print(
         f"{len(data.test):,} test images of {data.name}: "
         f"{measure_name(several)} {percent(accuracy)}, loss {loss:.4f}; "
-        f"{percent(zeros)} of the weights are zero, {macs.sparse:,} of {macs.dense:,} multiply-adds",
+        f"{percent(zeros)} of the weights are zero, "
+        f"{macs.sparse:,} of {macs.dense:,} multiply-adds",
         highlight=False,
         soft_wrap=True,
     )
