@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..training.predict import Prediction
 
 
+# long: each option has its help
 def predict(
     source: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run directory, or a file of feather export.")

@@ -23,6 +23,7 @@ from .runs import read_rows
 from .study import GridAxes, Study
 
 
+# long: each command-line option is a parameter.
 def run_study(
     study: Study,
     *,
