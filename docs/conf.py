@@ -59,6 +59,7 @@ NAVIGATION = {
             "docs/patterns",
             "docs/finetuning",
             "docs/training",
+            "docs/multi_label",
             "docs/files",
             "docs/runtime",
             "docs/native",

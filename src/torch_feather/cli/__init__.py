@@ -25,7 +25,7 @@ from .files import bench, export
 from .lists import methods, recipes
 from .predict import predict
 from .runs import evaluate, report
-from .settings import misplaced_option, with_settings
+from .settings import SettingsCommand, misplaced_option, with_settings
 from .studies import studies
 from .training import EXAMPLES, train
 from .tune import tune
@@ -97,7 +97,7 @@ def make_app(arguments: Sequence[str] = ()) -> typer.Typer:
     # Its many options cost time, which other commands do not have to spend; a shell completes them.
     complete = arguments[:1] in ([], ["train"]) or "_FEATHER_COMPLETE" in os.environ
     command = with_settings(train, arguments, complete=complete)
-    made.command(epilog=EXAMPLES, context_settings=names)(command)
+    made.command(cls=SettingsCommand, epilog=EXAMPLES, context_settings=names)(command)
     made.add_typer(studies, name="study")
     for other in (tune, predict, demo, evaluate, report, export, bench, methods, recipes, example):
         made.command()(other)

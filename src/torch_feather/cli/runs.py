@@ -45,6 +45,7 @@ def evaluate(
     """
     import torch_feather as feather
 
+    from ..training.average_precision import measure_name
     from ..training.checkpoint import RunDirectory
     from ..training.console import percent
     from ..training.data import eval_loader
@@ -59,14 +60,17 @@ def evaluate(
     loss, accuracy = measure(model, test, config.system.amp, loss=mean)
     macs = feather.count_flops(model, data.example().to(target))
     zeros = feather.sparsity(model, config.include, config.exclude)
+    several = data.test.labels.ndim == 2
     if json:
         costs = {"dense": macs.dense, "sparse": macs.sparse}
         found = {"images": len(data.test), "accuracy": accuracy, "loss": loss}
+        found |= {"multi_label": True} if several else {}
         print_json({"run": str(run), "data": data.name, **found, "sparsity": zeros, "macs": costs})
         return
     make_console().print(
-        f"{len(data.test):,} test images of {data.name}: accuracy {percent(accuracy)}, "
-        f"loss {loss:.4f}; {percent(zeros)} of the weights are zero, "
+        f"{len(data.test):,} test images of {data.name}: "
+        f"{measure_name(several)} {percent(accuracy)}, loss {loss:.4f}; "
+        f"{percent(zeros)} of the weights are zero, "
         f"{macs.sparse:,} of {macs.dense:,} multiply-adds",
         highlight=False,
         soft_wrap=True,
