@@ -71,8 +71,15 @@ def column_sums(bits: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
             # in.
             block = block ^ (block.view(np.uint64) >> 1).view(np.int64)
         full = block.size // COLUMNS * COLUMNS
-        if full:
-            columns += np.add.reduce(block[:full].reshape(-1, COLUMNS), axis=0)
+        at_once = full // (4 * COLUMNS) * 4 * COLUMNS
+        if at_once:
+            columns += (
+                np.add.reduce(block[:at_once].reshape(-1, 4 * COLUMNS), axis=0)
+                .reshape(4, COLUMNS)
+                .sum(0)
+            )
+        if full > at_once:
+            columns += np.add.reduce(block[at_once:full].reshape(-1, COLUMNS), axis=0)
         columns[: block.size - full] += block[full:]
     if rest.size:  # the bytes of an incomplete last word; only the end of a tensor has one
         columns[-1] += int.from_bytes(rest.tobytes(), "little")
