@@ -17,6 +17,7 @@ EVERY_CASE = ["test_doctests.py"]
 
 # Not quick: no test of these files.
 NONE = [
+    "examples/test_accelerate.py",
     "examples/test_diffusers.py",
     "examples/test_keras.py",
     "examples/test_lightning.py",
@@ -39,7 +40,6 @@ NONE = [
 
 # Only these tests of files in which most tests train or compile a network.
 ONLY = {
-    "examples/test_accelerate.py": ["test_the_example_runs"],
     "native/test_native_library.py": ["test_the_digits_network_on_new_inputs"],
     "runtime/test_compile.py": ["test_layers_are_timed", "test_models_that_cannot_be_captured"],
     "studies/test_runner.py": ["test_a_run_in_the_rows_of_an_earlier_study_is_not_trained"],
@@ -126,6 +126,9 @@ EXCEPT = {
 }
 
 
+APPS = "pytestmark = pytest.mark.apps"  # every test of the file trains within another library
+
+
 def listed() -> list[tuple[str, str]]:
     """File and test of every entry, so that it can be checked; "" is the whole file."""
     tests = [(file, name) for table in (ONLY, EXCEPT) for file in table for name in table[file]]
@@ -154,7 +157,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Do not even import files without quick tests when only those are wanted."""
-    path = collection_path.relative_to(TESTS) if collection_path.is_relative_to(TESTS) else None
-    skipped = path and config.option.markexpr == "quick" and path.as_posix() in NONE
-    return True if skipped else None
+    """Do not even import files without a test that is wanted: other libraries take long to load."""
+    if collection_path.suffix != ".py" or not collection_path.is_relative_to(TESTS):
+        return None
+    wanted = config.option.markexpr
+    none_quick = wanted == "quick" and collection_path.relative_to(TESTS).as_posix() in NONE
+    none_at_all = "not apps" in wanted and APPS in collection_path.read_text().splitlines()
+    return True if none_quick or none_at_all else None

@@ -214,6 +214,7 @@ def test_a_run_is_neither_overwritten_nor_changed(run, feather):
     assert "sparsity was 0.95, not 0.5" in errors
 
 
+@pytest.mark.slow
 def test_each_run_has_its_own_directory(feather, tmp_path):
     quick = ["train", *QUICK, "--no-compare-dense", "--network", "mobilenet_v1"]
     for _ in range(2):

@@ -29,7 +29,10 @@ def run(command, monkeypatch):
     assert not caught.value.code
 
 
-@pytest.mark.parametrize("name", ["own_network", "own_data", "huggingface_data"])
+@pytest.mark.parametrize(
+    "name",
+    ["own_network", "own_data", pytest.param("huggingface_data", marks=pytest.mark.apps)],
+)
 def test_the_command_in_the_file_trains(name, tmp_path, monkeypatch):
     if name == "huggingface_data":
         pytest.importorskip("datasets", reason="in the extra frameworks")

@@ -13,6 +13,7 @@ from torch_feather.training.checkpoint import RunDirectory
 QUICK = ["epochs=1", "batch_size=256", "system.threads=1"]
 
 
+@pytest.mark.slow
 def test_a_network_is_timed_again_only_if_its_weights_or_the_cpu_changed(tmp_path, monkeypatch):
     settings = dict(methods="feather", sparsity="0.9", seeds="0", settings=QUICK, out=tmp_path)
     runs = tmp_path / "runs"

@@ -65,6 +65,7 @@ def test_a_name_shows_how_a_run_differs_from_its_recipe(changes, name):
     assert run_name(config) == f"cifar100-small-{name}"
 
 
+@pytest.mark.slow
 def test_no_two_recipes_share_a_run():
     names = [
         {run.name for run in plan(name, recipe=recipe, seeds=[0])}
