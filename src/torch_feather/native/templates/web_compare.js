@@ -7,7 +7,8 @@ let session;
 /** Load the dense network: WebAssembly with vectors, one thread. */
 async function loadDense() {
   ort.env.wasm.numThreads = 1;
-  ort.env.wasm.wasmPaths = new URL("onnxruntime-web/", import.meta.url).href;
+  const file = "onnxruntime-web/ort-wasm-simd-threaded.wasm";
+  ort.env.wasm.wasmPaths = { wasm: new URL(file, import.meta.url).href };
   return ort.InferenceSession.create(new URL("dense.onnx", import.meta.url).href, {
     executionProviders: ["wasm"], graphOptimizationLevel: "all",
   });
