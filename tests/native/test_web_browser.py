@@ -127,7 +127,12 @@ def test_a_drawn_digit_is_recognized(digits, visit, scheme, width):
     assert int(color) < 60 if scheme == "dark" else int(color) > 240
     assert errors == []
     served = page.url
-    assert {url.removeprefix(served) for url in requests} <= {"", "model.js", "model.wasm", "data:,"}
+    assert {url.removeprefix(served) for url in requests} <= {
+        "",
+        "model.js",
+        "model.wasm",
+        "data:,",
+    }
 
 
 def test_outputs_of_test_images_agree_with_pytorch(digits, visit):

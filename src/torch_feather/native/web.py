@@ -180,5 +180,6 @@ def _check_preparation(
             f"mean and std need {channels} numbers, and those of std above 0; got {mean} and {std}."
         )
     if side < size:
-        raise ConfigurationError(f"side must be at least {size}, the side of the input; got {side}.")
-
+        raise ConfigurationError(
+            f"side must be at least {size}, the side of the input; got {side}."
+        )

@@ -226,7 +226,9 @@ def describe(run: RunDirectory, path: Path, format: str) -> str:
     """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        text = ", ".join(f"{file.relative_to(path)} ({file.stat().st_size:,} bytes)" for file in files)
+        text = ", ".join(
+            f"{file.relative_to(path)} ({file.stat().st_size:,} bytes)" for file in files
+        )
         if format != "c":
             return text
         workspace, constants = c_sizes(path)
