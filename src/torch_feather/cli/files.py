@@ -19,7 +19,7 @@ def export(  # long: each option has its help
     format: Annotated[
         str,
         typer.Option(
-            help="sparse (small), safetensors (dense tensors), onnx, native (a library), c (C99) or "
+            help="sparse (small), safetensors (dense tensors), onnx, native (a library), c (C99), "
             "web (a page)."
         ),
     ] = "sparse",

@@ -1,4 +1,4 @@
-"""Networks as native libraries (needs llvmlite) C99 or web pages: none needs Python or PyTorch to run."""
+"""Networks as native libraries, C99 or web pages: none needs Python or PyTorch to run."""
 
 from .errors import NativeExportError
 from .export import c_sizes, export_c, export_native

@@ -158,8 +158,8 @@ def _classes(program: Program) -> int:
     shapes = [view.shape for view in program.outputs]
     if len(shapes) != 1 or len(shapes[0]) != 2:
         raise NativeExportError(
-            f"A page shows the classes of an image, (1, classes), but the outputs are {shapes}. Use "
-            "export_native with target wasm32 for other outputs."
+            f"A page shows the classes of an image, (1, classes), but the outputs are {shapes}. "
+            "Use export_native with target wasm32 for other outputs."
         )
     return shapes[0][1]
 
@@ -180,6 +180,4 @@ def _check_preparation(
             f"mean and std need {channels} numbers, and those of std above 0; got {mean} and {std}."
         )
     if side < size:
-        raise ConfigurationError(
-            f"side must be at least {size}, the side of the input; got {side}."
-        )
+        raise ConfigurationError(f"side must be at least {size}, as the input; got {side}.")

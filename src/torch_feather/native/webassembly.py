@@ -178,7 +178,7 @@ def _check_relocations(content: bytes) -> None:
             reader.signed()
         if kind not in KNOWN_RELOCATIONS:
             raise NativeExportError(
-                f"The WebAssembly object file has a relocation of kind {kind}, which needs a linker."
+                f"The WebAssembly object file has a relocation of kind {kind}; it needs a linker."
             )
 
 
