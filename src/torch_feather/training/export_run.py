@@ -61,8 +61,8 @@ def export_run(
         The file or folder.
 
     Raises:
-        ConfigurationError: the format is unknown, or does not support `dtype`, `target` or `compare`;
-            or a page cannot prepare the images as the data set does.
+        ConfigurationError: the format is unknown, or does not support `dtype`, `target` or
+            `compare`; or a page cannot prepare the images as the data set does.
         RunError: the run is not complete, or cannot be read.
         NativeExportError: a native library does not support an operation of the network.
 
@@ -113,7 +113,7 @@ def _export_web(run: RunDirectory, path: Path, compare: Path | None) -> None:
     if info.prepared_by is not None:
         raise ConfigurationError(
             f"{run.path}: its images were prepared by the data set {info.prepared_by}, which a "
-            "page cannot repeat. Call torch_feather.export_web with the mean, std and side of images."
+            "page cannot repeat. Call torch_feather.export_web with mean, std and side of images."
         )
     export_web(
         *load_network(run),
