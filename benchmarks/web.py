@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -36,6 +37,7 @@ from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.export_run import load_network
 from torch_feather.training.provenance import provenance
 
+ENGINE = "ort-wasm-simd-threaded.wasm"
 AIM = 2.0  # times as fast, at 95%
 NETWORKS = ["timm/resnet18:64", "timm/resnet18:224", "timm/mobilenetv3_small_100:224"]
 IN_PAGE = """async ([input, options]) => {
@@ -107,11 +109,14 @@ def report(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     lines = [
         "# Sparse networks in the browser",
         "",
+        f"    {facts['command']}",
+        "",
+        f"Commit {str(facts['commit'])[:10]}, PyTorch {facts['versions']['torch']}, "
         f"Chromium {facts['chromium']}, onnxruntime-web {rows[0]['version']}, one thread, batch 1; "
         f"{facts['hardware']['cpu']}. Median and quartiles of {facts['rounds']} alternating "
         "measurements in milliseconds. The machine was busy with other work: the load was "
         f"{min(r['load_average'] for r in rows):.1f} to {max(r['load_average'] for r in rows):.1f} "
-        f"on {os.cpu_count()} cores. Quartiles are wide; both engines were slowed alike, in turn.",
+        f"on {os.cpu_count()} cores.",
         "",
         "| network | zeros | sparse, ms | dense, onnxruntime-web, ms | ratio | error |",
         "|---|---|---|---|---|---|",
@@ -134,7 +139,7 @@ def report(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for row in rows:
-        files = ("model.wasm", "dense.onnx", "ort-wasm-simd-threaded.wasm")
+        files = ("model.wasm", "dense.onnx", ENGINE)
         cells = [f"{row['sizes'][f]['bytes']:,} ({row['sizes'][f]['gzip']:,})" for f in files]
         lines.append(f"| {row['network']} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -149,7 +154,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.95)
     parser.add_argument("--unpruned", action="store_true", help="also the digits network, dense")
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file of the results as JSON")
     args = parser.parse_args()
     cases: list[tuple[str, nn.Module, Tensor]] = []
     if args.run is not None:
@@ -172,11 +177,11 @@ def main() -> None:
         for name, model, x in cases:
             found = measure(browser, model, x, args.engine, args.rounds)
             rows.append({"network": name, "input": list(x.shape), **found})
-        facts = provenance(torch.device("cpu")) | {
-            "chromium": browser.version,
-            "rounds": args.rounds,
-        }
+        facts = provenance(torch.device("cpu"))
+        facts |= {"chromium": browser.version, "rounds": args.rounds}
         browser.close()
+    shown = [Path(a).name if a.startswith(("/", "..")) else a for a in sys.argv[1:]]
+    facts["command"] = " ".join(["python", "benchmarks/web.py", *shown])
     print(report(rows, facts))
     if args.json is not None:
         args.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
