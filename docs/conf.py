@@ -77,6 +77,7 @@ NAVIGATION = {
             "own_methods",
             "restructuring",
             "mutation",
+            "web",
             "fuzzing",
             "integrations",
             "*/table",

@@ -368,9 +368,10 @@ def test_the_zoo_compares_pruned_networks_with_dense_systems(monkeypatch):
 
 
 def test_the_report_of_pages_counts_networks_that_reach_the_aim(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(BENCHMARKS)
     web = importlib.import_module("web")
-    sizes = dict.fromkeys(("model.wasm", "dense.onnx", web.ENGINE), {"bytes": 1000, "gzip": 10})
+    files = ("model.wasm", "dense.onnx", web.ENGINE)
+    sizes = {file: {"bytes": 1000, "gzip": 10} for file in files}
     row = {"network": "a", "sparsity": 0.95, "sparse": [1.0, 2.0, 3.0], "dense": [8.0] * 3}
     row |= {"ratio": 4.0, "error": 1e-7, "sizes": sizes, "load_average": 1.0, "version": "1"}
     rows = [row, row | {"ratio": 1.9}, row | {"sparsity": 0.0, "ratio": 9.0}]
