@@ -224,6 +224,7 @@ def test_a_pushed_network_can_be_loaded_from_the_hub(run, export, tmp_path, monk
     resolve_config("digits", folder / "config.yaml", {})  # the configuration is valid
 
 
+@pytest.mark.slow
 def test_the_real_client_uploads_and_downloads(run, tmp_path):
     """In a process of its own: the client reads the address of the hub when it is imported."""
     program = """if True:

@@ -203,6 +203,14 @@ def test_an_image_of_another_format_is_not_left_out_without_a_word(shards, tmp_p
         shards(archive(*pairs(range(6))))
 
 
+def test_images_outside_of_the_parts_are_not_left_out_without_a_word(tmp_path):
+    file = tmp_path / "a.tar"
+    members = [member(f"{part}/a/0.png", png(1)) for part in ("train", "val", "Train", "more")]
+    file.write_bytes(archive(*members, *OTHERS, member("set/readme.txt")))
+    with pytest.warns(UserWarning, match=r"a\.tar/Train/a/0\.png and 1 more: in none of the"):
+        assert len(find_images(str(file))[0]) == 2
+
+
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("name", ["n" * 300 + ".png", "\xe9" * 60 + ".png", "d/" * 80 + "x.png"])
 def test_long_and_foreign_names(tmp_path, name, format):

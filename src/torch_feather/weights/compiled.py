@@ -79,9 +79,10 @@ class Kernels:
         features = llvm.get_host_cpu_features()
         widest = 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
         self.width = width or widest
-        # Since AVX-512, one instruction moves the lanes of a mask together.
-        packs = self.width == 16
-        module = llvm.parse_assembly(emit_module(self.width, COLUMNS, packs))
+        # AVX-512 has instructions that move the lanes of a mask together.
+        tables = self.width == 8 and features.get("avx2", False)
+        packs = tables or self.width == 16
+        module = llvm.parse_assembly(emit_module(self.width, COLUMNS, packs, tables))
         module.verify()
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(),
