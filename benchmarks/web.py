@@ -39,7 +39,10 @@ from torch_feather.training.provenance import provenance
 
 ENGINE = "ort-wasm-simd-threaded.wasm"
 AIM = 2.0  # times as fast, at 95%
-NETWORKS = ["timm/resnet18:64", "timm/resnet18:224", "timm/mobilenetv3_small_100:224"]
+NETWORKS = [
+    *("timm/resnet18:64", "timm/resnet18:224", "timm/mobilenetv3_small_100:224"),
+    *("timm/efficientnet_b0:224", "timm/deit_tiny_patch16_224:224"),
+]
 IN_PAGE = """async ([input, options]) => {
   const { load } = await import("./model.js");
   const { compare } = await import("./compare.js");

@@ -18,6 +18,7 @@ from ..measure import sparsity
 from ..runtime.kernels import compile_object
 from .errors import NativeExportError
 from .export import install, prepare
+from .inline_math import with_math
 from .library_ir import LibraryText
 from .package import template_text
 from .program import Program
@@ -103,8 +104,8 @@ def export_web(
     }
     with TemporaryDirectory() as folder:
         made = Path(folder)
-        code = compile_object(BROWSER, LibraryText(program, BROWSER, "model").module())
-        (made / "model.wasm").write_bytes(to_module(code))
+        text = with_math(LibraryText(program, BROWSER, "model").module())
+        (made / "model.wasm").write_bytes(to_module(compile_object(BROWSER, text)))
         facts = json.dumps(info, indent=2)
         (made / "model.js").write_text(template_text("web_model.js", INFO=facts), "utf-8")
         page = template_text("web_page.html", TITLE=html.escape(title))
