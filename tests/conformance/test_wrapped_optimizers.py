@@ -678,6 +678,7 @@ def test_entries_of_a_state_that_belong_to_no_parameter_resume():
 # --- frameworks -------------------------------------------------------------------------------
 
 
+@pytest.mark.apps
 @pytest.mark.parametrize("attach", ["wrapper", "inside"])
 def test_fabric_resumes_bit_for_bit(attach, tmp_path):
     import lightning
@@ -702,6 +703,7 @@ def test_fabric_resumes_bit_for_bit(attach, tmp_path):
     assert_same(values(resumed, again), values(model, sparsifier))
 
 
+@pytest.mark.apps
 def test_the_wrapper_of_lightnings_trainer_is_looked_through():
     from lightning.pytorch.core.optimizer import LightningOptimizer
 
