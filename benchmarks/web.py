@@ -109,12 +109,14 @@ def spread(times: list[float]) -> str:
 
 def report(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     """Return the results as Markdown."""
+    commit = str(facts["commit"])
+    commit = commit[:10] + "+" * commit.endswith("+")
     lines = [
         "# Sparse networks in the browser",
         "",
         f"    {facts['command']}",
         "",
-        f"Commit {str(facts['commit'])[:10]}, PyTorch {facts['versions']['torch']}, "
+        f"Commit {commit}, PyTorch {facts['versions']['torch']}, "
         f"Chromium {facts['chromium']}, onnxruntime-web {rows[0]['version']}, one thread, batch 1; "
         f"{facts['hardware']['cpu']}. Median and quartiles of {facts['rounds']} alternating "
         "measurements in milliseconds. The machine was busy with other work: the load was "
