@@ -78,6 +78,7 @@ NAVIGATION = {
             "own_methods",
             "restructuring",
             "mutation",
+            "web",
             "fuzzing",
             "integrations",
             "*/table",

@@ -1,4 +1,6 @@
-"""Settings of all tests: one thread, a fixed seed, reproducible examples."""
+"""Settings of all tests: one thread, a fixed seed, reproducible examples; and a browser."""
+
+import shutil
 
 import pytest
 import torch
@@ -64,3 +66,17 @@ def outside_of_fake_tensors(function):
             return function(*args)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, of the system or of playwright."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_api.sync_playwright() as playwright:
+        try:
+            found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except sync_api.Error as error:
+            pytest.skip(f"no Chromium: {error.message.splitlines()[0]}")
+        yield found
+        found.close()

@@ -8,7 +8,6 @@ Chromium is that of the system (`apt-get install chromium`), or of `playwright i
 
 import base64
 import io
-import shutil
 import subprocess
 import sys
 import threading
@@ -43,19 +42,6 @@ PAGES = [*STUDIES, *RUNS, *SITE]
 WIDTHS = {"desk": 1280, "phone": 375}
 
 pytestmark = pytest.mark.apps
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    with sync_api.sync_playwright() as playwright:
-        try:
-            found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(f"no Chromium: {error.message.splitlines()[0]}")
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
