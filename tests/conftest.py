@@ -9,6 +9,7 @@ from quick import pytest_collection_modifyitems, pytest_ignore_collect  # noqa: 
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_feather import launching
+from torch_feather.engine import health
 from torch_feather.engine.health import Health
 from torch_feather.methods import magnitude
 from torch_feather.schedules import make_table
@@ -54,6 +55,7 @@ def without_gpu(monkeypatch):
     # Values that `sparsify` reads once.
     monkeypatch.setattr(Health, "raise_if_nan", lambda *_: None)
     monkeypatch.setattr(Health, "inspect", lambda *_: None)
+    monkeypatch.setattr(health, "_is_broken", lambda _: False)
     monkeypatch.setattr(magnitude, "make_table", outside_of_fake_tensors(make_table))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 

@@ -165,6 +165,7 @@ def test_a_warm_up_that_does_not_fit_is_an_error(epochs, fits):
         Optimizer(warmup_epochs=5, warmup_fraction=0.1)
 
 
+@pytest.mark.slow
 def test_a_run_with_adamw_resumes_bitwise(tmp_path):
     changes = {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.warmup_fraction": 0.2,
                "epochs": 2, "batch_size": 256, "compare_dense": False}  # fmt: skip

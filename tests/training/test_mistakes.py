@@ -140,7 +140,7 @@ def test_options_of_errors_and_an_unfinished_run_are_refused(run, tmp_path, feat
 def test_images_with_several_labels_are_refused(tmp_path):
     photos = make_photos(tmp_path / "photos", train=2, val=2)
     for part in ("train", "val"):
-        lines = [f"{part}/{name}/00.png,1,0" for name in COLORS]
+        lines = [f"{part}/{name}/0{i}.png,1,0" for name in COLORS for i in range(2)]
         (photos / f"{part}.csv").write_text("\n".join(["image,warm,cold", *lines]) + "\n")
     source = DataConfig("imagefolder", path=str(photos), validation=0.0, resolution=8)
     config = Config(network="resnet8", loss="binary", data=source, system=CPU)

@@ -253,6 +253,7 @@ def labelled_folder(root, count=48):
     return root
 
 
+@pytest.mark.slow
 def test_several_labels_per_image_are_learned_resumed_and_predicted(tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -442,6 +443,7 @@ def test_mixed_batches_are_convex_combinations_with_the_labels_in_proportion():
     ],
     ids=["both", "mixup", "randaugment"],
 )
+@pytest.mark.slow
 def test_a_run_with_augmentation_resumes_bitwise_identically(changes, tmp_path):
     assert same_after_resume(config(epochs=1, **changes), tmp_path)
 

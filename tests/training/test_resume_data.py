@@ -144,6 +144,7 @@ def test_the_accepted_digest_accepts_no_other_images(config, images, tmp_path):
         train(accepting(config, caught.value), run, resume=True)
 
 
+@pytest.mark.slow
 def test_restored_images_continue_bitwise_identically(config, images, tmp_path):
     train(config, tmp_path / "whole")
     run = interrupted(config, tmp_path / "run")

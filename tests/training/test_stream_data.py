@@ -126,6 +126,7 @@ def test_workers_ignore_signals_to_stop(folder, request_to_stop):
     assert all(map(equal, [*given, *batches], expected))
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_a_one_line_error(folder):
     ahead = training(folder, workers=1)
     batches = iter(ahead)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ class TensorBoardLogger(Logger):
     def begin(self, run: LoggedRun) -> int:
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = run.folder / "tensorboard"
-        self.open = partial(SummaryWriter, folder)
+        self.folder = run.folder / "tensorboard"
+        self.open = partial(SummaryWriter, self.folder)
         self.writer: Any = None
-        return _last_step(folder, run.step) if run.step else 0
+        return _last_step(self.folder, run.step) if run.step else 0
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write the scalars of a row.
@@ -39,6 +40,7 @@ class TensorBoardLogger(Logger):
         scalars from this step on.
         """
         if self.writer is None:
+            _wait_for_next_second(self.folder)
             self.writer = self.open(purge_step=step)
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
@@ -47,6 +49,18 @@ class TensorBoardLogger(Logger):
     def end(self, results: dict[str, Any] | None) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def _wait_for_next_second(folder: Path) -> None:
+    """Wait until a new event file comes after those that are there.
+
+    TensorBoard reads the files in the order of their names. These begin with the second; within a
+    second, the number of the process decides.
+    """
+    seconds = [file.name.split(".")[3] for file in folder.glob("events.out.tfevents.*")]
+    last = max((int(text) for text in seconds if text.isdigit()), default=0)
+    while int(time.time()) == last:
+        time.sleep(0.05)
 
 
 def _last_step(folder: Path, done: int) -> int:
