@@ -101,6 +101,7 @@ def test_the_plain_file_equals_the_stored_one(run, export):
     assert (run / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_onnx_file_computes_the_logits_for_any_batch_size(run, export):
     import onnxruntime
 

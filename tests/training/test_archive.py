@@ -96,6 +96,7 @@ def test_a_cut_at_any_byte_is_an_error_or_loses_only_padding(shards):
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.slow
 def test_a_changed_byte_gives_the_right_images_or_an_error(shards, format):
     whole = stripped(archive(*pairs(range(6)), format=format))
     assert content_of(shards(whole)) == EXPECTED

@@ -70,6 +70,7 @@ def same_after_resume(settings, tmp_path):
     ],
     ids=lambda changes: changes["optimizer.name"],
 )
+@pytest.mark.slow
 def test_any_optimizer_trains_and_resumes_bitwise_identically(changes, tmp_path):
     assert same_after_resume(config(**{"optimizer.lr": 0.01, "epochs": 1} | changes), tmp_path)
 

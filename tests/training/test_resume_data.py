@@ -181,6 +181,7 @@ def test_another_number_of_steps_per_epoch_is_refused_whatever_is_accepted(
         train(config, run, resume=True)
 
 
+@pytest.mark.slow
 def test_a_dense_baseline_of_changed_images_is_refused(config, images, tmp_path):
     train(config, tmp_path / "run")
     all_changed(images)
