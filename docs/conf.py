@@ -34,7 +34,7 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = "torch-feather"
-html_static_path = ["_static", "../src/torch_feather/studies/tables.js"]
+html_static_path = ["_static", "../src/torch_feather/analysis/tables.js"]
 html_css_files = ["site.css"]
 html_js_files = [("tables.js", {"defer": "defer"})]  # also in the pages of studies
 html_theme_options = {"top_of_page_buttons": []}
@@ -59,6 +59,7 @@ NAVIGATION = {
             "docs/patterns",
             "docs/finetuning",
             "docs/training",
+            "docs/multi_label",
             "docs/files",
             "docs/runtime",
             "docs/native",
@@ -77,6 +78,7 @@ NAVIGATION = {
             "own_methods",
             "restructuring",
             "mutation",
+            "web",
             "fuzzing",
             "integrations",
             "*/table",

@@ -1,4 +1,6 @@
-"""Settings of all tests: one thread, a fixed seed, reproducible examples."""
+"""Settings of all tests: one thread, a fixed seed, reproducible examples; and a browser."""
+
+import shutil
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from quick import pytest_collection_modifyitems, pytest_ignore_collect  # noqa: 
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from torch_feather import launching
+from torch_feather.engine import health
 from torch_feather.engine.health import Health
 from torch_feather.methods import magnitude
 from torch_feather.schedules import make_table
@@ -52,6 +55,7 @@ def without_gpu(monkeypatch):
     # Values that `sparsify` reads once.
     monkeypatch.setattr(Health, "raise_if_nan", lambda *_: None)
     monkeypatch.setattr(Health, "inspect", lambda *_: None)
+    monkeypatch.setattr(health, "_is_broken", lambda _: False)
     monkeypatch.setattr(magnitude, "make_table", outside_of_fake_tensors(make_table))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
@@ -64,3 +68,17 @@ def outside_of_fake_tensors(function):
             return function(*args)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, of the system or of playwright."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_api.sync_playwright() as playwright:
+        try:
+            found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except sync_api.Error as error:
+            pytest.skip(f"no Chromium: {error.message.splitlines()[0]}")
+        yield found
+        found.close()

@@ -17,6 +17,7 @@ EVERY_CASE = ["test_doctests.py"]
 
 # Not quick: no test of these files.
 NONE = [
+    "examples/test_accelerate.py",
     "examples/test_diffusers.py",
     "examples/test_keras.py",
     "examples/test_lightning.py",
@@ -39,7 +40,6 @@ NONE = [
 
 # Only these tests of files in which most tests train or compile a network.
 ONLY = {
-    "examples/test_accelerate.py": ["test_the_example_runs"],
     "native/test_native_library.py": ["test_the_digits_network_on_new_inputs"],
     "runtime/test_compile.py": ["test_layers_are_timed", "test_models_that_cannot_be_captured"],
     "studies/test_runner.py": ["test_a_run_in_the_rows_of_an_earlier_study_is_not_trained"],
@@ -109,13 +109,24 @@ EXCEPT = {
         "test_a_finished_run_serves_as_start_and_teacher_of_another",
         "test_resuming_a_finished_run_changes_none_of_its_files",
     ],
+    "training/test_demo.py": [
+        "test_ctrl_c_ends_the_command_cleanly",
+        "test_the_sparse_network_is_compiled_and_compared_with_the_dense_baseline",
+    ],
     "training/test_deprecated_names.py": ["test_train_accepts_a_watch"],
+    "training/test_mistakes.py": [
+        "test_held_out_images_are_used_if_there_are_any",
+        "test_the_accuracy_is_that_of_evaluate_and_the_json_has_every_image",
+    ],
     "training/test_distillation.py": [
         "test_a_resumed_run_is_bitwise_identical_if_its_teacher_has_moved",
         "test_a_run_does_not_resume_with_another_teacher",
         "test_weight_0_is_bitwise_identical_to_training_without_a_teacher",
     ],
 }
+
+
+APPS = "pytestmark = pytest.mark.apps"  # every test of the file trains within another library
 
 
 def listed() -> list[tuple[str, str]]:
@@ -146,7 +157,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Do not even import files without quick tests when only those are wanted."""
-    path = collection_path.relative_to(TESTS) if collection_path.is_relative_to(TESTS) else None
-    skipped = path and config.option.markexpr == "quick" and path.as_posix() in NONE
-    return True if skipped else None
+    """Do not even import files without a test that is wanted: other libraries take long to load."""
+    if collection_path.suffix != ".py" or not collection_path.is_relative_to(TESTS):
+        return None
+    wanted = config.option.markexpr
+    none_quick = wanted == "quick" and collection_path.relative_to(TESTS).as_posix() in NONE
+    none_at_all = "not apps" in wanted and APPS in collection_path.read_text().splitlines()
+    return True if none_quick or none_at_all else None

@@ -365,3 +365,18 @@ def test_the_zoo_compares_pruned_networks_with_dense_systems(monkeypatch):
     assert line.startswith("below 1.5x at 95%")
     assert line.endswith("sort")
     assert "95%: 2.50 (1.20x)" in zoo.table([row])
+
+
+def test_the_report_of_pages_counts_networks_that_reach_the_aim(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    web = importlib.import_module("web")
+    files = ("model.wasm", "dense.onnx", web.ENGINE)
+    sizes = {file: {"bytes": 1000, "gzip": 10} for file in files}
+    row = {"network": "a", "sparsity": 0.95, "sparse": [1.0, 2.0, 3.0], "dense": [8.0] * 3}
+    row |= {"ratio": 4.0, "error": 1e-7, "sizes": sizes, "load_average": 1.0, "version": "1"}
+    rows = [row, row | {"ratio": 1.9}, row | {"sparsity": 0.0, "ratio": 9.0}]
+    facts = {"command": "", "commit": "", "chromium": "1", "rounds": 3}
+    facts |= {"versions": {"torch": "2"}, "hardware": {"cpu": "CPU"}}
+    text = web.report(rows, facts)
+    assert "Reached by 1 of 2 networks" in text
+    assert "| a | 95.0% | 2 (1 to 3) | 8 (8 to 8) | 4.0× | 1e-07 |" in text

@@ -42,6 +42,27 @@ def printed(feather, *arguments):
     return flatten(yaml.safe_load(output))
 
 
+@pytest.mark.parametrize("key", ["compare_dense", "track_masks"])
+def test_a_flag_takes_a_value_as_other_settings_do(feather, key):
+    name = key.replace("_", "-")
+    for words, value in [
+        ([f"--{name}"], True),
+        ([f"--{key}"], True),
+        ([f"--no-{name}"], False),
+        ([f"--{key}", "false"], False),
+        ([f"--{name}", "True"], True),
+        ([f"--{key}=false"], False),
+        ([f"--{name}", "--no-" + name], False),
+        ([f"--{name}", "--seed", "3"], True),
+    ]:
+        assert printed(feather, *words)[key] is value
+    code, _, errors = feather("train", f"--{key}=maybe")
+    assert code == 2
+    assert f"--{key} must be true or false, got 'maybe'" in " ".join(errors.split())
+    _, _, errors = feather("train", "--set", f"{key}=false", "--print-config")
+    assert f"Use --KEY VALUE, such as --no-{name}." in errors
+
+
 def test_every_setting_can_be_given_as_an_option(feather):
     others = {"options", "recipe"}  # --options.NAME, --recipe
     assert settings_help().keys() == {key for key, _ in known_keys()} - others

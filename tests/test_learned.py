@@ -361,6 +361,7 @@ def test_decay_acts_on_s_once_and_as_in_sgd():
     assert task.sparsifier.learned_sparsity == 0
 
 
+@pytest.mark.slow
 def test_more_decay_is_more_sparsity_and_nothing_follows_the_target():
     own = [
         Task("str", 0.5, decay=decay, s_init=-8.0).train(STEPS - 1).sparsifier.learned_sparsity

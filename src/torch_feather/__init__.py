@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .measure import count_flops, recalibrate_batchnorm
     from .measure.report import report, sparsity
     from .methods import available_methods, register_method
-    from .native import export_c, export_native
+    from .native import export_c, export_native, export_web
     from .operators import power_threshold
     from .runtime import compile_sparse, load_compiled, save_compiled
     from .sparsifier import Sparsifier
@@ -51,6 +51,7 @@ _LAZY = {
     "engine_info": ".info",
     "export_c": ".native",
     "export_native": ".native",
+    "export_web": ".native",
     "keep_zeros": ".finetune",
     "load_compiled": ".runtime",
     "load_sparse": ".export",
@@ -83,6 +84,7 @@ __all__ = [
     "engine_info",
     "export_c",
     "export_native",
+    "export_web",
     "keep_zeros",
     "load_compiled",
     "load_sparse",

@@ -106,13 +106,15 @@ class LatentAverage:
             model: a copy of the model in training.
 
         Raises:
-            ConfigurationError: `model` is the model in training.
+            ConfigurationError: `model` is the model in training, or no copy of it: its parameters
+                have other names, shapes, types or no values.
         """
         target, source = unwrap(model), unwrap(self.sparsifier.model)
         if target is source:
             raise ConfigurationError(
                 "copy_to needs a copy of the model (copy.deepcopy(model)), not the one in training."
             )
+        _check_copy(target, source)
         training = self.sparsifier.step.training
         weights = training.weights.like(self._latent)
         pruning = training.method.update(weights, training.count)
@@ -169,6 +171,32 @@ class LatentAverage:
         taken = {id(parameter) for parameter in self.sparsifier.step.training.binding.parameters}
         named = unwrap(self.sparsifier.model).named_parameters()
         return [(name, p) for name, p in named if id(p) not in taken]
+
+
+def _check_copy(target: nn.Module, source: nn.Module) -> None:
+    """Raise ConfigurationError unless a model can take all values of another one unchanged."""
+    held = _named_values(target)
+    for name, value in _named_values(source).items():
+        other = held.get(name)
+        if other is None:
+            problem = f"it has no {name}"
+        elif other.shape != value.shape:
+            problem = f"{name} has shape {tuple(other.shape)}, not {tuple(value.shape)}"
+        elif other.dtype != value.dtype:
+            problem = f"{name} is {other.dtype}, not {value.dtype}; cast it afterwards"
+        elif not has_values(other):
+            problem = f"{name} has no values"
+        else:
+            continue
+        raise ConfigurationError(
+            f"copy_to needs a copy of the model in training (copy.deepcopy(model)): {problem}."
+        )
+
+
+def _named_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name, without wrappers of torch.compile."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name.replace("_orig_mod.", ""): value for name, value in named}
 
 
 def _is_decay(value: object) -> bool:

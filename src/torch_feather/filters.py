@@ -37,14 +37,15 @@ def flat_filters(filters: Any) -> Iterator[Filter]:
         ['a.*', 'b.*']
     """
     rule = callable(filters) and not isinstance(filters, nn.Module)
-    if isinstance(filters, str | re.Pattern | type) or rule:
+    binary = isinstance(filters, re.Pattern) and isinstance(filters.pattern, bytes)
+    if (isinstance(filters, str | re.Pattern | type) or rule) and not binary:
         yield filters
     elif isinstance(filters, Iterable):
         for one in filters:
             yield from flat_filters(one)
     else:
         raise ConfigurationError(
-            "include and exclude take a glob, a compiled regex, a module type, a callable "
+            "include and exclude take a glob, a compiled regex of text, a module type, a callable "
             f"(module, name) -> bool, or several of these; got {filters!r}."
         )
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .engine.copies import FixedMaskCopies
 from .engine.wrappers import plain_optimizer
-from .errors import ConfigurationError, some, warn
+from .errors import ConfigurationError, StateError, some, warn
 from .participants import choose
 from .prunable import Filters, unwrap
+from .weights.counts import count_true
 from .weights.shards import count_nonzero, is_sharded, local, reshard
 
 
@@ -57,30 +59,82 @@ class FixedMask:
             _clear_gradient(parameter, mask)
             if parameter.requires_grad:
                 self._handles.append(_without_gradient(parameter, mask))
-        for optimizer in map(plain_optimizer, optimizers):
-            self._handles.append(optimizer.register_step_pre_hook(self._clear_gradients))
+        self._versions = [_version(parameter) for parameter in parameters]
+        self._known: dict[int, set[int]] = {}
+        self._warned = False
+        for optimizer in {id(o): o for o in map(plain_optimizer, optimizers)}.values():
+            self._known[id(optimizer)] = set(_held(optimizer))
+            self._handles.append(optimizer.register_step_pre_hook(self._before))
             self._handles.append(optimizer.register_step_post_hook(self._refill))
+            self._handles.append(FixedMaskCopies(optimizer))
 
-    def _held_by(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
+    def _held_by(self, optimizer: Optimizer) -> list[int]:
         """Return the weights of an optimizer; another one may be within the backward pass."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [(p, mask) for p, mask in self._pruned if id(p) in held]
+        held = set(_held(optimizer))
+        return [i for i, (parameter, _) in enumerate(self._pruned) if id(parameter) in held]
 
-    def _clear_gradients(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        positions = self._held_by(optimizer)
+        self._check_replaced(optimizer, positions)
+        self._check_written(positions)
         # Gradients that were assigned, such as those of torch.func.grad, called no hook.
-        for parameter, mask in self._held_by(optimizer):
+        for parameter, mask in (self._pruned[i] for i in positions):
             _clear_gradient(parameter, mask)
+
+    def _check_replaced(self, optimizer: Optimizer, positions: Sequence[int]) -> None:
+        """Raise StateError if other parameters took the place of weights with a mask."""
+        known = self._known[id(optimizer)]
+        due = sum(id(parameter) in known for parameter, _ in self._pruned)
+        if len(positions) < due and not known.issuperset(_held(optimizer)):
+            raise StateError(
+                f"{due - len(positions)} weight tensors with a fixed mask were replaced in this "
+                f"{type(optimizer).__name__}, so their zeros would not be kept. Call detach() of "
+                "the sparsifier, or remove() of what keep_zeros returned; then call keep_zeros."
+            )
+
+    @torch.no_grad()
+    def _check_written(self, positions: Sequence[int]) -> None:
+        """Warn once if other code wrote values into pruned weights since the last step."""
+        if self._warned:
+            return
+        written = 0
+        for i in positions:
+            parameter, mask = self._pruned[i]
+            if _version(parameter) != self._versions[i]:
+                shard = local(parameter)
+                written += int(count_true((shard != 0) & mask.to(shard.device)))
+        if written:
+            self._warned = True
+            warn(
+                f"Other code wrote {written:,} values into weights that are kept at 0, as "
+                "load_state_dict of another model does. They are set to 0 again. To train them, "
+                "call detach() of the sparsifier, or remove() of what keep_zeros returned, before "
+                "you load a model; then call keep_zeros."
+            )
 
     @torch.no_grad()
     def _refill(self, optimizer: Optimizer, *_: Any) -> None:
-        for parameter, mask in self._held_by(optimizer):
+        for i in self._held_by(optimizer):
+            parameter, mask = self._pruned[i]
             shard = local(parameter)
             shard.masked_fill_(mask.to(shard.device), 0.0)
+            self._versions[i] = _version(parameter)
 
     def remove(self) -> None:
         """Remove the hooks; pruned weights may become nonzero from now on."""
         for handle in self._handles:
             handle.remove()
+
+
+def _held(optimizer: Optimizer) -> Iterator[int]:
+    """Yield the identities of the parameters of an optimizer."""
+    return (id(p) for group in optimizer.param_groups for p in group["params"])
+
+
+def _version(parameter: Tensor) -> int:
+    """Return a number that changes with each write into a parameter, if there is one."""
+    shard = local(parameter)
+    return -1 if shard.is_inference() else shard._version
 
 
 def _without_gradient(parameter: Tensor, mask: Tensor) -> Any:

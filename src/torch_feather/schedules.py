@@ -44,12 +44,17 @@ def make_table(schedule: Schedule, total_steps: int) -> np.ndarray:
         total_steps: optimizer steps of the whole training.
 
     Raises:
-        ConfigurationError: the table has another shape or values, or its last entry is not 1.
+        ConfigurationError: there is no table, or it has another shape or values, or its last entry
+            is not 1.
 
     Example:
         >>> make_table(Linear(0, 2), 4).tolist()
         [0.0, 0.5, 1.0, 1.0, 1.0]
     """
+    if not callable(getattr(schedule, "table", None)):
+        raise ConfigurationError(
+            f"schedule must be a name, or an object with table(total_steps); got {schedule!r:.80}."
+        )
     table = np.asarray(schedule.table(total_steps), dtype=np.float64)
     if (
         table.shape != (total_steps + 1,)

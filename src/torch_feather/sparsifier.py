@@ -280,10 +280,10 @@ class Sparsifier:
             The model.
 
         Raises:
-            StateError: the target is not reached, or not exactly.
+            StateError: the target is not reached, or not exactly; or within a step.
             NonFiniteWeightError: a parameter of the model, or a threshold, is not finite.
         """
-        self.step.require_attached()
+        self.step.require_between_steps()
         if not self.at_target and not force:
             steps = self.step_count, self.total_steps
             raise not_reached(*steps, self.sparsity, self.target, self.step.unequal())
@@ -328,7 +328,7 @@ class Sparsifier:
             self._fixed_mask.remove()
             self._fixed_mask = None
             return self.model
-        self.step.require_attached()
+        self.step.require_between_steps()
         self._restore_latent()
         forget(self.model)
         return self.model

@@ -88,6 +88,7 @@ class KilledAt(Watch):
             raise KilledError
 
 
+@pytest.mark.slow
 def test_an_interrupted_and_resumed_run_records_the_same_masks(tmp_path):
     config = apply(resolve_config("digits"), SMALL, "test")
     train(config, tmp_path / "whole")

@@ -282,3 +282,26 @@ def test_inactive_bounds_change_nothing():
         )
         effective.append(model[0].weight.detach().clone())
     assert torch.equal(*effective)
+
+
+def test_an_average_is_copied_into_copies_only():
+    """What does not take every value unchanged is refused, and not written."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    sparsifier = feather.sparsify(model, sgd(*model.parameters()), sparsity=0.5, total_steps=4)
+    average = feather.LatentAverage(sparsifier)
+    wrong = {
+        r"it has no 0\.weight": nn.Linear(8, 8),
+        r"it has no 1\.running_mean": nn.Sequential(model[0], nn.LayerNorm(8), model[2]),
+        r"2\.weight has shape \(5, 8\)": nn.Sequential(model[0], model[1], nn.Linear(8, 5)),
+        r"is torch\.float16, not torch\.float32": model,
+        r"has no values": copy.deepcopy(model).to("meta"),
+    }
+    for message, other in wrong.items():
+        other = copy.deepcopy(other)
+        other = other.half() if "float16" in message else other
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(ConfigurationError, match=message):
+            average.copy_to(other)
+        if "values" not in message:
+            assert all(torch.equal(value, before[k]) for k, value in other.state_dict().items())
+    assert int((average.copy_to(copy.deepcopy(model))[0].weight == 0).sum()) == 0

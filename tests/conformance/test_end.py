@@ -1,5 +1,7 @@
 """No training ends with a value that is not finite, without an error that names it."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 import torch_feather as feather
 from torch_feather import devices
 from torch_feather.engine.health import Health
-from torch_feather.errors import NonFiniteWeightError
+from torch_feather.errors import FeatherWarning, NonFiniteWeightError
 
 TOTAL = 6
 
@@ -175,3 +177,18 @@ def test_quantized_weights_are_not_checked():
     sparsifier = feather.sparsify(model, optimizer, sparsity=0.5, total_steps=1)
     optimizer.step()
     assert sparsifier.finalize() is model
+
+
+def test_statistics_that_are_not_finite_at_the_end_are_named_once():
+    task = Task()
+    task.model.register_buffer("bound", torch.tensor(torch.inf))  # as an attention mask
+    task.sparsifier.detach()
+    task.sparsifier = feather.sparsify(task.model, task.optimizer, sparsity=0.5, total_steps=TOTAL)
+    for _ in range(TOTAL - 1):
+        task.step()
+    task.model[1].running_var[3] = torch.inf
+    with pytest.warns(FeatherWarning, match=r"or infinite: 1\.running_var\. .*recalib"):
+        task.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task.sparsifier.finalize()

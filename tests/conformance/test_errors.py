@@ -513,3 +513,97 @@ def test_an_invalid_state_dict_is_an_error():
             run.sparsifier.load_state_dict(state)
     other = start().train(0, 2)
     assert_same(snapshot(run), snapshot(other))
+
+
+def test_weights_that_begin_to_train_after_sparsify_are_named_once():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    feather.sparsify(model, optimizer, sparsity=0.5, total_steps=4)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", feather.FeatherWarning)
+        step()
+    model[0].requires_grad_(True)
+    with pytest.warns(feather.FeatherWarning, match=r"^0\.weight was .* frozen"):
+        step()
+    model.append(late := nn.Linear(4, 4))
+    optimizer.param_groups[0]["params"] += list(late.parameters())
+    with pytest.warns(feather.FeatherWarning, match=r"^3\.weight was added"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", feather.FeatherWarning)
+        step()
+
+
+@pytest.mark.parametrize("where", ["closure", "hook"])
+@pytest.mark.parametrize("end", ["finalize", "detach"])
+def test_training_cannot_end_within_a_step(where, end):
+    """There the parameters hold latent weights, which finalize would leave in the model."""
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    calls = []
+    if where == "hook":
+        optimizer.register_step_post_hook(lambda *_: [call() for call in calls])
+    sparsifier = feather.sparsify(
+        model, optimizer, sparsity=0.5, total_steps=4, schedule="constant"
+    )
+    calls.append(getattr(sparsifier, end))
+    with pytest.raises(StateError, match=r"Within optimizer\.step"):
+        optimizer.step(calls[0] if where == "closure" else None)
+    calls.clear()
+    optimizer.step()
+    optimizer.register_step_post_hook(lambda *_: sparsifier.finalize(force=True))
+    optimizer.step()
+    assert int((model.weight == 0).sum()) == 16
+
+
+def sharing_memory() -> nn.Module:
+    memory = torch.randn(100)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].weight = nn.Parameter(memory[:64].view(8, 8))
+    model[1].weight = nn.Parameter(memory[36:].view(8, 8))
+    return model
+
+
+def of_8_bits() -> nn.Module:
+    model = nn.Linear(8, 8)
+    model.weight = nn.Parameter(model.weight.detach().to(torch.float8_e4m3fn))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (sharing_memory, {}, r"0\.weight and 1\.weight are different parameters in the same mem"),
+        (of_8_bits, {}, r"weight is torch\.float8_e4m3fn\. Only floating-point weights of 16"),
+        (lambda: nn.Linear(8, 8), {"include": re.compile(b"weight")}, "a compiled regex of text"),
+        (lambda: nn.Linear(8, 8), {"schedule": lambda step: 0.5}, "an object with table"),
+    ],
+)
+def test_what_cannot_be_trained_sparse_is_an_error_of_the_package(make, settings, message):
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ConfigurationError, match=message):
+        feather.sparsify(model, optimizer, sparsity=0.5, total_steps=4, **settings)
+
+
+def test_weights_beside_each_other_in_one_memory_are_trained():
+    memory = torch.randn(128)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for layer, part in zip(model, (memory[:64], memory[64:]), strict=True):
+        layer.weight = nn.Parameter(part.view(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    feather.sparsify(model, optimizer, sparsity=0.5, total_steps=4, schedule="constant")
+    assert int((memory == 0).sum()) == 64
+
+
+def test_frozen_weights_of_8_bits_are_measured():
+    model = nn.Sequential(of_8_bits().requires_grad_(False), nn.Linear(8, 8))
+    model[0].weight.data[0] = (-torch.zeros(8)).to(torch.float8_e4m3fn)
+    assert [row.zeros for row in feather.report(model).layers] == [8, 0]

@@ -1,6 +1,7 @@
 """Weights that are pruned for good are 0 and have no gradient; nothing else is frozen."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, parametrize
 
 import torch_feather as feather
-from torch_feather.errors import FeatherWarning
+from torch_feather.errors import FeatherWarning, StateError
 
 FORMS = ["finalize", "keep_zeros"]
 
@@ -250,3 +251,71 @@ def test_kept_weights_that_are_zero_are_trained_after_finalize():
     assert sum(int((~mask).sum()) for mask in masks.values()) == 32
     for name, mask in masks.items():
         assert torch.equal(model.get_parameter(name) != 0, mask)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_a_copied_pair_raises_at_its_first_step_until_it_keeps_zeros_too(form, way):
+    model, optimizer = fixed(form, momentum=0.9)
+    other, its = way((model, optimizer))
+    before = [p.detach().clone() for p in other.parameters()]
+    loss(other, 0).backward()
+    with pytest.raises(StateError, match=r"copy of an optimizer with a fixed mask .*keep_zeros"):
+        its.step()
+    assert all(map(torch.equal, before, other.parameters()))
+    feather.keep_zeros(other, its)
+    for net, steps in ((other, its), (model, optimizer)):
+        for number in range(3):
+            net.zero_grad()
+            loss(net, number).backward()
+            steps.step()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    assert sum(int((p == 0).sum()) for p in weights(other)) == round(0.9 * 2952)
+
+
+def test_a_copy_is_a_plain_pair_after_masks_are_removed():
+    model, optimizer = fixed("none", momentum=0.9)
+    first, second = feather.keep_zeros(model, optimizer), feather.keep_zeros(model, optimizer)
+    first.remove()
+    with pytest.raises(StateError, match="fixed mask"):
+        copy.deepcopy(optimizer).step()
+    second.remove()
+    copy.deepcopy(optimizer).step()
+    assert "__getstate__" not in vars(copy.deepcopy(optimizer))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_replaced_parameter_raises_before_its_zeros_are_lost(form):
+    model, optimizer = fixed(form)
+    new = nn.Parameter(model[3].weight.detach().clone())
+    group = optimizer.param_groups[0]["params"]
+    group[2] = model[3].weight = new
+    loss(model, 0).backward()
+    before = new.detach().clone()
+    with pytest.raises(StateError, match="were replaced in this SGD"):
+        optimizer.step()
+    assert torch.equal(new, before)
+    del group[2]  # a weight that is trained no more is no reason
+    optimizer.step()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_that_other_code_writes_into_pruned_weights_are_not_lost_without_a_word(form):
+    model, optimizer = fixed(form)
+    zeros = [p == 0 for p in weights(model)]
+    count = sum(int(z.sum()) for z in zeros)
+    loss(model, 0).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+        optimizer.step()
+    model.load_state_dict(network().state_dict())
+    with pytest.warns(FeatherWarning, match=f"wrote {count:,} values into weights"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        model.load_state_dict(network().state_dict())
+        optimizer.step()
+    assert all(map(torch.equal, zeros, [p == 0 for p in weights(model)]))

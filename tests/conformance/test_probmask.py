@@ -439,6 +439,7 @@ def test_kept_latent_zeros_do_not_count_as_pruned():
     assert sparsifier.sparsity == pytest.approx(0.7)
 
 
+@pytest.mark.slow
 def test_it_finds_the_weights_that_matter():
     """Linear regression on 40 inputs, of which 6 matter: those remain."""
     generator = torch.Generator().manual_seed(0)

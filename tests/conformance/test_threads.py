@@ -125,8 +125,8 @@ def test_a_thread_with_the_lock_reads_the_weights_of_one_step(method):
 
     assert all(map(torch.equal, after[-1], model.parameters()))
     assert copies
-    for count, values, state in copies:
-        assert all(map(torch.equal, values, after[count]))
+    assert all(all(map(torch.equal, values, after[count])) for count, values, _ in copies)
+    for count, values, state in copies[:: len(copies) // 20 + 1]:
         other, restarted, resumed = make(method=method, **options)
         other.load_state_dict(model.state_dict())
         restarted.load_state_dict(state)

@@ -452,6 +452,7 @@ def test_reduce_overhead_takes_the_plain_steps_on_a_gpu(method):
     compare_compiled(method, where="cuda", mode="reduce-overhead")
 
 
+@pytest.mark.slow
 def test_a_step_that_is_compiled_whole_takes_the_plain_steps():
     """Forward, backward and optimizer in one function: PyTorch breaks the graph between them."""
     torch._dynamo.reset()

@@ -678,6 +678,7 @@ def test_entries_of_a_state_that_belong_to_no_parameter_resume():
 # --- frameworks -------------------------------------------------------------------------------
 
 
+@pytest.mark.apps
 @pytest.mark.parametrize("attach", ["wrapper", "inside"])
 def test_fabric_resumes_bit_for_bit(attach, tmp_path):
     import lightning
@@ -702,6 +703,7 @@ def test_fabric_resumes_bit_for_bit(attach, tmp_path):
     assert_same(values(resumed, again), values(model, sparsifier))
 
 
+@pytest.mark.apps
 def test_the_wrapper_of_lightnings_trainer_is_looked_through():
     from lightning.pytorch.core.optimizer import LightningOptimizer
 
@@ -711,3 +713,66 @@ def test_the_wrapper_of_lightnings_trainer_is_looked_through():
     sparsifier = feather.sparsify(model, wrapper, sparsity=0.5, total_steps=2)
     assert sparsifier.step.optimizers[0].optimizer is optimizer
     assert "load_state_dict" not in vars(wrapper)
+
+
+# --- parameters that change their position ------------------------------------------------------
+
+
+def by_layer(*layers):
+    return torch.optim.SGD([{"params": list(layer.parameters())} for layer in layers], lr=0.1)
+
+
+def swap_groups(optimizer):
+    optimizer.param_groups.reverse()
+
+
+def swap_within_a_group(optimizer):
+    optimizer.param_groups[0]["params"].reverse()
+
+
+def remove_the_first(optimizer):
+    del optimizer.param_groups[0]["params"][0]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("change", [swap_groups, swap_within_a_group, remove_the_first])
+def test_parameters_that_change_their_position_raise_before_a_step(change, grouped):
+    """Otherwise layers of one shape would get the latent weights of each other."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4)))
+    parts = (model[:2], model[2:]) if grouped else (model,)
+    if change is swap_groups and not grouped:
+        parts = tuple(model)
+    optimizer = by_layer(*parts)
+    sparsifier = feather.sparsify(model, optimizer, sparsity=0.5, total_steps=STEPS)
+    train_square(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    saved = [list(group["params"]) for group in optimizer.param_groups]
+    groups = list(optimizer.param_groups)
+    change(optimizer)
+    with pytest.raises(StateError, match=r"reordered, or some were removed|no longer holds"):
+        train_square(model, optimizer)
+    assert all(map(torch.equal, before, model.parameters()))
+    optimizer.param_groups[:] = groups
+    for group, params in zip(optimizer.param_groups, saved, strict=True):
+        group["params"] = params
+    train_square(model, optimizer, STEPS - 1)
+    assert feather.sparsity(sparsifier.finalize()) == 0.5
+
+
+def train_square(model, optimizer, steps=1):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(2, 8)).square().sum().backward()
+        optimizer.step()
+
+
+def test_an_optimizer_that_is_initialized_again_raises_at_its_first_step():
+    model, optimizer, _, sparsifier = make()
+    train(model, optimizer, 0, HALF)
+    before = values(model, sparsifier)
+    optimizer.__init__(model.parameters(), lr=0.1)
+    gradients(model, HALF)
+    with pytest.raises(StateError, match="step hooks of this SGD were removed"):
+        optimizer.step()
+    assert_same(values(model, sparsifier), before)

@@ -8,6 +8,7 @@ from example_cases import load, spy_on
 
 import torch_feather as feather
 
+pytestmark = pytest.mark.apps
 example = load("accelerate_loop")
 EPOCHS, STEPS = 4, 4  # 7 batches: two per step, and the last one alone
 

@@ -10,6 +10,7 @@ from example_cases import Killed, load
 
 import torch_feather as feather
 
+pytestmark = pytest.mark.apps
 example = load("lightning_module")
 EPOCHS, BATCHES = 4, 6
 CLIPPED = {"gradient_clip_val": 1.0}

@@ -12,6 +12,7 @@ from timm.utils import ModelEmaV3
 import torch_feather as feather
 from torch_feather.errors import ConfigurationError
 
+pytestmark = pytest.mark.apps
 example = load("timm_loop")
 EPOCHS, STEPS = 4, 4
 

@@ -8,6 +8,7 @@ from transformers import TrainerCallback, set_seed
 
 import torch_feather as feather
 
+pytestmark = pytest.mark.apps
 example = load("transformers_trainer")
 EPOCHS, STEPS = 4, 4  # 8 batches: two per step
 MODELS = {"vit": example.vision_transformer, "bert": example.bert}

@@ -101,6 +101,7 @@ def test_the_plain_file_equals_the_stored_one(run, export):
     assert (run / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_onnx_file_computes_the_logits_for_any_batch_size(run, export):
     import onnxruntime
 
@@ -224,6 +225,7 @@ def test_a_pushed_network_can_be_loaded_from_the_hub(run, export, tmp_path, monk
     resolve_config("digits", folder / "config.yaml", {})  # the configuration is valid
 
 
+@pytest.mark.slow
 def test_the_real_client_uploads_and_downloads(run, tmp_path):
     """In a process of its own: the client reads the address of the hub when it is imported."""
     program = """if True:

@@ -120,6 +120,7 @@ def test_a_fault_is_found_and_its_input_shortened(tmp_path):
     assert "ValueError: found" in found[0].read_text()
 
 
+@pytest.mark.slow
 def test_a_run_is_continued_and_its_table_has_the_sums(tmp_path):
     first = run(["silent"], tmp_path, seconds=1.5)
     total = run(["silent"], tmp_path, seconds=1.5)

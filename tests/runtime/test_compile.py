@@ -677,6 +677,7 @@ def test_the_error_names_the_missing_package(monkeypatch):
     kernels.llvm.cache_clear()
 
 
+@pytest.mark.slow
 def test_llvmlite_is_imported_only_when_needed():
     code = "import sys, torch_feather.runtime; sys.exit('llvmlite' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

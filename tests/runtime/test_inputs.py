@@ -93,6 +93,7 @@ def test_chunks_of_several_inputs(model):
         assert error(network(*given)["y"], model(*given)["y"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_language_models():
     """A GPT-2 and a BERT, whose layers run sparse."""
     transformers = pytest.importorskip("transformers")

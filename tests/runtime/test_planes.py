@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from runtime_cases import TOLERANCE, compiled, error, pruned
 from torch import nn
 
+from torch_feather import compile_sparse
 from torch_feather.runtime import kernels
 from torch_feather.runtime.steps import Copy, Torch
 
@@ -208,3 +209,15 @@ def test_attention_projections_run_sparse():
     network = check(lambda x, a: a(x.transpose(0, 1)), layer, x=x, any_batch=False)
     assert {"in_proj_weight", "weight"} == {name.split(".")[-1] for name in network.tuning}
     assert len(network.tuning) == 4
+
+
+def test_layers_are_timed_if_the_batch_is_not_their_first_dimension():
+    """As in attention, whose tokens come first inside; another batch size stays possible."""
+    torch.manual_seed(0)
+    model = pruned(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 0.9).eval()
+    network = compile_sparse(model, torch.randn(2, 5, 8))
+    assert set(network.tuning) >= {"self_attn.in_proj_weight", "linear1.weight"}
+    for batch in (2, 3):
+        x = torch.randn(batch, 5, 8)
+        with torch.no_grad():
+            assert error(network(x), model(x)) < TOLERANCE

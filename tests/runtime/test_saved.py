@@ -77,6 +77,7 @@ def test_a_loaded_network_can_be_saved(network, path, tmp_path):
     same(feather.load_compiled(again, threads=2)(x), network(x))
 
 
+@pytest.mark.slow
 def test_another_process_loads_without_compiling(path, network):
     """It neither exports the model nor calls LLVM's optimizer."""
     x = torch.linspace(-1, 1, 2 * 3 * 12 * 9).view(2, 3, 12, 9)

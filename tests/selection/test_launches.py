@@ -40,6 +40,7 @@ def arguments_of_write(kind: str) -> dict[str, str]:
 
 @needs_triton
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16", "fp64"])
+@pytest.mark.slow
 def test_kernels_round_each_product_and_sum(kind, tmp_path, monkeypatch):
     from torch_feather.weights import triton_kernels as kernels
     from torch_feather.weights.tables import BLOCK

@@ -45,6 +45,7 @@ def test_interpreted_kernels_find_the_reference_cutoff():
         ),
     ],
 )
+@pytest.mark.slow
 def test_kernels_compile_without_a_device(dtype, target, tmp_path, monkeypatch):
     from torch_feather.selection import triton_kernels as kernels
 

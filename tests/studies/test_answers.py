@@ -12,8 +12,8 @@ from matplotlib.text import Text
 
 from torch_feather.analysis.plots import line_style, scheme_style
 from torch_feather.studies import STUDIES, pareto, published, stability
-from torch_feather.studies.command import base_config
 from torch_feather.studies.comparison import compare_pairs, holm, interval, p_value, paired
+from torch_feather.studies.execute import base_config
 from torch_feather.studies.figures import (
     plot_over_epochs,
     plot_over_sparsity,

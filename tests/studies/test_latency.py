@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from torch_feather.studies import STUDIES, command, latency
+from torch_feather.studies import STUDIES, command, execute, latency
 from torch_feather.studies.runner import Outcome
 from torch_feather.studies.runs import row_of
 from torch_feather.training import train
@@ -13,6 +13,7 @@ from torch_feather.training.checkpoint import RunDirectory
 QUICK = ["epochs=1", "batch_size=256", "system.threads=1"]
 
 
+@pytest.mark.slow
 def test_a_network_is_timed_again_only_if_its_weights_or_the_cpu_changed(tmp_path, monkeypatch):
     settings = dict(methods="feather", sparsity="0.9", seeds="0", settings=QUICK, out=tmp_path)
     runs = tmp_path / "runs"
@@ -25,7 +26,7 @@ def test_a_network_is_timed_again_only_if_its_weights_or_the_cpu_changed(tmp_pat
             rows[run.name] = row_of(run, RunDirectory(folder / run.name))
         return Outcome(rows)
 
-    monkeypatch.setattr(command, "train_all", train_all)
+    monkeypatch.setattr(execute, "train_all", train_all)
     study = command.command(STUDIES["latency"])
     study(**settings)
     (row,) = json.loads((tmp_path / "runs.json").read_text())

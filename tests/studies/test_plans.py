@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from torch_feather import cli
 from torch_feather.errors import ConfigurationError
 from torch_feather.studies import STUDIES
-from torch_feather.studies.command import app, base_config
+from torch_feather.studies.command import app
+from torch_feather.studies.execute import base_config
 from torch_feather.studies.planning import grid, run_name
 from torch_feather.studies.study import GridAxes
 from torch_feather.training.config import apply, resolve_config
@@ -64,6 +65,7 @@ def test_a_name_shows_how_a_run_differs_from_its_recipe(changes, name):
     assert run_name(config) == f"cifar100-small-{name}"
 
 
+@pytest.mark.slow
 def test_no_two_recipes_share_a_run():
     names = [
         {run.name for run in plan(name, recipe=recipe, seeds=[0])}

@@ -186,6 +186,7 @@ def test_a_process_that_dies_does_not_affect_the_others():
         assert fine.result() == 8
 
 
+@pytest.mark.slow
 def test_an_unexpected_error_does_not_stop_the_other_runs(tmp_path, train_here, monkeypatch):
     a, b = Run("a", small(), "a"), Run("b", small(), "b")
     train_here([a, b], tmp_path)

@@ -96,6 +96,7 @@ def test_a_cut_at_any_byte_is_an_error_or_loses_only_padding(shards):
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.slow
 def test_a_changed_byte_gives_the_right_images_or_an_error(shards, format):
     whole = stripped(archive(*pairs(range(6)), format=format))
     assert content_of(shards(whole)) == EXPECTED
@@ -201,6 +202,14 @@ def test_an_image_of_another_format_is_not_left_out_without_a_word(shards, tmp_p
         DataError, match=r"has 2 of 5 train files, according to train-00000-of-00005"
     ):
         shards(archive(*pairs(range(6))))
+
+
+def test_images_outside_of_the_parts_are_not_left_out_without_a_word(tmp_path):
+    file = tmp_path / "a.tar"
+    members = [member(f"{part}/a/0.png", png(1)) for part in ("train", "val", "Train", "more")]
+    file.write_bytes(archive(*members, *OTHERS, member("set/readme.txt")))
+    with pytest.warns(UserWarning, match=r"a\.tar/Train/a/0\.png and 1 more: in none of the"):
+        assert len(find_images(str(file))[0]) == 2
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

@@ -126,6 +126,7 @@ def test_a_student_equal_to_its_teacher_has_zero_loss_and_gradient():
     assert logits.grad.abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_weight_0_is_bitwise_identical_to_training_without_a_teacher(teacher, tmp_path):
     train(digits(), tmp_path / "plain")
     distillation = {"teacher": str(teacher), "weight": 0.0}

@@ -107,6 +107,7 @@ def test_size_and_normalization_are_those_of_the_published_weights(photos):
     assert pixels.abs().max() < 1 + 1e-6  # (x - 0.5) / 0.5
 
 
+@pytest.mark.slow
 def test_network_size_and_normalization_are_those_of_the_initial_weights(photos, run, tmp_path):
     config = resolve_config("finetune", overrides={"data.path": str(photos), "init": str(run.path)})
     other = {"data.mean": [0.1, 0.2, 0.3], "data.std": [0.4, 0.5, 0.6], "data.center": 0.5}
@@ -165,6 +166,7 @@ def test_a_warm_up_that_does_not_fit_is_an_error(epochs, fits):
         Optimizer(warmup_epochs=5, warmup_fraction=0.1)
 
 
+@pytest.mark.slow
 def test_a_run_with_adamw_resumes_bitwise(tmp_path):
     changes = {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.warmup_fraction": 0.2,
                "epochs": 2, "batch_size": 256, "compare_dense": False}  # fmt: skip

@@ -1,9 +1,13 @@
 """docs/finetune_images.md: its commands run in order, and do what the page says."""
 
+import importlib
 import json
 import re
 import shlex
+import signal
 import sys
+import threading
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +33,20 @@ def feather(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TORCH_FEATHER_CACHE", str(tmp_path / "cache"))
 
+    def visit(url):
+        """Drops an image on the page of `feather demo`, then presses Ctrl-C."""
+        image = sorted(Path("first/photos/val/nine").iterdir())[0].read_bytes()
+        request = urllib.request.Request(f"{url}/predict", image, method="POST")
+        (tmp_path / "answers.json").write_bytes(urllib.request.urlopen(request, timeout=60).read())
+        signal.raise_signal(signal.SIGINT)
+
+    def open_page(url):
+        threading.Thread(target=visit, args=(url,)).start()
+
+    monkeypatch.setattr(importlib.import_module("torch_feather.cli.demo"), "open_page", open_page)
+
     def run(words):
+        words = [*words, "--port", "0"] if words[1] == "demo" else words  # 7860 may be in use
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as caught:
             main()
@@ -42,7 +59,7 @@ def feather(monkeypatch, tmp_path, capsys):
 
 def follow(feather, more=()):
     outputs = [feather([*words, *(more if words[1] == "train" else ())]) for words in COMMANDS]
-    made, trained, asked, exported, compiled = outputs
+    made, trained, asked, wrong, shown, exported, compiled = outputs
     page = PAGE.read_text()
     note = re.search(r"^    (network: its head .*)$", page, re.MULTILINE)[1]
     assert note in trained.splitlines()
@@ -52,6 +69,12 @@ def follow(feather, more=()):
         assert [line.split(": ")[0] for line in lines] == list(map(str, images))
     assert all(len(line.split(", ")) == 2 for line in asked.splitlines())
     assert "first/photos" in made
+    assert "test images of imagefolder: accuracy" in wrong
+    assert wrong.splitlines()[-2:] == ["first/sparse/errors.html", "first/sparse/confusion.png"]
+    assert all(Path(file).stat().st_size > 10_000 for file in wrong.splitlines()[-2:])
+    assert "http://127.0.0.1:" in shown
+    answers = json.loads(Path("answers.json").read_text())["answers"]
+    assert [one["title"] for one in answers] == ["Sparse", "Dense computation"]
     assert "first/nine.safetensors" in exported
     return json.loads(Path("first/sparse/report.json").read_text()), asked
 

@@ -182,6 +182,7 @@ def test_reading_a_data_set_leaves_the_random_state_of_the_program():
 
 
 @pytest.mark.parametrize("name", ["own:grey", "own:prepared"])
+@pytest.mark.slow
 def test_a_run_with_own_network_and_data_resumes_bitwise_identically(name, tmp_path):
     settings = config(**{"data.name": name})
     train(settings, tmp_path / "whole")

@@ -105,6 +105,7 @@ def test_an_own_method_trains_with_its_options(importable, tmp_path):
     assert stored.options == {"p": 2.0, "schedule": "cubic"}
 
 
+@pytest.mark.slow
 def test_a_run_with_an_own_method_resumes_bitwise_identically(importable, tmp_path):
     train(config(epochs=2), tmp_path / "whole")
     with pytest.raises(Interrupted):

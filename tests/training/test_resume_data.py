@@ -144,6 +144,7 @@ def test_the_accepted_digest_accepts_no_other_images(config, images, tmp_path):
         train(accepting(config, caught.value), run, resume=True)
 
 
+@pytest.mark.slow
 def test_restored_images_continue_bitwise_identically(config, images, tmp_path):
     train(config, tmp_path / "whole")
     run = interrupted(config, tmp_path / "run")
@@ -180,6 +181,7 @@ def test_another_number_of_steps_per_epoch_is_refused_whatever_is_accepted(
         train(config, run, resume=True)
 
 
+@pytest.mark.slow
 def test_a_dense_baseline_of_changed_images_is_refused(config, images, tmp_path):
     train(config, tmp_path / "run")
     all_changed(images)

@@ -236,6 +236,17 @@ def test_a_system_without_kernel_locks_is_named(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "masks"])
+def test_a_file_in_place_of_a_folder_is_named_before_training(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with (
+        pytest.raises(RunError, match=rf"{name}: is no folder\. Move it away"),
+        RunDirectory(tmp_path).locked(),
+    ):
+        pytest.fail("began to train")
+    assert (tmp_path / name).exists()
+
+
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "run").write_text("")
     with (

@@ -1,6 +1,9 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +139,28 @@ def test_a_worker_that_dies_is_a_one_line_error(folder):
     with pytest.raises(DataError, match=r"decodes images has ended.*fewer system\.workers") as it:
         list(batches)
     assert "\n" not in str(it.value)
+
+
+def test_an_image_that_cannot_be_decoded_ends_the_workers(folder):
+    (folder / "train" / "b" / "001.png").write_bytes(b"no image")
+    batches = training(folder, workers=2)
+    with pytest.raises(DataError, match=r"train/b/001\.png"):
+        list(batches)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_a_process_ends_after_an_error_during_training_although_it_has_workers(folder):
+    """Workers leave the first SIGTERM, which Python sends them when it ends, to this process."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2]); from test_stream_data import *; "
+        "batches = iter(training(Path(sys.argv[1]), workers=2)); next(batches); "
+        "raise ValueError('the loss')"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "ValueError: the loss" in done.stderr
 
 
 def test_workers_share_the_cores_of_a_machine(monkeypatch):

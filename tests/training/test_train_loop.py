@@ -223,14 +223,8 @@ def whole(tmp_path_factory):
     return config, results_of(folder)
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        pytest.param("step", marks=pytest.mark.slow),
-        "save",
-        pytest.param("epoch", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["step", "save", "epoch"])
 def test_a_killed_run_resumes_bitwise_identically(tmp_path, whole, where):
     config, expected = whole
     killed = tmp_path / "killed"

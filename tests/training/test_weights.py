@@ -102,6 +102,7 @@ def main(folder, limit):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+@pytest.mark.slow
 def test_a_small_file_cannot_ask_for_much_memory_at_any_door(tmp_path):
     limit = 128 * 2**20
     run = subprocess.run(

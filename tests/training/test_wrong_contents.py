@@ -175,6 +175,7 @@ def test_every_wrong_report_is_shown_right_or_refused_in_one_line(made, tmp_path
 # What the schema accepts at each position is accepted by every other command too, so that fewer
 # mutations are enough for those that take longer.
 @pytest.mark.parametrize("command", ["export", "export --format onnx", "evaluate", "train"])
+@pytest.mark.slow
 def test_no_command_fails_on_a_wrong_file_with_another_error(made, tmp_path, outcome, command):
     folder = tmp_path / "run"
     shutil.copytree(made / "finished", folder)

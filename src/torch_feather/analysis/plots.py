@@ -180,17 +180,18 @@ def curves(history: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
     figure, axes = panel(6.4, 4.0)
     epochs = [line["epoch"] for line in history]
     held_out = any(line["val_acc"] is not None for line in history)
+    measure = "mAP" if results.get("multi_label") is True else "accuracy"
     key, name = ("val_acc", "validation") if held_out else ("test_acc", "test")
     measured = [(line["epoch"], 100 * line[key]) for line in history if line.get(key) is not None]
     if measured:
-        axes.plot(*zip(*measured, strict=True), color=BLUE, label=f"{name} accuracy (%)")
+        axes.plot(*zip(*measured, strict=True), color=BLUE, label=f"{name} {measure} (%)")
         axes.axhline(
             100 * results["test_accuracy"],
             color=BLUE,
             linestyle=":",
-            label="final test accuracy (%)",
+            label=f"final test {measure} (%)",
         )
-        axes.set_ylabel("accuracy (%)")
+        axes.set_ylabel(f"{measure} (%)")
     else:
         losses = [line["train_loss"] for line in history]
         axes.plot(epochs, losses, color=BLUE, label="training loss")
@@ -200,7 +201,7 @@ def curves(history: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
             100 * results["dense"]["test_accuracy"],
             color=GREY,
             linestyle=":",
-            label="test accuracy of the dense network (%)",
+            label=f"test {measure} of the dense network (%)",
         )
     axes.set_xlabel("epoch")
     right = axes.twinx()
@@ -214,7 +215,7 @@ def curves(history: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
     axes.legend(handles, [str(h.get_label()) for h in handles], loc="center right", frameon=False)
     axes.set_title(
         plain(f"{results['network']} on {results['data']}, {results['method']}: ")
-        + f"{100 * results['test_accuracy']:.1f}% test accuracy"
+        + f"{100 * results['test_accuracy']:.1f}% test {measure}"
     )
     return figure
 

@@ -19,18 +19,20 @@ except ImportError as error:
         f"feather: the command line needs {error.name}. {install_hint('train')}"
     ) from None
 
+from .demo import demo
 from .example import example
 from .files import bench, export
 from .lists import methods, recipes
 from .predict import predict
 from .runs import evaluate, report
-from .settings import misplaced_option, with_settings
+from .settings import SettingsCommand, misplaced_option, with_settings
 from .studies import studies
 from .training import EXAMPLES, train
 from .tune import tune
 
 __all__ = [
     "bench",
+    "demo",
     "evaluate",
     "example",
     "export",
@@ -95,9 +97,9 @@ def make_app(arguments: Sequence[str] = ()) -> typer.Typer:
     # Its many options cost time, which other commands do not have to spend; a shell completes them.
     complete = arguments[:1] in ([], ["train"]) or "_FEATHER_COMPLETE" in os.environ
     command = with_settings(train, arguments, complete=complete)
-    made.command(epilog=EXAMPLES, context_settings=names)(command)
+    made.command(cls=SettingsCommand, epilog=EXAMPLES, context_settings=names)(command)
     made.add_typer(studies, name="study")
-    for other in (tune, predict, evaluate, report, export, bench, methods, recipes, example):
+    for other in (tune, predict, demo, evaluate, report, export, bench, methods, recipes, example):
         made.command()(other)
     return made
 

@@ -19,18 +19,27 @@ def export(  # long: each option has its help
     format: Annotated[
         str,
         typer.Option(
-            help="sparse (small), safetensors (dense tensors), onnx, native (a library) or c (C99)."
+            help="sparse (small), safetensors (dense tensors), onnx, native (a library), c (C99), "
+            "web (a page)."
         ),
     ] = "sparse",
     out: Annotated[
         Path | None,
-        typer.Option(help="The file; for native and c, the folder. [default: one in RUN]"),
+        typer.Option(help="The file; for native, c and web, the folder. [default: one in RUN]"),
     ] = None,
     target: Annotated[
         str | None,
         typer.Option(
             help="For --format native: host, x86-64-v3, x86-64-v4, aarch64, riscv64 or wasm32. "
             "[default: host]"
+        ),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="For --format web: folder of onnxruntime-web (npm install onnxruntime-web). The "
+            "page can then time the dense network too.",
         ),
     ] = None,
     dtype: Annotated[
@@ -75,7 +84,7 @@ def export(  # long: each option has its help
         raise typer.BadParameter("--push puts the format sparse on the hub. Remove --format.")
     directory = RunDirectory(run)
     torch_dtype = getattr(torch, dtype) if dtype else None
-    file = exports.export_run(directory, format, out, torch_dtype, data_path, target)
+    file = exports.export_run(directory, format, out, torch_dtype, data_path, target, compare)
     about = exports.describe(directory, file, format)
     address = exports.push(directory, file, push) if push is not None else None
     if json:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..training.predict import Prediction
 
 
+# long: each option has its help
 def predict(
     source: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run directory, or a file of feather export.")
@@ -20,7 +21,14 @@ def predict(
     image: Annotated[
         Path, typer.Argument(metavar="IMAGE", help="An image; a folder; or - for standard input.")
     ],
-    top: Annotated[int, typer.Option(min=1, help="Number of classes to name.")] = 3,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of classes to name. [default: 3; if an image may have several classes, "
+            "those above 50%, and all with --json]",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, one line per image.")] = False,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Compile the network for this CPU first.")
@@ -56,6 +64,9 @@ def predict(
 
     torch.set_num_threads(threads)
     predictor = load_predictor(source, compiled=compiled, threads=threads, network=network)
+    above = predictor.info.multi_label and top is None
+    if top is None and not above:
+        top = 3
     if str(image) == "-":
         try:
             pixels = decode_image(sys.stdin.buffer.read())
@@ -67,13 +78,19 @@ def predict(
     failed = False
     for answer in answers:
         failed |= answer.error is not None
-        typer.echo(json_module.dumps(answer.to_dict()) if json else _line(answer))
+        typer.echo(json_module.dumps(answer.to_dict()) if json else _line(answer, above))
     if failed:
         raise typer.Exit(1)
 
 
-def _line(answer: Prediction) -> str:
+def _line(answer: Prediction, above: bool) -> str:
+    """Return an answer as text; `above`: only the classes above 50%."""
     if answer.error is not None:
         return f"{answer.image}: not an image ({answer.error})"
-    pairs = zip(answer.classes, answer.probabilities, strict=True)
+    pairs = [*zip(answer.classes, answer.probabilities, strict=True)]
+    if above:
+        best, value = pairs[0]
+        pairs = pairs[: len(answer.labels)]
+        if not pairs:
+            return f"{answer.image}: no class above 50% (highest: {best} {100 * value:.1f}%)"
     return f"{answer.image}: " + ", ".join(f"{name} {100 * value:.1f}%" for name, value in pairs)

@@ -24,6 +24,53 @@ import yaml
 OPTIONS = "options."
 # Parameters of other names that set a key.
 ALIASES = {"data_path": "data.path", "data": "data.name", "teacher": "distillation.teacher"}
+# Settings that are flags, such as --no-track-masks; they take a value too, as all settings.
+FLAGS = ("compare-dense", "track-masks")
+
+
+class SettingsCommand(typer.core.TyperCommand):
+    """A command whose flags take a value too: `--compare-dense false`.
+
+    Example:
+        >>> SettingsCommand("train").name
+        'train'
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments, after values of flags became flags."""
+        return super().parse_args(ctx, as_flags(args))
+
+
+def as_flags(arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which values of flags are replaced by the flag that means the same.
+
+    Args:
+        arguments: arguments of the command line.
+
+    Raises:
+        BadParameter: a flag with a value other than true and false.
+
+    Example:
+        >>> as_flags(["--compare_dense", "false", "--track-masks=true", "--epochs", "3"])
+        ['--no-compare-dense', '--track-masks', '--epochs', '3']
+    """
+    found: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        flag = name.removeprefix("--").replace("_", "-")
+        if not name.startswith("--") or flag not in FLAGS:
+            found.append(argument)
+            continue
+        if not equals:
+            value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+        if value.lower() not in ("true", "false"):
+            raise typer.BadParameter(
+                f"{name} must be true or false, got {value!r}. Write --{flag} or --no-{flag}"
+            )
+        found.append(f"--{flag}" if value.lower() == "true" else f"--no-{flag}")
+    return found
 
 
 def with_settings(
@@ -120,7 +167,7 @@ def settings_help() -> dict[str, str]:
 
 def _comments(cls: type, prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
-    hints, lines = get_type_hints(cls), inspect.getsource(cls).splitlines()
+    hints, lines = get_type_hints(cls), _source_lines(cls)
     for field in fields(cls):
         if is_dataclass(hints[field.name]):
             found |= _comments(hints[field.name], f"{field.name}.")
@@ -134,6 +181,14 @@ def _comments(cls: type, prefix: str = "") -> dict[str, str]:
         if f"{prefix}{field.name}" not in ("options", "recipe"):
             found[f"{prefix}{field.name}"] = comment or before
     return found
+
+
+def _source_lines(cls: type) -> list[str]:
+    """Return the source of a class of the top level. `inspect.getsource` takes much longer."""
+    lines = Path(inspect.getfile(cls)).read_text(encoding="utf-8").splitlines()
+    begin = next(i for i, line in enumerate(lines) if re.match(rf"class {cls.__name__}\b", line))
+    later = range(begin + 1, len(lines))
+    return lines[begin : next((i for i in later if lines[i][:1] not in ("", " ")), len(lines))]
 
 
 def values_in_force(arguments: Sequence[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .output import make_console, print_json
+from .settings import as_flags
 
 if TYPE_CHECKING:
     from ..training import Config
@@ -196,7 +197,9 @@ def train(
         from ..training.deprecation import warn_renamed
 
         key, _, value = settings[0].partition("=")
-        warn_renamed("--set KEY=VALUE", f"--KEY VALUE, such as --{key} {shlex.quote(value)}")
+        (first,) = as_flags([f"--{key}={value}"])  # a flag, or as it was
+        shown = f"--{key} {shlex.quote(value)}" if "=" in first else first
+        warn_renamed("--set KEY=VALUE", f"--KEY VALUE, such as {shown}")
     for key, value in (given or {}).items():
         overrides |= parse_assignments([f"{key}={value}"], "command line:")
     if resume and out is None:

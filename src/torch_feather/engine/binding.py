@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
@@ -14,7 +13,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import ConfigurationError, StateError, some, warn
 from ..methods.base import Rate
 from ..prunable import Prunable, unwrap
-from ..weights.shards import fsdp_units, is_sharded, local
+from ..weights.shards import fsdp_units, local
+from .storage import check_storage
 from .wrappers import checked, levels_of
 
 # Optimizers and parameters that have a sparsifier; weak references to its `Step`.
@@ -35,6 +35,7 @@ class BoundWeight:
         position: position in this group.
 
     Example:
+        >>> import torch
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> weight = BoundWeight("head.weight", layer, "weight", layer.weight, 0, 0, 0)
         >>> weight.local.shape
@@ -65,6 +66,7 @@ class Binding:
         optimizers: the optimizers, in the order in which they step.
 
     Example:
+        >>> import torch
         >>> from torch_feather.prunable import find_prunable
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -109,9 +111,34 @@ class Binding:
         """Return the parameters that the optimizers hold now at the recorded positions.
 
         Raises:
-            StateError: a parameter group was removed.
+            StateError: parameters or groups were removed or reordered.
         """
-        return [self._current(weight) for weight in self.weights]
+        found = [self._current(weight) for weight in self.weights]
+        if any(p is not w.parameter for p, w in zip(found, self.weights, strict=True)):
+            self._check_replaced(found)
+        return found
+
+    def _check_replaced(self, found: Sequence[Tensor]) -> None:
+        """Raise StateError unless parameters were replaced by others of the same shape."""
+        pairs = list(zip(self.weights, found, strict=True))
+        held = {
+            id(parameter)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        bound = {id(weight.parameter) for weight in self.weights}
+        for weight, parameter in pairs:
+            if parameter is weight.parameter:
+                continue
+            moved = id(weight.parameter) in held or id(parameter) in bound
+            if moved or parameter.shape != weight.parameter.shape:
+                raise StateError(
+                    f"The optimizer holds another parameter where it held {weight.name}: its "
+                    "parameters were reordered, or some were removed. Restore their order. To "
+                    "change the parameters of an optimizer, call detach() before, and sparsify "
+                    "again after it."
+                )
 
     def _current(self, weight: BoundWeight) -> nn.Parameter:
         try:
@@ -167,6 +194,7 @@ def bind(
             optimizer is not supported.
 
     Example:
+        >>> import torch
         >>> from torch_feather.prunable import find_prunable
         >>> model = nn.Linear(4, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -239,6 +267,7 @@ def forget_deleted(parameters: Sequence[Tensor]) -> list[int]:
         Their positions in `parameters`.
 
     Example:
+        >>> import torch
         >>> forget_deleted([torch.ones(2)])
         []
     """
@@ -259,84 +288,6 @@ def _checked(optimizer: Any) -> Optimizer:
     return found
 
 
-def check_storage(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
-    """Check that the engine can exchange the values of parameters in place.
-
-    Args:
-        names: names of the parameters, for messages.
-        parameters: the parameters.
-
-    Raises:
-        ConfigurationError: a parameter is not a dense floating-point tensor on a CPU or CUDA
-            device, or they are on several devices.
-
-    Example:
-        >>> check_storage(["weight"], [torch.ones(2, 3)])
-        >>> try:
-        ...     check_storage(["scale"], [torch.ones(())])
-        ... except ConfigurationError as error:
-        ...     print(error)
-        scale is a single number and cannot be pruned. Exclude it: exclude='scale'.
-    """
-    for name, parameter in zip(names, parameters, strict=True):
-        _check_one(name, parameter)
-    devices = sorted({str(local(parameter).device) for parameter in parameters})
-    if len(devices) > 1:
-        raise ConfigurationError(
-            f"The prunable weights are on several devices ({', '.join(devices)}). A common "
-            "threshold needs them on one."
-        )
-
-
-def _check_one(name: str, parameter: Tensor) -> None:
-    """Raise ConfigurationError if a parameter is not supported."""
-    fix = f"Exclude it: exclude={name!r}."
-    if not parameter.is_floating_point():
-        raise ConfigurationError(
-            f"{name} is {parameter.dtype}. Only floating-point weights can be pruned. {fix}"
-        )
-    if parameter.dim() == 0:
-        raise ConfigurationError(f"{name} is a single number and cannot be pruned. {fix}")
-    if is_sharded(parameter):
-        if any(p.is_partial() for p in parameter.placements):  # type: ignore[attr-defined]
-            raise ConfigurationError(
-                f"{name} is a sum over processes (a Partial placement), so no process holds its "
-                f"values. Redistribute it. {fix}"
-            )
-        whole, parameter = parameter, local(parameter)
-        if not parameter.is_contiguous():
-            raise ConfigurationError(
-                f"The shard of {name} is not contiguous in memory. Shard it by fully_shard, "
-                f"parallelize_module or distribute_tensor. {fix}"
-            )
-        if parameter.numel() == 0 < whole.numel():
-            return
-    if parameter.layout != torch.strided or parameter.device.type not in ("cpu", "cuda"):
-        raise ConfigurationError(
-            f"{name} is on {parameter.device} with layout {parameter.layout}. Weights must be "
-            "strided tensors on a CPU or a CUDA device."
-        )
-    if parameter.numel() == 0 or not _is_dense(parameter):
-        raise ConfigurationError(
-            f"{name} is empty or does not fill its memory (shape {tuple(parameter.shape)}, "
-            f"strides {parameter.stride()}). Make it contiguous. {fix}"
-        )
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Return whether the elements fill one block of memory without gaps or overlap."""
-    expected = 1
-    for stride, size in sorted(
-        (stride, size)
-        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-        if size > 1
-    ):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _lookup(model: nn.Module, name: str) -> Tensor | None:
     """Return the parameter with this name, None if there is none."""
     module = unwrap(model)
@@ -348,17 +299,3 @@ def _lookup(model: nn.Module, name: str) -> Tensor | None:
         compiled = child._modules.get("_orig_mod")
         module = child if compiled is None else compiled
     return module._parameters.get(attribute)
-
-
-def layout(parameter: Tensor) -> tuple[Any, ...]:
-    """Return type, device, shapes and strides of a parameter and its local shard.
-
-    Args:
-        parameter: plain or sharded.
-
-    Example:
-        >>> layout(torch.ones(2, 3))[2:]
-        (torch.Size([2, 3]), torch.Size([2, 3]), (3, 1))
-    """
-    held = local(parameter)
-    return parameter.dtype, held.device, parameter.shape, held.shape, held.stride()

@@ -54,6 +54,7 @@ class Health:
             for name, parameter in self._parameters()
             if not parameter.requires_grad and _count_not_finite(parameter).item()
         }
+        self._constant_buffers = {name for name, buffer in self._buffers() if _is_broken(buffer)}
         self._empty: set[str] | None = None  # the layers that the warning listed
         self._warned_of_zeros = False
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
@@ -199,6 +200,24 @@ class Health:
             raise NonFiniteWeightError(
                 f"Training ends with values that are NaN or infinite, in {some(broken)}. {ADVICE}"
             )
+        self._warn_of_buffers()
+
+    def _warn_of_buffers(self) -> None:
+        """Warn of buffers that became NaN or infinite, such as statistics of a batch norm."""
+        named = [(name, b) for name, b in self._buffers() if name not in self._constant_buffers]
+        if broken := [name for name, buffer in named if _is_broken(buffer)]:
+            self._constant_buffers.update(broken)
+            warn(
+                f"Training ends with buffers that are NaN or infinite: {some(broken)}. The network "
+                "may return NaN in evaluation mode. Statistics of batch norms can be estimated "
+                "again: feather.recalibrate_batchnorm(model, loader)."
+            )
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        """Return all floating-point buffers of the model that have values, by name."""
+        named = unwrap(self._model).named_buffers()
+        valued = ((n, b) for n, b in named if not (is_lazy(b) or b.is_meta))
+        return [(n.replace("_orig_mod.", ""), b) for n, b in valued if b.is_floating_point()]
 
     def _parameters(self) -> list[tuple[str, Tensor]]:
         """Return all parameters of the model that have values, by name."""
@@ -314,6 +333,10 @@ def _count_not_finite(tensor: Tensor) -> Tensor:
         return count_not_finite(part)
     except NotImplementedError:  # a quantized tensor, which other code decodes
         return torch.zeros((), dtype=torch.int64)
+
+
+def _is_broken(buffer: Tensor) -> bool:
+    return bool(_count_not_finite(buffer))
 
 
 def _thresholds_learned(method: BoundMethod) -> list[Tensor]:

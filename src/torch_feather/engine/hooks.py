@@ -119,6 +119,11 @@ class OptimizerHooks:
         for level in self.levels:
             self._attach(level)
 
+    @property
+    def stepping(self) -> bool:
+        """Whether a step of the optimizer runs now."""
+        return self._depth > 0
+
     def _attach(self, level: Any) -> None:
         forget_copy(level)
         hooked = has_step_hooks(level)
@@ -213,6 +218,8 @@ class OptimizerHooks:
         depth = self._depth
         try:
             if hooked:
+                if self._before_hook not in level._optimizer_step_pre_hooks.values():
+                    raise _no_hooks(level)
                 return step(*args, **kwargs)
             changed = self._before_hook(level, (level, *args), kwargs)
             if changed is not None:
@@ -315,6 +322,15 @@ def _no_state_dict(level: Any) -> StateError:
         f"The state dict of {type(level).__name__} does not have the format of torch.optim, so it "
         "cannot hold latent weights. Pass the optimizers that it wraps to sparsify, and save and "
         "load their state dicts."
+    )
+
+
+def _no_hooks(level: Any) -> StateError:
+    return StateError(
+        f"The step hooks of this {type(level).__name__} were removed, as by another call of its "
+        "__init__, so it would train effective weights instead of latent ones. To begin with a new "
+        "optimizer: state = sparsifier.state_dict(); sparsifier.detach(); create the optimizer; "
+        "call sparsify again with the same arguments; sparsifier.load_state_dict(state)."
     )
 
 

@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import devices
-from ..errors import StateError, some, warn
-from ..prunable import Filters, find_prunable
+from ..errors import StateError, some
+from ..prunable import Filters
 from ..weights.latent import copy_all
 from .averages import warn_of_averages
 from .binding import attached
 from .foreign import release_optimizers, watch_optimizers
 from .health import Health
 from .hooks import Handlers, OptimizerHooks, only_initializes
+from .late import LateWeights
 from .loss_scale import watch_scalers
 from .state_dict import StateDicts
 from .step_in_backward import half_done, in_backward, incomplete
@@ -48,7 +49,6 @@ class OneOptimizer:
         optimizer: the optimizer.
         held: positions of its prunable weights.
         last: whether the schedule advances when it has stepped.
-        groups: number of its parameter groups that are known.
         holds_latent: whether its parameters hold latent weights now.
         initializes: whether the present step only initializes its state.
         in_backward: whether the present step is inside a backward pass.
@@ -69,7 +69,6 @@ class OneOptimizer:
     optimizer: Optimizer
     held: list[int]
     last: bool
-    groups: int
     holds_latent: bool = False
     initializes: bool = False
     in_backward: bool = False
@@ -104,14 +103,15 @@ class Step:
         filters: tuple[Filters, Filters],
     ):
         self.training, self.health, self.states = training, health, states
-        self._filters, self._stepped, self.attached = filters, False, True
+        self._stepped, self.attached = False, True
         self._warned_of_averages = False
         binding = training.binding
+        self._late = LateWeights(training.model, binding, filters)
         if training.method.facts.completes and len(binding.optimizers) > 1:
             watch_scalers()
         last = len(binding.optimizers) - 1
         self.optimizers = [
-            OneOptimizer(o, one, binding.held_by(o), o == last, len(one.param_groups))
+            OneOptimizer(o, one, binding.held_by(o), o == last)
             for o, one in enumerate(binding.optimizers)
         ]
         self._hooks = [
@@ -144,7 +144,7 @@ class Step:
             closure: whether the step has a closure, which computes the gradients later.
             ready: whether the gradients are ready; a wrapper may change them first.
         """
-        self._warn_of_new_groups(one)
+        self._late.warn(one.optimizer)
         self._check_surplus(one)
         one.initializes = only_initializes(one.optimizer)
         one.in_backward = self.training.in_backward.is_open or in_backward()
@@ -260,6 +260,16 @@ class Step:
         if not self.attached:
             raise StateError(
                 "This sparsifier was finalized or detached. Call sparsify again for a new one."
+            )
+
+    def require_between_steps(self) -> None:
+        """Raise StateError after `release`, or within a step of an optimizer."""
+        self.require_attached()
+        if any(hooks.stepping for hooks in self._hooks):
+            raise StateError(
+                "Within optimizer.step the parameters hold latent weights, so sparse training "
+                "cannot end there: not in a closure, nor in a step hook that was registered before "
+                "sparsify was called. Call finalize() or detach() after the step."
             )
 
     # Optimizers that step inside the backward pass
@@ -378,17 +388,3 @@ class Step:
         """Return whether a CUDA graph is captured, when nothing can be read on the host."""
         accelerated = devices.synchronizes(self.training.weights.device)
         return accelerated and torch.cuda.is_current_stream_capturing()
-
-    def _warn_of_new_groups(self, one: OneOptimizer) -> None:
-        groups, known = one.optimizer.param_groups, one.groups
-        if len(groups) == known:
-            return
-        one.groups = len(groups)
-        new = {id(p) for group in groups[known:] for p in group["params"]}
-        found = find_prunable(self.training.model, *self._filters)
-        late = [p.name for p in found if id(p.parameter) in new]
-        if late:
-            warn(
-                f"{some(late)} was added to the optimizer after sparsify, so it is trained dense. "
-                "To prune it, add all parameter groups before calling sparsify."
-            )

@@ -20,7 +20,7 @@ from ..weights.passes import adopt_written
 from ..weights.shards import fsdp_units, local, local_part, reshard
 from ..weights.sums import Recorded
 from .assigned_gradients import AssignedGradients
-from .binding import Binding, check_storage, layout
+from .binding import Binding
 from .external_writes import WriteDetector
 from .fixed_memory import keep_memory, move_state, store
 from .gradients import (
@@ -35,6 +35,7 @@ from .gradients import (
 from .loss_scale import unscale_others
 from .sharding import check_shards, require_shards_supported
 from .step_in_backward import InBackwardStep, in_backward
+from .storage import check_storage, layout
 
 
 class Training:

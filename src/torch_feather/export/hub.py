@@ -123,6 +123,7 @@ def model_card(
     client = import_huggingface_hub()
     name = repository.split("/")[-1]
     accuracy, sparsity = run["test_accuracy"], run["zeros"] / run["weights"]
+    several = run.get("multi_label") is True
     data = client.ModelCardData(
         library_name="torch-feather",
         pipeline_tag="image-classification",
@@ -133,7 +134,7 @@ def model_card(
                 task_type="image-classification",
                 dataset_type=run["data"],
                 dataset_name=run["data"],
-                metric_type="accuracy",
+                metric_type="mAP" if several else "accuracy",
                 metric_value=accuracy,
             )
         ],
@@ -151,7 +152,7 @@ def model_card(
 
 | | |
 |---|---|
-| test accuracy | {100 * accuracy:.2f}% |
+| test {"mAP" if several else "accuracy"} | {100 * accuracy:.2f}% |
 | sparsity | {100 * sparsity:.2f}% of {run["weights"]:,} weights are zero |
 | multiply-adds (MACs) | {run["macs"]["sparse"]:,}; dense: {run["macs"]["dense"]:,} |
 | file | {escape_markdown(file)} |

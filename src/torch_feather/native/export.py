@@ -92,7 +92,7 @@ def export_native(
         library = made / f"lib{name}.so"
         if link([compiled], library, target) and target == "host":
             _check(library, name, program, example, expected)
-        return _install(made, to_path(directory))
+        return install(made, to_path(directory))
 
 
 def export_c(
@@ -151,7 +151,7 @@ def export_c(
             line for key, x in data for line in constant_array("float", key, x.numpy().ravel())
         ]
         (made / "example_data.h").write_text("\n".join(lines))
-        return _install(made, to_path(directory))
+        return install(made, to_path(directory))
 
 
 def c_sizes(directory: Path, name: str = "model") -> tuple[int, int]:
@@ -216,12 +216,29 @@ def _write_example(folder: Path, example: Tensor, expected: list[Tensor]) -> Non
     (folder / "example_output.bin").write_bytes(result.tobytes())
 
 
-def _install(made: Path, directory: Path) -> list[Path]:
-    directory.mkdir(parents=True, exist_ok=True)
+def install(made: Path, directory: Path) -> list[Path]:
+    """Copy all files of a folder, and of its subfolders, each at once.
+
+    Args:
+        made: the folder.
+        directory: where to copy them; it is created if it does not exist.
+
+    Returns:
+        The copies.
+
+    Example:
+        >>> import tempfile
+        >>> made, directory = (Path(tempfile.mkdtemp()) for _ in range(2))
+        >>> (made / "model.h").write_text("int x;")
+        6
+        >>> [file.name for file in install(made, directory)]
+        ['model.h']
+    """
     files = []
-    for file in sorted(made.iterdir()):
-        files.append(directory / file.name)
-        part = directory / f".{file.name}.part"
+    for file in sorted(f for f in made.rglob("*") if f.is_file()):
+        files.append(directory / file.relative_to(made))
+        files[-1].parent.mkdir(parents=True, exist_ok=True)
+        part = files[-1].with_name(f".{file.name}.part")
         shutil.copyfile(file, part)
         part.replace(files[-1])
     return files

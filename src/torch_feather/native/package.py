@@ -51,7 +51,6 @@ def fill(template: str, program: Program, name: str, **more: object) -> str:
         >>> "net_run(" in fill("model.h", Program(1), "net")
         True
     """
-    text = files(__package__).joinpath("templates", template).read_text()
     sizes = "\n".join(_sizes(program, name.upper()))
     values = {
         "NAME": name,
@@ -62,6 +61,21 @@ def fill(template: str, program: Program, name: str, **more: object) -> str:
         "SIZES": sizes,
         **{key.upper(): value for key, value in more.items()},
     }
+    return template_text(template, **values)
+
+
+def template_text(template: str, **values: object) -> str:
+    """Return the text of a template with its values.
+
+    Args:
+        template: name of the template.
+        values: by name, in capital letters; a template has them between @.
+
+    Example:
+        >>> "<title>Digits</title>" in template_text("web_page.html", TITLE="Digits")
+        True
+    """
+    text = files(__package__).joinpath("templates", template).read_text("utf-8")
     return re.sub(r"@([A-Z]+)@", lambda m: str(values[m[1]]), text)
 
 

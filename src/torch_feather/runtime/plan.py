@@ -68,6 +68,7 @@ class Plan:
         graph: Graph,
         sparse: Collection[Layer],
         constants: Mapping[Node, Any] | None = None,
+        batch: Any = None,
     ) -> Plan:
         """Return the plan of a captured graph.
 
@@ -76,8 +77,9 @@ class Plan:
             sparse: the layers that run sparse.
             constants: values of the `get_attr` nodes. Without them, the only steps are `Torch`,
                 `Copy`, `Sparse` and `Pointwise`.
+            batch: size or symbol of the batch; None: the first dimension of the first input.
         """
-        builder = Builder(cls(graph), sparse, constants)
+        builder = Builder(cls(graph), sparse, constants, batch)
         for node in graph.nodes:
             builder.add(node)
         plan = builder.plan
@@ -92,6 +94,7 @@ class Builder:
         plan: an empty plan.
         sparse: the layers that run sparse.
         constants: values of the `get_attr` nodes; None if `Operation` steps are not supported.
+        batch: size or symbol of the batch; None: the first dimension of the first input.
 
     Example:
         >>> Builder(Plan(Graph()), []).plan.steps
@@ -99,13 +102,18 @@ class Builder:
     """
 
     def __init__(
-        self, plan: Plan, sparse: Collection[Layer], constants: Mapping[Node, Any] | None = None
+        self,
+        plan: Plan,
+        sparse: Collection[Layer],
+        constants: Mapping[Node, Any] | None = None,
+        batch: Any = None,
     ) -> None:
         self.plan, self.sparse, self.constants = plan, sparse, constants
         self._copies: dict[Any, Planes] = {}  # planes that were copied, by source and layout
         self._parts: dict[Node, list[Planes]] = {}  # planes of nodes that return several values
         given = [n.meta.get("val") for n in plan.graph.nodes if n.op == "placeholder"]
-        self._batch: Any = given[0].shape[0] if given and isinstance(given[0], Tensor) else 1
+        first = given[0].shape[0] if given and isinstance(given[0], Tensor) else 1
+        self._batch: Any = first if batch is None else batch
 
     def add(self, node: Node) -> None:
         """Add the step of a node, and the copies that it needs."""

@@ -21,6 +21,7 @@ from .kernels import Tile, library
 from .layer import Layer
 from .plan import Plan, Sparse
 from .planes import PlaneLayout
+from .sizes import sizes_of
 from .timing import milliseconds
 from .workspace import Workspace
 
@@ -97,8 +98,9 @@ def tune_layer(
     """
     known = {} if known is None else known
     sparsity = layer.sparsity
-    x, *residual = (_random_input(n, batch) for n in node.args if isinstance(n, Node))
-    plan = _plan_of_layer(node, layer)
+    symbol = _batch_of(node.graph)
+    x, *residual = (_random_input(n, symbol, batch) for n in node.args if isinstance(n, Node))
+    plan = _plan_of_layer(node, layer, symbol)
     (step,) = (s for s in plan.steps if isinstance(s, Sparse))
     if layout is not None:
         step.out.layout.require(layout.height, layout.width, layout.pad_y, layout.pad_x)
@@ -106,7 +108,7 @@ def tune_layer(
     key = (*_size(layer), tuple(x.shape), len(residual), plane)
     similar = (*key, round(sparsity, 2))
     tiles = [known[similar]] if similar in known else candidates(layer, sparsity, plane)
-    times = _time_tiles(plan, step, tiles, (x, *residual), threads)
+    times = _time_tiles(plan, step, tiles, (x, *residual), batch, threads)
     fastest = known[similar] = min(times, key=times.__getitem__)
     sparse = times[fastest]
     if key not in known:
@@ -116,11 +118,16 @@ def tune_layer(
 
 
 def _time_tiles(
-    plan: Plan, step: Sparse, tiles: Sequence[Tile], inputs: Sequence[Tensor], threads: int
+    plan: Plan,
+    step: Sparse,
+    tiles: Sequence[Tile],
+    inputs: Sequence[Tensor],
+    batch: int,
+    threads: int,
 ) -> dict[Tile, float]:
     """Return the milliseconds of the only layer of a plan with each tile."""
     requested = {step.layer.name: tiles[0]}
-    batch_plan = BatchPlan(plan, {}, len(inputs[0]), requested, threads)
+    batch_plan = BatchPlan(plan, {}, batch, requested, threads)
     library().compile(batch_plan.variant(step, tile) for tile in tiles)
     workspace = Workspace(batch_plan)
     workspace(*inputs)
@@ -287,8 +294,19 @@ def _read_layer(stored: Mapping[str, Any]) -> LayerTuning:
     return layer
 
 
-def _plan_of_layer(node: Node, layer: Layer) -> Plan:
-    """Return the plan of a network that consists of one layer."""
+def _batch_of(graph: Graph) -> Any:
+    """Return the size or symbol of the batch, the first dimension of a graph's input."""
+    return next(n for n in graph.nodes if n.op == "placeholder").meta["val"].shape[0]
+
+
+def _plan_of_layer(node: Node, layer: Layer, batch: Any) -> Plan:
+    """Return the plan of a network that consists of one layer.
+
+    Args:
+        node: node of the layer.
+        layer: the layer.
+        batch: size or symbol of the batch, which may be another dimension of its input.
+    """
     graph = Graph()
     inputs = []
     for i, given in enumerate(node.args):
@@ -298,10 +316,13 @@ def _plan_of_layer(node: Node, layer: Layer) -> Plan:
     only = graph.call_function(layer, tuple(inputs))
     only.meta["val"] = node.meta["val"]
     graph.output(only)
-    return Plan.build(graph, [layer])
+    return Plan.build(graph, [layer], batch=batch)
 
 
-def _random_input(node: Node, batch: int) -> Tensor:
-    shape = (batch, *(int(n) for n in node.meta["val"].shape[1:]))
+def _random_input(node: Node, symbol: Any, batch: int) -> Tensor:
+    # Not int(), which would fix a symbol of torch.export for the whole graph.
+    sizes = sizes_of(node.meta["val"].shape, symbol)
+    assert sizes is not None
+    shape = [constant + slope * batch for constant, slope in sizes]
     generator = torch.Generator().manual_seed(0)  # leave the global generator unchanged
     return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")

@@ -1,27 +1,38 @@
-"""Studies: training runs that answer one question, mostly a table or figure of the paper."""
+"""Studies: training runs that answer one question, mostly a table or figure of the paper.
 
-from .backbones import BACKBONES
-from .compare import COMPARE
-from .flops import FLOPS
-from .latency import LATENCY
-from .mobilenet import MOBILENET_STUDY
-from .networks import NETWORKS_STUDY
-from .recipe import RECIPE
-from .stability import STABILITY
-from .study import Study
-from .threshold import THRESHOLD
+`STUDIES` holds them by name. It is made on first use, since it imports PyTorch.
+"""
 
-STUDIES: dict[str, Study] = {
-    study.name: study
-    for study in (
-        RECIPE,
-        THRESHOLD,
-        STABILITY,
-        BACKBONES,
-        MOBILENET_STUDY,
-        FLOPS,
-        LATENCY,
-        NETWORKS_STUDY,
-        COMPARE,
-    )
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .descriptions import DESCRIPTIONS
+
+if TYPE_CHECKING:
+    from .study import Study
+
+    STUDIES: dict[str, Study]
+
+_CONSTANTS = {
+    "recipe": "RECIPE",
+    "threshold": "THRESHOLD",
+    "stability": "STABILITY",
+    "backbones": "BACKBONES",
+    "mobilenet": "MOBILENET_STUDY",
+    "flops": "FLOPS",
+    "latency": "LATENCY",
+    "networks": "NETWORKS_STUDY",
+    "compare": "COMPARE",
 }
+
+
+def __getattr__(name: str) -> Any:
+    if name != "STUDIES":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = {
+        study: getattr(import_module(f".{study}", __name__), _CONSTANTS[study])
+        for study in DESCRIPTIONS
+    }
+    return globals().setdefault(name, found)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..training import Config
 from ..training.config import DENSE
 from .comparison import compare_pairs
+from .descriptions import DESCRIPTIONS
 from .figures import plot_over_sparsity
 from .planning import grid
 from .runs import Row, Run
@@ -43,13 +44,4 @@ def _answer(rows: Sequence[Row], config: Config) -> Answer:
     return Answer(sentences, Section(figures, [accuracy_table(rows), *differences]))
 
 
-BACKBONES = Study(
-    name="backbones",
-    question="Does Feather improve other pruning methods when it is built into them?",
-    background="gmp prunes every layer to the same sparsity by magnitude. asl+ learns a threshold "
-    "for each layer. With Feather they make the same pruning decisions, but use its threshold "
-    "operator and its gradient rule.",
-    source="Figure 3 of the supplement",
-    plan=_plan,
-    answer=_answer,
-)
+BACKBONES = Study(**vars(DESCRIPTIONS["backbones"]), plan=_plan, answer=_answer)

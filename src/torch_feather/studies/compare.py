@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..training import Config
 from .comparison import Pair, compare_pairs
+from .descriptions import DESCRIPTIONS
 from .figures import accuracy_figure, loss_figure, seed_figures
 from .planning import grid
 from .runs import Row, Run
@@ -54,13 +55,4 @@ def first_with_others(rows: Sequence[Row]) -> list[Pair]:
     return [(names[0], other) for other in names[1:]]
 
 
-COMPARE = Study(
-    name="compare",
-    question="Which method trains the most accurate sparse network with the same training budget?",
-    background="Every method prunes the same network with the same training budget: the same "
-    "images, epochs and learning rates.",
-    source="The paper's main comparison",
-    plan=plan,
-    answer=_answer,
-    methods="dense,feather,hard-ste,soft-ste",
-)
+COMPARE = Study(**vars(DESCRIPTIONS["compare"]), plan=plan, answer=_answer)

@@ -9,6 +9,7 @@ from typing import Any
 from ..analysis.plots import panel
 from ..training import Config
 from .comparison import compare_pairs
+from .descriptions import DESCRIPTIONS
 from .figures import accuracy_figure, label_lines, published_styles
 from .pareto import (
     FRONT_NOTE,
@@ -107,14 +108,4 @@ def _published(rows: Sequence[Row]) -> Section:
     )
 
 
-FLOPS = Study(
-    name="flops",
-    question="Which method gives the most accurate network for its multiply-adds?",
-    background="Networks with equal sparsity can have different costs: a weight of an early layer "
-    "is used at more pixels. feather-flops ranks weights by |w| / cost^γ. A larger γ prunes costly "
-    "layers more; γ = 0 equals feather.",
-    source="Figure 4 of the supplement",
-    plan=_plan,
-    answer=_answer,
-    methods="dense,feather,feather-flops,gmp:allocation=uniform,str,st3",
-)
+FLOPS = Study(**vars(DESCRIPTIONS["flops"]), plan=_plan, answer=_answer)

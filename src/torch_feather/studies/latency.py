@@ -20,6 +20,7 @@ from ..training.content import read_json
 from ..training.export_run import load_network
 from ..training.provenance import provenance
 from ..training.schemas import TIMING
+from .descriptions import DESCRIPTIONS
 from .flops import BIASED
 from .pareto import FRONT_NOTE, MILLISECONDS, MULTIPLY_ADDS, cost_figures, front_sentences
 from .planning import grid
@@ -132,16 +133,4 @@ def _pytorch(rows: Sequence[Row]) -> float:
     return statistics.mean(row["pytorch_milliseconds"] for row in rows)
 
 
-LATENCY = Study(
-    name="latency",
-    question="Which method gives the most accurate network for its latency on this CPU?",
-    background="Every network, also the dense one, is compiled by feather.compile_sparse, which "
-    "skips zeros in layers that this makes faster. The time of a multiply-add differs between "
-    "layers, so the two figures can differ. feather-flops reduces either multiply-adds or "
-    "milliseconds; the latter are measured for each layer before training.",
-    source="Beyond Figure 4 of the supplement",
-    plan=_plan,
-    answer=_answer,
-    measure=_measure,
-    methods="dense,feather,feather-flops",
-)
+LATENCY = Study(**vars(DESCRIPTIONS["latency"]), plan=_plan, answer=_answer, measure=_measure)

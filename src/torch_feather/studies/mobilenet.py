@@ -9,6 +9,7 @@ from ..analysis.plots import GREY, panel
 from ..training import Config
 from . import compare
 from .comparison import compare_pairs
+from .descriptions import DESCRIPTIONS
 from .figures import accuracy_figure, label_lines, loss_figure, published_styles
 from .published import MOBILENET, MOBILENET_DENSE, SUPPLEMENT
 from .runs import Row, Run
@@ -60,19 +61,4 @@ def _published(rows: Sequence[Row]) -> Section:
     )
 
 
-MOBILENET_STUDY = Study(
-    name="mobilenet",
-    question="Which method trains the most accurate sparse MobileNetV1, a network with little "
-    "redundancy?",
-    background="Every method prunes the same network with the same training budget. The paper's "
-    "ImageNet results are in a separate section; they use other images, so only the ranking is "
-    "comparable.",
-    source="Table 2 of the supplement",
-    plan=_plan,
-    answer=_answer,
-    methods="dense,feather,gmp:allocation=uniform-dense-depthwise,str,probmask,st3",
-    sparsities="0.89,0.941",
-    digits_settings={"epochs": 8},
-    fixed_settings=("network",),
-    digits_sparsities="0.89,0.941",
-)
+MOBILENET_STUDY = Study(**vars(DESCRIPTIONS["mobilenet"]), plan=_plan, answer=_answer)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from ..training import Config
 from . import compare
 from .comparison import compare_pairs
+from .descriptions import DESCRIPTIONS
 from .figures import plot_over_sparsity
 from .runs import Row, Run
 from .study import Answer, GridAxes, Section, Study, StudyFigure
@@ -43,16 +44,4 @@ def _answer(rows: Sequence[Row], config: Config) -> Answer:
     return Answer(sentences, Section(figures, tables))
 
 
-NETWORKS_STUDY = Study(
-    name="networks",
-    question="Is Feather more accurate on different networks, from 90% to 99.5% sparsity?",
-    background="ResNet-20 is a plain residual network, MobileNetV1 is designed to be small, and "
-    "DenseNet40-24 reuses its features. All are trained with one recipe.",
-    source="The paper's main comparison",
-    plan=_plan,
-    answer=_answer,
-    methods="dense,feather,gmp,st3",
-    digits_settings={"epochs": 6},
-    fixed_settings=("network",),
-    digits_sparsities="0.9,0.98",
-)
+NETWORKS_STUDY = Study(**vars(DESCRIPTIONS["networks"]), plan=_plan, answer=_answer)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import matplotlib
-from markupsafe import Markup
 
+from ..analysis.pages import inline_svgs, render_page
 from ..analysis.plots import adapt_colours
 from ..errors import ConfigurationError
 from ..export.markdown import escape_markdown
@@ -20,7 +18,7 @@ from ..training.checkpoint import write_atomically, write_json
 from ..training.config import DENSE
 from .comparison import MIN_SEEDS
 from .runs import Row
-from .study import Answer, Study, StudyFigure, Table
+from .study import Answer, Study, Table
 from .summary import group, labels, threads
 
 PUBLISHED = "Published results, not measured in this study"
@@ -178,20 +176,10 @@ def _page(
     svgs: Mapping[str, str],
 ) -> str:
     """Return the study as an HTML page that needs no other file and no network."""
-    template = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__, "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("page.html.jinja")
-
-    def inline(figure: StudyFigure) -> Markup:
-        """Return the SVG element, its ids prefixed so that they are unique on the page."""
-        svg = svgs[figure.name]
-        svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{figure.name}-", svg)
-        return Markup(svg[svg.index("<svg") :])
-
-    return template.render(
+    elements = inline_svgs(svgs)
+    return render_page(
+        __package__,
+        "page.html.jinja",
         study=study,
         answer=answer,
         published=PUBLISHED,
@@ -199,7 +187,7 @@ def _page(
         conclusions=_conclusions(answer, rows),
         facts=facts.items(rows),
         command=facts.command,
-        inline=inline,
+        inline=lambda figure: elements[figure.name],
     )
 
 

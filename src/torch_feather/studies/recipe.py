@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..training import Config, resolve_config
+from .descriptions import DESCRIPTIONS
 from .published import HYPERPARAMETERS, SUPPLEMENT
 from .runs import Row, Run
 from .study import Answer, GridAxes, Section, Study, Table
@@ -70,13 +71,4 @@ def _columns(caption: str, columns: Mapping[str, Mapping[str, str]]) -> Table:
     return Table(caption, ["setting", *columns], rows)
 
 
-RECIPE = Study(
-    name="recipe",
-    question="With which hyper-parameters are the networks trained?",
-    background="Each recipe uses the same hyper-parameters for every network and sparsity; none is "
-    "tuned to either. This page requires no training.",
-    source="Table 1 of the supplement",
-    plan=_plan,
-    answer=_answer,
-    digits_settings={},
-)
+RECIPE = Study(**vars(DESCRIPTIONS["recipe"]), plan=_plan, answer=_answer)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from ..training import Config
 from .comparison import MIN_SEEDS, compare_pairs, is_significant, paired
+from .descriptions import DESCRIPTIONS
 from .figures import accuracy_figure, plot_over_epochs
 from .planning import grid
 from .runs import Row, Run
@@ -128,16 +129,4 @@ def stability_sentences(rows: Sequence[Row]) -> list[str]:
     return sentences
 
 
-STABILITY = Study(
-    name="stability",
-    question="How early does the mask stabilize, and is earlier better?",
-    background="The mask marks the weights that are kept. Feather multiplies the gradient of "
-    "pruned weights by θ: with θ = 0 they get no gradient and rarely return, with θ = 1 they get "
-    "their full gradient, like kept weights. A correlation of 1 means that the mask is the final "
-    "one. The sparsity rises in the first half of training, so the mask cannot be final there.",
-    source="Figure 2 of the supplement",
-    plan=_plan,
-    answer=_answer,
-    sparsities="0.9,0.98,0.99",
-    digits_sparsities="0.9,0.99",
-)
+STABILITY = Study(**vars(DESCRIPTIONS["stability"]), plan=_plan, answer=_answer)

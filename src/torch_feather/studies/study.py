@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from ..methods import available_methods
 from ..training import Config
 from ..training.config import DENSE, parse_assignments
+from .descriptions import Description
 from .runs import Row, Run
 
 
@@ -126,25 +127,15 @@ class Answer:
     published: Section = Section()
 
 
-@dataclass(frozen=True)
-class Study:
+@dataclass(frozen=True, kw_only=True)
+class Study(Description):
     """A table or figure of the paper as training runs that anyone can repeat.
 
     Attributes:
-        name: name of its command.
-        question: the question that it answers.
-        background: facts that a reader needs to understand the answer.
-        source: figure or table of the paper.
         plan: returns the runs for a configuration and grid axes.
         answer: returns the answer from the rows of all or some of the runs.
         measure: measures a trained network and returns its extended row. Arguments: row, run
             directory, output directory, path of the data.
-        sparsities: default sparsities.
-        methods: default methods; None if the question fixes them.
-        digits_settings: settings on the digits. They are learned in a few epochs; more epochs
-            would hide all differences.
-        digits_sparsities: default sparsities on the digits.
-        fixed_settings: settings that the study itself chooses for its runs.
 
     Example:
         >>> from torch_feather.studies.planning import grid
@@ -162,15 +153,6 @@ class Study:
         ['feather (p = 2)', 'feather (p = 3)']
     """
 
-    name: str
-    question: str
-    background: str
-    source: str
     plan: Callable[[Config, GridAxes], list[Run]]
     answer: Callable[[Sequence[Row], Config], Answer]
     measure: Callable[[Row, Path, Path, str | None], Row] | None = None
-    sparsities: str = "0.9,0.95,0.98,0.99,0.995"
-    methods: str | None = None
-    digits_settings: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 10})
-    digits_sparsities: str = "0.95,0.98,0.99"
-    fixed_settings: Sequence[str] = ()

@@ -9,6 +9,7 @@ from ..analysis.plots import operators, power_name
 from ..training import Config
 from ..training.config import DENSE
 from .comparison import compare_pairs
+from .descriptions import DESCRIPTIONS
 from .figures import accuracy_figure, loss_figure
 from .planning import grid
 from .runs import Row, Run
@@ -40,13 +41,4 @@ def _answer(rows: Sequence[Row], config: Config) -> Answer:
     return Answer(sentences, Section(figures, [accuracy_table(rows), *differences]))
 
 
-THRESHOLD = Study(
-    name="threshold",
-    question="How hard should the threshold be?",
-    background="Feather sets weights below a threshold to zero and shrinks those above it, less "
-    "for larger p: p = 1 is the soft threshold, p = ∞ the hard one. All other settings are equal. "
-    "As in Feather, gradients of pruned weights are halved above 95% sparsity (θ = ½).",
-    source="Figure 1 of the supplement",
-    plan=_plan,
-    answer=_answer,
-)
+THRESHOLD = Study(**vars(DESCRIPTIONS["threshold"]), plan=_plan, answer=_answer)

@@ -110,7 +110,8 @@ class Callbacks(Callback):
                     raise
                 self.callbacks = [other for other in self.callbacks if other is not callback]
                 reason = (str(error).splitlines() or [""])[0]
+                name = getattr(callback, "name", type(callback).__name__)
                 warn(
-                    f"{type(callback).__name__} failed ({type(error).__name__}: {reason}). "
+                    f"{name} failed ({type(error).__name__}: {reason}). "
                     "Training continues without it."
                 )

@@ -96,6 +96,8 @@ class RunDirectory:
                     "or choose another --out."
                 ) from None
             for folder in (self.path, self.last.parent, self.path / "masks"):
+                if os.path.lexists(folder) and not folder.is_dir():
+                    raise RunError(f"{folder}: is no folder. Move it away.")
                 remove_temporary_files(folder)
             try:
                 yield

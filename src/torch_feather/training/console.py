@@ -18,6 +18,7 @@ from rich.text import Text
 
 from ..measure.report import EMPTY_MARK, LayerReport, Report
 from ..measure.report import percent as percent_of
+from .average_precision import MEAN_AVERAGE_PRECISION, measure_name
 from .callbacks import Callback
 from .checkpoint import RunDirectory
 from .config import Config
@@ -136,6 +137,7 @@ class ConsoleCallback(Callback):
         self.steps, self.epoch_steps = steps, steps // config.epochs
         self.done, self.ended = done, done // self.epoch_steps
         self.accuracy = self.note = ""
+        self.measure = f" {MEAN_AVERAGE_PRECISION}" if config.loss == "binary" else ""
         self.pace = Pace(self.clock)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -165,7 +167,7 @@ class ConsoleCallback(Callback):
         accuracy = ""
         for key, name in (("test_acc", "test"), ("val_acc", "val")):
             if metrics.get(key) is not None:
-                accuracy = f"  {name} {percent(metrics[key])}"
+                accuracy = f"  {name}{self.measure} {percent(metrics[key])}"
         self.accuracy = accuracy or self.accuracy  # not every epoch is evaluated
         loss = f"loss {metrics['train_loss']:.3f}"
         sparsity = f"  sparsity {percent(metrics['sparsity'])}"
@@ -287,7 +289,8 @@ def print_results(console: Console, results: dict[str, Any], run: object) -> Non
     console.print()
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
-    for heading in ("test accuracy", "non-zero weights", "multiply-adds", "training time"):
+    measure = f"test {measure_name(results.get('multi_label'))}"
+    for heading in (measure, "non-zero weights", "multiply-adds", "training time"):
         table.add_column(heading, justify="right")
     report, macs = results["report"], results["macs"]
     nonzero = report["weights"] - report["zeros"]

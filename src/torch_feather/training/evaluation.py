@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from ..measure.flops import count_flops
+from .average_precision import mean_average_precision
 from .config import Config
 from .distributed import Ranks
 from .precision import autocast
@@ -136,11 +137,11 @@ def evaluate(
 ) -> tuple[float, float]:
     """Return the mean loss and the accuracy, with the model in evaluation mode.
 
-    With several labels per image, the accuracy is the fraction of labels that are right.
+    With several labels per image, the accuracy is the mean average precision.
 
     Args:
         model: the network; its training mode is restored.
-        batches: images (B, C, H, W) and labels (B,).
+        batches: images (B, C, H, W) and labels, (B,) or (B, classes).
         amp: whether to use bfloat16 autocast.
         ranks: the processes, each with its own batches; the means are over all of their images.
         compiled: the model compiled for one shape; called for all batches of the first one's size.
@@ -153,9 +154,10 @@ def evaluate(
         >>> round(mean, 4), accuracy  # log 2, and class 0 for all images
         (0.6931, 0.25)
     """
-    training, size = model.training, 0
+    training, size, ranks = model.training, 0, ranks or Ranks()
     model.eval()
     device = next(model.parameters()).device
+    several: list[tuple[Tensor, Tensor]] = []  # logits and labels, if images have several labels
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
     for x, y in batches:
         size = size or len(y)
@@ -166,11 +168,21 @@ def evaluate(
         if y.ndim == 1:
             totals[1] += (logits.argmax(1) == y).sum()
         else:
-            totals[1] += ((logits > 0) == (y > 0.5)).float().mean(1).sum()
+            several.append((logits, y))
         totals[2] += len(y)
     model.train(training)
-    total, correct, images = (ranks or Ranks()).sum(totals).tolist()
+    total, correct, images = ranks.sum(totals).tolist()
+    if ranks.agree(bool(several))[0]:
+        return total / images, _mean_average_precision(several, ranks)
     return total / images, correct / images
+
+
+def _mean_average_precision(found: list[tuple[Tensor, Tensor]], ranks: Ranks) -> float:
+    """Return the mean average precision over the images of all ranks; a rank may have none."""
+    own = [tuple(torch.cat(part).cpu() for part in zip(*found, strict=True))] if found else []
+    every = [pair for pairs in ranks.gather(own) for pair in pairs]
+    scores, labels = (torch.cat(part) for part in zip(*every, strict=True))
+    return mean_average_precision(scores, labels)
 
 
 @torch.no_grad()

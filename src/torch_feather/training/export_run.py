@@ -16,7 +16,7 @@ from .. import models
 from ..errors import ConfigurationError
 from ..export import SparseFile, export_onnx, hub, save_sparse
 from ..files import replace_file
-from ..native import c_sizes, export_c, export_native
+from ..native import c_sizes, export_c, export_native, export_web
 from .checkpoint import RunDirectory
 from .config import to_dict, to_yaml
 from .data import load_dataset
@@ -29,6 +29,7 @@ FORMATS = {
     "onnx": "model.onnx",
     "native": "native",  # a folder
     "c": "c",
+    "web": "web",
 }
 
 
@@ -40,24 +41,28 @@ def export_run(
     dtype: torch.dtype | None = None,
     data_path: str | None = None,
     target: str | None = None,
+    compare: Path | None = None,
 ) -> Path:
     """Write the network of a completed run to a file, or to a folder.
 
     Args:
         run: run directory.
         format: `sparse`; `safetensors` (plain keys, all zeros stored); `onnx`; or, as folders,
-            `native` (a library, see `export_native`) and `c` (C99, see `export_c`).
+            `native` (a library, see `export_native`), `c` (C99, see `export_c`) and `web` (a page,
+            see `export_web`).
         out: the file or folder. [default: one in the run directory, see FORMATS]
         dtype: type of the values in a sparse file, see `save_sparse`.
         data_path: path of the data. Only needed for ONNX files, libraries and C files of early
             runs, whose report lacks the input shape.
         target: processor of a native library, see `export_native`. [default: the host]
+        compare: folder of onnxruntime-web, see `export_web`.
 
     Returns:
         The file or folder.
 
     Raises:
-        ConfigurationError: the format is unknown, or does not support `dtype` or `target`.
+        ConfigurationError: the format is unknown, or does not support `dtype`, `target` or
+            `compare`; or a page cannot prepare the images as the data set does.
         RunError: the run is not complete, or cannot be read.
         NativeExportError: a native library does not support an operation of the network.
 
@@ -79,6 +84,8 @@ def export_run(
         raise ConfigurationError("dtype is supported for the sparse format only.")
     if target is not None and format != "native":
         raise ConfigurationError("target is supported for the native format only.")
+    if compare is not None and format != "web":
+        raise ConfigurationError("compare is supported for the web format only.")
     path = out or run.path / FORMATS[format]
     run.read_report()  # raises RunError if the run is not complete
     if format == "sparse":
@@ -91,11 +98,34 @@ def export_run(
         export_native(*load_network(run, data_path), path, target or "host")
     elif format == "c":
         export_c(*load_network(run, data_path), path)
+    elif format == "web":
+        _export_web(run, path, compare)
     elif path.resolve() != run.model_file.resolve():
         read_weights(run.path)  # raises RunError if the file is damaged
         with open(run.model_file, "rb") as file:
             replace_file(path, lambda new: shutil.copyfileobj(file, new))
     return path
+
+
+def _export_web(run: RunDirectory, path: Path, compare: Path | None) -> None:
+    config, results = read_finished(run)
+    info = network_info(config, results, run.path)
+    if info.prepared_by is not None:
+        raise ConfigurationError(
+            f"{run.path}: its images were prepared by the data set {info.prepared_by}, which a "
+            "page cannot repeat. Call torch_feather.export_web with mean, std and side of images."
+        )
+    export_web(
+        *load_network(run),
+        path,
+        class_names=info.class_names,
+        mean=info.mean,
+        std=info.std,
+        side=info.side,
+        multi_label=info.multi_label,
+        title=f"{results.get('data', config.data.name)}: {config.network}",
+        compare=compare,
+    )
 
 
 def _onnx_metadata(run: RunDirectory) -> dict[str, str]:
@@ -195,8 +225,10 @@ def describe(run: RunDirectory, path: Path, format: str) -> str:
         '... bytes, all zeros stored'
     """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file())
-        text = ", ".join(f"{file.name} ({file.stat().st_size:,} bytes)" for file in files)
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        text = ", ".join(
+            f"{file.relative_to(path)} ({file.stat().st_size:,} bytes)" for file in files
+        )
         if format != "c":
             return text
         workspace, constants = c_sizes(path)

@@ -35,6 +35,7 @@ class Prediction:
         classes: names of the classes, the most probable first.
         probabilities: their probabilities.
         error: why the image could not be used; None if it could.
+        multi_label: whether an image may have several classes. Those above 0.5 are its `labels`.
 
     Example:
         >>> Prediction("a.jpg", ("cat", "dog"), (0.9, 0.1)).to_dict()["predictions"][0]
@@ -45,6 +46,13 @@ class Prediction:
     classes: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
     error: str | None = None
+    multi_label: bool = False
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes with a probability above 0.5, if an image may have several."""
+        pairs = zip(self.classes, self.probabilities, strict=True)
+        return tuple(name for name, value in pairs if self.multi_label and value > 0.5)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the prediction as plain values."""
@@ -52,7 +60,8 @@ class Prediction:
             return {"image": self.image, "error": self.error}
         pairs = zip(self.classes, self.probabilities, strict=True)
         found = [{"class": name, "probability": value} for name, value in pairs]
-        return {"image": self.image, "predictions": found}
+        labels = {"labels": list(self.labels)} if self.multi_label else {}
+        return {"image": self.image, **labels, "predictions": found}
 
 
 class Predictor:
@@ -95,32 +104,35 @@ class Predictor:
         return self.normalize(image[None])
 
     @torch.no_grad()
-    def predict(self, names: list[str], images: list[np.ndarray], top: int = 5) -> list[Prediction]:
+    def predict(
+        self, names: list[str], images: list[np.ndarray], top: int | None = None
+    ) -> list[Prediction]:
         """Return the predictions of decoded images.
 
         Args:
             names: their names.
             images: their pixels, uint8 (H, W, 3).
-            top: number of classes to name.
+            top: number of classes to name; None: 5, or all if an image may have several.
         """
         logits = self.network(torch.cat([self.prepare(image) for image in images])).float()
         probabilities = logits.sigmoid() if self.info.multi_label else logits.softmax(1)
-        found = probabilities.topk(min(top, len(self.info.class_names)))
+        several, classes = self.info.multi_label, self.info.class_names
+        found = probabilities.topk(min(top or (len(classes) if several else 5), len(classes)))
         return [
-            Prediction(name, tuple(self.info.class_names[i] for i in labels), tuple(values))
+            Prediction(name, tuple(classes[i] for i in labels), tuple(values), multi_label=several)
             for name, labels, values in zip(
                 names, found.indices.tolist(), found.values.tolist(), strict=True
             )
         ]
 
-    def predict_files(self, files: list[Path], top: int = 5) -> Iterator[Prediction]:
+    def predict_files(self, files: list[Path], top: int | None = None) -> Iterator[Prediction]:
         """Yield the predictions of image files, in order.
 
         A file that is no readable image yields a `Prediction` with an error.
 
         Args:
             files: the files.
-            top: number of classes to name.
+            top: as for `predict`.
         """
         for start in range(0, len(files), BATCH):
             part = files[start : start + BATCH]

@@ -79,9 +79,10 @@ class Kernels:
         features = llvm.get_host_cpu_features()
         widest = 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
         self.width = width or widest
-        # Since AVX-512, one instruction moves the lanes of a mask together.
-        packs = self.width == 16
-        module = llvm.parse_assembly(emit_module(self.width, COLUMNS, packs))
+        # AVX-512 has instructions that move the lanes of a mask together.
+        tables = self.width == 8 and features.get("avx2", False)
+        packs = tables or self.width == 16
+        module = llvm.parse_assembly(emit_module(self.width, COLUMNS, packs, tables))
         module.verify()
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(),
@@ -141,12 +142,21 @@ def table(weights: LatentWeights, parameters: Sequence[Tensor]) -> np.ndarray | 
         >>> if kernels():
         ...     assert rows["size"].tolist() == [65152, 34848]
     """
+    if kernels() is None or devices.synchronizes(weights.device):
+        return None
+    # The last table is kept: in most steps all tensors are where they were.
+    kept: dict[str, Any] = weights.constant("table", lambda _: {})
+    places = [(t.data_ptr(), t.dtype, t.stride()) for t in (*weights.views, *parameters)]
+    if kept.get("places") != places:
+        kept.update(places=places, rows=_new_table(weights, parameters))
+    return None if kept["rows"] is None else kept["rows"].copy()
+
+
+def _new_table(weights: LatentWeights, parameters: Sequence[Tensor]) -> np.ndarray | None:
     if not all(map(_is_simple, weights.views, parameters)):
         return None
     found = ranges(weights)
-    rows = empty_table(len(found.size))
-    if rows is None:
-        return None
+    rows = np.zeros(len(found.size), ROW)
     rows["size"] = found.size
     for field, tensors in (("latent", weights.views), ("parameter", parameters)):
         rows[field] = np.array([t.data_ptr() for t in tensors])[found.position] + 4 * found.start

@@ -25,6 +25,8 @@ def count_zeros(tensor: Tensor) -> Tensor:
         >>> count_zeros(torch.tensor([0.0, -0.0, 1.0]))
         tensor(2)
     """
+    if tensor.is_floating_point() and tensor.itemsize == 1:
+        tensor = tensor.float()  # there is no count_nonzero for 8 bits
     return _count(tensor, lambda x: x == 0, lambda x: x.numel() - x.count_nonzero())
 
 

@@ -98,18 +98,15 @@ class Lanes:
     def pack(self, value: str, mask: str, kind: str = "float") -> str:
         """Move the lanes of a mask to the front."""
         vector, bits = self.type(kind), self.type("i1")
-        name = f"@llvm.experimental.vector.compress.{self._suffix(kind)}"
-        return self.new(
-            f"call {vector} {name}({vector} {value}, {bits} {mask}, {vector} zeroinitializer)"
-        )
+        return self.new(f"call {vector} @pack.{kind}({vector} {value}, {bits} {mask})")
 
     def unpack(self, pointer: str, mask: str) -> str:
-        """Load consecutive numbers into the lanes of a mask; the others are 0."""
+        """Load consecutive numbers into the lanes of a mask; the others are 0.
+
+        As many numbers as a vector has may be read.
+        """
         vector, bits = self.type("float"), self.type("i1")
-        name = f"@llvm.masked.expandload.{self._suffix('float')}"
-        return self.new(
-            f"call {vector} {name}(ptr {pointer}, {bits} {mask}, {vector} zeroinitializer)"
-        )
+        return self.new(f"call {vector} @unpack.float(ptr {pointer}, {bits} {mask})")
 
     def count(self, mask: str) -> str:
         """Return the number of lanes of a mask, an i64."""
@@ -202,6 +199,89 @@ def function(signature: str, *body: str, end: str = "ret void") -> str:
         ['define void @nothing() {', 'entry:', 'ret void', '}']
     """
     return "\n".join([f"define {signature} {{", "entry:", *body, end, "}"])
+
+
+def emit_moves(width: int, tables: bool) -> list[str]:
+    """Return the functions of `Lanes.pack` and `Lanes.unpack`.
+
+    Args:
+        width: numbers in a vector.
+        tables: use AVX2, which has no instruction for this, but one that moves eight lanes by an
+            index for each; a table holds these for every mask.
+
+    Example:
+        >>> [line.split("(")[0] for line in emit_moves(8, tables=True)[-1].splitlines()[:1]]
+        ['define internal <8 x float> @unpack.float']
+    """
+    return _moves_by_tables() if tables else _moves_by_intrinsics(width)
+
+
+def _move(name: str, kind: str, width: int, source: str, *body: str) -> str:
+    """Return one of the functions, whose result is `%r`."""
+    vector = f"<{width} x {kind}>"
+    signature = f"internal {vector} @{name}.{kind}({source}, <{width} x i1> %mask) alwaysinline"
+    return function(signature, *body, end=f"ret {vector} %r")
+
+
+def _moves_by_intrinsics(width: int) -> list[str]:
+    found, bits = [], f"<{width} x i1> %mask"
+    for kind, short in (("float", "f32"), ("i32", "i32")):
+        vector = f"<{width} x {kind}>"
+        compress = f"@llvm.experimental.vector.compress.v{width}{short}"
+        arguments = f"({vector} %v, {bits}, {vector} zeroinitializer)"
+        body = f"%r = call {vector} {compress}{arguments}"
+        found.append(_move("pack", kind, width, f"{vector} %v", body))
+    vector = f"<{width} x float>"
+    expand = f"@llvm.masked.expandload.v{width}f32(ptr %p, {bits}, {vector} zeroinitializer)"
+    return [*found, _move("unpack", "float", width, "ptr %p", f"%r = call {vector} {expand}")]
+
+
+def _moves_by_tables() -> list[str]:
+    floats, integers = "<8 x float>", "<8 x i32>"
+    permute = f"call {floats} @llvm.x86.avx2.permps({floats} %v, {integers} %lanes)"
+
+    def lanes(table: str) -> str:
+        return f"""%bits = bitcast <8 x i1> %mask to i8
+%row = zext i8 %bits to i64
+%at = getelementptr [8 x i8], ptr @{table}, i64 %row
+%bytes = load <8 x i8>, ptr %at, align 8
+%lanes = zext <8 x i8> %bytes to {integers}"""
+
+    return [
+        f"declare {floats} @llvm.x86.avx2.permps({floats}, {integers})",
+        _table("front", _to_front),
+        _table("back", _to_back),
+        _move("pack", "float", 8, f"{floats} %v", lanes("front"), f"%r = {permute}"),
+        _move(
+            *("pack", "i32", 8, f"{integers} %v"),
+            f"%a = bitcast {integers} %v to {floats}",
+            f"%b = call {floats} @pack.float({floats} %a, <8 x i1> %mask)",
+            f"%r = bitcast {floats} %b to {integers}",
+        ),
+        _move(
+            *("unpack", "float", 8, "ptr %p"),
+            f"%v = load {floats}, ptr %p, align 4",
+            lanes("back"),
+            f"%moved = {permute}",
+            f"%r = select <8 x i1> %mask, {floats} %moved, {floats} zeroinitializer",
+        ),
+    ]
+
+
+def _to_front(mask: int) -> list[int]:
+    """Return from which lane each lane comes: those of the mask first."""
+    return sorted(range(8), key=lambda lane: not mask >> lane & 1)
+
+
+def _to_back(mask: int) -> list[int]:
+    """Return from which lane each lane of the mask comes, if these lanes are the first ones."""
+    return [(mask & (1 << lane) - 1).bit_count() for lane in range(8)]
+
+
+def _table(name: str, index: Callable[[int], list[int]]) -> str:
+    """Return a constant with eight bytes for each mask of eight lanes."""
+    values = ", ".join(f"i8 {lane}" for mask in range(256) for lane in index(mask))
+    return f"@{name} = internal constant [2048 x i8] [{values}], align 64"
 
 
 def declarations(width: int) -> list[str]:

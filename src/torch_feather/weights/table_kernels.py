@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .kernels import emit_collect, emit_copy, emit_sum, emit_write
-from .lanes import declarations, function
+from .lanes import declarations, emit_moves, function
 
 FIELDS = {
     "latent": "ptr", "parameter": "ptr", "size": "i64",
@@ -138,13 +138,14 @@ br label %next""",
     )
 
 
-def emit_module(width: int, columns: int, packs: bool = False) -> str:
+def emit_module(width: int, columns: int, packs: bool = False, tables: bool = False) -> str:
     """Return the LLVM IR of all functions.
 
     Args:
         width: float32 numbers in a vector.
         columns: 64-bit words in a row of a checksum.
-        packs: whether the processor moves the lanes of a mask together by one instruction.
+        packs: compute kept weights side by side, for processors that move them there fast.
+        tables: move them with AVX2.
 
     Example:
         >>> text = emit_module(8, 509)
@@ -156,6 +157,7 @@ def emit_module(width: int, columns: int, packs: bool = False) -> str:
         [
             f"%Row = type {{{', '.join(FIELDS.values())}}}",
             *declarations(width),
+            *emit_moves(width, tables),
             *(emit_write(f"write_{p or 'hard'}", p, width, packs) for p in kinds),
             *(emit_collect(width, copies) for copies in (True, False)),
             emit_copy(width),

@@ -105,7 +105,7 @@ def emit_object(target: Target, convolutions: Iterable[Variant] | None = None) -
 
 
 def compile_object(target: Target, text: str) -> bytes:
-    """Return an object file of LLVM IR. Its code is position-independent.
+    """Return an object file of LLVM IR; see `Target.machine` for its code.
 
     Args:
         target: the processor.

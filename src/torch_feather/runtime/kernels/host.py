@@ -66,10 +66,12 @@ class Target(NamedTuple):
         An MCJIT engine takes ownership of its target machine, so each engine needs a new one.
 
         Args:
-            for_files: whether it writes object files, whose code must be position-independent.
+            for_files: whether it writes object files. Their code is position-independent, except
+                for browsers, whose modules are alone in their memory.
         """
         known = llvm().Target.from_triple(self.triple)
-        options = {"reloc": "pic", "codemodel": "default"} if for_files else {}
+        reloc = "static" if self.triple == "wasm32-unknown-unknown" else "pic"
+        options = {"reloc": reloc, "codemodel": "default"} if for_files else {}
         return known.create_target_machine(cpu=self.cpu, features=self.features, opt=3, **options)
 
 

@@ -190,7 +190,10 @@ class SystemConfig:
     # A resumed run continues on changed images if this is their digest, which the error names.
     accept_data: str | None = None
     tensorboard: bool = True  # log to TensorBoard if it is installed
+    csv: bool = False  # write RUN/metrics.csv
     wandb: str | None = None  # Weights & Biases project to log to
+    mlflow: str | None = None  # MLflow experiment to log to
+    loggers: list[str] | None = None  # loggers of your own, package.module:Class
 
     def __post_init__(self) -> None:
         within("system.threads", self.threads, 1, 4096)

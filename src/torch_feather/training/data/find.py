@@ -93,12 +93,15 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
         found = (pair for i, (file, part) in enumerate(shards) for pair in _in_tar(file, i, part))
     parts: dict[str, list[_Entry]] = {}
     unread: list[str] = []
+    outside: list[str] = []
     for part, entry in found:
-        if is_image(*entry.below):
+        if not part:
+            outside.append(printable(containers[entry.container] / entry.name))
+        elif is_image(*entry.below):
             parts.setdefault(part, []).append(entry)
         else:
             unread.append(printable(containers[entry.container] / entry.name))
-    _warn_of(unread)
+    _warn_of(unread, outside)
     if "train" not in parts:
         raise DataError(f"{printable(root)}: {_why_no_training_images(root)}")
     held_back = next((part for part in HELD_BACK if part in parts), None)
@@ -114,7 +117,12 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
     return train, test, len(classes)
 
 
-def _warn_of(unread: list[str]) -> None:
+def _warn_of(unread: list[str], outside: list[str]) -> None:
+    if outside:
+        warn(
+            f"{some(outside, 1)}: in none of the folders {', '.join(PARTS)}, so not read. Move "
+            "images of a data set there."
+        )
     if unread:
         warn(
             f"{some(unread, 1)}: images of this format are not read. Convert them to one of "
@@ -269,7 +277,10 @@ def _identity(folder: Path, status: os.stat_result) -> Identity:
 
 
 def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tuple[str, _Entry]]:
-    """Yield images of a tar file with their part: `part`, or the first folder that names one."""
+    """Yield images of a tar file with their part: `part`, or the first folder that names one.
+
+    The part of others is empty.
+    """
     index = tar_index(file)
     names = Names.from_arrays(index["text"], index["ends"])
     members = zip(names, index["spans"].tolist(), index["classes"].tolist(), strict=True)
@@ -278,6 +289,7 @@ def _in_tar(file: Path, container: int, part: str | None = None) -> Iterator[tup
         path = steps(name)
         found = part or next((step for step in path[:-1] if step in PARTS), None)
         if found is None:
+            yield "", _Entry("", path, container, name, offset, size)
             continue
         below = path[path.index(found) + 1 :] if found in path[:-1] else path
         kind = below[0] if number < 0 else number

@@ -6,7 +6,9 @@ identical for any number of workers, and after a resume. Pixels are transferred 
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -138,6 +140,15 @@ class _Decoder:
             generator=torch.Generator(),  # otherwise it draws from the global random state
             worker_init_fn=_ignore_signals,
         )
+        _open.add(self)
+
+    def close(self) -> None:
+        """End the processes. The next batches start new ones."""
+        # PyTorch has no public function for this.
+        stop = getattr(self.loader._iterator, "_shutdown_workers", None)
+        if stop is not None:
+            stop()
+        self.loader._iterator = None
 
     def __call__(self, orders: list[Order]) -> Iterator[Tensor]:
         """Yield the pixels of each batch, uint8 (B, H, W, C).
@@ -156,14 +167,31 @@ class _Decoder:
                 if isinstance(pixels, DataError):
                     raise pixels
                 yield pixels.to(self.device, non_blocking=True)
+        except DataError:
+            self.close()
+            raise
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
+            self.close()
             first = str(error).splitlines()[0]
             raise DataError(
                 f"a process that decodes images has ended ({first}). If memory is low, set fewer "
                 "system.workers."
             ) from None
+
+
+_open: weakref.WeakSet[_Decoder] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """End the processes before Python waits for them, such as after an error in training.
+
+    Python sends them SIGTERM, which they leave to the main process.
+    """
+    for decoder in list(_open):
+        decoder.close()
 
 
 class _Batches(TorchDataset[Tensor | DataError]):
