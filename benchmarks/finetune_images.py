@@ -37,7 +37,7 @@ KINDS = ["fine-tuned", "new weights"]
 
 
 def copy_images(images: Path, folder: Path, per_class: int) -> None:
-    """Write `folder`/seven and `folder`/three, with `per_class` images for each of three classes."""
+    """Write `folder`/seven and `folder`/three, the latter with `per_class` images per class."""
     for part in ("train", "val"):
         for source in sorted((images / part).iterdir()):
             name = CLASSES.get(source.name)

@@ -76,6 +76,7 @@ NAVIGATION = {
         "": [
             "claims",
             "own_methods",
+            "finetune_images",
             "restructuring",
             "mutation",
             "web",
