@@ -1,6 +1,7 @@
 """Settings of all tests: one thread, a fixed seed, reproducible examples; and a browser."""
 
 import shutil
+import signal
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ from torch_feather.schedules import make_table
 # The first backward pass of a process starts autograd's threads, one per device. A module of tests
 # that uses FakeTensorMode while it is collected adds a device, and tests could not fork any more.
 torch.ones(1, requires_grad=True).sum().backward()
+
+# Programs in the background of a shell ignore Ctrl-C, as do the processes that they start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Examples are derived from the test itself, so that a run can be repeated; no deadline, because
 # the machine that runs the suite may be busy.

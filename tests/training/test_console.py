@@ -235,7 +235,7 @@ def test_a_callback_can_end_without_a_begin():
 
 
 SCRIPT = """
-import os, signal, sys, termios, time
+import os, sys, termios, time
 from rich.console import Console
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import Config
@@ -244,8 +244,6 @@ from torch_feather.training.console import ConsoleCallback
 def shown():
     return bool(termios.tcgetattr(0)[3] & termios.ECHOCTL)
 
-# Programs in the background of a shell ignore Ctrl-C.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 before = shown()
 callback = ConsoleCallback(Console(force_terminal=True))
 callback.begin(Config(epochs=1), steps=4, done=0, run=RunDirectory("a"))

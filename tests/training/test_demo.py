@@ -249,8 +249,6 @@ def test_ctrl_c_ends_the_command_cleanly(tmp_path, monkeypatch, capsys):
     path = tmp_path / "model.safetensors"
     save_file(models.create("resnet8", 2).state_dict(), path, INFO_OF_RESNET.metadata())
     seen = []
-    # Programs in the background of a shell ignore Ctrl-C.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def open_page(url):
         def visit():
@@ -263,11 +261,8 @@ def test_ctrl_c_ends_the_command_cleanly(tmp_path, monkeypatch, capsys):
     module = importlib.import_module("torch_feather.cli.demo")  # the package has the function
     monkeypatch.setattr(module, "open_page", open_page)
     monkeypatch.setattr(sys, "argv", ["feather", "demo", str(path), "--port", "0"])
-    try:
-        with pytest.raises(SystemExit) as caught:
-            main()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(SystemExit) as caught:
+        main()
     output, errors = capsys.readouterr()
     assert (caught.value.code or 0, errors) == (0, "")
     assert "http://127.0.0.1:" in output
