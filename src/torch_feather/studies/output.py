@@ -134,16 +134,27 @@ def _markdown(study: Study, answer: Answer, rows: Sequence[Row], facts: RunFacts
     blocks += [
         "\n".join(f"- {escape_markdown(sentence)}" for sentence in _conclusions(answer, rows))
     ]
-    blocks += [_markdown_table(table) for table in answer.measured.tables]
+    blocks += [markdown_table(table) for table in answer.measured.tables]
     blocks += [f"{fact}: {escape_markdown(text)}" for fact, text in facts.items(rows).items()]
     blocks += [f"    {' '.join(facts.command.splitlines())}"]
     if answer.published.tables:
         blocks += [f"{PUBLISHED}:"]
-        blocks += [_markdown_table(table) for table in answer.published.tables]
+        blocks += [markdown_table(table) for table in answer.published.tables]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """Return a table with its caption as Markdown.
+
+    Args:
+        table: the table.
+
+    Example:
+        >>> print(markdown_table(Table("", ["method", "n"], [["feather", "3"]])))
+        | method | n |
+        | --- | --- |
+        | feather | 3 |
+    """
     lines = [escape_markdown(table.caption), ""] if table.caption else []
     head = [escape_markdown(cell) for cell in table.head]
     rows = [[escape_markdown(cell) for cell in row] for row in table.rows]
