@@ -103,9 +103,9 @@ def power_table(rows: Sequence[Row], pairs: Iterable[tuple[str, str]]) -> Table:
             seeds, or without variation, are left out.
 
     Example:
-        >>> setup = {"network": "resnet8", "data": "cifar100", "epochs": 10}
+        >>> setup = {"network": "resnet8", "data": "cifar100", "epochs": 10, "sparsity": 0.9}
         >>> rows = [
-        ...     setup | {"name": f"{m}-{seed}", "method": m, "label": m, "sparsity": 0.9, "seed": seed}
+        ...     setup | {"name": f"{m}-{seed}", "method": m, "label": m, "seed": seed}
         ...     | {"test_accuracy": accuracy}
         ...     for m, accuracies in (("feather", (0.9, 0.91, 0.92)), ("gmp", (0.89, 0.9, 0.92)))
         ...     for seed, accuracy in enumerate(accuracies)
@@ -116,7 +116,7 @@ def power_table(rows: Sequence[Row], pairs: Iterable[tuple[str, str]]) -> Table:
     head = ["comparison", "setup", "sparsity", "difference (points)", "SD (95% CI)", "seeds now"]
     head += ["n for the difference", f"n for {SMALL_EFFECT} points"]
     pairs, lines = list(pairs), []
-    setups: dict[tuple[str, ...], dict[tuple[str, str], Row]] = defaultdict(dict)
+    setups: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = defaultdict(dict)
     for row in rows:
         setup = row["network"], row["data"], f"{row['epochs']} epochs"
         setups[setup][row["name"], row["label"]] = row
