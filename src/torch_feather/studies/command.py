@@ -64,7 +64,7 @@ def _parameters(study: Description) -> list[inspect.Parameter]:
         option("methods", text, None, help=help)
     help = f"Target sparsities. [default: {study.sparsities}; digits: {study.digits_sparsities}]"
     option("sparsity", text, None, help=help)
-    option("seeds", str, "0,1,2", help="Random seeds; one run each.")
+    option("seeds", str, study.seeds, help="Random seeds; one run each.")
     help = "Recipe, see `feather recipes`. [default: the recipe of --data, otherwise digits]"
     option("recipe", text, None, help=help)
     option("data", text, None, help="digits, cifar10, cifar100 or imagefolder.")

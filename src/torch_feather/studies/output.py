@@ -53,6 +53,7 @@ class RunFacts:
         def values(key: str) -> str:
             return ", ".join(dict.fromkeys(str(row[key]) for row in rows))
 
+        seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
         machines = {
             f"{hardware.get('gpu') or hardware['cpu']}, {threads(hardware['threads'])}"
             for hardware in (row["hardware"] for row in rows)
@@ -64,7 +65,7 @@ class RunFacts:
         selected = " or ".join(sorted({epochs[row["select"]] for row in rows}))
         facts = {
             "Training": f"{values('network')} on {values('data')}, {values('epochs')} epochs, "
-            f"{' and '.join(sorted(precisions))}, seeds {values('seed')}; {len(rows)} training "
+            f"{' and '.join(sorted(precisions))}, seeds {seeds}; {len(rows)} training "
             f"runs, {seconds / 60:.0f} minutes in total",
             "Metric": f"test accuracy after {selected}; no run uses test images for training or "
             "for choosing an epoch; ± is the standard deviation over seeds",

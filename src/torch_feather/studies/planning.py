@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigurationError, nearest
 from ..training import Config, resolve_config
-from ..training.config import DENSE, flatten, to_dict
+from ..training.config import DENSE, apply, flatten, to_dict
 from .options import current_option, name_in_run_names, options_of
 from .runs import Run
 from .study import GridAxes
@@ -32,7 +32,8 @@ def grid(config: Config, variants: Mapping[str, Mapping[str, Any]], axes: GridAx
 
     Args:
         config: common settings; each of its options applies to the methods that have it.
-        variants: label to the fields of `Config` that define the variant.
+        variants: label to the fields of `Config` that define the variant; fields of a section by
+            their dotted key, such as `optimizer.clip`.
         axes: sparsities and seeds.
 
     Returns:
@@ -54,10 +55,12 @@ def grid(config: Config, variants: Mapping[str, Mapping[str, Any]], axes: GridAx
             raise ConfigurationError(f"None of {', '.join(known)} has an option {option!r}.")
     runs: dict[str, Run] = {}
     for seed, sparsity, label in itertools.product(axes.seeds, axes.sparsities, variants):
-        variant = dict(variants[label])
+        variant = {key: value for key, value in variants[label].items() if "." not in key}
+        settings = {key: value for key, value in variants[label].items() if "." in key}
         defaults = known[variant["method"]]
         variant["options"] = _options_of_variant(config, variant, defaults)
         one = replace(config, seed=seed, sparsity=sparsity, compare_dense=False, **variant)
+        one = apply(one, settings, label)
         name = run_name(one)
         runs.setdefault(name, Run(name, one, label))
     return list(runs.values())

@@ -17,8 +17,8 @@ LARGEST = 5.0  # bound on the exponent
 class HAM:
     """w exp(lr (-alpha sign(w) g - beta)), with the exponent bounded by ±5.
 
-    To first order this is a gradient step whose rate is proportional to |w|, and a decay beta: large
-    weights move fast, small ones hardly.
+    To first order this is a gradient step whose rate is proportional to |w|, and a decay beta.
+    Large weights move fast, small ones hardly.
 
     Source: Hyperbolic aware minimization (arXiv 2506.02630), with alpha = 200 and beta = 1e-3.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ class Phases:
         first, last = (max(round(x * total_steps), 1) for x in (self.end, self.last))
         table = Cubic(0, min(first, total_steps)).table(total_steps).clone()
         bounds = torch.linspace(first, last, self.count + 1).round().long().tolist()
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in itertools.pairwise(bounds):
             if stop > start:
                 t = torch.arange(stop - start, dtype=torch.float64) / (stop - start)
                 table[start:stop] = 1 - (1 - self.low) * (1 - t) ** 3
