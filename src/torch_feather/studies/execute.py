@@ -86,7 +86,8 @@ def run_study(
     if found or not plan:
         given = {"methods": methods, "recipe": config.recipe, "data": data, "sparsity": sparsity}
         given |= {"seeds": seeds, "data-path": "DATA" if data_path else None}
-        facts = RunFacts(_command_line(study, given if plan else {}, settings or []), len(plan))
+        command = _command_line(study, given if plan else {}, settings or [])
+        facts = RunFacts(command, len(plan), outcome.failed)
         typer.echo(write_study(study, study.answer(found, config), found, out, facts))
         typer.echo(out / "index.html")
     if outcome.pending:

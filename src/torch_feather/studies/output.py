@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -31,6 +31,7 @@ class RunFacts:
     Attributes:
         command: command that repeats the study.
         planned: number of runs of the complete study.
+        failed: name to reason of each run that failed.
 
     Example:
         >>> row = {"network": "resnet20", "data": "digits", "epochs": 10, "seed": 0}
@@ -44,6 +45,7 @@ class RunFacts:
 
     command: str
     planned: int
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def items(self, rows: Sequence[Row]) -> dict[str, str]:
         """Return training, metric, hardware, versions and commits by name; empty without runs."""
@@ -77,6 +79,8 @@ class RunFacts:
             facts["Incomplete"] = (
                 f"{len(rows)} of {self.planned} training runs; run the command again to continue"
             )
+        if self.failed:
+            facts["Failed"] = "; ".join(f"{name}: {why}" for name, why in self.failed.items())
         return facts
 
 
