@@ -1,8 +1,9 @@
 """Quantization to int8 of a sparse network: its accuracy, and whether zeros stay zeros.
 
 The network of each run is quantized after training, by torchao (`prepare_pt2e`, the quantizer for
-x86) and by NNCF for OpenVINO. Both calibrate the ranges of activations with 256 training images.
-Weights are counted in the quantized network itself, where batch norms are part of the convolutions.
+x86) and by NNCF for OpenVINO. Both calibrate the ranges of activations with 256 training images,
+as augmented for training. Weights are counted in the quantized network itself, where batch norms
+are part of the convolutions.
 
     feather train --out runs/digits
     python benchmarks/quantize.py runs/digits --out results/quantize
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_feather.training.checkpoint import RunDirectory
-from torch_feather.training.data import eval_loader, load_dataset
+from torch_feather.training.data import eval_loader, load_dataset, train_loader
 from torch_feather.training.export_run import load_network
 from torch_feather.training.provenance import provenance
 
@@ -109,13 +110,10 @@ def measure(run: RunDirectory) -> list[dict[str, Any]]:
     model.eval()
     data, device = load_dataset(config.data, config.seed), torch.device("cpu")
 
-    def images_of(part: Any, most: int | None = None) -> tuple[Tensor, Tensor]:
-        batches = list(eval_loader(data, part, config, device))
-        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        return images[:most], labels[:most]
-
-    calibration, _ = images_of(data.train, CALIBRATION)
-    test = images_of(data.test)
+    training = (batch.x for batch in train_loader(data, config, device))
+    calibration = torch.cat(list(training))[:CALIBRATION]
+    batches = list(eval_loader(data, data.test, config, device))
+    test = [torch.cat(parts) for parts in zip(*batches, strict=True)]
     originals = [
         module.weight.detach().numpy()
         for module in model.modules()
