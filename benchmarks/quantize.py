@@ -158,7 +158,8 @@ def main() -> None:
         options.out.with_suffix(".json").write_text(
             json.dumps({**found, "rows": rows}, indent=1) + "\n"
         )
-        heading = f"{command}\n{found['versions']}, commit {found['commit']}"
+        versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+        heading = f"{command}\n{versions}, commit {found['commit']}"
         options.out.with_suffix(".txt").write_text(f"{heading}\n\n{text}")
     print(text, end="")
 
