@@ -77,21 +77,30 @@ def test_exploration_shows_validation_accuracy_and_no_test_accuracy(row):
     assert not any("98.7" in cell for line in table.rows for cell in line)
 
 
-def test_the_final_comparison_corrects_over_all_sparsities(row, monkeypatch):
-    variants = {**beyond.COMPARED, "ours": {"method": "gmp"}}
-    monkeypatch.setattr(beyond, "FINAL", beyond.Phase("final comparison", variants, validation=0.0))
-    phases = (*beyond.PHASES[:2], beyond.FINAL)
-    monkeypatch.setattr(beyond, "PHASES", phases)
+def test_the_final_comparison_corrects_over_the_primary_sparsities(row, monkeypatch):
+    tuned, ours = "feather (tuned)", "ours"
+    variants = {**beyond.COMPARED, tuned: {"method": "feather"}, ours: {"method": "gmp"}}
+    final = beyond.Phase("final comparison", variants, validation=0.0)
+    monkeypatch.setattr(beyond, "FINAL", final)
+    monkeypatch.setattr(beyond, "PHASES", (*beyond.PHASES[:2], final))
+    monkeypatch.setattr(beyond, "PRIMARY", (ours, tuned))
     rows = [
-        row(label, s, seed, 0.5 + (label == "ours") * (0.01 + 0.001 * (seed % 3)), label=label)
-        for s in (0.98, 0.99)
-        for label in ("feather", "ours")
+        row(label, s, seed, 0.5 + (label == ours) * (0.01 + 0.001 * (seed % 3)), label=label)
+        for s in (0.98, 0.99, 0.999)
+        for label in ("feather", tuned, ours)
         for seed in range(3, 8)
     ]
     answer = STUDY.answer(rows, None)
-    above = "ours is significantly above feather at 98% and 99% sparsity (n = 5)."
+    above = "ours is significantly above feather (tuned) at 98% and 99% sparsity (n = 5)."
     assert answer.sentences[0] == above
-    assert "after holm correction over all comparisons, both" in answer.sentences[-1].lower()
+    assert "Holm correction over all comparisons, both" in answer.sentences[-1]
+    primary, *secondary = answer.measured.tables[1:]
+    assert primary.caption.startswith("Primary")
+    assert [line[1] for line in primary.rows] == ["98%", "99%"]
+    assert all(table.caption.startswith("Secondary, no claim") for table in secondary)
+    compared = {(line[0], line[1]) for table in secondary for line in table.rows}
+    assert ("ours vs. feather (tuned)", "99.9%") in compared
+    assert ("ours vs. feather", "98%") in compared
 
 
 def test_holm_correction_over_all_sparsities_is_stricter(row):

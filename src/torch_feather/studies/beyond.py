@@ -10,13 +10,13 @@ from typing import Any
 from ..errors import ConfigurationError
 from ..training import Config
 from ..training.config import DENSE, apply
-from .comparison import MIN_SEEDS, compare_pairs, interval, paired
+from .comparison import MIN_SEEDS, Pair, compare_pairs, interval, paired
 from .descriptions import DESCRIPTIONS
 from .figures import accuracy_figure
 from .planning import grid
 from .runs import Row, Run
 from .study import Answer, GridAxes, Section, Study, Table
-from .summary import accuracy_table, group, labels, percent, signed, with_deviation
+from .summary import accuracy_table, group, percent, signed, with_deviation
 
 Variants = Mapping[str, Mapping[str, Any]]
 
@@ -55,6 +55,8 @@ TUNED: Variants = {
 
 # The method chosen and Feather as tuned join by a commit, before the first of their runs.
 COMPARED: Variants = {DENSE: {"method": DENSE}, BASELINE: _FEATHER}
+PRIMARY: Pair | None = None  # labels of the method chosen and of tuned Feather
+PRIMARY_SPARSITIES = (0.98, 0.99, 0.995)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,16 +121,26 @@ def _answer(rows: Sequence[Row], config: Config) -> Answer:
     """Compare on test images what is final; show validation accuracy of everything else."""
     by_phase = {phase: _rows_of(phase, rows) for phase in PHASES}
     final = by_phase[FINAL]
-    found = [name for name in labels(final) if name != BASELINE]
-    pairs = [(name, BASELINE) for name in found]
-    sentences, differences = compare_pairs(final, pairs, together=True)
-    if not found and len({row["seed"] for row in final}) >= MIN_SEEDS:
-        sentences = ["The final comparison has no method yet besides Feather."]
     tables = [accuracy_table(final, "Final comparison: test accuracy")] if final else []
-    tables += differences
+    sentences: list[str] = []
+    if PRIMARY is not None:
+        first = [row for row in final if row["sparsity"] in PRIMARY_SPARSITIES]
+        sentences, primary = compare_pairs(first, [PRIMARY], together=True)
+        rest = [row for row in final if row["sparsity"] not in PRIMARY_SPARSITIES]
+        others = {(PRIMARY[0], BASELINE), (PRIMARY[1], BASELINE)} - {PRIMARY, (BASELINE, BASELINE)}
+        _, secondary = compare_pairs(rest, [PRIMARY])
+        _, untuned = compare_pairs(final, sorted(others))
+        tables += [_titled("Primary", table) for table in primary]
+        tables += [_titled("Secondary, no claim", table) for table in [*secondary, *untuned]]
+    elif len({row["seed"] for row in final}) >= MIN_SEEDS:
+        sentences = ["The final comparison has no method yet besides Feather."]
     tables += [_validation_table(phase, by_phase[phase]) for phase in (TUNING, EXPLORATION)]
     tables = [table for table in tables if table.rows]
     return Answer(sentences, Section(accuracy_figure(final), tables))
+
+
+def _titled(title: str, table: Table) -> Table:
+    return replace(table, caption=f"{title}: {table.caption}")
 
 
 def _rows_of(phase: Phase, rows: Sequence[Row]) -> list[Row]:

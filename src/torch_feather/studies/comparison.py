@@ -20,7 +20,7 @@ Pair = tuple[str, str]
 CAPTION = (
     "Paired differences in test accuracy (percentage points) with uncorrected 95% t intervals. An "
     "interval that contains 0 means no significant difference. p values are Holm-corrected over "
-    "{family} on this page."
+    "{family}."
 )
 FAMILIES = {False: "the comparisons at the same sparsity", True: "all comparisons"}
 

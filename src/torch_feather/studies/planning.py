@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import warnings
@@ -104,8 +105,7 @@ def run_name(config: Config) -> str:
         >>> run_name(config)
         'cifar100-feather-p2-0.98-0'
     """
-    recipe = resolve_config(config.recipe)
-    recipe_values = flatten(to_dict(recipe))
+    recipe, recipe_values = _recipe(config.recipe)
     changed = {
         key: value
         for key, value in flatten(to_dict(config)).items()
@@ -124,6 +124,13 @@ def run_name(config: Config) -> str:
         parts.append(_brief(config.sparsity))
     parts.append(str(config.seed))
     return re.sub(r"[^\w.+-]", "_", "-".join(parts))
+
+
+@functools.cache
+def _recipe(name: str | None) -> tuple[Config, Mapping[str, Any]]:
+    """Return a recipe, and its values by key; a study names hundreds of runs of one recipe."""
+    recipe = resolve_config(name)
+    return recipe, flatten(to_dict(recipe))
 
 
 def _name_part(key: str) -> str:
