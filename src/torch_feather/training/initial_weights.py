@@ -77,8 +77,6 @@ def initialize(model: nn.Module, source: str | None, network: str) -> list[str]:
     body = {name: tensor.numel() for name, tensor in state.items() if name not in head}
     found = sum(body[name] for name in fits if name in body)
     if found < LEAST * sum(body.values()):
-        if weights.network == network:  # the file names its network, or timm published it
-            raise misfit
         raise ConfigurationError(f"{misfit}. This run trains {network}; --network names another.")
     try:
         load(model, lambda: {**state, **fitted(state, fits, given.__getitem__)}, title)

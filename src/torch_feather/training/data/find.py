@@ -81,8 +81,7 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
     if has_csv_labels(root):
         return find_csv_images(root)
     if root.is_file():
-        _check_no_zip(root)
-        found = _in_tar(root, 0)
+        found = _in_tar(_no_zip(root), 0)
     elif not root.is_dir():
         raise DataError(f"{printable(root)}: no such file or folder. Set --data-path to {LAYOUT}.")
     elif (root / "train").is_dir():
@@ -118,13 +117,15 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
     return train, test, len(classes)
 
 
-def _check_no_zip(file: Path) -> None:
+def _no_zip(file: Path) -> Path:
+    """Return a file, if it is not a zip file."""
     with file.open("rb") as opened:
         if opened.read(4) == b"PK\3\4":
             raise DataError(
                 f"{printable(file)}: a zip file. Unpack it, and set --data-path to the folder that "
                 "has train/ and val/."
             )
+    return file
 
 
 def _warn_of(unread: list[str], outside: list[str]) -> None:
