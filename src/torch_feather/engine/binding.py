@@ -159,6 +159,14 @@ class Binding:
             and not any(parameter is other for other in model.parameters())
         ]
 
+    def computed(self) -> list[str]:
+        """Return the names of weights that their modules do not hold any more.
+
+        Their modules compute them from other parameters, since `torch.nn.utils.prune` or a
+        parametrization was applied.
+        """
+        return [w.name for w in self.weights if w.attribute not in w.module._parameters]
+
     def leaves(self, model: nn.Module) -> Iterator[tuple[int, Tensor]]:
         """Yield the position of each weight, and the tensor to register gradient hooks on.
 
@@ -258,6 +266,23 @@ def _check_free(model: nn.Module, prunable: Sequence[Prunable]) -> None:
             raise ConfigurationError(
                 f"{p.name} already has a sparsifier. Call its detach() or finalize() first."
             )
+
+
+def computed_later(names: Sequence[str]) -> StateError:
+    """Return the error for weights that are computed from other parameters since `sparsify`.
+
+    Example:
+        >>> raise computed_later(["fc.weight"])
+        Traceback (most recent call last):
+        torch_feather.errors.StateError: fc.weight is computed from other parameters since ...
+    """
+    listed = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+    return StateError(
+        f"{some(names)} {'is' if len(names) == 1 else 'are'} computed from other parameters since "
+        "sparsify was called, as by torch.nn.utils.prune or a parametrization, so the zeros would "
+        "not last. Remove it again (prune.remove, remove_parametrizations) before the next step. "
+        f"To keep it, apply it before sparsify is called, with exclude=[{listed}]."
+    )
 
 
 def forget_deleted(parameters: Sequence[Tensor]) -> list[int]:
