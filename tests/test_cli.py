@@ -166,6 +166,8 @@ def test_help_has_examples(feather):
         (["evaluate", "nowhere"], "nowhere: no such run directory"),
         (["report", "nowhere"], "nowhere: no such run directory"),
         (["report", "."], "not a run directory"),
+        (["report", __file__], "test_cli.py: is a file, not a run directory"),
+        (["bench", ".", "--threads", "0"], "0 is not in the range x>=1"),
         (["bench", "nowhere"], "nowhere: no such run directory"),
         (["train", "--recipe", "digit"], "did you mean 'digits'"),
         (["train", "--config", "mine.yaml"], "mine.yaml: no such file"),

@@ -44,17 +44,7 @@ def recalibrate_batchnorm(
         >>> model[0].running_mean
         tensor([2.])
     """
-    if isinstance(loader, Tensor):
-        raise ConfigurationError(
-            "loader must yield batches, but is one tensor. Pass [tensor] to use it as one batch."
-        )
-    if not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
-        raise ConfigurationError(
-            "loader must yield batches, such as a DataLoader or a list of batches, got "
-            f"{type(loader).__name__}."
-        )
-    if batches is not None and (not isinstance(batches, Integral) or batches < 1):
-        raise ConfigurationError(f"batches must be an integer >= 1 or None, got {batches!r:.80}.")
+    _check_arguments(loader, batches)
     model = unwrap(model)
     norms = {
         name: module
@@ -81,6 +71,21 @@ def recalibrate_batchnorm(
                     f"The batches gave NaN or infinite statistics at {name or 'the norm'}; the old "
                     "ones were kept. Check the inputs, and the weights before this layer."
                 )
+
+
+def _check_arguments(loader: Any, batches: Any) -> None:
+    """Raise ConfigurationError unless these can be batches, and a number of them."""
+    if isinstance(loader, Tensor):
+        raise ConfigurationError(
+            "loader must yield batches, but is one tensor. Pass [tensor] to use it as one batch."
+        )
+    if not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
+        raise ConfigurationError(
+            "loader must yield batches, such as a DataLoader or a list of batches, got "
+            f"{type(loader).__name__}."
+        )
+    if batches is not None and (not isinstance(batches, Integral) or batches < 1):
+        raise ConfigurationError(f"batches must be an integer >= 1 or None, got {batches!r:.80}.")
 
 
 @contextmanager
