@@ -109,7 +109,7 @@ def test_the_old_name_of_the_tuning_file_is_accepted_with_a_warning(feather):
 def test_a_benchmark_of_no_thread_or_image_is_a_usage_error(feather, option):
     code, _, errors = feather("bench", ".", option, "0")
     assert code == 2
-    assert "range" in errors
+    assert f"Invalid value for '{option}'" in errors
 
 
 @pytest.mark.slow

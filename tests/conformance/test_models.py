@@ -674,6 +674,19 @@ def test_weights_that_are_computed_later_are_an_error_until_it_is_undone(then, k
         assert feather.sparsity(model) == 0.5
 
 
+def test_a_tied_weight_that_is_computed_later_in_its_second_layer_is_an_error():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    sparsifier, optimizer = attach(model)
+    prune.random_unstructured(model[1], "weight", 0.5)
+    with pytest.raises(StateError, match=r"^0\.weight is computed"):
+        optimizer.step()
+    prune.remove(model[1], "weight")
+    model[1] = nn.Linear(4, 4)  # no longer tied: each layer holds its own weight
+    optimizer.step()
+    assert sparsifier.sparsity == 0.5
+
+
 @pytest.mark.parametrize("lazy", [nn.LazyLinear(4), nn.LazyConv2d(3, 3)], ids=["linear", "conv"])
 def test_lazy_modules_without_a_shape_are_an_error(lazy):
     model = nn.Sequential(nn.Linear(4, 4), lazy)

@@ -33,6 +33,7 @@ class BoundWeight:
         optimizer: number of the optimizer that holds it.
         group: number of its parameter group.
         position: position in this group.
+        ties: other modules that hold the same parameter, with its names in them.
 
     Example:
         >>> import torch
@@ -49,6 +50,7 @@ class BoundWeight:
     optimizer: int
     group: int
     position: int
+    ties: tuple[tuple[nn.Module, str], ...] = ()
 
     @property
     def local(self) -> Tensor:
@@ -165,7 +167,12 @@ class Binding:
         Their modules compute them from other parameters, since `torch.nn.utils.prune` or a
         parametrization was applied.
         """
-        return [w.name for w in self.weights if w.attribute not in w.module._parameters]
+        return [
+            weight.name
+            for weight in self.weights
+            if weight.attribute not in weight.module._parameters
+            or any(attribute not in module._parameters for module, attribute in weight.ties)
+        ]
 
     def leaves(self, model: nn.Module) -> Iterator[tuple[int, Tensor]]:
         """Yield the position of each weight, and the tensor to register gradient hooks on.
@@ -238,11 +245,27 @@ def bind(
         )
     check_storage([p.name for p in prunable], [p.parameter for p in prunable])
     _check_free(model, prunable)
+    ties = _ties(model, prunable)
     weights = [
-        BoundWeight(p.name, p.module, p.attribute, p.parameter, *found[id(p.parameter)][0])
-        for p in prunable
+        BoundWeight(p.name, p.module, p.attribute, p.parameter, *found[id(p.parameter)][0], tied)
+        for p, tied in zip(prunable, ties, strict=True)
     ]
     return Binding(weights, optimizers)
+
+
+def _ties(
+    model: nn.Module, prunable: Sequence[Prunable]
+) -> list[tuple[tuple[nn.Module, str], ...]]:
+    """Return for each weight the other modules that hold it, with its names in them."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {id(p.parameter): [] for p in prunable}
+    for module in unwrap(model).modules():
+        for attribute, parameter in module._parameters.items():
+            if id(parameter) in holders:
+                holders[id(parameter)].append((module, attribute))
+    return [
+        tuple(one for one in holders[id(p.parameter)] if one != (p.module, p.attribute))
+        for p in prunable
+    ]
 
 
 def _check_free(model: nn.Module, prunable: Sequence[Prunable]) -> None:
