@@ -33,6 +33,7 @@ class BoundWeight:
         optimizer: number of the optimizer that holds it.
         group: number of its parameter group.
         position: position in this group.
+        ties: other modules that hold the same parameter, with its names in them.
 
     Example:
         >>> import torch
@@ -49,6 +50,7 @@ class BoundWeight:
     optimizer: int
     group: int
     position: int
+    ties: tuple[tuple[nn.Module, str], ...] = ()
 
     @property
     def local(self) -> Tensor:
@@ -159,6 +161,19 @@ class Binding:
             and not any(parameter is other for other in model.parameters())
         ]
 
+    def computed(self) -> list[str]:
+        """Return the names of weights that their modules do not hold any more.
+
+        Their modules compute them from other parameters, since `torch.nn.utils.prune` or a
+        parametrization was applied.
+        """
+        return [
+            weight.name
+            for weight in self.weights
+            if weight.attribute not in weight.module._parameters
+            or any(attribute not in module._parameters for module, attribute in weight.ties)
+        ]
+
     def leaves(self, model: nn.Module) -> Iterator[tuple[int, Tensor]]:
         """Yield the position of each weight, and the tensor to register gradient hooks on.
 
@@ -230,11 +245,27 @@ def bind(
         )
     check_storage([p.name for p in prunable], [p.parameter for p in prunable])
     _check_free(model, prunable)
+    ties = _ties(model, prunable)
     weights = [
-        BoundWeight(p.name, p.module, p.attribute, p.parameter, *found[id(p.parameter)][0])
-        for p in prunable
+        BoundWeight(p.name, p.module, p.attribute, p.parameter, *found[id(p.parameter)][0], tied)
+        for p, tied in zip(prunable, ties, strict=True)
     ]
     return Binding(weights, optimizers)
+
+
+def _ties(
+    model: nn.Module, prunable: Sequence[Prunable]
+) -> list[tuple[tuple[nn.Module, str], ...]]:
+    """Return for each weight the other modules that hold it, with its names in them."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {id(p.parameter): [] for p in prunable}
+    for module in unwrap(model).modules():
+        for attribute, parameter in module._parameters.items():
+            if id(parameter) in holders:
+                holders[id(parameter)].append((module, attribute))
+    return [
+        tuple(one for one in holders[id(p.parameter)] if one != (p.module, p.attribute))
+        for p in prunable
+    ]
 
 
 def _check_free(model: nn.Module, prunable: Sequence[Prunable]) -> None:
@@ -258,6 +289,23 @@ def _check_free(model: nn.Module, prunable: Sequence[Prunable]) -> None:
             raise ConfigurationError(
                 f"{p.name} already has a sparsifier. Call its detach() or finalize() first."
             )
+
+
+def computed_later(names: Sequence[str]) -> StateError:
+    """Return the error for weights that are computed from other parameters since `sparsify`.
+
+    Example:
+        >>> raise computed_later(["fc.weight"])
+        Traceback (most recent call last):
+        torch_feather.errors.StateError: fc.weight is computed from other parameters since ...
+    """
+    listed = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+    return StateError(
+        f"{some(names)} {'is' if len(names) == 1 else 'are'} computed from other parameters since "
+        "sparsify was called, as by torch.nn.utils.prune or a parametrization, so the zeros would "
+        "not last. Remove it again (prune.remove, remove_parametrizations) before the next step. "
+        f"To keep it, apply it before sparsify is called, with exclude=[{listed}]."
+    )
 
 
 def forget_deleted(parameters: Sequence[Tensor]) -> list[int]:

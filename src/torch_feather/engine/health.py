@@ -260,10 +260,12 @@ class Health:
                 self._warn_of_empty(empty)
         if zeros > 0 and not self._warned_of_zeros:
             self._warned_of_zeros = True
+            halves = [p.dtype for p in local if p.dtype.itemsize == 2]
+            wider = f" If they are too small for {halves[0]}, use a wider type." if halves else ""
             warn(
                 f"{zeros} latent weights that should be kept are exactly 0: the network has more "
                 "zeros than the target. Initialize these weights, or exclude them "
-                f"({option('exclude')})."
+                f"({option('exclude')}).{wider}"
             )
 
     def _warn_of_empty(self, names: Sequence[str]) -> None:

@@ -15,12 +15,13 @@ from torch.optim import Optimizer
 from ..errors import StateError, warn
 from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
 from ..weights.exchange import read_latent, write_latent
+from ..weights.kept import keep_nonzero
 from ..weights.latent import LatentWeights, copy_all
 from ..weights.passes import adopt_written
 from ..weights.shards import fsdp_units, local, local_part, reshard
 from ..weights.sums import Recorded
 from .assigned_gradients import AssignedGradients
-from .binding import Binding
+from .binding import Binding, computed_later
 from .external_writes import WriteDetector
 from .fixed_memory import keep_memory, move_state, store
 from .gradients import (
@@ -363,7 +364,8 @@ class Training:
             if whole:
                 u, old = local_part(u, p), local_part(old, p)
             held = local(p)
-            new.copy_(torch.where(held == u.to(held), old.to(held), held))
+            latent = keep_nonzero(old.to(held), old)  # also in a narrower type
+            new.copy_(torch.where(held == u.to(held), latent, held))
         self.forget_own_gradients()
         move_state(self.method, self.weights)
         self.count = self.count.to(self.weights.device)
@@ -372,6 +374,8 @@ class Training:
         self.write_effective()
 
     def _check_held(self, current: Sequence[Tensor]) -> None:
+        if computed := self.binding.computed():
+            raise computed_later(computed)
         lost = self.binding.lost(self.model, current)
         if lost and fsdp_units(self.model):
             # Modules of `fully_shard` may hold gathered parameters, also after an evaluation.
