@@ -140,7 +140,7 @@ def test_the_cube_root_is_within_one_unit_in_the_last_place():
     x = bits.astype(np.int32).view(np.float32)
     found = cube_root(torch.from_numpy(x)).numpy()
     error = np.abs(found - np.cbrt(x.astype(np.float64))) / np.spacing(found)
-    assert error.max() < 0.52
+    assert error.max() < 0.74
     assert found[-1] == 1.0
     assert cube_root(torch.zeros(1)).item() == 0.0
 

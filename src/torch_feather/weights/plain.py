@@ -255,27 +255,18 @@ def plain_values(w: np.ndarray, tau: np.ndarray, operator: Operator) -> np.ndarr
 def _cube_root(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Write the cube root of float32 numbers in (0, 1] into `y`, as in `roots.cube_root`."""
     number = np.float32
-    bits, t = y.view(np.int32), scratch("cube", x.size, number)
-    np.copyto(t, x.view(np.int32), casting="unsafe")
-    t *= number(roots.THIRD)
-    t += number(roots.SHIFT)
-    np.copyto(bits, t, casting="unsafe")
+    bits, t = y.view(np.uint32), scratch("cube", x.size, number)
+    np.floor_divide(x.view(np.uint32), np.uint32(3), out=bits)
+    bits += np.uint32(roots.START)
+    np.multiply(y, y, out=t)
+    t *= y
+    np.divide(x, t, out=t)
+    t += number(2)
+    np.divide(number(3), t, out=t)
+    y *= np.subtract(number(2), t, out=t)
     np.multiply(y, y, out=t)
     np.divide(x, t, out=t)
+    t -= y
     t *= number(roots.THIRD)
-    y *= number(roots.TWO_THIRDS)
     y += t
-    bits += np.int32(roots.HALF_BIT)
-    bits &= np.int32(roots.TOP_BITS)
-    cube = np.multiply(y, y, out=t)
-    cube *= y
-    e = np.subtract(x, cube, out=x)
-    e /= cube
-    series = np.multiply(e, number(roots.THIRD_TERM), out=t)
-    np.subtract(number(roots.SECOND), series, out=series)
-    series *= e
-    np.subtract(number(roots.FIRST), series, out=series)
-    series *= e
-    series *= y
-    y += series
     return y
