@@ -28,8 +28,10 @@ from .segments import Segment
 from .spans import Span, is_plain, keeps_all, overlaps, spans
 from .sums import Recorded, Sums, versions
 
-DENSE = 0.4
+DENSE = 0.25
 """Kept fraction of a range above which all its weights are computed, not the kept ones alone."""
+SAMPLE = 61
+"""Every so many weights are counted to estimate this fraction."""
 
 
 def write_effective(
@@ -157,12 +159,14 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
             chosen = w.take(index) if known.values is None else known.values
         else:
             bits = magnitude_bits(w, piece.span.piece.scale)
-            above = np.greater(bits, piece.span.limit, out=scratch("above", bits.size, bool))
-            count = int(np.count_nonzero(above))
-            if count > DENSE * w.size and piece.plain:
+            sample = bits[::SAMPLE]
+            kept = int(np.count_nonzero(sample > piece.span.limit))
+            if piece.plain and kept > DENSE * sample.size:
                 _write_dense(w, bits, piece.span, operator, piece.out)
                 nonfinite |= may_be_nonfinite(piece.out, piece.dtype)
                 continue
+            above = np.greater(bits, piece.span.limit, out=scratch("above", bits.size, bool))
+            count = int(np.count_nonzero(above))
             index = positions(above, count)
             chosen = w.take(index)
         sparse.setdefault(id(piece.span), []).append((piece, index, chosen))
@@ -211,22 +215,31 @@ def _write_dense(
         operator: one that `is_plain` knows.
         out: memory for their effective weights, as integers.
     """
-    u = plain_values(w, span.tau.numpy(), operator).view(bits.dtype)
+    known = bits.view(w.dtype) if span.piece.scale is None else None
+    u = plain_values(w, span.tau.numpy(), operator, known, out.view(w.dtype)).view(bits.dtype)
     mask = np.subtract(bits.dtype.type(span.limit), bits, out=bits)
     mask >>= 8 * bits.itemsize - 1  # all bits are set if the score is above the limit
     np.bitwise_and(mask, u, out=out)
 
 
-def plain_values(w: np.ndarray, tau: np.ndarray, operator: Operator) -> np.ndarray:
+def plain_values(
+    w: np.ndarray,
+    tau: np.ndarray,
+    operator: Operator,
+    magnitudes: np.ndarray | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Return the effective values of kept weights, with the bits of the operator.
 
     Args:
-        w: the weights, flat. Values that are not kept give any number.
+        w: the weights, flat. Values that are not kept give any number or NaN.
         tau: threshold of the operator, 0-dimensional.
         operator: one that `is_plain` knows.
+        magnitudes: |w|, if they are known.
+        out: memory for the values; None for memory of this thread.
 
     Returns:
-        The argument `w`, or memory of this thread.
+        The argument `w`, or `out`.
 
     Example:
         >>> plain_values(np.float32([2.0]), np.float32(0.5), Power(1.0))
@@ -235,21 +248,20 @@ def plain_values(w: np.ndarray, tau: np.ndarray, operator: Operator) -> np.ndarr
     if operator.is_identity or tau == 0:
         return w
     assert isinstance(operator, Power)
-    with np.errstate(all="ignore"):
+    if out is None:
         out = scratch("values", w.size, w.dtype)
+    with np.errstate(all="ignore"):
         if operator.p == 1.0:
             return np.subtract(w, np.copysign(tau, w, out=out), out=out)
-        ratio = np.divide(tau, np.abs(w, out=out), out=out)
-        power = np.multiply(ratio, ratio, out=scratch("power", w.size, w.dtype))
+        if magnitudes is None:
+            magnitudes = np.abs(w, out=out)
+        ratio = np.divide(tau, magnitudes, out=out)
+        rest = np.multiply(ratio, ratio, out=scratch("rest", w.size, w.dtype))
         if operator.p == 3.0:
-            power *= ratio
-        rest = np.subtract(np.float32(1), power, out=power)
-        if operator.p == 2.0:
-            np.maximum(rest, np.float32(0), out=rest)
-            return np.multiply(np.sqrt(rest, out=rest), w, out=rest)
-        # That of a kept weight is at least 3 * 2^-24.
-        np.maximum(rest, np.float32(2.0**-24), out=rest)
-        return np.multiply(_cube_root(rest, out), w, out=out)
+            rest *= ratio
+        np.subtract(np.float32(1), rest, out=rest)  # of a kept weight, at least 3 * 2^-24
+        root = np.sqrt(rest, out=out) if operator.p == 2.0 else _cube_root(rest, out)
+        return np.multiply(root, w, out=out)
 
 
 def _cube_root(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -157,7 +157,7 @@ def _copy_unmodified(
     def copy(task: tuple[int, np.ndarray, np.ndarray]) -> bool:
         j, parameter, latent = task
         found = column_sums(parameter, scratch("sums", COLUMNS, np.int64))
-        if not np.array_equal(found, sums.columns[j]):
+        if found.tobytes() != sums.columns[j].tobytes():
             return True
         if copied[every.position[j]]:
             np.copyto(parameter, latent)
