@@ -121,5 +121,6 @@ def layout(parameter: Tensor) -> tuple[Any, ...]:
         >>> layout(torch.ones(2, 3))[2:]
         (torch.Size([2, 3]), torch.Size([2, 3]), (3, 1))
     """
-    held = local(parameter)
-    return parameter.dtype, held.device, parameter.shape, held.shape, held.stride()
+    shape, held = parameter.shape, local(parameter)
+    own = shape if held is parameter else held.shape
+    return parameter.dtype, held.device, shape, own, held.stride()

@@ -33,6 +33,7 @@ from .gradients import (
     set_own_gradients,
 )
 from .loss_scale import unscale_others
+from .no_grad import no_grad
 from .sharding import check_shards, require_shards_supported
 from .step_in_backward import InBackwardStep, in_backward
 from .storage import check_storage, layout
@@ -85,7 +86,7 @@ class Training:
 
     # The exchange of values
 
-    @torch.no_grad()
+    @no_grad
     def write_effective(self) -> None:
         """Update thresholds or masks; parameters become u = R(w)."""
         new = store(self.method, self.method.update(self.weights, self.count))
@@ -98,7 +99,7 @@ class Training:
         self.method.write_effective(self.weights, self.pruning, held)
         self.written.record(self.weights, held)
 
-    @torch.no_grad()
+    @no_grad
     def write(self, values: Sequence[Tensor]) -> None:
         """Write values into the parameters, and record them for the detection of external writes.
 
@@ -109,7 +110,7 @@ class Training:
         copy_all(held, values)
         self.written.record(self.weights, held)
 
-    @torch.no_grad()
+    @no_grad
     def advance(self, taken: bool | Tensor) -> None:
         """Advance the schedule and step the method's own parameters, if the step was taken.
 
@@ -134,7 +135,7 @@ class Training:
         if method.facts.completes:
             self.pending.consume(binding.parameters)
 
-    @torch.no_grad()
+    @no_grad
     def recover(self) -> None:
         """Let parameters become u again after a failure.
 
@@ -148,7 +149,7 @@ class Training:
         self._write()
         self.written.invalidate()
 
-    @torch.no_grad()
+    @no_grad
     def write_latent(self, positions: Sequence[int], check: bool = False) -> None:
         """Write latent weights into the parameters at these positions.
 
@@ -168,7 +169,7 @@ class Training:
             self._adopt(suspects)
             write_latent(self.weights, positions, held)
 
-    @torch.no_grad()
+    @no_grad
     def read_latent(self, positions: Sequence[int]) -> None:
         """Read latent weights from the parameters at these positions."""
         held = self.binding.local
@@ -185,6 +186,11 @@ class Training:
         leaves = self.binding.leaves(self.model) if active else ()
         self._gradient_hooks = register_hooks(leaves, self._pull_back)
 
+    @property
+    def changes_gradients(self) -> bool:
+        """Whether the method needs hooks on gradients."""
+        return bool(self._gradient_hooks)
+
     def _pull_back(self, i: int, gradient: Tensor, effective: Tensor) -> Tensor:
         """Record a new gradient dL/du of weight tensor i, and return its dL/dw."""
         self.assigned.hooked(i)
@@ -197,7 +203,7 @@ class Training:
         clear_own_gradients(self.method)
         self._passes = None
 
-    @torch.no_grad()
+    @no_grad
     def complete_gradients(self, stepping: Optimizer | None = None) -> bool:
         """Take assigned gradients back to the latent weights, and complete new gradients; once.
 
@@ -237,10 +243,12 @@ class Training:
 
     def _convert_assigned(self, stepping: Optimizer | None = None) -> None:
         """Turn gradients that no hook saw into dL/dw, those of one optimizer or all."""
+        if not self.changes_gradients:
+            return
         binding = self.binding
         every = range(len(binding.weights))
         held = every if stepping is None else binding.held_by(binding.optimizers.index(stepping))
-        if self._gradient_hooks and self.assigned.find(held, binding.current()):
+        if self.assigned.find(held, binding.current()):
             self.follow_parameters()
             found = self.assigned.find(held, binding.parameters)
             later_pass = self._passes is not None
@@ -259,7 +267,7 @@ class Training:
                 "backward pass in `for fraction in sparsifier.passes():`."
             )
 
-    @torch.no_grad()
+    @no_grad
     def begin_pass(self, number: int) -> None:
         """Begin one of several passes of a step, with its own random numbers.
 
@@ -279,7 +287,7 @@ class Training:
         if self._passes is not None:
             self._passes.begin(self._completion(self.binding.gradients, None))
 
-    @torch.no_grad()
+    @no_grad
     def end_pass(self) -> None:
         """End one of several passes of a step."""
         ended = self._passes is not None and self._passes.complete
@@ -295,7 +303,7 @@ class Training:
 
     # Changes of parameters by other code
 
-    @torch.no_grad()
+    @no_grad
     def absorb_external_writes(self) -> bool:
         """Adopt external writes as latent weights; return whether there may have been any."""
         if self.in_backward.is_open:
@@ -312,7 +320,7 @@ class Training:
         effective = effective_weights(self.method, self.weights, self.pruning)
         adopt_written(self.weights, suspects, self.binding.local, effective)
 
-    @torch.no_grad()
+    @no_grad
     def is_unmodified(self) -> bool:
         """Return whether it is known that the parameters hold the effective weights.
 
@@ -330,7 +338,7 @@ class Training:
             return False
         return not self.written.suspects(self.weights, self.binding.local)
 
-    @torch.no_grad()
+    @no_grad
     def follow_parameters(self) -> None:
         """Follow parameters that were replaced, moved or cast since the last check.
 

@@ -14,13 +14,13 @@ from torch.autograd.graph import increment_version
 
 from .. import devices
 from ..selection.bracket import Bracket
-from ..selection.cpu import SMALL, Collected, Near
+from ..selection.cpu import SMALL, Collected, Near, as_integer
 from ..threads import for_each
 from . import compiled, triton_passes
 from .candidates import Candidates, collect
 from .latent import LatentWeights, copy_all
-from .ranges import ranges, wide_array
-from .scores import WeightScores
+from .ranges import arrays, ranges, wide_array
+from .scores import score_dtype
 from .sums import Sums, copy_unmodified
 
 Span = tuple[int, int]
@@ -78,41 +78,52 @@ def read_latent(
     weights.collected, weights.candidates = {}, {}
     if triton_passes.copy(weights, positions, sources, reads=True):
         return
-    targets = [weights.views[i] for i in positions]
     if devices.synchronizes(weights.device) or not _copies_all(weights, positions, sources):
-        copy_all(targets, sources)
+        copy_all([weights.views[i] for i in positions], sources)
         return
-    brackets, found = _known_brackets(weights), ranges(weights)
-    rows_of = {  # the ranges of weights that each selection reads
-        span: slice(*np.searchsorted(found.local, span).tolist()) for span in brackets
-    }
-    scores = WeightScores(weights, 0, weights.size)
+    found, dtype = ranges(weights), score_dtype(weights)
+    expected = [(span, rows_of(weights, span), at) for span, at in _known_bounds(weights)]
     low, high = (np.full(len(found.size), NOTHING, np.int64) for _ in range(2))
-    for span, bracket in brackets.items():
-        low[rows_of[span]], high[rows_of[span]] = map(scores.as_integer, bracket.bounds or ())
-    by_position = dict(zip(positions, sources, strict=True))
-    parameters = [by_position[i] for i in range(len(positions))]
+    for _, rows, bounds in expected:
+        low[rows], high[rows] = (as_integer(bound, dtype) for bound in bounds)
+    parameters = list(sources)
+    for i, source in zip(positions, sources, strict=True):
+        parameters[i] = source
     collected = _read(weights, parameters, low, high)
     increment_version(weights.flats)
     if collected is None:
         return
-    below, near = collected
+    below, end, near = collected
     versions = weights.candidate_versions = [flat._version for flat in weights.flats]
-    for (start, stop), rows in rows_of.items():
-        parts = [
-            Near(a - start, a - start + n, magnitudes)
-            for a, n, magnitudes in zip(
-                found.local[rows].tolist(), found.size[rows].tolist(), near[rows], strict=True
-            )
-        ]
-        bounds = brackets[start, stop].bounds
-        assert bounds is not None
-        weights.collected[start, stop] = Collected(bounds, int(below[rows].sum()), parts, versions)
+    for (start, stop), rows, bounds in expected:
+        first = found.local[rows] - start
+        before = int(end[rows.start - 1]) if rows.start else 0
+        inside = near[before : end[rows.stop - 1]]
+        of_span = Near(first, first + found.size[rows], end[rows] - before, inside)
+        weights.collected[start, stop] = Collected(
+            bounds, int(below[rows].sum()), of_span, versions
+        )
+
+
+def rows_of(weights: LatentWeights, span: Span) -> slice:
+    """Return which of the `ranges` are within a span, whose bounds are bounds of weight tensors.
+
+    Example:
+        >>> import torch
+        >>> rows_of(LatentWeights([torch.ones(2), torch.ones(3)]), (2, 5))
+        slice(1, 2, None)
+    """
+
+    def find(weights: LatentWeights) -> slice:
+        return slice(*np.searchsorted(ranges(weights).local, span).tolist())
+
+    found: slice = weights.constant(("rows", span), find)
+    return found
 
 
 def _read(
     weights: LatentWeights, parameters: Sequence[Tensor], low: np.ndarray, high: np.ndarray
-) -> tuple[np.ndarray, list[np.ndarray]] | None:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Copy parameters into latent weights, and collect the magnitudes of each of the `ranges`.
 
     Args:
@@ -122,16 +133,15 @@ def _read(
         high: another one.
 
     Returns:
-        How many are at most `low`, and those strictly between the bounds; None if they are too many
-        to hold.
+        How many are at most `low` in each range, the end of those strictly between the bounds, and
+        all these; None if they are too many to hold.
     """
     rows = compiled.table(weights, parameters)
     if rows is not None:
         rows["low"], rows["high"] = low, high
         near = compiled.collect(rows, copies=True)
-        return None if near is None else (rows["below"], near)
+        return None if near is None else (rows["below"], rows["end"], near)
     found = ranges(weights)
-
     dtypes = [view.dtype for view in weights.views]
 
     def read(task: tuple[int, np.ndarray, np.ndarray]) -> tuple[int, np.ndarray, Candidates | None]:
@@ -142,10 +152,12 @@ def _read(
         w = wide_array(latent, dtypes[found.position[j]], weights.wide)
         return collect(w, int(low[j]), int(high[j]))
 
-    tasks = zip(range(len(low)), found.of(weights.views), found.of(parameters), strict=True)
-    parts = for_each(read, list(tasks))
+    latent = arrays(weights, weights.views)
+    parts = for_each(read, list(zip(range(len(low)), latent, arrays(weights, parameters))))
     weights.candidates = {j: part[2] for j, part in enumerate(parts) if part[2] is not None}
-    return np.array([count for count, _, _ in parts]), [near for _, near, _ in parts]
+    counts, near = [part[0] for part in parts], [part[1] for part in parts]
+    end = np.cumsum([part.size for part in near])
+    return np.array(counts), end, np.concatenate(near)
 
 
 def write_latent(
@@ -181,16 +193,12 @@ def write_latent(
     return []
 
 
-def _known_brackets(weights: LatentWeights) -> dict[Span, Bracket]:
-    """Return the brackets of the selections that are expected next, and forget them."""
+def _known_bounds(weights: LatentWeights) -> list[tuple[Span, tuple[float, float]]]:
+    """Return the bounds of the selections that are expected next, and forget these."""
     expected = _expected(weights)
-    known = {
-        (start, stop): bracket
-        for (start, stop), bracket in expected.items()
-        if bracket.bounds is not None and stop - start >= SMALL
-    }
+    large = [(span, at.bounds) for span, at in expected.items() if span[1] - span[0] >= SMALL]
     expected.clear()
-    return known
+    return [(span, bounds) for span, bounds in large if bounds is not None]
 
 
 def _copies_all(

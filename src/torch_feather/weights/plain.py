@@ -22,7 +22,7 @@ from .candidates import Candidates, positions
 from .checksum import column_sums, may_be_nonfinite
 from .kept import kept_values
 from .latent import LatentWeights, flat_bits, flat_of
-from .ranges import COLUMNS, groups, ranges, wide_array
+from .ranges import COLUMNS, arrays, groups, ranges, wide_array
 from .rows import NO_FACTORS, multiply_rows
 from .segments import Segment
 from .spans import Span, is_plain, keeps_all, overlaps, spans
@@ -53,7 +53,7 @@ def write_effective(
         tensor([ 0.0000, -0.5000])
     """
     every, found = list(spans(weights, segments)), ranges(weights)
-    flat = found.of(out)
+    flat = arrays(weights, out)
     recorded = isinstance(out, Recorded)
     columns = np.empty((len(flat), COLUMNS), np.int64) if recorded else None
 
@@ -125,7 +125,7 @@ def _pieces(
     dtypes = [span.piece.values.dtype for span in every]
     pairs = zip(every, dtypes, strict=True)
     plain = [dtype == weights.wide and is_plain(operator, span) for span, dtype in pairs]
-    latent = found.of(weights.views)
+    latent = arrays(weights, weights.views)
     pieces: list[list[PieceOfSpan]] = [[] for _ in out]
     for j, k, start, size in zip(*(x.tolist() for x in overlaps(found, every)), strict=True):
         inside = slice(start - int(found.local[j]), start - int(found.local[j]) + size)

@@ -58,7 +58,7 @@ def local(tensor: Any) -> Tensor:
         >>> local(w) is w
         True
     """
-    if not is_sharded(tensor):
+    if not hasattr(tensor, "to_local"):
         return tensor
     with torch.no_grad():
         return tensor.to_local()
