@@ -93,7 +93,7 @@ class Binding:
     @property
     def local(self) -> list[Tensor]:
         """The local shards of the parameters."""
-        return [local(weight.parameter) for weight in self.weights]
+        return list(map(local, self.parameters))
 
     @property
     def gradients(self) -> list[Tensor | None]:

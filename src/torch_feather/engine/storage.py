@@ -112,15 +112,16 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def layout(parameter: Tensor) -> tuple[Any, ...]:
-    """Return type, device, shapes and strides of a parameter and its local shard.
+    """Return type, device, shape and strides of the local shard of a parameter, and its full shape.
 
     Args:
         parameter: plain or sharded.
 
     Example:
         >>> layout(torch.ones(2, 3))[2:]
-        (torch.Size([2, 3]), torch.Size([2, 3]), (3, 1))
+        (torch.Size([2, 3]), (3, 1))
     """
-    shape, held = parameter.shape, local(parameter)
-    own = shape if held is parameter else held.shape
-    return parameter.dtype, held.device, shape, own, held.stride()
+    held = local(parameter)
+    if held is parameter:
+        return held.dtype, held.device, held.shape, held.stride()
+    return held.dtype, held.device, held.shape, held.stride(), parameter.shape

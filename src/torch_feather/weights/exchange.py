@@ -78,21 +78,37 @@ def read_latent(
     weights.collected, weights.candidates = {}, {}
     if triton_passes.copy(weights, positions, sources, reads=True):
         return
-    if devices.synchronizes(weights.device) or not _copies_all(weights, positions, sources):
+    partial = len(positions) < len(weights.views) or weights.shards is not None
+    if devices.synchronizes(weights.device) or partial or not _read_all(weights, positions, sources):
         copy_all([weights.views[i] for i in positions], sources)
-        return
+
+
+def _read_all(
+    weights: LatentWeights, positions: Sequence[int], sources: Sequence[Tensor]
+) -> bool:
+    """Copy all parameters, and collect what the next selections need, on a CPU.
+
+    Returns:
+        False if nothing was copied, because a parameter has another type or layout.
+    """
+    parameters = list(sources)
+    for i, source in zip(positions, sources, strict=True):
+        parameters[i] = source
+    rows_of_table = compiled.table(weights, parameters)
+    if rows_of_table is None and not _same_layout(parameters, weights.views):
+        return False
     found, dtype = ranges(weights), score_dtype(weights)
     expected = [(span, rows_of(weights, span), at) for span, at in _known_bounds(weights)]
     low, high = (np.full(len(found.size), NOTHING, np.int64) for _ in range(2))
     for _, rows, bounds in expected:
         low[rows], high[rows] = (as_integer(bound, dtype) for bound in bounds)
-    parameters = list(sources)
-    for i, source in zip(positions, sources, strict=True):
-        parameters[i] = source
-    collected = _read(weights, parameters, low, high)
+    if rows_of_table is None:
+        collected = _read_plain(weights, parameters, low, high)
+    else:
+        collected = _read_compiled(rows_of_table, low, high)
     increment_version(weights.flats)
     if collected is None:
-        return
+        return True
     below, end, near = collected
     versions = weights.candidate_versions = [flat._version for flat in weights.flats]
     for (start, stop), rows, bounds in expected:
@@ -100,9 +116,9 @@ def read_latent(
         before = int(end[rows.start - 1]) if rows.start else 0
         inside = near[before : end[rows.stop - 1]]
         of_span = Near(first, first + found.size[rows], end[rows] - before, inside)
-        weights.collected[start, stop] = Collected(
-            bounds, int(below[rows].sum()), of_span, versions
-        )
+        count = int(below[rows].sum())
+        weights.collected[start, stop] = Collected(bounds, count, of_span, versions)
+    return True
 
 
 def rows_of(weights: LatentWeights, span: Span) -> slice:
@@ -121,9 +137,21 @@ def rows_of(weights: LatentWeights, span: Span) -> slice:
     return found
 
 
-def _read(
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""How many magnitudes of each range are at most its lower bound, the end of those strictly between
+its bounds, and all these."""
+
+
+def _read_compiled(rows: np.ndarray, low: np.ndarray, high: np.ndarray) -> Found | None:
+    """Copy as `_read_plain` by compiled loops; None if the magnitudes are too many to hold."""
+    rows["low"], rows["high"] = low, high
+    near = compiled.collect(rows, copies=True)
+    return None if near is None else (rows["below"], rows["end"], near)
+
+
+def _read_plain(
     weights: LatentWeights, parameters: Sequence[Tensor], low: np.ndarray, high: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+) -> Found:
     """Copy parameters into latent weights, and collect the magnitudes of each of the `ranges`.
 
     Args:
@@ -131,16 +159,7 @@ def _read(
         parameters: a local tensor for each weight tensor.
         low: bound for each range, as an integer.
         high: another one.
-
-    Returns:
-        How many are at most `low` in each range, the end of those strictly between the bounds, and
-        all these; None if they are too many to hold.
     """
-    rows = compiled.table(weights, parameters)
-    if rows is not None:
-        rows["low"], rows["high"] = low, high
-        near = compiled.collect(rows, copies=True)
-        return None if near is None else (rows["below"], rows["end"], near)
     found = ranges(weights)
     dtypes = [view.dtype for view in weights.views]
 
@@ -201,13 +220,7 @@ def _known_bounds(weights: LatentWeights) -> list[tuple[Span, tuple[float, float
     return [(span, bounds) for span, bounds in large if bounds is not None]
 
 
-def _copies_all(
-    weights: LatentWeights, positions: Sequence[int], sources: Sequence[Tensor]
-) -> bool:
-    """Return whether all weights are copied unchanged."""
-    if len(positions) < len(weights.views) or weights.shards is not None:
-        return False
-    return all(
-        source.dtype == view.dtype and source.stride() == view.stride()
-        for source, view in zip(sources, (weights.views[i] for i in positions), strict=True)
-    )
+def _same_layout(sources: Sequence[Tensor], views: Sequence[Tensor]) -> bool:
+    """Return whether tensors have the same types and strides."""
+    pairs = zip(sources, views, strict=True)
+    return all(a.dtype == b.dtype and a.stride() == b.stride() for a, b in pairs)

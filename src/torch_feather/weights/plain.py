@@ -53,9 +53,12 @@ def write_effective(
         tensor([ 0.0000, -0.5000])
     """
     every, found = list(spans(weights, segments)), ranges(weights)
-    flat = arrays(weights, out)
-    recorded = isinstance(out, Recorded)
-    columns = np.empty((len(flat), COLUMNS), np.int64) if recorded else None
+    size, recorded = len(found.size), isinstance(out, Recorded)
+    columns = np.empty((size, COLUMNS), np.int64) if recorded else None
+    nonfinite = compiled.write_effective(
+        weights, every, operator, out, None if factors else columns
+    )
+    flat = arrays(weights, out) if nonfinite is None or factors else []
 
     def finish(j: int, check: bool = True) -> bool:
         """Multiply and sum range j; return whether a value may be NaN or infinite."""
@@ -69,9 +72,6 @@ def write_effective(
         column_sums(flat[j], columns[j])
         return check and may_be_nonfinite(flat[j], out[i].dtype)
 
-    nonfinite = compiled.write_effective(
-        weights, every, operator, out, None if factors else columns
-    )
     if nonfinite is None:
         pieces = _pieces(weights, every, operator, flat)
 
@@ -82,7 +82,7 @@ def write_effective(
 
         nonfinite = any(for_each(write, groups(weights)))
     elif factors:
-        nonfinite = any(for_each(finish, range(len(flat))))
+        nonfinite = any(for_each(finish, range(size)))
     torch.autograd.graph.increment_version(list(out))
     if isinstance(out, Recorded) and columns is not None:
         out.sums = Sums(versions(out), columns, nonfinite)
