@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import ConfigurationError, StateError, some, warn
 from ..methods.base import Rate
 from ..prunable import Prunable, unwrap
-from ..weights.shards import fsdp_units, local
+from ..weights.shards import fsdp_units, local, local_all
 from .storage import check_storage
 from .wrappers import checked, levels_of
 
@@ -93,7 +93,7 @@ class Binding:
     @property
     def local(self) -> list[Tensor]:
         """The local shards of the parameters."""
-        return list(map(local, self.parameters))
+        return local_all(self.parameters)
 
     @property
     def gradients(self) -> list[Tensor | None]:
@@ -315,10 +315,11 @@ class Path(NamedTuple):
         """Return whether the modules still lead to these parameters."""
         if root is not self.root:
             return False
-        if any(module._modules.get(name) is not child for module, name, child in self.links):
-            return False
-        pairs = zip(self.ends, parameters, strict=True)
-        return all(module._parameters.get(name) is p for (module, name), p in pairs)
+        for module, name, child in self.links:
+            if module._modules.get(name) is not child:
+                return False
+        found = [module._parameters.get(name) for module, name in self.ends]
+        return all(map(operator.is_, found, parameters))
 
 
 def find_path(root: nn.Module, names: Sequence[str]) -> Path | None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from .loss_scale import unscale_others
 from .no_grad import no_grad
 from .sharding import check_shards, require_shards_supported
 from .step_in_backward import InBackwardStep, in_backward
-from .storage import check_storage, layout
+from .storage import check_storage, layouts
 
 
 class Training:
@@ -79,7 +80,7 @@ class Training:
         self.assigned = AssignedGradients(binding.names)
         self.in_backward = InBackwardStep([weight.optimizer for weight in binding.weights])
         self._passes: PassGradients | None = None
-        self._layout = [layout(p) for p in binding.parameters]
+        self._layouts = layouts(binding.parameters)
         self._warned_of_passes = False
         self._gradient_hooks: list[Any] = []
         self._hook_gradients()
@@ -333,8 +334,9 @@ class Training:
             return False
         current = self.binding.current()
         self._check_held(current)
-        pairs = zip(self.binding.parameters, current, strict=True)
-        if any(old is not new for old, new in pairs) or list(map(layout, current)) != self._layout:
+        if not all(map(is_, self.binding.parameters, current)):
+            return False
+        if layouts(current) != self._layouts:
             return False
         return not self.written.suspects(self.weights, self.binding.local)
 
@@ -349,9 +351,8 @@ class Training:
         """
         current = self.binding.current()
         self._check_held(current)
-        found = [layout(parameter) for parameter in current]
-        pairs = zip(self.binding.parameters, current, strict=True)
-        if all(old is new for old, new in pairs) and found == self._layout:
+        found = layouts(current)
+        if all(map(is_, self.binding.parameters, current)) and found == self._layouts:
             return
         before = self.weights
         effective = effective_weights(self.method, before, self.pruning)
@@ -362,7 +363,7 @@ class Training:
             if replaced and parameter.grad is not None and self._gradient_hooks:
                 # The gradient was computed without the hook.
                 parameter.grad = hook_for(i, parameter, self._pull_back)(parameter.grad)
-        self.weights, self._layout = LatentWeights(current), found
+        self.weights, self._layouts = LatentWeights(current), found
         require_shards_supported(self.method, self.weights)
         whole = before.shards is None  # `fully_shard` may have been applied since then
         for p, u, old, new in zip(

@@ -147,8 +147,8 @@ def table(weights: LatentWeights, parameters: Sequence[Tensor]) -> np.ndarray | 
     # The last table is kept: in most steps all tensors are where they were.
     kept: dict[str, Any] = weights.constant("table", lambda _: {})
     places = [
-        *(part.flat.data_ptr() for part in weights.parts),
-        *((t.data_ptr(), t.dtype, t.stride()) for t in parameters),
+        *[part.flat.data_ptr() for part in weights.parts],
+        *[(t.data_ptr(), t.dtype, t.stride()) for t in parameters],
     ]
     if kept.get("places") != places:
         kept.clear()

@@ -18,7 +18,7 @@ from ..operators import Operator, Power
 from ..selection.cpu import magnitude_bits
 from ..threads import for_each, scratch
 from . import compiled
-from .candidates import Candidates, positions
+from .candidates import Candidates, choose
 from .checksum import column_sums, may_be_nonfinite
 from .kept import kept_values
 from .latent import LatentWeights, flat_bits, flat_of
@@ -167,8 +167,7 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
                 continue
             above = np.greater(bits, piece.span.limit, out=scratch("above", bits.size, bool))
             count = int(np.count_nonzero(above))
-            index = positions(above, count)
-            chosen = w.take(index)
+            index, chosen = choose(w, above, count)
         sparse.setdefault(id(piece.span), []).append((piece, index, chosen))
     for same in sparse.values():
         u = _sparse_values([piece for piece, _, _ in same], [w for *_, w in same], operator)
@@ -177,7 +176,7 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
         for piece, index, w in same:
             start, end = end, end + w.size
             piece.out.fill(0)
-            piece.out[index.astype(np.intp, copy=False)] = u[start:end]
+            piece.out[index.astype(np.intp)] = u[start:end]
     return nonfinite
 
 
@@ -199,7 +198,7 @@ def _sparse_values(
     else:
         u = flat_bits(kept_values(torch.from_numpy(w), span.tau, operator, dtype))
     if any(piece.candidates is not None for piece in pieces):  # some of these may be pruned
-        u[np.flatnonzero(magnitude_bits(w) <= span.limit)] = 0
+        u[(magnitude_bits(w) <= span.limit).nonzero()[0]] = 0
     return u
 
 

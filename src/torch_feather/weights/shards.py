@@ -64,6 +64,19 @@ def local(tensor: Any) -> Tensor:
         return tensor.to_local()
 
 
+def local_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the `local` shards of tensors.
+
+    Example:
+        >>> w = nn.Parameter(torch.ones(2))
+        >>> local_all([w])[0] is w
+        True
+    """
+    # DTensors have a type of their own, also as parameters.
+    plain = set(map(type, tensors)) == {nn.Parameter}
+    return list(tensors) if plain else list(map(local, tensors))
+
+
 @torch.no_grad()
 def shard_like(part: Tensor, like: Any) -> Tensor:
     """Return a DTensor with the local shard `part`, sharded like `like`.
