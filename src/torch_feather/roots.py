@@ -1,8 +1,8 @@
 """Roots of float32 numbers in [0, 1], by operations that all processors compute alike.
 
-Only sums, products, quotients and shifts of float32 numbers and whole numbers are used, each rounded
-to nearest. So PyTorch on any device, NumPy and compiled code give the same bits. The error of the
-cube root is at most 0.74 units in the last place.
+Only sums, products and quotients of float32 numbers, each rounded to nearest, and operations on
+whole numbers are used. So PyTorch on any device, NumPy and compiled code give the same bits. The
+error of the cube root is at most 0.74 units in the last place.
 
 Its method: the bits divided by three give a first approximation y (error 3.2%). One step of Halley,
 y (2 - 3 / (x / y^3 + 2)), leaves an error of 0.002%, and one step of Newton that of rounding. NumPy

@@ -15,8 +15,8 @@ Result = TypeVar("Result")
 def no_grad(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Return the function with gradients turned off during a call, as `torch.no_grad`.
 
-    Functions of a step call each other. This decorator costs a tenth of `torch.no_grad` if gradients
-    are off already.
+    Functions of a step call each other. If gradients are off already, this decorator only calls
+    the function.
 
     Args:
         function: any function.

@@ -26,6 +26,7 @@ from .. import devices
 from ..errors import StateError, some
 from ..prunable import Filters
 from ..weights.latent import copy_all
+from ..weights.ranges import forget_arrays
 from .averages import warn_of_averages
 from .binding import attached
 from .foreign import release_optimizers, watch_optimizers
@@ -250,6 +251,7 @@ class Step:
         """Remove all hooks from optimizers and parameters."""
         self.attached = False
         self.training.release()
+        forget_arrays(self.training.weights)
         for hooks in self._hooks:
             hooks.release()
         for thing in (*self._things, *self.training.binding.parameters):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..selection.cpu import INTEGER, magnitude_bits
+from ..selection.cpu import magnitude_bits
 from ..threads import scratch
 
 MOST = 0.2

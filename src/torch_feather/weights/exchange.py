@@ -78,14 +78,13 @@ def read_latent(
     weights.collected, weights.candidates = {}, {}
     if triton_passes.copy(weights, positions, sources, reads=True):
         return
-    partial = len(positions) < len(weights.views) or weights.shards is not None
-    if devices.synchronizes(weights.device) or partial or not _read_all(weights, positions, sources):
+    everything = len(positions) == len(weights.views) and weights.shards is None
+    on_device = devices.synchronizes(weights.device)
+    if on_device or not everything or not _read_all(weights, positions, sources):
         copy_all([weights.views[i] for i in positions], sources)
 
 
-def _read_all(
-    weights: LatentWeights, positions: Sequence[int], sources: Sequence[Tensor]
-) -> bool:
+def _read_all(weights: LatentWeights, positions: Sequence[int], sources: Sequence[Tensor]) -> bool:
     """Copy all parameters, and collect what the next selections need, on a CPU.
 
     Returns:
@@ -171,8 +170,8 @@ def _read_plain(
         w = wide_array(latent, dtypes[found.position[j]], weights.wide)
         return collect(w, int(low[j]), int(high[j]))
 
-    latent = arrays(weights, weights.views)
-    parts = for_each(read, list(zip(range(len(low)), latent, arrays(weights, parameters))))
+    pairs = zip(arrays(weights, weights.views), arrays(weights, parameters), strict=True)
+    parts = for_each(read, [(j, *pair) for j, pair in enumerate(pairs)])
     weights.candidates = {j: part[2] for j, part in enumerate(parts) if part[2] is not None}
     counts, near = [part[0] for part in parts], [part[1] for part in parts]
     end = np.cumsum([part.size for part in near])

@@ -60,7 +60,8 @@ def arrays(weights: LatentWeights, tensors: Sequence[Tensor]) -> list[np.ndarray
     Example:
         >>> import torch
         >>> u, weights = torch.ones(2), LatentWeights([torch.ones(2)])
-        >>> arrays(weights, [u]) is arrays(weights, [u]), arrays(weights, [u]) is arrays(weights, [-u])
+        >>> found = arrays(weights, [u])
+        >>> found is arrays(weights, [u]), found is arrays(weights, [-u])
         (True, False)
     """
     kept: dict[bool, Any] = weights.constant("arrays", lambda _: {})
@@ -70,6 +71,23 @@ def arrays(weights: LatentWeights, tensors: Sequence[Tensor]) -> list[np.ndarray
         kept[latent] = places, ranges(weights).of(tensors)
     found: list[np.ndarray] = kept[latent][1]
     return found
+
+
+def forget_arrays(weights: LatentWeights) -> None:
+    """Release what `arrays` keeps, which holds the memory of tensors.
+
+    Args:
+        weights: the latent weights.
+
+    Example:
+        >>> import torch
+        >>> weights = LatentWeights([torch.ones(2)])
+        >>> found = arrays(weights, weights.views)
+        >>> forget_arrays(weights)
+        >>> arrays(weights, weights.views) is found
+        False
+    """
+    weights.constant("arrays", lambda _: {}).clear()
 
 
 def wide_array(bits: np.ndarray, dtype: torch.dtype, wide: torch.dtype) -> np.ndarray:
