@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,6 +17,7 @@ from hub_server import serving
 import torch_feather as feather
 from torch_feather.cli import main
 from torch_feather.export import SparseFile, hub
+from torch_feather.export.onnx import _leave_zeros_out
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import resolve_config
 from torch_feather.training.loop import train
@@ -102,20 +104,49 @@ def test_the_plain_file_equals_the_stored_one(run, export):
 
 
 @pytest.mark.slow
-def test_the_onnx_file_computes_the_logits_for_any_batch_size(run, export):
+@pytest.mark.parametrize(("format", "name"), [("onnx", ""), ("onnx-sparse", ".sparse")])
+def test_the_onnx_file_computes_the_logits_for_any_batch_size(run, export, format, name):
     import onnxruntime
 
     # Reports of early versions lack the input shape, which is then read from the data.
     report = json.loads((run / "report.json").read_text())
     del report["input_shape"], report["classes"]
     (run / "report.json").write_text(json.dumps(report))
-    assert export(run, "--format", "onnx")[0] == 0
-    session = onnxruntime.InferenceSession(run / "model.onnx")
+    assert export(run, "--format", format)[0] == 0
+    session = onnxruntime.InferenceSession(run / f"model{name}.onnx")
     for batch in (1, 5):
         x = torch.randn(batch, 1, 8, 8)
         found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(found), network(run)(x))
+
+
+def test_initializers_of_mostly_zeros_are_stored_sparse():
+    """ONNX Runtime reads the same weights, in two and four dimensions."""
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(0)
+    shapes = {"dense": (9, 4), "sparse": (9, 4), "empty": (9, 4), "kernel": (2, 3, 4, 3)}
+    weights = {n: random.standard_normal(shape, np.float32) for n, shape in shapes.items()}
+    weights["sparse"].ravel()[11:], weights["empty"][:] = 0, -0.0
+    weights["kernel"].ravel()[23:] = 0
+    ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()]
+    for port in ports:
+        port.name += " out"
+    graph = helper.make_graph(
+        [helper.make_node("Identity", [n], [f"{n} out"]) for n in shapes],
+        *("weights", [], ports, [numpy_helper.from_array(w, n) for n, w in weights.items()]),
+    )
+    _leave_zeros_out(graph)
+    assert [x.name for x in graph.initializer] == ["dense"]
+    assert [x.values.name for x in graph.sparse_initializer] == ["sparse", "empty", "kernel"]
+    assert [x.values.dims[0] for x in graph.sparse_initializer] == [11, 0, 23]
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    found = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {})
+    for array, expected in zip(found, weights.values(), strict=True):
+        np.testing.assert_array_equal(array, expected)
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")

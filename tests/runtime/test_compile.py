@@ -157,7 +157,7 @@ class Depending(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("name", "example"), [*((name, 2) for name in DEPENDS_ON_ONE), ("is one", 1), ("squeeze", 1)]
+    ("name", "example"), [(name, size) for name in DEPENDS_ON_ONE for size in (2, 1)]
 )
 def test_single_samples_are_computed_correctly_or_rejected(name, example):
     model = Depending(name)
@@ -170,16 +170,40 @@ def test_single_samples_are_computed_correctly_or_rejected(name, example):
             assert batch != example
 
 
-def test_single_samples_are_rejected_if_pytorch_records_no_guards(monkeypatch):
+class ChannelsLast(nn.Sequential):
+    """As in ConvNeXt: PyTorch asks for the number of samples to choose the order in memory."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 1), nn.LayerNorm(8), nn.Conv2d(8, 8, 3, 1, 1, 1, 8))
+
+    def forward(self, x):
+        return self[2](self[1](self[0](x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def test_networks_compiled_for_one_sample_accept_several_if_only_pytorch_asked_for_the_number():
+    model, one = ChannelsLast(), torch.randn(1, 3, 6, 6)
+    sizes = ({0: torch.export.Dim.AUTO},)
+    with capture._guard_batch_of_one():
+        program = torch.export.export(model, (torch.randn(2, 3, 6, 6),), dynamic_shapes=sizes)
+    with pytest.raises(AssertionError, match="> 1"):  # otherwise, this test shows nothing
+        program.module()._guards_fn(one)
+    network = compiled(model, one)
+    for batch in (1, 3, 2, 1):
+        x = torch.randn(batch, 3, 6, 6)
+        assert error(network(x), model(x)) < TOLERANCE
+
+
+def test_single_samples_without_guards_of_pytorch(monkeypatch):
+    """They are rejected, except by a network that was compiled for one sample."""
     monkeypatch.setattr(capture, "SIZE_OBLIVIOUS", "an_option_that_was_removed")
     model = nn.Linear(6, 6)
-    for example, accepted in ((2, (2, 3)), (1, (1,))):
+    for example, accepted in ((2, (2, 3)), (1, (1, 2, 3))):
         network = compiled(model, torch.randn(example, 6))
         for batch in accepted:
             x = torch.randn(batch, 6)
             assert error(network(x), model(x)) < TOLERANCE
-        with pytest.raises(InputError, match="depends on the batch size"):
-            network(torch.randn(3 - example, 6))
+    with pytest.raises(InputError, match="depends on the batch size"):
+        compiled(model, torch.randn(2, 6))(torch.randn(1, 6))
 
 
 DEPENDS_ON_NONE = {  # functions that are different for an empty batch

@@ -19,8 +19,8 @@ def export(  # long: each option has its help
     format: Annotated[
         str,
         typer.Option(
-            help="sparse (small), safetensors (dense tensors), onnx, native (a library), c (C99), "
-            "web (a page)."
+            help="sparse (small), safetensors (dense tensors), onnx, onnx-sparse (small, for ONNX "
+            "Runtime), native (a library), c (C99), web (a page)."
         ),
     ] = "sparse",
     out: Annotated[

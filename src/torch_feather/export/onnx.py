@@ -1,4 +1,4 @@
-"""ONNX files. They store zeros like other weights: a sparse model is as large as a dense one."""
+"""ONNX files, which store zeros like other weights or, for ONNX Runtime, leave them out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import copy
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,8 @@ def export_onnx(
     example: Tensor,
     path: str | PathLike[str],
     metadata: Mapping[str, str] | None = None,
+    *,
+    sparse_initializers: bool = False,
 ) -> None:
     """Save a model in eval mode as ONNX, for batches of any size.
 
@@ -32,6 +36,9 @@ def export_onnx(
         example: an input (1, ...); only its shape and type matter.
         path: the file, which is replaced atomically; on any error it is unchanged.
         metadata: texts to store in `metadata_props`, by name.
+        sparse_initializers: whether to store weights of more than two thirds zeros as
+            `sparse_initializer` of the ONNX standard: 12 bytes per nonzero value in float32. ONNX
+            Runtime reads them, and makes them dense. OpenVINO does not read them.
 
     Raises:
         ConfigurationError: `model` is not a module, `example` is not a batch, or `path` is no path.
@@ -66,11 +73,33 @@ def export_onnx(
     )
     assert program is not None
     proto = program.model_proto
-    data = proto.SerializeToString()
-    _compare(model, data, inputs, path)
+    if sparse_initializers:
+        _leave_zeros_out(proto.graph)
+    _compare(model, proto.SerializeToString(), inputs, path)
     for key, text in (metadata or {}).items():
         proto.metadata_props.add(key=key, value=text)
     replace_file(path, lambda file: file.write(proto.SerializeToString()))
+
+
+def _leave_zeros_out(graph: Any) -> None:
+    """Replace initializers that are smaller with the positions of their nonzero values."""
+    from onnx import helper, numpy_helper
+
+    dense = list(graph.initializer)
+    del graph.initializer[:]
+    for tensor in dense:
+        values = numpy_helper.to_array(tensor)
+        places = np.flatnonzero(values)
+        if len(places) * (values.itemsize + 8) >= values.nbytes:
+            graph.initializer.append(tensor)
+            continue
+        graph.sparse_initializer.append(
+            helper.make_sparse_tensor(
+                numpy_helper.from_array(values.ravel()[places], tensor.name),
+                numpy_helper.from_array(places.astype(np.int64), f"{tensor.name}_indices"),
+                values.shape,
+            )
+        )
 
 
 def _compare(model: nn.Module, data: bytes, inputs: Tensor, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from .errors import CaptureError
 from .fusion import fuse, graphs_of, reads_memory
 from .in_place import may_write_into_input, without_writes
 from .inputs import Example, arguments, like, tensors_of
+from .one_sample import holds_for_one
 from .strides import ShapeModel
 
 aten = torch.ops.aten
@@ -74,22 +75,31 @@ def capture(
         >>> [node.target for node in graph.nodes if node.op == "call_function"]
         [<OpOverload(op='aten.relu', overload='default')>]
     """
-    # torch.export specializes the graph for a batch of one.
+    given = tensors_of(example)
+    found = None
     if any_batch:
-        given = tensors_of(example)
-        several = [x if len(x) > 1 else torch.cat([x, x]) for x in given]
+        # torch.export specializes the graph for a batch of one.
+        several = like(example, _several(given))
         with suppress(Exception), _guard_batch_of_one():  # of many types, none documented
-            found = _export(model, like(example, several), {0: torch.export.Dim.AUTO}, decompose)
+            program = _export(model, several, {0: torch.export.Dim.AUTO})
+            found = _captured(model, program, several, decompose)
             if found.accepts(*given):
                 return found
     try:
-        return _export(model, example, None, decompose)
+        one = _export(model, example, None)
+        if found and len(given[0]) == 1 and holds_for_one(program, one):
+            return _captured(model, program, several, decompose, one_sample=True)
+        return _captured(model, one, example, decompose)
     except CaptureError:
         raise
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}: {error}"
         ) from error
+
+
+def _several(given: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.cat([x, x]) if len(x) == 1 else x for x in given]
 
 
 def _guard_batch_of_one() -> AbstractContextManager[object]:
@@ -122,18 +132,31 @@ class _CircularPadding(TorchFunctionMode):
         return x
 
 
-def _export(
-    model: nn.Module, example: Example, sizes: dict[int, Any] | None, decompose: bool
-) -> Captured:
+def _export(model: nn.Module, example: Example, sizes: dict[int, Any] | None) -> ExportedProgram:
     with _CircularPadding(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", RECURRENT)
         args, kwargs = arguments(example)
         dynamic = (tuple(sizes for _ in args), dict.fromkeys(kwargs, sizes))
-        program = torch.export.export(
+        return torch.export.export(
             model, args, kwargs, dynamic_shapes=sizes and (dynamic[1] if kwargs else dynamic[0])
         )
+
+
+def _captured(
+    model: nn.Module,
+    program: ExportedProgram,
+    example: Example,
+    decompose: bool,
+    one_sample: bool = False,
+) -> Captured:
+    """Return the fused graph of an exported model.
+
+    Args:
+        one_sample: whether the graph is known to be valid for a batch of one, so that guards are
+            evaluated for two.
+    """
     tensors = tensors_of(example)
-    shapes = ShapeModel(model, program, tuple(kwargs))
+    shapes = ShapeModel(model, program, tuple(arguments(example)[1]))
     if may_write_into_input(program.graph) and (writer := shapes.write_into_input(*tensors)):
         raise CaptureError(
             f"{type(model).__name__} writes into its input in-place ({writer}). A compiled network "
@@ -146,6 +169,7 @@ def _export(
     squeezed = [size for part in graphs_of(module) for size in _squeezed_sizes(part.graph)]
 
     def accepts(*given: Tensor) -> bool:
+        given = tuple(_several(given)) if one_sample else given
         x = given[0]
         try:
             if guards is not None:

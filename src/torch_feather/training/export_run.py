@@ -27,6 +27,7 @@ FORMATS = {
     "sparse": hub.FILE,
     "safetensors": "model.safetensors",
     "onnx": "model.onnx",
+    "onnx-sparse": "model.sparse.onnx",
     "native": "native",  # a folder
     "c": "c",
     "web": "web",
@@ -47,9 +48,9 @@ def export_run(
 
     Args:
         run: run directory.
-        format: `sparse`; `safetensors` (plain keys, all zeros stored); `onnx`; or, as folders,
-            `native` (a library, see `export_native`), `c` (C99, see `export_c`) and `web` (a page,
-            see `export_web`).
+        format: `sparse`; `safetensors` (plain keys, all zeros stored); `onnx`; `onnx-sparse` (for
+            ONNX Runtime, see `export_onnx`); or, as folders, `native` (a library, see
+            `export_native`), `c` (C99, see `export_c`) and `web` (a page, see `export_web`).
         out: the file or folder. [default: one in the run directory, see FORMATS]
         dtype: type of the values in a sparse file, see `save_sparse`.
         data_path: path of the data. Only needed for ONNX files, libraries and C files of early
@@ -92,8 +93,10 @@ def export_run(
         tensors = read_weights(run.path).tensors
         metadata, prunable = run_metadata(run), run.prunable()
         save_sparse(tensors, path, dtype=dtype, metadata=metadata, prunable=prunable)
-    elif format == "onnx":
-        export_onnx(*load_network(run, data_path), path, _onnx_metadata(run))
+    elif format in ("onnx", "onnx-sparse"):
+        network, example = load_network(run, data_path)
+        sparse = format == "onnx-sparse"
+        export_onnx(network, example, path, _onnx_metadata(run), sparse_initializers=sparse)
     elif format == "native":
         export_native(*load_network(run, data_path), path, target or "host")
     elif format == "c":

@@ -1,0 +1,40 @@
+"""Quantization to int8 after sparse training: zeros stay zeros. Tested for torchao."""
+
+import pytest
+import torch
+from torch import nn
+
+import torch_feather as feather
+
+pytestmark = pytest.mark.apps
+
+
+def sparse_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = feather.sparsify(model, optimizer, sparsity=0.9, total_steps=4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(32, 64)).square().mean().backward()
+        optimizer.step()
+    return sparsifier.finalize().eval()
+
+
+def zeros(model):
+    """Return the zeros of each weight."""
+    weights = (m.weight for m in model.modules() if isinstance(m, nn.Linear))
+    return [(w.dequantize() if hasattr(w, "dequantize") else w).detach() == 0 for w in weights]
+
+
+def test_int8_weights_of_torchao_have_all_zeros():
+    """Rounding may add zeros, but no zero becomes another value."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = sparse_model()
+    before, x = zeros(model), torch.randn(16, 64)
+    expected = model(x)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert type(model[0].weight) is not nn.Parameter  # otherwise, nothing was quantized
+    assert not any((was & ~now).any() for was, now in zip(before, zeros(model), strict=True))
+    assert sum(int(z.sum()) for z in before) == round(0.9 * 48 * (64 + 10))
+    assert (model(x) - expected).abs().max() < 0.05 * expected.abs().max()
