@@ -93,18 +93,19 @@ def _read_all(weights: LatentWeights, positions: Sequence[int], sources: Sequenc
     parameters = list(sources)
     for i, source in zip(positions, sources, strict=True):
         parameters[i] = source
-    rows_of_table = compiled.table(weights, parameters)
-    if rows_of_table is None and not _same_layout(parameters, weights.views):
+    table = compiled.table(weights, parameters)
+    if table is None and not _same_layout(parameters, weights.views):
         return False
     found, dtype = ranges(weights), score_dtype(weights)
     expected = [(span, rows_of(weights, span), at) for span, at in _known_bounds(weights)]
     low, high = (np.full(len(found.size), NOTHING, np.int64) for _ in range(2))
     for _, rows, bounds in expected:
         low[rows], high[rows] = (as_integer(bound, dtype) for bound in bounds)
-    if rows_of_table is None:
-        collected = _read_plain(weights, parameters, low, high)
-    else:
-        collected = _read_compiled(rows_of_table, low, high)
+    collected = (
+        _read_plain(weights, parameters, low, high)
+        if table is None
+        else _read_compiled(table, low, high)
+    )
     increment_version(weights.flats)
     if collected is None:
         return True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..operators import Operator, Power
-from ..selection.cpu import INTEGER
+from ..selection.cpu import as_integer
 from .latent import LatentWeights
 from .ranges import Ranges
 from .segments import Segment
@@ -68,8 +68,8 @@ def spans(weights: LatentWeights, segments: Sequence[Segment]) -> Iterator[Span]
     for segment in segments:
         first, end = weights.local_range(segment.start, segment.stop)
         cutoff, tau = segment.cutoff, segment.threshold
-        value, last = number.type(cutoff.value.item()), int(cutoff.last)
-        limit = int(value.view(INTEGER[number])) if value >= 0 else -1
+        value, last = cutoff.value.item(), int(cutoff.last)
+        limit = as_integer(value, number) if value >= 0 else -1
         scale = None if segment.scale is None else number.type(segment.scale.item())
         for part in weights.parts:
             a, b = max(first, part.start), min(end, part.stop)
