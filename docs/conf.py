@@ -77,6 +77,7 @@ NAVIGATION = {
             "claims",
             "own_methods",
             "finetune_images",
+            "known_networks",
             "restructuring",
             "mutation",
             "web",

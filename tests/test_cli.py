@@ -268,6 +268,7 @@ for words in [[], *commands]:
         assert not stop.code, (words, stop.code)
     assert "Usage" in shown.getvalue(), words
     heavy = ["torch", "timm", "torchvision", "sklearn", "matplotlib", "pyarrow", "safetensors"]
+    heavy += ["pydantic"]  # which Typer loads to convert values
     loaded = [module for module in heavy if module in sys.modules]
     assert not loaded, (words, loaded)
 print(len(commands))
