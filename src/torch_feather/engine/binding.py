@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import ConfigurationError, StateError, some, warn
 from ..methods.base import Rate
 from ..prunable import Prunable, unwrap
-from ..weights.shards import fsdp_units, local
+from ..weights.shards import fsdp_units, local, local_all
 from .storage import check_storage
 from .wrappers import checked, levels_of
 
@@ -79,6 +80,7 @@ class Binding:
 
     def __init__(self, weights: Sequence[BoundWeight], optimizers: Sequence[Optimizer]):
         self.weights, self.optimizers = list(weights), list(optimizers)
+        self._path: Path | None = None
 
     @property
     def names(self) -> list[str]:
@@ -93,7 +95,7 @@ class Binding:
     @property
     def local(self) -> list[Tensor]:
         """The local shards of the parameters."""
-        return [weight.local for weight in self.weights]
+        return local_all(self.parameters)
 
     @property
     def gradients(self) -> list[Tensor | None]:
@@ -115,8 +117,17 @@ class Binding:
         Raises:
             StateError: parameters or groups were removed or reordered.
         """
-        found = [self._current(weight) for weight in self.weights]
-        if any(p is not w.parameter for p, w in zip(found, self.weights, strict=True)):
+        groups = [optimizer.param_groups for optimizer in self.optimizers]
+        found: list[nn.Parameter] = []
+        for weight in self.weights:
+            try:
+                found.append(groups[weight.optimizer][weight.group]["params"][weight.position])
+            except IndexError:
+                raise StateError(
+                    f"The optimizer no longer holds {weight.name}: a parameter group was removed. "
+                    "Call detach() before you remove a group, and sparsify again after it."
+                ) from None
+        if not all(map(operator.is_, found, self.parameters)):
             self._check_replaced(found)
         return found
 
@@ -142,24 +153,17 @@ class Binding:
                     "again after it."
                 )
 
-    def _current(self, weight: BoundWeight) -> nn.Parameter:
-        try:
-            groups = self.optimizers[weight.optimizer].param_groups
-            return groups[weight.group]["params"][weight.position]
-        except IndexError:
-            raise StateError(
-                f"The optimizer no longer holds {weight.name}: a parameter group was removed. "
-                "Call detach() before you remove a group, and sparsify again after it."
-            ) from None
-
     def lost(self, model: nn.Module, current: Sequence[Tensor]) -> list[str]:
         """Return the names of weights whose current parameter the model does not hold."""
-        return [
-            weight.name
-            for weight, parameter in zip(self.weights, current, strict=True)
-            if _lookup(model, weight.name) is not parameter
-            and not any(parameter is other for other in model.parameters())
-        ]
+        root = unwrap(model)
+        if self._path is not None and self._path.holds(root, current):
+            return []
+        self._path = find_path(root, self.names)
+        if self._path is not None and self._path.holds(root, current):
+            return []
+        held = set(map(id, model.parameters()))
+        pairs = zip(self.weights, current, strict=True)
+        return [weight.name for weight, parameter in pairs if id(parameter) not in held]
 
     def computed(self) -> list[str]:
         """Return the names of weights that their modules do not hold any more.
@@ -336,14 +340,59 @@ def _checked(optimizer: Any) -> Optimizer:
     return found
 
 
-def _lookup(model: nn.Module, name: str) -> Tensor | None:
-    """Return the parameter with this name, None if there is none."""
-    module = unwrap(model)
-    *path, attribute = name.split(".")
-    for part in path:
-        child = module._modules.get(part)
-        if child is None:
-            return None
-        compiled = child._modules.get("_orig_mod")
-        module = child if compiled is None else compiled
-    return module._parameters.get(attribute)
+class Path(NamedTuple):
+    """How modules lead from a model to its parameters with given names.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))
+        >>> path = find_path(model, ["0.weight"])
+        >>> path.holds(model, list(model.parameters()))
+        True
+        >>> model[0] = nn.Linear(2, 1, bias=False)
+        >>> path.holds(model, list(model.parameters()))
+        False
+    """
+
+    root: nn.Module
+    links: list[tuple[nn.Module, str, nn.Module]]
+    """Modules, and the child that each of them has by a name."""
+    ends: list[tuple[nn.Module, str]]
+    """The module that holds each parameter, and the name there."""
+
+    def holds(self, root: nn.Module, parameters: Sequence[Tensor]) -> bool:
+        """Return whether the modules still lead to these parameters."""
+        if root is not self.root:
+            return False
+        for module, name, child in self.links:
+            if module._modules.get(name) is not child:
+                return False
+        found = [module._parameters.get(name) for module, name in self.ends]
+        return all(map(operator.is_, found, parameters))
+
+
+def find_path(root: nn.Module, names: Sequence[str]) -> Path | None:
+    """Return the path to parameters with these names; None if there is none.
+
+    Args:
+        root: the model, without wrappers.
+        names: dotted names, without those of wrappers of `torch.compile`.
+
+    Example:
+        >>> find_path(nn.Linear(2, 1), ["other.weight"]) is None
+        True
+    """
+    links: dict[tuple[nn.Module, str], nn.Module] = {}
+    ends = []
+    for name in names:
+        module = root
+        *parts, attribute = name.split(".")
+        for part in parts:
+            for step in (part, "_orig_mod"):
+                child = module._modules.get(step)
+                if child is None and step == part:
+                    return None
+                if child is not None:
+                    links[module, step] = child
+                    module = child
+        ends.append((module, attribute))
+    return Path(root, [(*link, child) for link, child in links.items()], ends)

@@ -85,7 +85,9 @@ class Health:
         self._steps += 1
         self._most_steps += 1
         if not devices.synchronizes(weights.device):
-            if weights.common(torch.tensor(int(nonfinite))) or not _learned_finite(method):
+            if weights.shards is not None:
+                nonfinite = bool(weights.common(torch.tensor(int(nonfinite))))
+            if nonfinite or not _learned_finite(method):
                 self.raise_if_nan(weights, local, method, pruning)
             if self._steps % POLL == 0 or int(step) in (method.target_step, self._total_steps):
                 self.inspect(weights, local, method, pruning, step)
