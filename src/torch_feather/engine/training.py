@@ -16,15 +16,14 @@ from torch.optim import Optimizer
 from ..errors import StateError, warn
 from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
 from ..weights.exchange import read_latent, write_latent
-from ..weights.kept import keep_nonzero
 from ..weights.latent import LatentWeights, copy_all
 from ..weights.passes import adopt_written
-from ..weights.shards import fsdp_units, local, local_part, reshard
+from ..weights.shards import fsdp_units, reshard
 from ..weights.sums import Recorded
 from .assigned_gradients import AssignedGradients
 from .binding import Binding, computed_later
 from .external_writes import WriteDetector
-from .fixed_memory import keep_memory, move_state, store
+from .fixed_memory import keep_memory, store
 from .gradients import (
     PassGradients,
     PendingGradients,
@@ -35,6 +34,7 @@ from .gradients import (
     set_own_gradients,
 )
 from .loss_scale import unscale_others
+from .moved import move_latent, move_state
 from .no_grad import no_grad
 from .sharding import check_shards, require_shards_supported
 from .step_in_backward import InBackwardStep, in_backward
@@ -366,15 +366,7 @@ class Training:
                 parameter.grad = hook_for(i, parameter, self._pull_back)(parameter.grad)
         self.weights, self._layouts = LatentWeights(current), found
         require_shards_supported(self.method, self.weights)
-        whole = before.shards is None  # `fully_shard` may have been applied since then
-        for p, u, old, new in zip(
-            current, effective, before.views, self.weights.views, strict=True
-        ):
-            if whole:
-                u, old = local_part(u, p), local_part(old, p)
-            held = local(p)
-            latent = keep_nonzero(old.to(held), old)  # also in a narrower type
-            new.copy_(torch.where(held == u.to(held), latent, held))
+        move_latent(before, effective, self.weights, current)
         self.forget_own_gradients()
         move_state(self.method, self.weights)
         self.count = self.count.to(self.weights.device)
