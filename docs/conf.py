@@ -83,6 +83,7 @@ NAVIGATION = {
             "claims",
             "own_methods",
             "finetune_images",
+            "known_networks",
             "restructuring",
             "mutation",
             "web",

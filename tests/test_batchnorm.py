@@ -164,6 +164,9 @@ def interrupted():
 BAD = {
     "no batch": (lambda: [], {}, ConfigurationError, "no batch"),
     "limit of zero": (loader, {"batches": 0}, ConfigurationError, "batches"),
+    "half a batch": (loader, {"batches": 1.5}, ConfigurationError, "batches"),
+    "no loader": (lambda: None, {}, ConfigurationError, "DataLoader .* got NoneType"),
+    "text as loader": (lambda: "abc", {}, ConfigurationError, "DataLoader .* got str"),
     "one tensor as loader": (lambda: loader()[0], {}, ConfigurationError, "one tensor"),
     "NaN in the last batch": (
         lambda: [*loader(), torch.full((6, 2, 4, 4), torch.nan)],

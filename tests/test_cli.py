@@ -105,6 +105,13 @@ def test_the_old_name_of_the_tuning_file_is_accepted_with_a_warning(feather):
     assert error == "feather: nowhere: no such run directory"
 
 
+@pytest.mark.parametrize("option", ["--threads", "--batch"])
+def test_a_benchmark_of_no_thread_or_image_is_a_usage_error(feather, option):
+    code, _, errors = feather("bench", ".", option, "0")
+    assert code == 2
+    assert f"Invalid value for '{option}'" in errors
+
+
 @pytest.mark.slow
 def test_the_runtime_alone_serves_a_run_with_its_measured_accuracy(
     run, feather, tmp_path, monkeypatch, capsys
@@ -166,6 +173,7 @@ def test_help_has_examples(feather):
         (["evaluate", "nowhere"], "nowhere: no such run directory"),
         (["report", "nowhere"], "nowhere: no such run directory"),
         (["report", "."], "not a run directory"),
+        (["report", __file__], "test_cli.py: is a file, not a run directory"),
         (["bench", "nowhere"], "nowhere: no such run directory"),
         (["train", "--recipe", "digit"], "did you mean 'digits'"),
         (["train", "--config", "mine.yaml"], "mine.yaml: no such file"),
@@ -268,6 +276,7 @@ for words in [[], *commands]:
         assert not stop.code, (words, stop.code)
     assert "Usage" in shown.getvalue(), words
     heavy = ["torch", "timm", "torchvision", "sklearn", "matplotlib", "pyarrow", "safetensors"]
+    heavy += ["pydantic"]  # which Typer loads to convert values
     loaded = [module for module in heavy if module in sys.modules]
     assert not loaded, (words, loaded)
 print(len(commands))

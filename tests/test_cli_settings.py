@@ -236,6 +236,13 @@ finally:
     assert done.stderr.strip() == ""
 
 
+def test_a_folder_without_its_option_is_named_with_it(feather, tmp_path):
+    (tmp_path / "my photos").mkdir()
+    code, _, errors = feather("train", "my photos")
+    assert code == 2
+    assert "--data imagefolder --data-path 'my photos'" in errors
+
+
 def test_a_shell_completes_settings():
     words = {"COMP_WORDS": "feather train --optimizer.la", "COMP_CWORD": "2"}
     environment = os.environ | words | {"_FEATHER_COMPLETE": "complete_bash"}

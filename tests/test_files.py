@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 import struct
 from pathlib import Path
@@ -29,6 +30,11 @@ def replace(path, content=b"new"):
 
 def mode_of(path):
     return stat.S_IMODE(os.stat(path).st_mode)
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"'{tmp_path / 'missing'}'")):
+        replace_file(tmp_path / "missing" / "file", lambda file: file.write(b"new"))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=oct)

@@ -212,6 +212,19 @@ def test_naming_a_computed_weight_is_still_an_error(measure):
         measure(model, include="0.weight")
 
 
+def test_a_weight_that_took_part_and_is_computed_now_is_not_left_out_silently():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    feather.sparsify(model, optimizer, sparsity=0.5, total_steps=1).finalize(force=True)
+    prune.random_unstructured(model[0], "weight", 0.5)
+    for measure in (feather.sparsity, feather.report, lambda m: feather.keep_zeros(m, optimizer)):
+        with pytest.raises(ConfigurationError, match=r"0\.weight is computed"):
+            measure(model)
+    assert feather.sparsity(model, exclude="0.*") == int((model[1].weight == 0).sum()) / 32
+    prune.remove(model[0], "weight")
+    assert feather.sparsity(model) == sum(int((m.weight == 0).sum()) for m in model) / 96
+
+
 def test_measuring_does_not_change_a_parametrized_layer():
     """Spectral norm takes a power iteration whenever its weight is read in training mode."""
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 8))

@@ -1,11 +1,14 @@
 """The figure and badges of the README, and numbers that pages repeat, are those recorded."""
 
+import importlib
 import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
+
+import torch_feather as feather
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -51,6 +54,31 @@ def test_the_tables_of_the_deployment_page_are_those_recorded():
         )
         assert line, row
         assert float(line[1]) == pytest.approx(100 * row["test_accuracy"])
+
+
+def test_the_page_of_known_networks_is_that_of_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    known_networks = importlib.import_module("known_networks")
+    results = ROOT / "results"
+    stored = json.loads((results / "known_networks.json").read_text())
+    assert (results / "known_networks.md").read_text() == known_networks.page(stored)
+    assert stored.keys() == {known.name for known in known_networks.NETWORKS}
+    accuracies = known_networks.accuracies(known_networks.NETWORKS[0])
+    assert {key: len(values) for key, values in accuracies.items()} == {
+        **{"0": 3, "0.9": 3, "0.95": 3},
+        **{"0.98": 3, "0.99": 3, "0.995": 3},
+    }
+
+
+def test_a_known_network_is_as_sparse_as_its_row(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    known_networks = importlib.import_module("known_networks")
+    first = known_networks.NETWORKS[0]
+    assert feather.sparsity(known_networks.create(first, 0.95)) == pytest.approx(0.95, abs=1e-5)
+    sizes = known_networks.sizes(first)
+    stored = json.loads((ROOT / "results" / "known_networks.json").read_text())[first.name]
+    for key, size in sizes.items():
+        assert size == pytest.approx(stored["bytes"][key], rel=0.02)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/choose_sparsity.md", "docs/choose_method.md"])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import torch_feather as feather
-from torch_feather import ConfigurationError, methods
+from torch_feather import ConfigurationError, errors, methods
 from torch_feather.gradient_rules import Cosine, Linear, StraightThrough
 from torch_feather.methods import build_method, find_method, method_options, registry
 
@@ -42,10 +42,44 @@ def test_a_registered_method_is_found_by_name(own):
     assert int((train("mine", p=4.0).weight == 0).sum()) == 50
 
 
-@pytest.mark.parametrize("name", ["feather", "a:b", "", None])
+@pytest.mark.parametrize("name", ["feather", "a:b", "", None, "a b", "a\n", "\x1b[1m"])
 def test_a_name_that_cannot_be_registered_is_an_error(own, name):
     with pytest.raises(ConfigurationError):
         feather.register_method(name, lambda: None)
+
+
+def positional(p, /):
+    return methods.feather(sparsity=0.5, p=p)
+
+
+def failing():
+    raise KeyError("lost")
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (lambda *, sparsity, p: methods.feather(sparsity=sparsity, p=p), "requires p="),
+        (positional, "takes p by position only"),
+        (failing, r"raises KeyError \('lost'\)"),
+        (lambda **options: methods.gmp(q=1, **options), "raises TypeError"),
+        (dict, "is no factory"),
+    ],
+)
+def test_a_factory_that_cannot_be_called_is_an_error_that_says_why(own, factory, message):
+    feather.register_method("mine", factory)
+    with pytest.raises(ConfigurationError, match=message):
+        train("mine")
+
+
+def test_a_required_option_is_named_in_the_form_of_the_command_line(own):
+    feather.register_method("mine", lambda *, sparsity, p: methods.feather(sparsity=sparsity, p=p))
+    errors.name_command_line_options(True)
+    try:
+        with pytest.raises(ConfigurationError, match=r"requires --options\.p"):
+            train("mine")
+    finally:
+        errors.name_command_line_options(False)
 
 
 def test_a_factory_must_be_callable(own):

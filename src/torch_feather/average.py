@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .engine.copies import NotPickled
 from .engine.stored_bytes import has_values
 from .errors import ConfigurationError, NonFiniteWeightError, StateError, some
 from .methods.base import effective_weights
@@ -22,7 +23,7 @@ from .sparsifier import Sparsifier
 from .weights.latent import copy_all
 
 
-class LatentAverage:
+class LatentAverage(NotPickled):
     """Averages the latent weights of a sparsifier and all other parameters of its model.
 
     Call `update` after each optimizer step. `copy_to` writes the average into a copy of the model,

@@ -47,6 +47,8 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     # A file of its own for each process and thread. Until it has the access rights of the old
     # file, only this user can read it.
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
+    if not path.parent.is_dir():  # otherwise the error would name the temporary file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(temporary, flags, 0o666 if old is None else 0o600)

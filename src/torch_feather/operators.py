@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -134,13 +135,19 @@ def power_threshold(w: Tensor, tau: Tensor | float, p: float = 3.0) -> Tensor:
         A tensor like `w`.
 
     Raises:
-        ConfigurationError: tau is negative, or p < 1.
+        ConfigurationError: w is not a floating-point tensor, tau is negative or no number, or
+            p < 1.
 
     Example:
         >>> power_threshold(torch.tensor([0.5, -2.0]), 1.0, p=1.0)
         tensor([ 0., -1.])
     """
-    operator: Operator = Hard() if p == math.inf else Power(float(p))
+    if not isinstance(w, Tensor) or not w.is_floating_point():
+        kind = w.dtype if isinstance(w, Tensor) else type(w).__name__
+        raise ConfigurationError(f"w must be a floating-point tensor, got {kind}.")
+    if not isinstance(tau, Tensor | Real):
+        raise ConfigurationError(f"tau must be a number or a tensor, got {tau!r:.80}.")
+    operator: Operator = Hard() if p == math.inf else Power(p)
     wide = w if w.dtype == torch.float64 else w.float()
     tau = torch.as_tensor(tau, dtype=wide.dtype, device=wide.device)
     if bool((tau < 0).any()):

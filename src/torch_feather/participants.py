@@ -122,7 +122,8 @@ class Chosen:
 def choose(model: nn.Module, include: Filters = None, exclude: Filters = None) -> Chosen:
     """Return the weights to measure: those of `include`, or those that took part, or the default.
 
-    Weights that are computed from other parameters are left out, unless `include` matches them.
+    Weights that are computed from other parameters are left out, unless `include` matches them. If
+    they took part, they are an error.
 
     Args:
         model: the model.
@@ -140,7 +141,9 @@ def choose(model: nn.Module, include: Filters = None, exclude: Filters = None) -
     """
     remembered = include is None and participants(model) is not None
     if include is None:
-        weights = find_prunable(model, took_part if remembered else None, exclude, computed=False)
+        # A weight that took part must not be missing, such as after torch.nn.utils.prune.
+        filters = took_part if remembered else None
+        weights = find_prunable(model, filters, exclude, computed=remembered)
     else:
         weights = find_prunable(model, include, exclude)
     held = {id(item.parameter) for item in weights}

@@ -1,7 +1,8 @@
 """The numbers of a step, on the device: target sparsity, count of pruned weights, progress.
 
 On an accelerator each operation is a launch, even on one number. Where Triton works, each of these
-functions is one launch (`scalar_kernels.py`), with the same bits.
+functions is one launch (`scalar_kernels.py`), with the same bits. On a CPU, an operation of PyTorch
+on one number takes several times as long as one of Python, which rounds alike.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import launching
+from . import devices, launching
 
 
 def scheduled(
@@ -34,6 +35,12 @@ def scheduled(
         from . import scalar_kernels
 
         return scalar_kernels.scheduled(step, targets, rests, zeros, size)
+    if not devices.synchronizes(step.device):
+        at = min(int(step), targets.numel() - 1)
+        target = float(targets[at])
+        if zeros is not None:
+            target += sum(zeros.tolist()) / size * float(rests[at])
+        return torch.scalar_tensor(target, dtype=torch.float64)
     # `take`: indexing by a tensor would read the step on the host.
     position = step.clamp(max=targets.numel() - 1)
     value = targets.take(position)
@@ -57,6 +64,8 @@ def count_of(sparsity: Tensor, size: int) -> Tensor:
         from . import scalar_kernels
 
         return scalar_kernels.count_of(sparsity, size)
+    if not devices.synchronizes(sparsity.device):
+        return torch.scalar_tensor(round(float(sparsity) * size), dtype=torch.int64)
     return (sparsity * size).round().long()
 
 
@@ -75,4 +84,6 @@ def progress(step: Tensor, steps: int) -> Tensor:
         from . import scalar_kernels
 
         return scalar_kernels.progress(step, steps)
+    if not devices.synchronizes(step.device):
+        return torch.scalar_tensor(min(int(step) / steps, 1.0), dtype=torch.float64)
     return (step.double() / steps).clamp(max=1.0)

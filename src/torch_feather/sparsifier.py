@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from .context import MethodContext
 from .engine.binding import bind
+from .engine.copies import NotPickled
 from .engine.finish import check_count, settle
-from .engine.gradients import own_parameters
+from .engine.gradients import check_passes, own_parameters
 from .engine.health import Health, count_pruned_by
 from .engine.state_dict import StateDicts
 from .engine.step import Step
@@ -32,7 +33,7 @@ from .weights.ranks import check_ranks
 from .weights.shards import shard_like
 
 
-class Sparsifier:
+class Sparsifier(NotPickled):
     """Keeps a model sparse while an optimizer trains it; created by `sparsify`.
 
     Attributes:
@@ -247,7 +248,7 @@ class Sparsifier:
         Yields:
             1 / count, the weight of a pass in the loss.
         """
-        count = self._training.method.facts.passes if count is None else count
+        count = check_passes(self._training.method.facts.passes if count is None else count)
         for number in range(count):
             if self.step.attached:
                 self._training.begin_pass(number)

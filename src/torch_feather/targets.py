@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from fractions import Fraction
@@ -139,6 +140,12 @@ def _groups(
     """Return the prunable weights in groups, one per entry of a mapping from filters to targets."""
     if not sparsity:
         raise ConfigurationError("sparsity is an empty mapping. Give every weight a target.")
+    for one in sparsity:
+        if not isinstance(one, str | re.Pattern | type) and not callable(one):
+            raise ConfigurationError(
+                "sparsity: a key must be a glob, a compiled regex, a module type or a callable "
+                f"(module, name) -> bool; got {one!r:.80}."
+            )
     fractions = [
         check_fraction(fraction, f"sparsity[{one!r}]") for one, fraction in sparsity.items()
     ]

@@ -19,7 +19,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _pools: dict[int, ThreadPoolExecutor] = {}
-_memory: dict[tuple[int, str, np.dtype], np.ndarray] = {}
+_memory: dict[tuple[int, str, np.dtype | type], np.ndarray] = {}
 
 # The threads of a pool do not exist in a forked process, such as a worker of a DataLoader.
 if hasattr(os, "register_at_fork"):
@@ -113,7 +113,7 @@ def scratch(name: str, size: int, dtype: np.dtype | type) -> np.ndarray:
         >>> scratch("values", 3, np.float32).shape
         (3,)
     """
-    key = (threading.get_ident(), name, np.dtype(dtype))
+    key = threading.get_ident(), name, dtype
     held = _memory.get(key)
     if held is None or held.size < size:
         held = _memory[key] = np.empty(size, dtype)

@@ -1,6 +1,8 @@
 """Errors for invalid input name what was wrong, where, and what to do."""
 
+import copy
 import math
+import pickle
 import re
 import warnings
 
@@ -62,6 +64,41 @@ def test_an_impossible_schedule_is_an_error(schedule, bounds):
 def test_a_fraction_of_training_instead_of_steps_is_an_error(method, options):
     with pytest.raises(ConfigurationError, match="is a number of optimizer steps, not a fraction"):
         sparsify(method=method, **options)
+
+
+WRONG_CALLS = {
+    "group": lambda m, s: sparsify(sparsity={3: 0.5}),
+    "passes": lambda m, s: list(s.passes("two")),
+    "no pass": lambda m, s: list(s.passes(0)),
+    "thresholds": lambda m, s: feather.report(m, thresholds=3),
+    "weights": lambda m, s: feather.power_threshold("w", 1.0),
+    "integers": lambda m, s: feather.power_threshold(torch.ones(2, dtype=torch.int64), 1.0),
+    "threshold": lambda m, s: feather.power_threshold(torch.ones(2), "tau"),
+    "exponent": lambda m, s: feather.power_threshold(torch.ones(2), 1.0, "p"),
+    "classes": lambda m, s: feather.models.resnet20(-1),
+    "channels": lambda m, s: feather.models.mobilenet_v1(10, "rgb"),
+    "number of classes": lambda m, s: feather.models.densenet40_24(2.5),
+    "factory": lambda m, s: feather.testing.check_method(None),
+    "property": lambda m, s: feather.testing.check_method("gmp", skip={"speed"}),
+}
+
+
+@pytest.mark.parametrize("call", WRONG_CALLS)
+def test_a_wrong_argument_of_a_public_function_is_an_error_that_shows_it(call):
+    model = MODELS["mlp"].make()
+    with pytest.raises(ConfigurationError, match=r"got |known: "):
+        WRONG_CALLS[call](model, sparsify(model))
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_a_sparsifier_cannot_be_pickled_and_the_error_says_what_to_save(average):
+    sparsifier = sparsify()
+    held = feather.LatentAverage(sparsifier) if average else sparsifier
+    with pytest.raises(StateError, match=r"cannot be pickled.*Save the state dicts"):
+        pickle.dumps({"epoch": 3, "held": held})
+    with pytest.raises(StateError, match="cannot be pickled"):
+        copy.copy(held)
+    assert copy.deepcopy(sparsifier).sparsity == sparsifier.sparsity
 
 
 def test_whole_numbers_of_steps_may_be_floats():

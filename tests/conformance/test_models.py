@@ -593,6 +593,30 @@ def test_include_and_exclude(kind):
     assert zeros(net, *expected) == round(0.5 * size)
 
 
+@pytest.mark.parametrize("way", ["cast", "cast at the end", "state"])
+def test_small_latent_weights_do_not_vanish_in_a_narrower_type(way):
+    """float16 has no number below 6e-8, but a kept weight is not 0."""
+    torch.manual_seed(0)
+    model = nn.Linear(16, 16)
+    model.weight.data *= 1e-8
+    sparsifier, optimizer = attach(model)
+    states = model.state_dict(), optimizer.state_dict()
+    if way == "state":
+        model = nn.Linear(16, 16).half()
+        sparsifier, optimizer = attach(model)
+        model.load_state_dict(states[0])
+        optimizer.load_state_dict(states[1])
+    else:
+        model.half()
+    if way != "cast at the end":
+        optimizer.step()  # without gradients
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the model was modified
+        sparsifier.finalize(force=True)
+    assert model.weight.dtype == torch.float16
+    assert int((model.weight == 0).sum()) == 128
+
+
 # --- weights that are computed --------------------------------------------------------------
 
 
@@ -621,6 +645,46 @@ def test_computed_weights_are_an_error_unless_excluded(layer, kind):
     assert_same(model.state_dict(), before)
     sparsifier, _ = attach(model, exclude="1.*")
     assert list(sparsifier.masks()) == ["0.weight"]
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.parametrize("then", ["step", "sparsity", "report", "finalize", "state_dict"])
+def test_weights_that_are_computed_later_are_an_error_until_it_is_undone(then, kind):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    sparsifier, optimizer = attach(model, total_steps=1)
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    COMPUTED[kind](model[1])
+    calls = {
+        "step": optimizer.step,
+        "sparsity": lambda: sparsifier.sparsity,
+        "report": sparsifier.report,
+        "finalize": sparsifier.finalize,
+        "state_dict": optimizer.state_dict,
+    }
+    with pytest.raises(StateError, match=r"^1\.weight is computed .*exclude=\['1\.weight'\]"):
+        calls[then]()
+    if kind == "prune":
+        prune.remove(model[1], "weight")
+        if then != "finalize":
+            calls[then]()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # prune wrote zeros
+            sparsifier.finalize()
+        assert feather.sparsity(model) == 0.5
+
+
+def test_a_tied_weight_that_is_computed_later_in_its_second_layer_is_an_error():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    sparsifier, optimizer = attach(model)
+    prune.random_unstructured(model[1], "weight", 0.5)
+    with pytest.raises(StateError, match=r"^0\.weight is computed"):
+        optimizer.step()
+    prune.remove(model[1], "weight")
+    model[1] = nn.Linear(4, 4)  # no longer tied: each layer holds its own weight
+    optimizer.step()
+    assert sparsifier.sparsity == 0.5
 
 
 @pytest.mark.parametrize("lazy", [nn.LazyLinear(4), nn.LazyConv2d(3, 3)], ids=["linear", "conv"])

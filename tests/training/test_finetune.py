@@ -252,7 +252,7 @@ FOLDER = ("train", "--data", "imagefolder", "--network", "resnet8", "--data-path
         (("train", "--data", "flowers"), "--data imagefolder --data-path flowers"),
         (("train", "--data", "imagenette"), "no data set 'imagenette'. There are digits"),
         (("train", "--network", "resnet18"), "did you mean 'timm/resnet18'?"),
-        ((*FOLDER, "flowers"), "no images in val, validation or test. Accuracy is measured"),
+        ((*FOLDER, "flowers"), "no images in val, valid, validation or test. Accuracy is measured"),
         ((*FOLDER, "flowers/train"), "has folders of images (rose, tulip), but not in train/"),
         ((*FOLDER, "single"), "only one class, 'cat'. A network learns to tell classes apart"),
         ((*FOLDER, "empty"), "no images in train/CLASS/"),

@@ -112,6 +112,24 @@ def test_the_table_of_the_page_is_that_of_the_recipe():
     assert (config.sparsity, config.epochs, config.optimizer.warmup_fraction) == (0.9, 20, 0.1)
 
 
+def test_the_code_of_the_page_moves_a_fifth_of_each_class(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    counts = {"a": 10, "b c": 11}
+    for name, count in counts.items():
+        folder = tmp_path / "PHOTOS" / "train" / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            (folder / f"{i:02}.jpg").write_text(f"{name} {i}")
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(code, {})
+    for name, count in counts.items():
+        parts = {part: sorted((tmp_path / "PHOTOS" / part / name).iterdir()) for part in
+                 ("train", "val")}  # fmt: skip
+        assert len(parts["val"]) == -(-count // 5)
+        texts = [path.read_text() for paths in parts.values() for path in paths]
+        assert sorted(texts) == sorted(f"{name} {i}" for i in range(count))
+
+
 def test_images_are_not_written_over_others(tmp_path):
     (tmp_path / "mine.png").touch()
     with pytest.raises(RunError, match="is not empty"):

@@ -4,6 +4,7 @@ import os
 import stat
 import tarfile
 import tracemalloc
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -334,6 +335,19 @@ def adding(**more):
     return lambda images: images | {n.replace("__", "/") + ".png": c for n, c in more.items()}
 
 
+def test_a_zip_file_is_an_error_that_says_to_unpack_it(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("train/ape/1.png", png(0))
+    with pytest.raises(DataError, match=r"images.zip: a zip file\. Unpack it"):
+        load_dataset(config(tmp_path / "images.zip"), 0)
+
+
+def test_images_to_evaluate_may_be_in_valid(tmp_path):
+    images = {name.replace("val/", "valid/"): pixels for name, pixels in collection().items()}
+    data = load_dataset(config(write_folder(tmp_path / "images", images)), 0)
+    assert (data.classes, len(data.train), len(data.test)) == (3, 18, 9)
+
+
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_hidden_files_and_folders_are_ignored(tmp_path, kind):
     hidden = dict.fromkeys(
@@ -352,7 +366,7 @@ def test_hidden_files_and_folders_are_ignored(tmp_path, kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("val"), "no images in val, validation or test"),
+        (without("val"), "no images in val, valid, validation or test"),
         (without("train"), "no training images; expected a folder with train/"),
         (without("val/bee"), "train and val have different classes; only in train: bee"),
         (without("train/cat"), "train and val have different classes; only in val: cat"),

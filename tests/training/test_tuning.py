@@ -123,3 +123,10 @@ def test_the_command_searches_and_resumes(trained, tmp_path):
     assert "trial 0: " not in result.output  # it ended the first time
     assert str(tmp_path / "best.yaml") in result.output
     assert [config.epochs for config, *_ in trained] == [1, 1, 1]
+    result = CliRunner().invoke(make_app(), ["tune", "--trials", "3", "--json", *options])
+    found = json.loads(result.stdout)
+    assert found["best"] == str(tmp_path / "best.yaml")
+    assert sorted(one["trial"] for one in found["trials"]) == [0, 1, 2]
+    scores = [one["accuracy"] for one in found["trials"]]
+    assert scores == sorted(scores, reverse=True)
+    assert all(one["settings"]["optimizer.lr"] in (0.1, 0.2) for one in found["trials"])

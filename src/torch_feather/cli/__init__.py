@@ -22,6 +22,7 @@ except ImportError as error:
 from .demo import demo
 from .example import example
 from .files import bench, export
+from .groups import Commands
 from .lists import methods, recipes
 from .predict import predict
 from .runs import evaluate, report
@@ -87,6 +88,7 @@ def make_app(arguments: Sequence[str] = ()) -> typer.Typer:
     """
     made = typer.Typer(
         name="feather",
+        cls=Commands,
         no_args_is_help=True,
         rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
@@ -94,13 +96,20 @@ def make_app(arguments: Sequence[str] = ()) -> typer.Typer:
     made.callback()(_options)
     # --batch_size as in config.yaml, and --batch-size
     names = {"token_normalize_func": lambda name: name.replace("_", "-")}
-    # Its many options cost time, which other commands do not have to spend; a shell completes them.
-    complete = arguments[:1] in ([], ["train"]) or "_FEATHER_COMPLETE" in os.environ
-    command = with_settings(train, arguments, complete=complete)
-    made.command(cls=SettingsCommand, epilog=EXAMPLES, context_settings=names)(command)
-    made.add_typer(studies, name="study")
-    for other in (tune, predict, demo, evaluate, report, export, bench, methods, recipes, example):
-        made.command()(other)
+    # Options cost time. Only those of the command that is called are made; a shell completes all.
+    called = next(iter(arguments), None)
+    others = (tune, predict, demo, evaluate, report, export, bench, methods, recipes, example)
+    known = {"train", "study", *(other.__name__ for other in others)}
+    all_of_them = called not in known or "_FEATHER_COMPLETE" in os.environ
+    if all_of_them or called == "train":
+        complete = called in (None, "train") or "_FEATHER_COMPLETE" in os.environ
+        command = with_settings(train, arguments, complete=complete)
+        made.command(cls=SettingsCommand, epilog=EXAMPLES, context_settings=names)(command)
+    if all_of_them or called == "study":
+        made.add_typer(studies, name="study")
+    for other in others:
+        if all_of_them or called == other.__name__:
+            made.command()(other)
     return made
 
 

@@ -99,8 +99,8 @@ def export(  # long: each option has its help
 
 def bench(  # long: each option has its help
     run: RunArgument,
-    batch: Annotated[int, typer.Option(help="Images per call.")] = 1,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     tuning: Annotated[
         Path | None,
         typer.Option(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass
@@ -219,7 +220,9 @@ def values_in_force(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def misplaced_option(arguments: Sequence[str]) -> str | None:
-    """Return what is wrong with an option that lacks its section; None if there is none.
+    """Return what is wrong with a folder without option, or an option that lacks its section.
+
+    None stands for neither.
 
     Args:
         arguments: arguments of the command line.
@@ -230,6 +233,11 @@ def misplaced_option(arguments: Sequence[str]) -> str | None:
     """
     if arguments[:1] != ["train"]:
         return None
+    if arguments[1:] and Path(arguments[1]).is_dir():  # as other commands take a folder
+        folder = shlex.quote(arguments[1])
+        return (
+            f"unexpected {folder}. For images of your own: --data imagefolder --data-path {folder}"
+        )
     for argument in arguments:
         name = argument.partition("=")[0]
         last = name.removeprefix("--").rpartition(".")[2].replace("-", "_")

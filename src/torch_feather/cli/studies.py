@@ -6,8 +6,10 @@ from typing import Any
 
 import typer
 
+from .groups import Commands
 
-class Studies(typer.core.TyperGroup):
+
+class Studies(Commands):
     """The commands of `feather study`, imported on first use.
 
     Example:

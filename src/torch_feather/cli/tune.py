@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .output import print_json
+
 
 # long: each option has its help
 def tune(
@@ -40,6 +42,9 @@ def tune(
     minutes: Annotated[
         float | None, typer.Option(help="Begin no training run after that time.")
     ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print all trials as JSON, the best one first.")
+    ] = False,
 ) -> None:
     """Search for settings with the highest accuracy on the validation images.
 
@@ -68,10 +73,18 @@ def tune(
     def show(trial: Trial) -> None:
         accuracy = "diverged" if trial.accuracy is None else f"{trial.accuracy:.2%}"
         values = ", ".join(f"{key}={value}" for key, value in trial.values.items())
-        typer.echo(f"trial {trial.number}: {accuracy} {values}")
+        typer.echo(f"trial {trial.number}: {accuracy} {values}", err=json)
 
     space = parse_space(search) if search else None
     found = run_search(start, out, trials=trials, space=space, minutes=minutes, on_end=show)
+    best = str(out / "best.yaml") if found and found[0].accuracy is not None else None
+    if json:
+        trials_found = [
+            {"trial": one.number, "accuracy": one.accuracy, "settings": dict(one.values)}
+            for one in found
+        ]
+        print_json({"out": str(out), "best": best, "trials": trials_found})
+        return
     typer.echo(as_table(found))
-    if found and found[0].accuracy is not None:
-        typer.echo(f"settings of the best trial: {out / 'best.yaml'}")
+    if best:
+        typer.echo(f"settings of the best trial: {best}")

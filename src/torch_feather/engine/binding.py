@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import ConfigurationError, StateError, some, warn
 from ..methods.base import Rate
 from ..prunable import Prunable, unwrap
-from ..weights.shards import fsdp_units, local
+from ..weights.shards import fsdp_units, local, local_all
+from .module_path import Path, find_path
 from .storage import check_storage
 from .wrappers import checked, levels_of
 
@@ -33,6 +35,7 @@ class BoundWeight:
         optimizer: number of the optimizer that holds it.
         group: number of its parameter group.
         position: position in this group.
+        ties: other modules that hold the same parameter, with its names in them.
 
     Example:
         >>> import torch
@@ -49,6 +52,7 @@ class BoundWeight:
     optimizer: int
     group: int
     position: int
+    ties: tuple[tuple[nn.Module, str], ...] = ()
 
     @property
     def local(self) -> Tensor:
@@ -77,6 +81,7 @@ class Binding:
 
     def __init__(self, weights: Sequence[BoundWeight], optimizers: Sequence[Optimizer]):
         self.weights, self.optimizers = list(weights), list(optimizers)
+        self._path: Path | None = None
 
     @property
     def names(self) -> list[str]:
@@ -91,7 +96,7 @@ class Binding:
     @property
     def local(self) -> list[Tensor]:
         """The local shards of the parameters."""
-        return [weight.local for weight in self.weights]
+        return local_all(self.parameters)
 
     @property
     def gradients(self) -> list[Tensor | None]:
@@ -113,8 +118,17 @@ class Binding:
         Raises:
             StateError: parameters or groups were removed or reordered.
         """
-        found = [self._current(weight) for weight in self.weights]
-        if any(p is not w.parameter for p, w in zip(found, self.weights, strict=True)):
+        groups = [optimizer.param_groups for optimizer in self.optimizers]
+        found: list[nn.Parameter] = []
+        for weight in self.weights:
+            try:
+                found.append(groups[weight.optimizer][weight.group]["params"][weight.position])
+            except IndexError:
+                raise StateError(
+                    f"The optimizer no longer holds {weight.name}: a parameter group was removed. "
+                    "Call detach() before you remove a group, and sparsify again after it."
+                ) from None
+        if not all(map(operator.is_, found, self.parameters)):
             self._check_replaced(found)
         return found
 
@@ -140,23 +154,29 @@ class Binding:
                     "again after it."
                 )
 
-    def _current(self, weight: BoundWeight) -> nn.Parameter:
-        try:
-            groups = self.optimizers[weight.optimizer].param_groups
-            return groups[weight.group]["params"][weight.position]
-        except IndexError:
-            raise StateError(
-                f"The optimizer no longer holds {weight.name}: a parameter group was removed. "
-                "Call detach() before you remove a group, and sparsify again after it."
-            ) from None
-
     def lost(self, model: nn.Module, current: Sequence[Tensor]) -> list[str]:
         """Return the names of weights whose current parameter the model does not hold."""
+        root = unwrap(model)
+        if self._path is not None and self._path.holds(root, current):
+            return []
+        self._path = find_path(root, self.names)
+        if self._path is not None and self._path.holds(root, current):
+            return []
+        held = set(map(id, model.parameters()))
+        pairs = zip(self.weights, current, strict=True)
+        return [weight.name for weight, parameter in pairs if id(parameter) not in held]
+
+    def computed(self) -> list[str]:
+        """Return the names of weights that their modules do not hold any more.
+
+        Their modules compute them from other parameters, since `torch.nn.utils.prune` or a
+        parametrization was applied.
+        """
         return [
             weight.name
-            for weight, parameter in zip(self.weights, current, strict=True)
-            if _lookup(model, weight.name) is not parameter
-            and not any(parameter is other for other in model.parameters())
+            for weight in self.weights
+            if weight.attribute not in weight.module._parameters
+            or any(attribute not in module._parameters for module, attribute in weight.ties)
         ]
 
     def leaves(self, model: nn.Module) -> Iterator[tuple[int, Tensor]]:
@@ -230,11 +250,27 @@ def bind(
         )
     check_storage([p.name for p in prunable], [p.parameter for p in prunable])
     _check_free(model, prunable)
+    ties = _ties(model, prunable)
     weights = [
-        BoundWeight(p.name, p.module, p.attribute, p.parameter, *found[id(p.parameter)][0])
-        for p in prunable
+        BoundWeight(p.name, p.module, p.attribute, p.parameter, *found[id(p.parameter)][0], tied)
+        for p, tied in zip(prunable, ties, strict=True)
     ]
     return Binding(weights, optimizers)
+
+
+def _ties(
+    model: nn.Module, prunable: Sequence[Prunable]
+) -> list[tuple[tuple[nn.Module, str], ...]]:
+    """Return for each weight the other modules that hold it, with its names in them."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {id(p.parameter): [] for p in prunable}
+    for module in unwrap(model).modules():
+        for attribute, parameter in module._parameters.items():
+            if id(parameter) in holders:
+                holders[id(parameter)].append((module, attribute))
+    return [
+        tuple(one for one in holders[id(p.parameter)] if one != (p.module, p.attribute))
+        for p in prunable
+    ]
 
 
 def _check_free(model: nn.Module, prunable: Sequence[Prunable]) -> None:
@@ -258,6 +294,23 @@ def _check_free(model: nn.Module, prunable: Sequence[Prunable]) -> None:
             raise ConfigurationError(
                 f"{p.name} already has a sparsifier. Call its detach() or finalize() first."
             )
+
+
+def computed_later(names: Sequence[str]) -> StateError:
+    """Return the error for weights that are computed from other parameters since `sparsify`.
+
+    Example:
+        >>> raise computed_later(["fc.weight"])
+        Traceback (most recent call last):
+        torch_feather.errors.StateError: fc.weight is computed from other parameters since ...
+    """
+    listed = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+    return StateError(
+        f"{some(names)} {'is' if len(names) == 1 else 'are'} computed from other parameters since "
+        "sparsify was called, as by torch.nn.utils.prune or a parametrization, so the zeros would "
+        "not last. Remove it again (prune.remove, remove_parametrizations) before the next step. "
+        f"To keep it, apply it before sparsify is called, with exclude=[{listed}]."
+    )
 
 
 def forget_deleted(parameters: Sequence[Tensor]) -> list[int]:
@@ -286,16 +339,3 @@ def _checked(optimizer: Any) -> Optimizer:
             "finalize() first."
         )
     return found
-
-
-def _lookup(model: nn.Module, name: str) -> Tensor | None:
-    """Return the parameter with this name, None if there is none."""
-    module = unwrap(model)
-    *path, attribute = name.split(".")
-    for part in path:
-        child = module._modules.get(part)
-        if child is None:
-            return None
-        compiled = child._modules.get("_orig_mod")
-        module = child if compiled is None else compiled
-    return module._parameters.get(attribute)

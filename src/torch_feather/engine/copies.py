@@ -7,12 +7,42 @@ state that was loaded before `sparsify`, and one of these guards. `sparsify` rem
 
 from __future__ import annotations
 
+import copy
 import types
 from collections import OrderedDict
 from typing import Any, NoReturn
 
 from ..errors import StateError
 from .wrappers import has_step_hooks
+
+
+class NotPickled:
+    """A base of objects that belong to the optimizers of one process; pickling one raises.
+
+    Copies by `copy.deepcopy` are possible, because frameworks copy what a model's class holds.
+
+    Example:
+        >>> import pickle
+        >>> try:
+        ...     pickle.dumps(NotPickled())
+        ... except StateError as error:
+        ...     print(error)
+        A NotPickled cannot be pickled: it belongs to optimizers of this process. Save ...
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise StateError(
+            f"A {type(self).__name__} cannot be pickled: it belongs to optimizers of this process. "
+            "Save the state dicts of model and optimizer, which contain its state (that of a "
+            "LatentAverage is separate). To continue elsewhere, call sparsify with the same "
+            "arguments, then load them."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 class CopyGuard:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import devices
 from ..methods.base import BoundMethod, Pruning
-from ..weights.latent import LatentWeights, PerTensor, copy_all
+from ..weights.latent import copy_all
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -135,6 +135,7 @@ def store(method: BoundMethod, pruning: Pruning) -> Pruning:
         >>> from torch import nn
         >>> from torch_feather.context import MethodContext
         >>> from torch_feather.methods import spartan
+        >>> from torch_feather.weights.latent import LatentWeights
         >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
         >>> context = MethodContext(nn.Linear(4, 1), ["w"], weights, 0.5, 10)
         >>> method = spartan(sparsity=0.5).bind(context)
@@ -150,30 +151,3 @@ def store(method: BoundMethod, pruning: Pruning) -> Pruning:
             copy_all(entry.rows, value)
             pruning = pruning._replace(**{name: entry.rows})
     return pruning
-
-
-def move_state(method: BoundMethod, weights: LatentWeights) -> None:
-    """Move the state of a method to the device and type of latent weights.
-
-    Args:
-        method: the method, bound to the weights. Its state is replaced.
-        weights: the latent weights on the new device or of the new type.
-
-    Example:
-        >>> from torch import nn
-        >>> from torch_feather.methods import asl
-        >>> from torch_feather.context import MethodContext
-        >>> context = MethodContext(nn.Linear(1, 1), ["w"], LatentWeights([torch.ones(1)]), 0.0, 10)
-        >>> method = asl(sparsity=0.0).bind(context)
-        >>> move_state(method, LatentWeights([torch.ones(1, dtype=torch.float64)]))
-        >>> method.state["deviations"].flat.dtype
-        torch.float64
-    """
-    for name, entry in method.state.items():
-        dtype = weights.wide if entry.flat.is_floating_point() else entry.flat.dtype
-        if entry.per_weight:
-            moved = weights.per_weight(0.0, dtype)
-            copy_all(moved.rows, entry.rows)
-        else:
-            moved = PerTensor.of(entry.flat.to(weights.device, dtype))
-        method.state[name] = moved

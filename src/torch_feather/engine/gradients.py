@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..errors import ConfigurationError
 from ..methods.base import BoundMethod, Completion, Gradients
 from ..weights.latent import PerTensor
 from ..weights.shards import local, local_part, shard_like
@@ -85,6 +87,18 @@ def hook_for(i: int, holder: Tensor, pull_back: PullBack) -> Callable[[Tensor], 
         return shard_like(pull_back(i, part, effective), holder)
 
     return hook
+
+
+def check_passes(count: Any) -> int:
+    """Return a number of passes of one step; raise ConfigurationError if it is none.
+
+    Example:
+        >>> check_passes(2)
+        2
+    """
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+        raise ConfigurationError(f"count must be an integer >= 1, got {count!r:.80}.")
+    return int(count)
 
 
 def register_hooks(leaves: Iterable[tuple[int, Tensor]], pull_back: PullBack) -> list[Any]:

@@ -85,7 +85,9 @@ class Health:
         self._steps += 1
         self._most_steps += 1
         if not devices.synchronizes(weights.device):
-            if weights.common(torch.tensor(int(nonfinite))) or not _learned_finite(method):
+            if weights.shards is not None:
+                nonfinite = bool(weights.common(torch.tensor(int(nonfinite))))
+            if nonfinite or not _learned_finite(method):
                 self.raise_if_nan(weights, local, method, pruning)
             if self._steps % POLL == 0 or int(step) in (method.target_step, self._total_steps):
                 self.inspect(weights, local, method, pruning, step)
@@ -260,10 +262,12 @@ class Health:
                 self._warn_of_empty(empty)
         if zeros > 0 and not self._warned_of_zeros:
             self._warned_of_zeros = True
+            halves = [p.dtype for p in local if p.dtype.itemsize == 2]
+            wider = f" If they are too small for {halves[0]}, use a wider type." if halves else ""
             warn(
                 f"{zeros} latent weights that should be kept are exactly 0: the network has more "
                 "zeros than the target. Initialize these weights, or exclude them "
-                f"({option('exclude')})."
+                f"({option('exclude')}).{wider}"
             )
 
     def _warn_of_empty(self, names: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..weights.checksum import checksum_of
+from ..weights.kept import keep_nonzero
 from ..weights.shards import local_part, shard_like
 from . import checkpoint
 from .checkpoint import Entries, Expected, Header, Loaded
@@ -206,7 +207,8 @@ class StateDicts:
         for i, (header, latent, state) in loaded.items():
             training.count.fill_(header.step)
             checksums[i] = header.image
-            weights.views[i].copy_(local_part(latent, binding.weights[i].parameter))
+            own, view = local_part(latent, binding.weights[i].parameter), weights.views[i]
+            view.copy_(own if own.dtype == view.dtype else keep_nonzero(own.to(view.dtype), own))
             for key, value in state.items():
                 training.method.state[key].rows[i].copy_(value)
         training.forget_own_gradients()

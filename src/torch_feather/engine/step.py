@@ -26,6 +26,7 @@ from .. import devices
 from ..errors import StateError, some
 from ..prunable import Filters
 from ..weights.latent import copy_all
+from ..weights.ranges import forget_arrays
 from .averages import warn_of_averages
 from .binding import attached
 from .foreign import release_optimizers, watch_optimizers
@@ -33,6 +34,7 @@ from .health import Health
 from .hooks import Handlers, OptimizerHooks, only_initializes
 from .late import LateWeights
 from .loss_scale import watch_scalers
+from .no_grad import no_grad
 from .state_dict import StateDicts
 from .step_in_backward import half_done, in_backward, incomplete
 from .training import Training
@@ -135,7 +137,7 @@ class Step:
             entries=partial(self._entries, one),
         )
 
-    @torch.no_grad()
+    @no_grad
     def before(self, one: OneOptimizer, closure: bool, ready: bool = True) -> None:
         """Before a step of an optimizer: complete gradients; its parameters become w.
 
@@ -157,14 +159,14 @@ class Step:
         self._check_sparse_start()
         self._write_latent(one, check=not absorbed)
 
-    @torch.no_grad()
+    @no_grad
     def _ready(self, one: OneOptimizer) -> None:
         """Within a step of a wrapper: complete its gradients, with effective weights."""
         if self.training.method.facts.completes and one.holds_latent:
             with self._inside_closure(one):
                 pass
 
-    @torch.no_grad()
+    @no_grad
     def after(self, one: OneOptimizer, taken: bool = True) -> None:
         """After a step of an optimizer: its parameters become u; the last one advances time.
 
@@ -210,7 +212,8 @@ class Step:
 
     def _settle(self, one: OneOptimizer) -> None:
         """Record that the gradients of an optimizer are dL/dw."""
-        self.training.assigned.settle(one.held, self.training.binding.parameters)
+        if self.training.changes_gradients:
+            self.training.assigned.settle(one.held, self.training.binding.parameters)
 
     @contextmanager
     def _inside_closure(self, one: OneOptimizer) -> Iterator[None]:
@@ -248,6 +251,7 @@ class Step:
         """Remove all hooks from optimizers and parameters."""
         self.attached = False
         self.training.release()
+        forget_arrays(self.training.weights)
         for hooks in self._hooks:
             hooks.release()
         for thing in (*self._things, *self.training.binding.parameters):
@@ -318,7 +322,7 @@ class Step:
         self.sync()
         return self.states.save(self.training, one.optimizer, one.held, state_dict)
 
-    @torch.no_grad()
+    @no_grad
     def _entries(self, one: OneOptimizer) -> dict[Tensor, dict[str, Tensor]]:
         """Return the entries that a copy of an optimizer takes along."""
         self.sync()
@@ -351,8 +355,9 @@ class Step:
         The latent weights of that process were not copied. So training would continue with its
         zeros as latent weights.
         """
-        alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
-        if self._stepped or alone or self.training.weights.shards is not None:
+        if self._stepped or self.training.weights.shards is not None:
+            return
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return
         if self._is_captured():
             return
@@ -372,7 +377,9 @@ class Step:
 
     def _check_surplus(self, one: OneOptimizer) -> None:
         """Raise for a step beyond `total_steps` if another order of the optimizers was meant."""
-        if not one.last or one.steps < 2 or self._is_captured() or not (counts := self.unequal()):
+        if len(self.optimizers) == 1 or not one.last or one.steps < 2:
+            return
+        if self._is_captured() or not (counts := self.unequal()):
             return
         others = [other.steps for other in self.optimizers if other.held]
         if min(others) < one.steps and int(self.training.count) >= self.states.total_steps:

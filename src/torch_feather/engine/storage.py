@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from ..weights.shards import is_sharded, local
+from ..weights.shards import is_sharded, local, local_all
 
 
 def check_storage(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
@@ -111,15 +111,15 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def layout(parameter: Tensor) -> tuple[Any, ...]:
-    """Return type, device, shapes and strides of a parameter and its local shard.
+def layouts(parameters: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """Return shape, type, device, and shape and strides of the local shard, of each parameter.
 
     Args:
-        parameter: plain or sharded.
+        parameters: plain or sharded.
 
     Example:
-        >>> layout(torch.ones(2, 3))[2:]
-        (torch.Size([2, 3]), torch.Size([2, 3]), (3, 1))
+        >>> [(shape, own, strides) for shape, _, _, own, strides in layouts([torch.ones(2, 3)])]
+        [(torch.Size([2, 3]), torch.Size([2, 3]), (3, 1))]
     """
-    held = local(parameter)
-    return parameter.dtype, held.device, parameter.shape, held.shape, held.stride()
+    pairs = zip(parameters, local_all(parameters), strict=True)
+    return [(p.shape, held.dtype, held.device, held.shape, held.stride()) for p, held in pairs]

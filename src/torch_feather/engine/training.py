@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
 from ..weights.exchange import read_latent, write_latent
 from ..weights.latent import LatentWeights, copy_all
 from ..weights.passes import adopt_written
-from ..weights.shards import fsdp_units, local, local_part, reshard
+from ..weights.shards import fsdp_units, reshard
 from ..weights.sums import Recorded
 from .assigned_gradients import AssignedGradients
-from .binding import Binding
+from .binding import Binding, computed_later
 from .external_writes import WriteDetector
-from .fixed_memory import keep_memory, move_state, store
+from .fixed_memory import keep_memory, store
 from .gradients import (
     PassGradients,
     PendingGradients,
@@ -33,9 +34,11 @@ from .gradients import (
     set_own_gradients,
 )
 from .loss_scale import unscale_others
+from .moved import move_latent, move_state
+from .no_grad import no_grad
 from .sharding import check_shards, require_shards_supported
 from .step_in_backward import InBackwardStep, in_backward
-from .storage import check_storage, layout
+from .storage import check_storage, layouts
 
 
 class Training:
@@ -78,14 +81,14 @@ class Training:
         self.assigned = AssignedGradients(binding.names)
         self.in_backward = InBackwardStep([weight.optimizer for weight in binding.weights])
         self._passes: PassGradients | None = None
-        self._layout = [layout(p) for p in binding.parameters]
+        self._layouts = layouts(binding.parameters)
         self._warned_of_passes = False
         self._gradient_hooks: list[Any] = []
         self._hook_gradients()
 
     # The exchange of values
 
-    @torch.no_grad()
+    @no_grad
     def write_effective(self) -> None:
         """Update thresholds or masks; parameters become u = R(w)."""
         new = store(self.method, self.method.update(self.weights, self.count))
@@ -98,7 +101,7 @@ class Training:
         self.method.write_effective(self.weights, self.pruning, held)
         self.written.record(self.weights, held)
 
-    @torch.no_grad()
+    @no_grad
     def write(self, values: Sequence[Tensor]) -> None:
         """Write values into the parameters, and record them for the detection of external writes.
 
@@ -109,7 +112,7 @@ class Training:
         copy_all(held, values)
         self.written.record(self.weights, held)
 
-    @torch.no_grad()
+    @no_grad
     def advance(self, taken: bool | Tensor) -> None:
         """Advance the schedule and step the method's own parameters, if the step was taken.
 
@@ -134,7 +137,7 @@ class Training:
         if method.facts.completes:
             self.pending.consume(binding.parameters)
 
-    @torch.no_grad()
+    @no_grad
     def recover(self) -> None:
         """Let parameters become u again after a failure.
 
@@ -148,7 +151,7 @@ class Training:
         self._write()
         self.written.invalidate()
 
-    @torch.no_grad()
+    @no_grad
     def write_latent(self, positions: Sequence[int], check: bool = False) -> None:
         """Write latent weights into the parameters at these positions.
 
@@ -168,7 +171,7 @@ class Training:
             self._adopt(suspects)
             write_latent(self.weights, positions, held)
 
-    @torch.no_grad()
+    @no_grad
     def read_latent(self, positions: Sequence[int]) -> None:
         """Read latent weights from the parameters at these positions."""
         held = self.binding.local
@@ -185,6 +188,11 @@ class Training:
         leaves = self.binding.leaves(self.model) if active else ()
         self._gradient_hooks = register_hooks(leaves, self._pull_back)
 
+    @property
+    def changes_gradients(self) -> bool:
+        """Whether the method needs hooks on gradients."""
+        return bool(self._gradient_hooks)
+
     def _pull_back(self, i: int, gradient: Tensor, effective: Tensor) -> Tensor:
         """Record a new gradient dL/du of weight tensor i, and return its dL/dw."""
         self.assigned.hooked(i)
@@ -197,7 +205,7 @@ class Training:
         clear_own_gradients(self.method)
         self._passes = None
 
-    @torch.no_grad()
+    @no_grad
     def complete_gradients(self, stepping: Optimizer | None = None) -> bool:
         """Take assigned gradients back to the latent weights, and complete new gradients; once.
 
@@ -237,10 +245,12 @@ class Training:
 
     def _convert_assigned(self, stepping: Optimizer | None = None) -> None:
         """Turn gradients that no hook saw into dL/dw, those of one optimizer or all."""
+        if not self.changes_gradients:
+            return
         binding = self.binding
         every = range(len(binding.weights))
         held = every if stepping is None else binding.held_by(binding.optimizers.index(stepping))
-        if self._gradient_hooks and self.assigned.find(held, binding.current()):
+        if self.assigned.find(held, binding.current()):
             self.follow_parameters()
             found = self.assigned.find(held, binding.parameters)
             later_pass = self._passes is not None
@@ -259,7 +269,7 @@ class Training:
                 "backward pass in `for fraction in sparsifier.passes():`."
             )
 
-    @torch.no_grad()
+    @no_grad
     def begin_pass(self, number: int) -> None:
         """Begin one of several passes of a step, with its own random numbers.
 
@@ -279,7 +289,7 @@ class Training:
         if self._passes is not None:
             self._passes.begin(self._completion(self.binding.gradients, None))
 
-    @torch.no_grad()
+    @no_grad
     def end_pass(self) -> None:
         """End one of several passes of a step."""
         ended = self._passes is not None and self._passes.complete
@@ -295,7 +305,7 @@ class Training:
 
     # Changes of parameters by other code
 
-    @torch.no_grad()
+    @no_grad
     def absorb_external_writes(self) -> bool:
         """Adopt external writes as latent weights; return whether there may have been any."""
         if self.in_backward.is_open:
@@ -312,7 +322,7 @@ class Training:
         effective = effective_weights(self.method, self.weights, self.pruning)
         adopt_written(self.weights, suspects, self.binding.local, effective)
 
-    @torch.no_grad()
+    @no_grad
     def is_unmodified(self) -> bool:
         """Return whether it is known that the parameters hold the effective weights.
 
@@ -325,12 +335,13 @@ class Training:
             return False
         current = self.binding.current()
         self._check_held(current)
-        pairs = zip(self.binding.parameters, current, strict=True)
-        if any(old is not new for old, new in pairs) or list(map(layout, current)) != self._layout:
+        if not all(map(is_, self.binding.parameters, current)):
+            return False
+        if layouts(current) != self._layouts:
             return False
         return not self.written.suspects(self.weights, self.binding.local)
 
-    @torch.no_grad()
+    @no_grad
     def follow_parameters(self) -> None:
         """Follow parameters that were replaced, moved or cast since the last check.
 
@@ -341,9 +352,8 @@ class Training:
         """
         current = self.binding.current()
         self._check_held(current)
-        found = [layout(parameter) for parameter in current]
-        pairs = zip(self.binding.parameters, current, strict=True)
-        if all(old is new for old, new in pairs) and found == self._layout:
+        found = layouts(current)
+        if all(map(is_, self.binding.parameters, current)) and found == self._layouts:
             return
         before = self.weights
         effective = effective_weights(self.method, before, self.pruning)
@@ -354,16 +364,9 @@ class Training:
             if replaced and parameter.grad is not None and self._gradient_hooks:
                 # The gradient was computed without the hook.
                 parameter.grad = hook_for(i, parameter, self._pull_back)(parameter.grad)
-        self.weights, self._layout = LatentWeights(current), found
+        self.weights, self._layouts = LatentWeights(current), found
         require_shards_supported(self.method, self.weights)
-        whole = before.shards is None  # `fully_shard` may have been applied since then
-        for p, u, old, new in zip(
-            current, effective, before.views, self.weights.views, strict=True
-        ):
-            if whole:
-                u, old = local_part(u, p), local_part(old, p)
-            held = local(p)
-            new.copy_(torch.where(held == u.to(held), old.to(held), held))
+        move_latent(before, effective, self.weights, current)
         self.forget_own_gradients()
         move_state(self.method, self.weights)
         self.count = self.count.to(self.weights.device)
@@ -372,6 +375,8 @@ class Training:
         self.write_effective()
 
     def _check_held(self, current: Sequence[Tensor]) -> None:
+        if computed := self.binding.computed():
+            raise computed_later(computed)
         lost = self.binding.lost(self.model, current)
         if lost and fsdp_units(self.model):
             # Modules of `fully_shard` may hold gathered parameters, also after an evaluation.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ def recalibrate_batchnorm(
         batches: maximum number of batches. None: the whole loader.
 
     Raises:
-        ConfigurationError: there is no BatchNorm with running statistics or no batch, a batch has
-            another form, or statistics are NaN or infinite.
+        ConfigurationError: there is no BatchNorm with running statistics or no batch, an argument
+            or a batch has another form, or statistics are NaN or infinite.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(1))
@@ -43,12 +44,7 @@ def recalibrate_batchnorm(
         >>> model[0].running_mean
         tensor([2.])
     """
-    if isinstance(loader, Tensor):
-        raise ConfigurationError(
-            "loader must yield batches, but is one tensor. Pass [tensor] to use it as one batch."
-        )
-    if batches is not None and batches < 1:
-        raise ConfigurationError(f"batches must be at least 1 or None, got {batches}.")
+    _check_arguments(loader, batches)
     model = unwrap(model)
     norms = {
         name: module
@@ -64,7 +60,7 @@ def recalibrate_batchnorm(
     device = next(iter(norms.values())).get_buffer("running_mean").device
     with _measuring(model, norms), torch.no_grad():
         seen = 0
-        for batch in islice(loader, batches):
+        for batch in islice(loader, None if batches is None else int(batches)):
             model(_input_of(batch).to(device))
             seen += 1
         if seen == 0:
@@ -75,6 +71,21 @@ def recalibrate_batchnorm(
                     f"The batches gave NaN or infinite statistics at {name or 'the norm'}; the old "
                     "ones were kept. Check the inputs, and the weights before this layer."
                 )
+
+
+def _check_arguments(loader: Any, batches: Any) -> None:
+    """Raise ConfigurationError unless these can be batches, and a number of them."""
+    if isinstance(loader, Tensor):
+        raise ConfigurationError(
+            "loader must yield batches, but is one tensor. Pass [tensor] to use it as one batch."
+        )
+    if not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
+        raise ConfigurationError(
+            "loader must yield batches, such as a DataLoader or a list of batches, got "
+            f"{type(loader).__name__}."
+        )
+    if batches is not None and (not isinstance(batches, Integral) or batches < 1):
+        raise ConfigurationError(f"batches must be an integer >= 1 or None, got {batches!r:.80}.")
 
 
 @contextmanager

@@ -168,6 +168,11 @@ def report(
         >>> [(layer.name, layer.weights) for layer in report(model).layers]
         [('0.weight', 8), ('1.weight', 2)]
     """
+    if thresholds is not None and not isinstance(thresholds, Mapping):
+        raise ConfigurationError(
+            "thresholds must be a mapping from names to numbers, as Sparsifier.thresholds() "
+            f"returns it, got {type(thresholds).__name__}."
+        )
     chosen = _choose(model, include, exclude)
     macs: dict[int, tuple[int, int]] = {}
     totals: tuple[int | None, int | None] = (None, None)

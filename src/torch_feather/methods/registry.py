@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from ..errors import ConfigurationError, nearest
+from ..errors import ConfigurationError, nearest, option, printable
 from ..import_path import import_object
 from .base import AnyMethod
 from .feather import feather
@@ -81,8 +81,8 @@ def register_method(name: str, factory: Factory) -> None:
             returns an object with `bind(context)`, such as `methods.Method`.
 
     Raises:
-        ConfigurationError: the name belongs to a method of torch-feather or contains ':', or the
-            factory is not callable.
+        ConfigurationError: the name belongs to a method of torch-feather, or has ':', spaces or
+            control characters, or the factory is not callable.
 
     Example:
         >>> from torch_feather.methods import feather
@@ -90,8 +90,10 @@ def register_method(name: str, factory: Factory) -> None:
         >>> "feather-p2" in available_methods()
         True
     """
-    if not isinstance(name, str) or not name or ":" in name:
-        raise ConfigurationError(f"A method's name is text without ':', got {name!r}.")
+    if not isinstance(name, str) or not name or ":" in name or printable(name).split() != [name]:
+        raise ConfigurationError(
+            f"A method's name is text without ':', spaces or control characters, got {name!r:.80}."
+        )
     if not callable(factory):
         raise ConfigurationError(f"factory must be callable, got {factory!r}.")
     if name in _OWN:
@@ -137,14 +139,32 @@ def method_options(name: str) -> dict[str, Any]:
         >>> method_options("gmp")["every"]
         1
     """
-    parameters = inspect.signature(find_method(name)).parameters.values()
+    parameters = _parameters(name, find_method(name)).values()
     kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
-    option, default, _ = ALTERNATIVES.get(name, ("", None, ""))
+    optional, default, _ = ALTERNATIVES.get(name, ("", None, ""))
     return {
-        p.name: default if p.name == option else p.default
+        p.name: default if p.name == optional else p.default
         for p in parameters
         if p.name != "sparsity" and p.kind not in kinds
     }
+
+
+def _parameters(name: str, factory: Factory) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a factory; raise ConfigurationError if not all are keywords."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # some callables of C have no signature
+        raise ConfigurationError(
+            f"{factory!r:.80} is no factory of the method {name!r}: its options are not known. "
+            "Write a Python function that takes them as keywords and returns the method."
+        ) from None
+    first = inspect.Parameter.POSITIONAL_ONLY
+    if wrong := [p.name for p in parameters.values() if p.kind is first]:
+        raise ConfigurationError(
+            f"The factory of method {name!r} takes {', '.join(wrong)} by position only. Options "
+            "are keywords: remove the '/' from its parameters."
+        )
+    return parameters
 
 
 def unused_options(name: str, options: Mapping[str, Any]) -> set[str]:
@@ -162,9 +182,9 @@ def unused_options(name: str, options: Mapping[str, Any]) -> set[str]:
         >>> unused_options("feather-flops", {"gamma": 0.25})
         set()
     """
-    option, default, other = ALTERNATIVES.get(name, ("", None, ""))
-    unused = options.get(other) is not None and options.get(option, default) == default
-    return {option} if unused else set()
+    optional, default, other = ALTERNATIVES.get(name, ("", None, ""))
+    unused = options.get(other) is not None and options.get(optional, default) == default
+    return {optional} if unused else set()
 
 
 def describe_method(name: str) -> str:
@@ -206,8 +226,8 @@ def build_method(name: str, *, sparsity: float, **options: Any) -> AnyMethod:
         **options: see `method_options`.
 
     Raises:
-        ConfigurationError: an unknown name or option (the message names the nearest), or an invalid
-            value.
+        ConfigurationError: an unknown name or option (the message names the nearest), an invalid
+            value, a missing option, or a factory that fails.
 
     Example:
         >>> build_method("feather", sparsity=0.9, p=2.0).operator
@@ -222,22 +242,23 @@ def build_method(name: str, *, sparsity: float, **options: Any) -> AnyMethod:
                 stacklevel=3,
             )
     options = current_options(name, options)
-    parameters = inspect.signature(factory).parameters
+    parameters = _parameters(name, factory)
     free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    for option in options:
-        if option not in known and not free:
+    for one in options:
+        if one not in known and not free:
             raise ConfigurationError(
-                f"Method {name!r} has no option {option!r}{nearest(option, known)} "
+                f"Method {name!r} has no option {one!r}{nearest(one, known)} "
                 f"Its options: {', '.join(known) or 'none'}."
             )
+    required = [one for one, default in known.items() if default is inspect.Parameter.empty]
+    if missing := [one for one in required if one not in options]:
+        values = ", ".join(option(one, "...", of_method=True) for one in missing)
+        raise ConfigurationError(
+            f"Method {name!r} requires {values}: its factory has no default for "
+            f"{'it' if len(missing) == 1 else 'them'}."
+        )
     given = {"sparsity": sparsity} if "sparsity" in parameters or free else {}
-    try:
-        method = factory(**options, **given)
-    except ConfigurationError:  # the factory knows best what is wrong
-        raise
-    except Exception:
-        check_option_types(name, factory, options)
-        raise
+    method = _call(name, factory, options, given)
     check_option_types(name, factory, options)
     if not hasattr(method, "bind"):
         raise ConfigurationError(
@@ -245,6 +266,23 @@ def build_method(name: str, *, sparsity: float, **options: Any) -> AnyMethod:
             "bind(context). Return a torch_feather.methods.Method or an object with bind(context)."
         )
     return method
+
+
+def _call(
+    name: str, factory: Factory, options: dict[str, Any], given: dict[str, float]
+) -> AnyMethod:
+    """Return what a factory returns; raise ConfigurationError if it fails."""
+    try:
+        return factory(**options, **given)
+    except ConfigurationError:  # the factory knows best what is wrong
+        raise
+    except Exception as error:
+        check_option_types(name, factory, options)
+        if name in _OWN:
+            raise
+        raise ConfigurationError(
+            f"The factory of method {name!r} raises {type(error).__name__} ({error})."
+        ) from error
 
 
 def _entry_points() -> dict[str, Any]:

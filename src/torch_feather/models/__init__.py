@@ -9,6 +9,7 @@ from ..import_path import accepted, import_object, is_import_path
 from .densenet import DenseNet, densenet40_24
 from .mobilenet import MobileNetV1, mobilenet_v1
 from .resnet import ResNet, resnet8, resnet20
+from .sizes import check_sizes
 
 __all__ = [
     "DenseNet",
@@ -65,9 +66,7 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
         >>> model(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
-    for option, number in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if number < 1:
-            raise ConfigurationError(f"{option} must be at least 1, got {number}.")
+    check_sizes(num_classes, in_channels)
     if name.startswith(TIMM):
         return create_timm(name, num_classes=num_classes, in_chans=in_channels)
     if is_import_path(name):

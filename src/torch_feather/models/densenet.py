@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .sizes import check_sizes
+
 
 class Bottleneck(nn.Module):
     """BN-ReLU-1x1, then BN-ReLU-3x3. Appends `growth` channels to the input.
@@ -71,6 +73,7 @@ class DenseNet(nn.Module):
 
     def __init__(self, growth: int, bottlenecks: int, num_classes: int, in_channels: int) -> None:
         super().__init__()
+        check_sizes(num_classes, in_channels)
         channels = 2 * growth
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         self.blocks = nn.Sequential()

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from .sizes import check_sizes
+
 # (output channels, stride) of each depthwise-separable block
 BLOCKS = (
     (64, 1),
@@ -61,6 +63,7 @@ class MobileNetV1(nn.Module):
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
         super().__init__()
+        check_sizes(num_classes, in_channels)
         self.stem = nn.Sequential()
         self.stem.conv = nn.Conv2d(in_channels, 32, 3, padding=1, bias=False)
         self.stem.bn = nn.BatchNorm2d(32)

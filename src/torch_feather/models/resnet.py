@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .sizes import check_sizes
+
 WIDTHS = (32, 64, 128)
 
 
@@ -61,6 +63,7 @@ class ResNet(nn.Module):
 
     def __init__(self, blocks: Sequence[int], num_classes: int, in_channels: int) -> None:
         super().__init__()
+        check_sizes(num_classes, in_channels)
         self.conv1 = nn.Conv2d(in_channels, WIDTHS[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
         self.layer1 = _stage(WIDTHS[0], WIDTHS[0], blocks[0], stride=1)

@@ -25,17 +25,28 @@ INTEGER: dict[Any, Any] = {np.dtype(np.float32): np.int32, np.dtype(np.float64):
 
 
 class Near(NamedTuple):
-    """The collected scores of a range.
+    """The collected scores of neighbouring ranges.
 
     Example:
-        >>> Near(0, 3, np.int32([5])).stop
-        3
+        >>> near = Near.of(np.array([0, 3]), np.array([3, 4]), [np.int32([5]), np.int32([7])])
+        >>> near.scores, near.end
+        (array([5, 7], dtype=int32), array([1, 2]))
     """
 
-    start: int
-    stop: int
+    start: np.ndarray
+    """First position of each range."""
+    stop: np.ndarray
+    """End of each range."""
+    end: np.ndarray
+    """End of the scores of each range in `scores`."""
     scores: np.ndarray
     """As integers, in the order of their positions."""
+
+    @classmethod
+    def of(cls, start: np.ndarray, stop: np.ndarray, scores: Sequence[np.ndarray]) -> Near:
+        """Return the scores of each range as one object."""
+        end = np.cumsum([part.size for part in scores])
+        return cls(start, stop, end, np.concatenate(scores))
 
 
 class Scores(ABC):
@@ -79,21 +90,21 @@ class Scores(ABC):
         within = np.less(bits, high, out=scratch("within", bits.size, bool))
         return count, bits[np.logical_and(within, above, out=within)]
 
-    def collect_all(self, low: float, high: float) -> tuple[int, list[Near]]:
+    def collect_all(self, low: float, high: float) -> tuple[int, Near]:
         """Count the scores up to `low`, and return those strictly between `low` and `high`."""
         least, most = self.as_integer(low), self.as_integer(high)
 
-        def collect(start: int) -> tuple[int, Near]:
-            stop = min(start + BLOCK, self.size)
-            count, near = self.collect(start, stop, least, most)
-            return count, Near(start, stop, near)
+        def collect(start: int) -> tuple[int, np.ndarray]:
+            return self.collect(start, min(start + BLOCK, self.size), least, most)
 
-        parts = for_each(collect, range(0, self.size, BLOCK))
-        return sum(count for count, _ in parts), [near for _, near in parts]
+        start = np.arange(0, max(self.size, 1), BLOCK)
+        parts = for_each(collect, start.tolist())
+        near = Near.of(start, np.minimum(start + BLOCK, self.size), [near for _, near in parts])
+        return sum(count for count, _ in parts), near
 
     def as_integer(self, value: float | np.floating) -> int:
         """Return the bits of a score as an integer."""
-        return int(np.array(value, self.dtype).view(INTEGER[self.dtype]))
+        return as_integer(value, self.dtype)
 
     def count_up_to(self, bound: int) -> int:
         """Return the number of scores up to a bound, as an integer."""
@@ -103,20 +114,22 @@ class Scores(ABC):
             )
         )
 
-    def find(self, value: int, n: int, parts: Sequence[Near] | None) -> int:
+    def find(self, value: int, n: int, near: Near | None) -> int:
         """Return the index of the n-th score, from 1, that equals a value, as an integer.
 
         Args:
             value: the score.
             n: its number.
-            parts: collected scores, if the value is among them.
+            near: collected scores, if the value is among them.
         """
-        for part in parts or ():
-            count = int(np.count_nonzero(part.scores == value))
-            if n <= count:
-                return self._find_in(range(part.start, part.stop, BLOCK), part.stop, value, n)
-            n -= count
-        return self._find_in(range(0, self.size, BLOCK), self.size, value, n)
+        start, stop = 0, self.size
+        if near is not None:
+            equal = np.flatnonzero(near.scores == value)
+            j = int(np.searchsorted(near.end, equal[n - 1], "right"))
+            if j > 0:
+                n -= int(np.searchsorted(equal, near.end[j - 1]))
+            start, stop = int(near.start[j]), int(near.stop[j])
+        return self._find_in(range(start, stop, BLOCK), stop, value, n)
 
     def _find_in(self, starts: Iterable[int], end: int, value: int, n: int) -> int:
         for a in starts:
@@ -153,6 +166,20 @@ class TensorScores(Scores):
         return np.abs(self._array[::step])
 
 
+def as_integer(value: float | np.floating, dtype: np.dtype) -> int:
+    """Return the bits of a number as an integer.
+
+    Args:
+        value: the number.
+        dtype: its type, float32 or float64.
+
+    Example:
+        >>> hex(as_integer(1.0, np.dtype(np.float32)))
+        '0x3f800000'
+    """
+    return int(np.array(value, dtype).view(INTEGER[dtype]))
+
+
 def magnitude_bits(values: np.ndarray, scale: Any = None) -> np.ndarray:
     """Return the bits of |values|, or of |values| * scale, as integers, in memory of this thread.
 
@@ -178,7 +205,8 @@ class Collected(NamedTuple):
     """What `Scores.collect_all` returns, found before a selection.
 
     Example:
-        >>> Collected((1.0, 2.0), 3, [], []).below
+        >>> nothing = Near.of(np.array([0]), np.array([3]), [np.empty(0, np.int32)])
+        >>> Collected((1.0, 2.0), 3, nothing, []).below
         3
     """
 
@@ -186,7 +214,7 @@ class Collected(NamedTuple):
     """Lower and upper bound."""
     below: int
     """Number of scores up to the lower bound."""
-    near: list[Near]
+    near: Near
     """Scores strictly between the bounds."""
     versions: list[int]
     """Versions of the tensors that were read."""
@@ -229,23 +257,22 @@ def select_scores(scores: Scores, k: int, bracket: Bracket | None = None) -> Cut
         found = _find(scores, k, *bracket.bounds)
     if found is None:
         found = _sampled(scores, k)
-    value, below, equal, parts = found
+    value, below, equal, near = found
     if bracket is not None:
         bracket.update(float(value))
     if np.isnan(value):  # more NaN than kept weights: all other scores are pruned, NaN never
         return _cutoff(number(np.inf), everywhere, number(np.inf))
     if k == below + equal:
         return _cutoff(value, everywhere, value)
-    last = scores.find(scores.as_integer(value), k - below, parts)
+    last = scores.find(scores.as_integer(value), k - below, near)
     return _cutoff(value, last, np.nextafter(value, number(0)))
 
 
 def _cutoff(value: np.floating, last: int, threshold: np.floating) -> Cutoff:
-    as_tensor = torch.from_numpy(np.array([value, threshold]))
-    return Cutoff(as_tensor[0], torch.tensor(last), as_tensor[1])
+    return Cutoff(*(torch.from_numpy(np.asarray(x)) for x in (value, np.int64(last), threshold)))
 
 
-Found = tuple[np.floating, int, int, Sequence[Near] | None]
+Found = tuple[np.floating, int, int, Near | None]
 """The k-th smallest score, the number of smaller and of equal ones, and where equal ones are."""
 
 
@@ -262,23 +289,23 @@ def _find(scores: Scores, k: int, low: float, high: float) -> Found | None:
         None if the k-th score is not within the bounds.
     """
     number = scores.dtype.type
-    below, parts = scores.collect_all(low, high)
+    below, collected = scores.collect_all(low, high)
     if k <= below:  # at most `low`: only equality is known to be right, such as initial zeros
         smaller = scores.count_up_to(scores.as_integer(low) - 1)
         return (number(low), smaller, below - smaller, None) if smaller < k else None
-    rank, size = k - below, sum(part.scores.size for part in parts)
+    rank, size = k - below, collected.scores.size
     if rank > size:
         smaller = below + size
         equal = scores.count_up_to(scores.as_integer(high)) - smaller
         return (number(high), smaller, equal, None) if k <= smaller + equal else None
-    near = np.concatenate([part.scores for part in parts])
+    near = collected.scores.copy()
     if near.min() != near.max():  # partition is slow on equal scores
         near.partition(rank - 1)
     value = near[rank - 1]
     smaller = below + int(np.count_nonzero(near < value))
     equal = int(np.count_nonzero(near == value))
     found: np.floating = near[rank - 1 : rank].view(scores.dtype)[0]
-    return found, smaller, equal, parts
+    return found, smaller, equal, collected
 
 
 def _sampled(scores: Scores, k: int) -> Found:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..attach import sparsify
 from ..average import LatentAverage
-from ..errors import NonFiniteWeightError, StateError
+from ..errors import ConfigurationError, NonFiniteWeightError, StateError
 from ..methods import find_method
 from ..methods.base import effective_weights
 from .capture import Tape, simulated_device
@@ -44,18 +44,24 @@ def check_method(
 
     Raises:
         AssertionError: lists every property that does not hold, with the reason.
-        ValueError: `skip` names an unknown property.
+        ConfigurationError: `skip` names an unknown property, or `factory` is not callable.
 
     Example:
         >>> check_method("gmp", skip={"two processes"})
     """
+    if not isinstance(factory, str) and not callable(factory):
+        raise ConfigurationError(
+            f"factory must be a function that returns a method, or a name, got {factory!r:.80}."
+        )
     label = factory if isinstance(factory, str) else getattr(factory, "__name__", factory)
     factory = partial(
         find_method(factory) if isinstance(factory, str) else factory, **options or {}
     )
     unknown = set(skip) - PROPERTIES.keys()
     if unknown:
-        raise ValueError(f"unknown properties in skip: {sorted(unknown)}; known: {[*PROPERTIES]}")
+        raise ConfigurationError(
+            f"unknown properties in skip: {sorted(unknown)}; known: {[*PROPERTIES]}"
+        )
     failures = []
     checks = {name: check for name, check in PROPERTIES.items() if name not in skip}
     for name, check in checks.items():

@@ -241,6 +241,8 @@ class RunDirectory:
             RunError: the run has not finished, or the file cannot be read, or does not hold the
                 results of a run.
         """
+        if not self.path.is_dir():
+            raise RunError(self._unfinished())
         try:
             return read_json(self.report_file, RESULTS, self._rewrite_hint())
         except FileNotFoundError:
@@ -304,7 +306,8 @@ class RunDirectory:
 
     def _unfinished(self) -> str:
         if not self.path.is_dir():
-            return f"{self.path}: no such run directory"
+            wrong = "is a file, not a" if self.path.exists() else "no such"
+            return f"{self.path}: {wrong} run directory"
         if not self.config_file.exists():
             if self.present_checkpoints():
                 return f"{self.config_file}: missing; {self.resume_hint()}, which restores it"

@@ -77,7 +77,7 @@ def initialize(model: nn.Module, source: str | None, network: str) -> list[str]:
     body = {name: tensor.numel() for name, tensor in state.items() if name not in head}
     found = sum(body[name] for name in fits if name in body)
     if found < LEAST * sum(body.values()):
-        raise misfit
+        raise ConfigurationError(f"{misfit}. This run trains {network}; --network names another.")
     try:
         load(model, lambda: {**state, **fitted(state, fits, given.__getitem__)}, title)
     except StateError:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..selection.cpu import INTEGER, magnitude_bits
+from ..selection.cpu import magnitude_bits
 from ..threads import scratch
 
 MOST = 0.2
@@ -60,36 +60,40 @@ def collect(w: np.ndarray, low: int, high: int) -> tuple[int, np.ndarray, Candid
     if count > MOST * w.size:
         within = np.less(bits, high, out=scratch("within", bits.size, bool))
         return w.size - count, bits[np.logical_and(within, above, out=within)], None
-    index = positions(above, count)
-    values = w.take(index)
-    scores = values.view(INTEGER[w.dtype]) & np.iinfo(bits.dtype).max
+    at, values = choose(w, above, count)
+    scores = values.view(bits.dtype) & np.iinfo(bits.dtype).max
     held = values if count <= MOST_VALUES * w.size else None
-    return w.size - count, scores[scores < high], Candidates(low, index.astype(np.uint16), held)
+    return w.size - count, scores[scores < high], Candidates(low, at, held)
 
 
-def positions(mask: np.ndarray, count: int) -> np.ndarray:
-    """Return the positions of the True in a mask, as `np.flatnonzero`.
+_POSITIONS = np.arange(1 << 16, dtype=np.uint16).reshape(-1, 8)
 
-    This function is slow if 1% to 10% are True, because a processor predicts none of them. So
-    words of eight are searched first, of which more are not 0.
+
+def choose(w: np.ndarray, mask: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of the True in a mask, and the weights there.
+
+    `nonzero` is slow if 1% to 10% are True, because a processor predicts none of them. So words of
+    eight are searched first, of which more are not 0. All that follows is on few numbers, where a
+    call costs more than its work.
 
     Args:
+        w: the weights of a range, of at most 65536, contiguous.
         mask: bool, contiguous.
         count: how many are True.
 
+    Returns:
+        Positions as uint16, and weights.
+
     Example:
-        >>> positions(np.arange(100) % 20 == 3, 5)
-        array([ 3, 23, 43, 63, 83])
+        >>> at, values = choose(np.arange(96.0), np.arange(96) % 20 == 3, 5)
+        >>> at, values
+        (array([ 3, 23, 43, 63, 83], dtype=uint16), array([ 3., 23., 43., 63., 83.]))
     """
     if not 0.01 * mask.size <= count <= 0.1 * mask.size or mask.size % 8:
-        return np.flatnonzero(mask)
+        index = mask.nonzero()[0]
+        return index.astype(np.uint16), w.take(index)
     words = mask.view(np.uint64)
-    some = np.not_equal(words, 0, out=scratch("words", words.size, bool))
-    found = np.flatnonzero(some)
-    inside = np.flatnonzero(words.take(found).view(bool))
-    word = inside >> 3
-    index = found.take(word)
-    index -= word
-    index <<= 3
-    index += inside
-    return index
+    word = np.not_equal(words, 0, out=scratch("words", words.size, bool)).nonzero()[0]
+    lane = words.take(word).view(bool).nonzero()[0]
+    at = _POSITIONS.take(word, axis=0).reshape(-1).take(lane)
+    return at, w.reshape(-1, 8).take(word, axis=0).reshape(-1).take(lane)

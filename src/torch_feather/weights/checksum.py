@@ -11,7 +11,7 @@ from .latent import BLOCK, LatentWeights, flat_bits
 from .ranges import COLUMNS, ROW_BYTES
 
 _FACTORS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, COLUMNS) | 1
-_ROWS = 64  # rows at a time: they stay in the cache while they are read twice
+_ROWS = 64
 
 
 def checksum(tensor: Tensor) -> int:
@@ -63,20 +63,13 @@ def column_sums(bits: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     whole = bits.size // per_word * per_word
     words, rest = bits[:whole].view(np.int64), bits[whole:]
     columns = np.empty(COLUMNS, np.int64) if out is None else out
-    columns.fill(0)
-    for a in range(0, words.size, _ROWS * COLUMNS):
-        block = words[a : a + _ROWS * COLUMNS]
-        if per_word == 1:
-            # Sign bits would be the topmost bits, and an even number of them cancels: mix them
-            # in.
-            block = block ^ (block.view(np.uint64) >> 1).view(np.int64)
-        for rows in (4, 1):  # NumPy adds long rows faster
-            full = block.size // (rows * COLUMNS) * rows * COLUMNS
-            if full:
-                several = np.add.reduce(block[:full].reshape(-1, rows * COLUMNS), axis=0)
-                columns += several.reshape(rows, COLUMNS).sum(0)
-            block = block[full:]
-        columns[: block.size] += block
+    if per_word == 1:
+        # Sign bits would be the topmost bits, and an even number of them cancels: mix them in.
+        words = words ^ (words.view(np.uint64) >> 1).view(np.int64)
+    full = words.size // COLUMNS * COLUMNS
+    np.add.reduce(words[:full].reshape(-1, COLUMNS), axis=0, out=columns)
+    if full < words.size:
+        columns[: words.size - full] += words[full:]
     if rest.size:  # the bytes of an incomplete last word; only the end of a tensor has one
         columns[-1] += int.from_bytes(rest.tobytes(), "little")
     return columns

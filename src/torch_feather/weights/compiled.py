@@ -146,8 +146,12 @@ def table(weights: LatentWeights, parameters: Sequence[Tensor]) -> np.ndarray | 
         return None
     # The last table is kept: in most steps all tensors are where they were.
     kept: dict[str, Any] = weights.constant("table", lambda _: {})
-    places = [(t.data_ptr(), t.dtype, t.stride()) for t in (*weights.views, *parameters)]
+    places = [
+        *[part.flat.data_ptr() for part in weights.parts],
+        *[(t.data_ptr(), t.dtype, t.stride()) for t in parameters],
+    ]
     if kept.get("places") != places:
+        kept.clear()
         kept.update(places=places, rows=_new_table(weights, parameters))
     return None if kept["rows"] is None else kept["rows"].copy()
 
@@ -198,42 +202,47 @@ def leave(rows: np.ndarray, columns: np.ndarray) -> None:
     _for_each_part("leave", rows)
 
 
-def collect(rows: np.ndarray, copies: bool) -> list[np.ndarray] | None:
+def collect(rows: np.ndarray, copies: bool) -> np.ndarray | None:
     """Count and collect magnitudes of parameters, which may be copied into latent weights.
 
     Args:
-        rows: a table with `low` and `high`. `below` becomes the number of scores up to `low`.
+        rows: a table with `low` and `high`. `below` becomes the number of scores up to `low`, and
+            `end` the end of the collected ones.
         copies: whether to copy; otherwise the scores are magnitudes times `scale`.
 
     Returns:
-        The scores between the bounds as bits, for each row; None if they are too many to hold.
+        The scores between the bounds as bits; None if they are too many to hold.
 
     Example:
         >>> weights, u = LatentWeights([torch.zeros(3)]), torch.tensor([1.0, -2.0, 3.0])
         >>> rows = table(weights, [u])
         >>> if rows is not None:
         ...     rows["low"], rows["high"] = np.float32([1.0, 3.0]).view(np.int32)
-        ...     [near] = collect(rows, copies=True)
+        ...     near = collect(rows, copies=True)
         ...     assert rows["below"] == 1 and near.view(np.float32).tolist() == [2.0]
     """
     found = kernels()
     assert found is not None
     function, width = found.functions["enter" if copies else "collect"], found.width
 
-    def collect_part(part: np.ndarray) -> list[np.ndarray] | None:
+    def collect_part(part: np.ndarray) -> np.ndarray | None:
         room = int(part["size"].sum()) // 16 + 1024
         # The last vector that is stored may reach beyond the room.
         near = scratch("near", room + width, np.int32)
         function(part.ctypes.data, len(part), near.ctypes.data, room)
-        begins, ends = part["begin"].tolist(), part["end"].tolist()
-        if ends[-1] > room:
-            return None
-        return [near[a:b].copy() for a, b in zip(begins, ends, strict=True)]
+        end = int(part["end"][-1])
+        return None if end > room else near[:end].copy()
 
-    parts = for_each(collect_part, _parts(rows))
-    if any(part is None for part in parts):
+    parts = _parts(rows)
+    found_by_part = for_each(collect_part, parts)
+    collected = [near for near in found_by_part if near is not None]
+    if len(collected) < len(parts):
         return None
-    return [near for part in parts for near in part or ()]
+    start = 0
+    for part, near in zip(parts, collected, strict=True):
+        part["end"] += start
+        start += near.size
+    return np.concatenate([np.empty(0, np.int32), *collected])
 
 
 def write_effective(
@@ -263,13 +272,13 @@ def write_effective(
     rows = table(weights, out)
     if rows is None or not all(is_plain(operator, span) for span in every):
         return None
-    # A row for each overlap of a range and a span; the last row of a range sums all of it.
-    found = ranges(weights)
-    range_of, span_of, starts, sizes = overlaps(found, every)
-    whole, rows = rows, rows[range_of]
-    for field in ("latent", "parameter"):
-        rows[field] += 4 * (starts - found.local[range_of])
-    rows["size"] = sizes
+    # The rows are kept, too: the spans change if the largest pruned score is tied.
+    kept: dict[str, Any] = weights.constant("table", lambda _: {})
+    starts = [span.piece.start for span in every]
+    if kept.get("starts") != starts:
+        kept.update(starts=starts, parts=_rows_of_spans(weights, rows, every))
+    rows, range_of, span_of = kept["parts"]
+    rows = rows.copy()
     scales = [1.0 if span.piece.scale is None else float(span.piece.scale) for span in every]
     for field, values in (
         ("limit", [span.limit for span in every]),
@@ -277,15 +286,40 @@ def write_effective(
         ("scale", scales),
     ):
         rows[field] = np.array(values)[span_of]
-    if columns is not None:
-        last = np.append(range_of[1:] != range_of[:-1], True)
-        rows["whole"], rows["columns"] = whole["parameter"][range_of], _addresses(columns)[range_of]
-        rows["count"][last] = whole["size"][range_of[last]]
+    if columns is None:
+        rows["count"] = 0  # nothing is summed
+    else:
+        rows["columns"] = _addresses(columns)[range_of]
     # Other operators are here only if all weights are kept.
     known = isinstance(operator, Power) and operator.p in (1.0, 2.0, 3.0)
     kind = int(operator.p) if known else "hard"  # type: ignore[attr-defined]
     _for_each_part(f"update_{kind}", rows)
     return bool(rows["flag"].any())
+
+
+def _rows_of_spans(
+    weights: LatentWeights, whole: np.ndarray, every: Sequence[Span]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a table with a row for each overlap of a range and a span.
+
+    Args:
+        weights: the latent weights.
+        whole: a table with a row for each range.
+        every: all spans in their order.
+
+    Returns:
+        The table, whose last row of each range sums all of it; and the number of the range and of
+        the span of each row.
+    """
+    found = ranges(weights)
+    range_of, span_of, starts, sizes = overlaps(found, every)
+    rows = whole[range_of]
+    for field in ("latent", "parameter"):
+        rows[field] += 4 * (starts - found.local[range_of])
+    rows["size"], rows["whole"] = sizes, whole["parameter"][range_of]
+    last = np.append(range_of[1:] != range_of[:-1], True)
+    rows["count"][last] = whole["size"][range_of[last]]
+    return rows, range_of, span_of
 
 
 def sum_rows(rows: np.ndarray, columns: np.ndarray) -> None:
@@ -329,7 +363,10 @@ def _parts(rows: np.ndarray, work: np.ndarray | None = None) -> list[np.ndarray]
         rows: a table.
         work: of each row; None for its size.
     """
-    ends, threads = np.cumsum(rows["size"] if work is None else work), torch.get_num_threads()
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return [rows] if len(rows) else []
+    ends = np.cumsum(rows["size"] if work is None else work)
     shares = np.arange(1, threads) * (ends[-1] if len(ends) else 0) // threads
     bounds = [0, *np.searchsorted(ends, shares).tolist(), len(rows)]
     return [rows[a:b] for a, b in pairwise(bounds) if a < b]

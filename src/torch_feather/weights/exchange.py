@@ -14,13 +14,13 @@ from torch.autograd.graph import increment_version
 
 from .. import devices
 from ..selection.bracket import Bracket
-from ..selection.cpu import SMALL, Collected, Near
+from ..selection.cpu import SMALL, Collected, Near, as_integer
 from ..threads import for_each
 from . import compiled, triton_passes
 from .candidates import Candidates, collect
 from .latent import LatentWeights, copy_all
-from .ranges import ranges, wide_array
-from .scores import WeightScores
+from .ranges import arrays, ranges, wide_array
+from .scores import score_dtype
 from .sums import Sums, copy_unmodified
 
 Span = tuple[int, int]
@@ -78,41 +78,80 @@ def read_latent(
     weights.collected, weights.candidates = {}, {}
     if triton_passes.copy(weights, positions, sources, reads=True):
         return
-    targets = [weights.views[i] for i in positions]
-    if devices.synchronizes(weights.device) or not _copies_all(weights, positions, sources):
-        copy_all(targets, sources)
-        return
-    brackets, found = _known_brackets(weights), ranges(weights)
-    rows_of = {  # the ranges of weights that each selection reads
-        span: slice(*np.searchsorted(found.local, span).tolist()) for span in brackets
-    }
-    scores = WeightScores(weights, 0, weights.size)
+    everything = len(positions) == len(weights.views) and weights.shards is None
+    on_device = devices.synchronizes(weights.device)
+    if on_device or not everything or not _read_all(weights, positions, sources):
+        copy_all([weights.views[i] for i in positions], sources)
+
+
+def _read_all(weights: LatentWeights, positions: Sequence[int], sources: Sequence[Tensor]) -> bool:
+    """Copy all parameters, and collect what the next selections need, on a CPU.
+
+    Returns:
+        False if nothing was copied, because a parameter has another type or layout.
+    """
+    parameters = list(sources)
+    for i, source in zip(positions, sources, strict=True):
+        parameters[i] = source
+    table = compiled.table(weights, parameters)
+    if table is None and not _same_layout(parameters, weights.views):
+        return False
+    found, dtype = ranges(weights), score_dtype(weights)
+    expected = [(span, rows_of(weights, span), at) for span, at in _known_bounds(weights)]
     low, high = (np.full(len(found.size), NOTHING, np.int64) for _ in range(2))
-    for span, bracket in brackets.items():
-        low[rows_of[span]], high[rows_of[span]] = map(scores.as_integer, bracket.bounds or ())
-    by_position = dict(zip(positions, sources, strict=True))
-    parameters = [by_position[i] for i in range(len(positions))]
-    collected = _read(weights, parameters, low, high)
+    for _, rows, bounds in expected:
+        low[rows], high[rows] = (as_integer(bound, dtype) for bound in bounds)
+    collected = (
+        _read_plain(weights, parameters, low, high)
+        if table is None
+        else _read_compiled(table, low, high)
+    )
     increment_version(weights.flats)
     if collected is None:
-        return
-    below, near = collected
+        return True
+    below, end, near = collected
     versions = weights.candidate_versions = [flat._version for flat in weights.flats]
-    for (start, stop), rows in rows_of.items():
-        parts = [
-            Near(a - start, a - start + n, magnitudes)
-            for a, n, magnitudes in zip(
-                found.local[rows].tolist(), found.size[rows].tolist(), near[rows], strict=True
-            )
-        ]
-        bounds = brackets[start, stop].bounds
-        assert bounds is not None
-        weights.collected[start, stop] = Collected(bounds, int(below[rows].sum()), parts, versions)
+    for (start, stop), rows, bounds in expected:
+        first = found.local[rows] - start
+        before = int(end[rows.start - 1]) if rows.start else 0
+        inside = near[before : end[rows.stop - 1]]
+        of_span = Near(first, first + found.size[rows], end[rows] - before, inside)
+        count = int(below[rows].sum())
+        weights.collected[start, stop] = Collected(bounds, count, of_span, versions)
+    return True
 
 
-def _read(
+def rows_of(weights: LatentWeights, span: Span) -> slice:
+    """Return which of the `ranges` are within a span, whose bounds are bounds of weight tensors.
+
+    Example:
+        >>> import torch
+        >>> rows_of(LatentWeights([torch.ones(2), torch.ones(3)]), (2, 5))
+        slice(1, 2, None)
+    """
+
+    def find(weights: LatentWeights) -> slice:
+        return slice(*np.searchsorted(ranges(weights).local, span).tolist())
+
+    found: slice = weights.constant(("rows", span), find)
+    return found
+
+
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""How many magnitudes of each range are at most its lower bound, the end of those strictly between
+its bounds, and all these."""
+
+
+def _read_compiled(rows: np.ndarray, low: np.ndarray, high: np.ndarray) -> Found | None:
+    """Copy as `_read_plain` by compiled loops; None if the magnitudes are too many to hold."""
+    rows["low"], rows["high"] = low, high
+    near = compiled.collect(rows, copies=True)
+    return None if near is None else (rows["below"], rows["end"], near)
+
+
+def _read_plain(
     weights: LatentWeights, parameters: Sequence[Tensor], low: np.ndarray, high: np.ndarray
-) -> tuple[np.ndarray, list[np.ndarray]] | None:
+) -> Found:
     """Copy parameters into latent weights, and collect the magnitudes of each of the `ranges`.
 
     Args:
@@ -120,18 +159,8 @@ def _read(
         parameters: a local tensor for each weight tensor.
         low: bound for each range, as an integer.
         high: another one.
-
-    Returns:
-        How many are at most `low`, and those strictly between the bounds; None if they are too many
-        to hold.
     """
-    rows = compiled.table(weights, parameters)
-    if rows is not None:
-        rows["low"], rows["high"] = low, high
-        near = compiled.collect(rows, copies=True)
-        return None if near is None else (rows["below"], near)
     found = ranges(weights)
-
     dtypes = [view.dtype for view in weights.views]
 
     def read(task: tuple[int, np.ndarray, np.ndarray]) -> tuple[int, np.ndarray, Candidates | None]:
@@ -142,10 +171,12 @@ def _read(
         w = wide_array(latent, dtypes[found.position[j]], weights.wide)
         return collect(w, int(low[j]), int(high[j]))
 
-    tasks = zip(range(len(low)), found.of(weights.views), found.of(parameters), strict=True)
-    parts = for_each(read, list(tasks))
+    pairs = zip(arrays(weights, weights.views), arrays(weights, parameters), strict=True)
+    parts = for_each(read, [(j, *pair) for j, pair in enumerate(pairs)])
     weights.candidates = {j: part[2] for j, part in enumerate(parts) if part[2] is not None}
-    return np.array([count for count, _, _ in parts]), [near for _, near, _ in parts]
+    counts, near = [part[0] for part in parts], [part[1] for part in parts]
+    end = np.cumsum([part.size for part in near])
+    return np.array(counts), end, np.concatenate(near)
 
 
 def write_latent(
@@ -181,25 +212,15 @@ def write_latent(
     return []
 
 
-def _known_brackets(weights: LatentWeights) -> dict[Span, Bracket]:
-    """Return the brackets of the selections that are expected next, and forget them."""
+def _known_bounds(weights: LatentWeights) -> list[tuple[Span, tuple[float, float]]]:
+    """Return the bounds of the selections that are expected next, and forget these."""
     expected = _expected(weights)
-    known = {
-        (start, stop): bracket
-        for (start, stop), bracket in expected.items()
-        if bracket.bounds is not None and stop - start >= SMALL
-    }
+    large = [(span, at.bounds) for span, at in expected.items() if span[1] - span[0] >= SMALL]
     expected.clear()
-    return known
+    return [(span, bounds) for span, bounds in large if bounds is not None]
 
 
-def _copies_all(
-    weights: LatentWeights, positions: Sequence[int], sources: Sequence[Tensor]
-) -> bool:
-    """Return whether all weights are copied unchanged."""
-    if len(positions) < len(weights.views) or weights.shards is not None:
-        return False
-    return all(
-        source.dtype == view.dtype and source.stride() == view.stride()
-        for source, view in zip(sources, (weights.views[i] for i in positions), strict=True)
-    )
+def _same_layout(sources: Sequence[Tensor], views: Sequence[Tensor]) -> bool:
+    """Return whether tensors have the same types and strides."""
+    pairs = zip(sources, views, strict=True)
+    return all(a.dtype == b.dtype and a.stride() == b.stride() for a, b in pairs)

@@ -66,21 +66,14 @@ def _cube_root(v: Lanes, x: str) -> str:
         return lambda a, b: v.op(name, "float", a, b)
 
     add, subtract, multiply, divide = map(binary, ("fadd", "fsub", "fmul", "fdiv"))
-    bits = v.cast("sitofp", v.cast("bitcast", x, "float", "i32"), "i32", "float")
-    bits = add(multiply(bits, number(roots.THIRD)), number(roots.SHIFT))
-    y = v.cast("bitcast", v.cast("fptosi", bits, "float", "i32"), "i32", "float")
-    step = multiply(divide(x, multiply(y, y)), number(roots.THIRD))
-    y = add(multiply(y, number(roots.TWO_THIRDS)), step)
-    rounded = v.op(
-        "add", "i32", v.cast("bitcast", y, "float", "i32"), v.constant("i32", roots.HALF_BIT)
-    )
-    rounded = v.op("and", "i32", rounded, v.constant("i32", roots.TOP_BITS))
-    y = v.cast("bitcast", rounded, "i32", "float")
-    cube = multiply(multiply(y, y), y)
-    e = divide(subtract(x, cube), cube)
-    series = subtract(number(roots.SECOND), multiply(e, number(roots.THIRD_TERM)))
-    series = subtract(number(roots.FIRST), multiply(series, e))
-    return add(y, multiply(multiply(series, e), y))
+    bits = v.op("udiv", "i32", v.cast("bitcast", x, "float", "i32"), v.constant("i32", 3))
+    bits = v.op("add", "i32", bits, v.constant("i32", roots.START))
+    y = v.cast("bitcast", bits, "i32", "float")
+    quotient = divide(x, multiply(multiply(y, y), y))
+    step = divide(number(3.0), add(quotient, number(2.0)))
+    y = multiply(y, subtract(number(2.0), step))
+    rest = subtract(divide(x, multiply(y, y)), y)
+    return add(y, multiply(rest, number(roots.THIRD)))
 
 
 def _kept(v: Lanes, w: str) -> str:

@@ -41,7 +41,7 @@ class PerTensor(NamedTuple):
     @property
     def per_weight(self) -> bool:
         """Whether there is a number for each weight, rather than one per weight tensor."""
-        return any(row.dim() > 0 for row in self.rows)
+        return bool(self.rows) and self.rows[0].dim() > 0
 
     def clone(self) -> PerTensor:
         """Return a copy in new memory."""

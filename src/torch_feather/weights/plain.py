@@ -18,18 +18,20 @@ from ..operators import Operator, Power
 from ..selection.cpu import magnitude_bits
 from ..threads import for_each, scratch
 from . import compiled
-from .candidates import Candidates, positions
+from .candidates import Candidates, choose
 from .checksum import column_sums, may_be_nonfinite
 from .kept import kept_values
 from .latent import LatentWeights, flat_bits, flat_of
-from .ranges import COLUMNS, groups, ranges, wide_array
+from .ranges import COLUMNS, arrays, groups, ranges, wide_array
 from .rows import NO_FACTORS, multiply_rows
 from .segments import Segment
 from .spans import Span, is_plain, keeps_all, overlaps, spans
 from .sums import Recorded, Sums, versions
 
-DENSE = 0.4
+DENSE = 0.25
 """Kept fraction of a range above which all its weights are computed, not the kept ones alone."""
+SAMPLE = 61
+"""Every so many weights are counted to estimate this fraction."""
 
 
 def write_effective(
@@ -51,9 +53,12 @@ def write_effective(
         tensor([ 0.0000, -0.5000])
     """
     every, found = list(spans(weights, segments)), ranges(weights)
-    flat = found.of(out)
-    recorded = isinstance(out, Recorded)
-    columns = np.empty((len(flat), COLUMNS), np.int64) if recorded else None
+    size, recorded = len(found.size), isinstance(out, Recorded)
+    columns = np.empty((size, COLUMNS), np.int64) if recorded else None
+    nonfinite = compiled.write_effective(
+        weights, every, operator, out, None if factors else columns
+    )
+    flat = arrays(weights, out) if nonfinite is None or factors else []
 
     def finish(j: int, check: bool = True) -> bool:
         """Multiply and sum range j; return whether a value may be NaN or infinite."""
@@ -67,9 +72,6 @@ def write_effective(
         column_sums(flat[j], columns[j])
         return check and may_be_nonfinite(flat[j], out[i].dtype)
 
-    nonfinite = compiled.write_effective(
-        weights, every, operator, out, None if factors else columns
-    )
     if nonfinite is None:
         pieces = _pieces(weights, every, operator, flat)
 
@@ -80,7 +82,7 @@ def write_effective(
 
         nonfinite = any(for_each(write, groups(weights)))
     elif factors:
-        nonfinite = any(for_each(finish, range(len(flat))))
+        nonfinite = any(for_each(finish, range(size)))
     torch.autograd.graph.increment_version(list(out))
     if isinstance(out, Recorded) and columns is not None:
         out.sums = Sums(versions(out), columns, nonfinite)
@@ -123,7 +125,7 @@ def _pieces(
     dtypes = [span.piece.values.dtype for span in every]
     pairs = zip(every, dtypes, strict=True)
     plain = [dtype == weights.wide and is_plain(operator, span) for span, dtype in pairs]
-    latent = found.of(weights.views)
+    latent = arrays(weights, weights.views)
     pieces: list[list[PieceOfSpan]] = [[] for _ in out]
     for j, k, start, size in zip(*(x.tolist() for x in overlaps(found, every)), strict=True):
         inside = slice(start - int(found.local[j]), start - int(found.local[j]) + size)
@@ -157,14 +159,15 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
             chosen = w.take(index) if known.values is None else known.values
         else:
             bits = magnitude_bits(w, piece.span.piece.scale)
-            above = np.greater(bits, piece.span.limit, out=scratch("above", bits.size, bool))
-            count = int(np.count_nonzero(above))
-            if count > DENSE * w.size and piece.plain:
+            sample = bits[::SAMPLE]
+            kept = int(np.count_nonzero(sample > piece.span.limit))
+            if piece.plain and kept > DENSE * sample.size:
                 _write_dense(w, bits, piece.span, operator, piece.out)
                 nonfinite |= may_be_nonfinite(piece.out, piece.dtype)
                 continue
-            index = positions(above, count)
-            chosen = w.take(index)
+            above = np.greater(bits, piece.span.limit, out=scratch("above", bits.size, bool))
+            count = int(np.count_nonzero(above))
+            index, chosen = choose(w, above, count)
         sparse.setdefault(id(piece.span), []).append((piece, index, chosen))
     for same in sparse.values():
         u = _sparse_values([piece for piece, _, _ in same], [w for *_, w in same], operator)
@@ -173,7 +176,7 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
         for piece, index, w in same:
             start, end = end, end + w.size
             piece.out.fill(0)
-            piece.out[index.astype(np.intp, copy=False)] = u[start:end]
+            piece.out[index.astype(np.intp)] = u[start:end]
     return nonfinite
 
 
@@ -195,7 +198,7 @@ def _sparse_values(
     else:
         u = flat_bits(kept_values(torch.from_numpy(w), span.tau, operator, dtype))
     if any(piece.candidates is not None for piece in pieces):  # some of these may be pruned
-        u[np.flatnonzero(magnitude_bits(w) <= span.limit)] = 0
+        u[(magnitude_bits(w) <= span.limit).nonzero()[0]] = 0
     return u
 
 
@@ -211,22 +214,31 @@ def _write_dense(
         operator: one that `is_plain` knows.
         out: memory for their effective weights, as integers.
     """
-    u = plain_values(w, span.tau.numpy(), operator).view(bits.dtype)
+    known = bits.view(w.dtype) if span.piece.scale is None else None
+    u = plain_values(w, span.tau.numpy(), operator, known, out.view(w.dtype)).view(bits.dtype)
     mask = np.subtract(bits.dtype.type(span.limit), bits, out=bits)
     mask >>= 8 * bits.itemsize - 1  # all bits are set if the score is above the limit
     np.bitwise_and(mask, u, out=out)
 
 
-def plain_values(w: np.ndarray, tau: np.ndarray, operator: Operator) -> np.ndarray:
+def plain_values(
+    w: np.ndarray,
+    tau: np.ndarray,
+    operator: Operator,
+    magnitudes: np.ndarray | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Return the effective values of kept weights, with the bits of the operator.
 
     Args:
-        w: the weights, flat. Values that are not kept give any number.
+        w: the weights, flat. Values that are not kept give any number or NaN.
         tau: threshold of the operator, 0-dimensional.
         operator: one that `is_plain` knows.
+        magnitudes: |w|, if they are known.
+        out: memory for the values; None for memory of this thread.
 
     Returns:
-        The argument `w`, or memory of this thread.
+        The argument `w`, or `out`.
 
     Example:
         >>> plain_values(np.float32([2.0]), np.float32(0.5), Power(1.0))
@@ -235,47 +247,37 @@ def plain_values(w: np.ndarray, tau: np.ndarray, operator: Operator) -> np.ndarr
     if operator.is_identity or tau == 0:
         return w
     assert isinstance(operator, Power)
-    with np.errstate(all="ignore"):
+    if out is None:
         out = scratch("values", w.size, w.dtype)
+    with np.errstate(all="ignore"):
         if operator.p == 1.0:
             return np.subtract(w, np.copysign(tau, w, out=out), out=out)
-        ratio = np.divide(tau, np.abs(w, out=out), out=out)
-        power = np.multiply(ratio, ratio, out=scratch("power", w.size, w.dtype))
+        if magnitudes is None:
+            magnitudes = np.abs(w, out=out)
+        ratio = np.divide(tau, magnitudes, out=out)
+        rest = np.multiply(ratio, ratio, out=scratch("rest", w.size, w.dtype))
         if operator.p == 3.0:
-            power *= ratio
-        rest = np.subtract(np.float32(1), power, out=power)
-        if operator.p == 2.0:
-            np.maximum(rest, np.float32(0), out=rest)
-            return np.multiply(np.sqrt(rest, out=rest), w, out=rest)
-        # That of a kept weight is at least 3 * 2^-24.
-        np.maximum(rest, np.float32(2.0**-24), out=rest)
-        return np.multiply(_cube_root(rest, out), w, out=out)
+            rest *= ratio
+        np.subtract(np.float32(1), rest, out=rest)  # of a kept weight, at least 3 * 2^-24
+        root = np.sqrt(rest, out=out) if operator.p == 2.0 else _cube_root(rest, out)
+        return np.multiply(root, w, out=out)
 
 
 def _cube_root(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Write the cube root of float32 numbers in (0, 1] into `y`, as in `roots.cube_root`."""
     number = np.float32
-    bits, t = y.view(np.int32), scratch("cube", x.size, number)
-    np.copyto(t, x.view(np.int32), casting="unsafe")
-    t *= number(roots.THIRD)
-    t += number(roots.SHIFT)
-    np.copyto(bits, t, casting="unsafe")
+    bits, t = y.view(np.uint32), scratch("cube", x.size, number)
+    np.floor_divide(x.view(np.uint32), np.uint32(3), out=bits)
+    bits += np.uint32(roots.START)
+    np.multiply(y, y, out=t)
+    t *= y
+    np.divide(x, t, out=t)
+    t += number(2)
+    np.divide(number(3), t, out=t)
+    y *= np.subtract(number(2), t, out=t)
     np.multiply(y, y, out=t)
     np.divide(x, t, out=t)
+    t -= y
     t *= number(roots.THIRD)
-    y *= number(roots.TWO_THIRDS)
     y += t
-    bits += np.int32(roots.HALF_BIT)
-    bits &= np.int32(roots.TOP_BITS)
-    cube = np.multiply(y, y, out=t)
-    cube *= y
-    e = np.subtract(x, cube, out=x)
-    e /= cube
-    series = np.multiply(e, number(roots.THIRD_TERM), out=t)
-    np.subtract(number(roots.SECOND), series, out=series)
-    series *= e
-    np.subtract(number(roots.FIRST), series, out=series)
-    series *= e
-    series *= y
-    y += series
     return y

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,46 @@ class Ranges(NamedTuple):
         flat = [flat_bits(tensor) for tensor in tensors]
         triples = zip(*(x.tolist() for x in self[:3]), strict=True)
         return [flat[i][a : a + n] for i, a, n in triples]
+
+
+def arrays(weights: LatentWeights, tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """Return `Ranges.of` tensors, kept as long as the tensors stay where they are.
+
+    Args:
+        weights: the latent weights, on a CPU.
+        tensors: their views, or one local tensor for each of them.
+
+    Example:
+        >>> import torch
+        >>> u, weights = torch.ones(2), LatentWeights([torch.ones(2)])
+        >>> found = arrays(weights, [u])
+        >>> found is arrays(weights, [u]), found is arrays(weights, [-u])
+        (True, False)
+    """
+    kept: dict[bool, Any] = weights.constant("arrays", lambda _: {})
+    latent = tensors is weights.views
+    places = [(tensor.data_ptr(), tensor.dtype, tensor.stride()) for tensor in tensors]
+    if latent not in kept or kept[latent][0] != places:
+        kept[latent] = places, ranges(weights).of(tensors)
+    found: list[np.ndarray] = kept[latent][1]
+    return found
+
+
+def forget_arrays(weights: LatentWeights) -> None:
+    """Release what `arrays` keeps, which holds the memory of tensors.
+
+    Args:
+        weights: the latent weights.
+
+    Example:
+        >>> import torch
+        >>> weights = LatentWeights([torch.ones(2)])
+        >>> found = arrays(weights, weights.views)
+        >>> forget_arrays(weights)
+        >>> arrays(weights, weights.views) is found
+        False
+    """
+    weights.constant("arrays", lambda _: {}).clear()
 
 
 def wide_array(bits: np.ndarray, dtype: torch.dtype, wide: torch.dtype) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -72,10 +73,14 @@ class WeightScores(Scores):
         scales: Sequence[Tensor] | None = None,
     ):
         self._start, self._wide, self.size = start, weights.wide, stop - start
-        self.dtype = np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
-        self._pieces = pieces(weights, start, stop, scales)
+        self.dtype = score_dtype(weights)
+        self._make_pieces = partial(pieces, weights, start, stop, scales)
         self._collected = weights.collected.pop((start, stop), None) if scales is None else None
         self._flats = weights.flats
+
+    @cached_property
+    def _pieces(self) -> list[Piece]:
+        return self._make_pieces()
 
     def _inside(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
         """Yield the pieces that hold scores start to stop, and the range in each."""
@@ -98,7 +103,7 @@ class WeightScores(Scores):
             joined[at : at + b - a] = magnitude_bits(values, piece.scale)
         return joined
 
-    def collect_all(self, low: float, high: float) -> tuple[int, list[Near]]:
+    def collect_all(self, low: float, high: float) -> tuple[int, Near]:
         found, self._collected = self._collected, None  # its memory is free after the first use
         # If the weights were changed since then, it is out of date.
         if (
@@ -109,7 +114,7 @@ class WeightScores(Scores):
             return found.below, found.near
         return self._collect_compiled(low, high) or super().collect_all(low, high)
 
-    def _collect_compiled(self, low: float, high: float) -> tuple[int, list[Near]] | None:
+    def _collect_compiled(self, low: float, high: float) -> tuple[int, Near] | None:
         """Return what `collect_all` does, by compiled loops; None if there are none."""
         if any(piece.values.dtype != torch.float32 for piece in self._pieces):
             return None
@@ -128,9 +133,8 @@ class WeightScores(Scores):
         near = compiled.collect(rows, copies=False)
         if near is None:
             return None
-        starts = [piece.start + a - self._start for piece, a, _ in parts]
-        found = zip(starts, rows["size"].tolist(), near, strict=True)
-        return int(rows["below"].sum()), [Near(a, a + n, bits) for a, n, bits in found]
+        starts = np.array([piece.start + a - self._start for piece, a, _ in parts])
+        return int(rows["below"].sum()), Near(starts, starts + rows["size"], rows["end"], near)
 
     def sample(self, step: int) -> np.ndarray:
         found, first = [], 0
@@ -140,6 +144,16 @@ class WeightScores(Scores):
                 found.append(values if piece.scale is None else values * piece.scale)
             first = (first - piece.values.numel()) % step
         return np.concatenate(found) if found else np.empty(0, self.dtype)
+
+
+def score_dtype(weights: LatentWeights) -> np.dtype:
+    """Return the NumPy type of the magnitudes of weights.
+
+    Example:
+        >>> score_dtype(LatentWeights([torch.ones(2, dtype=torch.bfloat16)]))
+        dtype('float32')
+    """
+    return np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
 
 
 def as_array(values: Tensor, wide: torch.dtype) -> np.ndarray:

@@ -58,10 +58,23 @@ def local(tensor: Any) -> Tensor:
         >>> local(w) is w
         True
     """
-    if not is_sharded(tensor):
+    if not hasattr(tensor, "to_local"):
         return tensor
     with torch.no_grad():
         return tensor.to_local()
+
+
+def local_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the `local` shards of tensors.
+
+    Example:
+        >>> w = nn.Parameter(torch.ones(2))
+        >>> local_all([w])[0] is w
+        True
+    """
+    # DTensors have a type of their own, also as parameters.
+    plain = set(map(type, tensors)) == {nn.Parameter}
+    return list(tensors) if plain else list(map(local, tensors))
 
 
 @torch.no_grad()

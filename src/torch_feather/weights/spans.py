@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..operators import Operator, Power
-from ..selection.cpu import INTEGER
+from ..selection.cpu import as_integer
 from .latent import LatentWeights
 from .ranges import Ranges
 from .segments import Segment
@@ -68,8 +68,8 @@ def spans(weights: LatentWeights, segments: Sequence[Segment]) -> Iterator[Span]
     for segment in segments:
         first, end = weights.local_range(segment.start, segment.stop)
         cutoff, tau = segment.cutoff, segment.threshold
-        value, last = cutoff.value.to(weights.wide).numpy(), int(cutoff.last)
-        limit = int(value.view(INTEGER[number])) if value >= 0 else -1
+        value, last = cutoff.value.item(), int(cutoff.last)
+        limit = as_integer(value, number) if value >= 0 else -1
         scale = None if segment.scale is None else number.type(segment.scale.item())
         for part in weights.parts:
             a, b = max(first, part.start), min(end, part.stop)
@@ -91,8 +91,9 @@ def is_plain(operator: Operator, span: Span) -> bool:
     """
     if operator.is_identity or keeps_all(operator, span):
         return True
-    known, tau = type(operator) is Power and operator.p in (1.0, 2.0, 3.0), span.tau
-    return known and tau.dtype == torch.float32 and bool((tau == 0) | (tau >= TINY))
+    if type(operator) is not Power or operator.p not in (1.0, 2.0, 3.0):
+        return False
+    return span.tau.dtype == torch.float32 and (span.tau.item() == 0 or span.tau.item() >= TINY)
 
 
 def keeps_all(operator: Operator, span: Span) -> bool:

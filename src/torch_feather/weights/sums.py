@@ -13,7 +13,7 @@ from ..threads import for_each, scratch
 from . import compiled
 from .checksum import checksum_of_columns, column_sums, may_be_nonfinite
 from .latent import LatentWeights
-from .ranges import COLUMNS, ranges
+from .ranges import COLUMNS, arrays, ranges
 
 
 class Sums(NamedTuple):
@@ -99,7 +99,7 @@ def sum_ranges(weights: LatentWeights, tensors: Sequence[Tensor]) -> Sums:
         column_sums(bits, columns[j])
         return may_be_nonfinite(bits, tensors[position[j]].dtype)
 
-    odd = for_each(add, list(enumerate(every.of(tensors))))
+    odd = for_each(add, list(enumerate(arrays(weights, tensors))))
     return Sums(versions(tensors), columns, any(odd))
 
 
@@ -131,14 +131,17 @@ def copy_unmodified(
         >>> copy_unmodified(weights, [0], [u], sums)
         [0]
     """
-    pairs = enumerate(zip(versions(parameters), sums.versions, strict=True))
-    modified = np.zeros(len(parameters), bool)
-    modified[[i for i, (now, then) in pairs if now != then]] = True
-    copied = ~modified & np.isin(np.arange(len(parameters)), positions)
+    modified, copied = (np.zeros(len(parameters), bool) for _ in range(2))
+    now = versions(parameters)
+    if now != sums.versions:
+        modified[:] = [a != b for a, b in zip(now, sums.versions, strict=True)]
+    copied[list(positions)] = True
+    copied &= ~modified
     every = ranges(weights)
     rows = compiled.table(weights, parameters)
     if rows is not None:
-        rows["latent"][~copied[every.position]] = 0
+        if not copied.all():
+            rows["latent"][~copied[every.position]] = 0
         compiled.leave(rows, sums.columns)
         differs = rows["flag"] != 0
     else:
@@ -157,11 +160,11 @@ def _copy_unmodified(
     def copy(task: tuple[int, np.ndarray, np.ndarray]) -> bool:
         j, parameter, latent = task
         found = column_sums(parameter, scratch("sums", COLUMNS, np.int64))
-        if not np.array_equal(found, sums.columns[j]):
+        if found.tobytes() != sums.columns[j].tobytes():
             return True
         if copied[every.position[j]]:
             np.copyto(parameter, latent)
         return False
 
-    tasks = zip(range(len(every.size)), every.of(parameters), every.of(weights.views), strict=True)
-    return np.array(for_each(copy, list(tasks)), bool)
+    pairs = zip(arrays(weights, parameters), arrays(weights, weights.views), strict=True)
+    return np.array(for_each(copy, [(j, *pair) for j, pair in enumerate(pairs)]), bool)

@@ -15,10 +15,7 @@ import triton.language as tl
 from .. import roots
 from ..selection.triton_kernels import widened
 
-THIRD, TWO_THIRDS = tl.constexpr(roots.THIRD), tl.constexpr(roots.TWO_THIRDS)
-SHIFT, HALF_BIT = tl.constexpr(roots.SHIFT), tl.constexpr(roots.HALF_BIT)
-TOP_BITS, FIRST = tl.constexpr(roots.TOP_BITS), tl.constexpr(roots.FIRST)
-SECOND, THIRD_TERM = tl.constexpr(roots.SECOND), tl.constexpr(roots.THIRD_TERM)
+THIRD, START = tl.constexpr(roots.THIRD), tl.constexpr(roots.START)
 
 
 @triton.jit
@@ -68,14 +65,10 @@ def adopt_ranges(rows, latent, held, given, BLOCK: tl.constexpr):
 @triton.jit
 def _cube_root(x):
     """Return the cube root, as in `roots.cube_root`."""
-    bits = x.to(tl.int32, bitcast=True).to(tl.float32) * THIRD + SHIFT
-    y = bits.to(tl.int32).to(tl.float32, bitcast=True)
-    y = y * TWO_THIRDS + tl.math.div_rn(x, y * y) * THIRD
-    y = ((y.to(tl.int32, bitcast=True) + HALF_BIT) & TOP_BITS).to(tl.float32, bitcast=True)
-    cube = y * y * y
-    e = tl.math.div_rn(x - cube, cube)
-    correction = (FIRST - (SECOND - e * THIRD_TERM) * e) * e
-    return tl.where(x == 0, x, y + correction * y)
+    y = (x.to(tl.int32, bitcast=True) // 3 + START).to(tl.float32, bitcast=True)
+    y = y * (2.0 - tl.math.div_rn(3.0, tl.math.div_rn(x, y * y * y) + 2.0))
+    y = y + (tl.math.div_rn(x, y * y) - y) * THIRD
+    return tl.where(x == 0, x, y)
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 A folder or tar file has the paths `train/CLASS/IMAGE` and `val/CLASS/IMAGE`. Alternatively, a
 folder has the tar files train*.tar and val*.tar with paths `CLASS/IMAGE`, or with pairs `KEY.jpg`
-and `KEY.cls` (the number of the class). `validation` and `test` are accepted in place of `val`.
-A folder with `train.csv` and `val.csv` lists images with several labels each.
+and `KEY.cls` (the number of the class). `valid`, `validation` and `test` are accepted in
+place of `val`. A folder with `train.csv` and `val.csv` lists images with several labels each.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .names import Names
 from .shards import complete_shards
 from .tar_index import is_image, is_other_image, steps, tar_index
 
-HELD_BACK = ("val", "validation", "test")  # accepted names of the evaluation images
+HELD_BACK = ("val", "valid", "validation", "test")  # accepted names of the evaluation images
 PARTS = ("train", *HELD_BACK)
 LAYOUT = (
     "a folder with train/ and val/, each with a folder of images per class; a tar file of such a "
@@ -81,7 +81,7 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
     if has_csv_labels(root):
         return find_csv_images(root)
     if root.is_file():
-        found = _in_tar(root, 0)
+        found = _in_tar(_no_zip(root), 0)
     elif not root.is_dir():
         raise DataError(f"{printable(root)}: no such file or folder. Set --data-path to {LAYOUT}.")
     elif (root / "train").is_dir():
@@ -115,6 +115,17 @@ def find_images(path: str | None) -> tuple[ImageFiles, ImageFiles, int]:
     classes = _common_classes(root, held_back, parts["train"], parts[held_back])
     train, test = (_to_files(containers, parts[part], classes) for part in ("train", held_back))
     return train, test, len(classes)
+
+
+def _no_zip(file: Path) -> Path:
+    """Return a file, if it is not a zip file."""
+    with file.open("rb") as opened:
+        if opened.read(4) == b"PK\3\4":
+            raise DataError(
+                f"{printable(file)}: a zip file. Unpack it, and set --data-path to the folder that "
+                "has train/ and val/."
+            )
+    return file
 
 
 def _warn_of(unread: list[str], outside: list[str]) -> None:
