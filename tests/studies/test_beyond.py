@@ -39,7 +39,7 @@ def test_only_the_final_comparison_trains_on_all_images():
         final = run.config.seed in FINAL_SEEDS
         assert (run.config.data.validation == 0) == final
         short = run.config.seed in beyond.EXPLORATION.seeds
-        assert run.config.epochs == (3 if short else 10)
+        assert run.config.epochs == (5 if short else 10)
 
 
 def test_a_variant_differs_from_feather_in_what_its_label_says():

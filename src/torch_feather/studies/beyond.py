@@ -100,7 +100,7 @@ class Phase:
         return grid(mine, labelled, replace(axes, seeds=self.seeds or axes.seeds))
 
 
-EXPLORATION = Phase("exploration", EXPLORED, seeds=(1000, 1001), epochs=0.3)
+EXPLORATION = Phase("exploration", EXPLORED, seeds=(1000, 1001), epochs=0.5)
 TUNING = Phase("tuning", TUNED, seeds=(2000, 2001))
 FINAL = Phase("final comparison", COMPARED, validation=0.0)
 PHASES = (EXPLORATION, TUNING, FINAL)
