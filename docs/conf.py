@@ -67,7 +67,13 @@ NAVIGATION = {
         ],
         "Methods": ["docs/methods/README"],
         "Studies and results": [
-            *("docs/studies", "results/README", "docs/reliability", "benchmarks/README"),
+            *(
+                "docs/studies",
+                "docs/protocol",
+                "results/README",
+                "docs/reliability",
+                "benchmarks/README",
+            ),
         ],
         "Reference": ["docs/reference/index", "docs/design", "CONTRIBUTING", "CHANGELOG"],
     },

@@ -27,7 +27,11 @@ def row():
             "data": "images",
             "amp": False,
             "select": "last",
-            "curve": {"train_loss": [2.0, 1.0 - accuracy], "mask_correlation": [None, 0.5, 1.0]},
+            "curve": {
+                "train_loss": [2.0, 1.0 - accuracy],
+                "val_acc": [0.1, accuracy],
+                "mask_correlation": [None, 0.5, 1.0],
+            },
             "commit": "0123456789abc+",
             "versions": {"torch": "2"},
             "hardware": {"cpu": "a cpu", "threads": 1},

@@ -381,3 +381,11 @@ def test_names_of_data_methods_and_networks_are_escaped(name, row, tmp_path):
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
     assert "[a](b)" not in text
+
+
+def test_a_page_names_failed_runs_and_their_reasons(row, tmp_path):
+    study, answer, rows, planned = answered("compare", row, 3)
+    facts = RunFacts("command", planned + 1, failed={"digits-gmp-0.9-3": "the loss is NaN"})
+    text = write_study(study, answer, rows, tmp_path, facts)
+    for page in (text, (tmp_path / "index.html").read_text()):
+        assert "digits-gmp-0.9-3: the loss is NaN" in page

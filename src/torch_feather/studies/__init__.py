@@ -25,6 +25,7 @@ _CONSTANTS = {
     "latency": "LATENCY",
     "networks": "NETWORKS_STUDY",
     "compare": "COMPARE",
+    "beyond": "BEYOND",
 }
 
 

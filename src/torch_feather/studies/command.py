@@ -64,7 +64,7 @@ def _parameters(study: Description) -> list[inspect.Parameter]:
         option("methods", text, None, help=help)
     help = f"Target sparsities. [default: {study.sparsities}; digits: {study.digits_sparsities}]"
     option("sparsity", text, None, help=help)
-    option("seeds", str, "0,1,2", help="Random seeds; one run each.")
+    option("seeds", str, study.seeds, help="Random seeds; one run each.")
     help = "Recipe, see `feather recipes`. [default: the recipe of --data, otherwise digits]"
     option("recipe", text, None, help=help)
     option("data", text, None, help="digits, cifar10, cifar100 or imagefolder.")
@@ -92,3 +92,40 @@ def _parameters(study: Description) -> list[inspect.Parameter]:
 
 for _description in DESCRIPTIONS.values():
     app.command(_description.name)(command(_description))
+
+
+@app.command()
+def power(
+    files: Annotated[list[Path], typer.Argument(metavar="runs.json...", help="Rows of studies.")],
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pair",
+            metavar="'FIRST vs. SECOND'",
+            help="A comparison, as in the tables of a study. "
+            "[default: the first sparse method with each of the others]",
+        ),
+    ] = None,
+) -> None:
+    """How many seeds does a comparison require?
+
+    Estimates from the spread of recorded runs how many seeds a paired comparison requires for a
+    power of 80% at a two-sided level of 5%: for the difference seen, and for 0.5 points. Trains
+    nothing, and prints a table in Markdown.
+    \f
+
+    Example:
+        >>> import tempfile
+        >>> from ..errors import FeatherError
+        >>> try:
+        ...     power([Path(tempfile.mkdtemp()) / "runs.json"])
+        ... except FeatherError as error:
+        ...     print(error)
+        /...runs.json: no such file
+    """
+    from .output import markdown_table
+    from .power import pairs_of, power_table
+    from .runs import read_rows
+
+    rows = [row for file in files for row in read_rows(file)]
+    typer.echo(markdown_table(power_table(rows, pairs_of(rows, pairs or []))))

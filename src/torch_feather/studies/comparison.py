@@ -20,8 +20,9 @@ Pair = tuple[str, str]
 CAPTION = (
     "Paired differences in test accuracy (percentage points) with uncorrected 95% t intervals. An "
     "interval that contains 0 means no significant difference. p values are Holm-corrected over "
-    "the comparisons at the same sparsity on this page."
+    "{family}."
 )
+FAMILIES = {False: "the comparisons at the same sparsity", True: "all comparisons"}
 
 
 def _accuracy(row: Row) -> float:
@@ -160,7 +161,9 @@ class _Difference:
         return f"{mean} points; 95% CI {signed(low)} to {signed(high)}; n = {n}"
 
 
-def compare_pairs(rows: Sequence[Row], pairs: Iterable[Pair]) -> tuple[list[str], list[Table]]:
+def compare_pairs(
+    rows: Sequence[Row], pairs: Iterable[Pair], *, together: bool = False
+) -> tuple[list[str], list[Table]]:
     """Compare labels pairwise at each sparsity.
 
     A difference is significant if the 95% t interval of the paired differences excludes 0. Pairs
@@ -169,6 +172,7 @@ def compare_pairs(rows: Sequence[Row], pairs: Iterable[Pair]) -> tuple[list[str]
     Args:
         rows: the runs.
         pairs: first and second label of each comparison.
+        together: correct p values over all comparisons instead of those at the same sparsity.
 
     Returns:
         Sentences with the uncorrected results, the last one with the Holm-corrected result; and a
@@ -193,13 +197,18 @@ def compare_pairs(rows: Sequence[Row], pairs: Iterable[Pair]) -> tuple[list[str]
             found.append(_Difference(first, second, sparsity, tuple(values)))
     tested = [difference for difference in found if difference.varies]
     corrected: dict[_Difference, float] = {}
-    for sparsity in sparsities(rows):
-        same = [d for d in tested if d.sparsity == sparsity]
+    families = [tested]
+    if not together:
+        families = [[d for d in tested if d.sparsity == s] for s in sparsities(rows)]
+    for same in families:
         corrected |= zip(same, holm([p_value(d.values) for d in same]), strict=True)
     corrected = {difference: corrected[difference] for difference in tested}
     head = ["comparison", "sparsity", "difference (points)", "95% CI", "p (Holm)", "n"]
-    table = Table(CAPTION, head, [_table_row(d, corrected.get(d)) for d in found])
-    sentences = [*_significant(tested), *_not_significant(tested), *_after_holm(corrected)]
+    family = FAMILIES[together]
+    table = Table(
+        CAPTION.format(family=family), head, [_table_row(d, corrected.get(d)) for d in found]
+    )
+    sentences = [*_significant(tested), *_not_significant(tested), *_after_holm(corrected, family)]
     return sentences, [table] if found else []
 
 
@@ -248,7 +257,7 @@ def _not_significant(tested: Sequence[_Difference]) -> list[str]:
     return sentences
 
 
-def _after_holm(corrected: Mapping[_Difference, float]) -> list[str]:
+def _after_holm(corrected: Mapping[_Difference, float], family: str) -> list[str]:
     """Return a sentence about the significant differences that remain after Holm correction."""
     significant = [d for d in corrected if d.direction is not None]
     if len(corrected) < 2 or not significant:
@@ -267,8 +276,8 @@ def _after_holm(corrected: Mapping[_Difference, float]) -> list[str]:
         verb = "remains" if len(remain) == 1 else "remain"
         result = f"{len(remain)} of the {total} significant differences {verb}"
     return [
-        "These differences in test accuracy are uncorrected. After Holm correction over the "
-        f"comparisons at the same sparsity, {result} (p < 0.05){names}."
+        "These differences in test accuracy are uncorrected. After Holm correction over "
+        f"{family}, {result} (p < 0.05){names}."
     ]
 
 

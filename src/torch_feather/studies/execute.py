@@ -29,7 +29,7 @@ def run_study(
     *,
     methods: str | None = None,
     sparsity: str | None = None,
-    seeds: str = "0,1,2",
+    seeds: str | None = None,
     recipe: str | None = None,
     data: str | None = None,
     data_path: str | None = None,
@@ -63,7 +63,7 @@ def run_study(
     config = base_config(study, recipe, data, data_path, settings or [])
     on_digits = config.data.name == "digits"
     sparsity = sparsity or (study.digits_sparsities if on_digits else study.sparsities)
-    methods = methods or study.methods
+    methods, seeds = methods or study.methods, seeds or study.seeds
     axes = GridAxes(
         _parse_list("sparsity", sparsity, float),
         _parse_list("seeds", seeds, int),
@@ -86,7 +86,8 @@ def run_study(
     if found or not plan:
         given = {"methods": methods, "recipe": config.recipe, "data": data, "sparsity": sparsity}
         given |= {"seeds": seeds, "data-path": "DATA" if data_path else None}
-        facts = RunFacts(_command_line(study, given if plan else {}, settings or []), len(plan))
+        command = _command_line(study, given if plan else {}, settings or [])
+        facts = RunFacts(command, len(plan), outcome.failed)
         typer.echo(write_study(study, study.answer(found, config), found, out, facts))
         typer.echo(out / "index.html")
     if outcome.pending:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -31,6 +31,7 @@ class RunFacts:
     Attributes:
         command: command that repeats the study.
         planned: number of runs of the complete study.
+        failed: name to reason of each run that failed.
 
     Example:
         >>> row = {"network": "resnet20", "data": "digits", "epochs": 10, "seed": 0}
@@ -44,6 +45,7 @@ class RunFacts:
 
     command: str
     planned: int
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def items(self, rows: Sequence[Row]) -> dict[str, str]:
         """Return training, metric, hardware, versions and commits by name; empty without runs."""
@@ -53,6 +55,7 @@ class RunFacts:
         def values(key: str) -> str:
             return ", ".join(dict.fromkeys(str(row[key]) for row in rows))
 
+        seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
         machines = {
             f"{hardware.get('gpu') or hardware['cpu']}, {threads(hardware['threads'])}"
             for hardware in (row["hardware"] for row in rows)
@@ -64,7 +67,7 @@ class RunFacts:
         selected = " or ".join(sorted({epochs[row["select"]] for row in rows}))
         facts = {
             "Training": f"{values('network')} on {values('data')}, {values('epochs')} epochs, "
-            f"{' and '.join(sorted(precisions))}, seeds {values('seed')}; {len(rows)} training "
+            f"{' and '.join(sorted(precisions))}, seeds {seeds}; {len(rows)} training "
             f"runs, {seconds / 60:.0f} minutes in total",
             "Metric": f"test accuracy after {selected}; no run uses test images for training or "
             "for choosing an epoch; ± is the standard deviation over seeds",
@@ -76,6 +79,8 @@ class RunFacts:
             facts["Incomplete"] = (
                 f"{len(rows)} of {self.planned} training runs; run the command again to continue"
             )
+        if self.failed:
+            facts["Failed"] = "; ".join(f"{name}: {why}" for name, why in self.failed.items())
         return facts
 
 
@@ -134,16 +139,27 @@ def _markdown(study: Study, answer: Answer, rows: Sequence[Row], facts: RunFacts
     blocks += [
         "\n".join(f"- {escape_markdown(sentence)}" for sentence in _conclusions(answer, rows))
     ]
-    blocks += [_markdown_table(table) for table in answer.measured.tables]
+    blocks += [markdown_table(table) for table in answer.measured.tables]
     blocks += [f"{fact}: {escape_markdown(text)}" for fact, text in facts.items(rows).items()]
     blocks += [f"    {' '.join(facts.command.splitlines())}"]
     if answer.published.tables:
         blocks += [f"{PUBLISHED}:"]
-        blocks += [_markdown_table(table) for table in answer.published.tables]
+        blocks += [markdown_table(table) for table in answer.published.tables]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """Return a table with its caption as Markdown.
+
+    Args:
+        table: the table.
+
+    Example:
+        >>> print(markdown_table(Table("", ["method", "n"], [["feather", "3"]])))
+        | method | n |
+        | --- | --- |
+        | feather | 3 |
+    """
     lines = [escape_markdown(table.caption), ""] if table.caption else []
     head = [escape_markdown(cell) for cell in table.head]
     rows = [[escape_markdown(cell) for cell in row] for row in table.rows]

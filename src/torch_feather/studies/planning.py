@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 
 from ..errors import ConfigurationError, nearest
 from ..training import Config, resolve_config
-from ..training.config import DENSE, flatten, to_dict
+from ..training.config import DENSE, apply, flatten, to_dict
 from .options import current_option, name_in_run_names, options_of
 from .runs import Run
 from .study import GridAxes
@@ -32,7 +33,8 @@ def grid(config: Config, variants: Mapping[str, Mapping[str, Any]], axes: GridAx
 
     Args:
         config: common settings; each of its options applies to the methods that have it.
-        variants: label to the fields of `Config` that define the variant.
+        variants: label to the fields of `Config` that define the variant; fields of a section by
+            their dotted key, such as `optimizer.clip`.
         axes: sparsities and seeds.
 
     Returns:
@@ -54,10 +56,12 @@ def grid(config: Config, variants: Mapping[str, Mapping[str, Any]], axes: GridAx
             raise ConfigurationError(f"None of {', '.join(known)} has an option {option!r}.")
     runs: dict[str, Run] = {}
     for seed, sparsity, label in itertools.product(axes.seeds, axes.sparsities, variants):
-        variant = dict(variants[label])
+        variant = {key: value for key, value in variants[label].items() if "." not in key}
+        settings = {key: value for key, value in variants[label].items() if "." in key}
         defaults = known[variant["method"]]
         variant["options"] = _options_of_variant(config, variant, defaults)
         one = replace(config, seed=seed, sparsity=sparsity, compare_dense=False, **variant)
+        one = apply(one, settings, label)
         name = run_name(one)
         runs.setdefault(name, Run(name, one, label))
     return list(runs.values())
@@ -101,8 +105,7 @@ def run_name(config: Config) -> str:
         >>> run_name(config)
         'cifar100-feather-p2-0.98-0'
     """
-    recipe = resolve_config(config.recipe)
-    recipe_values = flatten(to_dict(recipe))
+    recipe, recipe_values = _recipe(config.recipe)
     changed = {
         key: value
         for key, value in flatten(to_dict(config)).items()
@@ -121,6 +124,13 @@ def run_name(config: Config) -> str:
         parts.append(_brief(config.sparsity))
     parts.append(str(config.seed))
     return re.sub(r"[^\w.+-]", "_", "-".join(parts))
+
+
+@functools.cache
+def _recipe(name: str | None) -> tuple[Config, Mapping[str, Any]]:
+    """Return a recipe, and its values by key; a study names hundreds of runs of one recipe."""
+    recipe = resolve_config(name)
+    return recipe, flatten(to_dict(recipe))
 
 
 def _name_part(key: str) -> str:
