@@ -198,10 +198,10 @@ def main() -> None:
             continue
         rows.append(measure(name, kinds[name], options.sparsity))
         options.json.write_text(json.dumps(stored, indent=1) + "\n")
+        versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
         heading = f"{stored['hardware']['cpu']}, one thread, batch 1, float32\n"
         options.json.with_suffix(".txt").write_text(
-            f"{heading}{stored['versions']}, commit {stored['commit']}\n{stored['command']}\n\n"
-            f"{table(rows)}"
+            f"{heading}{versions}, commit {stored['commit']}\n{stored['command']}\n\n{table(rows)}"
         )
         print(table(rows[-1:]), flush=True)
 
