@@ -15,7 +15,7 @@ from ..analysis.confusion import ConfusionMatrix
 from ..analysis.occlusion import occlusion
 from .checkpoint import RunDirectory
 from .config import Config
-from .data import Dataset, EncodedImages, Images, class_names, eval_loader, load_dataset
+from .data import Dataset, EncodedImages, Images, Text, class_names, eval_loader, load_dataset
 from .errors import DataError, RunError, printable
 from .loop import resolve_device
 from .precision import autocast
@@ -47,9 +47,10 @@ class TrainedRun:
 
     def shown(self) -> tuple[str, Images | EncodedImages]:
         """Return the images on which errors are looked at: validation images, if there are any."""
-        if len(self.data.validation):
-            return "validation", self.data.validation
-        return "test", self.data.test
+        part = "validation" if len(self.data.validation) else "test"
+        images = getattr(self.data, part)
+        assert not isinstance(images, Text)
+        return part, images
 
 
 def load_trained(
@@ -64,7 +65,7 @@ def load_trained(
 
     Raises:
         RunError: the run has not finished, or its files cannot be read.
-        DataError: the data cannot be read, or has other classes.
+        DataError: the data cannot be read, has other classes, or is a text.
 
     Example:
         >>> import tempfile
@@ -75,6 +76,8 @@ def load_trained(
         359
     """
     config = run.read_config()
+    if config.data.name == "text":
+        raise DataError(f"{run.path}: is a language model, but this command shows images.")
     source = replace(config.data, path=data_path or config.data.path)
     data = load_dataset(replace(source, class_names=None), config.seed)
     try:
