@@ -10,11 +10,13 @@ import torch
 from training_callbacks import StopAt
 
 import torch_feather as feather
+from torch_feather import cli
 from torch_feather.errors import ConfigurationError
 from torch_feather.models.transformer import GPT
 from torch_feather.training import train
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.config import Config, DataConfig, default_recipe, resolve_config
+from torch_feather.training.console import percent
 from torch_feather.training.data import data_identity, load_dataset, train_loader
 from torch_feather.training.distillation import Distillation
 from torch_feather.training.errors import CheckpointError, DataError, Interrupted, RunError
@@ -169,8 +171,14 @@ def test_another_text_is_not_the_same_run(path, tmp_path):
         train(config, tmp_path / "run", resume=True)
 
 
-def test_a_finished_language_model_is_loaded_exported_and_not_shown_as_images(path, tmp_path):
-    train(settings(path, epochs=1), tmp_path / "run")
+def test_a_finished_language_model_is_loaded_exported_and_not_shown_as_images(
+    path, tmp_path, capsys
+):
+    results = train(settings(path, epochs=1), tmp_path / "run")
+    cli.evaluate(tmp_path / "run", device="cpu")
+    shown = capsys.readouterr().out
+    assert f"accuracy {percent(results['test_accuracy'])}" in shown
+    assert f"({results['test_bits_per_character']:.4f} bits per character)" in shown
     run = RunDirectory(tmp_path / "run")
     model, example = load_network(run)
     assert (example.dtype, example.shape) == (torch.int64, (1, LENGTH))
@@ -182,8 +190,8 @@ def test_a_finished_language_model_is_loaded_exported_and_not_shown_as_images(pa
     for source in (run.path, file):
         with pytest.raises(RunError, match="is a language model"):
             load_predictor(source)
-    with pytest.raises(DataError, match="is a language model"):
-        load_trained(run)
+    with pytest.raises(DataError, match="a language model, but errors are shown on images"):
+        load_trained(run).shown()
 
 
 def test_a_text_has_its_own_recipe():

@@ -96,7 +96,7 @@ class Phase:
             lines.append(
                 [
                     variant,
-                    percent(sparsity),
+                    percent(sparsity) if sparsity else "",
                     with_deviation([metric.validation(row) for row in mine], metric.digits),
                     metric.signed(statistics.mean(values)) if values else "–",
                     _interval(values, metric),

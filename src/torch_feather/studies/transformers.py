@@ -95,10 +95,11 @@ def _answer(rows: Sequence[Row], config: Config) -> Answer:
     _, secondary = compare_pairs([*patterned, *half], pairs, metric=metric)
     explored = EXPLORATION.rows(rows)
     caption = f"{PATTERN} (2 of 4 neighbors are zero), saved as a dense file: {metric.name}"
+    columns, timed = _columns([*final, *patterned], metric)
     tables = [
-        _table(final, f"Final comparison: {metric.name}", metric),
+        accuracy_table(final, f"Final comparison: {metric.name}{timed}", columns, metric),
         *(_titled("Primary", table) for table in primary),
-        _table(patterned, caption, metric),
+        accuracy_table(patterned, caption + timed, columns, metric),
         *(_titled("Secondary, no claim", table) for table in secondary),
         EXPLORATION.validation_table(explored, lambda name: name.split(" (")[0], metric),
     ]
@@ -110,16 +111,15 @@ def _titled(title: str, table: Table) -> Table:
     return replace(table, caption=f"{title}: {table.caption}")
 
 
-def _table(rows: Sequence[Row], caption: str, metric: Metric) -> Table:
-    """Return the table of a phase; with accuracy besides bits, and with latency if all is timed."""
+def _columns(rows: Sequence[Row], metric: Metric) -> tuple[list[Column], str]:
+    """Return accuracy besides bits, and latency if all is timed, with the end of a caption."""
     columns: list[Column] = []
     if metric is not ACCURACY:
         columns.append(("accuracy of the next character (%)", _accuracy))
-    if rows and all("milliseconds" in row for row in rows):
-        cpu = ", ".join(sorted({row["timed_on"] for row in rows}))
-        caption += f"; latency of one sample, one thread of {cpu}"
-        columns += latency_columns(rows)
-    return accuracy_table(rows, caption, columns, metric)
+    if not rows or not all("milliseconds" in row for row in rows):
+        return columns, ""
+    cpu = ", ".join(sorted({row["timed_on"] for row in rows}))
+    return columns + latency_columns(rows), f"; latency of one sample, one thread of {cpu}"
 
 
 def _accuracy(rows: Sequence[Row]) -> str:

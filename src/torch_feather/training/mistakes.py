@@ -46,10 +46,15 @@ class TrainedRun:
     device: torch.device
 
     def shown(self) -> tuple[str, Images | EncodedImages]:
-        """Return the images on which errors are looked at: validation images, if there are any."""
+        """Return the images on which errors are looked at: validation images, if there are any.
+
+        Raises:
+            DataError: the data is a text.
+        """
         part = "validation" if len(self.data.validation) else "test"
         images = getattr(self.data, part)
-        assert not isinstance(images, Text)
+        if isinstance(images, Text):
+            raise DataError("the run is that of a language model, but errors are shown on images.")
         return part, images
 
 
@@ -65,7 +70,7 @@ def load_trained(
 
     Raises:
         RunError: the run has not finished, or its files cannot be read.
-        DataError: the data cannot be read, has other classes, or is a text.
+        DataError: the data cannot be read, or has other classes.
 
     Example:
         >>> import tempfile
@@ -76,8 +81,6 @@ def load_trained(
         359
     """
     config = run.read_config()
-    if config.data.name == "text":
-        raise DataError(f"{run.path}: is a language model, but this command shows images.")
     source = replace(config.data, path=data_path or config.data.path)
     data = load_dataset(replace(source, class_names=None), config.seed)
     try:
