@@ -3,7 +3,6 @@
 import math
 import random
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -32,7 +31,9 @@ LENGTH = 8
 
 @pytest.fixture(autouse=True)
 def tiny_network(monkeypatch):
-    tiny = partial(GPT, depth=1, dim=8, heads=2, length=LENGTH)
+    def tiny(num_classes, in_channels):
+        return GPT(num_classes, depth=1, dim=8, heads=2, length=LENGTH)
+
     monkeypatch.setitem(feather.models._MODELS, "tiny", tiny)
 
 

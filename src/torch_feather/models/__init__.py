@@ -84,8 +84,7 @@ def create(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
             f"unknown network {name!r}{near} Available: {', '.join(_MODELS)}, timm/NAME, and "
             "package.module:factory."
         )
-    factory: Any = _MODELS[name]
-    return factory(**accepted(factory, {"num_classes": num_classes, "in_channels": in_channels}))
+    return _MODELS[name](num_classes, in_channels)
 
 
 def _create_own(name: str, sizes: dict[str, int]) -> nn.Module:

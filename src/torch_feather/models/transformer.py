@@ -1,7 +1,5 @@
 """Small transformers: a character-level GPT with nanoGPT's layers, and a vision transformer."""
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -193,17 +191,29 @@ class ViT(nn.Module):
         return self.head(self.trunk(self.patches(patches)).mean(1))
 
 
-gpt_small = partial(GPT, depth=4, dim=128, heads=4, length=256)
-gpt_small.__doc__ = """Return a character-level GPT with 4 blocks of width 128, for 256 characters.
+def gpt_small(num_classes: int = 100, in_channels: int = 1) -> GPT:
+    """Return a character-level GPT with 4 blocks of width 128, for at most 256 characters.
 
-Example:
-    >>> gpt_small(num_classes=80)(torch.zeros(1, 256, dtype=torch.int64)).shape
-    torch.Size([1, 256, 80])
-"""
-vit_small = partial(ViT, depth=6, dim=96, heads=3, patch=4, length=64)
-vit_small.__doc__ = """Return a vision transformer with 6 blocks of width 96 and patches of 4x4.
+    Args:
+        num_classes: number of different characters.
+        in_channels: not used; a text has no channels.
 
-Example:
-    >>> vit_small(num_classes=100, in_channels=3)(torch.zeros(1, 3, 16, 16)).shape
-    torch.Size([1, 100])
-"""
+    Example:
+        >>> gpt_small(num_classes=80)(torch.zeros(1, 256, dtype=torch.int64)).shape
+        torch.Size([1, 256, 80])
+    """
+    return GPT(num_classes, depth=4, dim=128, heads=4, length=256)
+
+
+def vit_small(num_classes: int = 100, in_channels: int = 3) -> ViT:
+    """Return a vision transformer with 6 blocks of width 96 and patches of 4x4, at most 64.
+
+    Args:
+        num_classes: number of classes.
+        in_channels: channels of an image.
+
+    Example:
+        >>> vit_small(num_classes=100, in_channels=3)(torch.zeros(1, 3, 16, 16)).shape
+        torch.Size([1, 100])
+    """
+    return ViT(num_classes, in_channels, depth=6, dim=96, heads=3, patch=4, length=64)
