@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import typer
 
 from torch_feather.errors import ConfigurationError
 from torch_feather.studies import STUDIES, timings, transformers
+from torch_feather.studies.command import app
 from torch_feather.studies.comparison import compare_pairs
 from torch_feather.studies.execute import base_config
 from torch_feather.studies.metric import BITS
@@ -158,6 +160,14 @@ def test_networks_are_timed_only_on_request_and_those_of_exploration_never(row, 
     assert STUDY.measure(final, *where, False) == {}
     assert STUDY.measure(explored, *where, True) == {}
     assert timings.measure(final, *where, time=False) == {}
+
+
+def test_only_this_study_has_a_flag_for_timings():
+    flags = {
+        name: {flag for option in study.params for flag in option.opts}
+        for name, study in typer.main.get_command(app).commands.items()
+    }
+    assert [name for name, known in flags.items() if "--time" in known] == ["transformers"]
 
 
 def test_latency_is_shown_if_all_networks_are_timed(row):

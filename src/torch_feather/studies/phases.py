@@ -34,9 +34,10 @@ class Phase:
         sparsities: sparsities of the runs; empty for those of the command line.
 
     Example:
-        >>> first = Phase("exploration", {"feather": {"method": "feather"}}, seeds=(1000, 1001))
-        >>> first.label("feather"), replace(first, seeds=()).label("feather")
-        ('exploration: feather', 'feather')
+        >>> variants = {"feather": {"method": "feather"}}
+        >>> phases = Phase("exploration", variants, seeds=(1000, 1001)), Phase("final", variants)
+        >>> [phase.label("feather") for phase in phases]
+        ['exploration: feather', 'feather']
     """
 
     name: str
