@@ -115,6 +115,9 @@ def emit_convolution(variant: Variant, activations: bool = False) -> Iterator[st
     """
     yield f"define void @{variant.name}(ptr %record, i64 %i0, i64 %i1) {{"
     yield "entry:"
+    if activations:
+        (vectors, width, channels) = variant.tile
+        yield f"  %buffer = alloca [{vectors * width * channels} x float], align 64"
     yield from _load_record(variant)
     yield from _clear_edges()
     yield from _begin_item(variant)
@@ -242,16 +245,10 @@ def _end_group(variant: Variant, activations: bool) -> Iterator[str]:
     if activations:
         yield "  %is.linear = icmp eq ptr %activation.value, null"
         yield "  br i1 %is.linear, label %store, label %activate"
-        yield "activate:"
-        for r, j in variant.cells:
-            yield f"  %active.{r}.{j} = call {v} %activation.value({v} %high.y.{r}.{j})"
-        yield "  br label %store"
+        yield from _activate(variant)
         yield "store:"
-        for r, j in variant.cells:
-            values = f"[ %high.y.{r}.{j}, %group.end ], [ %active.{r}.{j}, %activate ]"
-            yield f"  %result.{r}.{j} = phi {v} {values}"
     for r, j in variant.cells:
-        yield from _store(variant, r, j, "%result" if activations else "%high.y")
+        yield from _store(variant, f"{r}.{j}", f"%out.{r}", j)
     yield "  br label %group.done"
     yield "group.done:"
     yield "  %g.next = add i64 %g, 1"
@@ -275,11 +272,28 @@ def _finish(variant: Variant, r: int, j: int) -> Iterator[str]:
         y = f"%{bound}.y.{c}"
 
 
-def _store(variant: Variant, r: int, j: int, prefix: str) -> Iterator[str]:
-    """Mask and store one register."""
+def _activate(variant: Variant) -> Iterator[str]:
+    """Store the tile in the buffer, and write the activation function of it to the output.
+
+    The output itself cannot be the buffer: tiles overlap, and another thread may write it, too.
+    """
+    (vectors, width, channels), mask = variant.tile, "%mask" if variant.mask else "null"
+    yield "activate:"
+    for r in range(channels):
+        yield f"  %buffer.{r} = getelementptr float, ptr %buffer, i64 {r * vectors * width}"
+        for j in range(vectors):
+            yield from _store(variant, f"{r}.{j}", f"%buffer.{r}", j, ".linear")
+        yield (
+            f"  call void %activation.value(ptr %buffer.{r}, ptr %out.{r}, ptr {mask}, "
+            f"i64 {vectors})"
+        )
+    yield "  br label %group.done"
+
+
+def _store(variant: Variant, cell: str, row: str, j: int, suffix: str = "") -> Iterator[str]:
+    """Mask one register and store it as vector j of a row."""
     v, iv = variant.floats, variant.ints
-    c, skip = f"{r}.{j}", j * variant.tile.width
-    y = f"{prefix}.{c}"
+    c, y, skip = f"{cell}{suffix}", f"%high.y.{cell}", j * variant.tile.width
     if variant.mask:
         yield f"  %m.at.{c} = getelementptr i32, ptr %mask, i64 {skip}"
         yield f"  %m.{c} = load {iv}, ptr %m.at.{c}, align 4"
@@ -287,7 +301,7 @@ def _store(variant: Variant, r: int, j: int, prefix: str) -> Iterator[str]:
         yield f"  %masked.{c} = and {iv} %bits.{c}, %m.{c}"
         yield f"  %ym.{c} = bitcast {iv} %masked.{c} to {v}"
         y = f"%ym.{c}"
-    yield f"  %out.at.{c} = getelementptr float, ptr %out.{r}, i64 {skip}"
+    yield f"  %out.at.{c} = getelementptr float, ptr {row}, i64 {skip}"
     yield f"  store {v} {y}, ptr %out.at.{c}, align 4"
 
 

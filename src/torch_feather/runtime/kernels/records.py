@@ -33,7 +33,7 @@ CONVOLUTION = np.dtype(
         ("low_", "f4"),
         ("high", "f4"),  # upper bound of the result
         ("high_", "f4"),
-        ("activation", "i8"),  # function of vectors that is applied to the result, or 0
+        ("activation", "i8"),  # function of rows that is applied to the result, or 0
     ]
 )
 
@@ -44,7 +44,7 @@ PLANE_OPERATION = np.dtype(
         ("y", "i8"),  # first pixel of the second input: factors of `scale`
         ("out", "i8"),  # first pixel of the result
         ("mask", "i8"),  # int32: all bits set at pixels of an image, 0 between images; or 0
-        ("activation", "i8"),  # function of vectors
+        ("activation", "i8"),  # function of rows
         ("weight", "i8"),  # of a norm, one number per channel
         ("bias", "i8"),
         ("images", "i8"),
