@@ -104,7 +104,7 @@ def tune_layer(
     (step,) = (s for s in plan.steps if isinstance(s, Sparse))
     if layout is not None:
         step.out.layout.require(layout.height, layout.width, layout.pad_y, layout.pad_x)
-    plane = step.out.layout.root().channel_stride(batch)
+    plane = step.out.channel_stride(batch)
     key = (*_size(layer), tuple(x.shape), len(residual), plane)
     similar = (*key, round(sparsity, 2))
     tiles = [known[similar]] if similar in known else candidates(layer, sparsity, plane)

@@ -112,15 +112,15 @@ def _locate_item(code: FunctionText, block: int) -> None:
     code(f"%c.full = add i64 %c0, {block}")
     code("%c.over = icmp sgt i64 %c.full, %channels")
     code("%c1 = select i1 %c.over, i64 %channels, i64 %c.full")
-    code("%phase.first = mul i64 %phase, 3")
-    for k, name in enumerate(("start", "height", "width")):
+    code("%phase.first = mul i64 %phase, 5")
+    for k, name in enumerate(("start", "height", "width", "to.phase", "end")):
         code(f"%{name}.place = add i64 %phase.first, {k}")
         code(f"%{name}.at = getelementptr i64, ptr %phases, i64 %{name}.place")
         code(f"%{name} = load i64, ptr %{name}.at")
     code("%from.n = mul i64 %n, %source_image")
     code("%from = add i64 %from.n, %start")
-    code("%to.phase = mul i64 %phase, %channels")
-    code("%to.n = mul i64 %n, %image")
+    code("%to.image = mul i64 %n, %image")
+    code("%to.n = add i64 %to.phase, %to.image")
 
 
 def _copy_row(code: FunctionText, column_stride: int | None) -> None:
@@ -147,8 +147,7 @@ def _copy_row(code: FunctionText, column_stride: int | None) -> None:
             code("%from.c = mul i64 %c, %source_channel")
             code("%from.yc = add i64 %from.y, %from.c")
             code("%row.in = getelementptr float, ptr %source, i64 %from.yc")
-            code("%channel = add i64 %to.phase, %c")
-            code("%to.c = mul i64 %channel, %plane")
+            code("%to.c = mul i64 %c, %plane")
             code("%to.yc = add i64 %to.y, %to.c")
             code("%row.out = getelementptr float, ptr %out, i64 %to.yc")
             with code.loop("%x", "%x0", "%x1"):
@@ -161,8 +160,7 @@ def _copy_row(code: FunctionText, column_stride: int | None) -> None:
 
 def _fill_rest_of_row(code: FunctionText) -> None:
     with code.loop("%g", "%c0", "%c1"):
-        code("%g.channel = add i64 %to.phase, %g")
-        code("%g.plane = mul i64 %g.channel, %plane")
+        code("%g.plane = mul i64 %g, %plane")
         code("%g.yc = add i64 %to.y, %g.plane")
         code("%g.row = getelementptr float, ptr %out, i64 %g.yc")
         code.fill("right", "%g.row", "%count", "%pitch")
@@ -196,8 +194,7 @@ def _copy_row_masked(code: FunctionText, column_stride: int, width: int) -> None
     code("%row.in = getelementptr float, ptr %source, i64 %from.yc")
     code("%to.row = mul i64 %y, %pitch")
     code("%to.y = add i64 %to.n, %to.row")
-    code("%channel = add i64 %to.phase, %c0")
-    code("%to.c = mul i64 %channel, %plane")
+    code("%to.c = mul i64 %c0, %plane")
     code("%to.yc = add i64 %to.y, %to.c")
     code("%row.out = getelementptr float, ptr %out, i64 %to.yc")
     code("%count.short = trunc i64 %count to i32")
@@ -244,9 +241,8 @@ def _fill_rest_of_plane(code: FunctionText) -> None:
     code("%n.next = add i64 %n, 1")
     code("%is.last = icmp eq i64 %n.next, %images")
     code("%rest = add i64 %to.n, %image")
-    code("%rest.end = select i1 %is.last, i64 %plane, i64 %rest")
+    code("%rest.end = select i1 %is.last, i64 %end, i64 %rest")
     with code.loop("%s", "%c0", "%c1"):
-        code("%s.channel = add i64 %to.phase, %s")
-        code("%s.plane = mul i64 %s.channel, %plane")
+        code("%s.plane = mul i64 %s, %plane")
         code("%s.out = getelementptr float, ptr %out, i64 %s.plane")
         code.fill("slack", "%s.out", "%rest", "%rest.end")

@@ -85,7 +85,9 @@ COPY = np.dtype(
         ("source_channel", "i8"),
         ("source_row", "i8"),  # stride between rows of one phase
         ("source_column", "i8"),
-        ("phases", "i8"),  # int64 (n, 3): first pixel in the source, rows and columns of a phase
+        # int64 (n, 5): first pixel in the source, rows, columns, first pixel in the output, and
+        # the pixel there up to which the rest of the channel is filled
+        ("phases", "i8"),
         ("out", "i8"),  # address of the first pixel
         ("images", "i8"),
         ("channels", "i8"),  # of the source
