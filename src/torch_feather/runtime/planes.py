@@ -170,6 +170,17 @@ class Planes:
         """Return the number of pixels between consecutive channels."""
         return self.layout.root().channel_stride(batch * self.phases)
 
+    def pixels(self, batch: int) -> int:
+        """Return the number of pixels of a channel without the padding below the last image.
+
+        They are rounded up to whole cache lines.
+        """
+        layout, whole = self.layout.root(), self.channel_stride(batch)
+        if self.tokens is not None:
+            return whole
+        last = (batch * self.phases - 1) * layout.image_stride
+        return min(whole, round_up(last + self.height * layout.row_stride))
+
     def size(self, batch: int) -> int:
         """Return the number of float32 values in memory, including the edges."""
         return 2 * self.layout.root().edge + LINE + self.channels * self.channel_stride(batch)

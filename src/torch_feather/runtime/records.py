@@ -76,12 +76,14 @@ class Records:
         record["lead_bytes"] = 4 * layout.lead
         record["trail"] = record["out"]  # what is behind is read for pixels of padding only
         pixels = tile.vectors * tile.width
-        record["plane"], record["last"] = plane, plane - pixels
+        used = step.out.pixels(self.plan.batch)
+        record["plane"], record["last"] = plane, used - pixels
+        record["tail"] = (plane - used) // tile.width
         record["n_blocks"] = len(tables["blocks"]) - 1
         record["low"], record["high"] = step.layer.low, step.layer.high
         if step.layer.activation is not None:
             record["activation"] = library().activations[step.layer.activation, tile.width]
-        operation["items"] = -(-plane // pixels) * (len(tables["blocks"]) - 1)
+        operation["items"] = -(-used // pixels) * (len(tables["blocks"]) - 1)
         operation["record"] = record.ctypes.data
 
     def operation(self, step: Operation, operation: np.void) -> None:
@@ -109,6 +111,7 @@ class Records:
             name = "scale_masked" if name == "scale" else name
         if name == "mean":
             record["factor"] = 1 / (x.height * x.width)
+            record["pixels"] = x.height * source.row_stride
         elif name == "activate":
             assert step.activation is not None
             record["activation"] = library().activations[step.activation, width]

@@ -95,5 +95,7 @@ class Split:
             )
             out.layout.require(out.height, out.width, 0, 0)
             value = layer.padding_value
-            self.plan.steps.append(Copy(node, out, (height, width), layer.stride, taps.phases, value))
+            self.plan.steps.append(
+                Copy(node, out, (height, width), layer.stride, taps.phases, value)
+            )
         return self.copies[key]

@@ -109,10 +109,10 @@ def tune_layer(
     if place is not None:
         layout = place.out.layout.root()
         step.out.layout.require(layout.height, layout.width, layout.pad_y, layout.pad_x)
-    plane = step.out.channel_stride(batch)
-    key = (*_size(layer), tuple(x.shape), len(residual), plane)
+    pixels = step.out.pixels(batch)
+    key = (*_size(layer), tuple(x.shape), len(residual), pixels)
     similar = (*key, round(sparsity, 2))
-    tiles = [known[similar]] if similar in known else candidates(layer, sparsity, plane)
+    tiles = [known[similar]] if similar in known else candidates(layer, sparsity, pixels)
     times = _time_tiles(plan, step, tiles, (x, *residual), batch, threads)
     fastest = known[similar] = min(times, key=times.__getitem__)
     sparse = times[fastest]
@@ -151,7 +151,7 @@ def _size(layer: Layer) -> tuple[Any, ...]:
     return (*kind, shape, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-def candidates(layer: Layer, sparsity: float, plane: int) -> list[Tile]:
+def candidates(layer: Layer, sparsity: float, pixels: int) -> list[Tile]:
     """Return the tiles of a layer that are probably the fastest ones.
 
     The estimate counts cycles per tap: two multiply-adds, or two loads, at a time, and at least
@@ -160,11 +160,11 @@ def candidates(layer: Layer, sparsity: float, plane: int) -> list[Tile]:
     Args:
         layer: the layer.
         sparsity: fraction of its weights that is zero.
-        plane: pixels of a channel, with padding.
+        pixels: of a channel, with the padding that is computed.
 
     Example:
         >>> layer = Layer("weight", torch.eye(4), torch.zeros(4))
-        >>> len(candidates(layer, 0.75, plane=16)) <= CANDIDATES
+        >>> len(candidates(layer, 0.75, pixels=16)) <= CANDIDATES
         True
     """
     out, positions = layer.channels[1], layer.weight[0].numel()
@@ -172,7 +172,7 @@ def candidates(layer: Layer, sparsity: float, plane: int) -> list[Tile]:
     fitting = [
         t
         for t in library().tiles
-        if t.vectors * t.width <= plane and t.channels <= most and out % t.channels == 0
+        if t.vectors * t.width <= pixels and t.channels <= most and out % t.channels == 0
     ]
 
     def cost(tile: Tile) -> float:
@@ -181,7 +181,7 @@ def candidates(layer: Layer, sparsity: float, plane: int) -> list[Tile]:
         taps = positions * (1 - sparsity**shared) * tile.channels / shared  # expected
         loads = tile.vectors + tile.channels + 1
         group = taps * max(LATENCY, sums / 2, loads / 2) + GROUP_CYCLES + 2 * sums
-        count = -(-plane // (tile.vectors * tile.width))
+        count = -(-pixels // (tile.vectors * tile.width))
         return count * group * (out // tile.channels)
 
     return sorted(fitting, key=cost)[:CANDIDATES]

@@ -15,6 +15,8 @@ the weight's value. A work item is one tile of pixels of one block of groups of 
                 offset, weights = taps[k]
                 y = combine(y, weights, x[p + offset])
             out[o, p] = activation(clamp(y + residual[o, p], low, high)) & mask[p]
+            if p == last:
+                set the rows of padding below the last image to 0
 
 where `p` stands for `tile_pixels` consecutive pixels. Each function below emits one level of this
 loop nest. Comparisons propagate NaN, as in PyTorch.
@@ -33,7 +35,7 @@ from .tiles import Tile
 FIELD_TYPES = {
     "low": "float",
     "high": "float",
-    **dict.fromkeys(("n_blocks", "plane", "last", "lead_bytes", "trail_bytes"), "i64"),
+    **dict.fromkeys(("n_blocks", "plane", "last", "tail", "lead_bytes", "trail_bytes"), "i64"),
 }
 
 
@@ -181,7 +183,7 @@ def _begin_item(variant: Variant) -> Iterator[str]:
 def _begin_group(variant: Variant) -> Iterator[str]:
     channels = variant.tile.channels
     yield "group:"
-    yield "  %g = phi i64 [ %g0, %item ], [ %g.next, %group.done ]"
+    yield "  %g = phi i64 [ %g0, %item ], [ %g.next, %group.next ]"
     yield "  %row = getelementptr i32, ptr %rows.value, i64 %g"
     yield "  %row.after = getelementptr i32, ptr %row, i64 1"
     for name, at in (("k0", "row"), ("k1", "row.after")):
@@ -251,6 +253,8 @@ def _end_group(variant: Variant, activations: bool) -> Iterator[str]:
         yield from _store(variant, f"{r}.{j}", f"%out.{r}", j)
     yield "  br label %group.done"
     yield "group.done:"
+    yield from _clear_tail(variant)
+    yield "group.next:"
     yield "  %g.next = add i64 %g, 1"
     yield "  %g.more = icmp ult i64 %g.next, %g1"
     yield "  br i1 %g.more, label %group, label %item.end"
@@ -270,6 +274,25 @@ def _finish(variant: Variant, r: int, j: int) -> Iterator[str]:
         yield f"  %{bound}.is.{c} = fcmp {test} {v} {y}, %{bound}"
         yield f"  %{bound}.y.{c} = select {bv} %{bound}.is.{c}, {v} %{bound}, {v} {y}"
         y = f"%{bound}.y.{c}"
+
+
+def _clear_tail(variant: Variant) -> Iterator[str]:
+    """Set the vectors after the last tile to 0. They are padding, which needs no taps."""
+    (vectors, width, channels), v = variant.tile, variant.floats
+    yield "  %is.last = icmp eq i64 %p, %last.value"
+    yield "  %has.tail = icmp ne i64 %tail.value, 0"
+    yield "  %clears = and i1 %is.last, %has.tail"
+    yield "  br i1 %clears, label %clear, label %group.next"
+    yield "clear:"
+    yield "  %z = phi i64 [ 0, %group.done ], [ %z.next, %clear ]"
+    yield f"  %z.vector = add i64 %z, {vectors}"
+    yield f"  %z.first = mul i64 %z.vector, {width}"
+    for r in range(channels):
+        yield f"  %z.at.{r} = getelementptr float, ptr %out.{r}, i64 %z.first"
+        yield f"  store {v} zeroinitializer, ptr %z.at.{r}, align 4"
+    yield "  %z.next = add i64 %z, 1"
+    yield "  %z.more = icmp ult i64 %z.next, %tail.value"
+    yield "  br i1 %z.more, label %clear, label %group.next"
 
 
 def _activate(variant: Variant) -> Iterator[str]:

@@ -25,6 +25,7 @@ CONVOLUTION = np.dtype(
         ("n_blocks", "i8"),
         ("plane", "i8"),  # pixels between consecutive channels of out and residual
         ("last", "i8"),  # first pixel of the last tile, which may overlap the previous tile
+        ("tail", "i8"),  # vectors after the last tile that are set to 0, in each channel
         ("lead", "i8"),  # memory before the first pixel of out, which is set to 0
         ("lead_bytes", "i8"),
         ("trail", "i8"),  # memory after the last pixel of out, which is set to 0
