@@ -16,7 +16,6 @@ from runtime_cases import (
     sparse_weight,
     workspace_of_nan,
 )
-
 from torch.fx import Graph
 
 from torch_feather.runtime import kernels

@@ -1,8 +1,9 @@
 """LLVM IR of activation functions, which layers and other kernels call.
 
 A function reads a row of vectors and writes another one. So its constants stay in registers, and
-the processor computes several vectors at once. The exponential function is computed as 2^n · e^r with |r| ≤ ln(2)/2 and a polynomial for e^r. The errors are below 1e-6 of the
-result, except where it is so small that PyTorch's own are larger.
+the processor computes several vectors at once. The exponential function is computed as 2^n · e^r
+with |r| ≤ ln(2)/2 and a polynomial for e^r. The errors are below 1e-6 of the result, except where
+it is so small that PyTorch's own are larger.
 """
 
 from __future__ import annotations
