@@ -176,9 +176,9 @@ class Builder:
         taps, source = Taps.from_layer(layer), node.args[0]
         assert isinstance(source, Node)
         if layer.stride != (1, 1) or layer.padding_value != 0.0:
-            x = Split(self.plan, self._copies, moves=self.constants is not None).planes_of(
-                source, layer, taps
-            )
+            moves = self.constants is not None
+            split = Split(self.plan.planes, self.plan.steps, self._copies, moves)
+            x = split.planes_of(source, layer, taps)
         else:
             found = self.plan.planes.get(source)
             is_image = found is not None and found.linear and found.tokens is None

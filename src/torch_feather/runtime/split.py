@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.fx import Node
 
 from .layer import Layer
 from .planes import PlaneLayout, Planes, split_size
-from .steps import Copy, Sparse
+from .steps import Copy, Sparse, Step
 from .taps import Taps
-
-if TYPE_CHECKING:
-    from .plan import Plan
 
 
 class Split:
@@ -24,19 +21,24 @@ class Split:
     were images.
 
     Args:
-        plan: the steps so far; copies are appended.
+        planes: planes of the values so far.
+        steps: steps so far; copies are appended.
         copies: planes that were copied, by source and layout.
         moves: whether the input of the layer before may be split instead.
 
     Example:
-        >>> from torch_feather.runtime.plan import Plan
-        >>> from torch.fx import Graph
-        >>> Split(Plan(Graph()), {}).moves
+        >>> Split({}, [], {}).moves
         True
     """
 
-    def __init__(self, plan: Plan, copies: dict[Any, Planes], moves: bool = True) -> None:
-        self.plan, self.copies, self.moves = plan, copies, moves
+    def __init__(
+        self,
+        planes: dict[Node, Planes],
+        steps: list[Step],
+        copies: dict[Any, Planes],
+        moves: bool = True,
+    ) -> None:
+        self.planes, self.steps, self.copies, self.moves = planes, steps, copies, moves
 
     def planes_of(self, node: Node, layer: Layer, taps: Taps) -> Planes:
         """Return the planes of the input of a layer.
@@ -55,28 +57,28 @@ class Split:
         """Return the step before if the split can take place before it."""
         if not self.moves or len(node.users) != 1 or layer.padding_value != 0.0:
             return None
-        step = self.plan.steps[-1] if self.plan.steps else None
-        if not isinstance(step, Sparse) or step.out is not self.plan.planes.get(node):
+        step = self.steps[-1] if self.steps else None
+        if not isinstance(step, Sparse) or step.out is not self.planes.get(node):
             return None
         before = step.layer
         fits = before.weight.shape[2:] == (1, 1) and before.stride == (1, 1)
         fits = fits and before.padding == (0, 0) and before.combine == "fma"
         few = before.channels[0] <= before.channels[1] and step.residual is None
         whole = all(n % s == 0 for n, s in zip(size, layer.stride, strict=True))
-        in_planes = self.plan.planes.get(node.args[0]) is step.x  # type: ignore[arg-type]
+        in_planes = self.planes.get(node.args[0]) is step.x  # type: ignore[arg-type]
         return step if fits and few and whole and in_planes else None
 
     def _moved(self, node: Node, before: Sparse, layer: Layer, taps: Taps) -> Planes:
         """Compute the layer before on the phases of its input, and return its result."""
-        assert self.plan.steps.pop() is before
-        del self.plan.planes[node]
+        assert self.steps.pop() is before
+        del self.planes[node]
         source, count = node.args[0], len(taps.phases)
         assert isinstance(source, Node)
         x = self._copied(source, layer, taps, phases=count)
         channels = before.layer.channels[1]
         out = Planes(PlaneLayout(0, 0), channels, x.height, x.width, (), phases=count)
         out.layout.merge(x.layout)
-        self.plan.steps.append(Sparse(before.layer, before.taps, x, out))
+        self.steps.append(Sparse(before.layer, before.taps, x, out))
         return out
 
     def _copied(self, node: Node, layer: Layer, taps: Taps, phases: int) -> Planes:
@@ -95,7 +97,5 @@ class Split:
             )
             out.layout.require(out.height, out.width, 0, 0)
             value = layer.padding_value
-            self.plan.steps.append(
-                Copy(node, out, (height, width), layer.stride, taps.phases, value)
-            )
+            self.steps.append(Copy(node, out, (height, width), layer.stride, taps.phases, value))
         return self.copies[key]

@@ -99,10 +99,9 @@ def tune_layer(
     sparsity = layer.sparsity
     symbol = _batch_of(node.graph)
     values = [n.meta["val"] for n in (*node.args, node) if isinstance(n, Node)]
-    if place is not None and place.out.phases > 1:  # which are like images
+    if place is not None and place.out.phases > 1:
         symbol = batch = batch * place.out.phases
-        sizes = ((batch, p.channels, p.height, p.width) for p in (place.x, place.out))
-        values = [torch.empty(size, device="meta") for size in sizes]
+        values = _phases(place, batch)
     x, *residual = (_random_input(value, symbol, batch) for value in values[:-1])
     plan = _plan_of_layer(layer, values, symbol)
     (step,) = (s for s in plan.steps if isinstance(s, Sparse))
@@ -321,6 +320,12 @@ def _plan_of_layer(layer: Layer, values: Sequence[Tensor], batch: Any) -> Plan:
     only.meta["val"] = values[-1]
     graph.output(only)
     return Plan.build(graph, [layer], batch=batch)
+
+
+def _phases(place: Sparse, images: int) -> list[Tensor]:
+    """Return tensors like the input and the result of a layer whose images are phases."""
+    sizes = ((images, p.channels, p.height, p.width) for p in (place.x, place.out))
+    return [torch.empty(size, device="meta") for size in sizes]
 
 
 def _random_input(value: Tensor, symbol: Any, batch: int) -> Tensor:
