@@ -76,8 +76,7 @@ def tune_layer(
         layer: the layer.
         batch: number of samples.
         threads: number of threads of the sparse kernels.
-        place: its step in the network, whose planes may have more padding than the layer needs, or
-            consist of phases.
+        place: its step in the network, whose planes may have more padding, or consist of phases.
         known: times of earlier layers, by their sizes. Layers of equal size have the same dense
             time, and the same best tile if their sparsity is similar. Times are added.
 
@@ -100,8 +99,7 @@ def tune_layer(
     symbol = _batch_of(node.graph)
     values = [n.meta["val"] for n in (*node.args, node) if isinstance(n, Node)]
     if place is not None and place.out.phases > 1:
-        symbol = batch = batch * place.out.phases
-        values = _phases(place, batch)
+        symbol, values = (batch := batch * place.out.phases), _phases(place, batch)
     x, *residual = (_random_input(value, symbol, batch) for value in values[:-1])
     plan = _plan_of_layer(layer, values, symbol)
     (step,) = (s for s in plan.steps if isinstance(s, Sparse))
