@@ -1,7 +1,8 @@
 """Latency of many networks of timm and torchvision, pruned with ERK densities, on one CPU thread.
 
 Systems take turns on one image: torch-feather at several sparsities, and OpenVINO, ONNX Runtime and
-PyTorch on dense weights. Times are medians; the ratio is the faster of OpenVINO and ONNX Runtime
+PyTorch on dense weights. Times are medians of CPU time, which other processes that share the core
+do not change; the ratio is the faster of OpenVINO and ONNX Runtime
 over torch-feather. Weights are random, with a fixed seed: times depend on their positions, not on
 their values. Layers without a nonzero weight are reported.
 
@@ -121,7 +122,7 @@ def measure(name: str, kind: str, sparsities: list[float]) -> dict[str, Any]:
     calls: list[Callable[[], object]] = [partial(run, x) for run in systems.values()]
     calls += [partial(network, x) for network in networks.values()]
     with torch.inference_mode():
-        times = alternate(calls, rounds=9, burst=3)
+        times = alternate(calls, rounds=9, burst=3, clock=time.process_time)
     row["dense_ms"] = dict(zip(systems, times, strict=False))
     for sparsity, ms in zip(networks, times[len(systems) :], strict=True):
         row["sparse"][str(sparsity)]["ms"] = ms

@@ -16,10 +16,12 @@ from runtime_cases import (
     sparse_weight,
     workspace_of_nan,
 )
+from torch.fx import Graph
 
 from torch_feather.runtime import kernels
+from torch_feather.runtime.kernels import Tile
 from torch_feather.runtime.layer import Layer, MaxPool
-from torch_feather.runtime.plan import Plan
+from torch_feather.runtime.plan import Plan, Sparse
 
 FORMS = {  # (channels, out, kernel, height, width, options)
     "1x1": (5, 7, 1, 6, 5, {}),
@@ -262,3 +264,24 @@ def test_threads_give_the_same_bits(openmp, monkeypatch):
     x, residual = torch.randn(3, 6, 13, 11), torch.randn(3, 9, 13, 11)
     one, *others = (run_layer(layer, x, residual, threads=n) for n in (1, 2, 3, 16))
     assert all(torch.equal(one, other) for other in others)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("tile", [Tile(1, 8, 1), Tile(3, 8, 2), Tile(8, 8, 1)], ids=str)
+def test_padding_below_images_is_0_without_being_computed(batch, tile):
+    """A 5x5 layer reads two rows of zeros below the image, which the layer before it wrote."""
+    x = torch.randn(batch, 4, 7, 7)
+    first, second = conv(4, 4, 1, name="first"), conv(4, 2, 5, name="second", padding=2)
+    graph = Graph()
+    given = graph.placeholder("x")
+    given.meta["val"] = x
+    node = graph.call_function(first, (given,))
+    node.meta["val"] = first(x)
+    result = graph.call_function(second, (node,))
+    result.meta["val"] = second(first(x))
+    graph.output(result)
+    plan = Plan.build(graph, [first, second])
+    planes = next(s.out for s in plan.steps if isinstance(s, Sparse))
+    assert planes.pixels(batch) < planes.channel_stride(batch)
+    workspace = workspace_of_nan(plan, batch, {"first": tile, "second": tile})
+    assert error(workspace(x), second(first(x))) < TOLERANCE

@@ -245,7 +245,7 @@ def _taps(
     """Return the offsets of the taps, their number in each channel, weights and biases."""
     step = operation.step
     grouped = step.taps.grouped(1)
-    table = grouped.table(step.out.layout.root(), batch)
+    table = grouped.table(step.x, batch)
     return table[:, 0], np.diff(grouped.rows), grouped.values[:, 0], step.layer.bias.numpy()
 
 

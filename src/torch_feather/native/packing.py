@@ -77,7 +77,7 @@ def pack(step: Sparse, grouped: GroupedTaps, table: np.ndarray, plane: int) -> P
         >>> x, out = (Planes(PlaneLayout(1, 1), 4, 1, 1, (4,), linear=True) for _ in range(2))
         >>> step = Sparse(layer, Taps.from_layer(layer), x, out)
         >>> grouped = step.taps.grouped(1)
-        >>> pack(step, grouped, grouped.table(out.layout, 1), 16).distances
+        >>> pack(step, grouped, grouped.table(x, 1), 16).distances
         array([0, 1, 2, 3], dtype=uint8)
     """
     layer = step.layer

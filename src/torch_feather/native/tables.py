@@ -75,7 +75,7 @@ def kernel_call(
     known = (tuning or {}).get(layer.name)
     tile = choose_tile(step, plane, target, None if known is None else known.tile)
     grouped = step.taps.grouped(tile.channels)
-    packed = pack(step, grouped, grouped.table(layout, batch), plane)
+    packed = pack(step, grouped, grouped.table(step.x, batch), plane)
     tables = {
         "rows": grouped.rows,
         "channels": grouped.order,

@@ -54,9 +54,9 @@ class BatchPlan:
         """
         channels = self.tile(step).channels
         if (step, channels) not in self._tables:
-            grouped, layout = step.taps.grouped(channels), step.out.layout.root()
+            grouped = step.taps.grouped(channels)
             try:
-                taps = grouped.table(layout, self.batch)
+                taps = grouped.table(step.x, self.batch)
             except OverflowError:
                 raise InputError(
                     f"{step.layer.name}: a batch of {self.batch} needs planes of more than 2^31 "
@@ -78,12 +78,12 @@ class BatchPlan:
 
     def tile(self, step: Sparse) -> Tile:
         """Return the tile of a layer: the requested one, or the closest one that fits."""
-        plane, channels = step.out.layout.root().channel_stride(self.batch), step.layer.channels[1]
+        pixels, channels = step.out.pixels(self.batch), step.layer.channels[1]
         requested = Tile(*self.tiles[step.layer.name])
         widths, width = library().target.widths, requested.width
         if width not in widths:  # tuned on another machine
             width = widths[0]
-        alike = [t for t in library().tiles if t.width == width and t.vectors * width <= plane]
+        alike = [t for t in library().tiles if t.width == width and t.vectors * width <= pixels]
         most = requested.channels if step.layer.combine == "fma" else 1
         shared = max(t.channels for t in alike if t.channels <= most and not channels % t.channels)
         fitting = [t for t in alike if t.channels == shared]

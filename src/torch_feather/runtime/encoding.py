@@ -22,6 +22,7 @@ from .steps import Copy, Operation, Pointwise, Sparse, Step, Torch
 from .taps import Taps
 
 NUMBERS = ("stride", "padding", "dilation", "groups", "low", "high", "activation", "packs")
+PLANES = ("channels", "height", "width", "shape", "linear", "tokens", "first", "phases")
 LOCATIONS = {"operator": operator, "math": math, "torch": torch}
 
 
@@ -127,7 +128,7 @@ class Encoder:
                 "layout": self._layouts.setdefault(layout, len(self._layouts)),
                 "base": self.planes(planes.base),
             }
-            for name in ("channels", "height", "width", "shape", "linear", "tokens", "first"):
+            for name in PLANES:
                 stored[name] = self.value(getattr(planes, name))
             self._planes[planes] = len(self._planes_data)
             self._planes_data.append(stored)
@@ -305,8 +306,7 @@ class Decoder:
 
     def _read_planes(self, data: Mapping[str, Any]) -> Planes:
         base = None if data["base"] is None else self._planes[data["base"]]
-        names = ("channels", "height", "width", "shape", "linear", "tokens", "first")
-        values = {name: self.value(data[name]) for name in names}
+        values = {name: self.value(data[name]) for name in PLANES}
         return Planes(self._layouts[data["layout"]], base=base, **values)
 
     def _read_step(self, data: Mapping[str, Any]) -> Step:

@@ -253,11 +253,11 @@ class SparseModule(nn.Module):
     def _tune(self, nodes: Mapping[Node, Layer], known: Tuning) -> dict[str, LayerTuning]:
         """Return how each layer runs; time those that are not known."""
         steps = self._plan_all(list(nodes.values())).steps
-        layouts = {s.layer: s.out.layout.root() for s in steps if isinstance(s, Sparse)}
+        places = {s.layer: s for s in steps if isinstance(s, Sparse)}
         times: dict[Any, Any] = {}
         return {
             layer.name: known.get(layer.name)
-            or tune_layer(node, layer, self.batch_size, self.threads, layouts.get(layer), times)
+            or tune_layer(node, layer, self.batch_size, self.threads, places.get(layer), times)
             for node, layer in nodes.items()
         }
 

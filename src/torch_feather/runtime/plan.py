@@ -14,8 +14,9 @@ from .activations import activation_of
 from .aliases import alias_of, channels_of
 from .concatenation import Concatenation
 from .layer import Layer
-from .planes import PlaneLayout, Planes, split_size
+from .planes import PlaneLayout, Planes
 from .sizes import can_run_sparse, pixels_per_sample, sizes_of
+from .split import Split
 from .steps import Copy, Operation, Pointwise, Sparse, Step, Torch
 from .taps import Taps
 
@@ -175,7 +176,9 @@ class Builder:
         taps, source = Taps.from_layer(layer), node.args[0]
         assert isinstance(source, Node)
         if layer.stride != (1, 1) or layer.padding_value != 0.0:
-            x = self._split(source, layer, taps)
+            moves = self.constants is not None
+            split = Split(self.plan.planes, self.plan.steps, self._copies, moves)
+            x = split.planes_of(source, layer, taps)
         else:
             found = self.plan.planes.get(source)
             is_image = found is not None and found.linear and found.tokens is None
@@ -202,23 +205,6 @@ class Builder:
         return not node.target.linear or all(  # type: ignore[union-attr]
             p is None or p.linear for p in planes
         )
-
-    def _split(self, node: Node, layer: Layer, taps: Taps) -> Planes:
-        """Return the planes of a value, split into the phases that the taps read."""
-        key = (node, layer.stride, taps.phases, layer.padding_value)
-        if key not in self._copies:
-            height, width = (int(n) for n in node.meta["val"].shape[2:])
-            ys, xs = zip(*taps.phases, strict=True)
-            out = self._copies[key] = Planes(
-                PlaneLayout(0, 0),
-                layer.channels[0] * len(taps.phases),
-                split_size(height, layer.stride[0], ys),
-                split_size(width, layer.stride[1], xs),
-                (),
-            )
-            size, padding_value = (height, width), layer.padding_value
-            self.plan.steps.append(Copy(node, out, size, layer.stride, taps.phases, padding_value))
-        return self._copies[key]
 
     def _operation(self, node: Node) -> Pointwise | Operation | None:
         """Return the step of a function that is no layer; None if PyTorch computes it."""

@@ -125,6 +125,8 @@ class Planes:
         base: larger planes in which these are some channels, or None.
         first: their first channel there.
         grows: whether these are memory for a concatenation, to which channels can be appended.
+        phases: number of phases that are stored as further images, see `Taps`; phase k of all
+            images follows phase k - 1.
 
     Example:
         >>> import torch
@@ -143,6 +145,7 @@ class Planes:
     base: Planes | None = None
     first: int = 0
     grows: bool = False
+    phases: int = 1
 
     @property
     def root(self) -> Planes:
@@ -163,10 +166,24 @@ class Planes:
         shape = (*self.shape[:-1], count) if self.linear else (count, *self.shape[1:])
         return replace(self, channels=count, shape=shape, base=self, first=first, grows=False)
 
+    def channel_stride(self, batch: int) -> int:
+        """Return the number of pixels between consecutive channels."""
+        return self.layout.root().channel_stride(batch * self.phases)
+
+    def pixels(self, batch: int) -> int:
+        """Return the number of pixels of a channel without the padding below the last image.
+
+        They are rounded up to whole cache lines.
+        """
+        layout, whole = self.layout.root(), self.channel_stride(batch)
+        if self.tokens is not None:
+            return whole
+        last = (batch * self.phases - 1) * layout.image_stride
+        return min(whole, round_up(last + self.height * layout.row_stride))
+
     def size(self, batch: int) -> int:
         """Return the number of float32 values in memory, including the edges."""
-        layout = self.layout.root()
-        return 2 * layout.edge + LINE + self.channels * layout.channel_stride(batch)
+        return 2 * self.layout.root().edge + LINE + self.channels * self.channel_stride(batch)
 
     def view(self, memory: Tensor, batch: int) -> Tensor:
         """Return a view of memory that has the shape of the activation in PyTorch.
@@ -176,7 +193,7 @@ class Planes:
             batch: number of samples.
         """
         layout = self.layout.root()
-        channel = layout.channel_stride(batch)
+        channel = self.channel_stride(batch)
         start = memory.storage_offset() + layout.edge + self.start * channel
         if self.tokens is not None:
             sizes = [constant + per_sample * batch for constant, per_sample in self.tokens]
@@ -202,9 +219,9 @@ class Planes:
         used = (layout.height, layout.width, layout.pad_y, layout.pad_x)
         if used == (self.height, self.width, 0, 0) or self.tokens is not None:
             return None
-        mask = np.zeros(layout.channel_stride(batch), np.int32)
+        mask, count = np.zeros(self.channel_stride(batch), np.int32), batch * self.phases
         rows = layout.height + layout.pad_y
-        images = mask[: batch * layout.image_stride].reshape(batch, rows, layout.row_stride)
+        images = mask[: count * layout.image_stride].reshape(count, rows, layout.row_stride)
         images[:, : self.height, : self.width] = -1
         return mask
 

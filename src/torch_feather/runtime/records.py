@@ -47,7 +47,7 @@ class Records:
     def span(self, planes: Planes) -> Tensor:
         """Return the memory of planes, with what windows may read before them."""
         layout, root = planes.layout.root(), self.memory_of(planes)
-        plane = layout.channel_stride(self.plan.batch)
+        plane = planes.channel_stride(self.plan.batch)
         first = layout.edge + planes.start * plane
         return root[first - layout.lead : first + planes.channels * plane]
 
@@ -66,7 +66,7 @@ class Records:
         record = self.record(CONVOLUTION)
         tile, operation["kernel"] = self.plan.kernel(step)
         tables, layout = self.plan.tables(step), step.out.layout.root()
-        plane = layout.channel_stride(self.plan.batch)
+        plane = step.out.channel_stride(self.plan.batch)
         for name, table in tables.items():
             record[name] = table.ctypes.data
         record["x"], record["out"] = self._first_pixel(step.x), self._first_pixel(step.out)
@@ -76,12 +76,14 @@ class Records:
         record["lead_bytes"] = 4 * layout.lead
         record["trail"] = record["out"]  # what is behind is read for pixels of padding only
         pixels = tile.vectors * tile.width
-        record["plane"], record["last"] = plane, plane - pixels
+        used = step.out.pixels(self.plan.batch)
+        record["plane"], record["last"] = plane, used - pixels
+        record["tail"] = (plane - used) // tile.width
         record["n_blocks"] = len(tables["blocks"]) - 1
         record["low"], record["high"] = step.layer.low, step.layer.high
         if step.layer.activation is not None:
             record["activation"] = library().activations[step.layer.activation, tile.width]
-        operation["items"] = -(-plane // pixels) * (len(tables["blocks"]) - 1)
+        operation["items"] = -(-used // pixels) * (len(tables["blocks"]) - 1)
         operation["record"] = record.ctypes.data
 
     def operation(self, step: Operation, operation: np.void) -> None:
@@ -95,14 +97,13 @@ class Records:
             x.channels,
             source.image_stride,
         )
-        record["x_plane"], record["x_image"] = source.channel_stride(batch), source.image_stride
-        record["plane"], record["image"] = layout.channel_stride(batch), layout.image_stride
+        record["x_plane"], record["x_image"] = x.channel_stride(batch), source.image_stride
+        record["plane"], record["image"] = step.out.channel_stride(batch), layout.image_stride
         record["lead_bytes"], record["eps"] = 4 * layout.lead, step.eps
         if others:
-            factors = others[0].layout.root()
             record["y"] = self._first_pixel(others[0])
-            record["y_plane"] = factors.channel_stride(batch)
-            record["y_image"] = factors.image_stride
+            record["y_plane"] = others[0].channel_stride(batch)
+            record["y_image"] = others[0].layout.root().image_stride
         name, items = step.name, x.channels
         mask = step.out.mask(batch)
         if mask is not None:
@@ -110,6 +111,7 @@ class Records:
             name = "scale_masked" if name == "scale" else name
         if name == "mean":
             record["factor"] = 1 / (x.height * x.width)
+            record["pixels"] = x.height * source.row_stride
         elif name == "activate":
             assert step.activation is not None
             record["activation"] = library().activations[step.activation, width]
@@ -117,7 +119,7 @@ class Records:
             assert step.weight is not None
             assert step.bias is not None
             record["weight"], record["bias"] = self._address(step.weight), self._address(step.bias)
-            record["factor"], items = 1 / x.channels, layout.channel_stride(batch) // width
+            record["factor"], items = 1 / x.channels, step.out.channel_stride(batch) // width
         operation["kernel"], operation["items"] = library().operations[name], items
         operation["record"] = record.ctypes.data
 
@@ -130,15 +132,12 @@ class Records:
         record, transpose = self.record(COPY), self.record(TRANSPOSE)
         batch, layout, (height, width) = self.plan.batch, step.out.layout.root(), step.size
         (sy, sx), copies = step.stride, library().copies
-        channels = step.out.channels // len(step.phases)
-        phases = np.array(
-            [(0, -(-(height - a) // sy), -(-(width - b) // sx)) for a, b in step.phases], np.int64
-        )
-        self.referenced.append(phases)
+        channels = step.out.channels * step.out.phases // len(step.phases)
+        phases = self._phases(step)
         record["phases"], record["out"] = phases.ctypes.data, self._first_pixel(step.out)
         record["images"], record["channels"] = batch, channels
         record["all_channels"], record["fill"] = step.out.channels, step.padding_value
-        record["plane"], record["image"] = layout.channel_stride(batch), layout.image_stride
+        record["plane"], record["image"] = step.out.channel_stride(batch), layout.image_stride
         record["pitch"] = layout.row_stride
         record["rows"] = layout.image_stride // layout.row_stride
         record["edge"] = layout.lead
@@ -173,14 +172,32 @@ class Records:
             blocks = channels if known else -(-channels // CHANNEL_BLOCK)
             operation["items"] = len(step.phases) * blocks * batch
             if is_whole and (column, row) == (1, width):  # the planes are one row
-                phases[:, 1:] = 1, height * width
+                phases[:, 1:3] = 1, height * width
                 record["rows"], record["pitch"] = 1, height * width
             elif is_whole:
-                phases[:, 1:] = height, width
+                phases[:, 1:3] = height, width
                 record["rows"], record["pitch"] = height, width
             return x
 
         return set_source
+
+    def _phases(self, step: Copy) -> np.ndarray:
+        """Return the table of the phases of a copy; see `COPY`. Sources are set later."""
+        (height, width), (sy, sx), out, batch = step.size, step.stride, step.out, self.plan.batch
+        plane, images = out.channel_stride(batch), batch * out.layout.root().image_stride
+        count = len(step.phases)
+        table = np.zeros((count, 5), np.int64)
+        self.referenced.append(table)
+        table[:, 1] = [-(-(height - a) // sy) for a, _ in step.phases]
+        table[:, 2] = [-(-(width - b) // sx) for _, b in step.phases]
+        if out.phases == 1:  # phases are channels
+            table[:, 3] = np.arange(count) * (out.channels // count) * plane
+            table[:, 4] = table[:, 3] + plane
+        else:  # phases are images
+            table[:, 3] = np.arange(count) * images
+            table[:, 4] = table[:, 3] + images
+            table[-1, 4] = plane
+        return table
 
     def to_tokens(self, planes: Planes, operation: np.void) -> Callable[[], Tensor] | None:
         """Fill the record of a transposition of planes into PyTorch's order.
@@ -197,7 +214,7 @@ class Records:
             return None
         record = self.record(TRANSPOSE)
         record["source"], record["rows"] = self._first_pixel(planes), planes.channels
-        record["columns"], record["pitch"] = tokens, layout.channel_stride(batch)
+        record["columns"], record["pitch"] = tokens, planes.channel_stride(batch)
         record["out_pitch"] = planes.channels
         operation["record"] = record.ctypes.data
         operation["kernel"] = library().operations["transpose"]
@@ -211,8 +228,7 @@ class Records:
         return set_result
 
     def _first_pixel(self, planes: Planes) -> int:
-        layout = planes.layout.root()
-        first = layout.edge + planes.start * layout.channel_stride(self.plan.batch)
+        first = planes.layout.root().edge + planes.start * planes.channel_stride(self.plan.batch)
         return self.memory_of(planes).data_ptr() + 4 * first
 
     def _address(self, array: np.ndarray) -> int:

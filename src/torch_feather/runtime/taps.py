@@ -12,7 +12,7 @@ import numpy as np
 
 from .layer import Layer
 from .memory import aligned_zeros
-from .planes import PlaneLayout
+from .planes import Planes
 
 # Work of a group of channels without taps (bias, bounds, stores), in taps.
 GROUP_COST = 4
@@ -162,11 +162,11 @@ class GroupedTaps:
     dy: np.ndarray
     dx: np.ndarray
 
-    def table(self, layout: PlaneLayout, batch: int) -> np.ndarray:
+    def table(self, x: Planes, batch: int) -> np.ndarray:
         """Return the table that a convolution kernel reads.
 
         Args:
-            layout: of input and output.
+            x: input, in the layout of the output.
             batch: number of samples.
 
         Returns:
@@ -176,10 +176,10 @@ class GroupedTaps:
         Raises:
             OverflowError: an offset does not fit into 32 bits.
         """
-        layout = layout.root()
-        offsets = (
-            self.channel * layout.channel_stride(batch) + self.dy * layout.row_stride + self.dx
-        )
+        layout = x.layout.root()
+        phase, channel = np.divmod(self.channel, x.channels)  # phase 0 if phases are channels
+        offsets = channel * x.channel_stride(batch) + phase * batch * layout.image_stride
+        offsets += self.dy * layout.row_stride + self.dx
         if offsets.max(initial=0) > np.iinfo(np.int32).max - 2 * layout.edge:
             raise OverflowError
         size = 1 + self.values.shape[1]

@@ -20,7 +20,6 @@ from .batch import BatchPlan
 from .kernels import Tile, library
 from .layer import Layer
 from .plan import Plan, Sparse
-from .planes import PlaneLayout
 from .sizes import sizes_of
 from .timing import milliseconds
 from .workspace import Workspace
@@ -64,7 +63,7 @@ def tune_layer(
     layer: Layer,
     batch: int,
     threads: int,
-    layout: PlaneLayout | None = None,
+    place: Sparse | None = None,
     known: dict[Any, Any] | None = None,
 ) -> LayerTuning:
     """Time a layer densely and with some tiles, on random input.
@@ -77,8 +76,7 @@ def tune_layer(
         layer: the layer.
         batch: number of samples.
         threads: number of threads of the sparse kernels.
-        layout: layout of its result in the network, which may have more padding than the layer
-            needs.
+        place: its step in the network, whose planes may have more padding, or consist of phases.
         known: times of earlier layers, by their sizes. Layers of equal size have the same dense
             time, and the same best tile if their sparsity is similar. Times are added.
 
@@ -99,15 +97,19 @@ def tune_layer(
     known = {} if known is None else known
     sparsity = layer.sparsity
     symbol = _batch_of(node.graph)
-    x, *residual = (_random_input(n, symbol, batch) for n in node.args if isinstance(n, Node))
-    plan = _plan_of_layer(node, layer, symbol)
+    values = [n.meta["val"] for n in (*node.args, node) if isinstance(n, Node)]
+    if place is not None and place.out.phases > 1:
+        symbol, values = (batch := batch * place.out.phases), _phases(place, batch)
+    x, *residual = (_random_input(value, symbol, batch) for value in values[:-1])
+    plan = _plan_of_layer(layer, values, symbol)
     (step,) = (s for s in plan.steps if isinstance(s, Sparse))
-    if layout is not None:
+    if place is not None:
+        layout = place.out.layout.root()
         step.out.layout.require(layout.height, layout.width, layout.pad_y, layout.pad_x)
-    plane = step.out.layout.root().channel_stride(batch)
-    key = (*_size(layer), tuple(x.shape), len(residual), plane)
+    pixels = step.out.pixels(batch)
+    key = (*_size(layer), tuple(x.shape), len(residual), pixels)
     similar = (*key, round(sparsity, 2))
-    tiles = [known[similar]] if similar in known else candidates(layer, sparsity, plane)
+    tiles = [known[similar]] if similar in known else candidates(layer, sparsity, pixels)
     times = _time_tiles(plan, step, tiles, (x, *residual), batch, threads)
     fastest = known[similar] = min(times, key=times.__getitem__)
     sparse = times[fastest]
@@ -146,7 +148,7 @@ def _size(layer: Layer) -> tuple[Any, ...]:
     return (*kind, shape, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-def candidates(layer: Layer, sparsity: float, plane: int) -> list[Tile]:
+def candidates(layer: Layer, sparsity: float, pixels: int) -> list[Tile]:
     """Return the tiles of a layer that are probably the fastest ones.
 
     The estimate counts cycles per tap: two multiply-adds, or two loads, at a time, and at least
@@ -155,11 +157,11 @@ def candidates(layer: Layer, sparsity: float, plane: int) -> list[Tile]:
     Args:
         layer: the layer.
         sparsity: fraction of its weights that is zero.
-        plane: pixels of a channel, with padding.
+        pixels: of a channel, with the padding that is computed.
 
     Example:
         >>> layer = Layer("weight", torch.eye(4), torch.zeros(4))
-        >>> len(candidates(layer, 0.75, plane=16)) <= CANDIDATES
+        >>> len(candidates(layer, 0.75, pixels=16)) <= CANDIDATES
         True
     """
     out, positions = layer.channels[1], layer.weight[0].numel()
@@ -167,7 +169,7 @@ def candidates(layer: Layer, sparsity: float, plane: int) -> list[Tile]:
     fitting = [
         t
         for t in library().tiles
-        if t.vectors * t.width <= plane and t.channels <= most and out % t.channels == 0
+        if t.vectors * t.width <= pixels and t.channels <= most and out % t.channels == 0
     ]
 
     def cost(tile: Tile) -> float:
@@ -176,7 +178,7 @@ def candidates(layer: Layer, sparsity: float, plane: int) -> list[Tile]:
         taps = positions * (1 - sparsity**shared) * tile.channels / shared  # expected
         loads = tile.vectors + tile.channels + 1
         group = taps * max(LATENCY, sums / 2, loads / 2) + GROUP_CYCLES + 2 * sums
-        count = -(-plane // (tile.vectors * tile.width))
+        count = -(-pixels // (tile.vectors * tile.width))
         return count * group * (out // tile.channels)
 
     return sorted(fitting, key=cost)[:CANDIDATES]
@@ -299,29 +301,34 @@ def _batch_of(graph: Graph) -> Any:
     return next(n for n in graph.nodes if n.op == "placeholder").meta["val"].shape[0]
 
 
-def _plan_of_layer(node: Node, layer: Layer, batch: Any) -> Plan:
+def _plan_of_layer(layer: Layer, values: Sequence[Tensor], batch: Any) -> Plan:
     """Return the plan of a network that consists of one layer.
 
     Args:
-        node: node of the layer.
         layer: the layer.
+        values: tensors like its inputs and its result.
         batch: size or symbol of the batch, which may be another dimension of its input.
     """
     graph = Graph()
     inputs = []
-    for i, given in enumerate(node.args):
-        assert isinstance(given, Node)
+    for i, value in enumerate(values[:-1]):
         inputs.append(graph.placeholder(f"x{i}"))
-        inputs[-1].meta["val"] = given.meta["val"]
+        inputs[-1].meta["val"] = value
     only = graph.call_function(layer, tuple(inputs))
-    only.meta["val"] = node.meta["val"]
+    only.meta["val"] = values[-1]
     graph.output(only)
     return Plan.build(graph, [layer], batch=batch)
 
 
-def _random_input(node: Node, symbol: Any, batch: int) -> Tensor:
+def _phases(place: Sparse, images: int) -> list[Tensor]:
+    """Return tensors like the input and the result of a layer whose images are phases."""
+    sizes = ((images, p.channels, p.height, p.width) for p in (place.x, place.out))
+    return [torch.empty(size, device="meta") for size in sizes]
+
+
+def _random_input(value: Tensor, symbol: Any, batch: int) -> Tensor:
     # Not int(), which would fix a symbol of torch.export for the whole graph.
-    sizes = sizes_of(node.meta["val"].shape, symbol)
+    sizes = sizes_of(value.shape, symbol)
     assert sizes is not None
     shape = [constant + slope * batch for constant, slope in sizes]
     generator = torch.Generator().manual_seed(0)  # leave the global generator unchanged

@@ -22,8 +22,9 @@ from .build import (
 )
 from .convolution import Variant, declare_intrinsics, emit_convolution
 from .host import Target, host, llvm, openmp
-from .plane_copy import CHANNEL_BLOCK, FunctionText
+from .plane_copy import CHANNEL_BLOCK
 from .records import CONVOLUTION, COPY, OPERATION, PLANE_OPERATION, TRANSPOSE
+from .text import FunctionText
 from .tiles import Tile, tiles
 
 __all__ = [

@@ -1,14 +1,17 @@
-"""LLVM IR of activation functions on vectors, which layers and other kernels call.
+"""LLVM IR of activation functions, which layers and other kernels call.
 
-A function takes a vector of float32 numbers and returns one. The exponential function is computed
-as 2^n · e^r with |r| ≤ ln(2)/2 and a polynomial for e^r. The errors are below 1e-6 of the
-result, except where it is so small that PyTorch's own are larger.
+A function reads a row of vectors and writes another one. So its constants stay in registers, and
+the processor computes several vectors at once. The exponential function is computed as 2^n · e^r
+with |r| ≤ ln(2)/2 and a polynomial for e^r. The errors are below 1e-6 of the result, except where
+it is so small that PyTorch's own are larger.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+
+from .text import FunctionText
 
 # The activation functions; those of `ZERO_AT_ZERO` map 0 to 0, so that padding stays 0.
 ZERO_AT_ZERO = ("silu", "gelu", "gelu_tanh", "hardswish")
@@ -179,7 +182,11 @@ class VectorCode:
 
 
 def emit_activation(activation: str, width: int) -> Iterator[str]:
-    """Yield the lines of the function of an activation.
+    """Yield the lines of the function `name(x, out, mask, n)` of an activation.
+
+    It computes n vectors. Vectors of int32 at `mask`, unless it is null, have all bits set where
+    the result is used, and 0 where it is set to 0. Functions that map 0 to 0 ignore the mask: the
+    caller sets x to 0 there.
 
     Args:
         activation: one of `ACTIVATIONS`.
@@ -187,12 +194,32 @@ def emit_activation(activation: str, width: int) -> Iterator[str]:
 
     Example:
         >>> next(emit_activation("silu", 8))
-        'define <8 x float> @silu_8(<8 x float> %x) {'
+        'define void @silu_8(ptr %x, ptr %out, ptr %mask, i64 %n) {'
     """
-    code = VectorCode(width)
-    result = code.apply(activation, "%x")
+    code, vector = FunctionText(), VectorCode(width)
+    v, iv = vector.floats, vector.ints
+    is_masked = activation not in ZERO_AT_ZERO
+    if is_masked:  # without a mask, read x instead; the value is not used
+        code("%is.whole = icmp eq ptr %mask, null")
+        code("%mask.safe = select i1 %is.whole, ptr %x, ptr %mask")
+    with code.loop("%i", "0", "%n"):
+        code(f"%at = getelementptr {v}, ptr %x, i64 %i")
+        code(f"%value = load {v}, ptr %at, align 4")
+        result = vector.apply(activation, "%value")
+        code.lines += vector.lines
+        if is_masked:
+            code(f"%mask.at = getelementptr {iv}, ptr %mask.safe, i64 %i")
+            code(f"%mask.here = load {iv}, ptr %mask.at, align 4")
+            code(f"%mask.used = select i1 %is.whole, {iv} {vector.integers(-1)}, {iv} %mask.here")
+            code(f"%bits = bitcast {v} {result} to {iv}")
+            code(f"%bits.masked = and {iv} %bits, %mask.used")
+            code(f"%masked = bitcast {iv} %bits.masked to {v}")
+            result = "%masked"
+        code(f"%to = getelementptr {v}, ptr %out, i64 %i")
+        code(f"store {v} {result}, ptr %to, align 4")
     name = function_name(activation, width)
-    yield f"define {code.floats} @{name}({code.floats} %x) {{"
+    yield f"define void @{name}(ptr %x, ptr %out, ptr %mask, i64 %n) {{"
+    yield "entry:"
     yield from code.lines
-    yield f"  ret {code.floats} {result}"
+    yield "  ret void"
     yield "}"

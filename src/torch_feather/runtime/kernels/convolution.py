@@ -15,6 +15,8 @@ the weight's value. A work item is one tile of pixels of one block of groups of 
                 offset, weights = taps[k]
                 y = combine(y, weights, x[p + offset])
             out[o, p] = activation(clamp(y + residual[o, p], low, high)) & mask[p]
+            if p == last:
+                set the rows of padding below the last image to 0
 
 where `p` stands for `tile_pixels` consecutive pixels. Each function below emits one level of this
 loop nest. Comparisons propagate NaN, as in PyTorch.
@@ -33,7 +35,7 @@ from .tiles import Tile
 FIELD_TYPES = {
     "low": "float",
     "high": "float",
-    **dict.fromkeys(("n_blocks", "plane", "last", "lead_bytes", "trail_bytes"), "i64"),
+    **dict.fromkeys(("n_blocks", "plane", "last", "tail", "lead_bytes", "trail_bytes"), "i64"),
 }
 
 
@@ -115,6 +117,9 @@ def emit_convolution(variant: Variant, activations: bool = False) -> Iterator[st
     """
     yield f"define void @{variant.name}(ptr %record, i64 %i0, i64 %i1) {{"
     yield "entry:"
+    if activations:
+        (vectors, width, channels) = variant.tile
+        yield f"  %buffer = alloca [{vectors * width * channels} x float], align 64"
     yield from _load_record(variant)
     yield from _clear_edges()
     yield from _begin_item(variant)
@@ -178,7 +183,7 @@ def _begin_item(variant: Variant) -> Iterator[str]:
 def _begin_group(variant: Variant) -> Iterator[str]:
     channels = variant.tile.channels
     yield "group:"
-    yield "  %g = phi i64 [ %g0, %item ], [ %g.next, %group.done ]"
+    yield "  %g = phi i64 [ %g0, %item ], [ %g.next, %group.next ]"
     yield "  %row = getelementptr i32, ptr %rows.value, i64 %g"
     yield "  %row.after = getelementptr i32, ptr %row, i64 1"
     for name, at in (("k0", "row"), ("k1", "row.after")):
@@ -242,18 +247,14 @@ def _end_group(variant: Variant, activations: bool) -> Iterator[str]:
     if activations:
         yield "  %is.linear = icmp eq ptr %activation.value, null"
         yield "  br i1 %is.linear, label %store, label %activate"
-        yield "activate:"
-        for r, j in variant.cells:
-            yield f"  %active.{r}.{j} = call {v} %activation.value({v} %high.y.{r}.{j})"
-        yield "  br label %store"
+        yield from _activate(variant)
         yield "store:"
-        for r, j in variant.cells:
-            values = f"[ %high.y.{r}.{j}, %group.end ], [ %active.{r}.{j}, %activate ]"
-            yield f"  %result.{r}.{j} = phi {v} {values}"
     for r, j in variant.cells:
-        yield from _store(variant, r, j, "%result" if activations else "%high.y")
+        yield from _store(variant, f"{r}.{j}", f"%out.{r}", j)
     yield "  br label %group.done"
     yield "group.done:"
+    yield from _clear_tail(variant)
+    yield "group.next:"
     yield "  %g.next = add i64 %g, 1"
     yield "  %g.more = icmp ult i64 %g.next, %g1"
     yield "  br i1 %g.more, label %group, label %item.end"
@@ -275,11 +276,47 @@ def _finish(variant: Variant, r: int, j: int) -> Iterator[str]:
         y = f"%{bound}.y.{c}"
 
 
-def _store(variant: Variant, r: int, j: int, prefix: str) -> Iterator[str]:
-    """Mask and store one register."""
+def _clear_tail(variant: Variant) -> Iterator[str]:
+    """Set the vectors after the last tile to 0. They are padding, which needs no taps."""
+    (vectors, width, channels), v = variant.tile, variant.floats
+    yield "  %is.last = icmp eq i64 %p, %last.value"
+    yield "  %has.tail = icmp ne i64 %tail.value, 0"
+    yield "  %clears = and i1 %is.last, %has.tail"
+    yield "  br i1 %clears, label %clear, label %group.next"
+    yield "clear:"
+    yield "  %z = phi i64 [ 0, %group.done ], [ %z.next, %clear ]"
+    yield f"  %z.vector = add i64 %z, {vectors}"
+    yield f"  %z.first = mul i64 %z.vector, {width}"
+    for r in range(channels):
+        yield f"  %z.at.{r} = getelementptr float, ptr %out.{r}, i64 %z.first"
+        yield f"  store {v} zeroinitializer, ptr %z.at.{r}, align 4"
+    yield "  %z.next = add i64 %z, 1"
+    yield "  %z.more = icmp ult i64 %z.next, %tail.value"
+    yield "  br i1 %z.more, label %clear, label %group.next"
+
+
+def _activate(variant: Variant) -> Iterator[str]:
+    """Store the tile in the buffer, and write the activation function of it to the output.
+
+    The output itself cannot be the buffer: tiles overlap, and another thread may write it, too.
+    """
+    (vectors, width, channels), mask = variant.tile, "%mask" if variant.mask else "null"
+    yield "activate:"
+    for r in range(channels):
+        yield f"  %buffer.{r} = getelementptr float, ptr %buffer, i64 {r * vectors * width}"
+        for j in range(vectors):
+            yield from _store(variant, f"{r}.{j}", f"%buffer.{r}", j, ".linear")
+        yield (
+            f"  call void %activation.value(ptr %buffer.{r}, ptr %out.{r}, ptr {mask}, "
+            f"i64 {vectors})"
+        )
+    yield "  br label %group.done"
+
+
+def _store(variant: Variant, cell: str, row: str, j: int, suffix: str = "") -> Iterator[str]:
+    """Mask one register and store it as vector j of a row."""
     v, iv = variant.floats, variant.ints
-    c, skip = f"{r}.{j}", j * variant.tile.width
-    y = f"{prefix}.{c}"
+    c, y, skip = f"{cell}{suffix}", f"%high.y.{cell}", j * variant.tile.width
     if variant.mask:
         yield f"  %m.at.{c} = getelementptr i32, ptr %mask, i64 {skip}"
         yield f"  %m.{c} = load {iv}, ptr %m.at.{c}, align 4"
@@ -287,7 +324,7 @@ def _store(variant: Variant, r: int, j: int, prefix: str) -> Iterator[str]:
         yield f"  %masked.{c} = and {iv} %bits.{c}, %m.{c}"
         yield f"  %ym.{c} = bitcast {iv} %masked.{c} to {v}"
         y = f"%ym.{c}"
-    yield f"  %out.at.{c} = getelementptr float, ptr %out.{r}, i64 {skip}"
+    yield f"  %out.at.{c} = getelementptr float, ptr {row}, i64 {skip}"
     yield f"  store {v} {y}, ptr %out.at.{c}, align 4"
 
 

@@ -19,17 +19,16 @@ and fills the padding to the right of each row, below the image, and after the l
 Channels are copied in squares of `CHANNEL_BLOCK` channels by as many columns: if the channels of a
 pixel are adjacent in the source, each of its cache lines is used completely.
 
-If the distance between columns is known, a row and its padding are copied with masked vectors
-instead, on processors that have them (`MASKED_WIDTHS`).
+If the distance between columns is known, a row is copied in vectors instead, and its end with its
+padding in masked vectors, on processors that have them (`MASKED_WIDTHS`).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from .records import COPY, fields
+from .text import FunctionText
 
 # Distances between columns of the source for which there is a kernel; None is any distance.
 COLUMN_STRIDES = (1, 2, None)
@@ -38,54 +37,6 @@ CHANNEL_BLOCK = 16  # channels in a work item of the kernel for any distance
 
 # Types of the fields of a record that are not int64.
 FIELD_TYPES = {"source": "ptr", "phases": "ptr", "out": "ptr", "fill": "float"}
-
-
-class FunctionText:
-    """The text of a function with counted loops.
-
-    Example:
-        >>> code = FunctionText()
-        >>> code("ret void")
-        >>> code.lines
-        ['  ret void']
-    """
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self._block = "entry"
-        self._numbers = itertools.count()
-
-    def __call__(self, line: str) -> None:
-        """Append an instruction."""
-        self.lines.append("  " + line)
-
-    def label(self, name: str) -> None:
-        """Begin a basic block."""
-        self.lines.append(f"{name}:")
-        self._block = name
-
-    @contextmanager
-    def loop(self, counter: str, start: str, stop: str) -> Iterator[None]:
-        """Repeat the instructions in the `with` block for each integer in [start, stop)."""
-        name, before = f"{counter[1:]}.{next(self._numbers)}", self._block
-        self(f"br label %{name}.test")
-        self.label(f"{name}.test")
-        self(f"{counter} = phi i64 [ {start}, %{before} ], [ {counter}.next, %{name}.end ]")
-        self(f"%{name}.more = icmp slt i64 {counter}, {stop}")
-        self(f"br i1 %{name}.more, label %{name}.body, label %{name}.after")
-        self.label(f"{name}.body")
-        yield
-        self(f"br label %{name}.end")
-        self.label(f"{name}.end")
-        self(f"{counter}.next = add nsw i64 {counter}, 1")
-        self(f"br label %{name}.test")
-        self.label(f"{name}.after")
-
-    def fill(self, counter: str, base: str, start: str, stop: str) -> None:
-        """Store the fill value in the elements [start, stop) of an array."""
-        with self.loop(f"%{counter}", start, stop):
-            self(f"%{counter}.at = getelementptr float, ptr {base}, i64 %{counter}")
-            self(f"store float %fill, ptr %{counter}.at")
 
 
 def emit_copy(column_stride: int | None, width: int = 4) -> Iterator[str]:
@@ -161,15 +112,15 @@ def _locate_item(code: FunctionText, block: int) -> None:
     code(f"%c.full = add i64 %c0, {block}")
     code("%c.over = icmp sgt i64 %c.full, %channels")
     code("%c1 = select i1 %c.over, i64 %channels, i64 %c.full")
-    code("%phase.first = mul i64 %phase, 3")
-    for k, name in enumerate(("start", "height", "width")):
+    code("%phase.first = mul i64 %phase, 5")
+    for k, name in enumerate(("start", "height", "width", "to.phase", "end")):
         code(f"%{name}.place = add i64 %phase.first, {k}")
         code(f"%{name}.at = getelementptr i64, ptr %phases, i64 %{name}.place")
         code(f"%{name} = load i64, ptr %{name}.at")
     code("%from.n = mul i64 %n, %source_image")
     code("%from = add i64 %from.n, %start")
-    code("%to.phase = mul i64 %phase, %channels")
-    code("%to.n = mul i64 %n, %image")
+    code("%to.image = mul i64 %n, %image")
+    code("%to.n = add i64 %to.phase, %to.image")
 
 
 def _copy_row(code: FunctionText, column_stride: int | None) -> None:
@@ -196,8 +147,7 @@ def _copy_row(code: FunctionText, column_stride: int | None) -> None:
             code("%from.c = mul i64 %c, %source_channel")
             code("%from.yc = add i64 %from.y, %from.c")
             code("%row.in = getelementptr float, ptr %source, i64 %from.yc")
-            code("%channel = add i64 %to.phase, %c")
-            code("%to.c = mul i64 %channel, %plane")
+            code("%to.c = mul i64 %c, %plane")
             code("%to.yc = add i64 %to.y, %to.c")
             code("%row.out = getelementptr float, ptr %out, i64 %to.yc")
             with code.loop("%x", "%x0", "%x1"):
@@ -210,8 +160,7 @@ def _copy_row(code: FunctionText, column_stride: int | None) -> None:
 
 def _fill_rest_of_row(code: FunctionText) -> None:
     with code.loop("%g", "%c0", "%c1"):
-        code("%g.channel = add i64 %to.phase, %g")
-        code("%g.plane = mul i64 %g.channel, %plane")
+        code("%g.plane = mul i64 %g, %plane")
         code("%g.yc = add i64 %to.y, %g.plane")
         code("%g.row = getelementptr float, ptr %out, i64 %g.yc")
         code.fill("right", "%g.row", "%count", "%pitch")
@@ -245,8 +194,7 @@ def _copy_row_masked(code: FunctionText, column_stride: int, width: int) -> None
     code("%row.in = getelementptr float, ptr %source, i64 %from.yc")
     code("%to.row = mul i64 %y, %pitch")
     code("%to.y = add i64 %to.n, %to.row")
-    code("%channel = add i64 %to.phase, %c0")
-    code("%to.c = mul i64 %channel, %plane")
+    code("%to.c = mul i64 %c0, %plane")
     code("%to.yc = add i64 %to.y, %to.c")
     code("%row.out = getelementptr float, ptr %out, i64 %to.yc")
     code("%count.short = trunc i64 %count to i32")
@@ -255,7 +203,10 @@ def _copy_row_masked(code: FunctionText, column_stride: int, width: int) -> None
         code("%end.long = mul i32 %count.short, 2")
         code("%end.short = sub i32 %end.long, 1")
         _splat(code, "end.all", "i32", "%end.short", width)
-    with code.loop("%x", "0", "%vectors"):
+    code(f"%full = udiv i64 %count, {width}")
+    with code.loop("%f", "0", "%full"):
+        _copy_vector(code, column_stride, width)
+    with code.loop("%x", "%full", "%vectors"):
         code(f"%x0 = mul i64 %x, {width}")
         code("%x0.short = trunc i64 %x0 to i32")
         _splat(code, "x.all", "i32", "%x0.short", width)
@@ -283,6 +234,28 @@ def _copy_row_masked(code: FunctionText, column_stride: int, width: int) -> None
         code(f"{store}({v} %pixels, ptr %x.out, i32 4, {bv} %is.row)")
 
 
+def _copy_vector(code: FunctionText, column_stride: int, width: int) -> None:
+    """Copy vector f of a row, all of which are pixels: masked stores are slow with AVX2.
+
+    With a stride of 2, the second load ends at the last pixel, since memory may end there.
+    """
+    v = f"<{width} x float>"
+    code(f"%f.first = mul i64 %f, {width}")
+    code(f"%f.place = mul i64 %f.first, {column_stride}")
+    code("%f.in = getelementptr float, ptr %row.in, i64 %f.place")
+    code(f"%f.0 = load {v}, ptr %f.in, align 4")
+    pixels = "%f.0"
+    if column_stride == 2:
+        code(f"%f.in.1 = getelementptr float, ptr %f.in, i64 {width - 1}")
+        code(f"%f.1 = load {v}, ptr %f.in.1, align 4")
+        places = [*range(0, width, 2), *range(width + 1, 2 * width, 2)]
+        even = ", ".join(f"i32 {k}" for k in places)
+        code(f"%f.even = shufflevector {v} %f.0, {v} %f.1, <{width} x i32> <{even}>")
+        pixels = "%f.even"
+    code("%f.out = getelementptr float, ptr %row.out, i64 %f.first")
+    code(f"store {v} {pixels}, ptr %f.out, align 4")
+
+
 def _integers(value: int, width: int) -> str:
     """Return a vector of equal integers."""
     return f"<{', '.join([f'i32 {value}'] * width)}>"
@@ -293,9 +266,8 @@ def _fill_rest_of_plane(code: FunctionText) -> None:
     code("%n.next = add i64 %n, 1")
     code("%is.last = icmp eq i64 %n.next, %images")
     code("%rest = add i64 %to.n, %image")
-    code("%rest.end = select i1 %is.last, i64 %plane, i64 %rest")
+    code("%rest.end = select i1 %is.last, i64 %end, i64 %rest")
     with code.loop("%s", "%c0", "%c1"):
-        code("%s.channel = add i64 %to.phase, %s")
-        code("%s.plane = mul i64 %s.channel, %plane")
+        code("%s.plane = mul i64 %s, %plane")
         code("%s.out = getelementptr float, ptr %out, i64 %s.plane")
         code.fill("slack", "%s.out", "%rest", "%rest.end")

@@ -3,7 +3,7 @@
     mean          out[c, n] = factor · sum of x[c, n, p] over the pixels; padding is 0
     scale         out[c, n, p] = x[c, n, p] · y[c, n]
     scale_masked  the same & mask[p]
-    activate      out[c, p] = activation(x[c, p]) & mask[p]
+    activate      out[c, p] = activation(x[c, p]) & mask[p]; padding of x is 0
     layer_norm    of each pixel, over the channels
 
 The items of `mean`, `scale` and `activate` are channels, those of `layer_norm` vectors of pixels.
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .plane_copy import FunctionText
 from .records import PLANE_OPERATION, fields
+from .text import FunctionText
 
 OPERATIONS = ("mean", "scale", "scale_masked", "activate", "layer_norm")
 FIELD_TYPES = {
@@ -136,19 +136,10 @@ def _choose_mask(code: FunctionText, other: str) -> None:
 
 
 def _activate(code: FunctionText, width: int) -> None:
-    v = f"<{width} x float>"
     _pointer(code, "row", "%x", ("%i", "%x_plane"))
     _pointer(code, "to", "%out", ("%i", "%plane"))
-    _choose_mask(code, "%row")
     code(f"%vectors = udiv i64 %plane, {width}")
-    with code.loop("%p", "0", "%vectors"):
-        code(f"%p.first = mul i64 %p, {width}")
-        code("%at = getelementptr float, ptr %row, i64 %p.first")
-        code(f"%pixel = load {v}, ptr %at, align 4")
-        code(f"%active = call {v} %activation({v} %pixel)")
-        masked = _masked(code, "%active", width, "%p.first")
-        code("%to.at = getelementptr float, ptr %to, i64 %p.first")
-        code(f"store {v} {masked}, ptr %to.at, align 4")
+    code("call void %activation(ptr %row, ptr %to, ptr %mask, i64 %vectors)")
 
 
 def _layer_norm(code: FunctionText, width: int) -> None:

@@ -25,6 +25,7 @@ CONVOLUTION = np.dtype(
         ("n_blocks", "i8"),
         ("plane", "i8"),  # pixels between consecutive channels of out and residual
         ("last", "i8"),  # first pixel of the last tile, which may overlap the previous tile
+        ("tail", "i8"),  # vectors after the last tile that are set to 0, in each channel
         ("lead", "i8"),  # memory before the first pixel of out, which is set to 0
         ("lead_bytes", "i8"),
         ("trail", "i8"),  # memory after the last pixel of out, which is set to 0
@@ -33,7 +34,7 @@ CONVOLUTION = np.dtype(
         ("low_", "f4"),
         ("high", "f4"),  # upper bound of the result
         ("high_", "f4"),
-        ("activation", "i8"),  # function of vectors that is applied to the result, or 0
+        ("activation", "i8"),  # function of rows that is applied to the result, or 0
     ]
 )
 
@@ -44,7 +45,7 @@ PLANE_OPERATION = np.dtype(
         ("y", "i8"),  # first pixel of the second input: factors of `scale`
         ("out", "i8"),  # first pixel of the result
         ("mask", "i8"),  # int32: all bits set at pixels of an image, 0 between images; or 0
-        ("activation", "i8"),  # function of vectors
+        ("activation", "i8"),  # function of rows
         ("weight", "i8"),  # of a norm, one number per channel
         ("bias", "i8"),
         ("images", "i8"),
@@ -85,7 +86,9 @@ COPY = np.dtype(
         ("source_channel", "i8"),
         ("source_row", "i8"),  # stride between rows of one phase
         ("source_column", "i8"),
-        ("phases", "i8"),  # int64 (n, 3): first pixel in the source, rows and columns of a phase
+        # int64 (n, 5): first pixel in the source, rows, columns, first pixel in the output, and
+        # the pixel there up to which the rest of the channel is filled
+        ("phases", "i8"),
         ("out", "i8"),  # address of the first pixel
         ("images", "i8"),
         ("channels", "i8"),  # of the source

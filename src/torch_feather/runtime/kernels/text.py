@@ -1,0 +1,55 @@
+"""The text of a function in LLVM IR."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class FunctionText:
+    """The text of a function with counted loops.
+
+    Example:
+        >>> code = FunctionText()
+        >>> code("ret void")
+        >>> code.lines
+        ['  ret void']
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._block = "entry"
+        self._numbers = itertools.count()
+
+    def __call__(self, line: str) -> None:
+        """Append an instruction."""
+        self.lines.append("  " + line)
+
+    def label(self, name: str) -> None:
+        """Begin a basic block."""
+        self.lines.append(f"{name}:")
+        self._block = name
+
+    @contextmanager
+    def loop(self, counter: str, start: str, stop: str) -> Iterator[None]:
+        """Repeat the instructions in the `with` block for each integer in [start, stop)."""
+        name, before = f"{counter[1:]}.{next(self._numbers)}", self._block
+        self(f"br label %{name}.test")
+        self.label(f"{name}.test")
+        self(f"{counter} = phi i64 [ {start}, %{before} ], [ {counter}.next, %{name}.end ]")
+        self(f"%{name}.more = icmp slt i64 {counter}, {stop}")
+        self(f"br i1 %{name}.more, label %{name}.body, label %{name}.after")
+        self.label(f"{name}.body")
+        yield
+        self(f"br label %{name}.end")
+        self.label(f"{name}.end")
+        self(f"{counter}.next = add nsw i64 {counter}, 1")
+        self(f"br label %{name}.test")
+        self.label(f"{name}.after")
+
+    def fill(self, counter: str, base: str, start: str, stop: str) -> None:
+        """Store the fill value in the elements [start, stop) of an array."""
+        with self.loop(f"%{counter}", start, stop):
+            self(f"%{counter}.at = getelementptr float, ptr {base}, i64 %{counter}")
+            self(f"store float %fill, ptr %{counter}.at")
