@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import devices
 from ..selection.cpu import Collected
+from ..threads import for_each
 from .candidates import Candidates
 from .counts import count_zeros
 from .shards import local, shards_of
@@ -275,6 +276,7 @@ class LatentWeights:
             "device": self.device,
             "collected": {},
             "candidates": {},
+            "candidate_versions": [],
             "_constants": {},
         }
 
@@ -319,13 +321,13 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def sum_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Return the sum of a function of each of the `blocks`.
+    """Return the sum of a function of each of the `blocks`, computed by several threads on a CPU.
 
     Example:
         >>> sum_blocks(lambda w: w.square().sum(), torch.ones(2, BLOCK))
         tensor(131072.)
     """
-    sums = [function(*block) for block in blocks(*tensors)]
+    sums = for_each(lambda block: function(*block), list(blocks(*tensors)))
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 

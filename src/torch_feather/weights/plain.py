@@ -18,12 +18,14 @@ from ..operators import Operator, Power
 from ..selection.cpu import magnitude_bits
 from ..threads import for_each, scratch
 from . import compiled
-from .candidates import Candidates, choose
+from .candidates import Candidates, choose, covering, known_candidates
 from .checksum import column_sums, may_be_nonfinite
+from .exchange import thresholds_of
 from .kept import kept_values
 from .latent import LatentWeights, flat_bits, flat_of
 from .ranges import COLUMNS, arrays, groups, ranges, wide_array
 from .rows import NO_FACTORS, multiply_rows
+from .scores import score_dtype
 from .segments import Segment
 from .spans import Span, is_plain, keeps_all, overlaps, spans
 from .sums import Recorded, Sums, versions
@@ -74,6 +76,9 @@ def write_effective(
 
     if nonfinite is None:
         pieces = _pieces(weights, every, operator, flat)
+        if recorded:
+            thresholds = [min(piece.limit for piece in own) for own in pieces]
+            thresholds_of(weights).update(np.array(thresholds))
 
         def write(group: slice) -> bool:
             inside = range(group.start, group.stop)
@@ -107,6 +112,11 @@ class PieceOfSpan(NamedTuple):
     candidates: Candidates | None = None
     """Those of the range, if the piece is all of it."""
 
+    @property
+    def limit(self) -> float:
+        """The magnitude up to which weights are pruned; 0 if none are."""
+        return float(self.span.tau) if self.span.limit >= 0 else 0.0
+
 
 def _pieces(
     weights: LatentWeights, every: Sequence[Span], operator: Operator, out: Sequence[np.ndarray]
@@ -119,20 +129,27 @@ def _pieces(
         operator: gives the values of kept weights.
         out: memory to write for each range.
     """
-    found, candidates = ranges(weights), weights.candidates
-    if weights.candidate_versions != versions(weights.flats):
-        candidates = {}  # the weights were changed since then
+    found, candidates = ranges(weights), known_candidates(weights)
     dtypes = [span.piece.values.dtype for span in every]
     pairs = zip(every, dtypes, strict=True)
     plain = [dtype == weights.wide and is_plain(operator, span) for span, dtype in pairs]
     latent = arrays(weights, weights.views)
     pieces: list[list[PieceOfSpan]] = [[] for _ in out]
-    for j, k, start, size in zip(*(x.tolist() for x in overlaps(found, every)), strict=True):
-        inside = slice(start - int(found.local[j]), start - int(found.local[j]) + size)
-        known = candidates.get(j) if size == out[j].size and every[k].piece.scale is None else None
+    range_of, span_of, starts, sizes = overlaps(found, every)
+    limits = np.array([span.limit for span in every])[span_of]
+    scales = [1.0 if span.piece.scale is None else span.piece.scale for span in every]
+    scales_of = np.array(scales, score_dtype(weights))[span_of]
+    known = covering(candidates, range_of.tolist(), limits, scales_of)
+    first = starts - found.local[range_of]
+    rows = zip(*(x.tolist() for x in (range_of, span_of, first, sizes)), known, strict=True)
+    for j, k, a, size, above in rows:
+        inside, whole = slice(a, a + size), size == out[j].size
         pieces[j].append(
-            PieceOfSpan(every[k], dtypes[k], latent[j][inside], out[j][inside], plain[k], known)
-        )
+            PieceOfSpan(
+                every[k], dtypes[k], latent[j][inside], out[j][inside], plain[k],
+                above if whole else None,
+            )
+        )  # fmt: skip
     return pieces
 
 
@@ -154,9 +171,8 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
             continue
         w = wide_array(piece.latent, piece.dtype, wide)
         known = piece.candidates
-        if known is not None and known.bound <= piece.span.limit:
-            index = known.at
-            chosen = w.take(index) if known.values is None else known.values
+        if known is not None:
+            index, chosen = known.at, known.of(w)
         else:
             bits = magnitude_bits(w, piece.span.piece.scale)
             sample = bits[::SAMPLE]
@@ -198,7 +214,7 @@ def _sparse_values(
     else:
         u = flat_bits(kept_values(torch.from_numpy(w), span.tau, operator, dtype))
     if any(piece.candidates is not None for piece in pieces):  # some of these may be pruned
-        u[(magnitude_bits(w) <= span.limit).nonzero()[0]] = 0
+        u[(magnitude_bits(w, span.piece.scale) <= span.limit).nonzero()[0]] = 0
     return u
 
 

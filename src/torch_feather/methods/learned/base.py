@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +26,10 @@ from ...prunable import convolutions
 from ...scalars import count_of
 from ...schedules import Schedule
 from ...selection import Cutoff
+from ...threads import scratch
 from ...weights.latent import LatentWeights, PerTensor, sum_blocks
 from ...weights.passes import count_pruned
+from ...weights.ranges import sums_of_tensors
 from ...weights.segments import Segment
 from ...weights.selecting import select_weights
 from ..base import Completion, Gradients, Pruning, Rate, Summary
@@ -293,14 +296,9 @@ class LearnedThresholds(Thresholded):
         Straight-through, f' counts as 1, which leaves (u - w) / tau; for the soft threshold that
         is the true derivative. Source: ASL's gradient is the case u = w on kept weights.
         """
-        sums = []
-        for i, (gradient, w) in enumerate(zip(gradients, weights.views, strict=True)):
-            if gradient is None:
-                sums.append(pruning.tau.new_zeros(()))
-            else:
-                sums.append(self._sum(weights, pruning, i, w, effective[i], gradient))
         # If gradients overflowed, GradScaler skips the optimizer of those weights, and no other.
-        total = weights.total(torch.stack(sums)).nan_to_num_(0.0, 0.0, 0.0)
+        sums = self._sums(weights, pruning, gradients, effective)
+        total = weights.total(sums).nan_to_num_(0.0, 0.0, 0.0)
         own = total * torch.where(pruning.tau > 0, pruning.slope / pruning.tau, 0.0)
         if scale is not None:
             own /= scale
@@ -316,6 +314,31 @@ class LearnedThresholds(Thresholded):
         own = own.masked_fill(dense, 0.0).to(self.r.dtype)
         return Completion(own={self.method.law.unit: PerTensor.of(own)})
 
+    def _sums(
+        self,
+        weights: LatentWeights,
+        pruning: Learned,
+        gradients: Gradients,
+        effective: Sequence[Tensor],
+    ) -> Tensor:
+        """Return the sum of dL/dw (u - w) over each tensor; 0 for those without a gradient."""
+        given = [g for g in gradients if g is not None]
+        views = weights.views
+        same = len(given) == len(views) and all(
+            g.dtype == w.dtype == weights.wide and g.stride() == w.stride()
+            for g, w in zip(given, views, strict=True)
+        )
+        if same and not devices.synchronizes(weights.device):
+            return sums_of_tensors(weights, of_change, effective, given)
+        zero = pruning.tau.new_zeros(())
+        triples = zip(gradients, views, effective, strict=True)
+        return torch.stack(
+            [
+                zero if g is None else self._sum(weights, pruning, i, w, u, g)
+                for i, (g, w, u) in enumerate(triples)
+            ]
+        )
+
     def _sum(
         self, weights: LatentWeights, pruning: Learned, i: int, w: Tensor, u: Tensor, g: Tensor
     ) -> Tensor:
@@ -324,7 +347,7 @@ class LearnedThresholds(Thresholded):
 
         def of_block(w: Tensor, u: Tensor, gradient: Tensor) -> Tensor:
             change = self._unrounded(w, u, tau, weights.wide) - w
-            return (change * gradient).sum(dtype=weights.wide)
+            return change.mul_(gradient).sum(dtype=weights.wide)
 
         return sum_blocks(of_block, w, u, g)
 
@@ -352,6 +375,19 @@ class LearnedThresholds(Thresholded):
     ) -> None:
         velocity = self.state[f"{self.method.law.unit}_velocity"].flat
         self.method.optimizer.step(self.r, velocity, lr, taken)
+
+
+def of_change(w: np.ndarray, u: np.ndarray, g: np.ndarray) -> np.floating:
+    """Return the sum of (u - w) g over flat arrays of one type.
+
+    Example:
+        >>> of_change(np.float32([1, 2]), np.float32([0, 2]), np.float32([3, 4]))
+        np.float32(-3.0)
+    """
+    with np.errstate(all="ignore"):
+        change = np.subtract(u, w, out=scratch("values", w.size, w.dtype))
+        found: np.floating = np.add.reduce(np.multiply(change, g, out=change))
+    return found
 
 
 def _stay_dense(context: MethodContext, below: int) -> tuple[bool, ...]:
