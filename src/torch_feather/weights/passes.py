@@ -33,30 +33,35 @@ def pruned_mask(weights: LatentWeights, segments: Sequence[Segment], i: int) -> 
     return flat.as_strided(weights.views[i].shape, weights.views[i].stride())
 
 
-def row_sums(weights: LatentWeights, segments: Sequence[Segment], i: int) -> Tensor:
+def row_sums(
+    weights: LatentWeights, segments: Sequence[Segment], positions: Sequence[int]
+) -> list[Tensor]:
     """Return the sum of |w| over the kept weights, and over all weights, of each local row.
 
     Args:
         weights: the latent weights.
         segments: cover all weights once.
-        i: position of a weight tensor that `has_rows`.
+        positions: positions of weight tensors that `has_rows`.
 
     Returns:
-        A tensor of shape (rows, 2) of type `wide`.
+        Tensors of shape (rows, 2) of type `wide`.
 
     Example:
         >>> from torch_feather.selection import Cutoff
         >>> weights = LatentWeights([torch.tensor([[1.0, -2.0], [3.0, 4.0]])])
         >>> cutoff = Cutoff(torch.tensor(2.0), torch.tensor(1), torch.tensor(1.9))
-        >>> row_sums(weights, [Segment(0, 4, cutoff)], 0)
+        >>> row_sums(weights, [Segment(0, 4, cutoff)], [0])[0]
         tensor([[0., 3.],
                 [7., 7.]])
     """
     if not devices.synchronizes(weights.device):
-        return rows.row_sums(weights, segments, i)
-    magnitudes = weights.views[i].abs().to(weights.wide)
-    kept = magnitudes.masked_fill(pruned_mask(weights, segments, i), 0.0)
-    return torch.stack([x.flatten(1).sum(1) for x in (kept, magnitudes)], 1)
+        return rows.row_sums(weights, segments, positions)
+    found = []
+    for i in positions:
+        magnitudes = weights.views[i].abs().to(weights.wide)
+        kept = magnitudes.masked_fill(pruned_mask(weights, segments, i), 0.0)
+        found.append(torch.stack([x.flatten(1).sum(1) for x in (kept, magnitudes)], 1))
+    return found
 
 
 def count_pruned(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:

@@ -18,16 +18,16 @@ from ..operators import Operator, Power
 from ..selection.cpu import magnitude_bits
 from ..threads import for_each, scratch
 from . import compiled
-from .candidates import Candidates, choose, covering, known_candidates
+from .candidates import choose
 from .checksum import column_sums, may_be_nonfinite
 from .exchange import thresholds_of
 from .kept import kept_values
-from .latent import LatentWeights, flat_bits, flat_of
+from .latent import LatentWeights, flat_bits
+from .overlaps import Overlap, overlaps_of
 from .ranges import COLUMNS, arrays, groups, ranges, wide_array
-from .rows import NO_FACTORS, multiply_rows
-from .scores import score_dtype
+from .rows import NO_FACTORS, RowFactors
 from .segments import Segment
-from .spans import Span, is_plain, keeps_all, overlaps, spans
+from .spans import Span, is_plain, keeps_all, spans
 from .sums import Recorded, Sums, versions
 
 DENSE = 0.25
@@ -61,36 +61,48 @@ def write_effective(
         weights, every, operator, out, None if factors else columns
     )
     flat = arrays(weights, out) if nonfinite is None or factors else []
+    rows = _row_factors(weights, factors)
 
-    def finish(j: int, check: bool = True) -> bool:
-        """Multiply and sum range j; return whether a value may be NaN or infinite."""
-        i = int(found.position[j])
-        if i in factors:
-            width = out[i].numel() // len(factors[i])
-            part = flat_of(out[i])[found.start[j] :][: found.size[j]]
-            multiply_rows(part, int(found.start[j]), width, factors[i])
-        if columns is None:
-            return False
-        column_sums(flat[j], columns[j])
-        return check and may_be_nonfinite(flat[j], out[i].dtype)
+    def finish(j: int) -> None:
+        if columns is not None:
+            column_sums(flat[j], columns[j])
 
     if nonfinite is None:
-        pieces = _pieces(weights, every, operator, flat)
+        pieces = _pieces(weights, every, operator, flat, rows)
         if recorded:
-            thresholds = [min(piece.limit for piece in own) for own in pieces]
+            thresholds = [min(piece.overlap.threshold for piece in own) for own in pieces]
             thresholds_of(weights).update(np.array(thresholds))
 
         def write(group: slice) -> bool:
             inside = range(group.start, group.stop)
             found = _write([piece for j in inside for piece in pieces[j]], operator, weights.wide)
-            return any([finish(j, check=bool(factors)) for j in inside]) or found
+            for j in inside:
+                finish(j)
+            return found
 
         nonfinite = any(for_each(write, groups(weights)))
     elif factors:
-        nonfinite = any(for_each(finish, range(size)))
+
+        def multiply(j: int) -> bool:
+            dtype = out[found.position[j]].dtype
+            if j in rows:
+                rows[j].multiply(torch.from_numpy(flat[j]).view(dtype))
+            finish(j)
+            return columns is not None and may_be_nonfinite(flat[j], dtype)
+
+        nonfinite = any(for_each(multiply, range(size)))
     torch.autograd.graph.increment_version(list(out))
     if isinstance(out, Recorded) and columns is not None:
         out.sums = Sums(versions(out), columns, nonfinite)
+
+
+def _row_factors(weights: LatentWeights, factors: Mapping[int, Tensor]) -> dict[int, RowFactors]:
+    """Return the factors of each of the `ranges` that has some."""
+    if not factors:
+        return {}
+    found, widths = ranges(weights), [view[:1].numel() for view in weights.views]
+    pairs = enumerate(zip(found.position.tolist(), found.start.tolist(), strict=True))
+    return {j: RowFactors(factors[i], widths[i], a) for j, (i, a) in pairs if i in factors}
 
 
 class PieceOfSpan(NamedTuple):
@@ -99,27 +111,36 @@ class PieceOfSpan(NamedTuple):
     Example:
         >>> from torch_feather.weights.spans import Piece
         >>> span, bits = Span(Piece(torch.ones(2), 0), 3, torch.tensor(0.5)), np.zeros(2, np.int32)
-        >>> PieceOfSpan(span, torch.float32, bits, bits).span.limit
+        >>> PieceOfSpan(Overlap(span, 0, 0, 2, None), torch.float32, bits, bits, True).span.limit
         3
     """
 
-    span: Span
+    overlap: Overlap
     dtype: torch.dtype
     latent: np.ndarray
     out: np.ndarray
-    plain: bool = True
+    plain: bool
     """Whether `plain_values` computes the operator."""
-    candidates: Candidates | None = None
-    """Those of the range, if the piece is all of it."""
+    rows: RowFactors | None = None
+    """By which the effective weights are multiplied."""
 
     @property
-    def limit(self) -> float:
-        """The magnitude up to which weights are pruned; 0 if none are."""
-        return float(self.span.tau) if self.span.limit >= 0 else 0.0
+    def span(self) -> Span:
+        """The span."""
+        return self.overlap.span
+
+    def multiply(self) -> None:
+        """Multiply the effective weights by the factors of their rows."""
+        if self.rows is not None:
+            self.rows.multiply(torch.from_numpy(self.out).view(self.dtype))
 
 
 def _pieces(
-    weights: LatentWeights, every: Sequence[Span], operator: Operator, out: Sequence[np.ndarray]
+    weights: LatentWeights,
+    every: Sequence[Span],
+    operator: Operator,
+    out: Sequence[np.ndarray],
+    rows: Mapping[int, RowFactors],
 ) -> list[list[PieceOfSpan]]:
     """Return the pieces of each of the `ranges`.
 
@@ -128,28 +149,22 @@ def _pieces(
         every: all spans.
         operator: gives the values of kept weights.
         out: memory to write for each range.
+        rows: factors for some of the ranges.
     """
-    found, candidates = ranges(weights), known_candidates(weights)
     dtypes = [span.piece.values.dtype for span in every]
     pairs = zip(every, dtypes, strict=True)
     plain = [dtype == weights.wide and is_plain(operator, span) for span, dtype in pairs]
     latent = arrays(weights, weights.views)
-    pieces: list[list[PieceOfSpan]] = [[] for _ in out]
-    range_of, span_of, starts, sizes = overlaps(found, every)
-    limits = np.array([span.limit for span in every])[span_of]
-    scales = [1.0 if span.piece.scale is None else span.piece.scale for span in every]
-    scales_of = np.array(scales, score_dtype(weights))[span_of]
-    known = covering(candidates, range_of.tolist(), limits, scales_of)
-    first = starts - found.local[range_of]
-    rows = zip(*(x.tolist() for x in (range_of, span_of, first, sizes)), known, strict=True)
-    for j, k, a, size, above in rows:
-        inside, whole = slice(a, a + size), size == out[j].size
-        pieces[j].append(
-            PieceOfSpan(
-                every[k], dtypes[k], latent[j][inside], out[j][inside], plain[k],
-                above if whole else None,
+    pieces: list[list[PieceOfSpan]] = []
+    for j, own in enumerate(overlaps_of(weights, every)):
+        pieces.append([])
+        for overlap in own:
+            k, a, b, factors = overlap.number, overlap.start, overlap.stop, rows.get(j)
+            if factors is not None:
+                factors = factors._replace(start=factors.start + a)
+            pieces[j].append(
+                PieceOfSpan(overlap, dtypes[k], latent[j][a:b], out[j][a:b], plain[k], factors)
             )
-        )  # fmt: skip
     return pieces
 
 
@@ -167,10 +182,11 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
     for piece in pieces:
         if keeps_all(operator, piece.span):
             np.copyto(piece.out, piece.latent)
+            piece.multiply()
             nonfinite |= may_be_nonfinite(piece.out, piece.dtype)
             continue
         w = wide_array(piece.latent, piece.dtype, wide)
-        known = piece.candidates
+        known = piece.overlap.candidates
         if known is not None:
             index, chosen = known.at, known.of(w)
         else:
@@ -179,6 +195,7 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
             kept = int(np.count_nonzero(sample > piece.span.limit))
             if piece.plain and kept > DENSE * sample.size:
                 _write_dense(w, bits, piece.span, operator, piece.out)
+                piece.multiply()
                 nonfinite |= may_be_nonfinite(piece.out, piece.dtype)
                 continue
             above = np.greater(bits, piece.span.limit, out=scratch("above", bits.size, bool))
@@ -187,12 +204,18 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
         sparse.setdefault(id(piece.span), []).append((piece, index, chosen))
     for same in sparse.values():
         u = _sparse_values([piece for piece, _, _ in same], [w for *_, w in same], operator)
-        nonfinite |= may_be_nonfinite(u, same[0][0].dtype)
         end = 0
         for piece, index, w in same:
             start, end = end, end + w.size
+            values = u[start:end]
+            if piece.rows is not None and piece.dtype == wide:
+                with np.errstate(all="ignore"):
+                    values.view(w.dtype)[:] *= piece.rows.of(index)
             piece.out.fill(0)
-            piece.out[index.astype(np.intp)] = u[start:end]
+            piece.out[index.astype(np.intp)] = values
+            if piece.dtype != wide:
+                piece.multiply()
+        nonfinite |= may_be_nonfinite(u, same[0][0].dtype)
     return nonfinite
 
 
@@ -213,7 +236,7 @@ def _sparse_values(
         u = plain_values(w, span.tau.numpy(), operator).view(pieces[0].out.dtype)
     else:
         u = flat_bits(kept_values(torch.from_numpy(w), span.tau, operator, dtype))
-    if any(piece.candidates is not None for piece in pieces):  # some of these may be pruned
+    if any(piece.overlap.candidates is not None for piece in pieces):  # some of these may be pruned
         u[(magnitude_bits(w, span.piece.scale) <= span.limit).nonzero()[0]] = 0
     return u
 

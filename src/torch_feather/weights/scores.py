@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..selection.cpu import INTEGER, Near, Scores, magnitude_bits
+from ..selection.cpu import INTEGER, Near, Scores, between, magnitude_bits
 from ..threads import for_each, scratch
 from . import compiled
 from .candidates import Candidates, covering, known_candidates
@@ -135,22 +135,22 @@ class WeightScores(Scores):
         known = dict(zip(inside, found, strict=True))
 
         def collect(part: slice) -> tuple[int, np.ndarray, np.ndarray]:
-            values = [
-                wide_array(latent[j], dtypes[every.position[j]], weights.wide)
-                for j in range(part.start, part.stop)
-            ]
-            # Calls of NumPy on the few candidates of one range would take longer than their work.
-            for n, j in enumerate(range(part.start, part.stop)):
+            values = []
+            for j in range(part.start, part.stop):
+                w = wide_array(latent[j], dtypes[every.position[j]], weights.wide)
                 candidates = known[j]
-                values[n] = values[n] if candidates is None else candidates.of(values[n])
-            sizes = [w.size for w in values]
-            scale = None if self._scales is None else np.repeat(scales[part], sizes)
-            bits = magnitude_bits(np.concatenate(values), scale)
-            above = np.greater(bits, least, out=scratch("above", bits.size, bool))
-            count = int(every.size[part].sum()) - int(np.count_nonzero(above))
-            within = np.less(bits, most, out=scratch("within", bits.size, bool))
-            near = np.logical_and(within, above, out=within).nonzero()[0]
-            return count, bits.take(near), np.searchsorted(near, np.cumsum(sizes))
+                values.append(w if candidates is None else candidates.of(w))
+            ends = np.cumsum([w.size for w in values])
+            # Calls of NumPy on the few candidates of one range would take longer than their work.
+            scores = scratch("scores", int(ends[-1]), self.dtype)
+            with np.errstate(all="ignore"):
+                for j, end, w in zip(range(part.start, part.stop), ends, values, strict=True):
+                    np.multiply(w, scales[j], out=scores[end - w.size : end])
+            bits = magnitude_bits(scores)
+            count, inside = between(bits, least, most)
+            below = int(every.size[part].sum()) - bits.size + count
+            near = inside.nonzero()[0]
+            return below, bits.take(near), np.searchsorted(near, ends)
 
         parts = for_each(collect, _runs(rows, known))
         start = every.local[rows] - self._start
