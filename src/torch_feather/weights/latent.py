@@ -317,7 +317,11 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if any(t.shape != first.shape or _strides(t) != order for t in tensors):
         yield tensors
         return
-    yield from zip(*(t.as_strided((t.numel(),), (1,)).split(BLOCK) for t in tensors), strict=True)
+    size = first.numel()
+    starts = [t.storage_offset() for t in tensors]
+    for a in range(0, size, BLOCK):
+        shape = (min(BLOCK, size - a),)
+        yield tuple(t.as_strided(shape, (1,), b + a) for t, b in zip(tensors, starts, strict=True))
 
 
 def sum_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
