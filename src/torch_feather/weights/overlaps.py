@@ -9,7 +9,7 @@ import numpy as np
 
 from ..selection.cpu import magnitude_bits
 from ..threads import scratch
-from .candidates import Candidates, covering, known_candidates
+from .candidates import Candidates, choose, covering, known_candidates
 from .latent import LatentWeights
 from .ranges import ranges
 from .scores import score_dtype
@@ -62,6 +62,29 @@ def kept_mask(own: Sequence[Overlap], w: np.ndarray) -> np.ndarray:
         bits = magnitude_bits(w[inside], overlap.span.piece.scale)
         np.greater(bits, overlap.span.limit, out=mask[inside])
     return mask
+
+
+def kept_weights(own: Sequence[Overlap], w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of the kept weights of a range, uint16, and these weights.
+
+    Args:
+        own: the overlaps of the range.
+        w: its weights, flat.
+
+    Example:
+        >>> import torch
+        >>> from torch_feather.weights.spans import Piece
+        >>> span = Span(Piece(torch.ones(2), 0), 0x3F800000, torch.tensor(1.0))
+        >>> kept_weights([Overlap(span, 0, 0, 2, None)], np.float32([1.0, -2.0]))
+        (array([1], dtype=uint16), array([-2.], dtype=float32))
+    """
+    candidates, span = own[0].candidates, own[0].span
+    if candidates is None:
+        mask = kept_mask(own, w)
+        return choose(w, mask, int(np.count_nonzero(mask)))
+    values = candidates.of(w)
+    inside = magnitude_bits(values, span.piece.scale) > span.limit
+    return candidates.at[inside], values[inside]
 
 
 def overlaps_of(weights: LatentWeights, every: Sequence[Span]) -> list[list[Overlap]]:
