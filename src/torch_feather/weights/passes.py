@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .. import devices
 from ..operators import Operator
 from . import masks, plain, rows, triton_passes
 from .kept import kept_values
-from .latent import DEVICE_BLOCK, LatentWeights, copy_all
+from .latent import DEVICE_BLOCK, LatentWeights, blocks, copy_all
 from .rows import NO_FACTORS
 from .segments import Segment, segment_of
 
@@ -116,6 +116,34 @@ def write_effective(
         _write_device(weights, segments, operator, out)
     for i, factor in factors.items():
         out[i].mul_(factor.view(-1, *[1] * (out[i].dim() - 1)))
+
+
+def write_each(
+    weights: LatentWeights,
+    function: Callable[..., None],
+    out: Sequence[Tensor],
+    *more: Sequence[Tensor],
+) -> None:
+    """Write effective weights by an elementwise function; on a CPU range by range in the cache.
+
+    Args:
+        weights: the latent weights w.
+        function: called with parts of w, of the tensors in `more` and of `out`, which it writes.
+        out: local tensors in the shapes, layouts and types of the views. They are overwritten.
+        more: other tensors in the same shapes and layouts.
+
+    Example:
+        >>> weights, u = LatentWeights([torch.tensor([0.5, 2.0])]), torch.empty(2)
+        >>> write_each(weights, lambda w, m, out: torch.mul(w, m, out=out), [u], [torch.zeros(2)])
+        >>> u
+        tensor([0., 0.])
+    """
+    if not devices.synchronizes(weights.device):
+        plain.write_each(weights, function, out, *more)
+        return
+    for parts in zip(weights.views, *more, out, strict=True):
+        for block in blocks(*parts):
+            function(*block)
 
 
 def _write_device(

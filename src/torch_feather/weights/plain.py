@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -93,6 +93,40 @@ def write_effective(
         nonfinite = any(for_each(multiply, range(size)))
     torch.autograd.graph.increment_version(list(out))
     if isinstance(out, Recorded) and columns is not None:
+        out.sums = Sums(versions(out), columns, nonfinite)
+
+
+def write_each(
+    weights: LatentWeights,
+    function: Callable[..., None],
+    out: Sequence[Tensor],
+    *more: Sequence[Tensor],
+) -> None:
+    """Write effective weights by an elementwise function; arguments as for `passes.write_each`.
+
+    Example:
+        >>> weights, u = LatentWeights([torch.tensor([0.5, 2.0])]), torch.empty(2)
+        >>> write_each(weights, lambda w, out: out.copy_(w), [u])
+        >>> u
+        tensor([0.5000, 2.0000])
+    """
+    found, recorded = ranges(weights), isinstance(out, Recorded)
+    size = len(found.size)
+    columns = np.empty((size if recorded else 0, COLUMNS), np.int64)
+    flats = [arrays(weights, weights.views), *map(found.of, more), arrays(weights, out)]
+    dtypes = [[tensor.dtype for tensor in tensors] for tensors in (weights.views, *more, out)]
+
+    def write(j: int) -> bool:
+        i, bits = found.position[j], flats[-1][j]
+        pairs = zip(flats, dtypes, strict=True)
+        function(*(torch.from_numpy(flat[j]).view(dtype[i]) for flat, dtype in pairs))
+        if recorded:
+            column_sums(bits, columns[j])
+        return recorded and may_be_nonfinite(bits, out[i].dtype)
+
+    nonfinite = any(for_each(write, range(size)))
+    torch.autograd.graph.increment_version(list(out))
+    if isinstance(out, Recorded):
         out.sums = Sums(versions(out), columns, nonfinite)
 
 

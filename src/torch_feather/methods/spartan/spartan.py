@@ -20,6 +20,7 @@ from ...operators import Hard
 from ...schedules import Linear, count_steps
 from ...weights.kept import keep_nonzero
 from ...weights.latent import LatentWeights, PerTensor, blocks, sum_blocks
+from ...weights.passes import write_each
 from ...weights.segments import Segment, position_of
 from ..base import Completion, Gradients, Pruning
 from ..magnitude import MagnitudePruning, Method
@@ -207,9 +208,7 @@ class Spartan(MagnitudePruning):
     def write_effective(
         self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
     ) -> None:
-        for w, mask, u in zip(weights.views, pruning.mask, out, strict=True):
-            for w_block, m, target in blocks(w, mask, u):
-                _write_effective(w_block, m, target)
+        write_each(weights, _write_effective, out, pruning.mask)
 
     def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
         return pruning.mask[i] == 0
@@ -277,6 +276,7 @@ class Spartan(MagnitudePruning):
                 found = [rest.new_zeros(()), torch.mul(m, rest, out=slope).sum()]
                 if g:  # g m gain; the sum needs g w m (1 - m)
                     found[0] = rest.mul_(w).div_(gain).mul_(g[0]).sum()
+                slope.mul_(w.sign())
                 return torch.stack(found).double()
 
             j, found = positions[i], sum_blocks(add, w, pruning.mask[i], slopes[i], *given)
@@ -289,10 +289,8 @@ class Spartan(MagnitudePruning):
         cross *= soft.beta
         cross = cross.masked_fill(pruning.frozen, 0.0)
         terms: list[Tensor | None] = []
-        for j, slope, g, w in zip(positions, slopes, gradients, weights.views, strict=True):
-            for s, w_block in blocks(slope, w) if g is not None else ():
-                s.mul_(w_block.sign()).mul_(-cross[j])
-            terms.append(None if g is None else slope)
+        for j, slope, g in zip(positions, slopes, gradients, strict=True):
+            terms.append(None if g is None else slope.mul_(-cross[j]))
         return Completion(terms=terms)
 
 
