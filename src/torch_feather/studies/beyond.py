@@ -39,6 +39,10 @@ EXPLORED: Variants = {
     "phases (low = 0.9)": _candidate("phases", low=0.9),
     "sensitivity (γ = −0.25)": _candidate("sensitivity", gamma=-0.25),
     "feather (clip = none)": _FEATHER | {"optimizer.clip": None},
+    # Added when HAM (α = 20) was ahead after the first seed: a stronger step, and a control.
+    "HAM (α = 60)": _candidate("ham", alpha=60.0),
+    "HAM (α = 200)": _candidate("ham", alpha=200.0),
+    "feather (lr = 0.2)": _FEATHER | {"optimizer.lr": 0.2},
 }
 
 # Feather's own settings, one at a time. The end of the rise is a fraction of training.
