@@ -7,15 +7,12 @@ need not search for them. They only decide how fast it is, never its result.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..selection.cpu import INTEGER, magnitude_bits
 from ..threads import scratch
-
-if TYPE_CHECKING:
-    from .latent import LatentWeights
 
 MOST = 0.2
 """Largest fraction of candidates that are held. Their indices of 2 bytes take a tenth of the memory
@@ -42,19 +39,6 @@ class Candidates(NamedTuple):
     def of(self, w: np.ndarray) -> np.ndarray:
         """Return the candidates among the weights of the range."""
         return w.take(self.at) if self.values is None else self.values
-
-
-def known_candidates(weights: LatentWeights) -> dict[int, Candidates]:
-    """Return the candidates by range, unless the weights were changed since they were found.
-
-    Example:
-        >>> import torch
-        >>> from torch_feather.weights.latent import LatentWeights
-        >>> known_candidates(LatentWeights([torch.ones(2)]))
-        {}
-    """
-    now = [flat._version for flat in weights.flats]
-    return weights.candidates if weights.candidate_versions == now else {}
 
 
 def covering(

@@ -52,7 +52,9 @@ def bracket_of(weights: LatentWeights, start: int, stop: int, scaled: bool = Fal
 
 def _expected(weights: LatentWeights) -> dict[tuple[int, int, bool], Bracket]:
     """Return the brackets of the selections since the last copy, by start, stop and `scaled`."""
-    found: dict[tuple[int, int, bool], Bracket] = weights.constant("expected selections", lambda _: {})
+    found: dict[tuple[int, int, bool], Bracket] = weights.constant(
+        "expected selections", lambda _: {}
+    )
     return found
 
 
@@ -216,7 +218,8 @@ def _known_bounds(weights: LatentWeights) -> tuple[dict[Span, tuple[float, float
     """Return the bounds of the selections that are expected next, and forget these.
 
     Returns:
-        Bounds of magnitudes, and how far below their last threshold, relatively, scaled scores are needed.
+        Bounds of magnitudes, and how far below the last thresholds candidates for scaled scores
+        must reach, relatively.
     """
     bounds, width = {}, 0.0
     for (start, stop, scaled), bracket in _expected(weights).items():

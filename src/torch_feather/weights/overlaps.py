@@ -9,9 +9,9 @@ import numpy as np
 
 from ..selection.cpu import magnitude_bits
 from ..threads import scratch
-from .candidates import Candidates, choose, covering, known_candidates
+from .candidates import Candidates, choose, covering
 from .latent import LatentWeights
-from .ranges import ranges
+from .ranges import known_candidates, ranges
 from .scores import score_dtype
 from .spans import Span, overlaps
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..threads import for_each
+from .candidates import Candidates
 from .latent import LatentWeights, flat_bits
 
 Result = TypeVar("Result")
@@ -202,6 +203,18 @@ def sums_of_tensors(
     with np.errstate(all="ignore"):
         total = np.bincount(ranges(weights).position, found, len(weights.views))
     return torch.from_numpy(total).to(weights.wide)
+
+
+def known_candidates(weights: LatentWeights) -> dict[int, Candidates]:
+    """Return the candidates by range, unless the weights were changed since they were found.
+
+    Example:
+        >>> import torch
+        >>> known_candidates(LatentWeights([torch.ones(2)]))
+        {}
+    """
+    now = [flat._version for flat in weights.flats]
+    return weights.candidates if weights.candidate_versions == now else {}
 
 
 def groups(weights: LatentWeights) -> list[slice]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..selection.cpu import INTEGER, Near, Scores, between, magnitude_bits
 from ..threads import for_each, scratch
 from . import compiled
-from .candidates import Candidates, covering, known_candidates
+from .candidates import Candidates, covering
 from .latent import LatentWeights
-from .ranges import RANGE, arrays, ranges, rows_of, wide_array
+from .ranges import RANGE, arrays, known_candidates, ranges, rows_of, wide_array
 from .spans import Piece
 
 RUN = 16

@@ -56,7 +56,9 @@ class Segment(NamedTuple):
             cutoff, scale = self.cutoff.threshold.numpy()[()], self.scale.numpy()[()]
             with np.errstate(all="ignore"):
                 found = cutoff / scale
-                least = np.nextafter(found, found.dtype.type(0)) if found * scale > cutoff else found
+                least = (
+                    np.nextafter(found, found.dtype.type(0)) if found * scale > cutoff else found
+                )
             return torch.from_numpy(np.asarray(least))
         tau = self.cutoff.threshold / self.scale
         above = tau * self.scale > self.cutoff.threshold

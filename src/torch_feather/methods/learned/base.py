@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,15 +26,14 @@ from ...prunable import convolutions
 from ...scalars import count_of
 from ...schedules import Schedule
 from ...selection import Cutoff
-from ...threads import scratch
-from ...weights.latent import LatentWeights, PerTensor, sum_blocks
+from ...weights.latent import LatentWeights, PerTensor
 from ...weights.passes import count_pruned
-from ...weights.ranges import sums_of_tensors
 from ...weights.segments import Segment
 from ...weights.selecting import select_weights
 from ..base import Completion, Gradients, Pruning, Rate, Summary
 from ..magnitude import Thresholded, Timetable
 from ..own_parameters import Momentum
+from .changes import sums_of_changes
 
 
 class ThresholdParametrization(Protocol):
@@ -297,7 +296,8 @@ class LearnedThresholds(Thresholded):
         is the true derivative. Source: ASL's gradient is the case u = w on kept weights.
         """
         # If gradients overflowed, GradScaler skips the optimizer of those weights, and no other.
-        sums = self._sums(weights, pruning, gradients, effective)
+        tau = partial(self.threshold, weights, pruning)
+        sums = sums_of_changes(weights, self.operator, tau, effective, gradients)
         total = weights.total(sums).nan_to_num_(0.0, 0.0, 0.0)
         own = total * torch.where(pruning.tau > 0, pruning.slope / pruning.tau, 0.0)
         if scale is not None:
@@ -314,56 +314,6 @@ class LearnedThresholds(Thresholded):
         own = own.masked_fill(dense, 0.0).to(self.r.dtype)
         return Completion(own={self.method.law.unit: PerTensor.of(own)})
 
-    def _sums(
-        self,
-        weights: LatentWeights,
-        pruning: Learned,
-        gradients: Gradients,
-        effective: Sequence[Tensor],
-    ) -> Tensor:
-        """Return the sum of dL/dw (u - w) over each tensor; 0 for those without a gradient."""
-        given = [g for g in gradients if g is not None]
-        views = weights.views
-        same = len(given) == len(views) and all(
-            g.dtype == w.dtype == weights.wide and g.stride() == w.stride()
-            for g, w in zip(given, views, strict=True)
-        )
-        if same and not devices.synchronizes(weights.device):
-            return sums_of_tensors(weights, of_change, effective, given)
-        zero = pruning.tau.new_zeros(())
-        triples = zip(gradients, views, effective, strict=True)
-        return torch.stack(
-            [
-                zero if g is None else self._sum(weights, pruning, i, w, u, g)
-                for i, (g, w, u) in enumerate(triples)
-            ]
-        )
-
-    def _sum(
-        self, weights: LatentWeights, pruning: Learned, i: int, w: Tensor, u: Tensor, g: Tensor
-    ) -> Tensor:
-        """Return the sum of dL/dw (u - w) over tensor i, 0-dimensional."""
-        tau = self.threshold(weights, pruning, i)
-
-        def of_block(w: Tensor, u: Tensor, gradient: Tensor) -> Tensor:
-            change = self._unrounded(w, u, tau, weights.wide) - w
-            return change.mul_(gradient).sum(dtype=weights.wide)
-
-        return sum_blocks(of_block, w, u, g)
-
-    def _unrounded(self, w: Tensor, u: Tensor, tau: Tensor, wide: torch.dtype) -> Tensor:
-        """Return u before it was rounded to its type.
-
-        If a threshold is small compared with the weights, u - w is less than the rounding error of
-        half precision.
-        """
-        if u.dtype == wide:
-            return u
-        exact = w.to(wide)
-        if not self.operator.is_identity:
-            exact = self.operator(exact, tau)
-        return exact.masked_fill(u == 0, 0.0)
-
     def after_step(
         self,
         weights: LatentWeights,
@@ -375,19 +325,6 @@ class LearnedThresholds(Thresholded):
     ) -> None:
         velocity = self.state[f"{self.method.law.unit}_velocity"].flat
         self.method.optimizer.step(self.r, velocity, lr, taken)
-
-
-def of_change(w: np.ndarray, u: np.ndarray, g: np.ndarray) -> np.floating:
-    """Return the sum of (u - w) g over flat arrays of one type.
-
-    Example:
-        >>> of_change(np.float32([1, 2]), np.float32([0, 2]), np.float32([3, 4]))
-        np.float32(-3.0)
-    """
-    with np.errstate(all="ignore"):
-        change = np.subtract(u, w, out=scratch("values", w.size, w.dtype))
-        found: np.floating = np.add.reduce(np.multiply(change, g, out=change))
-    return found
 
 
 def _stay_dense(context: MethodContext, below: int) -> tuple[bool, ...]:

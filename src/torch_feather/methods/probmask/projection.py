@@ -80,5 +80,5 @@ def _counts(x: Tensor, v: Tensor) -> Tensor:
         return torch.stack([terms.sum().double(), falling.double()])
     array = scratch("values", x.numel(), x.numpy().dtype)
     terms = torch.sub(x, v, out=torch.from_numpy(array)).clamp_(0.0, 1.0)
-    falling = np.count_nonzero(array > 0) - np.count_nonzero(array == 1)
-    return torch.tensor([float(terms.sum()), falling], dtype=torch.float64)
+    count = int(np.count_nonzero(array > 0)) - int(np.count_nonzero(array == 1))
+    return torch.tensor([float(terms.sum()), count], dtype=torch.float64)
