@@ -185,7 +185,8 @@ def measure_methods(size: int, sparsity: float, arguments: argparse.Namespace) -
     model = Weights(size)
     gradients = [torch.randn_like(p) * 1e-2 for p in model.parameters()]
     size = sum(g.numel() for g in gradients)
-    entries = {"dense": {}, "feather": {}, "feather, theta 0.5": {"theta": 0.5}}
+    entries: dict[str, dict[str, Any]] = {"dense": {}, "feather": {}}
+    entries["feather, theta 0.5"] = {"theta": 0.5}
     entries |= {name: {} for name in METHODS}
     steps: dict[str, Callable[[], float]] = {}
     for name, options in entries.items():
@@ -195,7 +196,7 @@ def measure_methods(size: int, sparsity: float, arguments: argparse.Namespace) -
         if method != "dense":
             known = feather.methods.method_options(method)
             options |= {"schedule": "constant"} if "schedule" in known else {}
-            middle = 2 * (SETTLE + arguments.steps)
+            middle = 4 * (SETTLE + arguments.steps)  # twice for each of two forms
             total = {"asl": 2, "spartan": middle, "probmask": middle}.get(method, 10**6)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", feather.FeatherWarning)
