@@ -65,7 +65,7 @@ class Brackets:
         >>> brackets = Brackets(2)
         >>> brackets.update(np.array([0.0, 2.0]))
         >>> brackets.low()
-        array([0.  , 1.98])
+        array([0.   , 1.982])
     """
 
     def __init__(self, size: int):
