@@ -5,6 +5,9 @@ Plain (NumPy) and compiled passes are measured in one run, with a dense control.
     python benchmarks/step_size.py --weights 1e5 1e6 1e7 1e8 --json results/step_size.json \\
         --plot results/step_size.svg
     python benchmarks/step_size.py --networks --json results/step_networks.json
+    python benchmarks/step_size.py --weights 2e6 1e7 --methods --sparsity .95 --steps 40
+
+With `--methods`, gradients pass through the backward pass of a product, and methods take turns.
 
 With `--weights`, only the optimizer's step is taken, with given gradients: the numbers are
 nanoseconds per weight that are added to the dense step. `copy` is the time of one copy of the
@@ -22,7 +25,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import numpy as np
@@ -166,6 +169,70 @@ def measure_size(size: int, sparsity: float, arguments: argparse.Namespace) -> d
     }
 
 
+METHODS = "hard-ste", "soft-ste", "gmp", "st3", "asl", "str", "spartan", "probmask"
+SETTLE = 25
+"""Steps before the measured ones, for brackets and momentum to settle."""
+
+
+def measure_methods(size: int, sparsity: float, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return nanoseconds per weight that each method adds to a dense step, backward pass included.
+
+    Methods with a schedule are at the final sparsity, `asl` is past its learning phase, and
+    `spartan` and `probmask` are in the middle of training. The time is that of the thread, of
+    which a lower quantile is taken: other programs disturb it little.
+    """
+    torch.manual_seed(0)
+    model = Weights(size)
+    gradients = [torch.randn_like(p) * 1e-2 for p in model.parameters()]
+    size = sum(g.numel() for g in gradients)
+    entries: dict[str, dict[str, Any]] = {"dense": {}, "feather": {}}
+    entries["feather, theta 0.5"] = {"theta": 0.5}
+    entries |= {name: {} for name in METHODS}
+    steps: dict[str, Callable[[], float]] = {}
+    for name, options in entries.items():
+        one = copy.deepcopy(model)
+        optimizer = sgd(one.parameters())
+        method, known = name.split(",")[0], {}
+        if method != "dense":
+            known = feather.methods.method_options(method)
+            options |= {"schedule": "constant"} if "schedule" in known else {}
+            middle = 4 * (SETTLE + arguments.steps)  # twice for each of two forms
+            total = {"asl": 2, "spartan": middle, "probmask": middle}.get(method, 10**6)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", feather.FeatherWarning)
+                feather.sparsify(
+                    one, optimizer, method, sparsity=sparsity, total_steps=total, **options
+                )
+
+        def step(one: nn.Module = one, optimizer: torch.optim.Optimizer = optimizer) -> float:
+            optimizer.zero_grad()
+            products = [p * 1.0 for p in one.parameters()]
+            began = thread_time()
+            torch.autograd.backward(products, gradients)
+            optimizer.step()
+            return thread_time() - began
+
+        steps[name] = step
+    draw, real = random.Random(arguments.seed), compiled.kernels
+    samples: dict[tuple[str, str], list[float]] = {}
+    forms = [form for form in FORMS if form == "plain" or compiled.kernels()]
+    turns = [(name, form) for name in steps for form in forms]
+    for i in range(SETTLE + arguments.steps):
+        for name, form in draw.sample(turns, len(turns)):
+            compiled.kernels = FORMS[form] if form == "plain" else real
+            elapsed = steps[name]()
+            if i >= SETTLE:
+                samples.setdefault((name, form), []).append(1e9 * elapsed / size)
+    compiled.kernels = real
+    at = {turn: float(np.quantile(found, 0.1)) for turn, found in samples.items()}
+    added = {
+        name: {form: at[name, form] - at["dense", form] for form in forms}
+        for name in steps
+        if name != "dense"
+    }
+    return {"weights": size, "sparsity": sparsity, "added_ns": added}
+
+
 def measure_network(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return complete training steps of a network, relative to dense ones."""
     torch.manual_seed(0)
@@ -232,6 +299,17 @@ def describe(record: dict[str, Any]) -> str:
             f" {row['control']:>8.3f} {row['copy_ns']:>8.2f} {added['plain']:>9.2f}"
             f" {added.get('compiled', float('nan')):>12.2f}"
         )
+    for row in record["methods"]:
+        added, forms = row["added_ns"], list(row["added_ns"]["feather"])
+        lines.append(
+            f"\n{row['weights']:,} weights, {row['sparsity']:.0%}: ns per weight, / feather"
+        )
+        for name, found in added.items():
+            cells = [
+                f"{found[form]:>9.2f} {found[form] / added['feather'][form]:>6.2f}"
+                for form in forms
+            ]
+            lines.append(f"  {name:<20}" + "".join(cells) + f"   ({', '.join(forms)})")
     for one in record["networks"]:
         lines.append(f"\n{one['network']}")
         for name, row in one["contestants"].items():
@@ -251,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--weights", type=float, nargs="+", default=[], help="numbers of weights")
     parser.add_argument("--networks", nargs="*", metavar="NAME", help="networks; default: all")
+    parser.add_argument("--methods", action="store_true", help="compare methods at each size")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.95, 0.5])
     parser.add_argument("--steps", type=int, default=15, help="measured repetitions")
     parser.add_argument("--threads", type=int, default=1)
@@ -266,11 +345,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "engine": feather.engine_info(),
         "settings": {"sparsity": arguments.sparsity, "steps": arguments.steps},
         "sizes": [],
+        "methods": [],
         "networks": [],
     }
     for sparsity in arguments.sparsity:
         for size in arguments.weights:
-            record["sizes"].append(measure_size(int(size), sparsity, arguments))
+            kind = "methods" if arguments.methods else "sizes"
+            measure = measure_methods if arguments.methods else measure_size
+            record[kind].append(measure(int(size), sparsity, arguments))
     if arguments.networks is not None:
         for name in arguments.networks or list(LIMITS):
             record["networks"].append(measure_network(name, arguments))

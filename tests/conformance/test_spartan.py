@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import torch_feather as feather
 from torch_feather import ConfigurationError, NonFiniteWeightError, StateError
 from torch_feather.allocation import ERK, Allocation, FlopsBiased, Global, Uniform
-from torch_feather.methods.spartan import soft_top_k as soft_top_k_module
+from torch_feather.methods.spartan.logits import KeptLogits
 from torch_feather.methods.spartan.soft_top_k import soft_top_k
 from torch_feather.weights.latent import LatentWeights
 from torch_feather.weights.passes import pruned_mask
@@ -99,11 +99,11 @@ def test_the_mask_costs_what_the_kept_weights_cost(allocation, dtype, sample):
 @pytest.mark.parametrize("spread", [0.005, 0.05, 0.5])
 def test_few_passes_over_the_weights_are_enough(spread, beta, sparsity, monkeypatch):
     passes = []
-    sums = soft_top_k_module._sums
-    monkeypatch.setattr(soft_top_k_module, "_sums", lambda *args: passes.append(1) or sums(*args))
+    sums = KeptLogits.sums
+    monkeypatch.setattr(KeptLogits, "sums", lambda *args: passes.append(1) or sums(*args))
     weights = LatentWeights([torch.randn(100_000) * spread])
     soft_masks(weights, allocated(weights, Global(), sparsity), beta)
-    assert len(passes) <= 5
+    assert len(passes) <= (3 if 0.1 < sparsity < 0.995 else 4)  # the sample has few of one kind
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)

@@ -410,7 +410,7 @@ def test_rows_have_the_sums_and_factors_of_their_definition(form, dtype, channel
         magnitudes = w.abs().double()
         kept = magnitudes.masked_fill(pruned_mask(weights, segments, i), 0.0)
         expected = torch.stack([x.flatten(1).sum(1) for x in (kept, magnitudes)], 1)
-        found = row_sums(weights, segments, i)
+        [found] = row_sums(weights, segments, [i])
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
         factors[i] = torch.rand(len(w), generator=generator).to(weights.wide) + 0.5
     plain, scaled = ([torch.empty_like(w) for w in weights.views] for _ in range(2))

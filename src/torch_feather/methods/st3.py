@@ -115,12 +115,16 @@ class Rescaled(MagnitudePruning):
     def write_effective(
         self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
     ) -> None:
-        factors = [self._factor(weights, pruning.segments, i) for i in range(len(out))]
-        by_row = {i: factors[i] for i in range(len(out)) if self._in_rows(weights, i)}
+        every = range(len(out))
+        in_rows = [i for i in every if self._in_rows(weights, i)]
+        sums = row_sums(weights, pruning.segments, in_rows)
+        means = [x / weights.views[i][0].numel() for i, x in zip(in_rows, sums, strict=True)]
+        by_row = dict(zip(in_rows, self._factors(weights, in_rows, means), strict=True))
+        rest = [i for i in every if i not in by_row]
+        means = [self._means(weights, pruning.segments, i) for i in rest]
         write_effective(weights, pruning.segments, self.operator, out, by_row)
-        for i, (u, factor) in enumerate(zip(out, factors, strict=True)):
-            if i in by_row:
-                continue
+        for i, factor in zip(rest, self._factors(weights, rest, means), strict=True):
+            u = out[i]
             if (groups := self._groups[i]) is not None:
                 u, factor = u.unflatten(0, (groups, -1)), factor.view(groups, 1, -1)
             u.mul_(factor.view(*factor.shape, *[1] * (u.dim() - factor.dim())))
@@ -129,18 +133,24 @@ class Rescaled(MagnitudePruning):
         """Return whether the output channels of tensor i lie one after the other in memory."""
         return self._groups[i] is None and has_rows(weights, i)
 
-    def _factor(self, weights: LatentWeights, segments: Sequence[Segment], i: int) -> Tensor:
-        """Return the factors of the output channels of tensor i."""
-        if self._in_rows(weights, i):
-            means = row_sums(weights, segments, i) / weights.views[i][0].numel()
-        else:
-            magnitude = self._by_channel(i, weights.views[i].abs().to(weights.wide))
-            kept = magnitude * ~self._by_channel(i, pruned_mask(weights, segments, i))
-            means = torch.stack([kept.mean(1), magnitude.mean(1)], 1)
-        part, total = weights.row_means(i, means).unbind(1)
+    def _means(self, weights: LatentWeights, segments: Sequence[Segment], i: int) -> Tensor:
+        """Return the means of |w| over the output channels of tensor i: of kept, of all weights."""
+        magnitude = self._by_channel(i, weights.views[i].abs().to(weights.wide))
+        kept = magnitude * ~self._by_channel(i, pruned_mask(weights, segments, i))
+        return torch.stack([kept.mean(1), magnitude.mean(1)], 1)
+
+    def _factors(
+        self, weights: LatentWeights, positions: Sequence[int], means: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Return the factors of the output channels of tensors, from their means of |w|."""
+        if not positions:
+            return []
+        pairs = zip(positions, means, strict=True)
+        part, total = torch.cat([weights.row_means(i, x) for i, x in pairs]).unbind(1)
         ratio = (part + 1e-6) / (total + 1e-6)
         # NaN or infinite weights leave their channel unchanged.
-        return (1.01 / (ratio + 0.01)).nan_to_num_(nan=1.0)
+        factors = (1.01 / (ratio + 0.01)).nan_to_num_(nan=1.0)
+        return factors.split([len(x) for x in means])
 
     def _by_channel(self, i: int, x: Tensor) -> Tensor:
         """Return the local values of tensor i in shape (output channels, weights of each)."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 WIDEST = 0.05
 """Largest half-width, relative to the threshold; beyond it, a sample finds a narrower bracket."""
 NARROWEST = 1e-4
@@ -50,3 +52,36 @@ class Bracket:
             change = abs(value / self.value - 1)
             self.width = min(WIDEST, max(4 * change, 0.9 * self.width, NARROWEST))
         self.value = value
+
+
+class Brackets:
+    """Where the next threshold of each of several ranges is expected; as `Bracket` for each.
+
+    Attributes:
+        value: the last thresholds, float64; 0 for none.
+        width: half-width of each bracket, relative to `value`.
+
+    Example:
+        >>> brackets = Brackets(2)
+        >>> brackets.update(np.array([0.0, 2.0]))
+        >>> brackets.low()
+        array([0.   , 1.982])
+    """
+
+    def __init__(self, size: int):
+        self.value, self.width = np.zeros(size), np.full(size, 0.01)
+
+    def low(self, more: float | np.ndarray = 0.0) -> np.ndarray:
+        """Return the lower bounds.
+
+        Args:
+            more: adds to the relative widths.
+        """
+        return self.value * (1 - self.width - more)
+
+    def update(self, value: np.ndarray) -> None:
+        """Follow new thresholds."""
+        known = (self.value > 0) & (value > 0) & np.isfinite(value)
+        change = np.abs(np.divide(value, self.value, out=np.ones_like(value), where=known) - 1)
+        width = np.clip(np.maximum(4 * change, 0.9 * self.width), NARROWEST, WIDEST)
+        self.value, self.width = np.where(np.isfinite(value), value, 0.0), width

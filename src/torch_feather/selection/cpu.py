@@ -85,10 +85,8 @@ class Scores(ABC):
             high: the upper bound, as an integer.
         """
         bits = self.block(start, stop)
-        above = np.greater(bits, low, out=scratch("above", bits.size, bool))
-        count = bits.size - int(np.count_nonzero(above))
-        within = np.less(bits, high, out=scratch("within", bits.size, bool))
-        return count, bits[np.logical_and(within, above, out=within)]
+        count, inside = between(bits, low, high)
+        return count, bits[inside]
 
     def collect_all(self, low: float, high: float) -> tuple[int, Near]:
         """Count the scores up to `low`, and return those strictly between `low` and `high`."""
@@ -164,6 +162,24 @@ class TensorScores(Scores):
 
     def sample(self, step: int) -> np.ndarray:
         return np.abs(self._array[::step])
+
+
+def between(bits: np.ndarray, low: int, high: int) -> tuple[int, np.ndarray]:
+    """Count the scores up to `low`, and return the mask of those strictly between the bounds.
+
+    Args:
+        bits: scores as integers.
+        low: the lower bound, as an integer.
+        high: the upper bound, as an integer.
+
+    Example:
+        >>> between(np.int32([1, 5, 3]), 1, 5)
+        (1, array([False, False,  True]))
+    """
+    above = np.greater(bits, low, out=scratch("above", bits.size, bool))
+    count = bits.size - int(np.count_nonzero(above))
+    within = np.less(bits, high, out=scratch("within", bits.size, bool))
+    return count, np.logical_and(within, above, out=within)
 
 
 def as_integer(value: float | np.floating, dtype: np.dtype) -> int:

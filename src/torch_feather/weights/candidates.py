@@ -6,11 +6,12 @@ need not search for them. They only decide how fast it is, never its result.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ..selection.cpu import magnitude_bits
+from ..selection.cpu import INTEGER, magnitude_bits
 from ..threads import scratch
 
 MOST = 0.2
@@ -35,6 +36,45 @@ class Candidates(NamedTuple):
     values: np.ndarray | None
     """The weights; None if they would need too much memory."""
 
+    def of(self, w: np.ndarray) -> np.ndarray:
+        """Return the candidates among the weights of the range."""
+        return w.take(self.at) if self.values is None else self.values
+
+
+def covering(
+    candidates: Mapping[int, Candidates],
+    rows: Sequence[int],
+    limits: np.ndarray,
+    scales: np.ndarray,
+) -> list[Candidates | None]:
+    """Return the candidates of ranges that hold every weight with a score above a limit.
+
+    Args:
+        candidates: by range.
+        rows: the ranges.
+        limits: for each of them, as integers.
+        scales: for each of them; scores are magnitudes times this. Products keep the order of the
+            magnitudes, also when they are rounded.
+
+    Returns:
+        None for ranges whose candidates are unknown or too few.
+
+    Example:
+        >>> bound, limit = np.float32([0.5, 1.0]).view(np.int32).tolist()
+        >>> known = Candidates(bound, np.uint16([]), None)
+        >>> found = covering({0: known}, [0, 0], np.array([limit] * 2), np.float32([2.0, 2.5]))
+        >>> [one is known for one in found]
+        [True, False]
+    """
+    integer = INTEGER[scales.dtype]
+    known = [candidates.get(j) for j in rows]
+    most = np.iinfo(integer).max  # a NaN
+    bounds = np.array([most if one is None else one.bound for one in known], integer)
+    with np.errstate(all="ignore"):
+        scores = bounds.view(scales.dtype) * scales
+    enough = (np.abs(scores).view(integer) <= limits) & ~np.isnan(scores)
+    return [one if ok else None for one, ok in zip(known, enough.tolist(), strict=True)]
+
 
 def collect(w: np.ndarray, low: int, high: int) -> tuple[int, np.ndarray, Candidates | None]:
     """Count and collect magnitudes as `Scores.collect`, and find candidates above the same bound.
@@ -42,7 +82,7 @@ def collect(w: np.ndarray, low: int, high: int) -> tuple[int, np.ndarray, Candid
     Args:
         w: the weights of a range, of at most 65536.
         low: the lower bound, as an integer.
-        high: the upper bound, as an integer.
+        high: the upper bound, as an integer; not above `low` if nothing is to be collected.
 
     Returns:
         The number of magnitudes up to `low`, those strictly between the bounds, and the candidates;

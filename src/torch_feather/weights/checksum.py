@@ -12,6 +12,9 @@ from .ranges import COLUMNS, ROW_BYTES
 
 _FACTORS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, COLUMNS) | 1
 _ROWS = 64
+_DOT = 10_000
+"""Most values of a dot product: on more, OpenBLAS starts threads of its own, which keep the cores
+busy for a while that other threads need."""
 
 
 def checksum(tensor: Tensor) -> int:
@@ -93,7 +96,8 @@ def may_be_nonfinite(bits: np.ndarray, dtype: torch.dtype) -> bool:
         return not bool(total.isfinite())
     values = bits.view(f"f{bits.itemsize}")
     with np.errstate(all="ignore"):  # the fastest pass of NumPy; large values overflow
-        return not np.isfinite(np.dot(values, values))
+        parts = (values[a : a + _DOT] for a in range(0, values.size, _DOT))
+        return not all(np.isfinite(np.dot(part, part)) for part in parts)
 
 
 def checksum_of(weights: LatentWeights, i: int, here: Tensor) -> int:

@@ -13,18 +13,16 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import devices
-from ..selection.bracket import Bracket
-from ..selection.cpu import SMALL, Collected, Near, as_integer
+from ..selection.bracket import Bracket, Brackets
+from ..selection.cpu import INTEGER, SMALL, Collected, Near, as_integer
 from ..threads import for_each
 from . import compiled, triton_passes
 from .candidates import Candidates, collect
 from .latent import LatentWeights, copy_all
-from .ranges import arrays, ranges, wide_array
+from .ranges import Span, arrays, ranges, rows_of, wide_array
 from .scores import score_dtype
 from .sums import Sums, copy_unmodified
 
-Span = tuple[int, int]
-"""A range of local weights."""
 NOTHING = -1
 """Both bounds of ranges of which nothing is collected."""
 
@@ -32,7 +30,8 @@ NOTHING = -1
 def bracket_of(weights: LatentWeights, start: int, stop: int, scaled: bool = False) -> Bracket:
     """Return the bracket for a selection from a range; it is kept from step to step.
 
-    The next copy collects what such a selection needs, unless the scores are scaled.
+    The next copy collects what such a selection needs; if the scores are scaled, it only finds
+    candidates.
 
     Args:
         weights: the latent weights.
@@ -47,14 +46,29 @@ def bracket_of(weights: LatentWeights, start: int, stop: int, scaled: bool = Fal
         True
     """
     bracket: Bracket = weights.constant(("bracket", start, stop, scaled), lambda _: Bracket())
-    if not scaled:
-        _expected(weights)[start, stop] = bracket
+    _expected(weights)[start, stop, scaled] = bracket
     return bracket
 
 
-def _expected(weights: LatentWeights) -> dict[Span, Bracket]:
-    """Return the brackets of the selections since the last copy, by range."""
-    found: dict[Span, Bracket] = weights.constant("expected selections", lambda _: {})
+def _expected(weights: LatentWeights) -> dict[tuple[int, int, bool], Bracket]:
+    """Return the brackets of the selections since the last copy, by start, stop and `scaled`."""
+    found: dict[tuple[int, int, bool], Bracket] = weights.constant(
+        "expected selections", lambda _: {}
+    )
+    return found
+
+
+def thresholds_of(weights: LatentWeights) -> Brackets:
+    """Return brackets of the next threshold of each of the `ranges`, kept from step to step.
+
+    The next copy finds candidates with them, in ranges of which it does not know a selection.
+
+    Example:
+        >>> import torch
+        >>> thresholds_of(LatentWeights([torch.ones(2)])).value
+        array([0.])
+    """
+    found: Brackets = weights.constant("thresholds", lambda w: Brackets(len(ranges(w).size)))
     return found
 
 
@@ -97,8 +111,12 @@ def _read_all(weights: LatentWeights, positions: Sequence[int], sources: Sequenc
     if table is None and not _same_layout(parameters, weights.views):
         return False
     found, dtype = ranges(weights), score_dtype(weights)
-    expected = [(span, rows_of(weights, span), at) for span, at in _known_bounds(weights)]
+    bounds_of, width = _known_bounds(weights)
+    expected = [(span, rows_of(weights, span), bounds) for span, bounds in bounds_of.items()]
     low, high = (np.full(len(found.size), NOTHING, np.int64) for _ in range(2))
+    if table is None:
+        bound = thresholds_of(weights).low(width).astype(dtype)
+        low[bound > 0] = bound[bound > 0].view(INTEGER[dtype])
     for _, rows, bounds in expected:
         low[rows], high[rows] = (as_integer(bound, dtype) for bound in bounds)
     collected = (
@@ -119,22 +137,6 @@ def _read_all(weights: LatentWeights, positions: Sequence[int], sources: Sequenc
         count = int(below[rows].sum())
         weights.collected[start, stop] = Collected(bounds, count, of_span, versions)
     return True
-
-
-def rows_of(weights: LatentWeights, span: Span) -> slice:
-    """Return which of the `ranges` are within a span, whose bounds are bounds of weight tensors.
-
-    Example:
-        >>> import torch
-        >>> rows_of(LatentWeights([torch.ones(2), torch.ones(3)]), (2, 5))
-        slice(1, 2, None)
-    """
-
-    def find(weights: LatentWeights) -> slice:
-        return slice(*np.searchsorted(ranges(weights).local, span).tolist())
-
-    found: slice = weights.constant(("rows", span), find)
-    return found
 
 
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -212,12 +214,21 @@ def write_latent(
     return []
 
 
-def _known_bounds(weights: LatentWeights) -> list[tuple[Span, tuple[float, float]]]:
-    """Return the bounds of the selections that are expected next, and forget these."""
-    expected = _expected(weights)
-    large = [(span, at.bounds) for span, at in expected.items() if span[1] - span[0] >= SMALL]
-    expected.clear()
-    return [(span, bounds) for span, bounds in large if bounds is not None]
+def _known_bounds(weights: LatentWeights) -> tuple[dict[Span, tuple[float, float]], float]:
+    """Return the bounds of the selections that are expected next, and forget these.
+
+    Returns:
+        Bounds of magnitudes, and how far below the last thresholds candidates for scaled scores
+        must reach, relatively.
+    """
+    bounds, width = {}, 0.0
+    for (start, stop, scaled), bracket in _expected(weights).items():
+        if scaled:
+            width = max(width, 2 * bracket.width)  # the scales may change, too
+        elif stop - start >= SMALL and bracket.bounds is not None:
+            bounds[start, stop] = bracket.bounds
+    _expected(weights).clear()
+    return bounds, width
 
 
 def _same_layout(sources: Sequence[Tensor], views: Sequence[Tensor]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import devices
 from ..selection.cpu import Collected
+from ..threads import for_each
 from .candidates import Candidates
 from .counts import count_zeros
 from .shards import local, shards_of
@@ -275,6 +276,7 @@ class LatentWeights:
             "device": self.device,
             "collected": {},
             "candidates": {},
+            "candidate_versions": [],
             "_constants": {},
         }
 
@@ -315,17 +317,21 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if any(t.shape != first.shape or _strides(t) != order for t in tensors):
         yield tensors
         return
-    yield from zip(*(t.as_strided((t.numel(),), (1,)).split(BLOCK) for t in tensors), strict=True)
+    size = first.numel()
+    starts = [t.storage_offset() for t in tensors]
+    for a in range(0, size, BLOCK):
+        shape = (min(BLOCK, size - a),)
+        yield tuple(t.as_strided(shape, (1,), b + a) for t, b in zip(tensors, starts, strict=True))
 
 
 def sum_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Return the sum of a function of each of the `blocks`.
+    """Return the sum of a function of each of the `blocks`, computed by several threads on a CPU.
 
     Example:
         >>> sum_blocks(lambda w: w.square().sum(), torch.ones(2, BLOCK))
         tensor(131072.)
     """
-    sums = [function(*block) for block in blocks(*tensors)]
+    sums = for_each(lambda block: function(*block), list(blocks(*tensors)))
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 

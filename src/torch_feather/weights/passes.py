@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .. import devices
 from ..operators import Operator
 from . import masks, plain, rows, triton_passes
 from .kept import kept_values
-from .latent import DEVICE_BLOCK, LatentWeights, copy_all
+from .latent import DEVICE_BLOCK, LatentWeights, blocks, copy_all
 from .rows import NO_FACTORS
 from .segments import Segment, segment_of
 
@@ -33,30 +33,35 @@ def pruned_mask(weights: LatentWeights, segments: Sequence[Segment], i: int) -> 
     return flat.as_strided(weights.views[i].shape, weights.views[i].stride())
 
 
-def row_sums(weights: LatentWeights, segments: Sequence[Segment], i: int) -> Tensor:
+def row_sums(
+    weights: LatentWeights, segments: Sequence[Segment], positions: Sequence[int]
+) -> list[Tensor]:
     """Return the sum of |w| over the kept weights, and over all weights, of each local row.
 
     Args:
         weights: the latent weights.
         segments: cover all weights once.
-        i: position of a weight tensor that `has_rows`.
+        positions: positions of weight tensors that `has_rows`.
 
     Returns:
-        A tensor of shape (rows, 2) of type `wide`.
+        Tensors of shape (rows, 2) of type `wide`.
 
     Example:
         >>> from torch_feather.selection import Cutoff
         >>> weights = LatentWeights([torch.tensor([[1.0, -2.0], [3.0, 4.0]])])
         >>> cutoff = Cutoff(torch.tensor(2.0), torch.tensor(1), torch.tensor(1.9))
-        >>> row_sums(weights, [Segment(0, 4, cutoff)], 0)
+        >>> row_sums(weights, [Segment(0, 4, cutoff)], [0])[0]
         tensor([[0., 3.],
                 [7., 7.]])
     """
     if not devices.synchronizes(weights.device):
-        return rows.row_sums(weights, segments, i)
-    magnitudes = weights.views[i].abs().to(weights.wide)
-    kept = magnitudes.masked_fill(pruned_mask(weights, segments, i), 0.0)
-    return torch.stack([x.flatten(1).sum(1) for x in (kept, magnitudes)], 1)
+        return rows.row_sums(weights, segments, positions)
+    found = []
+    for i in positions:
+        magnitudes = weights.views[i].abs().to(weights.wide)
+        kept = magnitudes.masked_fill(pruned_mask(weights, segments, i), 0.0)
+        found.append(torch.stack([x.flatten(1).sum(1) for x in (kept, magnitudes)], 1))
+    return found
 
 
 def count_pruned(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
@@ -111,6 +116,34 @@ def write_effective(
         _write_device(weights, segments, operator, out)
     for i, factor in factors.items():
         out[i].mul_(factor.view(-1, *[1] * (out[i].dim() - 1)))
+
+
+def write_each(
+    weights: LatentWeights,
+    function: Callable[..., None],
+    out: Sequence[Tensor],
+    *more: Sequence[Tensor],
+) -> None:
+    """Write effective weights by an elementwise function; on a CPU range by range in the cache.
+
+    Args:
+        weights: the latent weights w.
+        function: called with parts of w, of the tensors in `more` and of `out`, which it writes.
+        out: local tensors in the shapes, layouts and types of the views. They are overwritten.
+        more: other tensors in the same shapes and layouts.
+
+    Example:
+        >>> weights, u = LatentWeights([torch.tensor([0.5, 2.0])]), torch.empty(2)
+        >>> write_each(weights, lambda w, m, out: torch.mul(w, m, out=out), [u], [torch.zeros(2)])
+        >>> u
+        tensor([0., 0.])
+    """
+    if not devices.synchronizes(weights.device):
+        plain.write_each(weights, function, out, *more)
+        return
+    for parts in zip(weights.views, *more, out, strict=True):
+        for block in blocks(*parts):
+            function(*block)
 
 
 def _write_device(

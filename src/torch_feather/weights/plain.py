@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,14 +18,16 @@ from ..operators import Operator, Power
 from ..selection.cpu import magnitude_bits
 from ..threads import for_each, scratch
 from . import compiled
-from .candidates import Candidates, choose
+from .candidates import choose
 from .checksum import column_sums, may_be_nonfinite
+from .exchange import thresholds_of
 from .kept import kept_values
-from .latent import LatentWeights, flat_bits, flat_of
+from .latent import LatentWeights, flat_bits
+from .overlaps import Overlap, overlaps_of
 from .ranges import COLUMNS, arrays, groups, ranges, wide_array
-from .rows import NO_FACTORS, multiply_rows
+from .rows import NO_FACTORS, RowFactors
 from .segments import Segment
-from .spans import Span, is_plain, keeps_all, overlaps, spans
+from .spans import Span, is_plain, keeps_all, spans
 from .sums import Recorded, Sums, versions
 
 DENSE = 0.25
@@ -59,33 +61,82 @@ def write_effective(
         weights, every, operator, out, None if factors else columns
     )
     flat = arrays(weights, out) if nonfinite is None or factors else []
+    rows = _row_factors(weights, factors)
 
-    def finish(j: int, check: bool = True) -> bool:
-        """Multiply and sum range j; return whether a value may be NaN or infinite."""
-        i = int(found.position[j])
-        if i in factors:
-            width = out[i].numel() // len(factors[i])
-            part = flat_of(out[i])[found.start[j] :][: found.size[j]]
-            multiply_rows(part, int(found.start[j]), width, factors[i])
-        if columns is None:
-            return False
-        column_sums(flat[j], columns[j])
-        return check and may_be_nonfinite(flat[j], out[i].dtype)
+    def finish(j: int) -> None:
+        if columns is not None:
+            column_sums(flat[j], columns[j])
 
     if nonfinite is None:
-        pieces = _pieces(weights, every, operator, flat)
+        pieces = _pieces(weights, every, operator, flat, rows)
+        if recorded:
+            thresholds = [min(piece.overlap.threshold for piece in own) for own in pieces]
+            thresholds_of(weights).update(np.array(thresholds))
 
         def write(group: slice) -> bool:
             inside = range(group.start, group.stop)
             found = _write([piece for j in inside for piece in pieces[j]], operator, weights.wide)
-            return any([finish(j, check=bool(factors)) for j in inside]) or found
+            for j in inside:
+                finish(j)
+            return found
 
         nonfinite = any(for_each(write, groups(weights)))
     elif factors:
-        nonfinite = any(for_each(finish, range(size)))
+
+        def multiply(j: int) -> bool:
+            dtype = out[found.position[j]].dtype
+            if j in rows:
+                rows[j].multiply(torch.from_numpy(flat[j]).view(dtype))
+            finish(j)
+            return columns is not None and may_be_nonfinite(flat[j], dtype)
+
+        nonfinite = any(for_each(multiply, range(size)))
     torch.autograd.graph.increment_version(list(out))
     if isinstance(out, Recorded) and columns is not None:
         out.sums = Sums(versions(out), columns, nonfinite)
+
+
+def write_each(
+    weights: LatentWeights,
+    function: Callable[..., None],
+    out: Sequence[Tensor],
+    *more: Sequence[Tensor],
+) -> None:
+    """Write effective weights by an elementwise function; arguments as for `passes.write_each`.
+
+    Example:
+        >>> weights, u = LatentWeights([torch.tensor([0.5, 2.0])]), torch.empty(2)
+        >>> write_each(weights, lambda w, out: out.copy_(w), [u])
+        >>> u
+        tensor([0.5000, 2.0000])
+    """
+    found, recorded = ranges(weights), isinstance(out, Recorded)
+    size = len(found.size)
+    columns = np.empty((size if recorded else 0, COLUMNS), np.int64)
+    flats = [arrays(weights, weights.views), *map(found.of, more), arrays(weights, out)]
+    dtypes = [[tensor.dtype for tensor in tensors] for tensors in (weights.views, *more, out)]
+
+    def write(j: int) -> bool:
+        i, bits = found.position[j], flats[-1][j]
+        pairs = zip(flats, dtypes, strict=True)
+        function(*(torch.from_numpy(flat[j]).view(dtype[i]) for flat, dtype in pairs))
+        if recorded:
+            column_sums(bits, columns[j])
+        return recorded and may_be_nonfinite(bits, out[i].dtype)
+
+    nonfinite = any(for_each(write, range(size)))
+    torch.autograd.graph.increment_version(list(out))
+    if isinstance(out, Recorded):
+        out.sums = Sums(versions(out), columns, nonfinite)
+
+
+def _row_factors(weights: LatentWeights, factors: Mapping[int, Tensor]) -> dict[int, RowFactors]:
+    """Return the factors of each of the `ranges` that has some."""
+    if not factors:
+        return {}
+    found, widths = ranges(weights), [view[:1].numel() for view in weights.views]
+    pairs = enumerate(zip(found.position.tolist(), found.start.tolist(), strict=True))
+    return {j: RowFactors(factors[i], widths[i], a) for j, (i, a) in pairs if i in factors}
 
 
 class PieceOfSpan(NamedTuple):
@@ -94,22 +145,36 @@ class PieceOfSpan(NamedTuple):
     Example:
         >>> from torch_feather.weights.spans import Piece
         >>> span, bits = Span(Piece(torch.ones(2), 0), 3, torch.tensor(0.5)), np.zeros(2, np.int32)
-        >>> PieceOfSpan(span, torch.float32, bits, bits).span.limit
+        >>> PieceOfSpan(Overlap(span, 0, 0, 2, None), torch.float32, bits, bits, True).span.limit
         3
     """
 
-    span: Span
+    overlap: Overlap
     dtype: torch.dtype
     latent: np.ndarray
     out: np.ndarray
-    plain: bool = True
+    plain: bool
     """Whether `plain_values` computes the operator."""
-    candidates: Candidates | None = None
-    """Those of the range, if the piece is all of it."""
+    rows: RowFactors | None = None
+    """By which the effective weights are multiplied."""
+
+    @property
+    def span(self) -> Span:
+        """The span."""
+        return self.overlap.span
+
+    def multiply(self) -> None:
+        """Multiply the effective weights by the factors of their rows."""
+        if self.rows is not None:
+            self.rows.multiply(torch.from_numpy(self.out).view(self.dtype))
 
 
 def _pieces(
-    weights: LatentWeights, every: Sequence[Span], operator: Operator, out: Sequence[np.ndarray]
+    weights: LatentWeights,
+    every: Sequence[Span],
+    operator: Operator,
+    out: Sequence[np.ndarray],
+    rows: Mapping[int, RowFactors],
 ) -> list[list[PieceOfSpan]]:
     """Return the pieces of each of the `ranges`.
 
@@ -118,21 +183,22 @@ def _pieces(
         every: all spans.
         operator: gives the values of kept weights.
         out: memory to write for each range.
+        rows: factors for some of the ranges.
     """
-    found, candidates = ranges(weights), weights.candidates
-    if weights.candidate_versions != versions(weights.flats):
-        candidates = {}  # the weights were changed since then
     dtypes = [span.piece.values.dtype for span in every]
     pairs = zip(every, dtypes, strict=True)
     plain = [dtype == weights.wide and is_plain(operator, span) for span, dtype in pairs]
     latent = arrays(weights, weights.views)
-    pieces: list[list[PieceOfSpan]] = [[] for _ in out]
-    for j, k, start, size in zip(*(x.tolist() for x in overlaps(found, every)), strict=True):
-        inside = slice(start - int(found.local[j]), start - int(found.local[j]) + size)
-        known = candidates.get(j) if size == out[j].size and every[k].piece.scale is None else None
-        pieces[j].append(
-            PieceOfSpan(every[k], dtypes[k], latent[j][inside], out[j][inside], plain[k], known)
-        )
+    pieces: list[list[PieceOfSpan]] = []
+    for j, own in enumerate(overlaps_of(weights, every)):
+        pieces.append([])
+        for overlap in own:
+            k, a, b, factors = overlap.number, overlap.start, overlap.stop, rows.get(j)
+            if factors is not None:
+                factors = factors._replace(start=factors.start + a)
+            pieces[j].append(
+                PieceOfSpan(overlap, dtypes[k], latent[j][a:b], out[j][a:b], plain[k], factors)
+            )
     return pieces
 
 
@@ -150,19 +216,20 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
     for piece in pieces:
         if keeps_all(operator, piece.span):
             np.copyto(piece.out, piece.latent)
+            piece.multiply()
             nonfinite |= may_be_nonfinite(piece.out, piece.dtype)
             continue
         w = wide_array(piece.latent, piece.dtype, wide)
-        known = piece.candidates
-        if known is not None and known.bound <= piece.span.limit:
-            index = known.at
-            chosen = w.take(index) if known.values is None else known.values
+        known = piece.overlap.candidates
+        if known is not None:
+            index, chosen = known.at, known.of(w)
         else:
             bits = magnitude_bits(w, piece.span.piece.scale)
             sample = bits[::SAMPLE]
             kept = int(np.count_nonzero(sample > piece.span.limit))
             if piece.plain and kept > DENSE * sample.size:
                 _write_dense(w, bits, piece.span, operator, piece.out)
+                piece.multiply()
                 nonfinite |= may_be_nonfinite(piece.out, piece.dtype)
                 continue
             above = np.greater(bits, piece.span.limit, out=scratch("above", bits.size, bool))
@@ -171,12 +238,18 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
         sparse.setdefault(id(piece.span), []).append((piece, index, chosen))
     for same in sparse.values():
         u = _sparse_values([piece for piece, _, _ in same], [w for *_, w in same], operator)
-        nonfinite |= may_be_nonfinite(u, same[0][0].dtype)
         end = 0
         for piece, index, w in same:
             start, end = end, end + w.size
+            values = u[start:end]
+            if piece.rows is not None and piece.dtype == wide:
+                with np.errstate(all="ignore"):
+                    values.view(w.dtype)[:] *= piece.rows.of(index)
             piece.out.fill(0)
-            piece.out[index.astype(np.intp)] = u[start:end]
+            piece.out[index.astype(np.intp)] = values
+            if piece.dtype != wide:
+                piece.multiply()
+        nonfinite |= may_be_nonfinite(u, same[0][0].dtype)
     return nonfinite
 
 
@@ -197,8 +270,8 @@ def _sparse_values(
         u = plain_values(w, span.tau.numpy(), operator).view(pieces[0].out.dtype)
     else:
         u = flat_bits(kept_values(torch.from_numpy(w), span.tau, operator, dtype))
-    if any(piece.candidates is not None for piece in pieces):  # some of these may be pruned
-        u[(magnitude_bits(w) <= span.limit).nonzero()[0]] = 0
+    if any(piece.overlap.candidates is not None for piece in pieces):  # some of these may be pruned
+        u[(magnitude_bits(w, span.piece.scale) <= span.limit).nonzero()[0]] = 0
     return u
 
 

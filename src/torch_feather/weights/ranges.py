@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..threads import for_each
+from .candidates import Candidates
 from .latent import LatentWeights, flat_bits
+
+Result = TypeVar("Result")
 
 COLUMNS = 509
 """64-bit words in a row of a checksum. A prime, so that exchanged rows or channels rarely keep
@@ -19,6 +23,10 @@ RANGE = 64 * ROW_BYTES // 4
 """Most weights in a range. For all types, a multiple of this begins at a row of a checksum."""
 GROUP = 4 * RANGE
 """Most weights in a group."""
+
+
+Span = tuple[int, int]
+"""The start and the end of neighbouring local weights."""
 
 
 class Ranges(NamedTuple):
@@ -129,6 +137,84 @@ def _ranges(weights: LatentWeights) -> Ranges:
         for a in range(0, last - first, RANGE)
     ]
     return Ranges(*np.array(every, np.int64).reshape(-1, 4).T)
+
+
+def rows_of(weights: LatentWeights, span: Span) -> slice:
+    """Return which of the `ranges` are within a span, whose bounds are bounds of weight tensors.
+
+    Example:
+        >>> import torch
+        >>> rows_of(LatentWeights([torch.ones(2), torch.ones(3)]), (2, 5))
+        slice(1, 2, None)
+    """
+
+    def find(weights: LatentWeights) -> slice:
+        return slice(*np.searchsorted(ranges(weights).local, span).tolist())
+
+    found: slice = weights.constant(("rows", span), find)
+    return found
+
+
+def of_ranges(
+    weights: LatentWeights, function: Callable[..., Result], *more: Sequence[Tensor]
+) -> list[Result]:
+    """Return a function of the weights of each range, called by several threads.
+
+    Args:
+        weights: the latent weights, on a CPU.
+        function: called with the weights of a range as a flat array of type `wide`, and with the
+            same range of other tensors.
+        more: tensors in the shapes, layouts and types of the weight tensors.
+
+    Example:
+        >>> import torch
+        >>> weights = LatentWeights([torch.ones(2), torch.ones(3)])
+        >>> of_ranges(weights, lambda w, g: float((w * g).sum()), [-torch.ones(2), torch.ones(3)])
+        [-2.0, 3.0]
+    """
+    found = ranges(weights)
+    dtypes = [weights.views[i].dtype for i in found.position.tolist()]
+
+    def call(task: tuple[torch.dtype, *tuple[np.ndarray, ...]]) -> Result:
+        dtype, *parts = task
+        return function(*(wide_array(part, dtype, weights.wide) for part in parts))
+
+    columns = [arrays(weights, weights.views), *(found.of(tensors) for tensors in more)]
+    return for_each(call, list(zip(dtypes, *columns, strict=True)))
+
+
+def sums_of_tensors(
+    weights: LatentWeights, function: Callable[..., Any], *more: Sequence[Tensor]
+) -> Tensor:
+    """Return for each weight tensor the sum of a function of its ranges, of type `wide`.
+
+    Args:
+        weights: the latent weights, on a CPU.
+        function: as for `of_ranges`; returns a number.
+        more: as for `of_ranges`.
+
+    Example:
+        >>> import torch
+        >>> weights = LatentWeights([torch.ones(2), torch.ones(3)])
+        >>> sums_of_tensors(weights, lambda w: w.sum())
+        tensor([2., 3.])
+    """
+    found = np.array(of_ranges(weights, function, *more), np.float64)
+    with np.errstate(all="ignore"):
+        total = np.bincount(ranges(weights).position, found, len(weights.views))
+    return torch.from_numpy(total).to(weights.wide)
+
+
+def known_candidates(weights: LatentWeights) -> dict[int, Candidates]:
+    """Return the candidates by range, unless the weights were changed since they were found.
+
+    Example:
+        >>> import torch
+        >>> known_candidates(LatentWeights([torch.ones(2)]))
+        {}
+    """
+    now = [flat._version for flat in weights.flats]
+    return weights.candidates if weights.candidate_versions == now else {}
 
 
 def groups(weights: LatentWeights) -> list[slice]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..selection.cpu import INTEGER, Near, Scores, magnitude_bits
+from ..selection.cpu import INTEGER, Near, Scores, between, magnitude_bits
+from ..threads import for_each, scratch
 from . import compiled
+from .candidates import Candidates, covering
 from .latent import LatentWeights
-from .ranges import RANGE
+from .ranges import RANGE, arrays, known_candidates, ranges, rows_of, wide_array
 from .spans import Piece
+
+RUN = 16
+"""Most ranges whose candidates are joined."""
 
 
 def pieces(
@@ -76,7 +81,7 @@ class WeightScores(Scores):
         self.dtype = score_dtype(weights)
         self._make_pieces = partial(pieces, weights, start, stop, scales)
         self._collected = weights.collected.pop((start, stop), None) if scales is None else None
-        self._flats = weights.flats
+        self._weights, self._scales = weights, scales
 
     @cached_property
     def _pieces(self) -> list[Piece]:
@@ -109,10 +114,51 @@ class WeightScores(Scores):
         if (
             found is not None
             and found.bounds == (low, high)
-            and found.versions == [flat._version for flat in self._flats]
+            and found.versions == [flat._version for flat in self._weights.flats]
         ):
             return found.below, found.near
-        return self._collect_compiled(low, high) or super().collect_all(low, high)
+        return self._collect_compiled(low, high) or self._collect_ranges(low, high)
+
+    def _collect_ranges(self, low: float, high: float) -> tuple[int, Near]:
+        """Return what `collect_all` does, from candidates alone where they are known."""
+        weights, least, most = self._weights, self.as_integer(low), self.as_integer(high)
+        every, latent = ranges(weights), arrays(weights, weights.views)
+        dtypes = [view.dtype for view in weights.views]
+        rows = rows_of(weights, (self._start, self._start + self.size))
+        scales = np.ones(len(dtypes), self.dtype)
+        if self._scales is not None:
+            scales[:] = [scale.item() for scale in self._scales]
+        scales = scales[every.position]
+        inside = range(rows.start, rows.stop)
+        limits = np.full(len(inside), least)
+        found = covering(known_candidates(weights), inside, limits, scales[rows])
+        known = dict(zip(inside, found, strict=True))
+
+        def collect(part: slice) -> tuple[int, np.ndarray, np.ndarray]:
+            values = []
+            for j in range(part.start, part.stop):
+                w = wide_array(latent[j], dtypes[every.position[j]], weights.wide)
+                candidates = known[j]
+                values.append(w if candidates is None else candidates.of(w))
+            ends = np.cumsum([w.size for w in values])
+            # Calls of NumPy on the few candidates of one range would take longer than their work.
+            scores = scratch("scores", int(ends[-1]), self.dtype)
+            with np.errstate(all="ignore"):
+                for j, end, w in zip(range(part.start, part.stop), ends, values, strict=True):
+                    np.multiply(w, scales[j], out=scores[end - w.size : end])
+            bits = magnitude_bits(scores)
+            count, inside = between(bits, least, most)
+            below = int(every.size[part].sum()) - bits.size + count
+            near = inside.nonzero()[0]
+            return below, bits.take(near), np.searchsorted(near, ends)
+
+        parts = for_each(collect, _runs(rows, known))
+        start = every.local[rows] - self._start
+        offsets = np.cumsum([0, *(near.size for _, near, _ in parts)])
+        ends = [end + offset for (*_, end), offset in zip(parts, offsets[:-1], strict=True)]
+        near = np.concatenate([near for _, near, _ in parts])
+        counted = Near(start, start + every.size[rows], np.concatenate(ends), near)
+        return sum(count for count, *_ in parts), counted
 
     def _collect_compiled(self, low: float, high: float) -> tuple[int, Near] | None:
         """Return what `collect_all` does, by compiled loops; None if there are none."""
@@ -144,6 +190,19 @@ class WeightScores(Scores):
                 found.append(values if piece.scale is None else values * piece.scale)
             first = (first - piece.values.numel()) % step
         return np.concatenate(found) if found else np.empty(0, self.dtype)
+
+
+def _runs(rows: slice, known: Mapping[int, Candidates | None]) -> list[slice]:
+    """Return ranges in runs: up to `RUN` neighbours with known candidates, or one without."""
+    runs: list[slice] = []
+    for j in range(rows.start, rows.stop):
+        last = runs[-1] if runs else slice(j, j)
+        joins = known[j] is not None and last.stop > last.start and known[last.start] is not None
+        if joins and last.stop - last.start < RUN:
+            runs[-1] = slice(last.start, j + 1)
+        else:
+            runs.append(slice(j, j + 1))
+    return runs
 
 
 def score_dtype(weights: LatentWeights) -> np.dtype:

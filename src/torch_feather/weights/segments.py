@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..selection import Cutoff
 from .latent import LatentWeights
 
@@ -48,8 +50,17 @@ class Segment(NamedTuple):
         """tau as a magnitude, 0-dimensional: kept weights are larger, in spite of rounding."""
         if self.scale is None:
             return self.cutoff.threshold
-        tau = self.cutoff.threshold / self.scale
         # Rounding guard: tau * scale must not exceed the cutoff, or a kept weight would fall below.
+        if not devices.synchronizes(self.scale.device):
+            # On one number, an operation of NumPy takes a fraction of the time.
+            cutoff, scale = self.cutoff.threshold.numpy()[()], self.scale.numpy()[()]
+            with np.errstate(all="ignore"):
+                found = cutoff / scale
+                least = (
+                    np.nextafter(found, found.dtype.type(0)) if found * scale > cutoff else found
+                )
+            return torch.from_numpy(np.asarray(least))
+        tau = self.cutoff.threshold / self.scale
         above = tau * self.scale > self.cutoff.threshold
         return torch.where(above, torch.nextafter(tau, torch.zeros_like(tau)), tau)
 

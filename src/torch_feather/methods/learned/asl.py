@@ -13,7 +13,8 @@ from ...errors import ConfigurationError
 from ...gradient_rules import StraightThrough
 from ...operators import Hard
 from ...schedules import Constant
-from ...weights.latent import LatentWeights, sum_blocks
+from ...weights.deviations import standard_deviations
+from ...weights.latent import LatentWeights
 from ..own_parameters import Momentum
 from .base import LearnedMethod, Present
 
@@ -106,28 +107,3 @@ class StandardDeviations:
         density = (fraction * torch.erfc(r / math.sqrt(2)).masked_fill(now.dense, 1.0)).sum()
         slope = -math.sqrt(2 / math.pi) * torch.exp(-(r**2) / 2)
         return 2 * self.budget_weight * (density - (1 - now.sparsity)) * fraction * slope
-
-
-def standard_deviations(weights: LatentWeights) -> Tensor:
-    """Return the standard deviation of each weight tensor; 0 for a single weight.
-
-    Args:
-        weights: the latent weights; sharded ones count as a whole.
-
-    Example:
-        >>> standard_deviations(LatentWeights([torch.tensor([-1.0, 1.0]), torch.ones(1)]))
-        tensor([1.4142, 0.0000])
-    """
-    wide = weights.wide
-    if weights.shards is None:
-        every = (w.to(wide) for w in weights.views)
-        return torch.stack([w.std() if w.numel() > 1 else w.new_zeros(()) for w in every])
-    means = weights.total(torch.stack([w.sum(dtype=wide) for w in weights.views])) / weights.sizes
-    pairs = zip(weights.views, means, strict=True)
-    squares = weights.total(torch.stack([_square_distance(w, mean) for w, mean in pairs]))
-    return (squares / (weights.sizes - 1).clamp_min(1)).sqrt()
-
-
-def _square_distance(w: Tensor, mean: Tensor) -> Tensor:
-    """Return the sum of (w - mean)^2 in the type of the mean, 0-dimensional."""
-    return sum_blocks(lambda block: (block.to(mean.dtype) - mean).square_().sum(), w)

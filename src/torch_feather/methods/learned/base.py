@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,13 +26,14 @@ from ...prunable import convolutions
 from ...scalars import count_of
 from ...schedules import Schedule
 from ...selection import Cutoff
-from ...weights.latent import LatentWeights, PerTensor, sum_blocks
+from ...weights.latent import LatentWeights, PerTensor
 from ...weights.passes import count_pruned
 from ...weights.segments import Segment
 from ...weights.selecting import select_weights
 from ..base import Completion, Gradients, Pruning, Rate, Summary
 from ..magnitude import Thresholded, Timetable
 from ..own_parameters import Momentum
+from .changes import sums_of_changes
 
 
 class ThresholdParametrization(Protocol):
@@ -293,14 +295,10 @@ class LearnedThresholds(Thresholded):
         Straight-through, f' counts as 1, which leaves (u - w) / tau; for the soft threshold that
         is the true derivative. Source: ASL's gradient is the case u = w on kept weights.
         """
-        sums = []
-        for i, (gradient, w) in enumerate(zip(gradients, weights.views, strict=True)):
-            if gradient is None:
-                sums.append(pruning.tau.new_zeros(()))
-            else:
-                sums.append(self._sum(weights, pruning, i, w, effective[i], gradient))
         # If gradients overflowed, GradScaler skips the optimizer of those weights, and no other.
-        total = weights.total(torch.stack(sums)).nan_to_num_(0.0, 0.0, 0.0)
+        tau = partial(self.threshold, weights, pruning)
+        sums = sums_of_changes(weights, self.operator, tau, effective, gradients)
+        total = weights.total(sums).nan_to_num_(0.0, 0.0, 0.0)
         own = total * torch.where(pruning.tau > 0, pruning.slope / pruning.tau, 0.0)
         if scale is not None:
             own /= scale
@@ -315,31 +313,6 @@ class LearnedThresholds(Thresholded):
         own += self.method.law.penalty(self.r, weights, present)
         own = own.masked_fill(dense, 0.0).to(self.r.dtype)
         return Completion(own={self.method.law.unit: PerTensor.of(own)})
-
-    def _sum(
-        self, weights: LatentWeights, pruning: Learned, i: int, w: Tensor, u: Tensor, g: Tensor
-    ) -> Tensor:
-        """Return the sum of dL/dw (u - w) over tensor i, 0-dimensional."""
-        tau = self.threshold(weights, pruning, i)
-
-        def of_block(w: Tensor, u: Tensor, gradient: Tensor) -> Tensor:
-            change = self._unrounded(w, u, tau, weights.wide) - w
-            return (change * gradient).sum(dtype=weights.wide)
-
-        return sum_blocks(of_block, w, u, g)
-
-    def _unrounded(self, w: Tensor, u: Tensor, tau: Tensor, wide: torch.dtype) -> Tensor:
-        """Return u before it was rounded to its type.
-
-        If a threshold is small compared with the weights, u - w is less than the rounding error of
-        half precision.
-        """
-        if u.dtype == wide:
-            return u
-        exact = w.to(wide)
-        if not self.operator.is_identity:
-            exact = self.operator(exact, tau)
-        return exact.masked_fill(u == 0, 0.0)
 
     def after_step(
         self,

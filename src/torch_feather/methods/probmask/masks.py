@@ -20,6 +20,7 @@ from ...context import MethodContext
 from ...errors import ConfigurationError
 from ...selection import select
 from ...weights.latent import DEVICE_BLOCK, LatentWeights, PerTensor, blocks, write_if
+from ...weights.passes import write_each
 from ..base import BoundMethod, Completion, Facts, Gradients, Pruning, Rate, Summary
 from ..own_parameters import Adam
 from .projection import project_
@@ -201,13 +202,7 @@ class ProbabilisticMasks(BoundMethod):
     def write_effective(
         self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
     ) -> None:
-        for w, mask, u in zip(weights.views, pruning.mask.rows, out, strict=True):
-            for w_block, m, target in blocks(w, mask, u):
-                # Adding 0 turns -0 into 0.
-                if m.dtype == target.dtype:
-                    torch.mul(m, w_block, out=target).add_(0.0)
-                else:
-                    target.copy_(m * w_block).add_(0.0)
+        write_each(weights, _write_product, out, pruning.mask.rows)
 
     def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
         # Sharp masks, and effective weights, may round to 0. All zeros of the network count.
@@ -295,6 +290,14 @@ class ProbabilisticMasks(BoundMethod):
         if taken is not True:
             targets = [self.state[name].flat for name in ("probability", "mean", "square")]
             write_if(taken, targets, [entry.flat for entry in own])
+
+
+def _write_product(w: Tensor, mask: Tensor, out: Tensor) -> None:
+    """Write w m; adding 0 turns -0 into 0."""
+    if mask.dtype == out.dtype:
+        torch.mul(mask, w, out=out).add_(0.0)
+    else:
+        out.copy_(mask * w).add_(0.0)
 
 
 def _inside(p: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ... import devices
-from ...weights.latent import BLOCK, DEVICE_BLOCK, LatentWeights
-from ...weights.segments import Segment, first_with_cutoff
+from ...weights.latent import LatentWeights
+from ...weights.passes import pruned_mask
+from ...weights.segments import Segment, first_with_cutoff, position_of
+from .logits import KeptLogits, StoredLogits
 
 PASSES = 16
 """Maximum number of passes over the weights per solution of mu; three to five are usual."""
@@ -48,13 +49,19 @@ class SoftTopK(NamedTuple):
     shift: Tensor
     """mu; infinite if a segment is entirely kept or entirely pruned."""
 
-    def logits(self, magnitudes: Tensor, j: int) -> Tensor:
-        """Return beta (v / c - h) of values in segment j, of any shape, as a new tensor."""
+    def logits(self, magnitudes: Tensor, j: int, finite: bool = False) -> Tensor:
+        """Return beta (v / c - h) of values in segment j, of any shape, as a new tensor.
+
+        Args:
+            magnitudes: v.
+            j: position of the segment.
+            finite: whether NaN values need no logit.
+        """
         if not devices.synchronizes(magnitudes.device) and self.scale[j] == 1:
             x = (magnitudes - self.threshold[j]).mul_(self.beta)
         else:
             x = (magnitudes * self.scale[j]).sub_(self.threshold[j]).mul_(self.beta)
-        if not devices.synchronizes(x.device) and x.sum().isfinite():
+        if finite or (not devices.synchronizes(x.device) and x.sum().isfinite()):
             return x
         return x.nan_to_num_(nan=SATURATED)
 
@@ -63,13 +70,20 @@ class SoftTopK(NamedTuple):
         return torch.sigmoid(self.logits(magnitudes, j).add_(self.shift[j]), out=out)
 
 
-def soft_top_k(weights: LatentWeights, segments: Sequence[Segment], beta: Tensor) -> SoftTopK:
+def soft_top_k(
+    weights: LatentWeights,
+    segments: Sequence[Segment],
+    beta: Tensor,
+    masks: Sequence[Tensor] | None = None,
+) -> SoftTopK:
     """Return the soft masks around cutoffs through |w| / c; their cost is that of the kept weights.
 
     Args:
         weights: the latent weights w.
         segments: cover all weights once; `scale` is 1 / c.
         beta: inverse temperature, 0-dimensional.
+        masks: local tensors of type `wide` in the layout of the weights, for m on kept weights and
+            0 elsewhere; None if they are not needed.
 
     Example:
         >>> from torch_feather.selection import Cutoff
@@ -83,32 +97,21 @@ def soft_top_k(weights: LatentWeights, segments: Sequence[Segment], beta: Tensor
     scale = torch.stack([one if s.scale is None else s.scale.double() for s in segments])
     threshold = torch.stack([s.cutoff.value.double() for s in segments])
     soft = SoftTopK(beta, scale, threshold, torch.zeros_like(scale))
-    logits, signs, counts = [], [], scale.new_zeros(len(segments), 2)
-    for j, segment in enumerate(segments):
-        first, end = weights.local_range(segment.start, segment.stop)
-        sign = torch.empty(end - first, dtype=weights.wide, device=weights.device)
-        x = torch.empty_like(sign)
-        for a in range(first, end, _block(sign)):
-            magnitudes = weights.local_magnitudes(a, min(a + _block(sign), end))
-            part = slice(a - first, a - first + magnitudes.numel())
-            pruned = segment.pruned(magnitudes, a)
-            counts[j, 0] += _write_signs(pruned, sign[part])
-            x[part] = soft.logits(magnitudes, j)
-        counts[j, 1] = sign.numel() - counts[j, 0]
-        logits.append(x)
-        signs.append(sign)
-    shift = _root(logits, signs, counts, 1 / scale, shared_budgets(weights, segments))
-    return soft._replace(shift=shift)
-
-
-def _write_signs(pruned: Tensor, out: Tensor) -> Tensor | int:
-    """Write 1 for pruned weights and -1 for kept ones; return the number of pruned ones."""
-    if devices.synchronizes(pruned.device):
-        out.copy_(pruned).mul_(2).sub_(1)
-        return pruned.sum()
-    np.copyto(out.numpy(), pruned.numpy())  # PyTorch is slow with bool
-    out.mul_(2).sub_(1)
-    return int(np.count_nonzero(pruned.numpy()))
+    cost, same = 1 / scale, shared_budgets(weights, segments)
+    if not devices.synchronizes(weights.device):
+        logits = KeptLogits(weights, segments, soft.logits)
+        start = _root(logits.sample(), cost, same, weights.wide)
+        soft = soft._replace(shift=_root(logits, cost, same, weights.wide, start))
+        if masks is not None:
+            logits.write_masks(soft.shift, masks)
+        return soft
+    stored = StoredLogits.of(weights, segments, soft.logits)
+    soft = soft._replace(shift=_root(stored, cost, same, weights.wide))
+    for i, mask in enumerate(masks or ()):
+        magnitudes = weights.views[i].abs().to(weights.wide)
+        soft.mask(magnitudes, position_of(weights, segments, i), out=mask)
+        mask.masked_fill_(pruned_mask(weights, segments, i), 0.0)
+    return soft
 
 
 def shared_budgets(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:
@@ -138,7 +141,11 @@ def shared_budgets(weights: LatentWeights, segments: Sequence[Segment]) -> Tenso
 
 
 def _root(
-    logits: Sequence[Tensor], signs: Sequence[Tensor], counts: Tensor, cost: Tensor, same: Tensor
+    logits: StoredLogits | KeptLogits,
+    cost: Tensor,
+    same: Tensor,
+    dtype: torch.dtype,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Return mu of each segment, the root of
 
@@ -153,21 +160,22 @@ def _root(
     40 below minus that bound, the sums are 0 to rounding.
 
     Args:
-        logits: beta (v / c - h), one flat tensor per segment.
-        signs: 1 for pruned weights, -1 for kept ones.
-        counts: pruned and kept weights of each segment, of shape (segments, 2), float64.
+        logits: beta (v / c - h).
         cost: c of each segment, float64.
         same: which segments share a budget, from `shared_budgets`.
+        dtype: type of the logits.
+        start: where the search begins; None for 0.
     """
-    pruned, kept = (same @ (cost[:, None] * counts)).unbind(1)
+    pruned, kept = (same @ (cost[:, None] * logits.counts)).unbind(1)
     trivial = (kept == 0) | (pruned == 0)
     bound = (2 * (kept + pruned) / torch.where(same > 0, cost, torch.inf).amin(1)).log()
     low, high, mu = -bound - 40, bound, torch.zeros_like(bound)
-    eps = torch.finfo(logits[0].dtype).eps
+    if start is not None:
+        mu = torch.where((start > low) & (start < high), start, mu)
+    eps = torch.finfo(dtype).eps
     for _ in range(PASSES):
-        rows = [_sums(x, s, mu[j]) for j, (x, s) in enumerate(zip(logits, signs, strict=True))]
         # Both sides of the equation, and the absolute values of their derivatives.
-        sums = same @ (cost[:, None] * torch.stack(rows))
+        sums = same @ (cost[:, None] * logits.sums(mu))
         left, left_slope, right, right_slope = sums.unbind(1)
         step = (left / right).log() / (left_slope / left + right_slope / right)
         exact = trivial | (torch.maximum(left, right) <= eps * kept)
@@ -179,27 +187,3 @@ def _root(
         if not devices.synchronizes(mu.device) and bool(near.all()):
             break
     return torch.where(trivial, (kept / (kept + pruned)).logit(), mu)
-
-
-def _sums(x: Tensor, sign: Tensor, mu: Tensor) -> Tensor:
-    """Return the sums of e and e (1 - e) over pruned weights, then over kept ones.
-
-    e is m for pruned weights and 1 - m for kept ones, which keeps the digits of small values.
-
-    Returns:
-        float64 of shape (4,).
-    """
-    total = x.new_zeros(4, dtype=torch.float64)
-    for part, s in zip(x.split(_block(x)), sign.split(_block(x)), strict=True):
-        e = (part + mu).mul_(s).sigmoid_()
-        signed = e * s
-        both, difference = e.sum(), signed.sum()
-        change, signed_change = both - torch.dot(e, e), difference - torch.dot(e, signed)
-        rows = torch.stack([both, change, difference, signed_change]).double()
-        total += torch.cat([rows[:2] + rows[2:], rows[:2] - rows[2:]]) / 2
-    return total
-
-
-def _block(flat: Tensor) -> int:
-    """Return the number of weights per block."""
-    return DEVICE_BLOCK if devices.synchronizes(flat.device) else BLOCK

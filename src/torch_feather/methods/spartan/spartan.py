@@ -20,7 +20,7 @@ from ...operators import Hard
 from ...schedules import Linear, count_steps
 from ...weights.kept import keep_nonzero
 from ...weights.latent import LatentWeights, PerTensor, blocks, sum_blocks
-from ...weights.passes import pruned_mask
+from ...weights.passes import write_each
 from ...weights.segments import Segment, position_of
 from ..base import Completion, Gradients, Pruning
 from ..magnitude import MagnitudePruning, Method
@@ -196,13 +196,9 @@ class Spartan(MagnitudePruning):
             return SoftMasks(masks, threshold, done, None, [], ())
         segments = self.cutoffs(weights, step)
         beta = 1 + (self.beta - 1) * (step.double() / self.freeze).clamp(max=1)
-        soft = soft_top_k(weights, segments, beta)
+        new = [torch.empty_like(w, dtype=weights.wide) for w in weights.views]
+        soft = soft_top_k(weights, segments, beta, new)
         positions = tuple(position_of(weights, segments, i) for i in range(len(weights.views)))
-        new = []
-        for i, (w, j) in enumerate(zip(weights.views, positions, strict=True)):
-            new.append(torch.empty_like(w, dtype=weights.wide))
-            for w_block, m, pruned in blocks(w, new[-1], pruned_mask(weights, segments, i)):
-                soft.mask(w_block.abs().to(weights.wide), j, out=m).masked_fill_(pruned, 0.0)
         found = torch.stack([segments[j].threshold for j in positions])
         if not read or stays.any():  # states of several optimizers are loaded one after another
             new = [torch.where(*pair) for pair in zip(stays, masks, new, strict=True)]
@@ -212,9 +208,7 @@ class Spartan(MagnitudePruning):
     def write_effective(
         self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
     ) -> None:
-        for w, mask, u in zip(weights.views, pruning.mask, out, strict=True):
-            for w_block, m, target in blocks(w, mask, u):
-                _write_effective(w_block, m, target)
+        write_each(weights, _write_effective, out, pruning.mask)
 
     def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
         return pruning.mask[i] == 0
@@ -226,8 +220,8 @@ class Spartan(MagnitudePruning):
 
     def _mask_and_gain(
         self, weights: LatentWeights, pruning: SoftMasks, i: int, w: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the soft mask m and 1 + beta (1 - m) v / c of all or some weights of tensor i.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the soft mask m, 1 - m and 1 + beta (1 - m) v / c of some weights of tensor i.
 
         Args:
             weights: the latent weights.
@@ -243,7 +237,8 @@ class Spartan(MagnitudePruning):
         if devices.synchronizes(weights.device):
             m = torch.where(pruning.frozen, mask, m)
             rate = rate.masked_fill(pruning.frozen, 0.0)
-        return m, (1 - m).mul_(magnitudes).mul_(rate).add_(1)
+        rest = 1 - m
+        return m, rest, magnitudes.mul_(rate).mul_(rest).add_(1)
 
     def pull_back(
         self, weights: LatentWeights, pruning: Pruning, i: int, gradient: Tensor, effective: Tensor
@@ -254,7 +249,7 @@ class Spartan(MagnitudePruning):
             return (gradient * mask).to(gradient.dtype)
         out = torch.empty_like(gradient)
         for w, m_block, g, target in blocks(weights.views[i], mask, gradient, out):
-            m, gain = self._mask_and_gain(weights, pruning, i, w, m_block)
+            m, _, gain = self._mask_and_gain(weights, pruning, i, w, m_block)
             torch.mul(m.mul_(gain), g, out=target)
         return out
 
@@ -277,11 +272,11 @@ class Spartan(MagnitudePruning):
             given = () if gradient is None else (gradient,)
 
             def add(w: Tensor, mask: Tensor, slope: Tensor, *g: Tensor, i: int = i) -> Tensor:
-                m, gain = self._mask_and_gain(weights, pruning, i, w, mask)
-                rest = 1 - m
+                m, rest, gain = self._mask_and_gain(weights, pruning, i, w, mask)
                 found = [rest.new_zeros(()), torch.mul(m, rest, out=slope).sum()]
                 if g:  # g m gain; the sum needs g w m (1 - m)
                     found[0] = rest.mul_(w).div_(gain).mul_(g[0]).sum()
+                slope.mul_(w.sign())
                 return torch.stack(found).double()
 
             j, found = positions[i], sum_blocks(add, w, pruning.mask[i], slopes[i], *given)
@@ -294,10 +289,8 @@ class Spartan(MagnitudePruning):
         cross *= soft.beta
         cross = cross.masked_fill(pruning.frozen, 0.0)
         terms: list[Tensor | None] = []
-        for j, slope, g, w in zip(positions, slopes, gradients, weights.views, strict=True):
-            for s, w_block in blocks(slope, w) if g is not None else ():
-                s.mul_(w_block.sign()).mul_(-cross[j])
-            terms.append(None if g is None else slope)
+        for j, slope, g in zip(positions, slopes, gradients, strict=True):
+            terms.append(None if g is None else slope.mul_(-cross[j]))
         return Completion(terms=terms)
 
 

@@ -1,0 +1,78 @@
+"""Sums of dL/dw (u - w) over weight tensors, from which gradients of thresholds follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import devices
+from ...operators import Operator
+from ...threads import scratch
+from ...weights.latent import LatentWeights, sum_blocks
+from ...weights.ranges import sums_of_tensors
+from ..base import Gradients
+
+
+def sums_of_changes(
+    weights: LatentWeights,
+    operator: Operator,
+    tau: Callable[[int], Tensor],
+    effective: Sequence[Tensor],
+    gradients: Gradients,
+) -> Tensor:
+    """Return the sum of dL/dw (u - w) over each local tensor; 0 for those without a gradient.
+
+    Args:
+        weights: the latent weights w.
+        operator: gives the effective values of kept weights.
+        tau: returns the threshold of a tensor, 0-dimensional; called if u is rounded.
+        effective: u of each tensor.
+        gradients: dL/dw of each tensor, or None.
+
+    Example:
+        >>> from torch_feather.operators import Hard
+        >>> weights = LatentWeights([torch.tensor([1.0, 2.0])])
+        >>> u, g = torch.tensor([0.0, 2.0]), torch.tensor([3.0, 4.0])
+        >>> sums_of_changes(weights, Hard(), lambda i: torch.tensor(1.0), [u], [g])
+        tensor([-3.])
+    """
+    views, given = weights.views, [g for g in gradients if g is not None]
+    if len(given) == len(views) and not devices.synchronizes(weights.device):
+        pairs = zip(given, views, strict=True)
+        if all(g.dtype == w.dtype == weights.wide and g.stride() == w.stride() for g, w in pairs):
+            return sums_of_tensors(weights, _change, effective, given)
+    found = []
+    for i, (w, u, g) in enumerate(zip(views, effective, gradients, strict=True)):
+        t = tau(i)
+
+        def of_block(w: Tensor, u: Tensor, g: Tensor, t: Tensor = t) -> Tensor:
+            change = _unrounded(operator, w, u, t) - w
+            return (change * g).sum(dtype=t.dtype)
+
+        found.append(t.new_zeros(()) if g is None else sum_blocks(of_block, w, u, g))
+    return torch.stack(found)
+
+
+def _change(w: np.ndarray, u: np.ndarray, g: np.ndarray) -> np.floating:
+    """Return the sum of (u - w) g over flat arrays of one type."""
+    with np.errstate(all="ignore"):
+        change = np.subtract(u, w, out=scratch("values", w.size, w.dtype))
+        found: np.floating = np.add.reduce(np.multiply(change, g, out=change))
+    return found
+
+
+def _unrounded(operator: Operator, w: Tensor, u: Tensor, tau: Tensor) -> Tensor:
+    """Return u before it was rounded to its type, in the type of tau.
+
+    If a threshold is small compared with the weights, u - w is less than the rounding error of
+    half precision.
+    """
+    if u.dtype == tau.dtype:
+        return u
+    exact = w.to(tau.dtype)
+    if not operator.is_identity:
+        exact = operator(exact, tau)
+    return exact.masked_fill(u == 0, 0.0)
