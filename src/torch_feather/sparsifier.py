@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .context import MethodContext
+from .deprecation import renamed_names, warn_renamed
 from .engine.binding import bind
 from .engine.copies import NotPickled
 from .engine.finish import check_count, settle
@@ -31,6 +32,8 @@ from .weights.counts import count_zeros
 from .weights.latent import LatentWeights
 from .weights.ranks import check_ranks
 from .weights.shards import shard_like
+
+__getattr__ = renamed_names(__name__, {"sparsify": "sparsify"}, "torch_feather")
 
 
 class Sparsifier(NotPickled):
@@ -258,7 +261,7 @@ class Sparsifier(NotPickled):
 
     def __getattr__(self, name: str) -> Any:
         if name == "own_sparsity":
-            warn("own_sparsity is now called learned_sparsity.", DeprecationWarning)
+            warn_renamed("Sparsifier.own_sparsity", "Sparsifier.learned_sparsity")
             return self.learned_sparsity
         # Also called if a property raised AttributeError: raise the original error again.
         return object.__getattribute__(self, name)
