@@ -86,6 +86,7 @@ NAVIGATION = {
             "known_networks",
             "restructuring",
             "mutation",
+            "authors_code",
             "web",
             "fuzzing",
             "integrations",

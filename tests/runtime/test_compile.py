@@ -418,6 +418,21 @@ def test_calls_from_several_threads_with_several_threads_each(openmp, model, mon
         assert max(pool.map(call, range(3))) < TOLERANCE
 
 
+def test_the_number_of_threads_may_be_set_between_calls(model, tmp_path):
+    network, x = compiled(model, torch.randn(2, *SHAPE), threads=1), torch.randn(2, *SHAPE)
+    feather.save_compiled(network, tmp_path / "network")
+    expected = network(x)
+    for same in (network, feather.load_compiled(tmp_path / "network")):
+        same.threads = 2
+        assert torch.equal(same(x), expected)
+        assert [pool.plan.threads for pool in same._pools.values()][-1] == 2
+        same.threads = 1
+        assert torch.equal(same(x), expected)
+        with pytest.raises(InputError, match="threads must be an integer of at least 1, got 0"):
+            same.threads = 0
+        assert same.threads == 1
+
+
 @pytest.mark.skipif(kernels.openmp() == {}, reason="PyTorch does not use OpenMP")
 def test_the_threads_belong_to_pytorch(tmp_path):
     """Not to another OpenMP library in the process."""

@@ -10,6 +10,7 @@ import signal
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -305,3 +306,30 @@ def test_a_failed_call_does_not_affect_the_next(monkeypatch):
             network(x)
     assert torch.equal(network(x), expected)
     assert workspace not in network._pools[2].free  # its threads may still run
+
+
+def private_memory():
+    """Return the bytes of this process that no other process shares."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    found = dict(line.split()[:2] for line in lines[1:])
+    return 1024 * (int(found["Private_Dirty:"]) + int(found["Private_Clean:"]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+def test_forked_processes_share_the_weights():
+    """A child needs memory for its own activations, but has no copy of the weights."""
+    x = torch.randn(1, 2048)
+    network = compiled(nn.Linear(2048, 1024), x, threads=1)
+    (step,) = [step for step in network.plan.steps if isinstance(step, Sparse)]
+    tables = network.batch_plan(1).tables(step)
+    expected, (read, write) = network(x), os.pipe()
+    child = os.fork()
+    if child == 0:
+        before = private_memory()
+        same = torch.equal(network(x), expected)
+        os.write(write, f"{same} {private_memory() - before}".encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    same, growth = os.read(read, 100).split()
+    assert same == b"True"
+    assert 10 * int(growth) < sum(table.nbytes for table in tables.values())

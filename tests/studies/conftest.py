@@ -14,6 +14,7 @@ def row():
             "learned_sparsity": None,
             "seed": seed,
             "test_accuracy": accuracy,
+            "test_loss": 2.0 - accuracy,
             "zeros": round(1000 * sparsity),
             "weights": 1000,
             "macs": 5_000_000,

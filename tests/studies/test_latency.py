@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from torch_feather.studies import STUDIES, command, execute, latency
+from torch_feather.studies import STUDIES, command, execute, timings
 from torch_feather.studies.runner import Outcome
 from torch_feather.studies.runs import row_of
 from torch_feather.training import train
@@ -42,7 +42,7 @@ def test_a_network_is_timed_again_only_if_its_weights_or_the_cpu_changed(tmp_pat
     def no_more(*arguments, **options):
         raise AssertionError("timed again")
 
-    monkeypatch.setattr(latency, "compile_sparse", no_more)
+    monkeypatch.setattr(timings, "compile_sparse", no_more)
     study(**settings)
     assert json.loads((tmp_path / "runs.json").read_text()) == [row]
     for changed in ("weights", "cpu"):

@@ -45,11 +45,11 @@ def evaluate(
     """
     import torch_feather as feather
 
+    from ..training import evaluation
     from ..training.average_precision import measure_name
     from ..training.checkpoint import RunDirectory
     from ..training.console import percent
-    from ..training.data import eval_loader
-    from ..training.evaluation import evaluate as measure
+    from ..training.data import Text, eval_loader
     from ..training.losses import make_loss
     from ..training.mistakes import load_trained
 
@@ -57,19 +57,22 @@ def evaluate(
     config, data, model, target = trained.config, trained.data, trained.model, trained.device
     test = eval_loader(data, data.test, config, target)
     mean = make_loss(config, training=False)
-    loss, accuracy = measure(model, test, config.system.amp, loss=mean)
+    loss, accuracy = evaluation.evaluate(model, test, config.system.amp, loss=mean)
     macs = feather.count_flops(model, data.example().to(target))
     zeros = feather.sparsity(model, config.include, config.exclude)
-    several = data.test.labels.ndim == 2
+    several = data.multi_label
+    text = isinstance(data.test, Text)
     if json:
         costs = {"dense": macs.dense, "sparse": macs.sparse}
         found = {"images": len(data.test), "accuracy": accuracy, "loss": loss}
         found |= {"multi_label": True} if several else {}
+        found |= {"bits_per_character": evaluation.bits(loss)} if text else {}
         print_json({"run": str(run), "data": data.name, **found, "sparsity": zeros, "macs": costs})
         return
     make_console().print(
-        f"{len(data.test):,} test images of {data.name}: "
-        f"{measure_name(several)} {percent(accuracy)}, loss {loss:.4f}; "
+        f"{len(data.test):,} test {'windows' if text else 'images'} of {data.name}: "
+        f"{measure_name(several)} {percent(accuracy)}, loss {loss:.4f}"
+        f"{f' ({evaluation.bits(loss):.4f} bits per character)' if text else ''}; "
         f"{percent(zeros)} of the weights are zero, "
         f"{macs.sparse:,} of {macs.dense:,} multiply-adds",
         highlight=False,

@@ -1,4 +1,4 @@
-"""The CIFAR networks of the Feather paper, and access to the models of timm by name."""
+"""The CIFAR networks of the Feather paper, small transformers, and models of timm by name."""
 
 from typing import Any
 
@@ -10,17 +10,22 @@ from .densenet import DenseNet, densenet40_24
 from .mobilenet import MobileNetV1, mobilenet_v1
 from .resnet import ResNet, resnet8, resnet20
 from .sizes import check_sizes
+from .transformer import GPT, ViT, gpt_small, vit_small
 
 __all__ = [
+    "GPT",
     "DenseNet",
     "MobileNetV1",
     "ResNet",
+    "ViT",
     "available_models",
     "create",
     "densenet40_24",
+    "gpt_small",
     "mobilenet_v1",
     "resnet8",
     "resnet20",
+    "vit_small",
 ]
 
 TIMM = "timm/"
@@ -30,6 +35,8 @@ _MODELS = {
     "resnet8": resnet8,
     "mobilenet_v1": mobilenet_v1,
     "densenet40_24": densenet40_24,
+    "vit_small": vit_small,
+    "gpt_small": gpt_small,
 }
 
 
@@ -41,7 +48,7 @@ def available_models() -> list[str]:
 
     Example:
         >>> available_models()
-        ['resnet20', 'resnet8', 'mobilenet_v1', 'densenet40_24']
+        ['resnet20', 'resnet8', 'mobilenet_v1', 'densenet40_24', 'vit_small', 'gpt_small']
     """
     return list(_MODELS)
 

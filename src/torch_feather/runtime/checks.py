@@ -33,6 +33,25 @@ NOT_TRACED = (
 )
 
 
+def check_count(name: str, number: Any) -> int:
+    """Return a number that the user gave, if it is an integer of at least 1.
+
+    Args:
+        name: what the number is called in the error message.
+        number: the number.
+
+    Raises:
+        InputError: it is something else.
+
+    Example:
+        >>> check_count("threads", 2)
+        2
+    """
+    if not isinstance(number, int) or number < 1:
+        raise InputError(f"{name} must be an integer of at least 1, got {number!r}.")
+    return number
+
+
 def check_eager(x: Any) -> None:
     """Check that PyTorch computes operations now, instead of recording them.
 

@@ -24,6 +24,7 @@ from .checks import (
     NOT_LOADED,
     NOT_SAVED,
     NOT_TRACED,
+    check_count,
     check_eager,
     check_types,
     copy_in_eval_mode,
@@ -113,7 +114,8 @@ class SparseModule(nn.Module):
 
     Attributes:
         tuning: how each layer runs, by the name of its weight.
-        threads: number of threads of the sparse layers.
+        threads: number of threads of the sparse layers. It may be set between calls; the way each
+            layer runs stays the one that was measured with the former number.
         chunk_size: number of samples that are processed together; None for whole batches.
         shape: shape of one sample of the (first) input.
         inputs: names, shapes and types of all inputs.
@@ -139,9 +141,8 @@ class SparseModule(nn.Module):
         chunk_size: int | None,
     ) -> None:
         super().__init__()
-        for name, number in (("threads", threads), ("chunk_size", chunk_size)):
-            if number is not None and (not isinstance(number, int) or number < 1):
-                raise InputError(f"{name} must be an integer of at least 1, got {number!r}.")
+        if chunk_size is not None:
+            check_count("chunk_size", chunk_size)
         known = load_tuning(tuning) if isinstance(tuning, str | Path) else tuning
         self.inputs, given = Inputs.of(example), tensors_of(example)
         self.threads, self.chunk_size, self.shape = threads, chunk_size, self.inputs.shapes[0]
@@ -167,7 +168,7 @@ class SparseModule(nn.Module):
         self._start()
 
     def _start(self) -> None:
-        self._pools: OrderedDict[int, WorkspacePool] = OrderedDict()
+        self._pools: OrderedDict[tuple[int, int], WorkspacePool] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -179,10 +180,19 @@ class SparseModule(nn.Module):
         """
         network = cls.__new__(cls)
         nn.Module.__init__(network)
+        network.threads = attributes.pop("threads")
         network.__dict__.update(attributes, shape=attributes["inputs"].shapes[0])
         network._empty_result = _fail_for_empty_batch
         network._start()
         return network
+
+    @property
+    def threads(self) -> int:
+        return self._threads
+
+    @threads.setter
+    def threads(self, number: int) -> None:
+        self._threads = check_count("threads", number)
 
     def batch_plan(self, batch: int) -> BatchPlan:
         """Return the plan for a batch size."""
@@ -281,18 +291,19 @@ class SparseModule(nn.Module):
         """Return the function that executes the plan for the batch size of inputs."""
         batch = len(given[0])
         with self._lock:
-            if batch not in self._pools:
+            key = batch, self.threads
+            if key not in self._pools:
                 if not self.captured.accepts(*given):
                     raise InputError(
                         "The behavior of this model depends on the batch size. It was captured for "
                         f"a batch of {self.batch_size}, not of {batch}. Compile another module "
                         "with an example of this size."
                     )
-                self._pools[batch] = WorkspacePool(self.batch_plan(batch))
+                self._pools[key] = WorkspacePool(self.batch_plan(batch))
                 while len(self._pools) > MAX_BATCH_SIZES:
                     self._pools.popitem(last=False)
-            self._pools.move_to_end(batch)
-            return self._pools[batch]
+            self._pools.move_to_end(key)
+            return self._pools[key]
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise StateError(NOT_SAVED)

@@ -26,6 +26,7 @@ _CONSTANTS = {
     "networks": "NETWORKS_STUDY",
     "compare": "COMPARE",
     "beyond": "BEYOND",
+    "transformers": "TRANSFORMERS",
 }
 
 

@@ -84,6 +84,9 @@ def _parameters(study: Description) -> list[inspect.Parameter]:
     option("out", path, None, help=help)
     help = "Folder of run directories; studies can share it. [default: runs in --out]"
     option("runs", path, None, help=help)
+    if study.timed_on_request:
+        help = "After training, time the networks that have no timings yet, on an idle machine."
+        option("time", bool, False, "--time", help=help)
     if not study.measured:  # measuring a network needs its run directory
         help = "Rows of earlier studies; runs in them are not trained again."
         option("rows", list[Path] | None, None, metavar="runs.json", help=help)

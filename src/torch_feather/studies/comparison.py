@@ -8,9 +8,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from .metric import ACCURACY, Metric
 from .runs import Row
 from .study import Table
-from .summary import group, join, percent, signed, sparsities
+from .summary import group, join, percent, sparsities
 
 MIN_SEEDS = 3  # seeds below which no conclusion is drawn
 MAX_NAMED = 4  # differences that a sentence names; more are left to the table
@@ -18,21 +19,17 @@ MAX_NAMED = 4  # differences that a sentence names; more are left to the table
 Pair = tuple[str, str]
 
 CAPTION = (
-    "Paired differences in test accuracy (percentage points) with uncorrected 95% t intervals. An "
+    "Paired differences in {what} with uncorrected 95% t intervals. An "
     "interval that contains 0 means no significant difference. p values are Holm-corrected over "
     "{family}."
 )
 FAMILIES = {False: "the comparisons at the same sparsity", True: "all comparisons"}
 
 
-def _accuracy(row: Row) -> float:
-    return 100 * row["test_accuracy"]
-
-
 def paired(
     first: Sequence[Row],
     second: Sequence[Row],
-    value: Callable[[Row], float] = _accuracy,
+    value: Callable[[Row], float] = ACCURACY.of,
 ) -> list[float]:
     """Return the differences first − second for each seed that both have.
 
@@ -154,15 +151,19 @@ class _Difference:
         low, high = interval(self.values)
         return "above" if low > 0 else "below" if high < 0 else None
 
-    def interval_text(self) -> str:
+    def interval_text(self, metric: Metric) -> str:
         """Format mean, 95% interval and number of seeds."""
-        low, high = interval(self.values)
-        mean, n = signed(statistics.mean(self.values)), len(self.values)
-        return f"{mean} points; 95% CI {signed(low)} to {signed(high)}; n = {n}"
+        low, high = map(metric.signed, interval(self.values))
+        mean, n = metric.signed(statistics.mean(self.values)), len(self.values)
+        return f"{mean} {metric.points}; 95% CI {low} to {high}; n = {n}"
 
 
 def compare_pairs(
-    rows: Sequence[Row], pairs: Iterable[Pair], *, together: bool = False
+    rows: Sequence[Row],
+    pairs: Iterable[Pair],
+    *,
+    together: bool = False,
+    metric: Metric = ACCURACY,
 ) -> tuple[list[str], list[Table]]:
     """Compare labels pairwise at each sparsity.
 
@@ -173,6 +174,7 @@ def compare_pairs(
         rows: the runs.
         pairs: first and second label of each comparison.
         together: correct p values over all comparisons instead of those at the same sparsity.
+        metric: the number to compare.
 
     Returns:
         Sentences with the uncorrected results, the last one with the Holm-corrected result; and a
@@ -192,7 +194,8 @@ def compare_pairs(
     """
     groups, found = group(rows), []
     for (first, second), sparsity in itertools.product(pairs, sparsities(rows)):
-        values = paired(groups.get((first, sparsity), []), groups.get((second, sparsity), []))
+        minuends, subtrahends = (groups.get((label, sparsity), []) for label in (first, second))
+        values = paired(minuends, subtrahends, metric.of)
         if len(values) >= MIN_SEEDS:
             found.append(_Difference(first, second, sparsity, tuple(values)))
     tested = [difference for difference in found if difference.varies]
@@ -203,27 +206,31 @@ def compare_pairs(
     for same in families:
         corrected |= zip(same, holm([p_value(d.values) for d in same]), strict=True)
     corrected = {difference: corrected[difference] for difference in tested}
-    head = ["comparison", "sparsity", "difference (points)", "95% CI", "p (Holm)", "n"]
+    head = ["comparison", "sparsity", f"difference ({metric.points})", "95% CI", "p (Holm)", "n"]
     family = FAMILIES[together]
-    table = Table(
-        CAPTION.format(family=family), head, [_table_row(d, corrected.get(d)) for d in found]
-    )
-    sentences = [*_significant(tested), *_not_significant(tested), *_after_holm(corrected, family)]
+    what = metric.name + " (percentage points)" * (metric is ACCURACY)
+    lines = [_table_row(d, corrected.get(d), metric) for d in found]
+    table = Table(CAPTION.format(what=what, family=family), head, lines)
+    sentences = [
+        *_significant(tested, metric),
+        *_not_significant(tested, metric),
+        *_after_holm(corrected, family, metric),
+    ]
     return sentences, [table] if found else []
 
 
-def _table_row(difference: _Difference, p: float | None) -> list[str]:
+def _table_row(difference: _Difference, p: float | None, metric: Metric) -> list[str]:
     values = difference.values
     spread, p_text = "–", "–"
     if p is not None:
-        low, high = interval(values)
-        spread, p_text = f"{signed(low)} to {signed(high)}", f"{p:.3f}" if p >= 0.001 else "< 0.001"
+        low, high = map(metric.signed, interval(values))
+        spread, p_text = f"{low} to {high}", f"{p:.3f}" if p >= 0.001 else "< 0.001"
     name = f"{difference.first} vs. {difference.second}"
-    mean = signed(statistics.mean(values))
+    mean = metric.signed(statistics.mean(values))
     return [name, percent(difference.sparsity), mean, spread, p_text, str(len(values))]
 
 
-def _significant(tested: Sequence[_Difference]) -> list[str]:
+def _significant(tested: Sequence[_Difference], metric: Metric) -> list[str]:
     """Return sentences about significant differences, one for all labels with the same result."""
     found: dict[tuple[str, str], dict[str, list[_Difference]]] = {}
     for difference in tested:
@@ -237,13 +244,13 @@ def _significant(tested: Sequence[_Difference]) -> list[str]:
             where = join([percent(d.sparsity) for d in mine])
             alike[where, min(len(d.values) for d in mine)].append(second)
         sentences += [
-            f"{first} is significantly {direction} {join(others)} at {where} sparsity (n = {n})."
+            f"{first} {getattr(metric, direction)} {join(others)} at {where} sparsity (n = {n})."
             for (where, n), others in alike.items()
         ]
     return sentences
 
 
-def _not_significant(tested: Sequence[_Difference]) -> list[str]:
+def _not_significant(tested: Sequence[_Difference], metric: Metric) -> list[str]:
     """Return a sentence for each pair about its differences that are not significant."""
     found: dict[Pair, list[_Difference]] = defaultdict(list)
     for difference in tested:
@@ -251,13 +258,13 @@ def _not_significant(tested: Sequence[_Difference]) -> list[str]:
             found[difference.pair].append(difference)
     sentences = []
     for (first, second), mine in found.items():
-        where = [f"{percent(d.sparsity)} ({d.interval_text()})" for d in mine]
+        where = [f"{percent(d.sparsity)} ({d.interval_text(metric)})" for d in mine]
         where[0] = where[0].replace(" (", " sparsity (", 1)
         sentences.append(f"{first} and {second}: no significant difference at {join(where)}.")
     return sentences
 
 
-def _after_holm(corrected: Mapping[_Difference, float], family: str) -> list[str]:
+def _after_holm(corrected: Mapping[_Difference, float], family: str, metric: Metric) -> list[str]:
     """Return a sentence about the significant differences that remain after Holm correction."""
     significant = [d for d in corrected if d.direction is not None]
     if len(corrected) < 2 or not significant:
@@ -276,7 +283,7 @@ def _after_holm(corrected: Mapping[_Difference, float], family: str) -> list[str
         verb = "remains" if len(remain) == 1 else "remain"
         result = f"{len(remain)} of the {total} significant differences {verb}"
     return [
-        "These differences in test accuracy are uncorrected. After Holm correction over "
+        f"These differences in {metric.name} are uncorrected. After Holm correction over "
         f"{family}, {result} (p < 0.05){names}."
     ]
 

@@ -23,6 +23,7 @@ class Description:
         digits_sparsities: default sparsities on the digits.
         fixed_settings: settings that the study itself chooses for its runs.
         measured: whether trained networks are measured afterwards, in their run directories.
+        timed_on_request: whether they are timed only with `--time`.
         seeds: default seeds.
 
     Example:
@@ -40,6 +41,7 @@ class Description:
     digits_sparsities: str = "0.95,0.98,0.99"
     fixed_settings: Sequence[str] = ()
     measured: bool = False
+    timed_on_request: bool = False
     seeds: str = "0,1,2"
 
 
@@ -153,6 +155,29 @@ BEYOND = Description(
     seeds="3,4,5,6,7,8,9,10,11,12",
 )
 
+TRANSFORMERS = Description(
+    name="transformers",
+    question="Which method trains the better sparse transformer, from 50% to 95% sparsity?",
+    background="The network is a character-level GPT on a text, otherwise a vision transformer. "
+    "Layers are those that sparsify prunes by default: attention, perceptrons, patches, and the "
+    "head of the vision transformer. Embeddings (with the GPT's head, which shares their weight), "
+    "positions, norms and biases stay dense. Exploration chooses weight decay and θ on validation "
+    "data, with seeds of its own. All methods take the same steps of AdamW "
+    "(docs/protocol.md).",
+    source="Beyond the supplement",
+    sparsities="0.5,0.8,0.9,0.95",
+    digits_sparsities="0.5,0.9",
+    digits_settings={
+        "epochs": 10,
+        "optimizer.name": "adamw",
+        "optimizer.lr": 1e-3,
+        "optimizer.weight_decay": 0.1,
+    },
+    fixed_settings=("network", "data.validation"),
+    measured=True,
+    timed_on_request=True,
+)
+
 DESCRIPTIONS = {
     one.name: one
     for one in (
@@ -166,5 +191,6 @@ DESCRIPTIONS = {
         NETWORKS,
         COMPARE,
         BEYOND,
+        TRANSFORMERS,
     )
 }

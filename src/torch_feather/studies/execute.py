@@ -40,6 +40,7 @@ def run_study(
     out: Path | None = None,
     runs: Path | None = None,
     rows: list[Path] | None = None,
+    time: bool = False,
 ) -> None:
     """Train the missing runs of a study and write its page.
 
@@ -81,8 +82,10 @@ def run_study(
     outcome = train_all(plan, folder, **limits, known=known, on_end=_print_progress(len(plan)))
     found = list(outcome.rows.values())
     if study.measure:  # after all training, so that no other computation disturbs it
+        timed = time or not study.timed_on_request
         for i, row in enumerate(found):
-            found[i] = row | study.measure(row, folder / row["name"], out, config.data.path)
+            run = folder / row["name"]
+            found[i] = row | study.measure(row, run, out, config.data.path, timed)
     if found or not plan:
         given = {"methods": methods, "recipe": config.recipe, "data": data, "sparsity": sparsity}
         given |= {"seeds": seeds, "data-path": "DATA" if data_path else None}

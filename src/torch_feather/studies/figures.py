@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..analysis.plots import GREY, line_style, panel, plain
 from ..training.config import DENSE
+from .metric import ACCURACY, Metric
 from .published import Series
 from .runs import Row
 from .study import StudyFigure
@@ -24,16 +25,15 @@ from .summary import accuracies, deviation, group, labels, mean, percent, sparsi
 LABEL_SIZE = 8  # points; of the labels at the ends of lines
 LABEL_WIDTH = 17  # characters above which a label has two rows
 
-ACCURACY_CAPTION = (
-    "Test accuracy after the last epoch: mean over seeds; bars: ± one standard deviation."
-)
+ACCURACY_CAPTION = "{name} after the last epoch: mean over seeds; bars: ± one standard deviation."
 
 
-def accuracy_figure(rows: Sequence[Row]) -> list[StudyFigure]:
+def accuracy_figure(rows: Sequence[Row], metric: Metric = ACCURACY) -> list[StudyFigure]:
     """Return the figure of accuracy over sparsity in a list, empty without sparse networks.
 
     Args:
         rows: the runs.
+        metric: the number to plot.
 
     Example:
         >>> row = {"label": "feather", "method": "feather", "sparsity": 0.9, "test_accuracy": 0.5}
@@ -42,7 +42,8 @@ def accuracy_figure(rows: Sequence[Row]) -> list[StudyFigure]:
     """
     if not labels(rows):
         return []
-    return [StudyFigure("accuracy", plot_over_sparsity(rows), ACCURACY_CAPTION)]
+    caption = ACCURACY_CAPTION.format(name=metric.name.capitalize())
+    return [StudyFigure("accuracy", plot_over_sparsity(rows, metric), caption)]
 
 
 def loss_figure(rows: Sequence[Row]) -> list[StudyFigure]:
@@ -97,11 +98,12 @@ def seed_figures(rows: Sequence[Row]) -> list[StudyFigure]:
     ]
 
 
-def plot_over_sparsity(rows: Sequence[Row]) -> Figure:
+def plot_over_sparsity(rows: Sequence[Row], metric: Metric = ACCURACY) -> Figure:
     """Plot accuracy over sparsity: means over seeds, bars of one standard deviation.
 
     Args:
         rows: the runs. Dense runs are a horizontal line.
+        metric: the number to plot.
 
     Example:
         >>> row = {"label": "feather", "method": "feather", "sparsity": 0.9, "test_accuracy": 0.5}
@@ -122,16 +124,16 @@ def plot_over_sparsity(rows: Sequence[Row]) -> Figure:
         offset = 0.08 * (i - (len(names) - 1) / 2) * min(1, 6 / len(names))
         axes.errorbar(
             [x + offset for x in at],
-            [mean(mine) for mine in found],
-            [deviation(accuracies(mine)) for mine in found],
+            [metric.mean(mine) for mine in found],
+            [deviation(metric.values(mine)) for mine in found],
             capsize=2.5,
             label=plain(titles[name]),
             **line_style(i),
         )
-    _plot_dense(axes, dense, titles.get(DENSE, ""))
+    _plot_dense(axes, dense, titles.get(DENSE, ""), metric=metric)
     axes.set_xticks(range(len(ticks)), [percent(s) for s in ticks])
     axes.set_xlim(-0.5, len(ticks) - 0.5)
-    axes.set(xlabel="sparsity", ylabel=f"test accuracy (%){number}")
+    axes.set(xlabel="sparsity", ylabel=f"{metric.heading}{number}")
     label_lines(axes)
     return figure
 
@@ -343,13 +345,19 @@ def number_of_runs(counts: Mapping[str, str]) -> tuple[dict[str, str], str]:
     return {name: f"{name} (n={count})" for name, count in counts.items()}, ""
 
 
-def _plot_dense(axes: Axes, dense: Sequence[Row], label: str = "", vertical: bool = False) -> None:
+def _plot_dense(
+    axes: Axes,
+    dense: Sequence[Row],
+    label: str = "",
+    vertical: bool = False,
+    metric: Metric = ACCURACY,
+) -> None:
     if dense:
         style: dict[str, Any] = {"color": GREY, "linestyle": (0, (6, 3)), "linewidth": 1}
         line, band = (axes.axvline, axes.axvspan) if vertical else (axes.axhline, axes.axhspan)
-        line(mean(dense), label=plain(label), **style)
-        width = deviation(accuracies(dense))
-        band(mean(dense) - width, mean(dense) + width, color=GREY, alpha=0.15, linewidth=0)
+        line(metric.mean(dense), label=plain(label), **style)
+        middle, width = metric.mean(dense), deviation(metric.values(dense))
+        band(middle - width, middle + width, color=GREY, alpha=0.15, linewidth=0)
 
 
 def _count(groups: Sequence[Sequence[Row]]) -> str:

@@ -17,6 +17,7 @@ from ..methods import describe_method
 from ..training.checkpoint import write_atomically, write_json
 from ..training.config import DENSE
 from .comparison import MIN_SEEDS
+from .metric import ACCURACY, metric_of
 from .runs import Row
 from .study import Answer, Study, Table
 from .summary import group, labels, threads
@@ -65,11 +66,13 @@ class RunFacts:
         precisions = {"bfloat16 autocast" if row["amp"] else "float32" for row in rows}
         epochs = {"last": "the last epoch", "best": "the epoch with the best validation accuracy"}
         selected = " or ".join(sorted({epochs[row["select"]] for row in rows}))
+        metric = metric_of(rows)
+        data = "images" if metric is ACCURACY else "text"
         facts = {
             "Training": f"{values('network')} on {values('data')}, {values('epochs')} epochs, "
             f"{' and '.join(sorted(precisions))}, seeds {seeds}; {len(rows)} training "
             f"runs, {seconds / 60:.0f} minutes in total",
-            "Metric": f"test accuracy after {selected}; no run uses test images for training or "
+            "Metric": f"{metric.name} after {selected}; no run uses test {data} for training or "
             "for choosing an epoch; ± is the standard deviation over seeds",
             "Hardware": "; ".join(sorted(machines)),
             "Versions": ", ".join(sorted(versions)),

@@ -21,7 +21,7 @@ from .options import current_option
 Row = dict[str, Any]
 
 RENAMED_KEYS = {"own_sparsity": "learned_sparsity"}  # version 0.1: this version
-CURVES = ("epoch", "train_loss", "val_acc", "test_acc", "sparsity")
+CURVES = ("epoch", "train_loss", "val_loss", "val_acc", "test_acc", "sparsity")
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,8 @@ class Study(Description):
     Attributes:
         plan: returns the runs for a configuration and grid axes.
         answer: returns the answer from the rows of all or some of the runs.
-        measure: measures a trained network and returns its extended row. Arguments: row, run
-            directory, output directory, path of the data.
+        measure: measures a trained network and returns the keys to add to its row. Arguments: row,
+            run directory, output directory, path of the data, whether to time it now.
 
     Example:
         >>> from torch_feather.studies.planning import grid
@@ -155,4 +155,4 @@ class Study(Description):
 
     plan: Callable[[Config, GridAxes], list[Run]]
     answer: Callable[[Sequence[Row], Config], Answer]
-    measure: Callable[[Row, Path, Path, str | None], Row] | None = None
+    measure: Callable[[Row, Path, Path, str | None, bool], Row] | None = None

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from ..training.config import DENSE
+from .metric import ACCURACY, Metric
 from .runs import Row
 from .study import Table
 
@@ -180,7 +181,10 @@ def threads(count: int) -> str:
 
 
 def accuracy_table(
-    rows: Sequence[Row], caption: str = "Test accuracy", more: Sequence[Column] = ()
+    rows: Sequence[Row],
+    caption: str = "Test accuracy",
+    more: Sequence[Column] = (),
+    metric: Metric = ACCURACY,
 ) -> Table:
     """Return a table of mean ± standard deviation for each label and sparsity.
 
@@ -188,9 +192,10 @@ def accuracy_table(
         rows: the runs.
         caption: caption of the table.
         more: additional columns.
+        metric: the number to show.
 
     Returns:
-        The table, sorted by ascending sparsity, then descending accuracy. It has the learned
+        The table, sorted by ascending sparsity, then the best mean first. It has the learned
         sparsity of a method if that differs from the final one.
 
     Example:
@@ -200,8 +205,10 @@ def accuracy_table(
         >>> dict(zip(table.head, table.rows[0], strict=True))["test accuracy (%)"]
         '62.50 ± 17.68'
     """
-    groups = sorted(group(rows).items(), key=lambda item: (item[0][1], -mean(item[1])))
-    head = ["method", "sparsity", "test accuracy (%)", "n", "zeros / weights", "learned sparsity"]
+    sign = -1 if metric.higher_is_better else 1
+    by = {key: (key[1], sign * metric.mean(found)) for key, found in group(rows).items()}
+    groups = sorted(group(rows).items(), key=lambda item: by[item[0]])
+    head = ["method", "sparsity", metric.heading, "n", "zeros / weights", "learned sparsity"]
     lines = []
     for (label, sparsity), found in groups:
         zeros = " or ".join(f"{z:,}" for z in sorted({row["zeros"] for row in found}))
@@ -209,7 +216,7 @@ def accuracy_table(
             [
                 label,
                 "" if label == DENSE else percent(sparsity),
-                with_deviation(accuracies(found)),
+                with_deviation(metric.values(found), metric.digits),
                 str(len(found)),
                 f"{zeros} / {found[0]['weights']:,}",
                 _learned_sparsity(found),

@@ -59,16 +59,16 @@ class Distillation:
 
         Args:
             loss: loss on the labels, 0-dimensional.
-            logits: outputs of the student, (B, classes).
-            x: the images, (B, C, H, W).
+            logits: outputs of the student, (B, classes) or (B, T, classes).
+            x: the images, (B, C, H, W), or the windows, (B, T).
             whole: whether the batch has the usual size; others use the uncompiled teacher.
         """
         temperature = self.options.temperature
         with torch.no_grad():
             target = (self.network if whole else self.teacher)(x).float() / temperature
-        divergence = F.kl_div(
-            (logits.float() / temperature).log_softmax(1),
-            target.log_softmax(1),
+        divergence = F.kl_div(  # a mean over images; of a text, over characters
+            (logits.float() / temperature).log_softmax(-1).flatten(0, -2),
+            target.log_softmax(-1).flatten(0, -2),
             reduction="batchmean",
             log_target=True,
         )
@@ -186,7 +186,7 @@ def _try(teacher: nn.Module, source: str, data: Dataset) -> None:
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise _unfit(source, data, first) from None
-    if logits.shape != (1, data.classes):
+    if logits.shape[-1] != data.classes or logits.ndim != 2 + (data.example().ndim == 2):
         raise ConfigurationError(
             f"distillation.teacher: {source} has {logits.shape[-1]} classes, but {data.name} has "
             f"{data.classes}. The teacher must be trained on the same classes."

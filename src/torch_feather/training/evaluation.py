@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -137,11 +138,14 @@ def evaluate(
 ) -> tuple[float, float]:
     """Return the mean loss and the accuracy, with the model in evaluation mode.
 
+    Both are means over images; of a text, over characters.
+
     With several labels per image, the accuracy is the mean average precision.
 
     Args:
         model: the network; its training mode is restored.
-        batches: images (B, C, H, W) and labels, (B,) or (B, classes).
+        batches: images (B, C, H, W) and labels, integers (B,) or floats (B, classes); or windows
+            of a text and the characters that follow, both integers (B, T).
         amp: whether to use bfloat16 autocast.
         ranks: the processes, each with its own batches; the means are over all of their images.
         compiled: the model compiled for one shape; called for all batches of the first one's size.
@@ -164,17 +168,31 @@ def evaluate(
         network = compiled if compiled is not None and len(y) == size else model
         with autocast(device, amp):
             logits = network(x).float()
-        totals[0] += loss(logits, y) * len(y)
-        if y.ndim == 1:
-            totals[1] += (logits.argmax(1) == y).sum()
-        else:
+        count = len(y) if y.is_floating_point() else y.numel()
+        totals[0] += loss(logits, y) * count
+        if y.is_floating_point():
             several.append((logits, y))
-        totals[2] += len(y)
+        else:
+            totals[1] += (logits.argmax(-1) == y).sum()
+        totals[2] += count
     model.train(training)
     total, correct, images = ranks.sum(totals).tolist()
     if ranks.agree(bool(several))[0]:
         return total / images, _mean_average_precision(several, ranks)
     return total / images, correct / images
+
+
+def bits(nats: float) -> float:
+    """Return a loss in bits, such as the mean loss of a text in bits per character.
+
+    Args:
+        nats: the loss with the natural logarithm.
+
+    Example:
+        >>> bits(math.log(8))
+        3.0
+    """
+    return nats / math.log(2)
 
 
 def _mean_average_precision(found: list[tuple[Tensor, Tensor]], ranks: Ranks) -> float:

@@ -176,7 +176,7 @@ def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Mo
         shape, classes = list(data.example().shape[1:]), data.classes
     model = models.create(config.network, classes, shape[0])
     run.load_model(model)
-    return model, torch.zeros(1, *shape)
+    return model, torch.zeros(1, *shape, dtype=torch.int64 if len(shape) == 1 else None)
 
 
 def run_metadata(run: RunDirectory) -> dict[str, Any]:

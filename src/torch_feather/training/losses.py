@@ -14,7 +14,10 @@ from .config import Config
 from .data import Dataset
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Maps logits (B, classes) and labels, (B,) or (B, classes), to the mean loss, 0-dimensional."""
+"""Maps logits (B, classes) and labels, (B,) or (B, classes), to the mean loss, 0-dimensional.
+
+Of a text, logits are (B, T, classes) and labels (B, T).
+"""
 
 
 def make_loss(config: Config, *, training: bool = True) -> Loss:
@@ -43,7 +46,12 @@ def make_loss(config: Config, *, training: bool = True) -> Loss:
             return F.binary_cross_entropy_with_logits(logits, labels)
 
         return binary
-    return lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+    def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+        labels = labels.flatten(0, logits.ndim - 2)  # the characters of all windows
+        return F.cross_entropy(logits.flatten(0, -2), labels, label_smoothing=smoothing)
+
+    return cross_entropy
 
 
 def check_outputs(model: nn.Module, config: Config, data: Dataset, example: Tensor) -> None:
@@ -53,7 +61,7 @@ def check_outputs(model: nn.Module, config: Config, data: Dataset, example: Tens
         model: the network; its training mode is restored.
         config: the configuration of the run.
         data: its data set.
-        example: an image, (1, C, H, W).
+        example: an image, (1, C, H, W), or a window, (1, T).
 
     Raises:
         ConfigurationError: the network does not return one logit per class; one label per image is
@@ -69,7 +77,7 @@ def check_outputs(model: nn.Module, config: Config, data: Dataset, example: Tens
         ...     print(error)
         loss=binary requires several labels per image, but digits has one. Set loss=cross-entropy.
     """
-    several = data.train.labels.ndim == 2
+    several = data.multi_label
     if config.loss == "binary" and not several:
         raise ConfigurationError(
             f"loss=binary requires several labels per image, but {data.name} has one. Set "
@@ -87,9 +95,11 @@ def check_outputs(model: nn.Module, config: Config, data: Dataset, example: Tens
         output = model.eval()(example)
     model.train(training)
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if shape != (1, data.classes):
+    positions = () if several else tuple(data.test.labels.shape[1:])
+    if shape != (1, *positions, data.classes):
+        expected = ", ".join(map(str, ("B", *positions, data.classes)))
         raise ConfigurationError(
-            f"network {config.network!r} must return logits of shape (B, {data.classes}), one per "
+            f"network {config.network!r} must return logits of shape ({expected}), one per "
             f"class, but returns {shape} for one image. Build its head for "
             f"num_classes={data.classes}."
         )

@@ -15,7 +15,7 @@ from ..analysis.confusion import ConfusionMatrix
 from ..analysis.occlusion import occlusion
 from .checkpoint import RunDirectory
 from .config import Config
-from .data import Dataset, EncodedImages, Images, class_names, eval_loader, load_dataset
+from .data import Dataset, EncodedImages, Images, Text, class_names, eval_loader, load_dataset
 from .errors import DataError, RunError, printable
 from .loop import resolve_device
 from .precision import autocast
@@ -46,10 +46,16 @@ class TrainedRun:
     device: torch.device
 
     def shown(self) -> tuple[str, Images | EncodedImages]:
-        """Return the images on which errors are looked at: validation images, if there are any."""
-        if len(self.data.validation):
-            return "validation", self.data.validation
-        return "test", self.data.test
+        """Return the images on which errors are looked at: validation images, if there are any.
+
+        Raises:
+            DataError: the data is a text.
+        """
+        part = "validation" if len(self.data.validation) else "test"
+        images = getattr(self.data, part)
+        if isinstance(images, Text):
+            raise DataError("the run is that of a language model, but errors are shown on images.")
+        return part, images
 
 
 def load_trained(

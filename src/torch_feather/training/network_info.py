@@ -34,7 +34,7 @@ class NetworkInfo:
     Attributes:
         network: its name, for `models.create`.
         class_names: names of the classes, in the order of the outputs.
-        input_shape: shape of an image, (C, H, W).
+        input_shape: shape of an image, (C, H, W); of a window of a text, (T,).
         mean: mean per channel, of pixels scaled to [0, 1].
         std: standard deviation per channel.
         side: length in pixels to which the shorter side of an image is scaled before the center is
@@ -53,7 +53,7 @@ class NetworkInfo:
 
     network: str
     class_names: tuple[str, ...]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     side: int
@@ -111,7 +111,7 @@ def network_info(config: Config, results: Mapping[str, Any], source: object) -> 
     usable = type(channels) is int and 1 <= channels <= 10**5  # others are an error below
     mean, std = normalization(config.data, channels if usable else 3)
     length = shape[1] if isinstance(shape, list) and len(shape) > 1 else 0
-    side = length
+    side = length or channels  # a text has no sides
     own = is_import_path(config.data.name)
     if (config.data.name == "imagefolder" or own) and type(length) is int:
         side = center_crop(config.data, length).side
@@ -138,8 +138,8 @@ def info_of_data(config: Config, data: Dataset) -> NetworkInfo:
     facts = {
         "classes": data.classes,
         "class_names": list(data.names),
-        "input_shape": list(data.example().shape[1:]),  # (C, H, W)
-        "multi_label": data.train.labels.ndim == 2,
+        "input_shape": list(data.example().shape[1:]),
+        "multi_label": data.multi_label,
         "preprocessing": {"prepared_by": data.name} if data.prepared else {},
     }
     return network_info(config, facts, data.name)
@@ -155,9 +155,9 @@ def _checked(values: Sequence[Any], source: object) -> NetworkInfo:
         and isinstance(names, list)
         and len(names) == classes >= 1
         and all(isinstance(name, str) for name in names)
-        and len(lengths) == 4
+        and len(lengths) in (2, 4)
         and all(type(length) is int and 1 <= length <= 10**5 for length in lengths)
-        and len(mean) == len(std) == shape[0]
+        and len(mean) == len(std) == (shape[0] if len(shape) == 3 else 0)
         and all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
         and all(number > 0 for number in std)
         and isinstance(prepared_by, str | None)
@@ -170,7 +170,7 @@ def _checked(values: Sequence[Any], source: object) -> NetworkInfo:
     return NetworkInfo(
         network,
         names,
-        (shape[0], shape[1], shape[2]),
+        tuple(shape),
         tuple(mean),
         tuple(std),
         side,

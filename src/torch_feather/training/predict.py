@@ -217,6 +217,8 @@ def _usable_info(path: Path) -> NetworkInfo:
             f"{printable(path)}: does not hold names of classes and shape of images. Use a run "
             "directory, or a file that feather export wrote."
         )
+    if len(info.input_shape) == 1:
+        raise RunError(f"{printable(path)}: is a language model, but this command reads images.")
     if info.prepared_by is not None:
         raise RunError(
             f"{printable(path)}: its images were prepared by the data set "

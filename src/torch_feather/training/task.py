@@ -18,12 +18,13 @@ from .. import models
 from .callbacks import Callback
 from .checkpoint import RunDirectory, write_json
 from .config import Config
-from .data import Dataset, data_identity, eval_loader, identity_digest, train_loader
+from .data import Dataset, Text, data_identity, eval_loader, identity_digest, train_loader
 from .distillation import make_distillation
 from .distributed import Ranks
 from .errors import CheckpointError, Interrupted, TrainingDiverged
 from .evaluation import (
     StoppedEvaluation,
+    bits,
     check_accepts,
     check_batches,
     evaluate,
@@ -303,7 +304,7 @@ class Task:
             "chosen_epoch": chosen,
             "test_accuracy": test_accuracy,
             "test_loss": test_loss,
-            **self._test_f1(test),
+            **self._other_metrics(test, test_loss),
             "validation_accuracy": self.history[chosen - 1]["val_acc"],
             "train_loss": self.history[chosen - 1]["train_loss"],
             "macs": {"dense": report.dense_macs, "sparse": report.sparse_macs},
@@ -315,9 +316,11 @@ class Task:
             write_json(run.report_file, results)
         return results
 
-    def _test_f1(self, test: Any) -> dict[str, float]:
-        """Return the F1 score on the test images if they have several labels."""
-        if self.data.test.labels.ndim == 1:
+    def _other_metrics(self, test: Any, test_loss: float) -> dict[str, float]:
+        """Return the F1 score of images with several labels; bits per character of a text."""
+        if isinstance(self.data.test, Text):
+            return {"test_bits_per_character": bits(test_loss)}
+        if not self.data.multi_label:
             return {}
         return {"test_f1": f1_score(self.model, test, self.config.system.amp, self.ranks)}
 

@@ -65,7 +65,8 @@ def default_recipe(data: str | None) -> str:
         check_data_name(data)
         if is_import_path(data):
             return "finetune"
-    return {"imagefolder": "finetune", None: "digits"}.get(data, data or "digits")
+    others = {"imagefolder": "finetune", "text": "gpt-char", None: "digits"}
+    return others.get(data, data or "digits")
 
 
 def parse_assignments(assignments: list[str], source: str = "--set") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from .optimizer import MOST_EPOCHS, OptimizerConfig
 DENSE = "dense"
 PRETRAINED = "pretrained"  # value of `init`
 LOSSES = ("cross-entropy", "binary")
-DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
+DATASETS = ("digits", "cifar10", "cifar100", "imagefolder", "text")
 MOST_IMAGES, MOST_PIXELS = 10**7, 10**5
 
 
@@ -61,9 +61,12 @@ class DataConfig:
         'flowers'
     """
 
-    name: str = "digits"  # digits, cifar10, cifar100, imagefolder, or package.module:factory
-    path: str | None = None  # folder of the files, or a tar file; not used for digits
+    # digits, cifar10, cifar100, imagefolder, text, or package.module:factory
+    name: str = "digits"
+    # Folder of the files, a tar file, or the file of a text; not used for digits.
+    path: str | None = None
     validation: float = 0.1  # fraction of the training set held out for validation; 0: none
+    length: int = 128  # text: characters of a window, which the network sees at a time
     resolution: int | None = None  # height and width of the network's input; null: as stored
     crop: str = "shift"  # training crops: shift, or resized (random area and aspect ratio)
     shift: int = 4  # shift: padding in pixels before the random crop
@@ -86,9 +89,9 @@ class DataConfig:
 
     @property
     def title(self) -> str:
-        """Display name of the data set; for imagefolder the name of its folder."""
-        if self.name == "imagefolder" and self.path is not None:
-            return Path(self.path).name
+        """Display name of the data set; for imagefolder and text the name of its path."""
+        if self.name in ("imagefolder", "text") and self.path is not None:
+            return Path(self.path).stem if self.name == "text" else Path(self.path).name
         if is_import_path(self.name):
             return self.name.partition(":")[2]
         return self.name
@@ -100,6 +103,7 @@ class DataConfig:
             f"data.validation must be a fraction in [0, 1), got {self.validation}",
         )
         within("data.resolution", self.resolution, 1, MOST_PIXELS)
+        within("data.length", self.length, 1, MOST_PIXELS)
         within("data.randaugment", self.randaugment, 0, 30)
         for key in ("mixup", "cutmix"):
             within(f"data.{key}", getattr(self, key), 0, 1000)

@@ -5,7 +5,7 @@ decoded and augmented by worker processes during training.
 """
 
 from .cache import cache_folder
-from .dataset import Dataset, EncodedImages, Images
+from .dataset import Dataset, EncodedImages, Images, Text
 from .epochs import Batch
 from .identity import changed_data, data_identity, identity_digest
 from .imagefolder import center_crop
@@ -21,6 +21,7 @@ __all__ = [
     "EvalLoader",
     "Images",
     "Normalize",
+    "Text",
     "TrainLoader",
     "cache_folder",
     "center_crop",

@@ -1,4 +1,4 @@
-"""Training, validation and test images, and the facts about them that a network needs."""
+"""Training, validation and test data, and the facts about them that a network needs."""
 
 from __future__ import annotations
 
@@ -143,16 +143,50 @@ class PreparedImages(EncodedImages):
 
 
 @dataclass(frozen=True)
+class Text:
+    """A part of a text as windows; the labels of a window are the characters that follow each.
+
+    Attributes:
+        ids: numbers of the characters, int64 (N,).
+        length: characters of a window.
+
+    Example:
+        >>> text = Text(torch.arange(8), length=3)
+        >>> len(text), text.windows(torch.tensor([0, 3])).tolist(), text.labels.tolist()
+        (2, [[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5, 6]])
+    """
+
+    ids: Tensor
+    length: int
+
+    def __len__(self) -> int:
+        return max(0, (len(self.ids) - 1) // self.length)
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels of the windows that follow one another, int64 (len(self), length)."""
+        return self.ids[1 : len(self) * self.length + 1].view(-1, self.length)
+
+    def windows(self, starts: Tensor) -> Tensor:
+        """Return the windows that begin at positions, int64 (B,), as int64 (B, length)."""
+        return self.ids[starts[:, None] + torch.arange(self.length, device=starts.device)]
+
+    def first(self) -> Tensor:
+        """Return one window: int64 (1, length)."""
+        return self.ids[None, : self.length]
+
+
+@dataclass(frozen=True)
 class Dataset:
-    """A data set.
+    """A data set of images, or a text, whose windows are called images too.
 
     Attributes:
         name: its name.
         train: training images.
         validation: validation images; empty if the whole training set is used for training.
         test: test images.
-        classes: number of classes.
-        mean: mean per channel, of pixels scaled to [0, 1].
+        classes: number of classes; of a text, of different characters.
+        mean: mean per channel, of pixels scaled to [0, 1]; empty for a text.
         std: standard deviation per channel.
         class_names: names of the classes, in the order of their labels; empty if not known.
         prepared: whether the images are already as the network receives them, so that nothing is
@@ -167,9 +201,9 @@ class Dataset:
     """
 
     name: str
-    train: Images | EncodedImages
-    validation: Images | EncodedImages
-    test: Images | EncodedImages
+    train: Images | EncodedImages | Text
+    validation: Images | EncodedImages | Text
+    test: Images | EncodedImages | Text
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -183,11 +217,16 @@ class Dataset:
 
     @property
     def channels(self) -> int:
-        """Number of channels of the images."""
-        return len(self.mean)
+        """Number of channels of the images; 1 for a text."""
+        return len(self.mean) or 1
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several classes, so that its labels are numbers per class."""
+        return self.train.labels.is_floating_point()
 
     def example(self) -> Tensor:
-        """Return one image as the network receives it: float32 (1, C, H, W)."""
+        """Return one image as the network receives it: float32 (1, C, H, W), or int64 (1, T)."""
         return self.normalize()(self.test.first())
 
     def normalize(

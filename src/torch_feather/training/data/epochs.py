@@ -17,15 +17,15 @@ from torch import Tensor
 from ..config import DataConfig
 from ..distributed import Ranks
 from ..errors import DataError
-from .dataset import Dataset, EncodedImages, Images
+from .dataset import Dataset, EncodedImages, Images, Text
 
 
 class Batch(NamedTuple):
     """One rank's part of a training batch; it may be empty.
 
     Attributes:
-        x: images, float32 (B, C, H, W).
-        y: labels, int64 (B,).
+        x: images, float32 (B, C, H, W); windows of a text, int64 (B, T).
+        y: labels, int64 (B,), (B, T), or float32 (B, classes).
         total: number of images of the whole batch, over all ranks.
 
     Example:
@@ -93,9 +93,13 @@ class Epochs(ABC):
                 f"{self.count} training images do not fill a batch of {batch_size}. Choose a "
                 "smaller batch_size, or set data.drop_last=false."
             )
-        size = data.train.resolution
-        if config.crop == "shift" and config.shift >= size and not data.prepared:
-            raise DataError(f"data.shift must be below the resolution {size}, got {config.shift}")
+        if config.crop == "shift" and not data.prepared:
+            assert not isinstance(data.train, Text)
+            size = data.train.resolution
+            if config.shift >= size:
+                raise DataError(
+                    f"data.shift must be below the resolution {size}, got {config.shift}"
+                )
         self.labels = data.train.labels.to(device)
         self.normalize = data.normalize(device, channels_last)
         self.generator = torch.Generator().manual_seed(seed)
@@ -163,7 +167,7 @@ class InOrder(ABC):
     def __init__(
         self,
         data: Dataset,
-        images: Images | EncodedImages,
+        images: Images | EncodedImages | Text,
         device: torch.device,
         batch_size: int,
         channels_last: bool = True,

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import printable
-from .dataset import Dataset, EncodedImages, Images
+from .dataset import Dataset, EncodedImages, Images, Text
 from .files import ImageFiles
 from .items import Items
 
@@ -89,8 +89,12 @@ def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
     )
 
 
-def _by_class(images: Images | EncodedImages, classes: int) -> dict[str, Any]:
+def _by_class(images: Images | EncodedImages | Text, classes: int) -> dict[str, Any]:
     """Return the identities of the classes of a part. Their images are in the order of training."""
+    if isinstance(images, Text):
+        content = hashlib.sha256(images.ids.numpy().tobytes()).hexdigest()[:32]
+        size = len(images.ids)
+        return {"all": {"images": len(images), "names": None, "bytes": size, "content": content}}
     labels: Tensor = images.labels
     if labels.ndim == 2:  # several labels per image
         return _all(images)

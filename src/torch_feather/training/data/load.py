@@ -19,6 +19,7 @@ from .digits import read_digits
 from .find import find_images
 from .imagefolder import MEAN, STD, load_image_folder
 from .own import call_factory, load_own_data, moments
+from .text import load_text
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     if is_import_path(config.name):
         data = load_own_data(config, seed)
         return replace(data, class_names=class_names(config, data.names))
+    if config.name == "text":
+        return load_text(config)
     source = SOURCES[config.name]
     train, test = (Images(*_to_tensors(part, config)) for part in source.read(config.path))
     kept, held_out = split(len(train), config.validation, seed)
@@ -131,6 +134,8 @@ def normalization(
         return tuple(config.mean or MEAN), tuple(config.std or STD)
     if is_import_path(config.name):
         return moments(config, channels)
+    if config.name == "text":
+        return (), ()
     return SOURCES[config.name].mean, SOURCES[config.name].std
 
 

@@ -9,10 +9,11 @@ import torch
 
 from ..config import Config, SystemConfig
 from ..distributed import Ranks
-from .dataset import Dataset, EncodedImages, Images
-from .epochs import Epochs
+from .dataset import Dataset, EncodedImages, Images, Text
+from .epochs import Epochs, InOrder
 from .memory import EvalLoader, TrainLoader
 from .stream import StreamEvalLoader, StreamTrainLoader
+from .text import TextEvalLoader, TextTrainLoader
 
 
 def train_loader(
@@ -38,16 +39,18 @@ def train_loader(
     options: dict[str, Any] = {"channels_last": config.system.channels_last, "ranks": ranks}
     if isinstance(data.train, Images):
         return TrainLoader(*arguments, **options)
+    if isinstance(data.train, Text):
+        return TextTrainLoader(*arguments, **options)
     return StreamTrainLoader(*arguments, **options, workers=workers(config.system))
 
 
 def eval_loader(
     data: Dataset,
-    images: Images | EncodedImages,
+    images: Images | EncodedImages | Text,
     config: Config,
     device: torch.device,
     ranks: Ranks | None = None,
-) -> EvalLoader | StreamEvalLoader:
+) -> InOrder:
     """Return a loader of evaluation batches (x, y): images in order, without augmentation.
 
     Args:
@@ -68,6 +71,8 @@ def eval_loader(
     options: dict[str, Any] = {"channels_last": config.system.channels_last, "ranks": ranks}
     if isinstance(images, Images):
         return EvalLoader(data, images, device, **options)
+    if isinstance(images, Text):
+        return TextEvalLoader(data, images, device, **options)
     return StreamEvalLoader(data, images, device, **options, workers=workers(config.system))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import DataConfig
 from .crops import DRAWS, random_boxes, resize_boxes
-from .dataset import Dataset, Images
+from .dataset import Dataset, Images, Text
 from .epochs import Epochs, InOrder
 from .randaugment import rand_augment
 
@@ -44,6 +44,7 @@ class TrainLoader(Epochs):
     ) -> None:
         super().__init__(data, config, batch_size, seed, device, **options)
         assert isinstance(data.train, Images)
+        assert not isinstance(data.test, Text)
         self.size, self.resolution = data.train.resolution, data.test.resolution
         pixels = data.train.pixels
         if config.crop == "shift":

@@ -15,7 +15,7 @@ class Normalize:
         device: the device of the pixels.
         channels_last: memory format of the result.
         prepared: whether images come as float32 (B, C, H, W), of which only the memory format is
-            changed.
+            changed; or windows of a text, int64 (B, T), which stay as they are.
 
     Example:
         >>> Normalize((0.5,), (0.5,))(torch.full((1, 1, 1, 1), 255)).round()
@@ -39,6 +39,8 @@ class Normalize:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Convert a batch."""
         if self.prepared:
+            if pixels.ndim != 4:
+                return pixels
             return pixels.contiguous(memory_format=self.layout)
         images = torch.addcmul(self.offset, pixels.float(), self.scale).permute(0, 3, 1, 2)
         return images.contiguous(memory_format=self.layout)
