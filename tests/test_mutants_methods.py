@@ -221,3 +221,20 @@ def test_random_numbers_are_those_of_splitmix64(on_device, monkeypatch):
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # of seed 0
     expected = [((x >> 41) + 0.5) / 2**23 for x in published]
     assert uniform(0, torch.tensor(0), 3, torch.float64).tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["feather", "asl"])
+def test_the_effective_weights_after_the_last_step_are_the_same_on_a_device(name, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Linear(40, 30)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    training = feather.sparsify(model, optimizer, name, sparsity=0.5, total_steps=8).step.training
+    found = []
+    for on_device in (False, True):
+        monkeypatch.setattr(devices, "synchronizes", lambda _, found=on_device: found)
+        out = torch.empty(30, 40)
+        pruning = training.method.update(training.weights, torch.tensor(8))
+        training.method.write_effective(training.weights, pruning, [out])
+        found.append(out)
+    assert int((found[0] == 0).sum()) == 600
+    torch.testing.assert_close(*found)
