@@ -1,11 +1,8 @@
-"""Parts of the core alone: properties that a change of one line would break.
+"""Parts of engine, weights and selection: properties that a change of one line would break.
 
 Each test was written for a change of the source that a mutation run made and did not notice; see
 results/mutation.md.
 """
-
-import math
-from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -18,103 +15,17 @@ from torch.distributed.optim import _apply_optimizer_in_backward
 
 import torch_feather as feather
 from torch_feather import ConfigurationError, StateError, devices
+from torch_feather.engine.first_step import check_not_replaced
+from torch_feather.engine.fixed_memory import packed
 from torch_feather.engine.sharding import check_shards
 from torch_feather.engine.wrappers import WRITE_OUTSIDE_STEP
-from torch_feather.methods import build_method
-from torch_feather.methods.learned.asl import StandardDeviations
-from torch_feather.methods.learned.asl_plus import FittedDeviations, log_density_slope
-from torch_feather.methods.learned.base import Present
-from torch_feather.methods.own_parameters import Adam, Momentum
 from torch_feather.selection.cpu import SMALL, select_cpu
 from torch_feather.selection.device import select_device
-from torch_feather.weights.latent import LatentWeights
+from torch_feather.weights.latent import LatentWeights, copy_all
+from torch_feather.weights.passes import adopt_written
+from torch_feather.weights.rows import multiply_rows
+from torch_feather.weights.selecting import select_weights
 from torch_feather.weights.shards import local
-
-
-def own_steps(step, count: int = 5) -> torch.Tensor:
-    """Return x after steps along fixed gradients; `step` is called with x and the step's number."""
-    torch.manual_seed(0)
-    x = torch.randn(7, dtype=torch.float64, requires_grad=True)
-    with torch.no_grad():
-        for number in range(1, count + 1):
-            x.grad = torch.randn(7, dtype=torch.float64)
-            step(x, number)
-    return x.detach().clone()
-
-
-def reference_steps(make) -> torch.Tensor:
-    made = []
-
-    def step(x: torch.Tensor, _: int) -> None:
-        made.append(made[-1] if made else make(x))
-        made[-1].step()
-
-    return own_steps(step)
-
-
-def test_momentum_with_decay_is_that_of_pytorch():
-    velocity = torch.zeros(7, dtype=torch.float64)
-    rule = Momentum(rate=0.5, momentum=0.8, decay=0.3)
-    got = own_steps(lambda x, _: rule.step(x, velocity, 0.2, True))
-    expected = reference_steps(
-        lambda x: torch.optim.SGD([x], lr=0.1, momentum=0.8, weight_decay=0.3)
-    )
-    torch.testing.assert_close(got, expected)
-
-
-def test_adam_is_that_of_pytorch():
-    mean, square = torch.zeros(2, 7, dtype=torch.float64)
-    rule, one = Adam(rate=0.1), torch.ones((), dtype=torch.float64)
-    got = own_steps(lambda x, n: rule.step(x.grad, x.detach(), mean, square, torch.tensor(n), one))
-    expected = reference_steps(lambda x: torch.optim.Adam([x], lr=0.1))
-    torch.testing.assert_close(got, expected)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"mean_decay": 1.0}, {"square_decay": 1.5}, {"rate": -1.0}, {"epsilon": -1.0}]
-)
-def test_adam_with_values_out_of_range_is_an_error(wrong):
-    with pytest.raises(ConfigurationError, match=r"in \[0, 1\)"):
-        Adam(**wrong)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"epochs": 1}, {"finetune": 1.0}, {"finetune": -0.1}, {"passes": 0}]
-)
-def test_probmask_names_the_values_that_are_out_of_range(wrong):
-    ((option, value),) = wrong.items()
-    with pytest.raises(ConfigurationError, match=f"{option}={value}"):
-        build_method("probmask", sparsity=0.9, **wrong)
-
-
-def test_published_str_passes_momentum_and_decay_on():
-    method = build_method("str", sparsity=0.9, lr_multiplier=0.5, momentum=0.7, decay=0.01)
-    assert method.optimizer == Momentum(0.5, 0.7, 0.01)
-
-
-def test_a_budget_and_a_bias_of_its_own_contradict_each_other():
-    with pytest.raises(ConfigurationError, match="Give either"):
-        build_method("feather-flops", sparsity=0.9, budget=100.0, gamma=0.5, costs={"weight": 1.0})
-
-
-def test_the_thresholds_of_asl_do_not_move_beyond_their_range():
-    w = torch.randn(3, 50).unbind()
-    tau, slope = StandardDeviations().thresholds(torch.tensor([-1.0, 2.0, 6.0]), LatentWeights(w))
-    deviations = torch.stack([each.std() for each in w])
-    torch.testing.assert_close(slope, deviations * torch.tensor([0.0, 1.0, 0.0]))
-    torch.testing.assert_close(tau, deviations * torch.tensor([0.0, 2.0, 5.0]) + 1e-6)
-
-
-@pytest.mark.parametrize("freeze", [3, 4, 8, 9])
-def test_spartan_may_freeze_its_mask_from_the_target_to_the_end(freeze):
-    model = nn.Linear(10, 10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = {"sparsity": 0.5, "total_steps": 8, "end": 4, "freeze": freeze}
-    if 4 <= freeze <= 8:
-        feather.sparsify(model, optimizer, "spartan", **options)
-        return
-    with pytest.raises(ConfigurationError, match="end <= freeze"):
-        feather.sparsify(model, optimizer, "spartan", **options)
 
 
 @pytest.mark.parametrize(("k", "pruned"), [(-3, 0), (0, 0), (2, 2), (99, 5)])
@@ -154,31 +65,6 @@ def test_the_right_number_of_zeros_at_wrong_positions_is_pruned_again():
     assert ((model.weight.view(-1, 4) == 0).sum(1) == 2).all()
 
 
-@dataclass(frozen=True)
-class TimesLatent:
-    """A gradient rule that depends on the latent weight."""
-
-    is_identity = False
-
-    def __call__(self, gradient, latent, effective, progress):
-        return gradient * latent
-
-
-def test_a_gradient_rule_is_given_the_latent_weights():
-    torch.manual_seed(0)
-    model = nn.Linear(8, 8)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    method = replace(
-        build_method("feather", sparsity=0.5, schedule="constant"), gradient=TimesLatent()
-    )
-    sparsifier = feather.sparsify(model, optimizer, method, sparsity=0.5, total_steps=2)
-    latent = sparsifier.step.training.weights.views[0]
-    before = latent.clone()
-    (model(torch.ones(1, 8)).sum() / 10).backward()  # dL/du = 0.1
-    optimizer.step()
-    torch.testing.assert_close(latent, before * 0.9)
-
-
 def test_a_step_of_one_pass_where_two_are_set_is_warned_of():
     with pytest.warns(UserWarning, match="passes=2"):
         trained("probmask", passes=2)
@@ -199,55 +85,6 @@ def test_no_phase_of_sam_runs_outside_of_step(phase):
     feather.sparsify(model, optimizer, sparsity=0.5, total_steps=2)
     with pytest.raises(StateError, match=phase):
         getattr(optimizer, phase)()
-
-
-def test_the_thresholds_of_str_keep_their_ratio_when_their_sparsity_is_controlled():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 20, bias=False), nn.Linear(20, 20, bias=False))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    sparsifier = feather.sparsify(model, optimizer, "str", sparsity=0.5, total_steps=4)
-    method = sparsifier.step.training.method
-    with torch.no_grad():
-        method.r.copy_(torch.tensor([0.2, 0.6]).logit())
-    model(torch.randn(4, 20)).square().mean().backward()
-    optimizer.step()
-    tau = method.r.detach().sigmoid()
-    assert tau[1] / tau[0] == pytest.approx(3.0, rel=1e-3)
-    assert not math.isclose(tau[0].item(), 0.2)
-
-
-def test_the_penalty_of_asl_plus_is_the_slope_of_its_squared_logarithm():
-    torch.manual_seed(0)
-    normal, heavy = torch.randn(2, 50, dtype=torch.float64)
-    weights = LatentWeights([normal, heavy**3])  # the model of the second one is a Laplace density
-    kept, deviations = torch.tensor([10.0, 40.0]), torch.stack([w.std() for w in weights.views])
-    r = torch.tensor([0.5, 1.2], dtype=torch.float64)
-    now = Present(torch.zeros(2).bool(), deviations, lambda: kept, torch.tensor(0.8).double())
-    violation = math.log(50 / 100 / (1 - now.sparsity.item()))
-    ratios = torch.stack([w.abs().mean() for w in weights.views]) / deviations
-    expected = 2 * 10.0 * violation * kept / 50 * log_density_slope(r, ratios)
-    torch.testing.assert_close(FittedDeviations(10.0).penalty(r, weights, now), expected)
-
-
-@pytest.mark.parametrize("name", ["feather", "asl", "asl+", "str", "gmp", "spartan"])
-def test_which_methods_work_on_shards(name):
-    model = nn.Linear(40, 30)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sparsifier = feather.sparsify(model, optimizer, name, sparsity=0.5, total_steps=8)
-    assert sparsifier.step.training.method.facts.on_shards == (name != "spartan")
-
-
-@pytest.mark.parametrize("step", [0, 100])
-def test_probmask_draws_the_same_masks_on_a_device(step, monkeypatch):
-    model = nn.Linear(40, 30)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sparsifier = feather.sparsify(model, optimizer, "probmask", sparsity=0.5, total_steps=100)
-    training = sparsifier.step.training
-    masks = []
-    for on_device in (False, True):
-        monkeypatch.setattr(devices, "synchronizes", lambda _, found=on_device: found)
-        masks.append(training.method.update(training.weights, torch.tensor(step)).mask.flat)
-    torch.testing.assert_close(*masks)
 
 
 @pytest.mark.parametrize("k", [1, 3, SMALL // 2])
@@ -328,3 +165,75 @@ def test_shards_that_change_after_sparsify_are_an_error(one_process):
     check_shards(training.weights, [model.weight])
     with pytest.raises(StateError, match="shards of the model changed"):
         check_shards(training.weights, [local(model.weight)])
+
+
+@pytest.mark.parametrize(("order", "pairs"), [([0, 1, 2], 1), ([2, 0, 1], 3)])
+def test_numbers_that_fill_memory_in_one_order_are_copied_as_one(order, pairs):
+    old, new = torch.zeros(3), torch.tensor([1.0, 2.0, 3.0])
+    targets, sources = packed(old.unbind(), [new[i] for i in order])
+    copy_all(targets, sources)
+    assert len(targets) == pairs
+    assert torch.equal(old, new[order])
+
+
+@pytest.mark.parametrize("size", [4, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_infinite_scores_on_the_device_are_pruned_before_nan(size, dtype):
+    scores = torch.rand(size, dtype=dtype)
+    scores[1], scores[2] = torch.nan, torch.inf
+    for k in (size - 2, size - 1):
+        cutoff = select_device(scores, torch.tensor(k))
+        pruned = cutoff.pruned(scores)
+        assert int(pruned.sum()) == k
+        assert not pruned[1]
+        assert bool(pruned[2]) == (k == size - 1)
+
+
+def test_scaled_scores_have_the_same_cutoff_on_a_device(monkeypatch):
+    torch.manual_seed(0)
+    weights = LatentWeights([torch.randn(30, 40), torch.randn(50)])
+    scales = [torch.tensor(0.5), torch.tensor(2.0)]
+    cutoffs = []
+    for on_device in (False, True):
+        monkeypatch.setattr(devices, "synchronizes", lambda _, found=on_device: found)
+        cutoffs.append(select_weights(weights, torch.tensor(700), scales))
+    assert [float(cutoff.value) for cutoff in cutoffs] == [float(cutoffs[0].value)] * 2
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_any_part_are_multiplied(width, dtype):
+    factors = torch.tensor([2.0, 3.0, 5.0, 7.0])
+    expected = factors.repeat_interleave(width).to(dtype)
+    for start in range(4 * width):
+        for stop in range(start + 1, 4 * width + 1):
+            part = torch.ones(stop - start, dtype=dtype)
+            multiply_rows(part, start, width, factors.to(dtype))
+            assert torch.equal(part, expected[start:stop])
+
+
+def test_written_values_of_several_tensors_are_adopted_on_a_device(monkeypatch):
+    torch.manual_seed(0)
+    latent = [torch.randn(4, 5), torch.randn(6)]
+    effective = [w * (w.abs() > 0.5) for w in latent]
+    written = [u.clone() for u in effective]
+    written[0][0, 0], written[1][3] = 7.0, 8.0
+    expected = [
+        torch.where(a == b, w, a) for w, a, b in zip(latent, written, effective, strict=True)
+    ]
+    for on_device in (False, True):
+        monkeypatch.setattr(devices, "synchronizes", lambda _, found=on_device: found)
+        weights = LatentWeights(latent)
+        adopt_written(weights, [0, 1], written, effective)
+        assert all(map(torch.equal, weights.views, expected))
+
+
+@pytest.mark.parametrize(("zeros", "fits"), [([0, 1], True), ([1, 2], False), ([0], True)])
+def test_effective_weights_of_another_process_are_noticed(zeros, fits):
+    pruned, parameter = torch.tensor([True, True, False, False]), torch.ones(4)
+    parameter[zeros] = 0.0
+    if fits:
+        check_not_replaced([pruned], [parameter])
+        return
+    with pytest.raises(StateError, match="another process"):
+        check_not_replaced([pruned], [parameter])

@@ -1,7 +1,5 @@
 """Methods of other people: by registration, entry point and import path."""
 
-import importlib
-import warnings
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -126,38 +124,6 @@ def test_an_option_of_version_0_1_works_with_a_warning(name, new):
     with pytest.warns(DeprecationWarning, match=new):
         old = build_method(name, sparsity=0.9, rate=0.25)
     assert old == build_method(name, sparsity=0.9, **{new: 0.25})
-
-
-@pytest.mark.parametrize("old", sorted(feather._moved.MODULES))
-def test_a_moved_module_is_imported_by_its_old_name(old):
-    with pytest.warns(DeprecationWarning, match=feather._moved.MODULES[old].replace(".", r"\.")):
-        module = importlib.import_module(f"torch_feather.{old}")
-    new = importlib.import_module(f"torch_feather.{feather._moved.MODULES[old]}")
-    names = [name for name in vars(new) if not name.startswith("_")]
-    assert all(getattr(module, name) is getattr(new, name) for name in names)
-    assert new.__spec__.name == new.__name__  # the new module is as it was
-    for name, (where, present) in feather._moved.WITHIN.get(old, {}).items():
-        moved = importlib.import_module(f"torch_feather.{where}")
-        assert getattr(module, name) is getattr(moved, present)
-
-
-def test_renamed_names_work_with_a_warning():
-    with pytest.warns(DeprecationWarning, match="FixedMask"):
-        assert feather.ZeroKeeper is feather.FixedMask
-    model = nn.Linear(4, 4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sparsifier = feather.sparsify(model, optimizer, sparsity=0.5, total_steps=1)
-    with pytest.warns(DeprecationWarning, match="learned_sparsity"):
-        assert sparsifier.own_sparsity == sparsifier.learned_sparsity
-    with pytest.raises(AttributeError):
-        sparsifier.nothing  # noqa: B018
-
-
-def test_present_names_do_not_warn():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", DeprecationWarning)
-        build_method("str", sparsity=0.9, lr_multiplier=0.5)
-        assert feather.FixedMask
 
 
 # --- theta over time ------------------------------------------------------------------------

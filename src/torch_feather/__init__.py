@@ -10,9 +10,11 @@ sparsifier.finalize()
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from . import _moved
+from . import _moved as _moved
+from .deprecation import warn_renamed
 from .errors import (
     ConfigurationError,
     FeatherError,
@@ -38,8 +40,9 @@ if TYPE_CHECKING:
     from .runtime import compile_sparse, load_compiled, save_compiled
     from .sparsifier import Sparsifier
 
-# Imported when first used: the command line answers without PyTorch, and what is above the core is
-# loaded only if it is needed. No name is that of a module, which would take its place.
+# Imported when first used, as modules are: the command line answers without PyTorch, and what is
+# above the core is loaded only if it is needed. No name is that of a module, which would take its
+# place.
 _LAZY = {
     "FixedMask": ".finetune",
     "LatentAverage": ".average",
@@ -55,7 +58,6 @@ _LAZY = {
     "keep_zeros": ".finetune",
     "load_compiled": ".runtime",
     "load_sparse": ".export",
-    "models": ".models",
     "power_threshold": ".operators",
     "recalibrate_batchnorm": ".measure",
     "register_method": ".methods",
@@ -64,7 +66,6 @@ _LAZY = {
     "save_sparse": ".export",
     "sparsify": ".attach",
     "sparsity": ".measure",
-    "testing": ".testing",
 }
 
 __all__ = [
@@ -102,12 +103,16 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        module = import_module(_LAZY[name], __name__)
-        found = module if _LAZY[name] == f".{name}" else getattr(module, name)
+        found = getattr(import_module(_LAZY[name], __name__), name)
         globals()[name] = found
         return found
-    return _moved.attribute(name)
+    if name == "ZeroKeeper":
+        warn_renamed("torch_feather.ZeroKeeper", "torch_feather.FixedMask")
+        return __getattr__("FixedMask")
+    if name.isidentifier() and find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, "models", "testing"})

@@ -1,4 +1,7 @@
-"""Names of version 0.1 that moved: they keep working for one release, with a DeprecationWarning."""
+"""Modules of version 0.1 that moved: they keep working for one release.
+
+The names in them give a DeprecationWarning when they are used.
+"""
 
 from __future__ import annotations
 
@@ -7,75 +10,108 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from types import ModuleType
 from typing import Any
 
-from .errors import warn
+from .deprecation import warn_renamed
 
 PACKAGE = "torch_feather"
 
-# Not here: modules whose names are attributes now. An import under the old name would replace them.
 MODULES = {
     "atomic": "files",
     "batchnorm": "measure.batchnorm",
+    "export.run": "training.export_run",
+    "export.sparse_file": "export",
     "flops": "measure.flops",
     "gradients": "gradient_rules",
     "header": "engine.checkpoint",
+    "host": "devices",
     "inner": "methods.own_parameters",
     "latent": "weights.latent",
     "learned": "methods.learned.base",
     "masks": "finetune",
+    "methods.asl": "methods.learned.asl",
+    "methods.asl_plus": "methods.learned.asl_plus",
     "methods.method": "methods.magnitude",
+    "methods.str_": "methods.learned.str_",
     "noise": "methods.probmask.random_numbers",
     "probabilistic": "methods.probmask.masks",
     "projection": "methods.probmask.projection",
     "reparametrization": "methods.base",
+    "report": "measure.report",
+    "rounds": "engine.step_in_backward",
+    "scaling": "engine.loss_scale",
+    "selection.cut": "selection.cutoff",
     "sharding": "weights.shards",
     "slots": "engine.binding",
     "thresholded": "methods.magnitude",
     "transport": "methods.spartan.soft_top_k",
+    "writes": "weights.checksum",
 }
 
-# Names that are not in the module that replaces the one they were in.
+# Names that are now called otherwise, or are not in the module that replaces the one they were in.
 WITHIN = {
-    "latent": {"Segment": ("weights.segments", "Segment")},
-    "learned": {"Law": ("methods.learned.base", "ThresholdParametrization")},
-    "masks": {"ZeroKeeper": ("finetune", "FixedMask")},
-    "methods.method": {
-        "ALLOCATIONS": ("methods.options", "ALLOCATIONS"),
-        "PatternedMethod": ("methods.patterned", "PatternedMethod"),
-        "SCHEDULES": ("methods.options", "SCHEDULES"),
-        "make_allocation": ("methods.options", "make_allocation"),
-        "make_method": ("methods.options", "make_method"),
-        "make_schedule": ("methods.options", "make_schedule"),
+    "export.run": {"about": "training.export_run.run_metadata"},
+    "host": {"waits_for": "devices.synchronizes"},
+    "inner": {"no_rate": "methods.base.no_learning_rate"},
+    "latent": {
+        "Numbers": "weights.latent.PerTensor",
+        "Segment": "weights.segments.Segment",
+        "first_of_cut": "weights.segments.first_with_cutoff",
+        "kept_image": "weights.kept.kept_values",
+        "visible": "weights.kept.keep_nonzero",
     },
-    "reparametrization": {"Setting": ("context", "MethodContext")},
+    "learned": {"Law": "methods.learned.base.ThresholdParametrization"},
+    "masks": {"ZeroKeeper": "finetune.FixedMask"},
+    "methods.asl": {
+        "asl": "methods.asl",
+        "spreads": "methods.learned.asl.standard_deviations",
+    },
+    "methods.asl_plus": {
+        "asl_plus": "methods.asl_plus",
+        "feather_asl_plus": "methods.feather_asl_plus",
+    },
+    "methods.method": {
+        "ALLOCATIONS": "methods.options.ALLOCATIONS",
+        "AnyMethod": "methods.base.AnyMethod",
+        "ERK": "allocation.ERK",
+        "PatternedMethod": "methods.patterned.PatternedMethod",
+        "SCHEDULES": "methods.options.SCHEDULES",
+        "make_allocation": "methods.options.make_allocation",
+        "make_method": "methods.options.make_method",
+        "make_schedule": "methods.options.make_schedule",
+    },
+    "methods.str_": {"str_": "methods.str_"},
+    "reparametrization": {"Setting": "context.MethodContext"},
+    "report": {"report": "report", "sparsity": "sparsity"},
+    "rounds": {"Round": "engine.step_in_backward.InBackwardStep"},
+    "selection.cut": {"Cut": "selection.cutoff.Cutoff"},
+    "sharding": {
+        "box_of": "weights.shards.local_box",
+        "part_of": "weights.shards.local_part",
+        "spread_like": "weights.shards.shard_like",
+    },
+    "slots": {
+        "NOT_HANDLED": "engine.wrappers.UNSUPPORTED",
+        "WRITE_OUTSIDE_STEP": "engine.wrappers.WRITE_OUTSIDE_STEP",
+        "plain_optimizer": "engine.wrappers.plain_optimizer",
+    },
 }
 
-NAMES = {"ZeroKeeper": ("finetune", "FixedMask")}
 
+class _Moved(ModuleType):
+    """A module under its old name. Its names are looked up where they are now."""
 
-def attribute(name: str) -> Any:
-    """Return the object that now has the role of a moved attribute of the package.
-
-    Args:
-        name: name in version 0.1.
-
-    Raises:
-        AttributeError: no attribute of that name moved.
-
-    Example:
-        >>> attribute("nothing")
-        Traceback (most recent call last):
-        AttributeError: module 'torch_feather' has no attribute 'nothing'
-    """
-    if name in NAMES:
-        module, new = NAMES[name]
-        warn(f"torch_feather.{name} is now called {new}.", DeprecationWarning)
-        return getattr(import_module(f"{PACKAGE}.{module}"), new)
-    if name in MODULES:
-        return import_module(f"{PACKAGE}.{name}")
-    raise AttributeError(f"module {PACKAGE!r} has no attribute {name!r}")
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        old = self.__name__.removeprefix(f"{PACKAGE}.")
+        new = f"{PACKAGE}.{WITHIN.get(old, {}).get(name, f'{MODULES[old]}.{name}')}"
+        module, _, attribute = new.rpartition(".")
+        found = getattr(import_module(module), attribute)
+        warn_renamed(f"{self.__name__}.{name}", new)
+        return found
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -87,21 +123,17 @@ class _Finder(MetaPathFinder, Loader):
         name = fullname.removeprefix(f"{PACKAGE}.")
         return ModuleSpec(fullname, self) if name != fullname and name in MODULES else None
 
-    def create_module(self, spec: ModuleSpec) -> None:
-        return None
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Moved(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        name = module.__name__.removeprefix(f"{PACKAGE}.")
-        new = import_module(f"{PACKAGE}.{MODULES[name]}")
-        warn(f"{module.__name__} is now called {new.__name__}.", DeprecationWarning)
-
-        def find(attribute: str) -> Any:
-            if attribute in WITHIN.get(name, {}):
-                where, present = WITHIN[name][attribute]
-                return getattr(import_module(f"{PACKAGE}.{where}"), present)
-            return getattr(new, attribute)
-
-        module.__dict__["__getattr__"] = find
+        pass
 
 
-sys.meta_path.append(_Finder())
+_finder = _Finder()
+sys.meta_path.append(_finder)
+# These names are functions of the package now, as in version 0.1. An import of the module would
+# put it in their place, but not of one that is imported already.
+for _name in ("methods.asl", "methods.asl_plus", "methods.str_", "report"):
+    _spec = ModuleSpec(f"{PACKAGE}.{_name}", _finder)
+    sys.modules[_spec.name] = module_from_spec(_spec)

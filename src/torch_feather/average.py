@@ -67,7 +67,7 @@ class LatentAverage(NotPickled):
             )
         self.sparsifier = sparsifier
         self.decay = decay
-        sparsifier.step.sync()
+        sparsifier.attachment.sync()
         self._latent = [flat.clone() for flat in sparsifier.step.training.weights.flats]
         self._others = {name: p.detach().clone() for name, p in self._other_parameters()}
         _require_finite(self._latent, self._others)
@@ -81,8 +81,8 @@ class LatentAverage(NotPickled):
         Raises:
             StateError: the model was moved or cast after the average began.
         """
-        self.sparsifier.step.require_attached()
-        self.sparsifier.step.sync()
+        self.sparsifier.attachment.require_open()
+        self.sparsifier.attachment.sync()
         flats = self.sparsifier.step.training.weights.flats
         if [_kind(f) for f in flats] != [_kind(f) for f in self._latent]:
             raise StateError(

@@ -16,3 +16,13 @@ def synchronizes(device: torch.device) -> bool:
         False
     """
     return device.type != "cpu"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is captured, when nothing can be read on the host.
+
+    Example:
+        >>> is_capturing(torch.device("cpu"))
+        False
+    """
+    return synchronizes(device) and torch.cuda.is_current_stream_capturing()

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .context import MethodContext
+from .deprecation import renamed_names, warn_renamed
+from .engine.attachment import Attachment
 from .engine.binding import bind
 from .engine.copies import NotPickled
 from .engine.finish import check_count, settle
 from .engine.gradients import check_passes, own_parameters
 from .engine.health import Health, count_pruned_by
 from .engine.state_dict import StateDicts
-from .engine.step import Step
 from .engine.training import Training
 from .engine.turns import not_reached
 from .errors import StateError, printable, warn
@@ -31,6 +32,8 @@ from .weights.counts import count_zeros
 from .weights.latent import LatentWeights
 from .weights.ranks import check_ranks
 from .weights.shards import shard_like
+
+__getattr__ = renamed_names(__name__, {"sparsify": "sparsify"}, "torch_feather")
 
 
 class Sparsifier(NotPickled):
@@ -80,9 +83,10 @@ class Sparsifier(NotPickled):
         self._states = StateDicts(sparsity, total_steps, bound.fingerprint)
         self._fixed_mask: FixedMask | None = None
         self._learned_sparsity, self._reached = 0.0, False  # values at the time of the release
-        self.step = Step(training, self._health, self._states, (include, exclude))
+        self.attachment = Attachment(training, self._health, self._states, (include, exclude))
+        self.step = self.attachment.step
         try:
-            self.step.adopt_loaded_state()
+            self.attachment.adopt_loaded_state()
         except StateError:
             self._restore_latent()
             raise
@@ -105,8 +109,8 @@ class Sparsifier(NotPickled):
     def sparsity(self) -> float:
         """Fraction of the prunable weights that is pruned now."""
         training = self._training
-        if self.step.attached:
-            self.step.sync()
+        if self.attachment.is_open:
+            self.attachment.sync()
             counts = count_pruned_by(training.method, training.weights, training.pruning)
         else:
             zeros = [count_zeros(part) for part in training.binding.local]
@@ -120,7 +124,7 @@ class Sparsifier(NotPickled):
         Earlier models are denser and usually more accurate. Choose a best checkpoint only among
         models at the target.
         """
-        if not self.step.attached:
+        if not self.attachment.is_open:
             return self._reached
         return self.step_count >= self._training.method.target_step
 
@@ -136,16 +140,16 @@ class Sparsifier(NotPickled):
         Methods that learn their thresholds do not reach a target exactly. The final exact-count
         pruning corrects their count. For all other methods this is `sparsity`.
         """
-        if not self.step.attached:
+        if not self.attachment.is_open:
             return self._learned_sparsity
-        self.step.sync()
+        self.attachment.sync()
         training = self._training
         counts = training.method.summary(training.weights, training.pruning).learned_counts
         return self.sparsity if counts is None else int(counts.sum()) / training.weights.size
 
     def thresholds(self) -> dict[str, Tensor]:
         """Return the current threshold tau of each weight tensor, by name; 0-dimensional."""
-        self.step.sync()
+        self.attachment.sync()
         training = self._training
         return {
             name: training.method.threshold(training.weights, training.pruning, i).clone()
@@ -155,17 +159,17 @@ class Sparsifier(NotPickled):
     def masks(self) -> dict[str, Tensor]:
         """Return the masks of kept weights (True), by name; shaped and sharded as the weights."""
         training = self._training
-        if not self.step.attached:
+        if not self.attachment.is_open:
             return self._by_name([part.detach() != 0 for part in training.binding.local])
-        self.step.sync()
+        self.attachment.sync()
         every = range(len(training.weights.views))
         method, weights = training.method, training.weights
         return self._by_name([~method.pruned(weights, training.pruning, i) for i in every])
 
     def latent_weights(self) -> dict[str, Tensor]:
         """Return copies of the dense weights that the optimizer trains, by name."""
-        self.step.require_attached()
-        self.step.sync()
+        self.attachment.require_open()
+        self.attachment.sync()
         return self._by_name([view.clone() for view in self._training.weights.views])
 
     def _by_name(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -179,7 +183,7 @@ class Sparsifier(NotPickled):
         Args:
             example_input: an input of the model, to count multiply-adds with.
         """
-        self.step.sync()
+        self.attachment.sync()
         names = set(self._training.binding.names)
         found = report(
             self.model,
@@ -200,7 +204,7 @@ class Sparsifier(NotPickled):
         Raises:
             StateError: names the weights and the ranks that differ from the first; on all ranks.
         """
-        self.step.sync()
+        self.attachment.sync()
         binding, training = self._training.binding, self._training
         check_ranks(self.model, binding.names, binding.parameters, training.weights, training.count)
 
@@ -212,7 +216,7 @@ class Sparsifier(NotPickled):
         They step after the optimizer and must not be passed to it. Most methods have none. To clip
         their gradients too, call `complete_gradients()` first.
         """
-        return own_parameters(self._training.method) if self.step.attached else []
+        return own_parameters(self._training.method) if self.attachment.is_open else []
 
     @property
     def clips_own_parameters(self) -> bool:
@@ -229,7 +233,7 @@ class Sparsifier(NotPickled):
         pass of a step, before clipping. With a `GradScaler`, first call `scaler.unscale_` on each
         optimizer. Without new gradients, and after `finalize`, it does nothing.
         """
-        if self.step.attached:
+        if self.attachment.is_open:
             self._training.complete_gradients()
 
     def passes(self, count: int | None = None) -> Iterator[float]:
@@ -250,15 +254,15 @@ class Sparsifier(NotPickled):
         """
         count = check_passes(self._training.method.facts.passes if count is None else count)
         for number in range(count):
-            if self.step.attached:
+            if self.attachment.is_open:
                 self._training.begin_pass(number)
             yield 1 / count
-            if count > 1 and self.step.attached:
+            if count > 1 and self.attachment.is_open:
                 self._training.end_pass()
 
     def __getattr__(self, name: str) -> Any:
         if name == "own_sparsity":
-            warn("own_sparsity is now called learned_sparsity.", DeprecationWarning)
+            warn_renamed("Sparsifier.own_sparsity", "Sparsifier.learned_sparsity")
             return self.learned_sparsity
         # Also called if a property raised AttributeError: raise the original error again.
         return object.__getattribute__(self, name)
@@ -284,12 +288,12 @@ class Sparsifier(NotPickled):
             StateError: the target is not reached, or not exactly; or within a step.
             NonFiniteWeightError: a parameter of the model, or a threshold, is not finite.
         """
-        self.step.require_between_steps()
+        self.attachment.require_between_steps()
         if not self.at_target and not force:
             steps = self.step_count, self.total_steps
-            raise not_reached(*steps, self.sparsity, self.target, self.step.unequal())
+            raise not_reached(*steps, self.sparsity, self.target, self.step.turns.unequal())
         training = self._training
-        kept, pruned_again = settle(training, self.step.sync)
+        kept, pruned_again = settle(training, self.attachment.sync)
         state = training.weights, training.pruning
         pruned, summary = count_pruned_by(training.method, *state), training.method.summary(*state)
         learned = pruned if summary.learned_counts is None else summary.learned_counts
@@ -308,7 +312,7 @@ class Sparsifier(NotPickled):
             check_count(int(pruned.sum()), training.weights.size, self.target)
         if self._reached and summary.violation:
             warn(f"The network has its target sparsity, but {summary.violation}")
-        self.step.release()
+        self.attachment.release()
         if keep_masks:
             # A kept weight that happens to be 0, as in a layer that starts at 0, is still trained.
             every = range(len(training.weights.views))
@@ -329,19 +333,19 @@ class Sparsifier(NotPickled):
             self._fixed_mask.remove()
             self._fixed_mask = None
             return self.model
-        self.step.require_between_steps()
+        self.attachment.require_between_steps()
         self._restore_latent()
         forget(self.model)
         return self.model
 
     def _restore_latent(self) -> None:
-        self.step.sync()
+        self.attachment.sync()
         self._training.write(self._training.weights.views)
-        self.step.release()
+        self.attachment.release()
 
     def reset_latents(self) -> None:
         """Set the latent weights to the present values of the parameters, zeros included."""
-        self.step.require_attached()
+        self.attachment.require_open()
         training = self._training
         training.follow_parameters()
         training.read_latent(range(len(training.binding.weights)))
@@ -359,7 +363,7 @@ class Sparsifier(NotPickled):
 
         Not needed if the optimizer's state dict is saved, which contains the same.
         """
-        self.step.sync()
+        self.attachment.sync()
         names = self._training.binding.names
         return {name: self._states.export(self._training, i) for i, name in enumerate(names)}
 
@@ -369,7 +373,7 @@ class Sparsifier(NotPickled):
         Raises:
             StateError: it belongs to another model, method, target or number of steps.
         """
-        self.step.require_attached()
+        self.attachment.require_open()
         names = self._training.binding.names
         every = range(len(names))
         if not isinstance(state, Mapping) or not all(

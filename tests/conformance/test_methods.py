@@ -549,7 +549,7 @@ def test_casting_keeps_learned_thresholds():
     [before] = copy.deepcopy(run.sparsifier.parameters())
     run.model.double()
     run.loop.dtype = torch.float64
-    run.sparsifier.step.sync()
+    run.sparsifier.attachment.sync()
     assert torch.equal(run.sparsifier.parameters()[0], before.double())
     run.train(3, TOTAL)
     assert_exact(run)

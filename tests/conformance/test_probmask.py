@@ -490,7 +490,7 @@ def test_moving_the_model_keeps_every_probability_with_its_weight(move):
         run.loop.dtype = torch.float64
     else:
         run.model.to(memory_format=torch.channels_last)
-    run.sparsifier.step.sync()
+    run.sparsifier.attachment.sync()
     for p, q in zip(before, run.sparsifier.parameters(), strict=True):
         assert torch.equal(p.to(q), q)
     for name, w in run.sparsifier.latent_weights().items():

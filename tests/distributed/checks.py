@@ -487,7 +487,7 @@ def sharding_after_sparsify(folder):
         step(model, optimizer, many, number, ranks=(dist.get_rank(), 2))
         if number > 0:  # the first gradients came without the rule
             continue
-        many.step.sync()
+        many.attachment.sync()
         assert all(isinstance(t, DTensor) for t in many.latent_weights().values())
     assert zeros(model) == zeros(alone)
 

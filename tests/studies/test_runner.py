@@ -140,7 +140,7 @@ def test_an_option_of_version_0_1_has_the_same_run_name_and_matches_its_row(row)
     """Version 0.1 called the option `lr` of probmask `rate`."""
     new, old = (GridAxes([0.9], [0], [f"probmask:{name}=0.02"]) for name in ("lr", "rate"))
     runs = grid(resolve_config("cifar100"), new.variants, new)
-    with pytest.warns(DeprecationWarning, match="'rate' of method 'probmask' is now called 'lr'"):
+    with pytest.warns(DeprecationWarning, match="'probmask' is deprecated. Use 'lr'"):
         runs += grid(resolve_config("cifar100"), old.variants, old)
     assert {run.name for run in runs} == {"cifar100-probmask-rate0.02-0.9-0"}
     assert [run.config.options for run in runs] == [{"lr": 0.02}] * 2

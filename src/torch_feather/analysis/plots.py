@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..deprecation import renamed_names
 from ..operators import power_threshold
 from .stability import correlations, read_masks
+
+__getattr__ = renamed_names(__name__, {"look": "line_style", "draw_run": "plot_run"})
 
 # Colours of Okabe and Ito, distinct with all kinds of colour vision; purple replaces yellow, which
 # is too light for lines.
@@ -305,14 +307,3 @@ def power_name(p: float) -> str:
         ('p = 1 (soft)', 'p = 3')
     """
     return {1.0: "p = 1 (soft)", float("inf"): "p = ∞ (hard)"}.get(p, f"p = {p:g}")
-
-
-def __getattr__(name: str) -> Any:
-    """Provide the names of version 0.1 with a `DeprecationWarning`."""
-    renamed = {"look": line_style, "draw_run": plot_run}
-    if name in renamed:
-        new = renamed[name]
-        message = f"{__name__}.{name} is deprecated; use {new.__name__} instead."
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
-        return new
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -165,6 +165,6 @@ def bench(  # long: each option has its help
 
 
 def _warn_choices() -> None:
-    from ..training.deprecation import warn_renamed
+    from ..deprecation import warn_renamed
 
     warn_renamed("--choices", "--tuning")

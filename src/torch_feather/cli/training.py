@@ -194,7 +194,7 @@ def train(
     overrides = {key: value for key, value in named_options.items() if value is not None}
     overrides |= parse_assignments(settings or [])
     if settings:
-        from ..training.deprecation import warn_renamed
+        from ..deprecation import warn_renamed
 
         key, _, value = settings[0].partition("=")
         (first,) = as_flags([f"--{key}={value}"])  # a flag, or as it was

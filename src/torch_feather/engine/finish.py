@@ -31,8 +31,8 @@ def settle(training: Training, sync: Callable[[], None]) -> tuple[bool, bool]:
         >>> from torch_feather import sparsify
         >>> model = nn.Linear(10, 10)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> step = sparsify(model, optimizer, sparsity=0.9, total_steps=8).step
-        >>> settle(step.training, step.sync)
+        >>> sparsifier = sparsify(model, optimizer, sparsity=0.9, total_steps=8)
+        >>> settle(sparsifier.step.training, sparsifier.attachment.sync)
         (False, False)
     """
     if training.is_unmodified():

@@ -93,7 +93,7 @@ class Health:
                 self.inspect(weights, local, method, pruning, step)
             if int(step) == self._total_steps:
                 self.raise_if_not_finite(weights, local, method, pruning)
-        elif not torch.cuda.is_current_stream_capturing():
+        elif not devices.is_capturing(weights.device):
             if self._is_last(step):
                 self.raise_if_not_finite(weights, local, method, pruning)
             if self._pending is None and self._steps % POLL == 0:

@@ -35,8 +35,9 @@ class StateDicts:
         >>> from torch_feather import sparsify
         >>> model = nn.Linear(10, 10)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> step = sparsify(model, optimizer, sparsity=0.9, total_steps=8).step
-        >>> list(step.states.export(step.training, 0))
+        >>> training = sparsify(model, optimizer, sparsity=0.9, total_steps=8).step.training
+        >>> states = StateDicts(0.9, 8, training.method.fingerprint)
+        >>> list(states.export(training, 0))
         ['latent', 'header', 'zeros']
     """
 

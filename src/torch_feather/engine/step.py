@@ -5,41 +5,31 @@
     optimizer.step            any optimizer updates w
     optimizer.step, after     the schedule advances; thresholds move; parameters become u = R(w)
 
-The pieces take values and return values, and never call back. Only this file composes them.
+The pieces take values and return values, and never call back. Only this file composes them;
+`attachment.py` calls it at the steps of the optimizers.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import devices
-from ..errors import StateError, some
-from ..prunable import Filters
+from ..errors import some
 from ..weights.latent import copy_all
-from ..weights.ranges import forget_arrays
 from .averages import warn_of_averages
-from .binding import attached
-from .foreign import release_optimizers, watch_optimizers
+from .first_step import check_not_replaced, several_processes
 from .health import Health
-from .hooks import Handlers, OptimizerHooks, only_initializes
+from .hooks import only_initializes
 from .late import LateWeights
-from .loss_scale import watch_scalers
 from .no_grad import no_grad
-from .state_dict import StateDicts
-from .step_in_backward import half_done, in_backward, incomplete
+from .step_in_backward import check_supported, in_backward, incomplete
 from .training import Training
-from .turns import surplus, unequal
-from .wrappers import levels_of
+from .turns import Turns
 
 
 @dataclass
@@ -54,13 +44,13 @@ class OneOptimizer:
         holds_latent: whether its parameters hold latent weights now.
         initializes: whether the present step only initializes its state.
         in_backward: whether the present step is inside a backward pass.
-        steps: number of its steps in this process.
         forward_values: values of its parameters in the forward pass, during a step inside the
             backward pass.
 
     Example:
+        >>> import torch
         >>> from torch_feather import sparsify
-        >>> model = nn.Linear(10, 10)
+        >>> model = torch.nn.Linear(10, 10)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> one = sparsify(model, optimizer, sparsity=0.9, total_steps=2).step.optimizers[0]
         >>> one.held, one.last, one.holds_latent
@@ -74,68 +64,46 @@ class OneOptimizer:
     holds_latent: bool = False
     initializes: bool = False
     in_backward: bool = False
-    steps: int = 0
     forward_values: list[Tensor] = field(default_factory=list)
 
 
 class Step:
-    """Composes hooks, weights, method and checks into the step of one or several optimizers.
+    """Composes weights, method and checks into the step of one or several optimizers.
 
     Args:
         training: the weights and the method on them.
         health: the checks after a step.
-        states: reads and writes state dicts.
-        filters: include and exclude, for parameters that are added to an optimizer later.
+        late: notices weights that begin to train later.
+        total_steps: optimizer steps of the whole training.
+
+    Attributes:
+        training: the weights and the method on them.
+        optimizers: the optimizers; the schedule advances when the last one has stepped.
+        turns: how often each of them has stepped.
 
     Example:
+        >>> import torch
         >>> from torch_feather import sparsify
-        >>> model = nn.Linear(10, 10)
+        >>> model = torch.nn.Linear(10, 10)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> step = sparsify(model, optimizer, sparsity=0.9, total_steps=2).step
-        >>> optimizer.step()
+        >>> optimizer.step()  # calls step.before and step.after
         >>> int(step.training.count)
         1
     """
 
-    def __init__(
-        self,
-        training: Training,
-        health: Health,
-        states: StateDicts,
-        filters: tuple[Filters, Filters],
-    ):
-        self.training, self.health, self.states = training, health, states
-        self._stepped, self.attached = False, True
-        self._warned_of_averages = False
+    def __init__(self, training: Training, health: Health, late: LateWeights, total_steps: int):
+        self.training, self._health, self._late = training, health, late
+        self._stepped, self._warned_of_averages = False, False
         binding = training.binding
-        self._late = LateWeights(training.model, binding, filters)
-        if training.method.facts.completes and len(binding.optimizers) > 1:
-            watch_scalers()
         last = len(binding.optimizers) - 1
         self.optimizers = [
             OneOptimizer(o, one, binding.held_by(o), o == last)
             for o, one in enumerate(binding.optimizers)
         ]
-        self._hooks = [
-            OptimizerHooks(levels_of(one.optimizer), self._handlers(one)) for one in self.optimizers
-        ]
-        self._things = [level for hooks in self._hooks for level in hooks.levels]
-        for thing in (*self._things, *binding.parameters):
-            attached[thing] = weakref.ref(self)
-        watch_optimizers()
+        names = [type(one.optimizer).__name__ for one in self.optimizers]
+        self.turns = Turns(names, [bool(one.held) for one in self.optimizers], total_steps)
         training.write_effective()
-
-    def _handlers(self, one: OneOptimizer) -> Handlers:
-        return Handlers(
-            before=partial(self.before, one),
-            ready=partial(self._ready, one),
-            after=partial(self.after, one),
-            closure=partial(self._inside_closure, one),
-            failed=partial(self._failed, one),
-            save=partial(self._save, one),
-            load=partial(self._load, one),
-            entries=partial(self._entries, one),
-        )
 
     @no_grad
     def before(self, one: OneOptimizer, closure: bool, ready: bool = True) -> None:
@@ -146,8 +114,7 @@ class Step:
             closure: whether the step has a closure, which computes the gradients later.
             ready: whether the gradients are ready; a wrapper may change them first.
         """
-        self._late.warn(one.optimizer)
-        self._check_surplus(one)
+        self._check(one)
         one.initializes = only_initializes(one.optimizer)
         one.in_backward = self.training.in_backward.is_open or in_backward()
         if one.in_backward:
@@ -160,11 +127,23 @@ class Step:
         self._write_latent(one, check=not absorbed)
 
     @no_grad
-    def _ready(self, one: OneOptimizer) -> None:
+    def ready(self, one: OneOptimizer) -> None:
         """Within a step of a wrapper: complete its gradients, with effective weights."""
         if self.training.method.facts.completes and one.holds_latent:
-            with self._inside_closure(one):
+            with self.inside_closure(one):
                 pass
+
+    @contextmanager
+    def inside_closure(self, one: OneOptimizer) -> Iterator[None]:
+        """Around a closure: the network uses effective weights."""
+        self._read_latent(one)
+        self.training.write_effective()
+        try:
+            yield
+            self.training.complete_gradients(one.optimizer)
+            self._settle(one)
+        finally:
+            self._write_latent(one)
 
     @no_grad
     def after(self, one: OneOptimizer, taken: bool = True) -> None:
@@ -181,11 +160,9 @@ class Step:
         self._read_latent(one)
         # A fused optimizer under GradScaler decides on the device whether it steps.
         skipped = getattr(one.optimizer, "found_inf", None)
-        if skipped is None:
-            counts: bool | Tensor = taken and not one.initializes
-        else:
-            counts = (skipped == 0) & taken
-        one.steps += taken and not one.initializes
+        taken = taken and not one.initializes
+        self.turns.add(one.number, taken)
+        counts = taken if skipped is None else (skipped == 0) & taken
         self._advance(counts if one.last else False)
 
     def _advance(self, taken: bool | Tensor) -> None:
@@ -197,10 +174,16 @@ class Step:
         if not self._stepped:
             self.warn_of_averages()
         self._stepped = True
-        self.health.check(
+        self._health.check(
             training.weights, training.binding.local, training.method, training.pruning,
             training.count, training.written.nonfinite,
         )  # fmt: skip
+
+    def failed(self, one: OneOptimizer) -> None:
+        """After a step that raised: parameters become u again."""
+        if one.holds_latent:
+            self._read_latent(one)
+        self.training.recover()
 
     def _write_latent(self, one: OneOptimizer, check: bool = False) -> None:
         self.training.write_latent(one.held, check)
@@ -215,81 +198,15 @@ class Step:
         if self.training.changes_gradients:
             self.training.assigned.settle(one.held, self.training.binding.parameters)
 
-    @contextmanager
-    def _inside_closure(self, one: OneOptimizer) -> Iterator[None]:
-        """Around a closure: the network uses effective weights."""
-        self._read_latent(one)
-        self.training.write_effective()
-        try:
-            yield
-            self.training.complete_gradients(one.optimizer)
-            self._settle(one)
-        finally:
-            self._write_latent(one)
-
-    def _failed(self, one: OneOptimizer) -> None:
-        """After a step that raised: parameters become u again."""
-        if one.holds_latent:
-            self._read_latent(one)
-        self.training.recover()
-
-    def sync(self) -> None:
-        """Outside of a step: let latent and effective weights follow external writes.
-
-        Raises:
-            StateError: a step inside the backward pass is incomplete.
-        """
-        if self.training.in_backward.is_open:
-            if in_backward():
-                raise half_done()
-            self._raise_incomplete()
-        in_step = any(one.holds_latent for one in self.optimizers)
-        if self.attached and not in_step and self.training.absorb_external_writes():
-            self.training.write_effective()
-
-    def release(self) -> None:
-        """Remove all hooks from optimizers and parameters."""
-        self.attached = False
-        self.training.release()
-        forget_arrays(self.training.weights)
-        for hooks in self._hooks:
-            hooks.release()
-        for thing in (*self._things, *self.training.binding.parameters):
-            attached.pop(thing, None)
-        self._things.clear()
-        release_optimizers()
-
-    def require_attached(self) -> None:
-        """Raise StateError after `release`."""
-        if not self.attached:
-            raise StateError(
-                "This sparsifier was finalized or detached. Call sparsify again for a new one."
-            )
-
-    def require_between_steps(self) -> None:
-        """Raise StateError after `release`, or within a step of an optimizer."""
-        self.require_attached()
-        if any(hooks.stepping for hooks in self._hooks):
-            raise StateError(
-                "Within optimizer.step the parameters hold latent weights, so sparse training "
-                "cannot end there: not in a closure, nor in a step hook that was registered before "
-                "sparsify was called. Call finalize() or detach() after the step."
-            )
-
     # Optimizers that step inside the backward pass
 
     def _before_in_backward(self, one: OneOptimizer, closure: bool) -> None:
         if not one.held:
             return
-        fix = "Step after the backward pass: this optimizer steps inside it, and "
-        if self.training.method.facts.completes:
-            raise StateError(fix + "the method needs the gradients of all weights at once.")
-        if closure or getattr(one.optimizer, "found_inf", None) is not None:
-            raise StateError(fix + "neither closures nor GradScaler are supported there.")
-        if isinstance(self.training.model, nn.parallel.DistributedDataParallel):
-            raise StateError(fix + "DistributedDataParallel has not averaged the gradients yet.")
+        scaled = getattr(one.optimizer, "found_inf", None) is not None
+        check_supported(self.training.method.facts, self.training.model, closure or scaled)
         if self.training.in_backward.has(one.number):
-            self._raise_incomplete()
+            self.raise_incomplete()
         self.training.absorb_external_writes()
         held = self.training.binding.local
         one.forward_values = [held[i].detach().clone() for i in one.held]
@@ -305,93 +222,33 @@ class Step:
         if self.training.in_backward.add(one.number):
             self._advance(True)
 
-    def _raise_incomplete(self) -> None:
+    def raise_incomplete(self) -> None:
+        """End the open step inside a backward pass that is over, and raise StateError."""
         missing = self.training.in_backward.missing()
         self.training.recover()
         weights = self.training.binding.weights
         raise incomplete(some([w.name for w in weights if w.optimizer in missing]))
 
+    # Checks of changes by other code
+
+    def _check(self, one: OneOptimizer) -> None:
+        """Warn of weights that begin to train; raise for a step beyond the last one."""
+        self._late.warn(one.optimizer)
+        several = len(self.optimizers) > 1 and one.last
+        if several and not devices.is_capturing(self.training.weights.device):
+            self.turns.check(self.training.count)
+
+    def _check_sparse_start(self) -> None:
+        """Raise if effective weights of another process replaced the local ones before step 1."""
+        training, weights = self.training, self.training.weights
+        if self._stepped or weights.shards is not None or not several_processes():
+            return
+        if not devices.is_capturing(weights.device):
+            every = range(len(weights.views))
+            pruned = [training.method.pruned(weights, training.pruning, i) for i in every]
+            check_not_replaced(pruned, training.binding.parameters)
+
     def warn_of_averages(self) -> None:
         """Warn once if another library averages the model, which would be dense."""
         if not self._warned_of_averages:
             self._warned_of_averages = warn_of_averages(self.training.binding.parameters)
-
-    # State dicts
-
-    def _save(self, one: OneOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self.sync()
-        return self.states.save(self.training, one.optimizer, one.held, state_dict)
-
-    @no_grad
-    def _entries(self, one: OneOptimizer) -> dict[Tensor, dict[str, Tensor]]:
-        """Return the entries that a copy of an optimizer takes along."""
-        self.sync()
-        return self.states.live(self.training, one.optimizer, one.held)
-
-    def _load(
-        self, one: OneOptimizer, load_state_dict: Callable[..., Any], state_dict: dict[str, Any]
-    ) -> Any:
-        plain, entries = self.states.read(self.training, one.held, state_dict)
-        result = load_state_dict(plain)
-        self.states.load(self.training, entries, one.held)
-        self.health.resume_at(int(self.training.count))
-        return result
-
-    def adopt_loaded_state(self) -> None:
-        """Load latent weights that were loaded into the optimizers before `sparsify`.
-
-        Raises:
-            StateError: the state belongs to another run.
-        """
-        for one in self.optimizers:
-            if self.states.adopt(self.training, one.optimizer, one.held):
-                self.health.resume_at(int(self.training.count))
-
-    # Checks of changes by other code
-
-    def _check_sparse_start(self) -> None:
-        """Raise if effective weights of another process replaced the local ones before step 1.
-
-        The latent weights of that process were not copied. So training would continue with its
-        zeros as latent weights.
-        """
-        if self._stepped or self.training.weights.shards is not None:
-            return
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-            return
-        if self._is_captured():
-            return
-        training = self.training
-        every = range(len(training.weights.views))
-        pruned = [training.method.pruned(training.weights, training.pruning, i) for i in every]
-        zeros = [parameter.detach() == 0 for parameter in training.binding.parameters]
-        counts = [sum(int(mask.sum()) for mask in masks) for masks in (pruned, zeros)]
-        if 0 < counts[0] == counts[1] and not all(map(torch.equal, pruned, zeros)):
-            raise StateError(
-                "Between sparsify and the first step, the effective weights of another process "
-                "replaced those of this one. DistributedDataParallel does so when it wraps a "
-                "model. The latent weights were not replaced. Wrap the model first, then call "
-                "sparsify. If the weights were loaded deliberately, call "
-                "sparsifier.reset_latents()."
-            )
-
-    def _check_surplus(self, one: OneOptimizer) -> None:
-        """Raise for a step beyond `total_steps` if another order of the optimizers was meant."""
-        if len(self.optimizers) == 1 or not one.last or one.steps < 2:
-            return
-        if self._is_captured() or not (counts := self.unequal()):
-            return
-        others = [other.steps for other in self.optimizers if other.held]
-        if min(others) < one.steps and int(self.training.count) >= self.states.total_steps:
-            raise surplus(counts, self.states.total_steps)
-
-    def unequal(self) -> str:
-        """Return a sentence about optimizers that step unequally often; '' if they do not."""
-        counted = [one for one in self.optimizers if one.held or one.last]
-        names = [type(one.optimizer).__name__ for one in counted]
-        return unequal(names, [one.steps for one in counted])
-
-    def _is_captured(self) -> bool:
-        """Return whether a CUDA graph is captured, when nothing can be read on the host."""
-        accelerated = devices.synchronizes(self.training.weights.device)
-        return accelerated and torch.cuda.is_current_stream_capturing()

@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from ..errors import StateError
+from ..methods.base import Facts
 
 
 def in_backward() -> bool:
@@ -66,6 +68,26 @@ class InBackwardStep:
     def missing(self) -> frozenset[int]:
         """Return the optimizers that have not stepped."""
         return self._holders - self._stepped
+
+
+def check_supported(facts: Facts, model: nn.Module, closure_or_scaler: bool) -> None:
+    """Raise StateError for an optimizer that cannot step inside the backward pass.
+
+    Args:
+        facts: those of the method.
+        model: the model.
+        closure_or_scaler: whether the step has a closure, or a `GradScaler` takes it.
+
+    Example:
+        >>> check_supported(Facts(), nn.Linear(2, 2), False)
+    """
+    fix = "Step after the backward pass: this optimizer steps inside it, and "
+    if facts.completes:
+        raise StateError(fix + "the method needs the gradients of all weights at once.")
+    if closure_or_scaler:
+        raise StateError(fix + "neither closures nor GradScaler are supported there.")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise StateError(fix + "DistributedDataParallel has not averaged the gradients yet.")
 
 
 def half_done() -> StateError:

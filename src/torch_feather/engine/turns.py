@@ -10,29 +10,68 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import StateError
 
 
-def unequal(names: Sequence[str], steps: Sequence[int]) -> str:
-    """Return a sentence about optimizers that step unequally often; '' if they do not.
-
-    A GradScaler may skip some steps of one optimizer, so small differences do not count.
+class Turns:
+    """Counts the steps of each optimizer in this process.
 
     Args:
         names: classes of the optimizers.
-        steps: the number of steps of each.
+        holds: whether each optimizer holds prunable weights.
+        total_steps: optimizer steps of the whole training.
 
     Example:
-        >>> unequal(["SGD", "Adam"], [2, 10])
-        'The optimizers step unequally often: SGD (0) 2 times, Adam (1) 10 times.'
-        >>> unequal(["SGD", "Adam"], [9, 10])
+        >>> turns = Turns(["SGD", "Adam"], [True, True], 10)
+        >>> for number in (0, 0, 1, 1, 1, 1, 1):
+        ...     turns.add(number)
+        >>> turns.unequal()
+        'The optimizers step unequally often: SGD (0) 2 times, Adam (1) 5 times.'
+        >>> for _ in range(2):
+        ...     turns.add(0)
+        >>> turns.unequal()
         ''
     """
-    if len(steps) < 2 or 3 * min(steps) >= 2 * max(steps):
-        return ""
-    pairs = zip(names, steps, strict=True)
-    found = [f"{name} ({number}) {n} times" for number, (name, n) in enumerate(pairs)]
-    return f"The optimizers step unequally often: {', '.join(found)}."
+
+    def __init__(self, names: Sequence[str], holds: Sequence[bool], total_steps: int):
+        self._names, self._holds, self._total = names, holds, total_steps
+        self._steps = [0] * len(names)
+
+    def add(self, number: int, taken: bool = True) -> None:
+        """Count a step of an optimizer, if it was taken."""
+        self._steps[number] += taken
+
+    def unequal(self) -> str:
+        """Return a sentence about optimizers that step unequally often; '' if they do not.
+
+        Optimizers without prunable weights count only if they are the last one. A GradScaler may
+        skip some steps of one optimizer, so small differences do not count.
+        """
+        last = len(self._names) - 1
+        counted = [o for o, holds in enumerate(self._holds) if holds or o == last]
+        steps = [self._steps[o] for o in counted]
+        if len(steps) < 2 or 3 * min(steps) >= 2 * max(steps):
+            return ""
+        pairs = [f"{self._names[o]} ({n}) {self._steps[o]} times" for n, o in enumerate(counted)]
+        return f"The optimizers step unequally often: {', '.join(pairs)}."
+
+    def check(self, count: Tensor) -> None:
+        """Raise for a step beyond `total_steps` if another order of the optimizers was meant.
+
+        Args:
+            count: optimizer steps taken, 0-dimensional. The host reads it if steps are unequal.
+
+        Raises:
+            StateError: the last optimizer steps again, and others have stepped less often.
+        """
+        last = self._steps[-1]
+        if last < 2 or not (counts := self.unequal()):
+            return
+        least = min(n for n, holds in zip(self._steps, self._holds, strict=True) if holds)
+        if least < last and int(count) >= self._total:
+            raise surplus(counts, self._total)
 
 
 COUNTED = (
@@ -45,7 +84,7 @@ def surplus(counts: str, total_steps: int) -> StateError:
     """Return the error for a step beyond `total_steps` of optimizers that step unequally often.
 
     Args:
-        counts: result of `unequal`.
+        counts: result of `Turns.unequal`.
         total_steps: optimizer steps of the whole training.
 
     Example:
@@ -73,7 +112,7 @@ def not_reached(steps: int, total: int, sparsity: float, target: Any, counts: st
         total: `total_steps`.
         sparsity: the sparsity now.
         target: the target.
-        counts: result of `unequal`.
+        counts: result of `Turns.unequal`.
 
     Example:
         >>> str(not_reached(0, 8, 0.0, 0.9, "")).split(". ")[2]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
+from ..deprecation import warn_renamed
 from ..errors import ConfigurationError, nearest, option, printable
 from ..import_path import import_object
 from .base import AnyMethod
@@ -236,11 +236,7 @@ def build_method(name: str, *, sparsity: float, **options: Any) -> AnyMethod:
     factory, known = find_method(name), method_options(name)
     for old, new in RENAMED_OPTIONS.get(name, {}).items():
         if old in options:
-            warnings.warn(
-                f"Option {old!r} of method {name!r} is now called {new!r}.",
-                DeprecationWarning,
-                stacklevel=3,
-            )
+            warn_renamed(f"Option {old!r} of method {name!r}", repr(new), stacklevel=4)
     options = current_options(name, options)
     parameters = _parameters(name, factory)
     free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())

@@ -1,8 +1,6 @@
 """Sparse inference on CPUs: `compile_sparse`, and measured costs of weights (needs llvmlite)."""
 
-import warnings
-from typing import Any
-
+from ..deprecation import renamed_names
 from .costs import layer_milliseconds
 from .errors import CaptureError, InputError, RuntimeMissingError
 from .module import SparseModule, compile_sparse
@@ -21,13 +19,4 @@ __all__ = [
     "save_compiled",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "Choice":
-        message = (
-            "torch_feather.runtime.Choice is deprecated and will be removed in the next release. "
-            "Use LayerTuning."
-        )
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
-        return LayerTuning
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = renamed_names(__name__, {"Choice": "LayerTuning"})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_unflatten
 
+from ..deprecation import renamed_argument, warn_renamed
 from ..errors import StateError
 from .batch import BatchPlan
 from .capture import capture
@@ -35,7 +36,6 @@ from .inputs import Example, Inputs, arguments, tensors_of
 from .kernels import Tile
 from .layer import Layer
 from .plan import Plan, Sparse, Torch, can_run_sparse
-from .renamed import renamed, warn_renamed
 from .strides import with_strides
 from .timing import milliseconds
 from .tuning import LayerTuning, Tuning, distinct_ways, load_tuning, save_tuning, tune_layer
@@ -91,17 +91,17 @@ def compile_sparse(
         RuntimeMissingError: llvmlite is not installed.
 
     Example:
-        >>> import torch
-        >>> import torch_feather as feather
+        >>> import torch, torch_feather as feather
         >>> model = torch.nn.Linear(64, 8)
-        >>> with torch.no_grad():
-        ...     _ = model.weight.mul_(torch.rand(8, 64) < 0.05)
+        >>> _ = model.weight.data.mul_(torch.rand(8, 64) < 0.05)
         >>> sparse = feather.compile_sparse(model, torch.zeros(1, 64), threads=1)
         >>> sparse(torch.zeros(3, 64)).shape
         torch.Size([3, 8])
     """
-    tuning = renamed("choices", choices, "tuning", tuning)
-    chunk_size = renamed("at_a_time", at_a_time, "chunk_size", chunk_size)
+    tuning = renamed_argument("compile_sparse", "choices", choices, "tuning", tuning)
+    chunk_size = renamed_argument(
+        "compile_sparse", "at_a_time", at_a_time, "chunk_size", chunk_size
+    )
     threads = torch.get_num_threads() if threads is None else threads
     return SparseModule(model, example_input, threads, tuning, chunk_size)
 

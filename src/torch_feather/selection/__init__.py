@@ -11,12 +11,14 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .. import devices
+from ..deprecation import renamed_names
 from .cpu import select_cpu
 from .cutoff import Cutoff
 from .device import select_device
 from .sharded import select_sharded
 
 __all__ = ["Cutoff", "select", "select_sharded"]
+__getattr__ = renamed_names(__name__, {"Cut": "Cutoff"})
 
 
 def select(fill: Callable[[], Tensor], k: Tensor) -> Cutoff:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..deprecation import warn_renamed
 from ..errors import ConfigurationError, nearest
 from ..training import Config, resolve_config
 from ..training.config import DENSE, apply, flatten, to_dict
@@ -82,8 +82,7 @@ def _options_of_variant(
     for option, value in variant.get("options", {}).items():
         name = current_option(method, option)
         if name != option:
-            message = f"Option {option!r} of method {method!r} is now called {name!r}."
-            warnings.warn(message, DeprecationWarning, stacklevel=4)
+            warn_renamed(f"Option {option!r} of method {method!r}", repr(name), stacklevel=5)
         if name not in defaults:
             raise ConfigurationError(
                 f"{method} has no option {option!r}{nearest(option, defaults)}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ..deprecation import warn_renamed
 from ..errors import warn
 from .checkpoint import RunDirectory
 from .config import Config
-from .deprecation import warn_renamed
 
 
 class Callback:

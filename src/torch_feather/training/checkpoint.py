@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from ..deprecation import renamed_names, warn_renamed
 from ..errors import ConfigurationError, printable
 from ..participants import remember_names
 from .checkpoint_files import FORMAT, newest, set_aside, structure
 from .config import Config, apply, flatten, load_config, to_dict, to_yaml, upgrade
 from .content import read_json, read_json_lines
-from .deprecation import renamed_names, warn_renamed
 from .errors import CheckpointError, InUse, RunError
 from .schemas import RESULTS, history
 from .writing import remove_temporary_files, remove_unused, write_atomically, write_json

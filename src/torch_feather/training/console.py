@@ -16,13 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..deprecation import renamed_names
 from ..measure.report import EMPTY_MARK, LayerReport, Report
 from ..measure.report import percent as percent_of
 from .average_precision import MEAN_AVERAGE_PRECISION, measure_name
 from .callbacks import Callback
 from .checkpoint import RunDirectory
 from .config import Config
-from .deprecation import renamed_names
 from .terminal import control_characters_shown
 
 __getattr__ = renamed_names(__name__, {"ConsoleWatch": "ConsoleCallback"})

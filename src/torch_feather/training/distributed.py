@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .deprecation import renamed_names
+from ..deprecation import renamed_names
 from .errors import RunError
 
 T = TypeVar("T")

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from ..deprecation import renamed_argument
 from ..errors import install_hint
 from .automatic import choose_settings, with_class_names
 from .callbacks import Callback
@@ -19,7 +20,6 @@ from .checkpoint import RunDirectory, write_json
 from .checkpoint_files import newest, set_aside
 from .config import Config, SystemConfig
 from .data import load_dataset
-from .deprecation import warn_renamed
 from .distributed import Ranks, process_group
 from .errors import DamagedCheckpoint, RunError
 from .optimizer import check_warmup
@@ -69,9 +69,7 @@ def train(
         ...     train(config, folder)["report"]["sparsity"]
         0.5
     """
-    if watch is not None:
-        warn_renamed("train(watch=...)", "train(callback=...)")
-        callback = watch
+    callback = renamed_argument("train", "watch", watch, "callback", callback)
     with process_group() as ranks:
         callback = callback if callback is not None and ranks.first else Callback()
         run = RunDirectory(out)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..deprecation import renamed_names
 from ..errors import ConfigurationError
 from ..sparsifier import Sparsifier
 from .config import Config
 from .data import Batch
-from .deprecation import renamed_names
 from .distillation import Distillation
 from .distributed import Ranks
 from .losses import make_loss

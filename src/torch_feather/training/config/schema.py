@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ...deprecation import renamed_fields
 from ...errors import ConfigurationError, nearest, shorten
 from ...import_path import is_import_path
-from ..deprecation import renamed_fields
 from .checks import choice, finite, require, within
 from .optimizer import MOST_EPOCHS, OptimizerConfig
 

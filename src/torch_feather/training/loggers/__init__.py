@@ -8,11 +8,11 @@ from __future__ import annotations
 from functools import partial
 from importlib.util import find_spec
 
+from ...deprecation import renamed_names
 from ...errors import ConfigurationError, install_hint
 from ...import_path import import_object, is_import_path
 from ..callbacks import Callback
 from ..config import Config
-from ..deprecation import renamed_names
 from .base import LoggedRun, Logger
 from .callback import LoggerCallback
 from .csv_file import CSVLogger

@@ -33,6 +33,26 @@ def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
     warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
 
 
+def renamed_argument(function: str, old: str, given: Any, new: str, value: Any) -> Any:
+    """Return the value of an argument of `function`, also if it was given by its old name.
+
+    Args:
+        function: name of the function that calls `renamed_argument`.
+        old: the deprecated name.
+        given: the value by that name; None if it was not given.
+        new: the name to use instead.
+        value: the value by that name.
+
+    Example:
+        >>> renamed_argument("train", "watch", None, "callback", "mine")
+        'mine'
+    """
+    if given is None:
+        return value
+    warn_renamed(f"{function}({old}=...)", f"{function}({new}=...)", stacklevel=4)
+    return given
+
+
 def renamed_names(
     module: str, names: Mapping[str, str], target: str | None = None
 ) -> Callable[[str], Any]:
