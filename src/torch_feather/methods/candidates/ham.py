@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..feather import feather
 from .latent_update import UpdatedMethod, check_at_least_0
+from .phases import Phases
 
 LARGEST = 5.0  # bound on the exponent
 
@@ -44,18 +45,26 @@ class HAM:
 
 
 def feather_ham(
-    *, sparsity: float, alpha: float = 20.0, beta: float = 0.0, theta: float | str = "auto"
+    *,
+    sparsity: float,
+    alpha: float = 20.0,
+    beta: float = 0.0,
+    theta: float | str = "auto",
+    p: float = 3.0,
+    end: float = 0.5,
 ) -> UpdatedMethod:
     """Return `feather` with a multiplicative step on the latent weights after each step.
 
     Args:
         sparsity: final fraction of zeros.
         alpha, beta: as for `HAM`. Published for dense and masked training with alpha = 200.
-        theta: as for `feather`.
+        theta, p: as for `feather`.
+        end: fraction of training after which the sparsity has risen.
 
     Example:
         >>> feather_ham(sparsity=0.98, alpha=2.0).latent_update
         HAM(alpha=2.0, beta=0.0)
     """
-    parts = vars(feather(sparsity=sparsity, theta=theta))
+    schedule = "cubic" if end == 0.5 else Phases(float(end), count=0, last=1.0)
+    parts = vars(feather(sparsity=sparsity, theta=theta, p=p, schedule=schedule))
     return UpdatedMethod(**parts, latent_update=HAM(float(alpha), float(beta)))
