@@ -2,8 +2,9 @@
 
 Version 0.1 wrote `data/v0.1` with the loop, networks and settings of this module; the README there
 says how. The cube root differs from that of version 0.1 in the last bits, and powers, logarithms
-and fused multiply-adds differ between processors. So ends that depend on them are compared to 1e-5,
-and their zeros exactly. All other ends are compared bit for bit.
+and fused multiply-adds differ between processors; sums are taken in another order. So ends that
+depend on them are compared to 5e-5, and their zeros exactly: one bit of the latent weights moves
+the end of `feather-asl+` by up to 3e-5. All other ends are compared bit for bit.
 """
 
 import copy
@@ -74,8 +75,7 @@ STATES = {
 }
 # Training ends with the same bits on every processor.
 EVERYWHERE = {
-    *("feather-bfloat16", "soft-ste", "gmp-every", "st3", "spartan-bfloat16"),
-    *("asl", "asl-plus", "str", "str-decay"),
+    *("feather-bfloat16", "soft-ste", "gmp-every", "spartan-bfloat16"),
 }
 
 
@@ -211,7 +211,7 @@ def assert_same_end(
         if exact:
             assert_same_bits(value, written[name])
         else:
-            torch.testing.assert_close(value, written[name], rtol=0, atol=1e-5)
+            torch.testing.assert_close(value, written[name], rtol=0, atol=5e-5)
             assert torch.equal(value == 0, written[name] == 0)
 
 
@@ -238,12 +238,12 @@ def test_there_is_a_state_of_every_method():
 
 @pytest.mark.parametrize("order", [("model", "optimizers"), ("optimizers", "model")], ids="-".join)
 @pytest.mark.parametrize("name", STATES)
-def test_a_state_resumes_bit_for_bit(name, order):
+def test_a_state_resumes_to_the_same_end(name, order):
     assert_resumes(Training(STATES[name]).load(read_state(name), order), name)
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_a_state_that_is_loaded_before_sparsify_resumes_bit_for_bit(name):
+def test_a_state_that_is_loaded_before_sparsify_resumes_to_the_same_end(name):
     training = Training(STATES[name], attach=False).load(read_state(name))
     training.attach()
     assert_resumes(training, name)

@@ -97,6 +97,10 @@ WITHIN = {
         "WRITE_OUTSIDE_STEP": "engine.wrappers.WRITE_OUTSIDE_STEP",
         "plain_optimizer": "engine.wrappers.plain_optimizer",
     },
+    "transport": {
+        "BLOCK": "weights.latent.BLOCK",
+        "DEVICE_BLOCK": "weights.latent.DEVICE_BLOCK",
+    },
 }
 
 

@@ -242,7 +242,7 @@ def test_memory_is_freed_with_its_batch_size():
         used = []
         for batch in range(1, 12):
             network(torch.randn(batch, 3, 8, 8))
-            used += [weakref.ref(w) for w in network._pools[batch].free]
+            used += [weakref.ref(w) for w in network._pools[batch, network.threads].free]
         assert len(used) == 11
         assert sum(ref() is not None for ref in used) == module.MAX_BATCH_SIZES
     finally:
@@ -254,7 +254,7 @@ def test_successive_calls_use_the_same_memory():
     x = torch.randn(2, 3, 8, 8)
     for _ in range(20):
         network(x)
-    assert len(network._pools[2].free) == 1
+    assert len(network._pools[2, network.threads].free) == 1
 
 
 def test_results_do_not_share_memory_with_later_calls():
@@ -295,7 +295,7 @@ def test_a_failed_call_does_not_affect_the_next(monkeypatch):
     network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))
     x = torch.randn(2, 3, 8, 8)
     expected = network(x)
-    (workspace,) = network._pools[2].free
+    (workspace,) = network._pools[2, network.threads].free
 
     def interrupt(self, *inputs):
         raise KeyboardInterrupt
@@ -305,7 +305,7 @@ def test_a_failed_call_does_not_affect_the_next(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             network(x)
     assert torch.equal(network(x), expected)
-    assert workspace not in network._pools[2].free  # its threads may still run
+    assert workspace not in network._pools[2, network.threads].free  # its threads may still run
 
 
 def private_memory():
