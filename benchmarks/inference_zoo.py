@@ -1,10 +1,10 @@
 """Latency of many networks of timm and torchvision, pruned with ERK densities, on one CPU thread.
 
 Systems take turns on one image: torch-feather at several sparsities, and OpenVINO, ONNX Runtime and
-PyTorch on dense weights. Times are medians of CPU time, which other processes that share the core
-do not change; the ratio is the faster of OpenVINO and ONNX Runtime
-over torch-feather. Weights are random, with a fixed seed: times depend on their positions, not on
-their values. Layers without a nonzero weight are reported.
+PyTorch on dense weights. Times are medians of CPU time, which processes that take turns on the core
+hardly change; the ratio is the faster of OpenVINO and ONNX Runtime over torch-feather. Weights are
+random, with a fixed seed: times depend on their positions, not on their values. Layers without a
+nonzero weight are reported.
 
     python benchmarks/inference.py --zoo --json results/inference_zoo.json
 
