@@ -19,7 +19,7 @@ from ..training.errors import RunError
 from ..training.loop import chosen
 from .output import RunFacts, write_study
 from .runner import Outcome, train_all
-from .runs import read_rows
+from .runs import Row, read_rows
 from .study import GridAxes, Study
 
 
@@ -168,12 +168,32 @@ def _command_line(study: Study, given: dict[str, str | None], settings: Sequence
     return shlex.join(["feather", "study", study.name, *words])
 
 
+def progress_text(row: Row) -> str:
+    """Return the accuracy of a run for a progress line: on held-out images, if there are some.
+
+    Choices are made while these lines are read, and test images must not decide them.
+
+    Args:
+        row: a finished run.
+
+    Example:
+        >>> progress_text({"test_accuracy": 0.5, "curve": {"val_acc": [0.25, 0.75]}})
+        '75.00% of the validation images'
+        >>> progress_text({"test_accuracy": 0.5, "curve": {"val_acc": [None, None]}})
+        '50.00% of the test images'
+    """
+    validation = row["curve"]["val_acc"][-1]
+    part = "test" if validation is None else "validation"
+    accuracy = row["test_accuracy"] if validation is None else validation
+    return f"{100 * accuracy:.2f}% of the {part} images"
+
+
 def _print_progress(planned: int) -> Callable[[str, Outcome], None]:
     def on_end(name: str, outcome: Outcome) -> None:
         line = f"{len(outcome.rows) + len(outcome.failed)}/{planned} {name}"
         if name in outcome.failed:
             typer.echo(f"{line}: {outcome.failed[name]}", err=True)
         else:
-            typer.echo(f"{line}: {100 * outcome.rows[name]['test_accuracy']:.2f}%")
+            typer.echo(f"{line}: {progress_text(outcome.rows[name])}")
 
     return on_end
