@@ -65,11 +65,20 @@ class WriteDetector:
         return None if self.loaded or weights.shards is not None else self._sums
 
     def suspects(self, weights: LatentWeights, local: Sequence[Tensor]) -> list[int]:
-        """Return the positions of parameters to compare; the same on all processes."""
+        """Return the positions of parameters to compare; the same on all processes.
+
+        Args:
+            weights: the latent weights.
+            local: local shards of the parameters; they are not read if their sums are recorded.
+        """
         found = list(range(len(local)))
         if not devices.synchronizes(weights.device):
             if self._sums is not None:
-                found = copy_unmodified(weights, [], local, self._sums)
+                known = local.sums if isinstance(local, Recorded) else None
+                if known is None:
+                    found = copy_unmodified(weights, [], local, self._sums)
+                else:
+                    found = known.differ(weights, self._sums)
             found = _on_any(weights, found)
         if self.loaded:
             found = [i for i in found if checksum_of(weights, i, local[i]) != self.loaded.get(i)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import devices
 from ..errors import StateError, warn
 from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
 from ..weights.exchange import read_latent, write_latent
@@ -229,14 +230,14 @@ class Training:
             unscale_others(stepping, [one for one in others if one is not stepping])
             # A fused optimizer under GradScaler divides by the scale itself.
             scale = getattr(stepping, "grad_scale", None)
-        self.absorb_external_writes()
         gradients = self.binding.gradients
         if self._passes is not None:
+            self.absorb_external_writes()
             self.end_pass()  # if the last pass has not ended yet
             own = self._passes.at_step(gradients, scale)
         else:
             self._warn_of_passes()
-            completion = self._completion(gradients, scale)
+            completion = self._completion(gradients, scale, check=True)
             add_terms(gradients, completion)
             own = dict(completion.own)
         set_own_gradients(self.method, own)
@@ -256,9 +257,23 @@ class Training:
             later_pass = self._passes is not None
             self.assigned.convert(found, binding.parameters, self._pull_back, later_pass)
 
-    def _completion(self, gradients: Sequence[Tensor | None], scale: Tensor | None) -> Completion:
+    def _completion(
+        self, gradients: Sequence[Tensor | None], scale: Tensor | None, check: bool = False
+    ) -> Completion:
+        """Return the completion of the gradients; with `check`, absorb external writes first.
+
+        On a CPU, `complete` may find sums of the effective weights while it reads them. So writes
+        are detected after it, and the completion is computed again if there are any.
+        """
+        if check and devices.synchronizes(self.weights.device):
+            self.absorb_external_writes()
+            check = False
         effective = [held.detach() for held in self.binding.local]
-        return self.method.complete(self.weights, self.pruning, gradients, effective, scale)
+        recorded = Recorded(effective) if check else effective
+        found = self.method.complete(self.weights, self.pruning, gradients, recorded, scale)
+        if check and self.absorb_external_writes(recorded):
+            return self._completion(gradients, scale)
+        return found
 
     def _warn_of_passes(self) -> None:
         passes = self.method.facts.passes
@@ -306,13 +321,16 @@ class Training:
     # Changes of parameters by other code
 
     @no_grad
-    def absorb_external_writes(self) -> bool:
-        """Adopt external writes as latent weights; return whether there may have been any."""
+    def absorb_external_writes(self, held: Sequence[Tensor] | None = None) -> bool:
+        """Adopt external writes as latent weights; return whether there may have been any.
+
+        Args:
+            held: the parameters, if their sums may be recorded.
+        """
         if self.in_backward.is_open:
             return False  # parameters hold the values of the forward pass
         self.follow_parameters()
-        held = self.binding.local
-        suspects = self.written.suspects(self.weights, held)
+        suspects = self.written.suspects(self.weights, held or self.binding.local)
         if suspects:
             self._adopt(suspects)
         return bool(suspects)

@@ -17,7 +17,7 @@ from ..threads import scratch
 MOST = 0.2
 """Largest fraction of candidates that are held. Their indices of 2 bytes take a tenth of the memory
 of float32 weights."""
-MOST_VALUES = 1 / 16
+MOST_VALUES = 1 / 10
 """Largest fraction of which also the values are held."""
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import devices
 from ..threads import scratch
+from .checksum import dot
 from .latent import LatentWeights, sum_blocks
 from .ranges import of_ranges, ranges
 
@@ -43,15 +44,20 @@ def _on_cpu(weights: LatentWeights) -> Tensor:
     """Return the standard deviations with one read of the weights.
 
     The squares of each range are summed around the mean of the range, and moved to that of the
-    tensor. Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for
+    tensor. Around 0 they need no copy, but lose digits if the mean is large. Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for
     computing sample variances (1979).
     """
 
     def moments(w: np.ndarray) -> tuple[float, float]:
         with np.errstate(all="ignore"):
-            mean = w.dtype.type(np.add.reduce(w) / w.size)
+            mean, squares = dot(w) / w.size, dot(w, w)
+            around_mean = squares - w.size * mean * mean
+            if around_mean > squares / 2:
+                return mean, around_mean
+            mean = float(w.dtype.type(mean))
             rest = np.subtract(w, mean, out=scratch("values", w.size, w.dtype))
-            return float(mean), float(np.add.reduce(np.square(rest, out=rest)))
+            more = dot(rest) / w.size  # the mean was rounded
+            return mean + more, max(dot(rest, rest) - w.size * more * more, 0.0)
 
     with np.errstate(all="ignore"):
         mean, squares = np.array(of_ranges(weights, moments)).reshape(-1, 2).T

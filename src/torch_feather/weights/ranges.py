@@ -183,28 +183,6 @@ def of_ranges(
     return for_each(call, list(zip(dtypes, *columns, strict=True)))
 
 
-def sums_of_tensors(
-    weights: LatentWeights, function: Callable[..., Any], *more: Sequence[Tensor]
-) -> Tensor:
-    """Return for each weight tensor the sum of a function of its ranges, of type `wide`.
-
-    Args:
-        weights: the latent weights, on a CPU.
-        function: as for `of_ranges`; returns a number.
-        more: as for `of_ranges`.
-
-    Example:
-        >>> import torch
-        >>> weights = LatentWeights([torch.ones(2), torch.ones(3)])
-        >>> sums_of_tensors(weights, lambda w: w.sum())
-        tensor([2., 3.])
-    """
-    found = np.array(of_ranges(weights, function, *more), np.float64)
-    with np.errstate(all="ignore"):
-        total = np.bincount(ranges(weights).position, found, len(weights.views))
-    return torch.from_numpy(total).to(weights.wide)
-
-
 def known_candidates(weights: LatentWeights) -> dict[int, Candidates]:
     """Return the candidates by range, unless the weights were changed since they were found.
 

@@ -37,6 +37,13 @@ class Sums(NamedTuple):
         of_tensor = self.columns[ranges(weights).position == i]
         return checksum_of_columns(of_tensor.sum(0))
 
+    def differ(self, weights: LatentWeights, other: Sums) -> list[int]:
+        """Return the positions of the tensors of which a version or a sum differs."""
+        modified = np.array(self.versions) != other.versions
+        differs = (self.columns != other.columns).any(1)
+        modified[ranges(weights).position[differs]] = True
+        return np.flatnonzero(modified).tolist()
+
 
 class Recorded(list[Tensor]):
     """Tensors to write, with their sums if the pass that writes them computes these.

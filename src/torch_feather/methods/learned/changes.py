@@ -10,9 +10,12 @@ from torch import Tensor
 
 from ... import devices
 from ...operators import Operator
+from ...selection.cpu import INTEGER
 from ...threads import scratch
+from ...weights.checksum import column_sums, dot
 from ...weights.latent import LatentWeights, sum_blocks
-from ...weights.ranges import sums_of_tensors
+from ...weights.ranges import of_ranges, ranges
+from ...weights.sums import Recorded, Sums, versions
 from ..base import Gradients
 
 
@@ -29,7 +32,7 @@ def sums_of_changes(
         weights: the latent weights w.
         operator: gives the effective values of kept weights.
         tau: returns the threshold of a tensor, 0-dimensional; called if u is rounded.
-        effective: u of each tensor.
+        effective: u of each tensor; on a CPU, the same pass may find the sums of `Recorded` ones.
         gradients: dL/dw of each tensor, or None.
 
     Example:
@@ -43,7 +46,7 @@ def sums_of_changes(
     if len(given) == len(views) and not devices.synchronizes(weights.device):
         pairs = zip(given, views, strict=True)
         if all(g.dtype == w.dtype == weights.wide and g.stride() == w.stride() for g, w in pairs):
-            return sums_of_tensors(weights, _change, effective, given)
+            return _on_cpu(weights, effective, given)
     found = []
     for i, (w, u, g) in enumerate(zip(views, effective, gradients, strict=True)):
         t = tau(i)
@@ -56,12 +59,22 @@ def sums_of_changes(
     return torch.stack(found)
 
 
-def _change(w: np.ndarray, u: np.ndarray, g: np.ndarray) -> np.floating:
-    """Return the sum of (u - w) g over flat arrays of one type."""
+def _on_cpu(
+    weights: LatentWeights, effective: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> Tensor:
+    """Return the sums for tensors of type `wide`, with one read of each."""
+    recorded = isinstance(effective, Recorded)
+
+    def change(w: np.ndarray, u: np.ndarray, g: np.ndarray) -> tuple[float, np.ndarray | None]:
+        found = dot(np.subtract(u, w, out=scratch("values", w.size, w.dtype)), g)
+        return found, column_sums(u.view(INTEGER[u.dtype])) if recorded else None
+
     with np.errstate(all="ignore"):
-        change = np.subtract(u, w, out=scratch("values", w.size, w.dtype))
-        found: np.floating = np.add.reduce(np.multiply(change, g, out=change))
-    return found
+        found, columns = zip(*of_ranges(weights, change, effective, gradients), strict=True)
+        total = np.bincount(ranges(weights).position, found, len(weights.views))
+    if isinstance(effective, Recorded):
+        effective.sums = Sums(versions(effective), np.stack(columns), nonfinite=True)
+    return torch.from_numpy(total).to(weights.wide)
 
 
 def _unrounded(operator: Operator, w: Tensor, u: Tensor, tau: Tensor) -> Tensor:
