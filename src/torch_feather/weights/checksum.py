@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +15,6 @@ _ROWS = 64
 _DOT = 8144
 """Values of a dot product: on more than 10,000, OpenBLAS starts threads of its own, which keep the
 cores busy for a while that other threads need. Full ranges are a multiple of this."""
-_ONES: dict[Any, np.ndarray] = {np.dtype(t): np.ones(_DOT, t) for t in (np.float32, np.float64)}
 
 
 def checksum(tensor: Tensor) -> int:
@@ -102,24 +99,22 @@ def may_be_nonfinite(bits: np.ndarray, dtype: torch.dtype) -> bool:
         return not np.isfinite(dot(values, values))
 
 
-def dot(a: np.ndarray, b: np.ndarray | None = None) -> float:
+def dot(a: np.ndarray, b: np.ndarray) -> float:
     """Return the sum of products, computed by one thread.
 
     Args:
         a: float32 or float64, flat and contiguous.
-        b: as `a`; None for ones.
+        b: as `a`.
 
     Example:
-        >>> dot(np.float32([1.0, 2.0]), np.float32([3.0, 4.0])), dot(np.float32([1.0, 2.0]))
-        (11.0, 3.0)
+        >>> dot(np.float32([1.0, 2.0]), np.float32([3.0, 4.0]))
+        11.0
     """
     whole = a.size // _DOT * _DOT
-    ones, total = _ONES[a.dtype], 0.0
-    if whole:  # a stack of products of a row and a column, each of which is a dot product of BLAS
-        columns = ones[:, None] if b is None else b[:whole].reshape(-1, _DOT, 1)
-        total = float(np.matmul(a[:whole].reshape(-1, 1, _DOT), columns).sum(dtype=np.float64))
-    rest = a[whole:]
-    return total + float(np.dot(rest, ones[: rest.size] if b is None else b[whole:]))
+    # A stack of products of a row and a column, each of which is a dot product of BLAS.
+    rows, columns = a[:whole].reshape(-1, 1, _DOT), b[:whole].reshape(-1, _DOT, 1)
+    total = float(np.matmul(rows, columns).sum(dtype=np.float64))
+    return total + float(np.dot(a[whole:], b[whole:]))
 
 
 def checksum_of(weights: LatentWeights, i: int, here: Tensor) -> int:

@@ -50,13 +50,13 @@ def _on_cpu(weights: LatentWeights) -> Tensor:
 
     def moments(w: np.ndarray) -> tuple[float, float]:
         with np.errstate(all="ignore"):
-            mean, squares = dot(w) / w.size, dot(w, w)
+            mean, squares = float(np.add.reduce(w)) / w.size, dot(w, w)
             around_mean = squares - w.size * mean * mean
             if around_mean > squares / 2:
                 return mean, around_mean
             mean = float(w.dtype.type(mean))
             rest = np.subtract(w, mean, out=scratch("values", w.size, w.dtype))
-            more = dot(rest) / w.size  # the mean was rounded
+            more = float(np.add.reduce(rest)) / w.size  # the mean was rounded
             return mean + more, max(dot(rest, rest) - w.size * more * more, 0.0)
 
     with np.errstate(all="ignore"):

@@ -221,7 +221,7 @@ class LatentWeights:
             dtype: another type.
         """
         size = sum(flat.numel() for flat in self.flats)
-        flat = torch.empty(size, dtype=dtype or self.wide, device=self.device)
+        flat = devices.empty(size, dtype or self.wide, self.device)
         if value is not None:
             flat.fill_(value)
         spans = zip(self.views, self.local_spans, strict=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import devices
-from ...threads import for_each
+from ...threads import for_each, scratch
 from ...weights.latent import BLOCK, DEVICE_BLOCK, LatentWeights, flat_bits
 from ...weights.overlaps import kept_weights, overlaps_of
 from ...weights.ranges import arrays, ranges, wide_array
@@ -106,7 +106,7 @@ class KeptLogits:
         >>> from torch_feather.selection import Cutoff
         >>> weights = LatentWeights([torch.tensor([1.0, 2.0])])
         >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(1), torch.tensor(1.0))
-        >>> kept = KeptLogits(weights, [Segment(0, 2, cutoff)], lambda v, j, finite=True: v - 1)
+        >>> kept = KeptLogits(weights, [Segment(0, 2, cutoff)], lambda v, j, **_: v - 1)
         >>> kept.counts
         tensor([[1., 1.]], dtype=torch.float64)
         >>> kept.sums(torch.tensor([0.0]))[0, 0]  # m of the pruned weight
@@ -153,27 +153,28 @@ class KeptLogits:
 
     def sample(self) -> StoredLogits:
         """Return every `SAMPLE`-th logit."""
-        logits: list[list[Tensor]] = [[] for _ in range(self._segments)]
-        signs: list[list[Tensor]] = [[] for _ in range(self._segments)]
+        magnitudes: list[list[np.ndarray]] = [[] for _ in range(self._segments)]
+        signs: list[list[np.ndarray]] = [[] for _ in range(self._segments)]
         for j, (at, _) in enumerate(self._kept):
-            values = torch.from_numpy(np.abs(self._wide(j)[::SAMPLE]))
-            sign = torch.ones_like(values)
-            sign[torch.from_numpy(at[at % SAMPLE == 0] // SAMPLE).long()] = -1
-            logits[self._segment[j]].append(self._function(values, self._segment[j]))
+            values = np.abs(self._wide(j)[::SAMPLE])
+            sign = np.ones_like(values)
+            sign[at[at % SAMPLE == 0] // SAMPLE] = -1
+            magnitudes[self._segment[j]].append(values)
             signs[self._segment[j]].append(sign)
-        none = torch.empty(0, dtype=self._weights.wide)
-        joined = [torch.cat([none, *parts]) for parts in signs]
-        return StoredLogits(
-            [torch.cat([none, *parts]) for parts in logits], joined, _counts(joined)
-        )
+        none = torch.empty(0, dtype=self._weights.wide).numpy()
+        joined = [torch.from_numpy(np.concatenate([none, *parts])) for parts in magnitudes]
+        logits = [self._function(values, j) for j, values in enumerate(joined)]
+        joined = [torch.from_numpy(np.concatenate([none, *parts])) for parts in signs]
+        return StoredLogits(logits, joined, _counts(joined))
 
     def sums(self, mu: Tensor) -> Tensor:
         """Return the sums at mu of each segment, float64 of shape (segments, 4)."""
 
         def of_range(j: int) -> tuple[float, ...]:
             (at, kept), own = self._kept[j], self._segment[j]
-            magnitudes = torch.from_numpy(np.abs(self._wide(j)))
-            e = self._function(magnitudes, own, finite=True).add_(mu[own]).sigmoid_()
+            w = self._wide(j)
+            e = torch.from_numpy(np.abs(w, out=scratch("values", w.size, w.dtype)))
+            e = self._function(e, own, finite=True, out=e).add_(mu[own]).sigmoid_()
             e.numpy()[at.astype(np.intp)] = 0
             rest = (kept + mu[own]).neg_().sigmoid_()
             found: list[float] = []

@@ -49,25 +49,29 @@ class SoftTopK(NamedTuple):
     shift: Tensor
     """mu; infinite if a segment is entirely kept or entirely pruned."""
 
-    def logits(self, magnitudes: Tensor, j: int, finite: bool = False) -> Tensor:
-        """Return beta (v / c - h) of values in segment j, of any shape, as a new tensor.
+    def logits(
+        self, magnitudes: Tensor, j: int, finite: bool = False, out: Tensor | None = None
+    ) -> Tensor:
+        """Return beta (v / c - h) of values in segment j, of any shape.
 
         Args:
             magnitudes: v.
             j: position of the segment.
             finite: whether NaN values need no logit.
+            out: memory for the result, of type `wide`; None for new memory.
         """
         if not devices.synchronizes(magnitudes.device) and self.scale[j] == 1:
-            x = (magnitudes - self.threshold[j]).mul_(self.beta)
+            x = torch.sub(magnitudes, self.threshold[j], out=out).mul_(self.beta)
         else:
-            x = (magnitudes * self.scale[j]).sub_(self.threshold[j]).mul_(self.beta)
+            x = torch.mul(magnitudes, self.scale[j], out=out)
+            x = x.sub_(self.threshold[j]).mul_(self.beta)
         if finite or (not devices.synchronizes(x.device) and x.sum().isfinite()):
             return x
         return x.nan_to_num_(nan=SATURATED)
 
     def mask(self, magnitudes: Tensor, j: int, out: Tensor | None = None) -> Tensor:
         """Return m of values in segment j, of any shape, as a new tensor or in `out`."""
-        return torch.sigmoid(self.logits(magnitudes, j).add_(self.shift[j]), out=out)
+        return self.logits(magnitudes, j, out=out).add_(self.shift[j]).sigmoid_()
 
 
 def soft_top_k(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -124,6 +124,8 @@ class SoftMasks(NamedTuple):
     """The scheduled cutoffs."""
     positions: tuple[int, ...]
     """Position of the segment of each weight tensor."""
+    known: dict[int, tuple[int | None, Tensor]]
+    """Memory of soft masks, and the versions of the weights of which `pull_back` computed them."""
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors of the pruning, without the mask, which lies in the state."""
@@ -193,17 +195,17 @@ class Spartan(MagnitudePruning):
         threshold = self.state["threshold"].flat
         read = not devices.synchronizes(weights.device)
         if read and stays.all():
-            return SoftMasks(masks, threshold, done, None, [], ())
+            return SoftMasks(masks, threshold, done, None, [], (), {})
         segments = self.cutoffs(weights, step)
         beta = 1 + (self.beta - 1) * (step.double() / self.freeze).clamp(max=1)
-        new = [torch.empty_like(w, dtype=weights.wide) for w in weights.views]
+        new = weights.per_weight(None).rows
         soft = soft_top_k(weights, segments, beta, new)
         positions = tuple(position_of(weights, segments, i) for i in range(len(weights.views)))
         found = torch.stack([segments[j].threshold for j in positions])
         if not read or stays.any():  # states of several optimizers are loaded one after another
             new = [torch.where(*pair) for pair in zip(stays, masks, new, strict=True)]
             found = torch.where(stays, threshold, found)
-        return SoftMasks(new, found, done, soft, segments, positions)
+        return SoftMasks(new, found, done, soft, segments, positions, {})
 
     def write_effective(
         self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
@@ -218,39 +220,51 @@ class Spartan(MagnitudePruning):
 
     # Gradients
 
-    def _mask_and_gain(
-        self, weights: LatentWeights, pruning: SoftMasks, i: int, w: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the soft mask m, 1 - m and 1 + beta (1 - m) v / c of some weights of tensor i.
+    def _soft_mask(
+        self, weights: LatentWeights, pruning: SoftMasks, i: int
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], None]]:
+        """Return the memory of the soft mask m of tensor i, and a function that writes a block.
 
-        Args:
-            weights: the latent weights.
-            pruning: their pruning.
-            i: position of the tensor.
-            w: its latent weights, or a block of them.
-            mask: their masks in the pruning.
+        It takes magnitudes, their masks in the pruning, and the memory of m. It does nothing if m
+        is known, which it is once: `complete` changes the memory.
         """
+        on_device, w = devices.synchronizes(weights.device), weights.views[i]
+        soft, j, known = pruning.soft, pruning.positions[i], pruning.known
+        assert soft is not None
+        if i not in known:  # one piece of memory is faster than many
+            rows = weights.per_weight(None).rows
+            known.update({k: (None, row) for k, row in enumerate(rows) if k not in known})
+        version, m = known.pop(i)
+        valid = version == w._version and not on_device
+
+        def write(magnitudes: Tensor, mask: Tensor, m: Tensor) -> None:
+            if not valid:
+                soft.mask(magnitudes, j, out=m)
+            if on_device:
+                m.copy_(torch.where(pruning.frozen, mask, m))
+
+        return m, write
+
+    def _rate(self, weights: LatentWeights, pruning: SoftMasks, i: int) -> Tensor:
+        """Return beta / c of tensor i, or 0 if the masks are constants; 0-dimensional."""
         assert pruning.soft is not None
-        j, magnitudes = pruning.positions[i], w.abs().to(weights.wide)
-        m = pruning.soft.mask(magnitudes, j)
-        rate = pruning.soft.beta * pruning.soft.scale[j]
-        if devices.synchronizes(weights.device):
-            m = torch.where(pruning.frozen, mask, m)
-            rate = rate.masked_fill(pruning.frozen, 0.0)
-        rest = 1 - m
-        return m, rest, magnitudes.mul_(rate).mul_(rest).add_(1)
+        rate = pruning.soft.beta * pruning.soft.scale[pruning.positions[i]]
+        return rate.masked_fill(pruning.frozen, 0.0)
 
     def pull_back(
         self, weights: LatentWeights, pruning: Pruning, i: int, gradient: Tensor, effective: Tensor
     ) -> Tensor:
         """Return g m + sign(w) beta m (1 - m) g w / c, for pruned weights too."""
-        mask = pruning.mask[i]
         if not devices.synchronizes(weights.device) and pruning.frozen:
-            return (gradient * mask).to(gradient.dtype)
-        out = torch.empty_like(gradient)
-        for w, m_block, g, target in blocks(weights.views[i], mask, gradient, out):
-            m, _, gain = self._mask_and_gain(weights, pruning, i, w, m_block)
-            torch.mul(m.mul_(gain), g, out=target)
+            return (gradient * pruning.mask[i]).to(gradient.dtype)
+        out, rate = torch.empty_like(gradient), self._rate(weights, pruning, i)
+        soft_mask, write = self._soft_mask(weights, pruning, i)
+        latent = weights.views[i]
+        for w, mask, m, g, target in blocks(latent, pruning.mask[i], soft_mask, gradient, out):
+            magnitudes = w.abs().to(weights.wide)
+            write(magnitudes, mask, m)
+            torch.mul(_gain(magnitudes, 1 - m, rate).mul_(m), g, out=target)
+        pruning.known[i] = latent._version, soft_mask
         return out
 
     def complete(
@@ -268,18 +282,26 @@ class Spartan(MagnitudePruning):
         sums = torch.zeros(len(pruning.segments), 2, dtype=torch.float64, device=weights.device)
         slopes = []
         for i, (gradient, w) in enumerate(zip(gradients, weights.views, strict=True)):
-            slopes.append(torch.empty_like(w, dtype=weights.wide))
+            soft_mask, write = self._soft_mask(weights, pruning, i)
+            slopes.append(soft_mask)
             given = () if gradient is None else (gradient,)
+            rate = self._rate(weights, pruning, i)
 
-            def add(w: Tensor, mask: Tensor, slope: Tensor, *g: Tensor, i: int = i) -> Tensor:
-                m, rest, gain = self._mask_and_gain(weights, pruning, i, w, mask)
-                found = [rest.new_zeros(()), torch.mul(m, rest, out=slope).sum()]
+            def add(
+                w: Tensor, mask: Tensor, m: Tensor, *g: Tensor,
+                write: Callable[..., None] = write, rate: Tensor = rate,
+            ) -> Tensor:  # fmt: skip
+                magnitudes = w.abs().to(weights.wide)
+                write(magnitudes, mask, m)
+                rest = 1 - m
+                found = [rest.new_zeros(()), m.mul_(rest).sum()]
                 if g:  # g m gain; the sum needs g w m (1 - m)
+                    gain = _gain(magnitudes, rest, rate)
                     found[0] = rest.mul_(w).div_(gain).mul_(g[0]).sum()
-                slope.mul_(w.sign())
+                m.mul_(w.sign())
                 return torch.stack(found).double()
 
-            j, found = positions[i], sum_blocks(add, w, pruning.mask[i], slopes[i], *given)
+            j, found = positions[i], sum_blocks(add, w, pruning.mask[i], soft_mask, *given)
             sums[j, 0] += found[0]
             sums[j, 1] += found[1] / soft.scale[j]
         top, bottom = (shared_budgets(weights, pruning.segments) @ sums).unbind(1)
@@ -292,6 +314,11 @@ class Spartan(MagnitudePruning):
         for j, slope, g in zip(positions, slopes, gradients, strict=True):
             terms.append(None if g is None else slope.mul_(-cross[j]))
         return Completion(terms=terms)
+
+
+def _gain(magnitudes: Tensor, rest: Tensor, rate: Tensor) -> Tensor:
+    """Return 1 + beta (1 - m) v / c in the memory of v, given 1 - m and beta / c."""
+    return magnitudes.mul_(rate).mul_(rest).add_(1)
 
 
 def _write_effective(w: Tensor, mask: Tensor, out: Tensor) -> None:
