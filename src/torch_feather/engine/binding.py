@@ -14,8 +14,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import ConfigurationError, StateError, some, warn
 from ..methods.base import Rate
 from ..prunable import Prunable, unwrap
-from ..weights.shards import fsdp_units, local, local_all
+from ..weights.shards import fsdp_units, local, local_all, reshard
 from .module_path import Path, find_path
+from .step_in_backward import in_backward
 from .storage import check_storage
 from .wrappers import checked, levels_of
 
@@ -165,6 +166,23 @@ class Binding:
         held = set(map(id, model.parameters()))
         pairs = zip(self.weights, current, strict=True)
         return [weight.name for weight, parameter in pairs if id(parameter) not in held]
+
+    def check_held(self, model: nn.Module, current: Sequence[Tensor]) -> None:
+        """Raise StateError unless the model holds the current parameters."""
+        if computed := self.computed():
+            raise computed_later(computed)
+        lost = self.lost(model, current)
+        if lost and fsdp_units(model):
+            # Modules of `fully_shard` may hold gathered parameters, also after an evaluation.
+            if not in_backward():
+                reshard(model)
+            lost = [] if in_backward() else self.lost(model, current)
+        if lost:
+            raise StateError(
+                f"The model's {lost[0]} is no longer the parameter that the optimizer trains, as "
+                "after load_state_dict(assign=True). Load with assign=False, or create optimizer "
+                "and sparsifier again."
+            )
 
     def computed(self) -> list[str]:
         """Return the names of weights that their modules do not hold any more.

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import devices
-from ..errors import StateError, warn
+from ..errors import warn
 from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
 from ..weights.exchange import read_latent, write_latent
 from ..weights.latent import LatentWeights, copy_all
 from ..weights.passes import adopt_written
-from ..weights.shards import fsdp_units, reshard
 from ..weights.sums import Recorded
 from .assigned_gradients import AssignedGradients
-from .binding import Binding, computed_later
+from .binding import Binding
 from .external_writes import WriteDetector
 from .fixed_memory import keep_memory, store
 from .gradients import (
@@ -38,7 +37,7 @@ from .loss_scale import unscale_others
 from .moved import move_latent, move_state
 from .no_grad import no_grad
 from .sharding import check_shards, require_shards_supported
-from .step_in_backward import InBackwardStep, in_backward
+from .step_in_backward import InBackwardStep
 from .storage import check_storage, layouts
 
 
@@ -352,7 +351,7 @@ class Training:
         if self.in_backward.is_open or self.weights.shards is not None:
             return False
         current = self.binding.current()
-        self._check_held(current)
+        self.binding.check_held(self.model, current)
         if not all(map(is_, self.binding.parameters, current)):
             return False
         if layouts(current) != self._layouts:
@@ -369,7 +368,7 @@ class Training:
                 changed.
         """
         current = self.binding.current()
-        self._check_held(current)
+        self.binding.check_held(self.model, current)
         found = layouts(current)
         if all(map(is_, self.binding.parameters, current)) and found == self._layouts:
             return
@@ -391,22 +390,6 @@ class Training:
         self.pruning = None
         self._hook_gradients()
         self.write_effective()
-
-    def _check_held(self, current: Sequence[Tensor]) -> None:
-        if computed := self.binding.computed():
-            raise computed_later(computed)
-        lost = self.binding.lost(self.model, current)
-        if lost and fsdp_units(self.model):
-            # Modules of `fully_shard` may hold gathered parameters, also after an evaluation.
-            if not in_backward():
-                reshard(self.model)
-            lost = [] if in_backward() else self.binding.lost(self.model, current)
-        if lost:
-            raise StateError(
-                f"The model's {lost[0]} is no longer the parameter that the optimizer trains, as "
-                "after load_state_dict(assign=True). Load with assign=False, or create optimizer "
-                "and sparsifier again."
-            )
 
     def release(self) -> None:
         """Remove the hooks on gradients."""

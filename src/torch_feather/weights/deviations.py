@@ -44,7 +44,8 @@ def _on_cpu(weights: LatentWeights) -> Tensor:
     """Return the standard deviations with one read of the weights.
 
     The squares of each range are summed around the mean of the range, and moved to that of the
-    tensor. Around 0 they need no copy, but lose digits if the mean is large. Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for
+    tensor. Around 0 they need no copy, but lose digits if the mean is large.
+    Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for
     computing sample variances (1979).
     """
 
