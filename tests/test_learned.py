@@ -503,3 +503,19 @@ def test_a_run_with_the_budget_of_version_0_1_keeps_it():
     again.load_state_dict(sparsifier.state_dict())
     assert again.state_dict()["1.weight"]["dense"].view(torch.int64).tolist() == [1]
     assert start()[2].state_dict()["1.weight"]["dense"].view(torch.int64).tolist() == [2]
+
+
+@pytest.mark.parametrize("method", ["asl", "str", "spartan", "probmask"])
+def test_completion_uses_values_that_other_code_wrote(method):
+    """Also if they are noticed after a first completion, which then is computed again."""
+    found = []
+    for noticed_before in (True, False):
+        task = Task(method, 0.5).train(3)
+        task.gradients(*task.batch())
+        task.model[3].weight.data.mul_(1.5)  # no version counts it
+        if noticed_before:
+            task.sparsifier._training.absorb_external_writes()
+        task.sparsifier.complete_gradients()
+        learned = [*task.model.parameters(), *task.sparsifier.parameters()]
+        found.append([p.grad for p in learned])
+    assert all(map(torch.equal, *found))
