@@ -207,15 +207,16 @@ def main() -> None:
             f"{load:.1f} processes run on this machine on average. Times require a quiet machine: "
             "wait a few minutes after the last program, or pass --busy."
         )
+    facts = provenance(torch.device("cpu"))  # before this program writes files of the repository
     stored = json.loads(options.out.read_text()) if options.out.exists() else {}
     for known in NETWORKS:
         one = stored.setdefault(known.name, {}) if known.name in options.networks else None
         if one is None:
             continue
         if "bytes" not in one:
-            one |= {"bytes": sizes(known), "measured_on": provenance(torch.device("cpu"))}
+            one |= {"bytes": sizes(known), "measured_on": facts}
         if options.times and "ms" not in one:
-            one |= {"ms": milliseconds(known), "timed_on": provenance(torch.device("cpu"))}
+            one |= {"ms": milliseconds(known), "timed_on": facts}
         options.out.write_text(json.dumps(stored, indent=1) + "\n")
         options.out.with_suffix(".md").write_text(page(stored))
         print(
