@@ -215,6 +215,8 @@ class BoundMethod(ABC):
     ) -> Completion:
         """Return cross terms and gradients of own parameters, which need all gradients of a step.
 
+        It changes nothing: it is called again if other code wrote into the parameters meanwhile.
+
         Args:
             weights: the latent weights w.
             pruning: the pruning of this step.
