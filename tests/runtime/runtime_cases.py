@@ -1,14 +1,22 @@
 """Helpers of the runtime's tests: single layers, and networks that are compiled without timing."""
 
+import copy
+import tempfile
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.fx import Graph
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
+from torch_feather import load_compiled, save_compiled
 from torch_feather.runtime import LayerTuning, compile_sparse
 from torch_feather.runtime.batch import BatchPlan
 from torch_feather.runtime.kernels import Tile
 from torch_feather.runtime.layer import Layer
-from torch_feather.runtime.plan import Plan
+from torch_feather.runtime.plan import Plan, Sparse
 from torch_feather.runtime.workspace import Workspace
 
 TILE = Tile(3, 8, 1)
@@ -40,9 +48,13 @@ def pruned(module, sparsity=0.7):
     """Return the module with sparse weights and with statistics as after training."""
     with torch.no_grad():
         for part in module.modules():
-            if isinstance(part, nn.Conv2d | nn.Linear):
+            if isinstance(part, _ConvNd | nn.Linear):
                 part.weight.copy_(sparse_weight(part.weight.shape, sparsity))
-            if isinstance(part, nn.BatchNorm2d) and part.running_mean is not None:
+            if isinstance(part, nn.RNNBase):
+                for name, weight in part.named_parameters():
+                    if name.startswith("weight"):
+                        weight.copy_(sparse_weight(weight.shape, sparsity))
+            if isinstance(part, _BatchNorm) and part.running_mean is not None:
                 part.running_mean.normal_()
                 part.running_var.uniform_(0.5, 2)
                 if part.affine:
@@ -106,3 +118,25 @@ def conv(channels, out, kernel, name="weight", sparsity=0.7, **options):
         for key, value in options.items()
     }
     return Layer(name, weight, torch.randn(out), **options)
+
+
+def sparse_layers(network):
+    """Return the names of the weights of the layers that run sparse, one for each step."""
+    return [s.layer.name for s in network.plan.steps if isinstance(s, Sparse) if not s.layer.pools]
+
+
+def check(model, shape, batches=(2, 1, 5), tuning=SPARSE, threads=1):
+    """Compile a model, compare it with itself in float64, also as a file; return the network."""
+    network = compiled(model, torch.randn(batches[0], *shape), tuning, threads)
+    exact = copy.deepcopy(model).double()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        save_compiled(network, Path(folder, "net"), batch_sizes=batches)
+        loaded = load_compiled(Path(folder, "net"))
+        for batch in batches:
+            x = torch.randn(batch, *shape)
+            found, expected = tree_leaves(network(x)), tree_leaves(exact(x.double()))
+            again, saved = tree_leaves(network(x)), tree_leaves(loaded(x))
+            for result, reference, *same in zip(found, expected, again, saved, strict=True):
+                assert error(result, reference) < TOLERANCE
+                assert all(torch.equal(other, result) for other in same)
+    return network

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 
 from ..runtime.fusion import attributes
 from ..runtime.layer import Layer
-from ..runtime.plan import Copy, Plan, Pointwise, Sparse, Torch, can_run_sparse
+from ..runtime.plan import Copy, Operation, Plan, Pointwise, Sparse, Torch, can_run_sparse
 from ..runtime.planes import Planes
 from .errors import NativeExportError
 from .expressions import Expr, clamp, expr, operand, total
@@ -172,6 +172,8 @@ class _Lowering:
                 self._copy(step)
             elif isinstance(step, Sparse):
                 self._sparse(step)
+            elif isinstance(step, Operation):
+                self._interleave(step)
             elif isinstance(step, Pointwise):
                 self._pointwise(step)
         self._outputs(next(n for n in graph.nodes if n.op == "output").args[0])
@@ -202,6 +204,20 @@ class _Lowering:
         x, out = self._buffer(step.x), self._buffer(step.out)
         self.program.operations.append(Convolution(step, x, out, residual))
 
+    def _interleave(self, step: Operation) -> None:
+        """Move the pixels of a transposed convolution to their places, and clear the padding."""
+        builder, buffer, (b, a) = self.builder, self._buffer(step.out), step.stride
+        assert step.name == "interleave"
+        builder.fill(View.contiguous(buffer, (buffer.size,)), 0.0)
+        x, out = self._image(step.x[0]), self._image(step.out)
+        for i, j in itertools.product(range(b), range(a)):
+            to = transform(out, lambda t, i=i, j=j: t[:, :, i::b, j::a])  # type: ignore[misc]
+            phase, (rows, columns) = i * a + j, to.shape[2:]
+            builder.copy(
+                transform(x, lambda t, p=phase, h=rows, w=columns: t[:, p :: a * b, :h, :w]),  # type: ignore[misc]
+                to,
+            )
+
     def _pointwise(self, step: Pointwise) -> None:
         """Compute all memory of the planes, including the padding, which stays 0."""
         views = {
@@ -222,6 +238,8 @@ class _Lowering:
         builder, batch, layout = self.builder, self.program.batch, step.out.layout.root()
         source, (height, width), (sy, sx) = self.values[step.source], step.size, step.stride
         source = builder.view(source)
+        if len(source.shape) == 5:  # slices of volumes are channels
+            source = builder.reshape(source, (batch, -1, height, width))
         channels = step.out.channels // len(step.phases)
         if step.out.linear:
             rows = builder.reshape(source, (batch, width, channels))

@@ -31,6 +31,7 @@ SMOOTH: dict[Any, str] = {
     aten.hardswish.default: "hardswish",
     aten.sigmoid.default: "sigmoid",
     aten.hardsigmoid.default: "hardsigmoid",
+    aten.tanh.default: "tanh",
 }
 
 

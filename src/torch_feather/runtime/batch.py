@@ -12,7 +12,7 @@ from .kernels import Tile, Variant, library
 from .memory import round_up
 from .plan import Plan
 from .planes import Planes
-from .steps import Sparse, Torch
+from .steps import Recurrence, Sparse, Step, Torch
 
 
 class BatchPlan:
@@ -43,7 +43,7 @@ class BatchPlan:
     ) -> None:
         self.plan, self.constants, self.batch, self.threads = plan, constants, batch, threads
         self.tiles = tiles
-        self._tables: dict[tuple[Sparse, int], dict[str, np.ndarray]] = {}
+        self._tables: dict[tuple[Step, int], dict[str, np.ndarray]] = {}
         self.offsets, self.size = self._allocate()
 
     def tables(self, step: Sparse) -> dict[str, np.ndarray]:
@@ -75,6 +75,21 @@ class BatchPlan:
             # If two threads create the tables at once, both use those that were stored first.
             return self._tables.setdefault((step, channels), tables)
         return self._tables[step, channels]
+
+    def recurrent_tables(self, step: Recurrence) -> list[dict[str, np.ndarray]]:
+        """Return the arrays that the records of a recurrent layer point to, for each direction."""
+        lanes, found = self.lanes, []
+        for i, direction in enumerate(step.directions):
+            if (step, i) not in self._tables:
+                self._tables.setdefault((step, i), direction.tables(lanes))
+            found.append(self._tables[step, i])
+        return found
+
+    @property
+    def lanes(self) -> int:
+        """Number of samples in the memory of recurrent layers: whole vectors, or one."""
+        width = library().target.widths[0]
+        return 1 if self.batch == 1 else -(-self.batch // width) * width
 
     def tile(self, step: Sparse) -> Tile:
         """Return the tile of a layer: the requested one, or the closest one that fits."""

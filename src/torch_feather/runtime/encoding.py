@@ -18,11 +18,18 @@ from ..errors import StateError
 from .layer import Layer
 from .plan import Plan
 from .planes import PlaneLayout, Planes
-from .steps import Copy, Operation, Pointwise, Sparse, Step, Torch
+from .recurrent import Direction, Recurrent
+from .steps import Copy, Operation, Pointwise, Recurrence, Sparse, Step, Torch
 from .taps import Taps
 
-NUMBERS = ("stride", "padding", "dilation", "groups", "low", "high", "activation", "packs")
+NUMBERS = (
+    *("stride", "padding", "padding_after", "dilation", "groups", "low", "high", "activation"),
+    *("packs", "output_padding", "depth", "depth_stride", "depth_padding", "depth_dilation"),
+)
 PLANES = ("channels", "height", "width", "shape", "linear", "tokens", "first", "phases")
+DIRECTION = ("values", "row", "column", "bias")
+RECURRENCE = ("cell", "number", "layers", "steps", "batch_first")
+RECURRENT = ("name", "kind", "has_biases", "layers", "is_bidirectional", "batch_first")
 LOCATIONS = {"operator": operator, "math": math, "torch": torch}
 
 
@@ -89,6 +96,9 @@ class Encoder:
         """
         if isinstance(target, Layer):
             return {"layer": self.layer(target)}
+        if isinstance(target, Recurrent):
+            stored = {name: getattr(target, name) for name in RECURRENT}
+            return {"recurrent": stored | {"weights": [self.array(w) for w in target.weights]}}
         if isinstance(target, OpOverload) and target.namespace == "aten":
             return {"aten": [target._schema.name.partition("::")[2], target._overloadname]}
         name = getattr(target, "__name__", "")
@@ -106,7 +116,8 @@ class Encoder:
         """Return the number of a layer."""
         if layer not in self._layers:
             self._layers[layer] = len(self._layers)
-            stored = {name: self.value(getattr(layer, name)) for name in NUMBERS}
+            names = [name for name in NUMBERS if hasattr(layer, name)]
+            stored = {name: self.value(getattr(layer, name)) for name in names}
             self._layer_data.append(
                 stored
                 | {
@@ -157,12 +168,26 @@ class Encoder:
             value = self.value(step.padding_value)
             return stored | numbers | {"source": step.source.name, "padding_value": value}
         stored["x"] = [self.planes(x) for x in step.x]
+        if isinstance(step, Recurrence):
+            numbers = {n: getattr(step, n) for n in RECURRENCE}
+            directions = [self.direction(d) for d in step.directions]
+            states = [node.name for node in step.states]
+            return stored | numbers | {
+                "node": step.node.name, "states": states, "directions": directions,
+            }  # fmt: skip
         if isinstance(step, Pointwise):
             return stored | {"node": step.node.name}
         for name in ("weight", "bias"):
             array = getattr(step, name)
             stored[name] = None if array is None else self.array(array)
-        return stored | {"name": step.name, "activation": step.activation, "eps": step.eps}
+        for name in ("name", "activation", "eps", "stride"):
+            stored[name] = self.value(getattr(step, name))
+        return stored
+
+    def direction(self, direction: Direction) -> dict[str, Any]:
+        """Return the recurrent weights of a direction as JSON."""
+        arrays = {n: self.array(getattr(direction, n)) for n in DIRECTION}
+        return arrays | {"units": direction.units, "product": self.layer(direction.product)}
 
     def plan(self, plan: Plan, constants: Mapping[str, Any]) -> dict[str, Any]:
         """Return a plan as JSON.
@@ -187,6 +212,7 @@ class Encoder:
                 used.update(node.all_input_nodes)
             nodes.append(stored)
         used.update(s.source for s in plan.steps if isinstance(s, Copy))
+        used.update(n for s in plan.steps if isinstance(s, Recurrence) for n in s.states)
         values = {}
         for node in used:
             if node.op == "get_attr":
@@ -266,6 +292,9 @@ class Decoder:
         ((kind, content),) = stored.items()
         if kind == "layer":
             return self.layers[content]
+        if kind == "recurrent":
+            weights = [torch.from_numpy(self._arrays[a]) for a in content["weights"]]
+            return Recurrent(**{**content, "weights": weights})
         if kind == "aten":
             name, overload = content
             return getattr(getattr(torch.ops.aten, name), overload)
@@ -293,7 +322,7 @@ class Decoder:
             weight = torch.from_numpy(self._arrays[data["weight"]])
         else:  # only its shape is used
             weight = torch.zeros(()).expand(data["shape"])
-        numbers = {name: self.value(data[name]) for name in NUMBERS}
+        numbers = {name: self.value(data[name]) for name in NUMBERS if name in data}
         layer = kind(data["name"], weight, bias, **numbers)
         self.layers.append(layer)
         taps = None
@@ -323,10 +352,25 @@ class Decoder:
             numbers = {f.name: self.value(data[f.name]) for f in fields(Copy)[2:]}
             return Copy(self._nodes[data["source"]], out, **numbers)
         x = tuple(self._planes[i] for i in data["x"])
+        if data["kind"] == "Recurrence":
+            directions = tuple(map(self._direction, data["directions"]))
+            states = tuple(self._nodes[name] for name in data["states"])
+            numbers = {n: data[n] for n in RECURRENCE}
+            node = self._nodes[data["node"]]
+            return Recurrence(
+                node=node, directions=directions, x=x, out=out, states=states, **numbers
+            )
         if data["kind"] == "Pointwise":
             return Pointwise(self._nodes[data["node"]], x, out)
         weight, bias = (data[n] and self._arrays[data[n]] for n in ("weight", "bias"))
-        return Operation(data["name"], x, out, data["activation"], weight, bias, data["eps"])
+        stride = self.value(data["stride"])
+        return Operation(
+            data["name"], x, out, data["activation"], weight, bias, data["eps"], stride
+        )
+
+    def _direction(self, data: Mapping[str, Any]) -> Direction:
+        arrays = {n: self._arrays[data[n]] for n in DIRECTION}
+        return Direction(product=self.layers[data["product"]], units=data["units"], **arrays)
 
 
 def in_planes() -> None:

@@ -17,11 +17,12 @@ from torch.fx import Graph, GraphModule, Node
 
 from .activations import activation_of, bounds_of
 from .errors import CaptureError
-from .layer import AvgPool, Layer, MaxPool
+from .layer import Layer
+from .lifting import lift
+from .recurrent import fuse_recurrent
+from .readers import BATCH_NORM, Constants, cropped, folded, input_of, padded, read_layer
 
 aten = torch.ops.aten
-BATCH_NORM = aten._native_batch_norm_legit_no_training.default  # returns statistics, too
-BATCH_NORMS = (BATCH_NORM, aten.batch_norm.default)
 # Functions that read memory in its order, which differs in planes.
 READS_MEMORY = (
     aten.as_strided.default,
@@ -31,8 +32,6 @@ READS_MEMORY = (
 # Functions that depend on the strides of their input.
 NEEDS_CONTIGUOUS = (*READS_MEMORY, aten.view_as_complex.default, aten.view.dtype)
 
-Constants = dict[Node, Tensor]
-
 
 def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
     """Replace layers with constant weights, and the operations after them, by `Layer` nodes.
@@ -40,7 +39,7 @@ def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
     Args:
         module: an exported model, which is modified.
         activations: whether to fuse smooth activation functions into the layers before them, and to
-            replace average pooling by layers.
+            replace average pooling, LSTM and GRU by layers.
 
     Returns:
         The module.
@@ -57,10 +56,13 @@ def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
     for part in graphs_of(module):
         _normalize(part.graph)
         part.recompile()
+    lift(module.graph)
     graph, constants = module.graph, _constants(module)
+    if activations:
+        fuse_recurrent(graph, constants)
     alive, uses = set(graph.nodes), Counter[str]()
     for node in list(graph.nodes):
-        if node in alive and (layer := _layer(node, constants, activations)):
+        if node in alive and (layer := read_layer(node, constants, activations)):
             uses[layer.name] += 1
             if uses[layer.name] > 1:  # shared weights, maybe at another input size
                 layer = replace(layer, name=f"{layer.name}@{uses[layer.name]}")
@@ -160,109 +162,6 @@ def _constants(module: GraphModule) -> Constants:
     return known
 
 
-# Layers
-
-
-def _layer(node: Node, constants: Constants, activations: bool) -> Layer | None:
-    """Return the layer that a node computes; None if it is no layer with constant weights."""
-    if node.op != "call_function":
-        return None
-    read = LAYERS.get(node.target)
-    if read is None or (read in (_avg_pool, _product) and not activations):
-        return None
-    x = node.args[1 if node.target is aten.addmm.default else 0].meta["val"]  # type: ignore[union-attr]
-    images = x.dim() == 4
-    is_linear = node.target is aten.linear.default or read is _product
-    if x.dtype != torch.float32 or not (images or is_linear):
-        return None
-    return read(node, constants)
-
-
-def _max_pool(node: Node, constants: Constants) -> Layer | None:
-    args: list[Any] = list(node.args) + [None] * 7
-    kernel, stride = _pair(args[1], 1), _pair(args[2] or args[1], 1)
-    padding, dilation = _pair(args[3], 0), _pair(args[4], 1)
-    if args[5]:  # ceil_mode
-        return None
-    channels = args[0].meta["val"].shape[1]
-    return MaxPool.create(node.name, channels, kernel, stride, padding, dilation)
-
-
-def _avg_pool(node: Node, constants: Constants) -> Layer | None:
-    args: list[Any] = list(node.args) + [None] * 7
-    kernel, stride = _pair(args[1], 1), _pair(args[2] or args[1], 1)
-    padding, counts_padding = _pair(args[3], 0), args[5] is None or args[5]
-    if args[4] or args[6] or node.kwargs or (padding != (0, 0) and not counts_padding):
-        return None
-    return AvgPool.create(node.name, args[0].meta["val"].shape[1], kernel, stride, padding)
-
-
-def _batch_norm(node: Node, constants: Constants) -> Layer | None:
-    x = node.args[0].meta["val"]  # type: ignore[union-attr]
-    channels = x.shape[1]
-    ones = torch.ones(channels, 1, 1, 1, dtype=x.dtype, device="cpu")
-    identity = Layer(node.name, ones, ones.new_zeros(channels), groups=channels)
-    return _folded(node, identity, constants)
-
-
-def _weighted(node: Node, constants: Constants) -> Layer | None:
-    """Return a convolution or linear layer."""
-    args: list[Any] = list(node.args) + [None] * 7
-    weight, bias = constants.get(args[1]), constants.get(args[2])
-    if weight is None or (bias is None and args[2] is not None) or weight.dim() < 2:
-        return None
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
-    if bias.shape != weight.shape[:1] or {weight.dtype, bias.dtype} != {torch.float32}:
-        return None
-    name = str(args[1].target) if args[1].op == "get_attr" else args[1].name
-    if node.target is aten.linear.default:
-        return Layer(name, weight, bias)
-    stride, dilation = _pair(args[3], 1), _pair(args[5], 1)
-    if isinstance(args[4], str):
-        reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        if args[4] == "same" and any(r % 2 for r in reach):
-            return None  # more padding at one side
-        padding = (reach[0] // 2, reach[1] // 2) if args[4] == "same" else (0, 0)
-    else:
-        padding = _pair(args[4], 0)
-    return Layer(name, weight, bias, stride, padding, dilation, args[6] or 1)
-
-
-def _product(node: Node, constants: Constants) -> Layer | None:
-    """Return the linear layer of a product with a constant matrix: x @ weight + bias."""
-    given: list[Any] = list(node.args)
-    bias_node, x, matrix = given if len(given) == 3 else (None, *given)
-    weight, bias = constants.get(matrix), constants.get(bias_node)
-    if weight is None or node.kwargs or x in constants or (bias is None and bias_node is not None):
-        return None
-    weight = weight.t().contiguous()
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
-    if bias.shape != weight.shape[:1] or {weight.dtype, bias.dtype} != {torch.float32}:
-        return None
-    name = matrix.target if matrix.op == "get_attr" else matrix.name
-    return Layer(str(name), weight, bias)
-
-
-LAYERS: dict[Any, Any] = {
-    aten.max_pool2d.default: _max_pool,
-    aten.avg_pool2d.default: _avg_pool,
-    BATCH_NORM: _batch_norm,
-    aten.batch_norm.default: _batch_norm,
-    aten.conv2d.default: _weighted,
-    aten.conv2d.padding: _weighted,
-    aten.linear.default: _weighted,
-    aten.addmm.default: _product,
-    aten.mm.default: _product,
-}
-
-
-def _pair(value: Any, default: int) -> tuple[int, int]:
-    if value is None:
-        return default, default
-    values = list(value) * (2 // len(value))
-    return values[0], values[1]
-
-
 # Operations after a layer
 
 
@@ -273,12 +172,14 @@ def _fuse_layer(
     residual: Node | None = None
     chain = [node, *node.users] if node.target is BATCH_NORM else [node]
     while (user := _only_user(chain[-1])) is not None:
-        adds = layer.combine == "fma" and residual is None
-        linear_so_far = adds and not layer.pools
+        is_sum = layer.combine == "fma" and residual is None
+        linear_so_far, adds = is_sum and not layer.pools, is_sum and layer.adds
         if linear_so_far and (factor := _factor(user, chain[-1], layer, constants)) is not None:
             layer = layer.scaled(factor)
-        elif linear_so_far and (folded := _folded(user, layer, constants)) is not None:
-            layer = folded
+        elif is_sum and (part := cropped(user, chain[-1], layer)) is not None:
+            layer = part
+        elif linear_so_far and (normed := folded(user, layer, constants)) is not None:
+            layer = normed
             if user.target is BATCH_NORM:
                 chain.append(user)
                 (user,) = user.users
@@ -294,7 +195,7 @@ def _fuse_layer(
             break
         chain.append(user)
     with graph.inserting_before(chain[-1]):
-        x = node.args[1 if node.target is aten.addmm.default else 0]
+        x, layer = padded(input_of(node), layer)
         inputs = (x,) if residual is None else (x, residual)
         fused = graph.call_function(layer, inputs)
     fused.meta["val"] = chain[-1].meta["val"]
@@ -308,30 +209,6 @@ def _only_user(node: Node) -> Node | None:
     return users[0] if len(users) == 1 and users[0].op == "call_function" else None
 
 
-def _folded(user: Node, layer: Layer, constants: Constants) -> Layer | None:
-    """Return the layer with a batch norm folded in; None if `user` is none that can be folded."""
-    if user.target not in BATCH_NORMS or layer.linear:
-        return None
-    if user.target is BATCH_NORM:
-        if any(u.target is not operator.getitem or u.args[1] != 0 for u in user.users):
-            return None  # the model uses the statistics
-        if len(user.users) != 1:
-            return None
-        eps = user.args[6]
-    else:
-        eps = user.args[7]
-        if user.args[5]:  # the statistics of the batch
-            return None
-    weight, bias, mean, var = (constants.get(a) for a in user.args[1:5])  # type: ignore[arg-type]
-    if mean is None or var is None:
-        return None
-    factor = (var.double() + eps).rsqrt()  # type: ignore[operator]
-    if weight is not None:
-        factor = factor * weight.double()
-    shift = -mean.double() * factor
-    return layer.scaled(factor, shift if bias is None else shift + bias.double())
-
-
 def _factor(user: Node, last: Node, layer: Layer, constants: Constants) -> Tensor | None:
     """Return the constant factors per channel by which `user` multiplies the result."""
     if user.target is not aten.mul.Tensor or last not in user.args:
@@ -341,7 +218,7 @@ def _factor(user: Node, last: Node, layer: Layer, constants: Constants) -> Tenso
     if factor is None:
         return None
     out = layer.channels[1]
-    shape = (out,) if layer.linear else (out, 1, 1)
+    shape = (out, *[1] * (layer.weight.dim() - 2))
     matches = factor.numel() == out and tuple(factor.shape[-len(shape) :]) == shape
     return factor.reshape(-1) if matches and _is_alike(user, last) else None
 

@@ -34,6 +34,8 @@ class Layer:
         activation: one of `kernels.ACTIVATIONS`; None for none.
         packs: whether a dense convolution uses weights in oneDNN's own order if it can. For some
             sizes this is slower, since its result is in channels-last order.
+        padding_after: padding below and to the right; `padding` is above and to the left. None if
+            both are equal. Negative padding drops pixels.
 
     Example:
         >>> relu = Layer("weight", torch.tensor([[1.0], [-1.0]]), torch.zeros(2), low=0.0)
@@ -52,11 +54,13 @@ class Layer:
     high: float = math.inf
     activation: str | None = None
     packs: bool = True
+    padding_after: tuple[int, int] | None = None
     _packed: Tensor | bool | None = field(default=None, init=False, repr=False)
     taps: Any = field(default=None, init=False, repr=False)  # `Taps.from_layer` keeps them
     combine: ClassVar[str] = "fma"  # see kernels.Variant
     padding_value: ClassVar[float] = 0.0
     pools: ClassVar[bool] = False  # whether it is pooling, which has no weights to prune
+    adds: ClassVar[bool] = True  # whether it can add a residual
     __name__: ClassVar[str] = "layer"  # torch.fx names functions by it
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -82,15 +86,20 @@ class Layer:
     def _combined(self, x: Tensor) -> Tensor:
         if self.linear:
             return F.linear(x, self.weight, self.bias)
+        padding = self.padding
+        if self.padding_after is not None or min(padding) < 0:  # PyTorch pads both sides alike
+            (top, left), (bottom, right) = padding, self.padding_after or padding
+            padding = (0, 0)
+            x = F.pad(x, (left, right, top, bottom))
         if self._packed is None and self.packs:
-            self._packed = pack(self, x.shape)
+            self._packed = pack(self, x.shape, padding)
         if self.packs and isinstance(self._packed, Tensor):
             return torch.ops.mkldnn._convolution_pointwise(
-                x, self._packed, self.bias, self.padding, self.stride, self.dilation, self.groups,
+                x, self._packed, self.bias, padding, self.stride, self.dilation, self.groups,
                 "none", [], "",
             )  # fmt: skip
         return F.conv2d(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
         )
 
     @property
@@ -107,6 +116,20 @@ class Layer:
     def sparsity(self) -> float:
         """Fraction of the weights that is zero."""
         return 1.0 - int(torch.count_nonzero(self.weight)) / max(1, self.weight.numel())
+
+    @property
+    def kernel_form(self) -> Layer:
+        """The layer whose nonzero weights the kernels read: this one, or one like it."""
+        return self
+
+    def with_padding(self, before: tuple[int, int], after: tuple[int, int]) -> Layer:
+        """Return a layer with another padding.
+
+        Args:
+            before: rows above and columns to the left.
+            after: rows below and columns to the right.
+        """
+        return replace(self, padding=before, padding_after=None if before == after else after)
 
     def scaled(self, factor: Tensor, shift: Tensor | None = None) -> Layer:
         """Return a layer whose result is multiplied by `factor`, then shifted by `shift`.
@@ -136,6 +159,7 @@ class MaxPool(Layer):
     combine = "max"
     padding_value = -math.inf
     pools = True
+    adds = False
     __name__ = "max_pool"
 
     @classmethod
@@ -196,10 +220,11 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": partial(F.hardswish, inplace=True),
     "sigmoid": Tensor.sigmoid_,
     "hardsigmoid": partial(F.hardsigmoid, inplace=True),
+    "tanh": Tensor.tanh_,
 }
 
 
-def pack(layer: Layer, shape: Sequence[int]) -> Tensor | bool:
+def pack(layer: Layer, shape: Sequence[int], padding: tuple[int, int] = (0, 0)) -> Tensor | bool:
     """Return the weights in oneDNN's own order, so that it does not reorder them at every call.
 
     PyTorch has this operator for its compiler and may remove it. The packed weights are valid for
@@ -208,6 +233,7 @@ def pack(layer: Layer, shape: Sequence[int]) -> Tensor | bool:
     Args:
         layer: a convolution.
         shape: of its input.
+        padding: of both sides of its input, in rows and columns.
 
     Returns:
         The packed weights, or False if they cannot be packed.
@@ -221,11 +247,11 @@ def pack(layer: Layer, shape: Sequence[int]) -> Tensor | bool:
     if not torch.backends.mkldnn.is_available():
         return False
     reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.weight.shape[2:], strict=True)]
-    if any(p > r for p, r in zip(layer.padding, reach, strict=True)):
+    if any(not 0 <= p <= r for p, r in zip(padding, reach, strict=True)):
         return False  # oneDNN may crash if a window contains padding only
     try:
         return torch.ops.mkldnn._reorder_convolution_weight(
-            layer.weight, layer.padding, layer.stride, layer.dilation, layer.groups, list(shape)
+            layer.weight, padding, layer.stride, layer.dilation, layer.groups, list(shape)
         )
     except (AttributeError, RuntimeError, TypeError):
         return False

@@ -36,6 +36,7 @@ from .inputs import Example, Inputs, arguments, tensors_of
 from .kernels import Tile
 from .layer import Layer
 from .plan import Plan, Sparse, Torch, can_run_sparse
+from .recurrent import Recurrent
 from .strides import with_strides
 from .timing import milliseconds
 from .tuning import LayerTuning, Tuning, distinct_ways, load_tuning, save_tuning, tune_layer
@@ -240,38 +241,38 @@ class SparseModule(nn.Module):
         ]
         return tree_unflatten(found, self.captured.spec)
 
-    def _layer_nodes(self) -> dict[Node, Layer]:
+    def _layer_nodes(self) -> dict[Node, Any]:
         """Return the layers that can run sparse."""
         graph = self.captured.module.graph
         given = next(n for n in graph.nodes if n.op == "placeholder").meta["val"]
         return {
             n: n.target
             for n in graph.nodes
-            if isinstance(n.target, Layer) and can_run_sparse(n, given.shape[0])
+            if isinstance(n.target, Layer | Recurrent) and can_run_sparse(n, given.shape[0])
         }
 
-    def _tune(self, nodes: Mapping[Node, Layer], known: Tuning) -> dict[str, LayerTuning]:
+    def _tune(self, nodes: Mapping[Node, Any], known: Tuning) -> dict[str, LayerTuning]:
         """Return how each layer runs; time those that are not known."""
         steps = self._plan_all(list(nodes.values())).steps
         places = {s.layer: s for s in steps if isinstance(s, Sparse)}
         times: dict[Any, Any] = {}
         return {
             layer.name: known.get(layer.name)
-            or tune_layer(node, layer, self.batch_size, self.threads, places.get(layer), times)
+            or tune_layer(node, layer, self.batch_size, self.threads, places.get(getattr(layer, "kernel_form", None)), times)
             for node, layer in nodes.items()
         }
 
-    def _plan_all(self, layers: Sequence[Layer]) -> Plan:
+    def _plan_all(self, layers: Sequence[Any]) -> Plan:
         return Plan.build(self.captured.module.graph, layers, self._values)
 
-    def _plan(self, layers: Sequence[Layer], tuning: Tuning) -> Plan:
+    def _plan(self, layers: Sequence[Any], tuning: Tuning) -> Plan:
         return self._plan_all([layer for layer in layers if tuning[layer.name].sparse])
 
     def _batch_plan(self, plan: Plan, tuning: Tuning, batch: int) -> BatchPlan:
         tiles: dict[str, Tile] = {name: layer.tile for name, layer in tuning.items()}
         return BatchPlan(plan, self.constants, batch, tiles, self.threads)
 
-    def _fastest(self, layers: Sequence[Layer], given: Sequence[Tensor]) -> dict[str, LayerTuning]:
+    def _fastest(self, layers: Sequence[Any], given: Sequence[Tensor]) -> dict[str, LayerTuning]:
         """Time the whole network tuned, with all layers sparse, and with all layers dense.
 
         The conversion between the layouts of sparse and dense layers takes time, too. The times of
@@ -351,7 +352,7 @@ class SparseModule(nn.Module):
         others = Counter(
             str(step.node.target).removeprefix("aten.")
             for step in self.plan.steps
-            if isinstance(step, Torch) and not isinstance(step.node.target, Layer)
+            if isinstance(step, Torch) and not isinstance(step.node.target, Layer | Recurrent)
         )
         if others:
             counts = ", ".join(f"{n} x {name}" if n > 1 else name for name, n in others.items())

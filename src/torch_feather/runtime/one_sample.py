@@ -71,6 +71,9 @@ def _steps(program: ExportedProgram, samples: Any) -> Iterator[tuple[Any, ...]]:
         value = node.meta.get("val")
         if node.op == "call_function" and not _has_tensors(value):
             continue  # arithmetic with sizes, and checks of them
+        if _is_whole(node):  # torch.export omits it if sizes are numbers
+            position[node] = position[node.args[0]]
+            continue
         position[node] = len(position)
         args = tree_map_only(Node, argument, (list(node.args), dict(node.kwargs)))
         args = tree_map_only(SYMBOLIC, number, args)
@@ -78,6 +81,14 @@ def _steps(program: ExportedProgram, samples: Any) -> Iterator[tuple[Any, ...]]:
         target = "submodule" if node.op == "get_attr" else node.target
         # Values of submodules, the branches of torch.cond, are not compared.
         yield node.op, target, object() if target == "submodule" else repr(args), shapes
+
+
+def _is_whole(node: Node) -> bool:
+    """Return whether a node selects all of a dimension."""
+    args: tuple[Any, ...] = node.args
+    if node.target is not torch.ops.aten.slice.Tensor or node.kwargs or len(args) != 4:
+        return False
+    return bool(args[2] in (None, 0) and isinstance(args[3], int) and args[3] > 2**62)
 
 
 def _has_tensors(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,28 +10,24 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .activations import activation_of
 from .aliases import alias_of, channels_of
 from .concatenation import Concatenation
+from .functions import Functions, alike
 from .layer import Layer
 from .planes import PlaneLayout, Planes
-from .sizes import can_run_sparse, pixels_per_sample, sizes_of
+from .recurrent import Recurrent, dimensions
+from .sizes import can_run_sparse, image_shape, pixels_per_sample, sizes_of
 from .split import Split
-from .steps import Copy, Operation, Pointwise, Sparse, Step, Torch
+from .steps import Copy, Operation, Pointwise, Recurrence, Sparse, Step, Torch
 from .taps import Taps
+from .transposed import TransposedConvolution
 
-__all__ = ["Copy", "Operation", "Plan", "Pointwise", "Sparse", "Step", "Torch", "can_run_sparse"]
+__all__ = [
+    *("Copy", "Operation", "Plan", "Pointwise", "Recurrence", "Sparse", "Step", "Torch"),
+    "can_run_sparse",
+]
 
 aten = torch.ops.aten
-# Elementwise functions that map 0 to 0, so that padding stays 0.
-POINTWISE = {
-    *(aten.relu.default, aten.gelu.default, aten.silu.default, aten.hardswish.default),
-    *(aten.leaky_relu.default, aten.elu.default, aten.mish.default, aten.tanh.default),
-    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor),
-}
-BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
-MEAN = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
-
 
 @dataclass
 class Plan:
@@ -67,7 +63,7 @@ class Plan:
     def build(
         cls,
         graph: Graph,
-        sparse: Collection[Layer],
+        sparse: Collection[Layer | Recurrent],
         constants: Mapping[Node, Any] | None = None,
         batch: Any = None,
     ) -> Plan:
@@ -77,7 +73,7 @@ class Plan:
             graph: its layers are nodes whose target is a `Layer`.
             sparse: the layers that run sparse.
             constants: values of the `get_attr` nodes. Without them, the only steps are `Torch`,
-                `Copy`, `Sparse` and `Pointwise`.
+                `Copy`, `Sparse`, `Pointwise` and the `Operation` "interleave".
             batch: size or symbol of the batch; None: the first dimension of the first input.
         """
         builder = Builder(cls(graph), sparse, constants, batch)
@@ -105,11 +101,12 @@ class Builder:
     def __init__(
         self,
         plan: Plan,
-        sparse: Collection[Layer],
+        sparse: Collection[Layer | Recurrent],
         constants: Mapping[Node, Any] | None = None,
         batch: Any = None,
     ) -> None:
         self.plan, self.sparse, self.constants = plan, sparse, constants
+        self.planes = plan.planes
         self._copies: dict[Any, Planes] = {}  # planes that were copied, by source and layout
         self._parts: dict[Node, list[Planes]] = {}  # planes of nodes that return several values
         given = [n.meta.get("val") for n in plan.graph.nodes if n.op == "placeholder"]
@@ -122,13 +119,18 @@ class Builder:
             return
         if isinstance(node.target, Layer):
             is_sparse = node.target in self.sparse and self._fits(node)
-            step: Step = self._sparse(node, node.target) if is_sparse else Torch(node)
+            step: Step = self._layer(node, node.target) if is_sparse else Torch(node)
+        elif isinstance(node.target, Recurrent):
+            if node.target in self.sparse and self._fits(node):
+                self._recurrent(node, node.target)
+                return
+            step = Torch(node)
         elif self._is_in_planes(node):
             return
         else:
-            step = self._operation(node) or Torch(node)
+            step = Functions(self).step_of(node) or Torch(node)
         if not isinstance(step, Torch):
-            self.plan.planes[node] = step.out
+            self.planes[node] = step.out
         self.plan.steps.append(step)
 
     def empty(self, node: Node, linear: bool, like: Planes | None = None) -> Planes:
@@ -141,18 +143,21 @@ class Builder:
         """
         shape = node.meta["val"].shape
         if not linear:
-            channels, height, width = (int(n) for n in shape[1:])
-            return Planes(
-                PlaneLayout(height, width), channels, height, width, (channels, height, width)
-            )
+            size = image_shape(node.meta["val"])
+            sample = tuple(int(n) for n in shape[1:])
+            return Planes(PlaneLayout(*size[1:]), *size, sample)
         channels = int(shape[-1])
         if like is not None and like.tokens is None:
             h, w = like.height, like.width
             return Planes(PlaneLayout(h, w), channels, h, w, (h, w, channels), linear=True)
-        pixels = pixels_per_sample(shape[:-1], self._batch)
+        return self._tokens(shape[:-1], channels)
+
+    def _tokens(self, sizes: Sequence[Any], channels: int) -> Planes:
+        """Return new planes for tokens of these sizes, which have no padding."""
+        pixels = pixels_per_sample(sizes, self._batch)
         assert pixels is not None
-        sample = (channels,) if len(shape) == 2 else (pixels, channels)
-        tokens = sizes_of(shape[:-1], self._batch)
+        sample = (channels,) if len(sizes) == 1 else (pixels, channels)
+        tokens = sizes_of(sizes, self._batch)
         layout = PlaneLayout(1, pixels, is_fixed=True)
         return Planes(layout, channels, 1, pixels, sample, linear=True, tokens=tokens)
 
@@ -165,29 +170,80 @@ class Builder:
 
     def in_planes(self, node: Any, out: Planes) -> Planes:
         """Return planes of a value that can share a layout with `out`; copied if necessary."""
-        found = self.plan.planes.get(node)
+        found = self.planes.get(node)
         if found is not None and alike(found, out) and found.layout.can_merge(out.layout):
             return found
         like = out if out.linear and out.tokens is None else None
         new = self.empty(node, out.linear, like)
         return self.copied(node, new, (out.linear, like and out.layout))
 
-    def _sparse(self, node: Node, layer: Layer) -> Sparse:
+    def _layer(self, node: Node, layer: Layer) -> Sparse | Operation:
+        """Return the last step of a sparse layer."""
+        form = layer.kernel_form
+        if not isinstance(layer, TransposedConvolution):
+            return self._sparse(node, form, self.empty)
+        stride = layer.stride
+
+        def parts(node: Node, linear: bool, like: Planes | None) -> Planes:
+            """Return planes of the pixels of the result that are interleaved."""
+            height, width = (-(-int(n) // s) for n, s in zip(node.meta["val"].shape[2:], stride))
+            size = form.channels[1], height, width
+            return Planes(PlaneLayout(height, width), *size, size)
+
+        step = self._sparse(node, form, parts)
+        self.plan.steps.append(step)
+        return Operation("interleave", (step.out,), self.empty(node, False), stride=stride)
+
+    def _recurrent(self, node: Node, layer: Recurrent) -> None:
+        """Add the steps of the layers of an LSTM or GRU."""
+        source, states = node.args[0], node.args[1:]
+        assert isinstance(source, Node)
+        value, steps = source.meta["val"], self.plan.steps
+        x = self.in_planes(source, self.empty(source, linear=True))
+        count = int(dimensions(layer, value)[1])
+        for number, directions in enumerate(layer.parts):
+            products = []
+            for direction in directions:
+                product = direction.product
+                out = self._tokens(value.shape[:-1], product.channels[1])
+                out.layout.merge(x.layout)
+                steps.append(Sparse(product, Taps.from_layer(product), x, out))
+                products.append(out)
+            out = self._tokens(value.shape[:-1], layer.units * len(directions))
+            out.layout.merge(x.layout)
+            steps.append(
+                Recurrence(
+                    *(node, layer.kind, tuple(directions), tuple(products), out),
+                    states,  # type: ignore[arg-type]
+                    *(number, layer.layers, count, layer.batch_first),
+                )
+            )
+            x = out
+        self._parts[node] = [x]
+
+    def _sparse(self, node: Node, layer: Layer, empty: Callable[..., Planes]) -> Sparse:
+        """Return the step of a sparse layer.
+
+        Args:
+            node: its node.
+            layer: the layer whose taps are used.
+            empty: function that returns new planes for the result.
+        """
         taps, source = Taps.from_layer(layer), node.args[0]
         assert isinstance(source, Node)
         if layer.stride != (1, 1) or layer.padding_value != 0.0:
             moves = self.constants is not None
-            split = Split(self.plan.planes, self.plan.steps, self._copies, moves)
+            split = Split(self.planes, self.plan.steps, self._copies, moves)
             x = split.planes_of(source, layer, taps)
         else:
-            found = self.plan.planes.get(source)
+            found = self.planes.get(source)
             is_image = found is not None and found.linear and found.tokens is None
             x = self.in_planes(
                 source, self.empty(source, layer.linear, found if is_image else None)
             )
             if not x.layout.can_have(*taps.reach):
                 x = self.copied(source, self.empty(source, layer.linear), "padded")
-        out = self.empty(node, layer.linear, x)
+        out = empty(node, layer.linear, x)
         out.layout.merge(x.layout)
         residual = self.in_planes(node.args[1], out) if len(node.args) > 1 else None
         if residual is not None:
@@ -201,30 +257,13 @@ class Builder:
 
         A linear layer of the rows of images cannot: their channels are other ones.
         """
-        planes = [self.plan.planes.get(n) for n in node.all_input_nodes]
-        return not node.target.linear or all(  # type: ignore[union-attr]
-            p is None or p.linear for p in planes
-        )
-
-    def _operation(self, node: Node) -> Pointwise | Operation | None:
-        """Return the step of a function that is no layer; None if PyTorch computes it."""
-        step: Pointwise | Operation | None = None
-        if self.constants is not None:
-            if node.target in MEAN:
-                step = self._mean(node)
-            elif node.target is aten.layer_norm.default:
-                step = self._layer_norm(node)
-            elif name := activation_of(node):
-                step = self._activation(node, name)
-            elif node.target is aten.mul.Tensor:
-                step = self._scale(node)
-        if step is None and node.target in POINTWISE:
-            step = self._pointwise(node)
-        return step
+        planes = [self.planes.get(n) for n in node.all_input_nodes]
+        is_linear = isinstance(node.target, Recurrent) or node.target.linear  # type: ignore[union-attr]
+        return not is_linear or all(p is None or p.linear for p in planes)
 
     def _is_in_planes(self, node: Node) -> bool:
         """Find the planes of a node whose value is in planes without a step of its own."""
-        planes, source = self.plan.planes, node.args[0] if node.args else None
+        planes, source = self.planes, node.args[0] if node.args else None
         if self.constants is None:
             return False
         if node.target is aten.cat.default:
@@ -232,8 +271,8 @@ class Builder:
         elif isinstance(source, Node) and source in self._parts:
             index = node.args[1]
             assert isinstance(index, int)
-            found = self._parts[source][index]
-        elif isinstance(source, Node) and source in planes:
+            found = self._parts[source][index] if index < len(self._parts[source]) else None
+        elif isinstance(source, Node) and source in planes and not planes[source].is_volume:
             found = alias_of(node, planes[source], self._batch)
             if found is None and (parts := channels_of(node, planes[source])):
                 self._parts[node] = parts
@@ -244,99 +283,6 @@ class Builder:
             planes[node] = found
         return found is not None
 
-    def _pointwise(self, node: Node) -> Pointwise | None:
-        """Return the step of an elementwise function whose inputs are planes of one shape."""
-        x = [self.plan.planes.get(n) for n in node.all_input_nodes]
-        first = x[0] if x else None
-        binary = node.target in BINARY
-        if first is None or (binary and not all(isinstance(a, Node) for a in node.args)):
-            return None
-        found = []
-        for planes in x:
-            if planes is None or not alike(planes, first) or planes.channels != first.channels:
-                return None
-            if not planes.layout.can_merge(first.layout):
-                return None
-            found.append(planes)
-        out = self._like(node, first)
-        for planes in found:
-            out.layout.merge(planes.layout)
-        return Pointwise(node, tuple(found), out)
-
-    def _like(self, node: Node, x: Planes) -> Planes:
-        """Return new planes for the result of a function, alike and in the layout of its input."""
-        out = self.empty(node, x.linear, x)
-        out.layout.merge(x.layout)
-        return out
-
-    def _image(self, node: Any) -> Planes | None:
-        """Return the planes of images."""
-        found = self.plan.planes.get(node)
-        return None if found is None or found.linear else found
-
-    def _mean(self, node: Node) -> Operation | None:
-        x = self._image(node.args[0])
-        if x is None or node.kwargs:
-            return None
-        if node.target is aten.mean.dim:
-            dims = [d % 4 for d in node.args[1] or ()]  # type: ignore[operator, union-attr]
-            keeps = len(node.args) > 2 and bool(node.args[2])
-            if sorted(dims) != [2, 3]:
-                return None
-        else:
-            keeps = True
-            if set(node.args[1] if isinstance(node.args[1], list) else [node.args[1]]) != {1}:
-                return None
-        return Operation("mean", (x,), self.empty(node, linear=not keeps))
-
-    def _scale(self, node: Node) -> Operation | None:
-        """Return the step of a product with one factor per channel and sample."""
-        for a, b in (node.args, node.args[::-1]):
-            x = self._image(a)
-            if x is None or not isinstance(b, Node) or x.height * x.width == 1:
-                continue
-            value = b.meta["val"]
-            if isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() == 4:
-                shape = a.meta["val"].shape  # type: ignore[union-attr]
-                if str(value.shape[0]) == str(shape[0]) and value.shape[1:] == (x.channels, 1, 1):
-                    y = self.in_planes(b, self.empty(b, linear=False))
-                    return Operation("scale", (x, y), self._like(node, x))
-        return None
-
-    def _activation(self, node: Node, name: str) -> Operation | None:
-        x = self.plan.planes.get(node.args[0])  # type: ignore[arg-type]
-        if x is None:
-            return None
-        return Operation("activate", (x,), self._like(node, x), activation=name)
-
-    def _layer_norm(self, node: Node) -> Operation | None:
-        args: list[Any] = list(node.args) + [None] * 5
-        x = self.plan.planes.get(args[0])
-        if x is None or not x.linear or list(args[1]) != [x.channels] or node.kwargs:
-            return None
-        assert self.constants is not None
-        values = []
-        for given, default in ((args[2], torch.ones), (args[3], torch.zeros)):
-            value = default(x.channels) if given is None else self.constants.get(given)
-            if not isinstance(value, Tensor) or value.dtype != torch.float32:
-                return None
-            values.append(value.contiguous().numpy())
-        eps = 1e-5 if args[4] is None else float(args[4])
-        out = self._like(node, x)
-        return Operation("layer_norm", (x,), out, weight=values[0], bias=values[1], eps=eps)
-
-
-def alike(a: Planes, b: Planes) -> bool:
-    """Return whether the pixels of two planes are in the same places, apart from their padding.
-
-    Example:
-        >>> x = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
-        >>> alike(x, Planes(PlaneLayout(3, 4), 5, 3, 4, (5, 3, 4)))
-        True
-    """
-    same = (a.linear, a.height, a.width) == (b.linear, b.height, b.width)
-    return same and (a.tokens is None) == (b.tokens is None)
-
 
 def _find_last_uses(plan: Plan) -> None:
     last_use, end = plan.last_use, len(plan.steps)
@@ -346,6 +292,8 @@ def _find_last_uses(plan: Plan) -> None:
         used: list[Planes | None] = [step.out]
         if isinstance(step, Sparse):
             used += [step.x, step.residual]
+        elif isinstance(step, Recurrence):
+            used += [*step.x, *(plan.planes.get(state) for state in step.states)]
         elif isinstance(step, Copy):
             used.append(plan.planes.get(step.source))
         else:

@@ -118,7 +118,8 @@ class Planes:
         channels: number of channels.
         height: rows of an image.
         width: columns of an image.
-        shape: shape of one sample in PyTorch: (channels, height, width), or (..., channels).
+        shape: shape of one sample in PyTorch: (channels, height, width), (..., channels), or
+            (channels / depth, depth, height, width) for volumes, whose slices are channels here.
         linear: whether channels are the last dimension.
         tokens: sizes of the other dimensions, whose pixels form one row without padding. None if
             these dimensions are the batch, rows and columns.
@@ -151,6 +152,11 @@ class Planes:
     def root(self) -> Planes:
         """The planes that have memory of their own: the largest that contain these."""
         return self if self.base is None else self.base.root
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether the channels are the slices of volumes."""
+        return len(self.shape) == 4
 
     @property
     def start(self) -> int:
@@ -205,6 +211,10 @@ class Planes:
         if self.linear:
             shape = (batch, self.height, self.width, self.channels)
             return memory.as_strided(shape, (*rows, channel), start)
+        if self.is_volume:
+            inner, depth = self.shape[:2]
+            sizes = (batch, inner, depth, self.height, self.width)
+            return memory.as_strided(sizes, (rows[0], depth * channel, channel, *rows[1:]), start)
         shape = (batch, self.channels, self.height, self.width)
         return memory.as_strided(shape, (rows[0], channel, *rows[1:]), start)
 

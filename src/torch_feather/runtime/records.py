@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from .batch import BatchPlan
-from .kernels import CHANNEL_BLOCK, CONVOLUTION, COPY, PLANE_OPERATION, TRANSPOSE, library
-from .memory import round_up
+from .kernels import (
+    CHANNEL_BLOCK,
+    CONVOLUTION,
+    COPY,
+    PLANE_OPERATION,
+    RECURRENCE,
+    TRANSPOSE,
+    library,
+)
+from .memory import aligned_zeros, round_up
 from .planes import Planes
-from .steps import Copy, Operation, Sparse
+from .steps import Copy, Operation, Recurrence, Sparse
 
 SetSource = Callable[[Tensor], Any]
 
@@ -112,6 +120,11 @@ class Records:
         if name == "mean":
             record["factor"] = 1 / (x.height * x.width)
             record["pixels"] = x.height * source.row_stride
+        elif name == "interleave":
+            name, items = f"interleave_{step.stride[1]}", step.out.channels
+            record["rows"], record["columns"] = step.out.height, step.out.width
+            record["x_pitch"], record["pitch"] = source.row_stride, layout.row_stride
+            record["factor_rows"] = step.stride[0]
         elif name == "activate":
             assert step.activation is not None
             record["activation"] = library().activations[step.activation, width]
@@ -122,6 +135,43 @@ class Records:
             record["factor"], items = 1 / x.channels, step.out.channel_stride(batch) // width
         operation["kernel"], operation["items"] = library().operations[name], items
         operation["record"] = record.ctypes.data
+
+    def recurrence(self, step: Recurrence, operation: np.void) -> RecurrentRecords:
+        """Fill the records of a recurrent layer, except for its states.
+
+        Returns:
+            The part that is set at each call.
+        """
+        plan, batch, lanes = self.plan, self.plan.batch, self.plan.lanes
+        records = np.zeros(len(step.directions), RECURRENCE)
+        self.referenced.append(records)
+        sample, time = (step.steps, 1) if step.batch_first else (1, batch)
+        tables = plan.recurrent_tables(step)
+        for i, (direction, record) in enumerate(zip(step.directions, records, strict=True)):
+            backward = i == 1
+            last = time * (step.steps - 1) if backward else 0
+            section = round_up(direction.units * lanes)
+            for name, table in tables[i].items():
+                record[name] = table.ctypes.data
+            out_plane = step.out.channel_stride(batch)
+            record["g"] = self._first_pixel(step.x[i]) + 4 * last
+            first_plane = i * direction.units * out_plane
+            record["out"] = self._first_pixel(step.out) + 4 * (last + first_plane)
+            record["g_plane"], record["out_plane"] = step.x[i].channel_stride(batch), out_plane
+            record["sample"], record["time"] = sample, -time if backward else time
+            record["rows"], record["g_rows"] = 4 * direction.units, direction.product.channels[1]
+            memory = aligned_zeros(7 * section + round_up(lanes))
+            record["gates"], record["section"] = self._address(memory), section
+            record["c"] = record["gates"] + 4 * 4 * section
+            record["h"] = record["gates"] + 4 * 5 * section
+            for name in ("sigmoid", "tanh"):
+                record[name] = library().activations[name, library().target.widths[0]]
+            record["steps"], record["samples"], record["lanes"] = step.steps, batch, lanes
+            record["units"] = direction.units
+        name = step.cell if lanes > 1 else f"{step.cell}_one"
+        operation["kernel"], operation["items"] = library().operations[name], len(records)
+        operation["record"] = records.ctypes.data
+        return RecurrentRecords(step, records)
 
     def copy(self, step: Copy, operation: np.void) -> SetSource:
         """Fill the record of a copy except for its source.
@@ -148,6 +198,8 @@ class Records:
         def set_source(x: Tensor) -> Any:
             if step.out.linear:
                 x = x.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+            elif x.dim() == 5:  # slices of volumes are channels
+                x = x.flatten(1, 2)
             x = x.resolve_neg()
             image, channel, row, column = x.stride()
             if (
@@ -234,3 +286,50 @@ class Records:
     def _address(self, array: np.ndarray) -> int:
         self.referenced.append(array)
         return array.ctypes.data
+
+
+class RecurrentRecords:
+    """The records of a recurrent layer, whose states change with each call.
+
+    Args:
+        step: the step.
+        records: one for each direction.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> from .planes import PlaneLayout, Planes
+        >>> planes = Planes(PlaneLayout(1, 7), 8, 1, 7, (7, 8), linear=True)
+        >>> x = Graph().placeholder("x")
+        >>> step = Recurrence(x, "lstm", (), (), planes, (), 0, 1, 7, True)
+        >>> RecurrentRecords(step, np.zeros(0, RECURRENCE)).final([torch.ones(2, 3, 4)])[1].shape
+        torch.Size([2, 3, 4])
+    """
+
+    def __init__(self, step: Recurrence, records: np.ndarray) -> None:
+        self.step, self.records = step, records
+
+    def set_initial(self, states: Sequence[Tensor]) -> None:
+        """Set the initial states: tensors (layers · directions, batch, units)."""
+        self._set("initial", states)
+
+    def final(self, states: Sequence[Tensor], value: Any = None) -> Any:
+        """Set where the final states are written to.
+
+        Args:
+            states: the initial states.
+            value: what the first layer returned.
+
+        Returns:
+            The value of the node: None for the result, and the final states.
+        """
+        value = value or (None, *(torch.empty(x.shape, dtype=torch.float32) for x in states))
+        self._set("final", value[1:])
+        return value
+
+    def _set(self, kind: str, states: Sequence[Tensor]) -> None:
+        first = self.step.number * len(self.records)
+        for name, state in zip("hc", states, strict=False):
+            direction, sample, unit = state.stride()
+            for i, record in enumerate(self.records):
+                record[f"{name}_{kind}"] = state.data_ptr() + 4 * (first + i) * direction
+                record[f"{name}_{kind}_sample"], record[f"{name}_{kind}_unit"] = sample, unit

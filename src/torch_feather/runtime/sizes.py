@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,24 @@ from torch.fx import Node
 
 from .layer import Layer
 from .planes import Size
+from .recurrent import Recurrent, can_run_recurrent
 
 PROBES = (1, 2, 3, 8, 61)  # batch sizes at which a size is evaluated
+
+
+def image_shape(value: Tensor) -> tuple[int, int, int]:
+    """Return the channels, rows and columns of a sample; slices of volumes are channels.
+
+    Args:
+        value: images (batch, channels, height, width), or volumes (batch, channels, depth, ...).
+
+    Example:
+        >>> import torch
+        >>> image_shape(torch.ones(1, 2, 3, 4, 5))
+        (6, 4, 5)
+    """
+    *channels, height, width = (int(n) for n in value.shape[1:])
+    return math.prod(channels), height, width
 
 
 def size_of(size: Any, batch: Any) -> Size | None:
@@ -75,7 +92,9 @@ def pixels_per_sample(sizes: Sequence[Any], batch: Any) -> int | None:
     found = sizes_of(sizes, batch)
     if found is None:
         return None
-    probes = (int(batch),) if isinstance(batch, int) else PROBES
+    if not isinstance(batch, int) and batch.node.expr.is_number:  # specialized by torch.export
+        batch = int(batch.node.expr)
+    probes = (batch,) if isinstance(batch, int) else PROBES
     counts = set()
     for n in probes:
         total = 1
@@ -105,6 +124,8 @@ def can_run_sparse(node: Node, batch: Any) -> bool:
         >>> can_run_sparse(node, batch=3), can_run_sparse(node, batch=2)
         (True, False)
     """
+    if isinstance(node.target, Recurrent):
+        return can_run_recurrent(node, batch)
     values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
     is_linear = isinstance(node.target, Layer) and node.target.linear
     for v in values:

@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from .layer import Layer
 from .planes import PlaneLayout, Planes, split_size
+from .sizes import image_shape
 from .steps import Copy, Sparse, Step
 from .taps import Taps
 
@@ -48,7 +49,7 @@ class Split:
             layer: the layer.
             taps: its taps.
         """
-        size = tuple(int(n) for n in node.meta["val"].shape[2:])
+        size = image_shape(node.meta["val"])[1:]
         if (before := self._pointwise(node, layer, size)) is not None:
             return self._moved(node, before, layer, taps)
         return self._copied(node, layer, taps, phases=1)
@@ -85,7 +86,7 @@ class Split:
         """Return planes into which the phases of a value were copied, as channels or as images."""
         key = (node, layer.stride, taps.phases, layer.padding_value, phases)
         if key not in self.copies:
-            channels, height, width = (int(n) for n in node.meta["val"].shape[1:])
+            channels, height, width = image_shape(node.meta["val"])
             ys, xs = zip(*taps.phases, strict=True)
             out = self.copies[key] = Planes(
                 PlaneLayout(0, 0),

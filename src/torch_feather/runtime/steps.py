@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from .layer import Layer
 from .planes import Planes
+from .recurrent import Direction
 from .taps import Taps
 
 
@@ -117,6 +118,7 @@ class Operation:
         weight: of a norm, (channels,).
         bias: of a norm, (channels,).
         eps: of a norm.
+        stride: rows and columns of the result of "interleave" per row and column of the input.
 
     Example:
         >>> from torch_feather.runtime.planes import PlaneLayout
@@ -132,6 +134,45 @@ class Operation:
     weight: np.ndarray | None = None
     bias: np.ndarray | None = None
     eps: float = 0.0
+    stride: tuple[int, int] = (1, 1)
 
 
-Step = Torch | Copy | Sparse | Pointwise | Operation
+@dataclass(eq=False)
+class Recurrence:
+    """All steps in time of a layer of an LSTM or GRU, from planes to planes.
+
+    The value of its node consists of the final states of all layers, after a None for the result.
+
+    Attributes:
+        node: its node in the graph.
+        cell: "lstm" or "gru".
+        directions: weights of each direction.
+        x: products of the input with the weights, for each direction.
+        out: result; the units of the second direction follow those of the first.
+        states: nodes of the initial states: h and, for an LSTM, c.
+        number: number of the layer.
+        layers: number of layers of the node.
+        steps: steps in time.
+        batch_first: whether the steps of a sample are adjacent.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> from torch_feather.runtime.planes import PlaneLayout
+        >>> planes = Planes(PlaneLayout(1, 7), 8, 1, 7, (7, 8), linear=True)
+        >>> Recurrence(Graph().placeholder("x"), "lstm", (), (), planes, (), 0, 1, 7, True).steps
+        7
+    """
+
+    node: Node
+    cell: str
+    directions: tuple[Direction, ...]
+    x: tuple[Planes, ...]
+    out: Planes
+    states: tuple[Node, ...]
+    number: int
+    layers: int
+    steps: int
+    batch_first: bool
+
+
+Step = Recurrence | Torch | Copy | Sparse | Pointwise | Operation

@@ -19,12 +19,18 @@ from ..files import replace_file, to_path
 from .batch import BatchPlan
 from .kernels import Tile, library
 from .layer import Layer
-from .plan import Plan, Sparse
+from .plan import Operation, Plan, Recurrence, Sparse
+from .recurrent import Recurrent
 from .sizes import sizes_of
 from .timing import milliseconds
 from .workspace import Workspace
 
 CANDIDATES = 5  # number of tiles that are timed
+NUMBERS = (
+    *("stride", "padding", "padding_after", "dilation", "groups", "output_padding"),
+    *("depth", "depth_stride", "depth_padding", "depth_dilation"),
+)
+RECURRENT_CANDIDATES = 2  # with whole recurrent layers, in which the tiles matter less
 LATENCY, GROUP_CYCLES = 3.0, 12.0  # cycles of a multiply-add that follows another; of a group
 MAX_TILE = 64  # vectors, values of a vector, or channels; larger ones would take long to compile
 
@@ -60,7 +66,7 @@ Tuning = Mapping[str, LayerTuning]
 
 def tune_layer(
     node: Node,
-    layer: Layer,
+    layer: Layer | Recurrent,
     batch: int,
     threads: int,
     place: Sparse | None = None,
@@ -94,9 +100,10 @@ def tune_layer(
         >>> tune_layer(node, layer, batch=1, threads=1).sparsity
         0.75
     """
-    known = {} if known is None else known
-    sparsity = layer.sparsity
+    known, sparsity = {} if known is None else known, layer.sparsity
     symbol = _batch_of(node.graph)
+    if isinstance(layer, Recurrent):
+        return _tune_recurrent(node, layer, batch, threads)
     values = [n.meta["val"] for n in (*node.args, node) if isinstance(n, Node)]
     if place is not None and place.out.phases > 1:
         symbol, values = (batch := batch * place.out.phases), _phases(place, batch)
@@ -109,7 +116,9 @@ def tune_layer(
     pixels = step.out.pixels(batch)
     key = (*_size(layer), tuple(x.shape), len(residual), pixels)
     similar = (*key, round(sparsity, 2))
-    tiles = [known[similar]] if similar in known else candidates(layer, sparsity, pixels)
+    form = step.layer
+    zeros = sparsity if form is layer else 1 - len(step.taps.values) / max(1, form.weight.numel())
+    tiles = [known[similar]] if similar in known else candidates(form, zeros, pixels)
     times = _time_tiles(plan, step, tiles, (x, *residual), batch, threads)
     fastest = known[similar] = min(times, key=times.__getitem__)
     sparse = times[fastest]
@@ -136,7 +145,8 @@ def _time_tiles(
     times: dict[Tile, float] = {}
     for tile in tiles:
         requested[step.layer.name] = tile
-        run = partial(workspace.native([step]), workspace.values)
+        native = [s for s in plan.steps if isinstance(s, Sparse | Operation)]  # without copies
+        run = partial(workspace.native(native), workspace.values)
         best = min(times.values(), default=math.inf)
         times[tile] = milliseconds(run, min_total=1.0, give_up=1.5 * best)
     return times
@@ -144,8 +154,9 @@ def _time_tiles(
 
 def _size(layer: Layer) -> tuple[Any, ...]:
     shape = tuple(layer.weight.shape)
-    kind = layer.combine, layer.activation, layer.pools
-    return (*kind, shape, layer.stride, layer.padding, layer.dilation, layer.groups)
+    kind = type(layer).__name__, layer.activation
+    numbers = [getattr(layer, name, None) for name in NUMBERS]
+    return (*kind, shape, *numbers)
 
 
 def candidates(layer: Layer, sparsity: float, pixels: int) -> list[Tile]:
@@ -198,7 +209,7 @@ def _time_dense(layer: Layer, x: Tensor, residual: Sequence[Tensor], give_up: fl
         layer(x, *residual)
         run = partial(layer, x, *residual)
         times[layer.packs] = milliseconds(run, min_total=3.0, give_up=give_up)
-        if layer.linear or layer.pools:  # there is one way
+        if layer.linear or type(layer) is not Layer:  # there is one way
             break
     layer.packs = min(times, key=times.__getitem__)
     return times[layer.packs]
@@ -301,7 +312,28 @@ def _batch_of(graph: Graph) -> Any:
     return next(n for n in graph.nodes if n.op == "placeholder").meta["val"].shape[0]
 
 
-def _plan_of_layer(layer: Layer, values: Sequence[Tensor], batch: Any) -> Plan:
+def _tune_recurrent(node: Node, layer: Recurrent, batch: int, threads: int) -> LayerTuning:
+    """Time an LSTM or GRU densely, and sparsely with some tiles for the products of its inputs."""
+    symbol = _batch_of(node.graph)
+    values = [n.meta["val"] for n in (*node.args, node) if isinstance(n, Node)]
+    x, *states = (_random_input(value, symbol, batch) for value in values[:-1])
+    plan = _plan_of_layer(layer, values, symbol)
+    if not any(isinstance(step, Recurrence) for step in plan.steps):
+        return LayerTuning(False, library().tiles[0], layer.sparsity)
+    product = layer.parts[0][0].product
+    pixels = next(s for s in plan.steps if isinstance(s, Sparse)).out.pixels(batch)
+    times: dict[Tile, float] = {}
+    for tile in candidates(product, product.sparsity, pixels)[:RECURRENT_CANDIDATES]:
+        workspace = Workspace(BatchPlan(plan, {}, batch, {layer.name: tile}, threads))
+        workspace(x, *states)
+        times[tile] = milliseconds(partial(workspace, x, *states), min_total=3.0)
+    fastest = min(times, key=times.__getitem__)
+    dense = milliseconds(partial(layer, x, *states), min_total=3.0, give_up=3 * times[fastest])
+    sparse = times[fastest]
+    return LayerTuning(sparse < dense, fastest, layer.sparsity, dense, sparse, packs=False)
+
+
+def _plan_of_layer(layer: Layer | Recurrent, values: Sequence[Any], batch: Any) -> Plan:
     """Return the plan of a network that consists of one layer.
 
     Args:

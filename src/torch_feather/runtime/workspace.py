@@ -18,11 +18,11 @@ from .batch import BatchPlan
 from .kernels import OPERATION, library
 from .memory import aligned_zeros
 from .planes import Planes
-from .records import Records
-from .steps import Copy, Operation, Pointwise, Sparse, Torch
+from .records import Records, RecurrentRecords
+from .steps import Copy, Operation, Pointwise, Recurrence, Sparse, Torch
 
 Values = list[Any]  # values of the nodes of a graph
-Native = Sparse | Copy | Operation  # steps in machine code
+Native = Sparse | Copy | Operation | Recurrence  # steps in machine code
 
 
 class Call(NamedTuple):
@@ -138,7 +138,7 @@ class Workspace:
     def _calls(self) -> Iterator[Call]:
         steps = self.plan.plan.steps
         last_use = self._last_uses()
-        machine_code = (Sparse, Copy, Operation)
+        machine_code = (Sparse, Copy, Operation, Recurrence)
         for native, group in itertools.groupby(
             enumerate(steps), lambda item: isinstance(item[1], machine_code)
         ):
@@ -162,6 +162,8 @@ class Workspace:
                 last_use |= dict.fromkeys(step.node.all_input_nodes, i)
             elif isinstance(step, Copy):
                 last_use[step.source] = i
+            elif isinstance(step, Recurrence):
+                last_use |= dict.fromkeys(step.states, i)
         map_arg(self._output, lambda node: last_use.update({node: len(steps)}))
         return last_use
 
@@ -170,11 +172,16 @@ class Workspace:
         results = list(self._token_results({step.out for step in steps}))
         program = np.zeros(len(steps) + len(results), OPERATION)
         sources: list[tuple[int, Callable[[Any], Any]]] = []
+        recurrent: list[tuple[list[int], int, RecurrentRecords]] = []
         for operation, step in zip(program, steps, strict=False):
             if isinstance(step, Sparse):
                 self.records.convolution(step, operation)
             elif isinstance(step, Operation):
                 self.records.operation(step, operation)
+            elif isinstance(step, Recurrence):
+                states = [self.index[n] for n in step.states]
+                records = self.records.recurrence(step, operation)
+                recurrent.append((states, self.index[step.node], records))
             else:
                 set_source = self.records.copy(step, operation)
                 if step.source in self.views:
@@ -194,6 +201,10 @@ class Workspace:
             alive = [set_source(values[i]) for i, set_source in sources]
             for i, set_result in tokens:
                 values[i] = set_result()
+            for states, i, records in recurrent:
+                initial = [values[k].resolve_neg() for k in states]
+                records.set_initial(initial)
+                values[i] = records.final(initial, values[i] if records.step.number else None)
             execute()
             for i, view in others:
                 values[i] = view.contiguous()

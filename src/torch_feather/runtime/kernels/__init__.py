@@ -5,8 +5,8 @@ address of its arguments (a record) and its number of work items. The function `
 list of operations on all threads, with a barrier after each operation.
 
 `records` defines the tables that Python and machine code share, `tiles` the shapes of the
-convolution kernels. `convolution`, `plane_copy` and `schedule` emit LLVM IR as text, and `build`
-compiles it.
+convolution kernels. `convolution`, `plane_copy`, `recurrence` and `schedule` emit LLVM IR as text,
+and `build` compiles it.
 """
 
 from .activations import ACTIVATIONS
@@ -23,7 +23,8 @@ from .build import (
 from .convolution import Variant, declare_intrinsics, emit_convolution
 from .host import Target, host, llvm, openmp
 from .plane_copy import CHANNEL_BLOCK
-from .records import CONVOLUTION, COPY, OPERATION, PLANE_OPERATION, TRANSPOSE
+from .records import CONVOLUTION, COPY, OPERATION, PLANE_OPERATION, RECURRENCE, TRANSPOSE
+from .recurrence import UNROLL
 from .text import FunctionText
 from .tiles import Tile, tiles
 
@@ -34,7 +35,9 @@ __all__ = [
     "COPY",
     "OPERATION",
     "PLANE_OPERATION",
+    "RECURRENCE",
     "TRANSPOSE",
+    "UNROLL",
     "FunctionText",
     "KernelLibrary",
     "Target",

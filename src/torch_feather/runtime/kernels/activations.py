@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from .text import FunctionText
 
 # The activation functions; those of `ZERO_AT_ZERO` map 0 to 0, so that padding stays 0.
-ZERO_AT_ZERO = ("silu", "gelu", "gelu_tanh", "hardswish")
+ZERO_AT_ZERO = ("silu", "gelu", "gelu_tanh", "hardswish", "tanh")
 ACTIVATIONS = (*ZERO_AT_ZERO, "sigmoid", "hardsigmoid")
 
 # Coefficients of e^r, from r^6 to r^2 (Taylor; the next term is below 2^-23 for |r| ≤ ln(2)/2).
@@ -27,6 +27,7 @@ ERFC = (
 )
 ROUND = 12582912.0  # 1.5 · 2^23: adding it rounds a number to an integer, in its lowest bits
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
+SATURATED = 10.0  # beyond it tanh is 1
 LARGE = 1e15  # beyond it the error function is 1
 AVX512 = 16  # numbers in a vector
 LOWEST, HIGHEST = -87.0, 88.0  # exponents between which e^x is a normal number
@@ -110,24 +111,40 @@ class VectorCode:
             sum_ = self.fma(sum_, x, self.constant(c))
         return sum_
 
-    def exp(self, x: str) -> str:
-        """Append e^x; NaN stays NaN."""
-        v, iv, w = self.floats, self.ints, self.width
-        x = self.at_most(self.at_most(x, HIGHEST), LOWEST, "olt")
+    def _power(self, x: str) -> tuple[str, str]:
+        """Append e^r - 1 and the bits of n · 2^23, where x = n · ln(2) + r."""
+        v, iv = self.floats, self.ints
         shifted = self.fma(x, self.constant(1.4426950408889634), self.constant(ROUND))
         n = self.op("fsub", shifted, self.constant(ROUND))
         r = self.fma(n, self.constant(-LN2_HIGH), x)
         r = self.fma(n, self.constant(-LN2_LOW), r)
         inner = self.polynomial(r, EXP)
         square = self.op("fmul", r, r)
-        power = self.fma(inner, square, r)
-        power = self.op("fadd", power, self.constant(1.0))
         bits = self.set(f"bitcast {v} {shifted} to {iv}")
-        exponent = self.set(f"shl {iv} {bits}, {self.integers(23)}")
-        # The lowest bits of `shifted` are n, so this adds n to the exponent of the power.
-        scaled = self.set(f"add {iv} {exponent}, {self.set(f'bitcast {v} {power} to {iv}')}")
-        assert w == self.width
+        # The lowest bits of `shifted` are n.
+        return self.fma(inner, square, r), self.set(f"shl {iv} {bits}, {self.integers(23)}")
+
+    def _scaled(self, x: str, exponent: str) -> str:
+        """Append 2^n · x, by adding n to the exponent of x."""
+        v, iv = self.floats, self.ints
+        scaled = self.set(f"add {iv} {exponent}, {self.set(f'bitcast {v} {x} to {iv}')}")
         return self.set(f"bitcast {iv} {scaled} to {v}")
+
+    def exp(self, x: str) -> str:
+        """Append e^x; NaN stays NaN."""
+        x = self.at_most(self.at_most(x, HIGHEST), LOWEST, "olt")
+        rest, exponent = self._power(x)
+        return self._scaled(self.op("fadd", rest, self.constant(1.0)), exponent)
+
+    def tanh(self, x: str) -> str:
+        """Append tanh(x) = y / (y + 2) with y = e^2x - 1; its relative error is small near 0."""
+        x = self.at_most(self.at_most(x, SATURATED), -SATURATED, "olt")
+        rest, exponent = self._power(self.op("fadd", x, x))
+        one = self.set(f"bitcast {self.floats} {self.constant(1.0)} to {self.ints}")
+        scale = self.set(f"add {self.ints} {exponent}, {one}")
+        scale = self.set(f"bitcast {self.ints} {scale} to {self.floats}")
+        y = self.fma(scale, rest, self.op("fsub", scale, self.constant(1.0)))
+        return self.op("fmul", y, self.reciprocal(self.op("fadd", y, self.constant(2.0))))
 
     def reciprocal(self, x: str) -> str:
         """Append 1 / x for a finite x ≥ 1.
@@ -173,6 +190,8 @@ class VectorCode:
         """Append an activation function."""
         if activation in ("sigmoid", "hardsigmoid"):
             return self.sigmoid(x) if activation == "sigmoid" else self.hard_sigmoid(x)
+        if activation == "tanh":
+            return self.tanh(x)
         if activation == "gelu_tanh":  # 1 + tanh(u) is 2 · sigmoid(2u)
             cube = self.fma(self.op("fmul", x, x), self.constant(0.044715), self.constant(1.0))
             inner = self.op("fmul", self.op("fmul", x, self.constant(1.5957691216057308)), cube)

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from .records import PLANE_OPERATION, fields
 from .text import FunctionText
 
-OPERATIONS = ("mean", "scale", "scale_masked", "activate", "layer_norm")
+FACTORS = (1, 2, 3, 4)  # columns of the result of `interleave` for each column of its input
+INTERLEAVE = tuple(f"interleave_{n}" for n in FACTORS)
+OPERATIONS = ("mean", "scale", "scale_masked", "activate", "layer_norm", *INTERLEAVE)
 FIELD_TYPES = {
     **dict.fromkeys(("x", "y", "out", "mask", "activation", "weight", "bias"), "ptr"),
     **dict.fromkeys(("factor", "eps"), "float"),
@@ -46,6 +48,10 @@ def emit_plane_operation(name: str, width: int) -> Iterator[str]:
         "scale_masked": lambda code: _scale(code, masked=True),
         "activate": lambda code: _activate(code, width),
         "layer_norm": lambda code: _layer_norm(code, width),
+        **{
+            name: lambda code, n=n: _interleave(code, n)  # type: ignore[misc]
+            for name, n in zip(INTERLEAVE, FACTORS, strict=True)
+        },
     }
     with code.loop("%i", "%i0", "%i1"):
         writers[name](code)
@@ -199,3 +205,62 @@ def _layer_norm(code: FunctionText, width: int) -> None:
         code("%c.to = mul i64 %c, %plane")
         code("%to.at = getelementptr float, ptr %to, i64 %c.to")
         code(f"store {v} {masked}, ptr %to.at, align 4")
+
+
+def _interleave(code: FunctionText, factor: int) -> None:
+    """Compute one channel: pixel (y, x) is pixel (y / b, x / a) of channel (y mod b) · a + x mod a.
+
+    Here a is the factor, and b is `factor_rows`. The channels are those of x that follow channel
+    a · b · i. Pixels after the images are set to 0.
+    """
+    code(f"%full = udiv i64 %columns, {factor}")
+    code(f"%full.columns = mul i64 %full, {factor}")
+    code("%rest = sub i64 %columns, %full.columns")
+    code("%padding = sub i64 %pitch, %columns")
+    code("%padding.bytes = mul i64 %padding, 4")
+    code("%out.rows = udiv i64 %image, %pitch")
+    code(f"%parts = mul i64 %factor_rows, {factor}")
+    code("%first.part = mul i64 %i, %parts")
+    _pointer(code, "channel", "%out", ("%i", "%plane"))
+    with code.loop("%n", "0", "%images"):
+        with code.loop("%line", "0", "%rows"):
+            code("%q = udiv i64 %line, %factor_rows")
+            code("%q.first = mul i64 %q, %factor_rows")
+            code("%a = sub i64 %line, %q.first")
+            code(f"%a.first = mul i64 %a, {factor}")
+            code("%part = add i64 %first.part, %a.first")
+            _pointer(code, "to", "%channel", ("%n", "%image"), ("%line", "%pitch"))
+            row = (("%n", "%x_image"), ("%q", "%x_pitch"))
+            for b in range(factor):
+                code(f"%part.{b} = add i64 %part, {b}")
+                _pointer(code, f"from.{b}", "%x", (f"%part.{b}", "%x_plane"), *row)
+            with code.loop("%p", "0", "%full"):
+                code(f"%p.to = mul nsw i64 %p, {factor}")
+                for b in range(factor):
+                    code(f"%at.{b} = getelementptr inbounds float, ptr %from.{b}, i64 %p")
+                    code(f"%pixel.{b} = load float, ptr %at.{b}")
+                    code(f"%p.to.{b} = add nsw i64 %p.to, {b}")
+                    code(f"%put.{b} = getelementptr inbounds float, ptr %to, i64 %p.to.{b}")
+                    code(f"store float %pixel.{b}, ptr %put.{b}")
+            with code.loop("%r", "0", "%rest"):
+                code("%r.part = add i64 %part, %r")
+                _pointer(code, "r.from", "%x", ("%r.part", "%x_plane"), *row, ("%full", "1"))
+                code("%r.pixel = load float, ptr %r.from")
+                _pointer(code, "r.to", "%to", ("%full.columns", "1"), ("%r", "1"))
+                code("store float %r.pixel, ptr %r.to")
+            code("%end = getelementptr float, ptr %to, i64 %columns")
+            _clear(code, "%end", "%padding.bytes")
+        code("%below = sub i64 %out.rows, %rows")
+        code("%below.pixels = mul i64 %below, %pitch")
+        code("%below.bytes = mul i64 %below.pixels, 4")
+        _pointer(code, "below.at", "%channel", ("%n", "%image"), ("%rows", "%pitch"))
+        _clear(code, "%below.at", "%below.bytes")
+    code("%used = mul i64 %images, %image")
+    code("%after = sub i64 %plane, %used")
+    code("%after.bytes = mul i64 %after, 4")
+    code("%after.at = getelementptr float, ptr %channel, i64 %used")
+    _clear(code, "%after.at", "%after.bytes")
+
+
+def _clear(code: FunctionText, at: str, count: str) -> None:
+    code(f"call void @llvm.memset.p0.i64(ptr {at}, i8 0, i64 {count}, i1 false)")

@@ -57,6 +57,11 @@ PLANE_OPERATION = np.dtype(
         ("plane", "i8"),  # pixels between consecutive channels of out
         ("image", "i8"),
         ("pixels", "i8"),  # of an image, including padding
+        ("rows", "i8"),  # rows and columns of an image of out
+        ("columns", "i8"),
+        ("x_pitch", "i8"),  # pixels between consecutive rows of x
+        ("pitch", "i8"),  # pixels between consecutive rows of out
+        ("factor_rows", "i8"),  # rows of out for each row of x
         ("lead_bytes", "i8"),  # memory before the first pixel of out, which is set to 0
         ("factor", "f4"),  # 1 / number of pixels of an image, or 1 / channels
         ("factor_", "f4"),
@@ -100,6 +105,47 @@ COPY = np.dtype(
         ("all_channels", "i8"),  # of out
         ("fill", "f4"),  # value of the padding
         ("fill_", "f4"),
+    ]
+)
+
+# Arguments of the kernels in `recurrence`, for one direction of a layer. All strides are in float32
+# values; that between steps is negative for the direction that goes back in time.
+RECURRENCE = np.dtype(
+    [
+        ("g", "i8"),  # input products of the first sample and step: planes, one per row
+        ("g_plane", "i8"),
+        ("out", "i8"),  # result of the first sample and step: planes, one per unit
+        ("out_plane", "i8"),
+        ("sample", "i8"),  # pixels between consecutive samples of g and out
+        ("time", "i8"),  # pixels between consecutive steps
+        ("taps", "i8"),  # for each tap the int32 offset of its value in h, then a weight
+        ("first", "i8"),  # int32 (rows + 1,): first tap of each row
+        ("at", "i8"),  # int32 (rows,): where the row is in gates
+        ("bias", "i8"),  # of the rows after the first g_rows ones
+        ("rows", "i8"),
+        ("g_rows", "i8"),
+        ("gates", "i8"),  # memory of 4 sections
+        ("section", "i8"),  # float32 values of a section: whole vectors
+        ("h", "i8"),  # memory of a section, and a row of zeros
+        ("c", "i8"),  # memory of a section
+        ("sigmoid", "i8"),  # functions of rows
+        ("tanh", "i8"),
+        ("steps", "i8"),
+        ("samples", "i8"),
+        ("lanes", "i8"),  # samples, rounded up to whole vectors
+        ("units", "i8"),
+        ("h_initial", "i8"),
+        ("h_initial_sample", "i8"),
+        ("h_initial_unit", "i8"),
+        ("c_initial", "i8"),
+        ("c_initial_sample", "i8"),
+        ("c_initial_unit", "i8"),
+        ("h_final", "i8"),
+        ("h_final_sample", "i8"),
+        ("h_final_unit", "i8"),
+        ("c_final", "i8"),
+        ("c_final_sample", "i8"),
+        ("c_final_unit", "i8"),
     ]
 )
 

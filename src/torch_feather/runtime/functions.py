@@ -1,0 +1,179 @@
+"""Steps of the functions of PyTorch whose inputs are in planes."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .activations import activation_of
+from .planes import Planes
+from .steps import Operation, Pointwise
+from .transposed import MAX_STRIDE
+
+aten = torch.ops.aten
+# Elementwise functions that map 0 to 0, so that padding stays 0.
+POINTWISE = {
+    *(aten.relu.default, aten.gelu.default, aten.silu.default, aten.hardswish.default),
+    *(aten.leaky_relu.default, aten.elu.default, aten.mish.default, aten.tanh.default),
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor),
+}
+BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
+MEAN = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
+
+
+class Places(Protocol):
+    """Where values are in planes: the builder of a plan.
+
+    Attributes:
+        planes: planes of the nodes so far.
+        constants: values of the `get_attr` nodes; None if `Operation` steps are not supported.
+    """
+
+    planes: dict[Node, Planes]
+    constants: Any
+
+    def empty(self, node: Node, linear: bool, like: Planes | None = None) -> Planes:
+        """Return new planes for the value of a node."""
+
+    def in_planes(self, node: Any, out: Planes) -> Planes:
+        """Return planes of a value that can share a layout with `out`; copied if necessary."""
+
+
+class Functions:
+    """Finds the steps of functions that are no layers.
+
+    Args:
+        places: where values are in planes.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from torch.fx import Graph
+        >>> node = Graph().call_function(aten.relu.default, (Graph().placeholder("x"),))
+        >>> Functions(SimpleNamespace(planes={}, constants=None)).step_of(node) is None
+        True
+    """
+
+    def __init__(self, places: Places) -> None:
+        self.places, self.planes, self.constants = places, places.planes, places.constants
+
+    def step_of(self, node: Node) -> Pointwise | Operation | None:
+        """Return the step of a function that is no layer; None if PyTorch computes it."""
+        step: Pointwise | Operation | None = None
+        if self.constants is not None:
+            if node.target in MEAN:
+                step = self._mean(node)
+            elif node.target is aten.layer_norm.default:
+                step = self._layer_norm(node)
+            elif node.target is aten.pixel_shuffle.default:
+                step = self._pixel_shuffle(node)
+            elif name := activation_of(node):
+                step = self._activation(node, name)
+            elif node.target is aten.mul.Tensor:
+                step = self._scale(node)
+        if step is None and node.target in POINTWISE:
+            step = self._pointwise(node)
+        return step
+
+    def _pointwise(self, node: Node) -> Pointwise | None:
+        """Return the step of an elementwise function whose inputs are planes of one shape."""
+        x = [self.planes.get(n) for n in node.all_input_nodes]
+        first = x[0] if x else None
+        binary = node.target in BINARY
+        if first is None or (binary and not all(isinstance(a, Node) for a in node.args)):
+            return None
+        found = []
+        for planes in x:
+            if planes is None or not alike(planes, first) or planes.channels != first.channels:
+                return None
+            if not planes.layout.can_merge(first.layout):
+                return None
+            found.append(planes)
+        out = self._like(node, first)
+        for planes in found:
+            out.layout.merge(planes.layout)
+        return Pointwise(node, tuple(found), out)
+
+    def _like(self, node: Node, x: Planes) -> Planes:
+        """Return new planes for the result of a function, alike and in the layout of its input."""
+        out = self.places.empty(node, x.linear, x)
+        out.layout.merge(x.layout)
+        return out
+
+    def _image(self, node: Any) -> Planes | None:
+        """Return the planes of images."""
+        found = self.planes.get(node)
+        return None if found is None or found.linear or found.is_volume else found
+
+    def _mean(self, node: Node) -> Operation | None:
+        x = self._image(node.args[0])
+        if x is None or node.kwargs:
+            return None
+        if node.target is aten.mean.dim:
+            dims = [d % 4 for d in node.args[1] or ()]  # type: ignore[operator, union-attr]
+            keeps = len(node.args) > 2 and bool(node.args[2])
+            if sorted(dims) != [2, 3]:
+                return None
+        else:
+            keeps = True
+            if set(node.args[1] if isinstance(node.args[1], list) else [node.args[1]]) != {1}:
+                return None
+        return Operation("mean", (x,), self.places.empty(node, linear=not keeps))
+
+    def _scale(self, node: Node) -> Operation | None:
+        """Return the step of a product with one factor per channel and sample."""
+        for a, b in (node.args, node.args[::-1]):
+            x = self._image(a)
+            if x is None or not isinstance(b, Node) or x.height * x.width == 1:
+                continue
+            value = b.meta["val"]
+            if isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() == 4:
+                shape = a.meta["val"].shape  # type: ignore[union-attr]
+                if str(value.shape[0]) == str(shape[0]) and value.shape[1:] == (x.channels, 1, 1):
+                    y = self.places.in_planes(b, self.places.empty(b, linear=False))
+                    return Operation("scale", (x, y), self._like(node, x))
+        return None
+
+    def _activation(self, node: Node, name: str) -> Operation | None:
+        x = self.planes.get(node.args[0])  # type: ignore[arg-type]
+        if x is None:
+            return None
+        return Operation("activate", (x,), self._like(node, x), activation=name)
+
+    def _pixel_shuffle(self, node: Node) -> Operation | None:
+        x, factor = self._image(node.args[0]), node.args[1]
+        if x is None or not isinstance(factor, int) or not 1 < factor <= MAX_STRIDE:
+            return None
+        return Operation("interleave", (x,), self.places.empty(node, False), stride=(factor, factor))
+
+    def _layer_norm(self, node: Node) -> Operation | None:
+        args: list[Any] = list(node.args) + [None] * 5
+        x = self.planes.get(args[0])
+        if x is None or not x.linear or list(args[1]) != [x.channels] or node.kwargs:
+            return None
+        assert self.constants is not None
+        values = []
+        for given, default in ((args[2], torch.ones), (args[3], torch.zeros)):
+            value = default(x.channels) if given is None else self.constants.get(given)
+            if not isinstance(value, Tensor) or value.dtype != torch.float32:
+                return None
+            values.append(value.contiguous().numpy())
+        eps = 1e-5 if args[4] is None else float(args[4])
+        out = self._like(node, x)
+        return Operation("layer_norm", (x,), out, weight=values[0], bias=values[1], eps=eps)
+
+
+def alike(a: Planes, b: Planes) -> bool:
+    """Return whether the pixels of two planes are in the same places, apart from their padding.
+
+    Example:
+        >>> x = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
+        >>> alike(x, Planes(PlaneLayout(3, 4), 5, 3, 4, (5, 3, 4)))
+        True
+    """
+    same = (a.linear, a.height, a.width) == (b.linear, b.height, b.width)
+    if a.is_volume or b.is_volume:
+        return same and a.shape[1:] == b.shape[1:]
+    return same and (a.tokens is None) == (b.tokens is None)
