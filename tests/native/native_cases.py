@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 PACKAGE = Path(__file__).parents[2] / "packages/torch-feather-runtime/src"
 if str(PACKAGE) not in sys.path:
@@ -26,11 +28,11 @@ def pruned(model, sparsity=0.95, seed=0):
     with torch.no_grad():
         for module in model.modules():
             weight = getattr(module, "weight", None)
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, _ConvNd | nn.Linear):
                 kept = torch.rand(weight.shape, generator=generator) > sparsity
                 weight.normal_(generator=generator).mul_(kept)
                 weight.div_((weight[0].numel() * (1 - sparsity)) ** 0.5)
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, _BatchNorm):
                 module.running_mean.normal_(generator=generator)
                 module.running_var.uniform_(0.5, 2, generator=generator)
     return model.eval()
