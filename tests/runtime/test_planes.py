@@ -17,6 +17,7 @@ ACTIVATIONS = {
     "hardswish": F.hardswish,
     "sigmoid": torch.sigmoid,
     "hardsigmoid": F.hardsigmoid,
+    "tanh": torch.tanh,
 }
 
 
@@ -71,6 +72,12 @@ def test_activations_are_fused_and_accurate(name):
     alone = compiled(Net(lambda x, a: activation(a(x)), identity()).eval(), x)(x).double()
     expected = activation(x.double())
     assert ((alone - expected).abs() <= 1e-6 * expected.abs() + 5e-7).all()
+
+
+def test_tanh_is_accurate_near_0():
+    x = torch.logspace(-30, 1, 4500).view(1, 1, 60, 75)
+    found = compiled(Net(lambda x, a: a(x).tanh(), identity()).eval(), x)(x)
+    torch.testing.assert_close(found.double(), x.double().tanh(), rtol=1e-6, atol=0)
 
 
 def identity():

@@ -98,7 +98,9 @@ class Residual(nn.Module):
     def __init__(self, channels=6):
         super().__init__()
         self.first = nn.Conv1d(2, channels, 1)
-        self.dilated = nn.ModuleList(nn.Conv1d(channels, 2 * channels, 2, dilation=2**i) for i in range(3))
+        self.dilated = nn.ModuleList(
+            nn.Conv1d(channels, 2 * channels, 2, dilation=2**i) for i in range(3)
+        )
         self.mixing = nn.ModuleList(nn.Conv1d(channels, channels, 1) for _ in range(3))
         self.last = nn.Conv1d(channels, 3, 1)
 

@@ -127,6 +127,13 @@ def test_object_files_of_other_processors(name):
     assert fused is None or fused in text
 
 
+@pytest.mark.parametrize("name", EMITTED)
+def test_recurrent_kernels_of_other_processors(name):
+    target, names = EMITTED[name][0], kernels.recurrence.recurrence_names()
+    found = kernels.compile_object(target, kernels.emit_convolutions(target, (), names))
+    assert all(kernel.encode() in found for kernel in names)
+
+
 def test_an_object_file_of_few_kernels():
     target, kernel = Target("aarch64-linux-gnu"), Variant(Tile(4, 4, 2), "fma", True, False)
     found = kernels.emit_object(target, [kernel])

@@ -72,7 +72,9 @@ def test_output_channels_without_weights():
 
 
 def test_a_stride_without_a_kernel_is_left_to_pytorch():
-    network = compiled(pruned(nn.Sequential(nn.ConvTranspose2d(3, 4, 5, 5))), torch.randn(2, 3, 4, 4))
+    network = compiled(
+        pruned(nn.Sequential(nn.ConvTranspose2d(3, 4, 5, 5))), torch.randn(2, 3, 4, 4)
+    )
     assert not network.tuning
     assert "conv_transpose2d" in repr(network)
 

@@ -85,6 +85,10 @@ class BatchPlan:
             found.append(self._tables[step, i])
         return found
 
+    def recurrence(self, step: Recurrence) -> str:
+        """Return the name of the kernel of a recurrent layer."""
+        return step.cell if self.lanes > 1 else f"{step.cell}_one"
+
     @property
     def lanes(self) -> int:
         """Number of samples in the memory of recurrent layers: whole vectors, or one."""

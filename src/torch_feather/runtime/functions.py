@@ -24,7 +24,7 @@ BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
 MEAN = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
 
 
-class Places(Protocol):
+class _Places(Protocol):
     """Where values are in planes: the builder of a plan.
 
     Attributes:
@@ -56,7 +56,7 @@ class Functions:
         True
     """
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: _Places) -> None:
         self.places, self.planes, self.constants = places, places.planes, places.constants
 
     def step_of(self, node: Node) -> Pointwise | Operation | None:
@@ -146,7 +146,9 @@ class Functions:
         x, factor = self._image(node.args[0]), node.args[1]
         if x is None or not isinstance(factor, int) or not 1 < factor <= MAX_STRIDE:
             return None
-        return Operation("interleave", (x,), self.places.empty(node, False), stride=(factor, factor))
+        return Operation(
+            "interleave", (x,), self.places.empty(node, False), stride=(factor, factor)
+        )
 
     def _layer_norm(self, node: Node) -> Operation | None:
         args: list[Any] = list(node.args) + [None] * 5

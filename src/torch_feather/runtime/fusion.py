@@ -19,8 +19,8 @@ from .activations import activation_of, bounds_of
 from .errors import CaptureError
 from .layer import Layer
 from .lifting import lift
-from .recurrent import fuse_recurrent
 from .readers import BATCH_NORM, Constants, cropped, folded, input_of, padded, read_layer
+from .recurrent import fuse_recurrent
 
 aten = torch.ops.aten
 # Functions that read memory in its order, which differs in planes.

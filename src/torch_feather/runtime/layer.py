@@ -98,9 +98,7 @@ class Layer:
                 x, self._packed, self.bias, padding, self.stride, self.dilation, self.groups,
                 "none", [], "",
             )  # fmt: skip
-        return F.conv2d(
-            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
-        )
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     @property
     def linear(self) -> bool:

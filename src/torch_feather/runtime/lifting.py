@@ -31,7 +31,7 @@ SAME = {  # functions that have the same arguments for any number of dimensions
     operator.getitem,
 }
 BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
-CONVOLUTIONS = {
+CONVOLUTIONS: dict[Any, Any] = {
     aten.conv1d.default: aten.conv2d.default,
     aten.conv1d.padding: aten.conv2d.padding,
     aten.conv_transpose1d.default: aten.conv_transpose2d.input,
@@ -44,7 +44,7 @@ POOLINGS: dict[Any, tuple[Any, tuple[int, ...]]] = {
 }
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 # Functions of one dimension, and the position of this argument.
-WITH_DIM = {
+WITH_DIM: dict[Any, int] = {
     aten.cat.default: 1,
     aten.slice.Tensor: 1,
     aten.split.Tensor: 2,

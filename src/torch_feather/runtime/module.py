@@ -254,11 +254,11 @@ class SparseModule(nn.Module):
     def _tune(self, nodes: Mapping[Node, Any], known: Tuning) -> dict[str, LayerTuning]:
         """Return how each layer runs; time those that are not known."""
         steps = self._plan_all(list(nodes.values())).steps
-        places = {s.layer: s for s in steps if isinstance(s, Sparse)}
-        times: dict[Any, Any] = {}
+        places: dict[Any, Sparse] = {s.layer: s for s in steps if isinstance(s, Sparse)}
+        times, sizes = dict[Any, Any](), (self.batch_size, self.threads)
         return {
             layer.name: known.get(layer.name)
-            or tune_layer(node, layer, self.batch_size, self.threads, places.get(getattr(layer, "kernel_form", None)), times)
+            or tune_layer(node, layer, *sizes, places.get(layer.kernel_form), times)
             for node, layer in nodes.items()
         }
 

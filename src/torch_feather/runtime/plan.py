@@ -23,11 +23,19 @@ from .taps import Taps
 from .transposed import TransposedConvolution
 
 __all__ = [
-    *("Copy", "Operation", "Plan", "Pointwise", "Recurrence", "Sparse", "Step", "Torch"),
+    "Copy",
+    "Operation",
+    "Plan",
+    "Pointwise",
+    "Recurrence",
+    "Sparse",
+    "Step",
+    "Torch",
     "can_run_sparse",
 ]
 
 aten = torch.ops.aten
+
 
 @dataclass
 class Plan:
@@ -186,7 +194,8 @@ class Builder:
 
         def parts(node: Node, linear: bool, like: Planes | None) -> Planes:
             """Return planes of the pixels of the result that are interleaved."""
-            height, width = (-(-int(n) // s) for n, s in zip(node.meta["val"].shape[2:], stride))
+            sizes = node.meta["val"].shape[2:]
+            height, width = (-(-int(n) // s) for n, s in zip(sizes, stride, strict=True))
             size = form.channels[1], height, width
             return Planes(PlaneLayout(height, width), *size, size)
 

@@ -212,9 +212,9 @@ class Planes:
             shape = (batch, self.height, self.width, self.channels)
             return memory.as_strided(shape, (*rows, channel), start)
         if self.is_volume:
-            inner, depth = self.shape[:2]
-            sizes = (batch, inner, depth, self.height, self.width)
-            return memory.as_strided(sizes, (rows[0], depth * channel, channel, *rows[1:]), start)
+            depth = self.shape[1]
+            volumes = (batch, *self.shape)
+            return memory.as_strided(volumes, (rows[0], depth * channel, channel, *rows[1:]), start)
         shape = (batch, self.channels, self.height, self.width)
         return memory.as_strided(shape, (rows[0], channel, *rows[1:]), start)
 

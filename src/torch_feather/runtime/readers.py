@@ -244,15 +244,12 @@ def _weighted(node: Node, constants: Constants) -> Layer | None:
     if node.target is aten.linear.default:
         return Layer(name, weight, bias)
     stride, dilation = _pair(args[3], 1), _pair(args[5], 1)
-    after = None
+    layer = Layer(name, weight, bias, stride, (0, 0), dilation, args[6] or 1)
     if args[4] == "same":
-        reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        padding, after = ((r // 2 for r in reach), (r - r // 2 for r in reach))
-        padding, after = tuple(padding), tuple(after)
-    else:
-        padding = (0, 0) if args[4] == "valid" else _pair(args[4], 0)
-    layer = Layer(name, weight, bias, stride, padding, dilation, args[6] or 1)
-    return layer if after is None else layer.with_padding(padding, after)
+        y, x = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True))
+        return layer.with_padding((y // 2, x // 2), (y - y // 2, x - x // 2))
+    padding = (0, 0) if args[4] == "valid" else _pair(args[4], 0)
+    return layer.with_padding(padding, padding)
 
 
 def _transposed(node: Node, constants: Constants) -> Layer | None:

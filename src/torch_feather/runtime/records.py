@@ -168,8 +168,8 @@ class Records:
                 record[name] = library().activations[name, library().target.widths[0]]
             record["steps"], record["samples"], record["lanes"] = step.steps, batch, lanes
             record["units"] = direction.units
-        name = step.cell if lanes > 1 else f"{step.cell}_one"
-        operation["kernel"], operation["items"] = library().operations[name], len(records)
+        operation["kernel"] = library().recurrence(plan.recurrence(step))
+        operation["items"] = len(records)
         operation["record"] = records.ctypes.data
         return RecurrentRecords(step, records)
 

@@ -55,6 +55,7 @@ class Recurrent:
     batch_first: bool
     packs: bool = field(default=False, init=False)
     pools: ClassVar[bool] = False
+    kernel_form: ClassVar[None] = None  # it consists of several layers
     __name__: ClassVar[str] = "recurrent"  # torch.fx names functions by it
 
     def __call__(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:

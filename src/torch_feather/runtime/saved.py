@@ -34,7 +34,7 @@ from .kernels import (
     library,
 )
 from .module import SparseModule
-from .plan import Sparse
+from .plan import Recurrence, Sparse
 from .tuning import LayerTuning
 
 KEY, FORMAT = "torch-feather-compiled", 1
@@ -173,16 +173,18 @@ def _strides(network: SparseModule, batch: int) -> list[Any]:
 
 def _kernels(network: SparseModule, sizes: Sequence[int]) -> tuple[list[str], bytes]:
     """Return the names and the object file of the kernels that the network calls."""
-    variants = {}
+    variants, recurrent = {}, dict[str, None]()
     for batch in sizes:
         plan = network.batch_plan(batch)
         for step in plan.plan.steps:
             if isinstance(step, Sparse):
                 variant = plan.variant(step, plan.tile(step))
                 variants[variant.name] = variant
+            elif isinstance(step, Recurrence):
+                recurrent[plan.recurrence(step)] = None
     # As in `KernelLibrary`: code for this process, which is position-independent here.
-    text = emit_convolutions(host(), variants.values())
-    return list(variants), compile_object(host(), text)
+    text = emit_convolutions(host(), variants.values(), recurrent)
+    return [*variants, *recurrent], compile_object(host(), text)
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:

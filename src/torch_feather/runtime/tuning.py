@@ -74,8 +74,8 @@ def tune_layer(
 ) -> LayerTuning:
     """Time a layer densely and with some tiles, on random input.
 
-    The tiles are those with the lowest estimated costs. A layer that is clearly faster sparse is
-    timed densely only once.
+    The tiles are those with the lowest estimated costs. A layer clearly faster sparse is timed
+    densely only once.
 
     Args:
         node: node of the layer.
@@ -87,8 +87,7 @@ def tune_layer(
             time, and the same best tile if their sparsity is similar. Times are added.
 
     Returns:
-        The faster of both ways for this layer alone. The time of the whole network may favor the
-        other one.
+        The faster way for this layer alone. The time of the whole network may favor the other one.
 
     Example:
         >>> graph = Graph()
@@ -100,10 +99,10 @@ def tune_layer(
         >>> tune_layer(node, layer, batch=1, threads=1).sparsity
         0.75
     """
-    known, sparsity = {} if known is None else known, layer.sparsity
-    symbol = _batch_of(node.graph)
     if isinstance(layer, Recurrent):
         return _tune_recurrent(node, layer, batch, threads)
+    known, sparsity = {} if known is None else known, layer.sparsity
+    symbol = _batch_of(node.graph)
     values = [n.meta["val"] for n in (*node.args, node) if isinstance(n, Node)]
     if place is not None and place.out.phases > 1:
         symbol, values = (batch := batch * place.out.phases), _phases(place, batch)
@@ -115,8 +114,7 @@ def tune_layer(
         step.out.layout.require(layout.height, layout.width, layout.pad_y, layout.pad_x)
     pixels = step.out.pixels(batch)
     key = (*_size(layer), tuple(x.shape), len(residual), pixels)
-    similar = (*key, round(sparsity, 2))
-    form = step.layer
+    similar, form = (*key, round(sparsity, 2)), step.layer
     zeros = sparsity if form is layer else 1 - len(step.taps.values) / max(1, form.weight.numel())
     tiles = [known[similar]] if similar in known else candidates(form, zeros, pixels)
     times = _time_tiles(plan, step, tiles, (x, *residual), batch, threads)

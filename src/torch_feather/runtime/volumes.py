@@ -1,4 +1,4 @@
-"""Three-dimensional convolutions, as two-dimensional ones whose channels are those of all slices."""
+"""Three-dimensional convolutions, as two-dimensional ones whose channels are all slices."""
 
 from __future__ import annotations
 

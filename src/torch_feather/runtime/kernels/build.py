@@ -60,12 +60,10 @@ def emit_module(
             *_declarations(target),
             *declare_waiting(target),
             *declare_masked(width),
-            ONE,
             *("\n".join(emit_convolution(variant, activations=True)) for variant in convolutions),
             *("\n".join(emit_copy(stride, width)) for stride in COLUMN_STRIDES),
             *("\n".join(emit_plane_operation(name, width)) for name in OPERATIONS),
             "\n".join(emit_transpose(width)),
-            *("\n".join(emit_recurrence(name, width)) for name in recurrence_names()),
             *("\n".join(emit_activation(a, w)) for a in ACTIVATIONS for w in target.widths),
             "\n".join(emit_run(target)),
             *(("\n".join(emit_run_team()),) if team else ()),
@@ -79,8 +77,15 @@ def _declarations(target: Target) -> Iterator[str]:
     yield "declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)"
 
 
-def emit_convolutions(target: Target, convolutions: Iterable[Variant]) -> str:
-    """Return the LLVM IR of convolution kernels alone.
+def emit_convolutions(
+    target: Target, convolutions: Iterable[Variant], recurrent: Iterable[str] = ()
+) -> str:
+    """Return the LLVM IR of convolution kernels, and of those of recurrent layers, alone.
+
+    Args:
+        target: the processor.
+        convolutions: convolution kernels.
+        recurrent: some of `recurrence_names`.
 
     Example:
         >>> kernel = Variant(Tile(4, 4, 1), "fma", residual=False, mask=False)
@@ -88,7 +93,8 @@ def emit_convolutions(target: Target, convolutions: Iterable[Variant]) -> str:
         True
     """
     kernels = ("\n".join(emit_convolution(v, activations=True)) for v in convolutions)
-    return "\n".join([*_declarations(target), *kernels])
+    others = ("\n".join(emit_recurrence(name, target.widths[0])) for name in recurrent)
+    return "\n".join([*_declarations(target), ONE, *kernels, *others])
 
 
 def emit_object(target: Target, convolutions: Iterable[Variant] | None = None) -> bytes:
@@ -151,8 +157,7 @@ class KernelLibrary:
         tiles: tiles of its convolution kernels.
         objects: the object file of each compiled module, with the names of its kernels.
         copies: addresses by distance between columns of the source, or None for any distance.
-        operations: addresses of the kernels in `plane_operations` and `recurrence`, and of
-            `transpose`.
+        operations: addresses of the kernels in `plane_operations`, and of `transpose`.
         activations: addresses of activation functions, by name and vector width.
         run: function (operations, number of operations, thread, threads, barrier) that releases the
             GIL.
@@ -177,7 +182,7 @@ class KernelLibrary:
         self.target, self.tiles = target, tiles(target.widths)
         self.objects: list[tuple[Sequence[str], bytes]] = []
         self._engines: list[Any] = []
-        self._convolutions: dict[str, int] = {}
+        self._convolutions: dict[str, int] = {}  # and recurrent layers
         self._lock = threading.Lock()
         # Without a data layout, which costs some kernels 1 to 4%.
         if objects is None:
@@ -187,8 +192,7 @@ class KernelLibrary:
                 self._add(names, data=data)
         address_of = self._engines[0].get_function_address
         self.copies = {stride: address_of(f"copy_{stride}") for stride in COLUMN_STRIDES}
-        names = (*OPERATIONS, "transpose", *recurrence_names())
-        self.operations = {name: address_of(name) for name in names}
+        self.operations = {name: address_of(name) for name in (*OPERATIONS, "transpose")}
         self.activations = {
             (a, w): address_of(function_name(a, w)) for a in ACTIVATIONS for w in target.widths
         }
@@ -210,6 +214,17 @@ class KernelLibrary:
             if missing:
                 names = [v.name for v in missing]
                 self._add(names, text=emit_convolutions(self.target, missing))
+
+    def recurrence(self, name: str) -> int:
+        """Return the address of a kernel of recurrent layers, which is compiled at the first call.
+
+        Args:
+            name: one of `recurrence_names`.
+        """
+        with self._lock:
+            if name not in self._convolutions:
+                self._add([name], text=emit_convolutions(self.target, (), [name]))
+        return self._convolutions[name]
 
     def add_object(self, names: Sequence[str], data: bytes) -> None:
         """Add the kernels of an object file that are missing."""
@@ -258,6 +273,7 @@ def fingerprint() -> str:
     """
     some = Variant(Tile(1, host().widths[0], 1), "fma", residual=True, mask=True)
     text = emit_module(host(), [some], team=bool(openmp()))
+    text += emit_convolutions(host(), (), recurrence_names())
     return hashlib.sha256(text.encode()).hexdigest()
 
 
