@@ -22,6 +22,7 @@ from .in_place import may_write_into_input, without_writes
 from .inputs import Example, arguments, like, tensors_of
 from .one_sample import holds_for_one
 from .strides import ShapeModel
+from .unrolled import has_recurrent, known_shapes
 
 aten = torch.ops.aten
 # PyTorch's recurrent layers assign their weights to themselves; other assignments are reported.
@@ -137,9 +138,12 @@ def _export(model: nn.Module, example: Example, sizes: dict[int, Any] | None) ->
         warnings.filterwarnings("ignore", RECURRENT)
         args, kwargs = arguments(example)
         dynamic = (tuple(sizes for _ in args), dict.fromkeys(kwargs, sizes))
-        return torch.export.export(
-            model, args, kwargs, dynamic_shapes=sizes and (dynamic[1] if kwargs else dynamic[0])
-        )
+        shapes = sizes and (dynamic[1] if kwargs else dynamic[0])
+        with known_shapes() as recurrent:
+            found = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+        if recurrent and not has_recurrent(found.graph):  # their steps are in the graph
+            found = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+        return found
 
 
 def _captured(

@@ -171,6 +171,7 @@ def alike(a: Planes, b: Planes) -> bool:
     """Return whether the pixels of two planes are in the same places, apart from their padding.
 
     Example:
+        >>> from torch_feather.runtime.planes import PlaneLayout
         >>> x = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
         >>> alike(x, Planes(PlaneLayout(3, 4), 5, 3, 4, (5, 3, 4)))
         True

@@ -110,7 +110,7 @@ class Recurrent:
             b, own = torch.cat([b[: 2 * units], zeros[:units]]), b[2 * units :]
         product = Layer(self.name, w_input, b_input + b)
         row, column = (n.numpy() for n in w.nonzero(as_tuple=True))
-        values = w.numpy()[row, column]
+        values = w.detach().numpy()[row, column]
         if self.kind == "gru":
             row = row + units * (row >= 2 * units)
         return Direction(product, values, row, column, own.numpy(), units)

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves
+
+from .unrolled import known_shapes
 
 MAX_LAYOUTS = 256  # number of input layouts whose results are kept
 
@@ -115,7 +118,7 @@ class ShapeModel:
             return self._model(*given)
 
     def _run_graph(self, inputs: Sequence[Tensor], interpreter: Interpreter | None = None) -> Any:
-        interpreter = interpreter or Interpreter(self._graph)
+        interpreter = interpreter or _Computing(self._graph)
         with _without_values(self._graph_mode, inputs) as given:
             if isinstance(interpreter, _Watching):
                 interpreter.inputs = given
@@ -126,7 +129,7 @@ class ShapeModel:
 @contextmanager
 def _without_values(mode: FakeTensorMode, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Compute without values; the tensors are like the inputs."""
-    with torch.inference_mode(False), torch.no_grad(), mode, _without_log():
+    with torch.inference_mode(False), torch.no_grad(), known_shapes(), mode, _without_log():
         yield [
             torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in inputs
         ]
@@ -143,7 +146,17 @@ def _without_log() -> Iterator[None]:
         log.disabled = before
 
 
-class _Watching(Interpreter):
+class _Computing(Interpreter):
+    """Computes a graph without values; a GRU at once, see `unrolled`."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is not torch.ops.aten.gru.input:
+            return super().call_function(target, args, kwargs)
+        with enable_python_dispatcher():
+            return super().call_function(target, args, kwargs)
+
+
+class _Watching(_Computing):
     """Finds the first function that writes into an input or into a view of one."""
 
     inputs: Sequence[Tensor]
