@@ -17,8 +17,9 @@ from .layer import Layer
 from .planes import PlaneLayout, Planes
 from .sizes import can_run_sparse, pixels_per_sample, sizes_of
 from .split import Split
-from .steps import Copy, Operation, Pointwise, Sparse, Step, Torch
+from .steps import Attention, Copy, Operation, Pointwise, Sparse, Step, Torch
 from .taps import Taps
+from .token_views import TokenViews, read_by, with_views
 
 __all__ = ["Copy", "Operation", "Plan", "Pointwise", "Sparse", "Step", "Torch", "can_run_sparse"]
 
@@ -84,8 +85,25 @@ class Plan:
         for node in graph.nodes:
             builder.add(node)
         plan = builder.plan
+        plan.steps = with_views(plan.steps, builder.views.pending, plan.outputs)
         _find_last_uses(plan)
         return plan
+
+    @property
+    def outputs(self) -> list[Node]:
+        """The nodes that the graph returns."""
+        return [n for node in self.graph.nodes if node.op == "output" for n in node.all_input_nodes]
+
+    @property
+    def read_in_pytorch(self) -> set[Node]:
+        """The nodes whose values PyTorch reads, or the graph returns."""
+        steps = [
+            step
+            for step in self.steps
+            if not isinstance(step, Copy)
+            and not (isinstance(step, Torch) and step.node.target is aten.sym_size.int)
+        ]
+        return {node for step in steps for node in read_by(step)} | set(self.outputs)
 
 
 class Builder:
@@ -115,6 +133,7 @@ class Builder:
         given = [n.meta.get("val") for n in plan.graph.nodes if n.op == "placeholder"]
         first = given[0].shape[0] if given and isinstance(given[0], Tensor) else 1
         self._batch: Any = first if batch is None else batch
+        self.views = TokenViews(plan.planes, self._batch)
 
     def add(self, node: Node) -> None:
         """Add the step of a node, and the copies that it needs."""
@@ -127,7 +146,7 @@ class Builder:
             return
         else:
             step = self._operation(node) or Torch(node)
-        if not isinstance(step, Torch):
+        if not isinstance(step, Torch | Attention):
             self.plan.planes[node] = step.out
         self.plan.steps.append(step)
 
@@ -206,10 +225,12 @@ class Builder:
             p is None or p.linear for p in planes
         )
 
-    def _operation(self, node: Node) -> Pointwise | Operation | None:
+    def _operation(self, node: Node) -> Pointwise | Operation | Attention | None:
         """Return the step of a function that is no layer; None if PyTorch computes it."""
-        step: Pointwise | Operation | None = None
+        step: Pointwise | Operation | Attention | None = None
         if self.constants is not None:
+            if node.target is aten.scaled_dot_product_attention.default:
+                return self.views.attention(node)
             if node.target in MEAN:
                 step = self._mean(node)
             elif node.target is aten.layer_norm.default:
@@ -227,6 +248,7 @@ class Builder:
         planes, source = self.plan.planes, node.args[0] if node.args else None
         if self.constants is None:
             return False
+        found: Any = None
         if node.target is aten.cat.default:
             found = Concatenation(planes, self.plan.steps, self.empty).planes_of(node)
         elif isinstance(source, Node) and source in self._parts:
@@ -238,11 +260,11 @@ class Builder:
             if found is None and (parts := channels_of(node, planes[source])):
                 self._parts[node] = parts
                 return True
-        else:
-            return False
-        if found is not None:
+        if found is None:
+            found = self.views.add(node)
+        if isinstance(found, Planes):
             planes[node] = found
-        return found is not None
+        return bool(found)
 
     def _pointwise(self, node: Node) -> Pointwise | None:
         """Return the step of an elementwise function whose inputs are planes of one shape."""
@@ -353,6 +375,5 @@ def _find_last_uses(plan: Plan) -> None:
         for planes in used:
             if planes is not None:
                 last_use[planes.root] = i
-    for node, planes in plan.planes.items():
-        if any(user not in plan.planes for user in node.users):
-            last_use[planes.root] = end
+    for node in plan.read_in_pytorch & plan.planes.keys():
+        last_use[plan.planes[node].root] = end
