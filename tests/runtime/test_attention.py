@@ -247,11 +247,12 @@ def test_memory_before_it_is_written_does_not_matter():
 
 def test_files(tmp_path):
     mask = masks(9)["numbers and -inf"]
+    options = {"attn_mask": mask[2].clone()}
 
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = Layer(), Layer(options=lambda q, k, v: {"attn_mask": mask[0]})
+            self.a, self.b = Layer(), Layer(options=lambda q, k, v: options)
 
         def forward(self, x, mask):
             return self.b(self.a(x, mask))

@@ -14,8 +14,8 @@ from .activations import activation_of
 from .aliases import alias_of, channels_of
 from .concatenation import Concatenation
 from .layer import Layer
-from .planes import PlaneLayout, Planes
-from .sizes import can_run_sparse, pixels_per_sample, sizes_of
+from .planes import PlaneLayout, Planes, alike
+from .sizes import are_alike, can_run_sparse, pixels_per_sample, sizes_of
 from .split import Split
 from .steps import Attention, Copy, Operation, Pointwise, Sparse, Step, Torch
 from .taps import Taps
@@ -268,10 +268,14 @@ class Builder:
 
     def _pointwise(self, node: Node) -> Pointwise | None:
         """Return the step of an elementwise function whose inputs are planes of one shape."""
-        x = [self.plan.planes.get(n) for n in node.all_input_nodes]
-        first = x[0] if x else None
         binary = node.target in BINARY
-        if first is None or (binary and not all(isinstance(a, Node) for a in node.args)):
+        if binary and not all(isinstance(a, Node) for a in node.args):
+            return None
+        x = [self.plan.planes.get(n) for n in node.all_input_nodes]
+        if binary:
+            x = self._other_tokens(node, x)
+        first = x[0] if x else None
+        if first is None:
             return None
         found = []
         for planes in x:
@@ -284,6 +288,17 @@ class Builder:
         for planes in found:
             out.layout.merge(planes.layout)
         return Pointwise(node, tuple(found), out)
+
+    def _other_tokens(self, node: Node, x: list[Planes | None]) -> list[Planes | None]:
+        """Return planes of both operands if one is tokens in planes, and the other is like it.
+
+        Otherwise a residual connection would leave the planes, and return to them, at each layer.
+        """
+        known = next((p for p in x if p is not None), None)
+        values = [n.meta["val"] for n in (node, *node.all_input_nodes)]
+        if known is None or known.tokens is None or None not in x or not are_alike(values):
+            return x
+        return [self.in_planes(n, known) for n in node.all_input_nodes]
 
     def _like(self, node: Node, x: Planes) -> Planes:
         """Return new planes for the result of a function, alike and in the layout of its input."""
@@ -331,9 +346,23 @@ class Builder:
             return None
         return Operation("activate", (x,), self._like(node, x), activation=name)
 
+    def _is_read_by_layers(self, node: Node) -> bool:
+        """Return whether only sparse linear layers read a value of tokens."""
+        if any(not isinstance(n.meta["val"], Tensor) for n in (node, *node.all_input_nodes)):
+            return False
+        return bool(node.users) and all(
+            isinstance(user.target, Layer)
+            and user.target.linear
+            and user.target in self.sparse
+            and user.args[0] is node
+            for user in node.users
+        )
+
     def _layer_norm(self, node: Node) -> Operation | None:
         args: list[Any] = list(node.args) + [None] * 5
         x = self.plan.planes.get(args[0])
+        if x is None and self._is_read_by_layers(node):
+            x = self.in_planes(args[0], self.empty(args[0], linear=True))
         if x is None or not x.linear or list(args[1]) != [x.channels] or node.kwargs:
             return None
         assert self.constants is not None
@@ -346,18 +375,6 @@ class Builder:
         eps = 1e-5 if args[4] is None else float(args[4])
         out = self._like(node, x)
         return Operation("layer_norm", (x,), out, weight=values[0], bias=values[1], eps=eps)
-
-
-def alike(a: Planes, b: Planes) -> bool:
-    """Return whether the pixels of two planes are in the same places, apart from their padding.
-
-    Example:
-        >>> x = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
-        >>> alike(x, Planes(PlaneLayout(3, 4), 5, 3, 4, (5, 3, 4)))
-        True
-    """
-    same = (a.linear, a.height, a.width) == (b.linear, b.height, b.width)
-    return same and (a.tokens is None) == (b.tokens is None)
 
 
 def _find_last_uses(plan: Plan) -> None:
