@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..errors import ConfigurationError
 from ..weights.latent import blocks, write_if
 from .base import Rate, no_learning_rate
@@ -122,9 +123,12 @@ class Adam:
         of_mean, of_square = (
             1 - torch.pow(decay, step.double()) for decay in (self.mean_decay, self.square_decay)
         )
-        rate = factor * self.rate / of_mean
+        rate, of_root = factor * self.rate / of_mean, of_square.sqrt()
         for g, w, m, s in blocks(gradient, x, mean, square):
             m.lerp_(g, 1 - self.mean_decay)
             s.mul_(self.square_decay).addcmul_(g, g, value=1 - self.square_decay)
-            root = (s / of_square).sqrt_().add_(self.epsilon)
-            w.sub_(torch.div(m, root, out=root).mul_(rate))
+            root = s.sqrt().div_(of_root).add_(self.epsilon)
+            if devices.synchronizes(w.device):
+                w.sub_(torch.div(m, root, out=root).mul_(rate))
+            else:
+                w.addcdiv_(m, root, value=-float(rate))

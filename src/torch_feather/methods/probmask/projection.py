@@ -54,7 +54,9 @@ def _shift(x: Tensor, budget: Tensor) -> Tensor:
     if host_reads and x.numel() > BLOCK:
         sample = x[::SAMPLE]
         v = _shift(sample, budget * sample.numel() / x.numel())
-    low, high = v.new_full((), -1.0), x.max().clamp_min(0.0)
+    low, high = v.new_full((), -1.0), v.new_full((), torch.inf)
+    if not host_reads:
+        high = _top(x)
     rounding = 4 * torch.finfo(x.dtype).eps
     for _ in range(ITERATIONS):
         kept, falling = sum_blocks(partial(_counts, v=v), x).unbind()
@@ -67,9 +69,16 @@ def _shift(x: Tensor, budget: Tensor) -> Tensor:
             break
         newton = v + violation / falling
         inside = (newton > low) & (newton < high)
+        if host_reads and not inside and high == torch.inf:
+            high = _top(x)
         following = torch.where(inside, newton, (low + high) / 2).clamp_min(0.0).to(x.dtype)
         v = torch.where(done, v, following)
     return v
+
+
+def _top(x: Tensor) -> Tensor:
+    """Return the least v >= 0 for which no entry of x - v is above 0, 0-dimensional."""
+    return x.max().clamp_min(0.0)
 
 
 def _counts(x: Tensor, v: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ repeat one draw. Number i of a seed needs no state but i.
 from __future__ import annotations
 
 import functools
+import sys
 
 import numpy as np
 import torch
@@ -67,11 +68,16 @@ def _on_cpu(seed: int, position: int, count: int, dtype: torch.dtype) -> np.ndar
         for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
             z ^= np.right_shift(z, np.uint64(shift), out=shifted)
             z *= np.uint64(factor % 2**64)
-        z >>= np.uint64(41)
-        np.copyto(part, z.view(np.int64), casting="unsafe")
-        np.add(part, 0.5, out=part)
-        np.multiply(part, 2.0**-23, out=part)
+        # The upper 23 bits after those of 1 are a number in [1, 2), and the difference is exact.
+        words = z.view(np.uint32)[_UPPER::2]
+        bits = np.right_shift(words, np.uint32(9), out=scratch("bits", part.size, np.uint32))
+        bits |= np.uint32(0x3F800000)
+        np.subtract(bits.view(np.float32), np.float32(1 - 2.0**-24), out=part)
     return out
+
+
+_UPPER = 1 if sys.byteorder == "little" else 0
+"""Where the upper half of a 64-bit integer is."""
 
 
 @functools.cache
