@@ -158,7 +158,9 @@ def test_effective_weights_are_those_of_the_masks(allocation):
     segments = allocated(weights, ALLOCATIONS[allocation], 0.9)
     soft = soft_top_k(weights, segments, torch.tensor(20.0, dtype=torch.float64))
     out = Recorded([torch.full_like(w, 7.0) for w in weights.views])
-    plain.write_effective(weights, segments, [SoftMasked(soft, j) for j in range(len(segments))], out)
+    plain.write_effective(
+        weights, segments, [SoftMasked(soft, j) for j in range(len(segments))], out
+    )
     for i, (u, w) in enumerate(zip(out, weights.views, strict=True)):
         m = soft.mask(w.abs(), position_of(weights, segments, i))
         expected = torch.where(pruned_mask(weights, segments, i), 0.0, w * m)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import devices
 from ...threads import for_each, scratch
-from ...weights.latent import BLOCK, flat_of
+from ...weights.latent import BLOCK
+from ...weights.ranges import flat_arrays
 from .logits import Line
 
 
@@ -36,14 +36,9 @@ class Flat(NamedTuple):
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Flat | None:
-        """Return the arrays; None for another device, or several types or layouts."""
-        kind = tensors[0].dtype, tensors[0].stride()
-        for t in tensors:
-            if type(t) is not Tensor or t.layout != torch.strided or (t.dtype, t.stride()) != kind:
-                return None
-        if devices.synchronizes(tensors[0].device):
-            return None
-        return cls(*(flat_of(t).numpy() for t in tensors))
+        """Return the arrays, or None, as `flat_arrays`."""
+        found = flat_arrays(*tensors)
+        return None if found is None else cls(*found)
 
     def pull_back(self, line: Line, known: bool) -> None:
         """Write g m + sign(w) beta m (1 - m) g w / c.

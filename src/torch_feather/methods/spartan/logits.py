@@ -180,9 +180,7 @@ class KeptLogits:
         tensor(0.5000, dtype=torch.float64)
     """
 
-    def __init__(
-        self, weights: LatentWeights, segments: Sequence[Segment], lines: Sequence[Line]
-    ):
+    def __init__(self, weights: LatentWeights, segments: Sequence[Segment], lines: Sequence[Line]):
         self._weights, self._lines = weights, lines
         overlaps = overlaps_of(weights, list(spans(weights, segments)))
         self._latent = arrays(weights, weights.views)
@@ -209,7 +207,9 @@ class KeptLogits:
         dtype = self._weights.views[ranges(self._weights).position[j]].dtype
         return wide_array(self._latent[j], dtype, self._weights.wide)
 
-    def _totals(self, owners: Sequence[int], rows: Sequence[Sequence[float]] | np.ndarray) -> Tensor:
+    def _totals(
+        self, owners: Sequence[int], rows: Sequence[Sequence[float]] | np.ndarray
+    ) -> Tensor:
         """Return the sums of rows of numbers that belong to each segment."""
         columns = np.array(rows, np.float64).reshape(-1, 2).T
         totals = [np.bincount(owners, column, len(self._lines)) for column in columns]

@@ -184,7 +184,9 @@ class Spartan(MagnitudePruning):
             "frozen": PerTensor.of(torch.zeros(n, dtype=torch.bool, device=weights.device)),
         }
         searched = {
-            "shift": PerTensor.of(torch.full((n,), torch.inf, dtype=weights.wide).to(weights.device)),
+            "shift": PerTensor.of(
+                torch.full((n,), torch.inf, dtype=weights.wide).to(weights.device)
+            ),
             "drift": PerTensor.of(torch.zeros(n, dtype=weights.wide, device=weights.device)),
         }
         self.state |= searched
