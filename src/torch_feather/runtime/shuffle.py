@@ -1,4 +1,4 @@
-"""Channel shuffles, as in ShuffleNet, as layers: sparse 1×1 convolutions with one weight of 1 each."""
+"""Channel shuffles, as in ShuffleNet, as 1×1 convolutions with one nonzero weight per channel."""
 
 from __future__ import annotations
 
