@@ -367,9 +367,11 @@ class Builder:
     def _layer_norm(self, node: Node) -> Operation | None:
         args: list[Any] = list(node.args) + [None] * 5
         x = self.plan.planes.get(args[0])
+        if node.kwargs or list(args[1]) != [node.meta["val"].shape[-1]]:
+            return None
         if x is None and is_read_by_layers(node, self.sparse):
             x = self.in_planes(args[0], self.empty(args[0], linear=True))
-        if x is None or not x.linear or list(args[1]) != [x.channels] or node.kwargs:
+        if x is None or not x.linear:
             return None
         assert self.constants is not None
         values = []
