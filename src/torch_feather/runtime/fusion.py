@@ -160,11 +160,18 @@ def _constants(module: GraphModule) -> Constants:
             and node.all_input_nodes
             and all(n in known for n in node.all_input_nodes)
             and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
-            and isinstance(node.meta.get("val"), Tensor)
+            and _are_tensors(node.meta.get("val"))
         ):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
             known[node] = node.target(*args, **kwargs)
     return known
+
+
+def _are_tensors(value: Any) -> bool:
+    """Return whether a value is a tensor, or several, such as parts of a weight."""
+    if isinstance(value, tuple | list):
+        return all(isinstance(v, Tensor) for v in value)
+    return isinstance(value, Tensor)
 
 
 # Layers
