@@ -128,7 +128,7 @@ def overlaps(
         >>> [x.tolist() for x in overlaps(ranges(weights), one)]
         [[0, 1], [0, 0], [0, 2], [2, 3]]
     """
-    starts = np.array([span.piece.start for span in every])
+    starts = np.array([span.piece.start for span in every], np.int64)  # there may be none
     cuts = np.union1d(found.local, starts)
     range_of = np.searchsorted(found.local, cuts, "right") - 1
     ends = np.minimum(np.append(cuts[1:], np.inf), (found.local + found.size)[range_of])
