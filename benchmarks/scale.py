@@ -182,7 +182,7 @@ def table(record: dict[str, Any]) -> str:
         f"commit {record['commit'] or 'unknown'}, {record['date']}",
         record["command"],
         "",
-        "measured medians; CPU ns of a step, ns of threshold and effective weights, per local weight",
+        "medians; CPU ns of a step, ns of threshold and effective weights, per local weight",
         f"{'weights':>14} {'ranks':>5} {'type':>9} {'step s':>8} {'CPU ns':>7} {'threshold':>13}"
         f" {'effective':>9} {'calls':>5} {'bytes':>8} {'peak B':>7}",
     ]
