@@ -210,6 +210,30 @@ def test_layers_of_tokens(tokens):
     check(function, *parts, x=torch.randn(2, tokens, 24), any_batch=False)
 
 
+def test_residual_connections_of_tokens_stay_in_planes():
+    """Although the first one begins with a value that PyTorch computed."""
+
+    def function(x, norm, a, b):
+        for _ in range(2):
+            y = b(F.gelu(a(norm(x).reshape(-1, 24))))
+            x = x + y.view(x.shape)
+        return x
+
+    parts = nn.LayerNorm(24), nn.Linear(24, 48), nn.Linear(48, 24)
+    network = check(function, *parts, x=torch.randn(2, 20, 24))
+    assert not {n for n in in_pytorch(network) if "add" in n}
+
+
+def test_gelu_that_is_written_out():
+    def gelu(x):
+        return 0.5 * x * (1.0 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x.pow(3.0))))
+
+    network = check(lambda x, a, b: b(gelu(a(x))) + gelu(x), conv(), conv())
+    assert len(in_pytorch(network)) == 1  # GELU of the input
+    check(lambda x, a: gelu(a(x)) + torch.tanh(x) * 0.5, conv())
+    check(lambda x, a: 0.5 * (y := a(x)) * (1.0 + torch.tanh(y + 0.04 * y.pow(3.0))), conv())
+
+
 def test_attention_projections_run_sparse():
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=False)
     x = torch.randn(2, 20, 32)
@@ -228,3 +252,35 @@ def test_layers_are_timed_if_the_batch_is_not_their_first_dimension():
         x = torch.randn(batch, 5, 8)
         with torch.no_grad():
             assert error(network(x), model(x)) < TOLERANCE
+
+
+def shuffled(x, groups, transpose):
+    b, c, h, w = x.shape
+    x = x.reshape(b, groups, c // groups, h, w)
+    x = x.transpose(1, 2) if transpose else x.permute(0, 2, 1, 3, 4).contiguous()
+    return x.reshape(b, c, h, w)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("way", ["transpose", "permute", "module"])
+def test_channel_shuffles_stay_in_planes(groups, way):
+    def net(x, a, b):
+        y = a(x)
+        if way == "module":
+            y = F.channel_shuffle(y, groups)
+        else:
+            y = shuffled(y, groups, way == "transpose")
+        first, second = y.chunk(2, 1)
+        return torch.cat([first, b(second)], 1)
+
+    assert in_pytorch(check(net, conv(8, 12), conv(6, 6, 1))) == []
+
+
+def test_other_transpositions_of_five_dimensions_are_no_shuffle():
+    def net(x, a, b):  # spread over height and channels
+        y = a(x)
+        n, c, h, w = y.shape
+        y = y.reshape(n, 2, c // 2, h, w).transpose(1, 2)
+        return b(y.reshape(n, c // 2, 2 * h, w))
+
+    assert in_pytorch(check(net, conv(8, 12), conv(6, 6, 1)))

@@ -19,7 +19,7 @@ from .layer import Layer
 from .plan import Plan
 from .planes import PlaneLayout, Planes
 from .recurrent import Direction, Recurrent
-from .steps import Copy, Operation, Pointwise, Recurrence, Sparse, Step, Torch
+from .steps import Attention, Copy, Operation, Pointwise, Recurrence, Sparse, Step, Torch
 from .taps import Taps
 
 NUMBERS = (
@@ -30,6 +30,7 @@ PLANES = ("channels", "height", "width", "shape", "linear", "tokens", "first", "
 DIRECTION = ("values", "row", "column", "bias")
 RECURRENCE = ("cell", "number", "layers", "steps", "batch_first")
 RECURRENT = ("name", "kind", "has_biases", "layers", "is_bidirectional", "batch_first")
+ATTENTION = ("heads", "queries", "keys", "scale", "is_causal")
 LOCATIONS = {"operator": operator, "math": math, "torch": torch}
 
 
@@ -177,6 +178,9 @@ class Encoder:
             }  # fmt: skip
         if isinstance(step, Pointwise):
             return stored | {"node": step.node.name}
+        if isinstance(step, Attention):
+            numbers = {name: getattr(step, name) for name in ATTENTION}
+            return stored | numbers | {"mask": step.mask and step.mask.name}
         for name in ("weight", "bias"):
             array = getattr(step, name)
             stored[name] = None if array is None else self.array(array)
@@ -213,6 +217,7 @@ class Encoder:
             nodes.append(stored)
         used.update(s.source for s in plan.steps if isinstance(s, Copy))
         used.update(n for s in plan.steps if isinstance(s, Recurrence) for n in s.states)
+        used.update(s.mask for s in plan.steps if isinstance(s, Attention) and s.mask is not None)
         values = {}
         for node in used:
             if node.op == "get_attr":
@@ -360,6 +365,10 @@ class Decoder:
             return Recurrence(
                 node=node, directions=directions, x=x, out=out, states=states, **numbers
             )
+        if data["kind"] == "Attention":
+            mask = None if data["mask"] is None else self._nodes[data["mask"]]
+            numbers = {name: data[name] for name in ATTENTION}
+            return Attention(x, out, **numbers, mask=mask)  # type: ignore[arg-type]
         if data["kind"] == "Pointwise":
             return Pointwise(self._nodes[data["node"]], x, out)
         weight, bias = (data[n] and self._arrays[data[n]] for n in ("weight", "bias"))

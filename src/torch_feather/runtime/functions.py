@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from .activations import activation_of
-from .planes import Planes
-from .steps import Operation, Pointwise
+from .planes import Planes, alike
+from .reading import is_read_by_layers
+from .sizes import are_alike
+from .steps import Attention, Operation, Pointwise
 from .transposed import MAX_STRIDE
 
 aten = torch.ops.aten
@@ -30,10 +32,14 @@ class _Places(Protocol):
     Attributes:
         planes: planes of the nodes so far.
         constants: values of the `get_attr` nodes; None if `Operation` steps are not supported.
+        sparse: the layers that run sparse.
+        views: views of tokens.
     """
 
     planes: dict[Node, Planes]
     constants: Any
+    sparse: Any
+    views: Any
 
     def empty(self, node: Node, linear: bool, like: Planes | None = None) -> Planes:
         """Return new planes for the value of a node."""
@@ -59,10 +65,12 @@ class Functions:
     def __init__(self, places: _Places) -> None:
         self.places, self.planes, self.constants = places, places.planes, places.constants
 
-    def step_of(self, node: Node) -> Pointwise | Operation | None:
+    def step_of(self, node: Node) -> Pointwise | Operation | Attention | None:
         """Return the step of a function that is no layer; None if PyTorch computes it."""
-        step: Pointwise | Operation | None = None
+        step: Pointwise | Operation | Attention | None = None
         if self.constants is not None:
+            if node.target is aten.scaled_dot_product_attention.default:
+                return self.places.views.attention(node)
             if node.target in MEAN:
                 step = self._mean(node)
             elif node.target is aten.layer_norm.default:
@@ -79,10 +87,14 @@ class Functions:
 
     def _pointwise(self, node: Node) -> Pointwise | None:
         """Return the step of an elementwise function whose inputs are planes of one shape."""
-        x = [self.planes.get(n) for n in node.all_input_nodes]
-        first = x[0] if x else None
         binary = node.target in BINARY
-        if first is None or (binary and not all(isinstance(a, Node) for a in node.args)):
+        if binary and not all(isinstance(a, Node) for a in node.args):
+            return None
+        x = [self.planes.get(n) for n in node.all_input_nodes]
+        if binary:
+            x = self._other_tokens(node, x)
+        first = x[0] if x else None
+        if first is None:
             return None
         found = []
         for planes in x:
@@ -95,6 +107,17 @@ class Functions:
         for planes in found:
             out.layout.merge(planes.layout)
         return Pointwise(node, tuple(found), out)
+
+    def _other_tokens(self, node: Node, x: list[Planes | None]) -> list[Planes | None]:
+        """Return planes of both operands if one is tokens in planes, and the other is like it.
+
+        Otherwise a residual connection would leave the planes, and return to them, at each layer.
+        """
+        known = next((p for p in x if p is not None), None)
+        values = [n.meta["val"] for n in (node, *node.all_input_nodes)]
+        if known is None or known.tokens is None or None not in x or not are_alike(values):
+            return x
+        return [self.places.in_planes(n, known) for n in node.all_input_nodes]
 
     def _like(self, node: Node, x: Planes) -> Planes:
         """Return new planes for the result of a function, alike and in the layout of its input."""
@@ -153,7 +176,11 @@ class Functions:
     def _layer_norm(self, node: Node) -> Operation | None:
         args: list[Any] = list(node.args) + [None] * 5
         x = self.planes.get(args[0])
-        if x is None or not x.linear or list(args[1]) != [x.channels] or node.kwargs:
+        if node.kwargs or list(args[1]) != [node.meta["val"].shape[-1]]:
+            return None
+        if x is None and is_read_by_layers(node, self.places.sparse):
+            x = self.places.in_planes(args[0], self.places.empty(args[0], linear=True))
+        if x is None or not x.linear:
             return None
         assert self.constants is not None
         values = []
@@ -165,18 +192,3 @@ class Functions:
         eps = 1e-5 if args[4] is None else float(args[4])
         out = self._like(node, x)
         return Operation("layer_norm", (x,), out, weight=values[0], bias=values[1], eps=eps)
-
-
-def alike(a: Planes, b: Planes) -> bool:
-    """Return whether the pixels of two planes are in the same places, apart from their padding.
-
-    Example:
-        >>> from torch_feather.runtime.planes import PlaneLayout
-        >>> x = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
-        >>> alike(x, Planes(PlaneLayout(3, 4), 5, 3, 4, (5, 3, 4)))
-        True
-    """
-    same = (a.linear, a.height, a.width) == (b.linear, b.height, b.width)
-    if a.is_volume or b.is_volume:
-        return same and a.shape[1:] == b.shape[1:]
-    return same and (a.tokens is None) == (b.tokens is None)

@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .activations import activation_of, bounds_of
+from .composite import replace_composites
 from .errors import CaptureError
 from .layer import Layer
 from .lifting import lift
 from .readers import BATCH_NORM, Constants, cropped, folded, input_of, padded, read_layer
 from .recurrent import fuse_recurrent
+from .shuffle import replace_shuffles
 
 aten = torch.ops.aten
 # Functions that read memory in its order, which differs in planes.
@@ -39,7 +41,8 @@ def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
     Args:
         module: an exported model, which is modified.
         activations: whether to fuse smooth activation functions into the layers before them, and to
-            replace average pooling, LSTM and GRU by layers.
+            replace average pooling, LSTM, GRU and channel shuffles by layers, and GELU that is
+            written out by one function.
 
     Returns:
         The module.
@@ -55,8 +58,12 @@ def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
     """
     for part in graphs_of(module):
         _normalize(part.graph)
+        if activations:
+            replace_composites(part.graph)
         part.recompile()
     lift(module.graph)
+    if activations:
+        replace_shuffles(module.graph)
     graph, constants = module.graph, _constants(module)
     if activations:
         fuse_recurrent(graph, constants)
@@ -155,11 +162,18 @@ def _constants(module: GraphModule) -> Constants:
             and node.all_input_nodes
             and all(n in known for n in node.all_input_nodes)
             and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
-            and isinstance(node.meta.get("val"), Tensor)
+            and _are_tensors(node.meta.get("val"))
         ):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
             known[node] = node.target(*args, **kwargs)
     return known
+
+
+def _are_tensors(value: Any) -> bool:
+    """Return whether a value is a tensor, or several, such as parts of a weight."""
+    if isinstance(value, tuple | list):
+        return all(isinstance(v, Tensor) for v in value)
+    return isinstance(value, Tensor)
 
 
 # Operations after a layer

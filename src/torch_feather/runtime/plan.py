@@ -12,14 +12,16 @@ from torch.fx import Graph, Node
 
 from .aliases import alias_of, channels_of
 from .concatenation import Concatenation
-from .functions import Functions, alike
+from .functions import Functions
 from .layer import Layer
-from .planes import PlaneLayout, Planes
+from .planes import PlaneLayout, Planes, alike
+from .reading import PERMUTATIONS, find_last_uses, is_read_by_layers, read_by, with_views
 from .recurrent import Recurrent, dimensions
-from .sizes import can_run_sparse, image_shape, pixels_per_sample, sizes_of
+from .sizes import are_alike, can_run_sparse, image_shape, pixels_per_sample, sizes_of
 from .split import Split
 from .steps import Copy, Operation, Pointwise, Recurrence, Sparse, Step, Torch
 from .taps import Taps
+from .token_views import TokenViews
 from .transposed import TransposedConvolution
 
 __all__ = [
@@ -88,8 +90,21 @@ class Plan:
         for node in graph.nodes:
             builder.add(node)
         plan = builder.plan
-        _find_last_uses(plan)
+        plan.steps = with_views(plan.steps, builder.views.pending, plan.outputs)
+        plan.last_use = find_last_uses(plan.steps, plan.planes, plan.read_in_pytorch)
         return plan
+
+    @property
+    def outputs(self) -> list[Node]:
+        """The nodes that the graph returns."""
+        return [n for node in self.graph.nodes if node.op == "output" for n in node.all_input_nodes]
+
+    @property
+    def read_in_pytorch(self) -> set[Node]:
+        """The nodes whose values PyTorch reads, or the graph returns."""
+        steps = (step for step in self.steps if not isinstance(step, Copy))
+        sizes = {step for step in self.steps if isinstance(step, Torch) and step.reads_size}
+        return {n for step in steps if step not in sizes for n in read_by(step)} | {*self.outputs}
 
 
 class Builder:
@@ -120,14 +135,14 @@ class Builder:
         given = [n.meta.get("val") for n in plan.graph.nodes if n.op == "placeholder"]
         first = given[0].shape[0] if given and isinstance(given[0], Tensor) else 1
         self._batch: Any = first if batch is None else batch
+        self.views = TokenViews(plan.planes, self._batch)
 
     def add(self, node: Node) -> None:
         """Add the step of a node, and the copies that it needs."""
         if node.op != "call_function":
             return
         if isinstance(node.target, Layer):
-            is_sparse = node.target in self.sparse and self._fits(node)
-            step: Step = self._layer(node, node.target) if is_sparse else Torch(node)
+            step: Step = self._layer(node, node.target)
         elif isinstance(node.target, Recurrent):
             if node.target in self.sparse and self._fits(node):
                 self._recurrent(node, node.target)
@@ -137,7 +152,7 @@ class Builder:
             return
         else:
             step = Functions(self).step_of(node) or Torch(node)
-        if not isinstance(step, Torch):
+        if not isinstance(step, Torch) and node not in self.views.pending:
             self.planes[node] = step.out
         self.plan.steps.append(step)
 
@@ -185,8 +200,12 @@ class Builder:
         new = self.empty(node, out.linear, like)
         return self.copied(node, new, (out.linear, like and out.layout))
 
-    def _layer(self, node: Node, layer: Layer) -> Sparse | Operation:
-        """Return the last step of a sparse layer."""
+    def _layer(self, node: Node, layer: Layer) -> Step:
+        """Return the last step of a layer."""
+        if layer not in self.sparse or not self._fits(node):
+            return Torch(node)
+        if self.constants is not None and (permuted := self.views.layer(node, layer)):
+            return permuted
         form = layer.kernel_form
         if not isinstance(layer, TransposedConvolution):
             return self._sparse(node, form, self.empty)
@@ -275,6 +294,7 @@ class Builder:
         planes, source = self.planes, node.args[0] if node.args else None
         if self.constants is None:
             return False
+        found: Any = None
         if node.target is aten.cat.default:
             found = Concatenation(planes, self.plan.steps, self.empty).planes_of(node)
         elif isinstance(source, Node) and source in self._parts:
@@ -286,30 +306,24 @@ class Builder:
             if found is None and (parts := channels_of(node, planes[source])):
                 self._parts[node] = parts
                 return True
-        else:
-            return False
-        if found is not None:
+        if found is None:
+            self._copy_before_permutation(node)
+            found = self.views.add(node)
+        if isinstance(found, Planes):
             planes[node] = found
-        return found is not None
+        return bool(found)
 
-
-def _find_last_uses(plan: Plan) -> None:
-    last_use, end = plan.last_use, len(plan.steps)
-    for i, step in enumerate(plan.steps):
-        if isinstance(step, Torch):
-            continue
-        used: list[Planes | None] = [step.out]
-        if isinstance(step, Sparse):
-            used += [step.x, step.residual]
-        elif isinstance(step, Recurrence):
-            used += [*step.x, *(plan.planes.get(state) for state in step.states)]
-        elif isinstance(step, Copy):
-            used.append(plan.planes.get(step.source))
-        else:
-            used += step.x
-        for planes in used:
-            if planes is not None:
-                last_use[planes.root] = i
-    for node, planes in plan.planes.items():
-        if any(user not in plan.planes for user in node.users):
-            last_use[planes.root] = end
+    def _copy_before_permutation(self, node: Node) -> None:
+        """Copy tokens that PyTorch computed into planes before they are permuted for layers."""
+        source = node.args[0] if node.target in PERMUTATIONS else None
+        if not isinstance(source, Node) or source in self.planes:
+            return
+        value = source.meta["val"]
+        is_tokens = isinstance(value, Tensor) and value.dim() == 3 and are_alike([value])
+        if (
+            is_tokens
+            and str(value.shape[0]) == str(self._batch)
+            and is_read_by_layers(node, self.sparse)
+        ):
+            tokens = self.empty(source, linear=True)
+            self.views.copied[source] = self.in_planes(source, tokens)

@@ -236,6 +236,20 @@ class Planes:
         return mask
 
 
+def alike(a: Planes, b: Planes) -> bool:
+    """Return whether the pixels of two planes are in the same places, apart from their padding.
+
+    Example:
+        >>> x = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
+        >>> alike(x, Planes(PlaneLayout(3, 4), 5, 3, 4, (5, 3, 4)))
+        True
+    """
+    same = (a.linear, a.height, a.width) == (b.linear, b.height, b.width)
+    if a.is_volume or b.is_volume:
+        return same and a.shape[1:] == b.shape[1:]
+    return same and (a.tokens is None) == (b.tokens is None)
+
+
 def split_size(size: int, stride: int, phases: Iterable[int]) -> int:
     """Return the largest number of pixels that one of the phases has.
 

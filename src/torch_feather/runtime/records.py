@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,21 @@ from torch import Tensor
 
 from .batch import BatchPlan
 from .kernels import (
+    ATTENTION,
     CHANNEL_BLOCK,
     CONVOLUTION,
     COPY,
     PLANE_OPERATION,
     RECURRENCE,
     TRANSPOSE,
+    VECTORS,
     library,
+    scratch_size,
 )
 from .memory import aligned_zeros, round_up
 from .planes import Planes
-from .steps import Copy, Operation, Recurrence, Sparse
+from .recurrent_records import RecurrentRecords
+from .steps import Attention, Copy, Operation, Recurrence, Sparse
 
 SetSource = Callable[[Tensor], Any]
 
@@ -46,6 +50,7 @@ class Records:
     def __init__(self, plan: BatchPlan, memory: Tensor) -> None:
         self.plan, self.memory = plan, memory
         self.referenced: list[Any] = []
+        self._scratch: dict[int, np.ndarray] = {}  # by size, which operations share
 
     def memory_of(self, planes: Planes) -> Tensor:
         """Return the memory of the planes that contain some planes."""
@@ -173,6 +178,47 @@ class Records:
         operation["record"] = records.ctypes.data
         return RecurrentRecords(step, records)
 
+    def attention(
+        self, step: Attention, operation: np.void
+    ) -> Callable[[Tensor, dict[Any, Tensor]], None]:
+        """Fill the record of attention except for its mask.
+
+        Returns:
+            A function that sets the mask. It stores the mask in the order of the kernel in the
+            dictionary, which must stay alive until the operation is done.
+        """
+        record, batch, width = self.record(ATTENTION), self.plan.batch, library().target.widths[0]
+        for name, planes in zip(("q", "k", "v", "out"), (*step.x, step.out), strict=True):
+            record[name] = self._first_pixel(planes)
+            record[f"{name}_plane"] = planes.channel_stride(batch)
+        record["depth"] = step.x[0].channels // step.heads
+        record["v_depth"] = step.out.channels // step.heads
+        size = scratch_size(width, int(record["depth"]), int(record["v_depth"]))
+        if size not in self._scratch:
+            self._scratch[size] = aligned_zeros(size * self.plan.threads)
+        record["scratch"], record["scratch_size"] = self._scratch[size].ctypes.data, size
+        sequences = batch * step.out.width // step.queries
+        record["blocks"] = -(-step.queries // (VECTORS * width))
+        operation["items"] = record["blocks"] * step.heads * sequences
+        record["items"], record["threads"] = operation["items"], self.plan.threads
+        record["heads"], record["scale"] = step.heads, step.scale
+        record["queries"], record["keys"] = step.queries, step.keys
+        record["causal"] = step.is_causal
+        operation["kernel"] = library().operations["attention"]
+        operation["record"] = record.ctypes.data
+
+        def set_mask(mask: Tensor, prepared: dict[Any, Tensor]) -> None:
+            key = id(mask), step.queries, step.keys
+            if key not in prepared:
+                prepared[key] = keys_first(mask, step.queries, step.keys)
+            by_key = prepared[key]
+            count, heads = by_key.shape[:2]
+            record["mask"], record["mask_key"] = by_key.data_ptr(), by_key.stride(2)
+            record["mask_sequence"] = by_key.stride(0) if count > 1 else 0
+            record["mask_head"] = by_key.stride(1) if heads > 1 else 0
+
+        return set_mask
+
     def copy(self, step: Copy, operation: np.void) -> SetSource:
         """Fill the record of a copy except for its source.
 
@@ -288,48 +334,26 @@ class Records:
         return array.ctypes.data
 
 
-class RecurrentRecords:
-    """The records of a recurrent layer, whose states change with each call.
+def keys_first(mask: Tensor, queries: int, keys: int) -> Tensor:
+    """Return a mask of attention as numbers that are added, with queries as the last dimension.
 
     Args:
-        step: the step.
-        records: one for each direction.
+        mask: bool or float32, can be broadcast to (sequences, heads, queries, keys).
+        queries: number of queries.
+        keys: number of keys.
+
+    Returns:
+        (1 or sequences, 1 or heads, keys, at least queries): the last dimension is filled up to
+        whole cache lines.
 
     Example:
-        >>> from torch.fx import Graph
-        >>> from .planes import PlaneLayout, Planes
-        >>> planes = Planes(PlaneLayout(1, 7), 8, 1, 7, (7, 8), linear=True)
-        >>> x = Graph().placeholder("x")
-        >>> step = Recurrence(x, "lstm", (), (), planes, (), 0, 1, 7, True)
-        >>> RecurrentRecords(step, np.zeros(0, RECURRENCE)).final([torch.ones(2, 3, 4)])[1].shape
-        torch.Size([2, 3, 4])
+        >>> keys_first(torch.tensor([[True, False]]), queries=1, keys=2)[0, 0, :, 0]
+        tensor([0., -inf])
     """
-
-    def __init__(self, step: Recurrence, records: np.ndarray) -> None:
-        self.step, self.records = step, records
-
-    def set_initial(self, states: Sequence[Tensor]) -> None:
-        """Set the initial states: tensors (layers · directions, batch, units)."""
-        self._set("initial", states)
-
-    def final(self, states: Sequence[Tensor], value: Any = None) -> Any:
-        """Set where the final states are written to.
-
-        Args:
-            states: the initial states.
-            value: what the first layer returned.
-
-        Returns:
-            The value of the node: None for the result, and the final states.
-        """
-        value = value or (None, *(torch.empty(x.shape, dtype=torch.float32) for x in states))
-        self._set("final", value[1:])
-        return value
-
-    def _set(self, kind: str, states: Sequence[Tensor]) -> None:
-        first = self.step.number * len(self.records)
-        for name, state in zip("hc", states, strict=False):
-            direction, sample, unit = state.stride()
-            for i, record in enumerate(self.records):
-                record[f"{name}_{kind}"] = state.data_ptr() + 4 * (first + i) * direction
-                record[f"{name}_{kind}_sample"], record[f"{name}_{kind}_unit"] = sample, unit
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    count, heads = mask.shape[:2]
+    result = torch.empty(count, heads, keys, round_up(queries))
+    result[..., :queries] = mask.transpose(2, 3)
+    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch.fx import Node
 
 from .layer import Layer
@@ -27,6 +28,11 @@ class Torch:
     """
 
     node: Node
+
+    @property
+    def reads_size(self) -> bool:
+        """Whether it reads only the size of its argument."""
+        return self.node.target is torch.ops.aten.sym_size.int
 
 
 @dataclass(eq=False)
@@ -175,4 +181,35 @@ class Recurrence:
     batch_first: bool
 
 
-Step = Recurrence | Torch | Copy | Sparse | Pointwise | Operation
+@dataclass(eq=False)
+class Attention:
+    """Scaled dot-product attention of tokens in planes; a head is some consecutive channels.
+
+    Attributes:
+        x: queries, keys and values.
+        out: result.
+        heads: number of heads.
+        queries: number of queries of a sequence.
+        keys: number of keys of a sequence.
+        scale: factor of the products of queries and keys.
+        is_causal: whether a query attends to no key after it.
+        mask: node of the mask, with the dimensions sequence, head, query and key.
+
+    Example:
+        >>> from torch_feather.runtime.planes import PlaneLayout
+        >>> x = Planes(PlaneLayout(1, 9), 8, 1, 9, (9, 8), linear=True, tokens=((0, 1), (9, 0)))
+        >>> Attention((x, x, x), x, heads=2, queries=9, keys=9, scale=0.5).mask is None
+        True
+    """
+
+    x: tuple[Planes, Planes, Planes]
+    out: Planes
+    heads: int
+    queries: int
+    keys: int
+    scale: float
+    is_causal: bool = False
+    mask: Node | None = None
+
+
+Step = Torch | Copy | Sparse | Pointwise | Operation | Attention | Recurrence

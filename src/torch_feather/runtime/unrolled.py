@@ -34,7 +34,8 @@ def known_shapes() -> Iterator[list[int]]:
 
     Example:
         >>> from torch._subclasses.fake_tensor import FakeTensorMode
-        >>> with known_shapes() as found, FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        >>> mode = FakeTensorMode(allow_non_fake_inputs=True)
+        >>> with known_shapes() as found, mode, torch.no_grad():
         ...     y, _ = torch.nn.LSTM(3, 5)(torch.ones(7, 2, 3))
         >>> y.shape, found
         (torch.Size([7, 2, 5]), [5])

@@ -18,11 +18,13 @@ from .batch import BatchPlan
 from .kernels import OPERATION, library
 from .memory import aligned_zeros
 from .planes import Planes
-from .records import Records, RecurrentRecords
-from .steps import Copy, Operation, Pointwise, Recurrence, Sparse, Torch
+from .reading import read_by
+from .records import Records
+from .recurrent_records import RecurrentRecords
+from .steps import Attention, Copy, Operation, Pointwise, Recurrence, Sparse, Torch
 
 Values = list[Any]  # values of the nodes of a graph
-Native = Sparse | Copy | Operation | Recurrence  # steps in machine code
+Native = Sparse | Copy | Operation | Attention | Recurrence  # steps in machine code
 
 
 class Call(NamedTuple):
@@ -138,7 +140,7 @@ class Workspace:
     def _calls(self) -> Iterator[Call]:
         steps = self.plan.plan.steps
         last_use = self._last_uses()
-        machine_code = (Sparse, Copy, Operation, Recurrence)
+        machine_code = (Sparse, Copy, Operation, Attention, Recurrence)
         for native, group in itertools.groupby(
             enumerate(steps), lambda item: isinstance(item[1], machine_code)
         ):
@@ -158,12 +160,7 @@ class Workspace:
         steps = self.plan.plan.steps
         last_use: dict[Node, int] = {}
         for i, step in enumerate(steps):
-            if isinstance(step, Torch):
-                last_use |= dict.fromkeys(step.node.all_input_nodes, i)
-            elif isinstance(step, Copy):
-                last_use[step.source] = i
-            elif isinstance(step, Recurrence):
-                last_use |= dict.fromkeys(step.states, i)
+            last_use |= dict.fromkeys(read_by(step), i)
         map_arg(self._output, lambda node: last_use.update({node: len(steps)}))
         return last_use
 
@@ -173,6 +170,7 @@ class Workspace:
         program = np.zeros(len(steps) + len(results), OPERATION)
         sources: list[tuple[int, Callable[[Any], Any]]] = []
         recurrent: list[tuple[list[int], int, RecurrentRecords]] = []
+        masks: list[tuple[int, Callable[[Any, dict[Any, Tensor]], None]]] = []
         for operation, step in zip(program, steps, strict=False):
             if isinstance(step, Sparse):
                 self.records.convolution(step, operation)
@@ -182,6 +180,10 @@ class Workspace:
                 states = [self.index[n] for n in step.states]
                 records = self.records.recurrence(step, operation)
                 recurrent.append((states, self.index[step.node], records))
+            elif isinstance(step, Attention):
+                set_mask = self.records.attention(step, operation)
+                if step.mask is not None:
+                    masks.append((self.index[step.mask], set_mask))
             else:
                 set_source = self.records.copy(step, operation)
                 if step.source in self.views:
@@ -198,17 +200,21 @@ class Workspace:
         execute = self._executor(program[:used])
 
         def call(values: Values) -> None:
-            alive = [set_source(values[i]) for i, set_source in sources]
+            alive: list[Any] = [set_source(values[i]) for i, set_source in sources]
+            prepared: dict[Any, Tensor] = {}
+            for i, set_mask in masks:
+                set_mask(values[i], prepared)
             for i, set_result in tokens:
                 values[i] = set_result()
             for states, i, records in recurrent:
                 initial = [values[k].resolve_neg() for k in states]
+                alive.append(initial)
                 records.set_initial(initial)
                 values[i] = records.final(initial, values[i] if records.step.number else None)
             execute()
             for i, view in others:
                 values[i] = view.contiguous()
-            del alive
+            del alive, prepared
 
         return call
 
@@ -249,9 +255,10 @@ class Workspace:
         They are copied into PyTorch's order: its functions of tokens are faster if the channels of
         a token are adjacent.
         """
+        read = self.plan.plan.read_in_pytorch
         for node, planes in self.plan.plan.planes.items():
             is_result = planes.linear and planes.shape[:-1] != () and planes.is_within(written)
-            if is_result and any(user not in self.plan.plan.planes for user in node.users):
+            if is_result and node in read:
                 yield node, planes
 
     def _pointwise(self, step: Pointwise) -> Callable[[Values], None]:

@@ -10,6 +10,7 @@ and `build` compiles it.
 """
 
 from .activations import ACTIVATIONS
+from .attention import VECTORS, scratch_size
 from .build import (
     KernelLibrary,
     add_objects,
@@ -23,13 +24,22 @@ from .build import (
 from .convolution import Variant, declare_intrinsics, emit_convolution
 from .host import Target, host, llvm, openmp
 from .plane_copy import CHANNEL_BLOCK
-from .records import CONVOLUTION, COPY, OPERATION, PLANE_OPERATION, RECURRENCE, TRANSPOSE
+from .records import (
+    ATTENTION,
+    CONVOLUTION,
+    COPY,
+    OPERATION,
+    PLANE_OPERATION,
+    RECURRENCE,
+    TRANSPOSE,
+)
 from .recurrence import UNROLL
 from .text import FunctionText
 from .tiles import Tile, tiles
 
 __all__ = [
     "ACTIVATIONS",
+    "ATTENTION",
     "CHANNEL_BLOCK",
     "CONVOLUTION",
     "COPY",
@@ -38,6 +48,7 @@ __all__ = [
     "RECURRENCE",
     "TRANSPOSE",
     "UNROLL",
+    "VECTORS",
     "FunctionText",
     "KernelLibrary",
     "Target",
@@ -55,5 +66,6 @@ __all__ = [
     "library",
     "llvm",
     "openmp",
+    "scratch_size",
     "tiles",
 ]

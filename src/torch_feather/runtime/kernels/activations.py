@@ -132,7 +132,17 @@ class VectorCode:
 
     def exp(self, x: str) -> str:
         """Append e^x; NaN stays NaN."""
-        x = self.at_most(self.at_most(x, HIGHEST), LOWEST, "olt")
+        return self._exp(self.at_most(self.at_most(x, HIGHEST), LOWEST, "olt"))
+
+    def exp_of_negative(self, x: str) -> str:
+        """Append e^x for x ≤ 0, which is 0 far below 0; NaN stays NaN."""
+        v, w = self.floats, self.width
+        is_zero = self.set(f"fcmp olt {v} {x}, {self.constant(LOWEST)}")
+        power = self._exp(x)  # far below 0 it is not used
+        return self.set(f"select <{w} x i1> {is_zero}, {v} zeroinitializer, {v} {power}")
+
+    def _exp(self, x: str) -> str:
+        """Append e^x for x within the bounds."""
         rest, exponent = self._power(x)
         return self._scaled(self.op("fadd", rest, self.constant(1.0)), exponent)
 

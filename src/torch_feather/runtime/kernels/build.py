@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from .activations import ACTIVATIONS, emit_activation, function_name
+from .attention import emit_attention
 from .convolution import Variant, declare_intrinsics, emit_convolution
 from .host import Target, host, llvm, openmp
 from .plane_copy import COLUMN_STRIDES, declare_masked, emit_copy
@@ -64,6 +65,7 @@ def emit_module(
             *("\n".join(emit_copy(stride, width)) for stride in COLUMN_STRIDES),
             *("\n".join(emit_plane_operation(name, width)) for name in OPERATIONS),
             "\n".join(emit_transpose(width)),
+            "\n".join(emit_attention(width)),
             *("\n".join(emit_activation(a, w)) for a in ACTIVATIONS for w in target.widths),
             "\n".join(emit_run(target)),
             *(("\n".join(emit_run_team()),) if team else ()),
@@ -157,7 +159,8 @@ class KernelLibrary:
         tiles: tiles of its convolution kernels.
         objects: the object file of each compiled module, with the names of its kernels.
         copies: addresses by distance between columns of the source, or None for any distance.
-        operations: addresses of the kernels in `plane_operations`, and of `transpose`.
+        operations: addresses of the kernels in `plane_operations`, and of `transpose` and
+            `attention`.
         activations: addresses of activation functions, by name and vector width.
         run: function (operations, number of operations, thread, threads, barrier) that releases the
             GIL.
@@ -192,7 +195,8 @@ class KernelLibrary:
                 self._add(names, data=data)
         address_of = self._engines[0].get_function_address
         self.copies = {stride: address_of(f"copy_{stride}") for stride in COLUMN_STRIDES}
-        self.operations = {name: address_of(name) for name in (*OPERATIONS, "transpose")}
+        names = (*OPERATIONS, "transpose", "attention")
+        self.operations = {name: address_of(name) for name in names}
         self.activations = {
             (a, w): address_of(function_name(a, w)) for a in ACTIVATIONS for w in target.widths
         }
