@@ -16,6 +16,7 @@ from torch.fx.experimental import _config as config
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec
 
+from .checks import CAPTURING
 from .errors import CaptureError
 from .fusion import fuse, graphs_of, reads_memory
 from .in_place import may_write_into_input, without_writes
@@ -133,7 +134,7 @@ class _CircularPadding(TorchFunctionMode):
 
 
 def _export(model: nn.Module, example: Example, sizes: dict[int, Any] | None) -> ExportedProgram:
-    with _CircularPadding(), warnings.catch_warnings():
+    with CAPTURING, _CircularPadding(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", RECURRENT)
         args, kwargs = arguments(example)
         dynamic = (tuple(sizes for _ in args), dict.fromkeys(kwargs, sizes))
