@@ -62,7 +62,10 @@ def capture_example(model: nn.Module, example: Example) -> tuple[Captured, Other
         (False, False)
     """
     try:
-        captured = capture(model, example, any_batch=False)
+        # Branches of torch.cond are compiled: for one size first, PyTorch would then compile them
+        # for several only.
+        with torch.compiler.set_stance("force_eager"):
+            captured = capture(model, example, any_batch=False)
         return captured, OtherSizes(model, example, captured)
     except Exception:  # of many types
         return capture(model, example), None
