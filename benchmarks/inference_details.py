@@ -17,6 +17,7 @@ from torch import Tensor
 import torch_feather as feather
 from torch_feather.runtime.kernels import host, llvm
 from torch_feather.runtime.plan import Copy, Operation, Sparse
+from torch_feather.runtime.steps import Attention
 from torch_feather.runtime.workspace import Workspace
 
 
@@ -92,12 +93,14 @@ def breakdown(module: feather.runtime.SparseModule, x: Tensor) -> dict[str, floa
     return {name: float(np.median(times)) for name, times in repetitions.items()}
 
 
-def kind(step: Sparse | Copy | Operation) -> str:
+def kind(step: Sparse | Copy | Operation | Attention) -> str:
     """Return the kind of a step, such as `1x1` or `copies`."""
     if isinstance(step, Copy):
         return "copies"
     if isinstance(step, Operation):
         return step.name
+    if isinstance(step, Attention):
+        return "attention"
     if step.layer.pools:
         return "pooling"
     if step.layer.linear:

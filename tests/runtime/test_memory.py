@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from runtime_cases import (
     TILE,
     TOLERANCE,
@@ -22,6 +23,7 @@ from runtime_cases import (
     conv,
     error,
     graph_of,
+    pruned,
     run_layer,
     workspace_of_nan,
 )
@@ -29,6 +31,7 @@ from torch import nn
 from torch.fx import Graph
 
 from torch_feather.runtime import kernels, module
+from torch_feather.runtime import records as records_module
 from torch_feather.runtime import taps as taps_module
 from torch_feather.runtime import workspace as workspace_module
 from torch_feather.runtime.layer import Layer, MaxPool
@@ -186,7 +189,7 @@ def fences(monkeypatch):
         def aligned_zeros(count, dtype=np.float32):
             return fenced(count, dtype, at_end)
 
-        for user in (workspace_module, taps_module):
+        for user in (workspace_module, taps_module, records_module):
             monkeypatch.setattr(user, "aligned_zeros", aligned_zeros)
 
     kernels.library()  # compile here, not in each child process
@@ -212,6 +215,33 @@ def test_no_memory_outside_is_accessed(name, at_end, fences):
         for batch, tile, last in ((1, (1, 8), False), (3, (6, 8), True), (2, (13, 8), False)):
             shape = (batch, 5, 21) if size is None else (batch, layer.channels[0], *size)
             run_layer(layer, source(torch.Size(shape), last, at_end), tile=tile)
+
+    assert signal_of(use) == 0
+
+
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(20, 60), nn.Linear(20, 20)
+
+    def forward(self, x, mask):
+        q, k, v = (y.unflatten(-1, (2, 10)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("at_end", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("tokens", [3, 32, 145])
+def test_attention_accesses_no_memory_outside(tokens, at_end, fences):
+    """Queries are read and keys are computed in whole vectors and tiles, beyond the last one."""
+    x, mask = torch.randn(2, tokens, 20), torch.randn(2, 1, tokens, tokens)
+    network = compiled(pruned(SelfAttention()), (x, mask))
+    expected = network(x, mask)
+    network._pools.clear()
+    fences(at_end)
+
+    def use():
+        assert torch.equal(network(x, mask), expected)
 
     assert signal_of(use) == 0
 

@@ -203,6 +203,30 @@ def test_layers_of_tokens(tokens):
     check(function, *parts, x=torch.randn(2, tokens, 24), any_batch=False)
 
 
+def test_residual_connections_of_tokens_stay_in_planes():
+    """Although the first one begins with a value that PyTorch computed."""
+
+    def function(x, norm, a, b):
+        for _ in range(2):
+            y = b(F.gelu(a(norm(x).reshape(-1, 24))))
+            x = x + y.view(x.shape)
+        return x
+
+    parts = nn.LayerNorm(24), nn.Linear(24, 48), nn.Linear(48, 24)
+    network = check(function, *parts, x=torch.randn(2, 20, 24))
+    assert not {n for n in in_pytorch(network) if "add" in n}
+
+
+def test_gelu_that_is_written_out():
+    def gelu(x):
+        return 0.5 * x * (1.0 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x.pow(3.0))))
+
+    network = check(lambda x, a, b: b(gelu(a(x))) + gelu(x), conv(), conv())
+    assert len(in_pytorch(network)) == 1  # GELU of the input
+    check(lambda x, a: gelu(a(x)) + torch.tanh(x) * 0.5, conv())
+    check(lambda x, a: 0.5 * (y := a(x)) * (1.0 + torch.tanh(y + 0.04 * y.pow(3.0))), conv())
+
+
 def test_attention_projections_run_sparse():
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=False)
     x = torch.randn(2, 20, 32)

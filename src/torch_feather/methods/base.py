@@ -85,6 +85,7 @@ class Completion:
 
     Attributes:
         terms: terms to add to dL/dw of each weight tensor; None for no term.
+        factors: by which the terms are multiplied, 0-dimensional; None for 1. They save a pass.
         own: gradients of the method's own parameters, by name of the learned entry.
 
     Example:
@@ -93,6 +94,7 @@ class Completion:
     """
 
     terms: Gradients | None = None
+    factors: Sequence[Tensor] | None = None
     own: Mapping[str, PerTensor] = field(default_factory=dict)
 
 

@@ -18,12 +18,13 @@ from ..errors import StateError
 from .layer import Layer
 from .plan import Plan
 from .planes import PlaneLayout, Planes
-from .steps import Copy, Operation, Pointwise, Sparse, Step, Torch
+from .steps import Attention, Copy, Operation, Pointwise, Sparse, Step, Torch
 from .stored_weights import StoredWeight, load_taps, load_weight, store_taps, store_weight
 from .taps import Taps
 
 NUMBERS = ("stride", "padding", "dilation", "groups", "low", "high", "activation", "packs")
 PLANES = ("channels", "height", "width", "shape", "linear", "tokens", "first", "phases")
+ATTENTION = ("heads", "queries", "keys", "scale", "is_causal")
 LOCATIONS = {"operator": operator, "math": math, "torch": torch}
 
 
@@ -172,6 +173,9 @@ class Encoder:
         stored["x"] = [self.planes(x) for x in step.x]
         if isinstance(step, Pointwise):
             return stored | {"node": step.node.name}
+        if isinstance(step, Attention):
+            numbers = {name: getattr(step, name) for name in ATTENTION}
+            return stored | numbers | {"mask": step.mask and step.mask.name}
         for name in ("weight", "bias"):
             array = getattr(step, name)
             stored[name] = None if array is None else self.array(array)
@@ -200,6 +204,7 @@ class Encoder:
                 used.update(node.all_input_nodes)
             nodes.append(stored)
         used.update(s.source for s in plan.steps if isinstance(s, Copy))
+        used.update(s.mask for s in plan.steps if isinstance(s, Attention) and s.mask is not None)
         values = {}
         for node in used:
             if node.op == "get_attr":
@@ -334,6 +339,10 @@ class Decoder:
             numbers = {f.name: self.value(data[f.name]) for f in fields(Copy)[2:]}
             return Copy(self._nodes[data["source"]], out, **numbers)
         x = tuple(self._planes[i] for i in data["x"])
+        if data["kind"] == "Attention":
+            mask = None if data["mask"] is None else self._nodes[data["mask"]]
+            numbers = {name: data[name] for name in ATTENTION}
+            return Attention(x, out, **numbers, mask=mask)  # type: ignore[arg-type]
         if data["kind"] == "Pointwise":
             return Pointwise(self._nodes[data["node"]], x, out)
         weight, bias = (data[n] and self._arrays[data[n]] for n in ("weight", "bias"))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .activations import activation_of, bounds_of
+from .composite import replace_composites
 from .errors import CaptureError
 from .layer import AvgPool, Layer, MaxPool
 
@@ -40,7 +41,7 @@ def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
     Args:
         module: an exported model, which is modified.
         activations: whether to fuse smooth activation functions into the layers before them, and to
-            replace average pooling by layers.
+            replace average pooling by layers, and GELU that is written out by one function.
 
     Returns:
         The module.
@@ -56,6 +57,8 @@ def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
     """
     for part in graphs_of(module):
         _normalize(part.graph)
+        if activations:
+            replace_composites(part.graph)
         part.recompile()
     graph, constants = module.graph, _constants(module)
     alive, uses = set(graph.nodes), Counter[str]()

@@ -34,7 +34,7 @@ from .fusion import attributes
 from .inputs import Example, Inputs, arguments, tensors_of
 from .kernels import Tile
 from .layer import Layer
-from .other_sizes import OtherSizes, Planned, capture_example
+from .other_sizes import Planned, capture_example
 from .plan import Plan, Sparse, can_run_sparse
 from .strides import with_strides
 from .timing import milliseconds
@@ -70,8 +70,8 @@ def compile_sparse(
 
     Any batch size is accepted if `torch.export` can show that the model's behavior is independent
     of the batch size. Otherwise, other sizes raise `InputError`; compile another module for them.
-    The model is captured for the size of the example. The first batch of another size takes seconds,
-    because the model is captured again, for any size.
+    The model is captured for the size of the example. The first batch of another size takes
+    seconds, because the model is captured again, for any size.
 
     Args:
         model: on the CPU, in float32. It is not changed. Later changes of the model do not affect
@@ -165,7 +165,7 @@ class SparseModule(nn.Module):
             self._empty_result = result_of_empty_batch(model, *args, **kwargs)
             self._values = attributes(self.captured.module)
             self.constants = {node.name: value for node, value in self._values.items()}
-            nodes = self._layer_nodes()
+            nodes, self._plans = self._layer_nodes(), dict[tuple[str, ...], Plan]()
             self.tuning = self._tune(nodes, known or {})
             if known is None:
                 self.tuning = self._fastest(list(nodes.values()), given)
@@ -175,6 +175,7 @@ class SparseModule(nn.Module):
                 layer.packs = chosen.packs
                 if chosen.sparse or not chosen.packs:
                     layer.free_packed()
+        del self._plans, self._values
         self._start()
 
     def _start(self) -> None:
@@ -295,7 +296,11 @@ class SparseModule(nn.Module):
         }
 
     def _plan_all(self, layers: Sequence[Layer]) -> Plan:
-        return Plan.build(self.captured.module.graph, layers, self._values)
+        names = tuple(layer.name for layer in layers)
+        if names not in self._plans:
+            graph = self.captured.module.graph
+            self._plans[names] = Plan.build(graph, layers, self._values)
+        return self._plans[names]
 
     def _plan(self, layers: Sequence[Layer], tuning: Tuning) -> Plan:
         return self._plan_all([layer for layer in layers if tuning[layer.name].sparse])

@@ -14,11 +14,12 @@ from .activations import activation_of
 from .aliases import alias_of, channels_of
 from .concatenation import Concatenation
 from .layer import Layer
-from .planes import PlaneLayout, Planes
-from .sizes import can_run_sparse, pixels_per_sample, sizes_of
+from .planes import PlaneLayout, Planes, alike
+from .sizes import are_alike, can_run_sparse, pixels_per_sample, sizes_of
 from .split import Split
-from .steps import Copy, Operation, Pointwise, Sparse, Step, Torch
+from .steps import Attention, Copy, Operation, Pointwise, Sparse, Step, Torch
 from .taps import Taps
+from .token_views import TokenViews, read_by, with_views
 
 __all__ = ["Copy", "Operation", "Plan", "Pointwise", "Sparse", "Step", "Torch", "can_run_sparse"]
 
@@ -84,8 +85,25 @@ class Plan:
         for node in graph.nodes:
             builder.add(node)
         plan = builder.plan
+        plan.steps = with_views(plan.steps, builder.views.pending, plan.outputs)
         _find_last_uses(plan)
         return plan
+
+    @property
+    def outputs(self) -> list[Node]:
+        """The nodes that the graph returns."""
+        return [n for node in self.graph.nodes if node.op == "output" for n in node.all_input_nodes]
+
+    @property
+    def read_in_pytorch(self) -> set[Node]:
+        """The nodes whose values PyTorch reads, or the graph returns."""
+        steps = [
+            step
+            for step in self.steps
+            if not isinstance(step, Copy)
+            and not (isinstance(step, Torch) and step.node.target is aten.sym_size.int)
+        ]
+        return {node for step in steps for node in read_by(step)} | set(self.outputs)
 
 
 class Builder:
@@ -115,6 +133,7 @@ class Builder:
         given = [n.meta.get("val") for n in plan.graph.nodes if n.op == "placeholder"]
         first = given[0].shape[0] if given and isinstance(given[0], Tensor) else 1
         self._batch: Any = first if batch is None else batch
+        self.views = TokenViews(plan.planes, self._batch)
 
     def add(self, node: Node) -> None:
         """Add the step of a node, and the copies that it needs."""
@@ -127,7 +146,7 @@ class Builder:
             return
         else:
             step = self._operation(node) or Torch(node)
-        if not isinstance(step, Torch):
+        if not isinstance(step, Torch | Attention):
             self.plan.planes[node] = step.out
         self.plan.steps.append(step)
 
@@ -206,10 +225,12 @@ class Builder:
             p is None or p.linear for p in planes
         )
 
-    def _operation(self, node: Node) -> Pointwise | Operation | None:
+    def _operation(self, node: Node) -> Pointwise | Operation | Attention | None:
         """Return the step of a function that is no layer; None if PyTorch computes it."""
-        step: Pointwise | Operation | None = None
+        step: Pointwise | Operation | Attention | None = None
         if self.constants is not None:
+            if node.target is aten.scaled_dot_product_attention.default:
+                return self.views.attention(node)
             if node.target in MEAN:
                 step = self._mean(node)
             elif node.target is aten.layer_norm.default:
@@ -227,6 +248,7 @@ class Builder:
         planes, source = self.plan.planes, node.args[0] if node.args else None
         if self.constants is None:
             return False
+        found: Any = None
         if node.target is aten.cat.default:
             found = Concatenation(planes, self.plan.steps, self.empty).planes_of(node)
         elif isinstance(source, Node) and source in self._parts:
@@ -238,18 +260,22 @@ class Builder:
             if found is None and (parts := channels_of(node, planes[source])):
                 self._parts[node] = parts
                 return True
-        else:
-            return False
-        if found is not None:
+        if found is None:
+            found = self.views.add(node)
+        if isinstance(found, Planes):
             planes[node] = found
-        return found is not None
+        return bool(found)
 
     def _pointwise(self, node: Node) -> Pointwise | None:
         """Return the step of an elementwise function whose inputs are planes of one shape."""
-        x = [self.plan.planes.get(n) for n in node.all_input_nodes]
-        first = x[0] if x else None
         binary = node.target in BINARY
-        if first is None or (binary and not all(isinstance(a, Node) for a in node.args)):
+        if binary and not all(isinstance(a, Node) for a in node.args):
+            return None
+        x = [self.plan.planes.get(n) for n in node.all_input_nodes]
+        if binary:
+            x = self._other_tokens(node, x)
+        first = x[0] if x else None
+        if first is None:
             return None
         found = []
         for planes in x:
@@ -262,6 +288,17 @@ class Builder:
         for planes in found:
             out.layout.merge(planes.layout)
         return Pointwise(node, tuple(found), out)
+
+    def _other_tokens(self, node: Node, x: list[Planes | None]) -> list[Planes | None]:
+        """Return planes of both operands if one is tokens in planes, and the other is like it.
+
+        Otherwise a residual connection would leave the planes, and return to them, at each layer.
+        """
+        known = next((p for p in x if p is not None), None)
+        values = [n.meta["val"] for n in (node, *node.all_input_nodes)]
+        if known is None or known.tokens is None or None not in x or not are_alike(values):
+            return x
+        return [self.in_planes(n, known) for n in node.all_input_nodes]
 
     def _like(self, node: Node, x: Planes) -> Planes:
         """Return new planes for the result of a function, alike and in the layout of its input."""
@@ -309,9 +346,23 @@ class Builder:
             return None
         return Operation("activate", (x,), self._like(node, x), activation=name)
 
+    def _is_read_by_layers(self, node: Node) -> bool:
+        """Return whether only sparse linear layers read a value of tokens."""
+        if any(not isinstance(n.meta["val"], Tensor) for n in (node, *node.all_input_nodes)):
+            return False
+        return bool(node.users) and all(
+            isinstance(user.target, Layer)
+            and user.target.linear
+            and user.target in self.sparse
+            and user.args[0] is node
+            for user in node.users
+        )
+
     def _layer_norm(self, node: Node) -> Operation | None:
         args: list[Any] = list(node.args) + [None] * 5
         x = self.plan.planes.get(args[0])
+        if x is None and self._is_read_by_layers(node):
+            x = self.in_planes(args[0], self.empty(args[0], linear=True))
         if x is None or not x.linear or list(args[1]) != [x.channels] or node.kwargs:
             return None
         assert self.constants is not None
@@ -324,18 +375,6 @@ class Builder:
         eps = 1e-5 if args[4] is None else float(args[4])
         out = self._like(node, x)
         return Operation("layer_norm", (x,), out, weight=values[0], bias=values[1], eps=eps)
-
-
-def alike(a: Planes, b: Planes) -> bool:
-    """Return whether the pixels of two planes are in the same places, apart from their padding.
-
-    Example:
-        >>> x = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
-        >>> alike(x, Planes(PlaneLayout(3, 4), 5, 3, 4, (5, 3, 4)))
-        True
-    """
-    same = (a.linear, a.height, a.width) == (b.linear, b.height, b.width)
-    return same and (a.tokens is None) == (b.tokens is None)
 
 
 def _find_last_uses(plan: Plan) -> None:
@@ -353,6 +392,5 @@ def _find_last_uses(plan: Plan) -> None:
         for planes in used:
             if planes is not None:
                 last_use[planes.root] = i
-    for node, planes in plan.planes.items():
-        if any(user not in plan.planes for user in node.users):
-            last_use[planes.root] = end
+    for node in plan.read_in_pytorch & plan.planes.keys():
+        last_use[plan.planes[node].root] = end

@@ -226,6 +226,18 @@ class Planes:
         return mask
 
 
+def alike(a: Planes, b: Planes) -> bool:
+    """Return whether the pixels of two planes are in the same places, apart from their padding.
+
+    Example:
+        >>> x = Planes(PlaneLayout(3, 4), 8, 3, 4, (8, 3, 4))
+        >>> alike(x, Planes(PlaneLayout(3, 4), 5, 3, 4, (5, 3, 4)))
+        True
+    """
+    same = (a.linear, a.height, a.width) == (b.linear, b.height, b.width)
+    return same and (a.tokens is None) == (b.tokens is None)
+
+
 def split_size(size: int, stride: int, phases: Iterable[int]) -> int:
     """Return the largest number of pixels that one of the phases has.
 

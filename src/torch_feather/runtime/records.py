@@ -10,10 +10,21 @@ import torch
 from torch import Tensor
 
 from .batch import BatchPlan
-from .kernels import CHANNEL_BLOCK, CONVOLUTION, COPY, PLANE_OPERATION, TRANSPOSE, library
-from .memory import round_up
+from .kernels import (
+    ATTENTION,
+    CHANNEL_BLOCK,
+    COLUMN_STRIDES,
+    CONVOLUTION,
+    COPY,
+    PLANE_OPERATION,
+    TRANSPOSE,
+    VECTORS,
+    library,
+    scratch_size,
+)
+from .memory import aligned_zeros, round_up
 from .planes import Planes
-from .steps import Copy, Operation, Sparse
+from .steps import Attention, Copy, Operation, Sparse
 
 SetSource = Callable[[Tensor], Any]
 
@@ -38,6 +49,7 @@ class Records:
     def __init__(self, plan: BatchPlan, memory: Tensor) -> None:
         self.plan, self.memory = plan, memory
         self.referenced: list[Any] = []
+        self._scratch: dict[int, np.ndarray] = {}  # by size, which operations share
 
     def memory_of(self, planes: Planes) -> Tensor:
         """Return the memory of the planes that contain some planes."""
@@ -82,7 +94,7 @@ class Records:
         record["n_blocks"] = len(tables["blocks"]) - 1
         record["low"], record["high"] = step.layer.low, step.layer.high
         if step.layer.activation is not None:
-            record["activation"] = library().activations[step.layer.activation, tile.width]
+            record["activation"] = library().activation(step.layer.activation, tile.width)
         operation["items"] = -(-used // pixels) * (len(tables["blocks"]) - 1)
         operation["record"] = record.ctypes.data
 
@@ -114,14 +126,55 @@ class Records:
             record["pixels"] = x.height * source.row_stride
         elif name == "activate":
             assert step.activation is not None
-            record["activation"] = library().activations[step.activation, width]
+            record["activation"] = library().activation(step.activation, width)
         elif name == "layer_norm":
             assert step.weight is not None
             assert step.bias is not None
             record["weight"], record["bias"] = self._address(step.weight), self._address(step.bias)
             record["factor"], items = 1 / x.channels, step.out.channel_stride(batch) // width
-        operation["kernel"], operation["items"] = library().operations[name], items
+        operation["kernel"], operation["items"] = library().function(name), items
         operation["record"] = record.ctypes.data
+
+    def attention(
+        self, step: Attention, operation: np.void
+    ) -> Callable[[Tensor, dict[Any, Tensor]], None]:
+        """Fill the record of attention except for its mask.
+
+        Returns:
+            A function that sets the mask. It stores the mask in the order of the kernel in the
+            dictionary, which must stay alive until the operation is done.
+        """
+        record, batch, width = self.record(ATTENTION), self.plan.batch, library().target.widths[0]
+        for name, planes in zip(("q", "k", "v", "out"), (*step.x, step.out), strict=True):
+            record[name] = self._first_pixel(planes)
+            record[f"{name}_plane"] = planes.channel_stride(batch)
+        record["depth"] = step.x[0].channels // step.heads
+        record["v_depth"] = step.out.channels // step.heads
+        size = scratch_size(width, int(record["depth"]), int(record["v_depth"]))
+        if size not in self._scratch:
+            self._scratch[size] = aligned_zeros(size * self.plan.threads)
+        record["scratch"], record["scratch_size"] = self._scratch[size].ctypes.data, size
+        sequences = batch * step.out.width // step.queries
+        record["blocks"] = -(-step.queries // (VECTORS * width))
+        operation["items"] = record["blocks"] * step.heads * sequences
+        record["items"], record["threads"] = operation["items"], self.plan.threads
+        record["heads"], record["scale"] = step.heads, step.scale
+        record["queries"], record["keys"] = step.queries, step.keys
+        record["causal"] = step.is_causal
+        operation["kernel"] = library().function("attention")
+        operation["record"] = record.ctypes.data
+
+        def set_mask(mask: Tensor, prepared: dict[Any, Tensor]) -> None:
+            key = id(mask), step.queries, step.keys
+            if key not in prepared:
+                prepared[key] = keys_first(mask, step.queries, step.keys)
+            by_key = prepared[key]
+            count, heads = by_key.shape[:2]
+            record["mask"], record["mask_key"] = by_key.data_ptr(), by_key.stride(2)
+            record["mask_sequence"] = by_key.stride(0) if count > 1 else 0
+            record["mask_head"] = by_key.stride(1) if heads > 1 else 0
+
+        return set_mask
 
     def copy(self, step: Copy, operation: np.void) -> SetSource:
         """Fill the record of a copy except for its source.
@@ -131,7 +184,7 @@ class Records:
         """
         record, transpose = self.record(COPY), self.record(TRANSPOSE)
         batch, layout, (height, width) = self.plan.batch, step.out.layout.root(), step.size
-        (sy, sx), copies = step.stride, library().copies
+        sy, sx = step.stride
         channels = step.out.channels * step.out.phases // len(step.phases)
         phases = self._phases(step)
         record["phases"], record["out"] = phases.ctypes.data, self._first_pixel(step.out)
@@ -159,16 +212,16 @@ class Records:
                 transpose["source"], transpose["pitch"] = x.data_ptr(), column
                 transpose["rows"] = batch * height * width
                 operation["record"] = transpose.ctypes.data
-                operation["kernel"] = library().operations["transpose"]
+                operation["kernel"] = library().function("transpose")
                 operation["items"] = -(-batch * height * width // vector)
                 return x
             record["source"] = x.data_ptr()
             record["source_image"], record["source_channel"] = image, channel
             record["source_row"], record["source_column"] = row * sy, column * sx
             phases[:, 0] = [a * row + b * column for a, b in step.phases]
-            known = column * sx if column * sx in copies else None
+            known = column * sx if column * sx in COLUMN_STRIDES else None
             operation["record"] = record.ctypes.data
-            operation["kernel"] = copies[known]
+            operation["kernel"] = library().function(f"copy_{known}")
             blocks = channels if known else -(-channels // CHANNEL_BLOCK)
             operation["items"] = len(step.phases) * blocks * batch
             if is_whole and (column, row) == (1, width):  # the planes are one row
@@ -217,7 +270,7 @@ class Records:
         record["columns"], record["pitch"] = tokens, planes.channel_stride(batch)
         record["out_pitch"] = planes.channels
         operation["record"] = record.ctypes.data
-        operation["kernel"] = library().operations["transpose"]
+        operation["kernel"] = library().function("transpose")
         operation["items"] = -(-planes.channels // vector)
 
         def set_result() -> Tensor:
@@ -234,3 +287,28 @@ class Records:
     def _address(self, array: np.ndarray) -> int:
         self.referenced.append(array)
         return array.ctypes.data
+
+
+def keys_first(mask: Tensor, queries: int, keys: int) -> Tensor:
+    """Return a mask of attention as numbers that are added, with queries as the last dimension.
+
+    Args:
+        mask: bool or float32, can be broadcast to (sequences, heads, queries, keys).
+        queries: number of queries.
+        keys: number of keys.
+
+    Returns:
+        (1 or sequences, 1 or heads, keys, at least queries): the last dimension is filled up to
+        whole cache lines.
+
+    Example:
+        >>> keys_first(torch.tensor([[True, False]]), queries=1, keys=2)[0, 0, :, 0]
+        tensor([0., -inf])
+    """
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    count, heads = mask.shape[:2]
+    result = torch.empty(count, heads, keys, round_up(queries))
+    result[..., :queries] = mask.transpose(2, 3)
+    return result

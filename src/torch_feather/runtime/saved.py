@@ -110,7 +110,7 @@ def save_compiled(
     names, code = _kernels(network, planned, sizes)
     header["kernels"] = names
     arrays = dict(encoder.arrays)
-    for name, data in zip(CODE, (library().objects[0][1], code), strict=True):
+    for name, data in zip(CODE, (library().base, code), strict=True):
         arrays[name] = np.frombuffer(data, np.uint8)
     header["sha256"] = _checksum(arrays)
     data = safetensors.save(arrays, {KEY: json.dumps(header)})

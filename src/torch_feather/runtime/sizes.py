@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -84,6 +85,19 @@ def pixels_per_sample(sizes: Sequence[Any], batch: Any) -> int | None:
         counts.add(total / n)
     (count, *others) = counts
     return int(count) if not others and count.is_integer() and count > 0 else None
+
+
+def are_alike(values: Sequence[Any]) -> bool:
+    """Return whether all values are tensors of float32 of one shape.
+
+    Example:
+        >>> import torch
+        >>> are_alike([torch.ones(2, 3), torch.ones(2, 1)])
+        False
+    """
+    if any(not isinstance(v, Tensor) or v.dtype != torch.float32 for v in values):
+        return False
+    return len({str(tuple(v.shape)) for v in values}) == 1
 
 
 def can_run_sparse(node: Node, batch: Any) -> bool:

@@ -134,4 +134,35 @@ class Operation:
     eps: float = 0.0
 
 
-Step = Torch | Copy | Sparse | Pointwise | Operation
+@dataclass(eq=False)
+class Attention:
+    """Scaled dot-product attention of tokens in planes; a head is some consecutive channels.
+
+    Attributes:
+        x: queries, keys and values.
+        out: result.
+        heads: number of heads.
+        queries: number of queries of a sequence.
+        keys: number of keys of a sequence.
+        scale: factor of the products of queries and keys.
+        is_causal: whether a query attends to no key after it.
+        mask: node of the mask, with the dimensions sequence, head, query and key.
+
+    Example:
+        >>> from torch_feather.runtime.planes import PlaneLayout
+        >>> x = Planes(PlaneLayout(1, 9), 8, 1, 9, (9, 8), linear=True, tokens=((0, 1), (9, 0)))
+        >>> Attention((x, x, x), x, heads=2, queries=9, keys=9, scale=0.5).mask is None
+        True
+    """
+
+    x: tuple[Planes, Planes, Planes]
+    out: Planes
+    heads: int
+    queries: int
+    keys: int
+    scale: float
+    is_causal: bool = False
+    mask: Node | None = None
+
+
+Step = Torch | Copy | Sparse | Pointwise | Operation | Attention

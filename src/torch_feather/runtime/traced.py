@@ -1,4 +1,4 @@
-"""Functions that are replaced while torch.export captures a model, and what they are in the graph."""
+"""Functions that are replaced while torch.export captures a model."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def batch_norm() -> Callable[..., Tensor]:
         >>> batch_norm().name()
         'torch_feather::batch_norm'
     """
-    schema = "(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps) -> Tensor"
-    torch.library.define("torch_feather::batch_norm", schema)
+    given = "Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps"
+    torch.library.define("torch_feather::batch_norm", f"({given}) -> Tensor")
 
     @torch.library.register_fake("torch_feather::batch_norm")
     def _(x: Tensor, *_: Any) -> Tensor:

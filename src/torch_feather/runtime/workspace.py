@@ -19,10 +19,11 @@ from .kernels import OPERATION, library
 from .memory import aligned_zeros
 from .planes import Planes
 from .records import Records
-from .steps import Copy, Operation, Pointwise, Sparse, Torch
+from .steps import Attention, Copy, Operation, Pointwise, Sparse, Torch
+from .token_views import read_by
 
 Values = list[Any]  # values of the nodes of a graph
-Native = Sparse | Copy | Operation  # steps in machine code
+Native = Sparse | Copy | Operation | Attention  # steps in machine code
 
 
 class Call(NamedTuple):
@@ -138,7 +139,7 @@ class Workspace:
     def _calls(self) -> Iterator[Call]:
         steps = self.plan.plan.steps
         last_use = self._last_uses()
-        machine_code = (Sparse, Copy, Operation)
+        machine_code = (Sparse, Copy, Operation, Attention)
         for native, group in itertools.groupby(
             enumerate(steps), lambda item: isinstance(item[1], machine_code)
         ):
@@ -158,10 +159,7 @@ class Workspace:
         steps = self.plan.plan.steps
         last_use: dict[Node, int] = {}
         for i, step in enumerate(steps):
-            if isinstance(step, Torch):
-                last_use |= dict.fromkeys(step.node.all_input_nodes, i)
-            elif isinstance(step, Copy):
-                last_use[step.source] = i
+            last_use |= dict.fromkeys(read_by(step), i)
         map_arg(self._output, lambda node: last_use.update({node: len(steps)}))
         return last_use
 
@@ -170,11 +168,16 @@ class Workspace:
         results = list(self._token_results({step.out for step in steps}))
         program = np.zeros(len(steps) + len(results), OPERATION)
         sources: list[tuple[int, Callable[[Any], Any]]] = []
+        masks: list[tuple[int, Callable[[Any, dict[Any, Tensor]], None]]] = []
         for operation, step in zip(program, steps, strict=False):
             if isinstance(step, Sparse):
                 self.records.convolution(step, operation)
             elif isinstance(step, Operation):
                 self.records.operation(step, operation)
+            elif isinstance(step, Attention):
+                set_mask = self.records.attention(step, operation)
+                if step.mask is not None:
+                    masks.append((self.index[step.mask], set_mask))
             else:
                 set_source = self.records.copy(step, operation)
                 if step.source in self.views:
@@ -192,12 +195,15 @@ class Workspace:
 
         def call(values: Values) -> None:
             alive = [set_source(values[i]) for i, set_source in sources]
+            prepared: dict[Any, Tensor] = {}
+            for i, set_mask in masks:
+                set_mask(values[i], prepared)
             for i, set_result in tokens:
                 values[i] = set_result()
             execute()
             for i, view in others:
                 values[i] = view.contiguous()
-            del alive
+            del alive, prepared
 
         return call
 
@@ -238,9 +244,10 @@ class Workspace:
         They are copied into PyTorch's order: its functions of tokens are faster if the channels of
         a token are adjacent.
         """
+        read = self.plan.plan.read_in_pytorch
         for node, planes in self.plan.plan.planes.items():
             is_result = planes.linear and planes.shape[:-1] != () and planes.is_within(written)
-            if is_result and any(user not in self.plan.plan.planes for user in node.users):
+            if is_result and node in read:
                 yield node, planes
 
     def _pointwise(self, step: Pointwise) -> Callable[[Values], None]:

@@ -14,7 +14,7 @@ from ...selection.cpu import INTEGER
 from ...threads import scratch
 from ...weights.checksum import column_sums, dot
 from ...weights.latent import LatentWeights, sum_blocks
-from ...weights.ranges import of_ranges, ranges
+from ...weights.ranges import COLUMNS, of_ranges, ranges
 from ...weights.sums import Recorded, Sums, versions
 from ..base import Gradients
 
@@ -70,10 +70,12 @@ def _on_cpu(
         return found, column_sums(u.view(INTEGER[u.dtype])) if recorded else None
 
     with np.errstate(all="ignore"):
-        found, columns = zip(*of_ranges(weights, change, effective, gradients), strict=True)
+        parts = of_ranges(weights, change, effective, gradients)
+        found = [total for total, _ in parts]
         total = np.bincount(ranges(weights).position, found, len(weights.views))
     if isinstance(effective, Recorded):
-        effective.sums = Sums(versions(effective), np.stack(columns), nonfinite=True)
+        columns = np.array([sums for _, sums in parts], np.int64).reshape(-1, COLUMNS)
+        effective.sums = Sums(versions(effective), columns, nonfinite=True)
     return torch.from_numpy(total).to(weights.wide)
 
 

@@ -10,6 +10,7 @@ compiles it.
 """
 
 from .activations import ACTIVATIONS
+from .attention import VECTORS, scratch_size
 from .build import (
     KernelLibrary,
     add_objects,
@@ -22,19 +23,22 @@ from .build import (
 )
 from .convolution import Variant, declare_intrinsics, emit_convolution
 from .host import Target, host, llvm, openmp
-from .plane_copy import CHANNEL_BLOCK
-from .records import CONVOLUTION, COPY, OPERATION, PLANE_OPERATION, TRANSPOSE
+from .plane_copy import CHANNEL_BLOCK, COLUMN_STRIDES
+from .records import ATTENTION, CONVOLUTION, COPY, OPERATION, PLANE_OPERATION, TRANSPOSE
 from .text import FunctionText
 from .tiles import Tile, tiles
 
 __all__ = [
     "ACTIVATIONS",
+    "ATTENTION",
     "CHANNEL_BLOCK",
+    "COLUMN_STRIDES",
     "CONVOLUTION",
     "COPY",
     "OPERATION",
     "PLANE_OPERATION",
     "TRANSPOSE",
+    "VECTORS",
     "FunctionText",
     "KernelLibrary",
     "Target",
@@ -52,5 +56,6 @@ __all__ = [
     "library",
     "llvm",
     "openmp",
+    "scratch_size",
     "tiles",
 ]

@@ -112,8 +112,18 @@ class VectorCode:
 
     def exp(self, x: str) -> str:
         """Append e^x; NaN stays NaN."""
+        return self._exp(self.at_most(self.at_most(x, HIGHEST), LOWEST, "olt"))
+
+    def exp_of_negative(self, x: str) -> str:
+        """Append e^x for x ≤ 0, which is 0 far below 0; NaN stays NaN."""
+        v, w = self.floats, self.width
+        is_zero = self.set(f"fcmp olt {v} {x}, {self.constant(LOWEST)}")
+        power = self._exp(x)  # far below 0 it is not used
+        return self.set(f"select <{w} x i1> {is_zero}, {v} zeroinitializer, {v} {power}")
+
+    def _exp(self, x: str) -> str:
+        """Append e^x for x within the bounds."""
         v, iv, w = self.floats, self.ints, self.width
-        x = self.at_most(self.at_most(x, HIGHEST), LOWEST, "olt")
         shifted = self.fma(x, self.constant(1.4426950408889634), self.constant(ROUND))
         n = self.op("fsub", shifted, self.constant(ROUND))
         r = self.fma(n, self.constant(-LN2_HIGH), x)

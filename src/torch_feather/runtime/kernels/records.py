@@ -65,6 +65,38 @@ PLANE_OPERATION = np.dtype(
     ]
 )
 
+# Arguments of the kernel of attention. Queries and keys are tokens; a sequence has as many of them,
+# next to each other in each channel, in all heads. Channels of a head follow each other.
+ATTENTION = np.dtype(
+    [
+        ("q", "i8"),  # first token of the first channel
+        ("k", "i8"),
+        ("v", "i8"),
+        ("out", "i8"),
+        ("mask", "i8"),  # float32, added to the scores; queries are adjacent; or 0
+        ("scratch", "i8"),  # memory of all threads
+        ("scratch_size", "i8"),  # float32 values of one thread
+        ("threads", "i8"),
+        ("items", "i8"),  # blocks · heads · sequences
+        ("blocks", "i8"),  # of the queries of a sequence
+        ("heads", "i8"),
+        ("queries", "i8"),  # of a sequence
+        ("keys", "i8"),  # of a sequence
+        ("depth", "i8"),  # channels of a head of q and k
+        ("v_depth", "i8"),  # channels of a head of v and out
+        ("q_plane", "i8"),  # tokens between consecutive channels
+        ("k_plane", "i8"),
+        ("v_plane", "i8"),
+        ("out_plane", "i8"),
+        ("mask_sequence", "i8"),  # numbers between the masks of consecutive sequences
+        ("mask_head", "i8"),
+        ("mask_key", "i8"),
+        ("causal", "i8"),  # 1 if keys after their query are masked
+        ("scale", "f4"),  # factor of the scores
+        ("scale_", "f4"),
+    ]
+)
+
 # Arguments of the kernels that transpose between planes and tokens, whose channels are adjacent.
 TRANSPOSE = np.dtype(
     [

@@ -53,3 +53,43 @@ class FunctionText:
         with self.loop(f"%{counter}", start, stop):
             self(f"%{counter}.at = getelementptr float, ptr {base}, i64 %{counter}")
             self(f"store float %fill, ptr %{counter}.at")
+
+
+class VectorText(FunctionText):
+    """The text of a function with vectors of float32 numbers.
+
+    Args:
+        width: numbers in a vector.
+
+    Example:
+        >>> code = VectorText(8)
+        >>> code.load("x", code.at("x.at", "%rows", 8))
+        '%x'
+        >>> code.lines[1]
+        '  %x = load <8 x float>, ptr %x.at, align 4'
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.vector = width, f"<{width} x float>"
+
+    def at(self, name: str, base: str, index: object) -> str:
+        """Append the address of an element of an array, and return its name."""
+        self(f"%{name} = getelementptr float, ptr {base}, i64 {index}")
+        return f"%{name}"
+
+    def load(self, name: str, at: str) -> str:
+        """Append the load of a vector, and return its name."""
+        self(f"%{name} = load {self.vector}, ptr {at}, align 4")
+        return f"%{name}"
+
+    def store(self, value: str, at: str) -> None:
+        """Append the store of a vector."""
+        self(f"store {self.vector} {value}, ptr {at}, align 4")
+
+    def splat(self, name: str, scalar: str, kind: str = "float") -> str:
+        """Append a vector of equal numbers, and return its name."""
+        v, zeros = f"<{self.width} x {kind}>", f"<{self.width} x i32> zeroinitializer"
+        self(f"%{name}.one = insertelement {v} poison, {kind} {scalar}, i32 0")
+        self(f"%{name} = shufflevector {v} %{name}.one, {v} poison, {zeros}")
+        return f"%{name}"

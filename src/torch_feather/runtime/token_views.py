@@ -1,0 +1,323 @@
+"""Values that are views of tokens in planes, such as the heads of attention.
+
+Between its projections, attention splits channels into heads, and permutes dimensions. Such a
+function moves no value in planes, but its result is not a value in planes either: its channels may
+be several dimensions, or not the last one. `TokenViews` follows these values until a function
+computes in planes again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .aliases import RESHAPES, SAME, SPLITS
+from .planes import PlaneLayout, Planes, Size
+from .sizes import size_of, sizes_of
+from .steps import Attention, Copy, Step, Torch
+
+aten = torch.ops.aten
+CHANNEL = 1 << 36  # distance between channels, which no distance between tokens reaches
+PROBES = (2, 3)  # batch sizes for which strides are computed
+MOVES = (
+    *(aten.permute.default, aten.transpose.int, aten.select.int, aten.slice.Tensor),
+    *(aten.unbind.int, aten.unsqueeze.default, aten.squeeze.dim, *SPLITS),
+)
+
+
+class TokenView(NamedTuple):
+    """A view of tokens in planes.
+
+    Attributes:
+        planes: the planes.
+        values: for each probed batch size, a tensor without memory. Its strides are numbers of
+            tokens; consecutive channels have the distance `CHANNEL`.
+
+    Example:
+        >>> x = Planes(PlaneLayout(1, 9), 8, 1, 9, (9, 8), linear=True, tokens=((0, 1), (9, 0)))
+        >>> view_of_tokens(x, batches=(2,)).values[0].shape
+        torch.Size([2, 9, 8])
+    """
+
+    planes: Planes
+    values: tuple[Any, ...]
+
+
+class Heads(NamedTuple):
+    """Channels of tokens as heads.
+
+    Attributes:
+        planes: all heads, one after the other.
+        heads: number of heads.
+        tokens: number of tokens of a sequence.
+        sequences: number of sequences, which depends on the batch size.
+
+    Example:
+        >>> x = Planes(PlaneLayout(1, 9), 8, 1, 9, (9, 8), linear=True, tokens=((0, 1), (9, 0)))
+        >>> Heads(x, 2, 9, sequences=(0, 1)).heads
+        2
+    """
+
+    planes: Planes
+    heads: int
+    tokens: int
+    sequences: Size
+
+
+def view_of_tokens(planes: Planes, batches: Sequence[int]) -> TokenView:
+    """Return the view that consists of all tokens, with channels as the last dimension.
+
+    Args:
+        planes: of tokens.
+        batches: batch sizes for which strides are computed.
+    """
+    assert planes.tokens is not None
+    values = []
+    for batch in batches:
+        sizes = [constant + slope * batch for constant, slope in planes.tokens]
+        strides = [1]
+        for n in reversed(sizes[1:]):
+            strides.append(strides[-1] * n)
+        shape = (*sizes, planes.channels)
+        values.append(torch.empty_strided(shape, (*strides[::-1], CHANNEL), device="meta"))
+    return TokenView(planes, tuple(values))
+
+
+class TokenViews:
+    """Follows the values of a graph that are views of tokens in planes.
+
+    Args:
+        planes: planes of the values so far.
+        batch: size or symbol of the batch.
+
+    Example:
+        >>> TokenViews({}, batch=1).pending
+        {}
+    """
+
+    def __init__(self, planes: Mapping[Node, Planes], batch: Any) -> None:
+        self._planes, self._batch = planes, batch
+        self._batches = (batch,) if isinstance(batch, int) else PROBES
+        self.pending: dict[Node, Any] = {}  # views, or lists of them
+
+    def add(self, node: Node) -> bool | Planes:
+        """Follow a function whose argument is a view.
+
+        Returns:
+            Its planes if it returns tokens with channels as the last dimension; otherwise whether
+            it returns another view.
+        """
+        found = self._applied(node, self._view(node.args[0] if node.args else None))
+        if isinstance(found, TokenView) and (planes := self._tokens(node, found)) is not None:
+            return planes
+        if found is not None:
+            self.pending[node] = found
+        return found is not None
+
+    def attention(self, node: Node) -> Attention | None:
+        """Return the step of scaled dot-product attention; None if PyTorch computes it.
+
+        Its users must return tokens with channels as the last dimension in the end.
+        """
+        arguments = _arguments(node)
+        q, k, v = (self._heads(n) for n in node.args[:3])
+        if arguments is None or q is None or k is None or v is None:
+            return None
+        depth = q.planes.channels // q.heads
+        if (k.heads, k.planes.channels) != (q.heads, q.planes.channels) or k[1:] != v[1:]:
+            return None
+        if not q.sequences == k.sequences == v.sequences:
+            return None
+        width, channels = q.planes.width, v.planes.channels
+        layout = PlaneLayout(1, width, is_fixed=True)
+        layout.merge(q.planes.layout)
+        out = replace(q.planes, layout=layout, channels=channels, base=None, first=0)
+        out.shape = (width, channels)
+        whole, split = view_of_tokens(out, self._batches), (q.heads, channels // q.heads)
+        values = [x.unflatten(-1, split).transpose(1, 2) for x in whole.values]
+        view = TokenView(out, tuple(values))
+        if not self._ends_in_tokens(node, view):
+            return None
+        self.pending[node] = view
+        mask, is_causal, scale = arguments
+        scale = depth**-0.5 if scale is None else float(scale)
+        x, sizes = (q.planes, k.planes, v.planes), (q.tokens, k.tokens)
+        return Attention(x, out, q.heads, *sizes, scale, is_causal, mask)
+
+    def _view(self, node: Any) -> Any:
+        if not isinstance(node, Node):
+            return None
+        if node in self.pending:
+            return self.pending[node]
+        planes = self._planes.get(node)
+        if planes is None or planes.tokens is None:
+            return None
+        return view_of_tokens(planes, self._batches)
+
+    def _applied(self, node: Node, view: Any) -> Any:
+        """Return the view, or the list of views, that a function returns; None if it copies."""
+        if view is None:
+            return None
+        if node.target is operator.getitem:
+            index = node.args[1]
+            return view[index] if isinstance(view, list) and isinstance(index, int) else None
+        if not isinstance(view, TokenView):
+            return None
+        if node.target in SAME:
+            return None if node.meta.get("is_needed") else view
+        if node.target in RESHAPES:
+            found = self._reshaped(node, view)
+        elif node.target in MOVES and not node.kwargs and len(node.all_input_nodes) == 1:
+            found = [node.target(x, *node.args[1:]) for x in view.values]  # type: ignore[operator]
+        else:
+            return None
+        if found is None or isinstance(found[0], Tensor):
+            return found and TokenView(view.planes, tuple(found))
+        return [TokenView(view.planes, parts) for parts in zip(*found, strict=True)]
+
+    def _reshaped(self, node: Node, view: TokenView) -> list[Any] | None:
+        sizes = sizes_of(node.meta["val"].shape, self._batch)
+        if sizes is None:
+            return None
+        found = []
+        for x, batch in zip(view.values, self._batches, strict=True):
+            try:
+                found.append(x.view([constant + slope * batch for constant, slope in sizes]))
+            except RuntimeError:  # the result is no view
+                return None
+        return found
+
+    def _tokens(self, node: Node, view: TokenView) -> Planes | None:
+        """Return the planes of a view if its last dimension is channels and the others tokens."""
+        value, counts = node.meta["val"], set()
+        for x, batch in zip(view.values, self._batches, strict=True):
+            first, rest = divmod(x.storage_offset(), CHANNEL)
+            expected = 1
+            for size, stride in zip(x.shape[-2::-1], x.stride()[-2::-1], strict=True):
+                if size > 1 and stride != expected:
+                    return None
+                expected *= size
+            channels = x.shape[-1]
+            if rest or x.dim() < 2 or (channels > 1 and x.stride(-1) != CHANNEL):
+                return None
+            if expected != view.planes.width * batch:
+                return None
+            counts.add((first, channels))
+        tokens = sizes_of(value.shape[:-1], self._batch)
+        if len(counts) != 1 or tokens is None:
+            return None
+        ((first, channels),) = counts
+        found = view.planes.channels_from(first, channels)
+        sample = (channels,) if value.dim() == 2 else (found.width, channels)
+        return replace(found, tokens=tokens, shape=sample)
+
+    def _heads(self, node: Any) -> Heads | None:
+        """Return the heads of a view (sequence, head, token, channel)."""
+        view = self._view(node)
+        if not isinstance(view, TokenView):
+            return None
+        found = set()
+        for x, batch in zip(view.values, self._batches, strict=True):
+            if x.dim() != 4:
+                return None
+            count, heads, tokens, depth = x.shape
+            first, rest = divmod(x.storage_offset(), CHANNEL)
+            strides = (tokens, depth * CHANNEL, 1, CHANNEL)
+            if rest or count * tokens != view.planes.width * batch:
+                return None
+            if any(n > 1 and a != b for n, a, b in zip(x.shape, x.stride(), strides, strict=True)):
+                return None
+            found.add((first, heads, tokens, depth))
+        if len(found) != 1:
+            return None
+        ((first, heads, tokens, depth),) = found
+        sequences = size_of(node.meta["val"].shape[0], self._batch)
+        if sequences is None:
+            return None
+        planes = view.planes.channels_from(first, heads * depth)
+        shape = (planes.width, planes.channels)
+        planes = replace(planes, tokens=(sequences, (tokens, 0)), shape=shape)
+        return Heads(planes, heads, tokens, sequences)
+
+    def _ends_in_tokens(self, node: Node, view: Any) -> bool:
+        """Return whether all users of a view return tokens in the end."""
+        for user in node.users:
+            found = self._applied(user, view) if user.op == "call_function" else None
+            if found is None or (user.args and user.args[0] is not node):
+                return False
+            is_end = isinstance(found, TokenView) and self._tokens(user, found) is not None
+            if not is_end and not self._ends_in_tokens(user, found):
+                return False
+        return True
+
+
+def _arguments(node: Node) -> tuple[Node | None, bool, Any] | None:
+    """Return mask, whether attention is causal, and scale; None if something is not supported."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    mask, is_causal, scale = given.get("attn_mask"), given.get("is_causal"), given.get("scale")
+    if given.get("dropout_p") or given.get("enable_gqa") or isinstance(scale, Node):
+        return None
+    if mask is not None:
+        value = mask.meta["val"] if isinstance(mask, Node) else None
+        if is_causal or not isinstance(value, Tensor) or value.dim() > 4:
+            return None
+        if value.dtype not in (torch.bool, torch.float32):
+            return None
+    return mask, bool(is_causal), scale  # type: ignore[return-value]
+
+
+def with_views(
+    steps: Sequence[Step], pending: Mapping[Node, Any], outputs: Sequence[Node]
+) -> list[Step]:
+    """Return steps in which PyTorch computes those views that other steps of PyTorch read.
+
+    Args:
+        steps: steps without the functions that return views.
+        pending: the nodes of these functions.
+        outputs: what the graph returns.
+
+    Example:
+        >>> with_views([], {}, [])
+        []
+    """
+    found: list[Step] = []
+    done: set[Node] = set()
+
+    def need(node: Node) -> None:
+        if node in pending and node not in done:
+            done.add(node)
+            for n in node.all_input_nodes:
+                need(n)
+            found.append(Torch(node))
+
+    for step in steps:
+        for node in read_by(step):
+            need(node)
+        found.append(step)
+    for node in outputs:
+        need(node)
+    return found
+
+
+def read_by(step: Step) -> list[Node]:
+    """Return the nodes whose values a step reads as tensors of PyTorch.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> graph = Graph()
+        >>> node = graph.call_function(torch.relu, (graph.placeholder("x"),))
+        >>> read_by(Torch(node))
+        [x]
+    """
+    if isinstance(step, Torch):
+        return list(step.node.all_input_nodes)
+    if isinstance(step, Attention):
+        return [] if step.mask is None else [step.mask]
+    return [step.source] if isinstance(step, Copy) else []
