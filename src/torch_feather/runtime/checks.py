@@ -214,3 +214,20 @@ def result_of_empty_batch(model: nn.Module, *args: Tensor, **kwargs: Tensor) -> 
 
         return fail
     return lambda: tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, found)
+
+
+def fail_for_empty_batch() -> Any:
+    """Raise an error for an empty batch of a loaded network.
+
+    Raises:
+        InputError: always.
+
+    Example:
+        >>> fail_for_empty_batch()
+        Traceback (most recent call last):
+        torch_feather.runtime.errors.InputError: A network that was loaded from a file accepts only ...
+    """
+    raise InputError(
+        "A network that was loaded from a file accepts only the batch sizes for which it was saved,"
+        " got a batch of 0."
+    )

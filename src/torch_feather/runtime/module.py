@@ -27,11 +27,12 @@ from .checks import (
     check_eager,
     check_types,
     copy_in_eval_mode,
+    fail_for_empty_batch,
     result_of_empty_batch,
 )
 from .errors import InputError
 from .fusion import attributes
-from .inputs import Example, Inputs, arguments, tensors_of
+from .inputs import Example, Inputs, arguments, concatenated, tensors_of
 from .kernels import Tile
 from .layer import Layer
 from .other_sizes import Planned, capture_example
@@ -193,7 +194,7 @@ class SparseModule(nn.Module):
         nn.Module.__init__(network)
         network.threads = attributes.pop("threads")
         network.__dict__.update(attributes, shape=attributes["inputs"].shapes[0], _others=None)
-        network._empty_result = _fail_for_empty_batch
+        network._empty_result = fail_for_empty_batch
         network._start()
         return network
 
@@ -265,7 +266,7 @@ class SparseModule(nn.Module):
         else:
             chunks = [tuple(given)]
         parts = [self._for_batch(*chunk)(*chunk) for chunk in chunks]
-        values = parts[0] if len(parts) == 1 else map(_concatenated, *parts)
+        values = parts[0] if len(parts) == 1 else map(concatenated, *parts)
         with self._lock:
             strides = self.captured.shapes.output_strides(*given)
         found = [
@@ -395,22 +396,3 @@ class SparseModule(nn.Module):
         """Deprecated name of `save_tuning`."""
         warn_renamed("SparseModule.save_choices", "save_tuning")
         self.save_tuning(path)
-
-
-def _fail_for_empty_batch() -> Any:
-    raise InputError(
-        "A network that was loaded from a file accepts only the batch sizes for which it was saved,"
-        " got a batch of 0."
-    )
-
-
-def _concatenated(*values: Any) -> Any:
-    """Return one output of the whole batch from those of its chunks."""
-    if isinstance(values[0], Tensor):
-        return torch.cat(values)
-    if any(value != values[0] for value in values):
-        raise InputError(
-            f"The model returned {', '.join(map(repr, values))} for the chunks of a batch, which "
-            "does not determine the output for the whole batch. Compile it without chunk_size."
-        )
-    return values[0]
