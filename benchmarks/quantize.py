@@ -8,7 +8,14 @@ are part of the convolutions.
     feather train --out runs/digits
     python benchmarks/quantize.py runs/digits --out results/quantize
 
-Packages: pip install torchao nncf openvino
+With --files, it measures files of `save_compiled` instead, with weights in each type: their size,
+and of the loaded network the accuracy, the share of test images with the same answer as with
+float32, and the largest difference of an output over the largest output. --networks adds networks
+of timm with random weights, pruned with ERK densities (`inference_zoo.py`), on random images.
+
+    python benchmarks/quantize.py runs/digits --files --networks resnet50 --out results/weight_types
+
+Packages: pip install torchao nncf openvino; with --files none, with --networks timm
 """
 
 from __future__ import annotations
@@ -17,6 +24,7 @@ import argparse
 import copy
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +32,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+import torch_feather as feather
+from torch_feather.runtime.saved import CODE
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.data import eval_loader, load_dataset, train_loader
 from torch_feather.training.export_run import load_network
@@ -129,6 +140,85 @@ def measure(run: RunDirectory) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_files(
+    model: nn.Module, images: Tensor, labels: Tensor | None = None
+) -> list[dict[str, Any]]:
+    """Return a row for each type of stored weights.
+
+    Args:
+        model: in eval mode.
+        images: the test images; the network is compiled for one of them.
+        labels: their classes; None if the network is not trained.
+    """
+    network = feather.compile_sparse(model, images[:1], threads=1)
+    nonzeros = sum(
+        int(m.weight.count_nonzero())
+        for m in model.modules()
+        if isinstance(m, (nn.Conv2d, nn.Linear))
+    )
+    rows, expected = [], torch.cat([network(image[None]) for image in images])
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
+            path = Path(folder, "network")
+            feather.save_compiled(network, path, dtype=dtype)
+            loaded = feather.load_compiled(path)
+            found = torch.cat([loaded(image[None]) for image in images])
+            row = {
+                "weights": str(dtype).removeprefix("torch."),
+                "nonzeros": nonzeros,
+                "file_bytes": path.stat().st_size,
+                "code_bytes": code_bytes(path),
+                "error": float((found - expected).abs().max() / expected.abs().max()),
+                "same_answers": float((found.argmax(1) == expected.argmax(1)).float().mean()),
+                "images": len(images),
+            }
+            if labels is not None:
+                row["accuracy"] = float((found.argmax(1) == labels).float().mean())
+            rows.append(row)
+    return rows
+
+
+def code_bytes(path: Path) -> int:
+    """Return the bytes of machine code in a file."""
+    with safe_open(path, framework="np") as file:
+        return sum(file.get_tensor(name).nbytes for name in CODE)
+
+
+def files_of_run(run: RunDirectory) -> list[dict[str, Any]]:
+    """Return a row for each type of stored weights of the network of a run."""
+    config = run.read_config()
+    model, _ = load_network(run)
+    data = load_dataset(config.data, config.seed)
+    batches = list(eval_loader(data, data.test, config, torch.device("cpu")))
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return measure_files(model.eval(), images, labels)
+
+
+def files_of_network(name: str, sparsity: float = 0.95) -> list[dict[str, Any]]:
+    """Return a row for each type of stored weights of a network with random weights."""
+    from inference_zoo import create, pruned
+
+    size = create(name)[1].shape[-1]
+    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return measure_files(pruned(name, sparsity)[0], images)
+
+
+def table_of_files(rows: list[dict[str, Any]]) -> str:
+    """Return rows of `measure_files` as text."""
+    lines = [
+        f"{'network':24} {'weights':9} {'nonzero':>9} {'file, bytes':>12} {'of them code':>13} "
+        f"{'largest error':>14} {'same answers':>13} {'accuracy':>9}  images"
+    ]
+    for row in rows:
+        accuracy = f"{100 * row['accuracy']:8.2f}%" if "accuracy" in row else " " * 9
+        lines.append(
+            f"{row['run']:24} {row['weights']:9} {row['nonzeros']:>9,} {row['file_bytes']:>12,} "
+            f"{row['code_bytes']:>13,} {row['error']:>14.1e} {100 * row['same_answers']:12.2f}% "
+            f"{accuracy}  {row['images']}"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as text."""
     lines = [
@@ -146,14 +236,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, nargs="+", help="directories of completed runs")
+    parser.add_argument("runs", type=Path, nargs="*", help="directories of completed runs")
+    parser.add_argument("--files", action="store_true", help="measure files of save_compiled")
+    parser.add_argument("--networks", nargs="+", default=[], help="with --files: networks of timm")
     parser.add_argument("--out", type=Path, help="results: OUT.json and OUT.txt")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [{"run": run.name, **row} for run in options.runs for row in measure(RunDirectory(run))]
+    measured = files_of_run if options.files else measure
+    rows = [{"run": run.name, **row} for run in options.runs for row in measured(RunDirectory(run))]
+    for name in options.networks:
+        rows += [{"run": f"{name}, 95%", **row} for row in files_of_network(name)]
     command = " ".join(["python benchmarks/quantize.py", *sys.argv[1:]])
     found = {"command": command, **provenance(torch.device("cpu"))}
-    text = table(rows)
+    text = table_of_files(rows) if options.files else table(rows)
     if options.out:
         options.out.with_suffix(".json").write_text(
             json.dumps({**found, "rows": rows}, indent=1) + "\n"

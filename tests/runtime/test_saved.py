@@ -7,12 +7,20 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from runtime_cases import compiled, pruned
+from runtime_cases import DENSE, SPARSE, compiled, conv, error, pruned
 from torch import nn
 
 import torch_feather as feather
-from torch_feather import FileFormatError, StateError
-from torch_feather.runtime import InputError, kernels, saved
+from torch_feather import ConfigurationError, FileFormatError, StateError
+from torch_feather.runtime import InputError, saved
+from torch_feather.runtime.stored_weights import (
+    check_dtype,
+    load_taps,
+    load_weight,
+    store_taps,
+    store_weight,
+)
+from torch_feather.runtime.taps import Taps
 
 
 class Net(nn.Module):
@@ -184,4 +192,78 @@ def test_the_file_names_its_kernels(path):
         code = file.get_tensor("code.kernels").tobytes()
     assert 0 < len(header["kernels"]) < 12
     assert all(name.encode() in code for name in header["kernels"])
-    assert kernels.library().objects[0][0] == ()
+
+
+ROUNDING = {  # largest error relative to the weight; of int8: to the largest one of its channel
+    torch.float32: 0.0,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.int8: 1 / 254,
+}
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", ["taps", "sparse", "dense"])
+def test_stored_weights(kind, groups, dtype):
+    """Zeros stay zeros, and values are rounded to the nearest number of the type."""
+    torch.manual_seed(0)
+    layer = conv(8, 6, (3, 2), groups=groups, sparsity=0.0 if kind == "dense" else 0.9)
+    weight = layer.weight
+    weight[1] *= 0.1
+    weight[2, 0, 0, 0] = 0.0
+    weight[3] *= kind == "dense"
+    if kind == "taps":
+        taps = load_taps(layer, store_taps(layer, Taps.from_layer(layer), dtype))
+        expected = Taps.from_layer(layer)
+        for name in ("out", "key", "channel", "dy", "dx"):
+            assert (getattr(taps, name) == getattr(expected, name)).all()
+        found = torch.zeros_like(weight)
+        found[weight != 0] = torch.from_numpy(taps.values)
+    else:
+        stored = store_weight("weight", weight.numpy(), dtype)
+        assert ("positions" in stored.arrays) == (kind == "sparse")
+        found = load_weight(tuple(weight.shape), stored)
+    assert not found[weight == 0].any()
+    scale = weight.abs()
+    if dtype == torch.int8:
+        scale = scale.amax((1, 2, 3), keepdim=True).expand_as(scale)
+    assert ((found - weight).abs() <= ROUNDING[dtype] * scale * (1 + 1e-6)).all()
+    if dtype != torch.float32:
+        assert not torch.equal(found, weight)
+
+
+def test_stored_weights_out_of_range():
+    large = torch.tensor([[1e6, 1.0]])
+    for weight, dtype in ((large, torch.float16), (large / 0, torch.int8)):
+        with pytest.raises(ConfigurationError, match=r"head\.weight has weights"):
+            store_weight("head.weight", weight.numpy(), dtype)
+    for dtype in (torch.float64, torch.int32, "int8"):
+        with pytest.raises(ConfigurationError, match="cannot be stored as"):
+            check_dtype(dtype)
+    tiny = torch.tensor([[1e-30, -1e-30]])
+    found = load_weight((1, 2), store_weight("w", tiny.numpy(), torch.float16))
+    assert torch.equal(found.sign(), tiny.sign())  # not 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("tuning", [SPARSE, DENSE])
+def test_files_of_narrow_weights(tuning, dtype, tmp_path):
+    """They are smaller, and compute what a model with rounded weights computes."""
+    torch.manual_seed(0)
+    model = pruned(nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)))
+    x = torch.randn(2, 3, 9, 9)
+    network = compiled(model, x, tuning)
+    feather.save_compiled(network, tmp_path / "exact")
+    feather.save_compiled(network, tmp_path / "narrow", dtype=dtype)
+    saving = (tmp_path / "exact").stat().st_size - (tmp_path / "narrow").stat().st_size
+    nonzeros = sum(int(layer.weight.count_nonzero()) for layer in model[::2])
+    assert saving > 0.9 * nonzeros * (4 - dtype.itemsize) - 4 * 128 - 300
+    with torch.no_grad():
+        for layer in model[::2]:
+            stored = store_weight("w", layer.weight.numpy(), dtype)
+            layer.weight.copy_(load_weight(tuple(layer.weight.shape), stored))
+    loaded = feather.load_compiled(tmp_path / "narrow")
+    assert error(loaded(x), model(x)) < 1e-6
+    feather.save_compiled(loaded, tmp_path / "again")
+    assert torch.equal(feather.load_compiled(tmp_path / "again")(x), loaded(x))

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental import _config as config
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec
 
+from .checks import CAPTURING
 from .errors import CaptureError
 from .fusion import fuse, graphs_of, reads_memory
 from .in_place import may_write_into_input, without_writes
 from .inputs import Example, arguments, like, tensors_of
 from .one_sample import holds_for_one
 from .strides import ShapeModel
+from .traced import Replacing, restore
 from .unrolled import has_recurrent, known_shapes
 
 aten = torch.ops.aten
@@ -29,6 +29,7 @@ aten = torch.ops.aten
 RECURRENT = (
     r"The tensor attributes? (\S+\._flat_weights\[\d+\](, )?)+ w(as|ere) assigned during export"
 )
+STACK_TRACES = "do_not_emit_stack_traces"  # a private option of torch.fx
 SIZE_OBLIVIOUS = "backed_size_oblivious"  # a private option of PyTorch, see _guard_batch_of_one
 
 
@@ -88,8 +89,10 @@ def capture(
                 return found
     try:
         one = _export(model, example, None)
-        if found and len(given[0]) == 1 and holds_for_one(program, one):
-            return _captured(model, program, several, decompose, one_sample=True)
+        if found and len(given[0]) == 1:
+            restore(one.graph)
+            if holds_for_one(program, one):
+                return _captured(model, program, several, decompose, one_sample=True)
         return _captured(model, one, example, decompose)
     except CaptureError:
         raise
@@ -114,27 +117,21 @@ def _guard_batch_of_one() -> AbstractContextManager[object]:
     return config.patch({SIZE_OBLIVIOUS: True})  # type: ignore[attr-defined]
 
 
-class _CircularPadding(TorchFunctionMode):
-    """Computes circular padding by concatenation.
-
-    PyTorch's own function writes into slices of its result, for which torch.export requires several
-    samples.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.pad or kwargs.get("mode") != "circular" or min(args[1]) < 0:
-            return func(*args, **kwargs)
-        x, sides = args
-        for dim, (before, after) in enumerate(zip(sides[::2], sides[1::2], strict=True), 1):
-            size = x.shape[-dim]
-            ends = x.narrow(-dim, size - before, before), x.narrow(-dim, 0, after)
-            x = torch.cat([ends[0], x, ends[1]], -dim)
-        return x
+@contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Let torch.export record no stack traces, which takes a tenth of the time."""
+    before = getattr(torch.fx.config, STACK_TRACES, None)
+    if before is not None:
+        setattr(torch.fx.config, STACK_TRACES, True)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(torch.fx.config, STACK_TRACES, before)
 
 
 def _export(model: nn.Module, example: Example, sizes: dict[int, Any] | None) -> ExportedProgram:
-    with _CircularPadding(), warnings.catch_warnings():
+    with CAPTURING, Replacing(), _without_stack_traces(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", RECURRENT)
         args, kwargs = arguments(example)
         dynamic = (tuple(sizes for _ in args), dict.fromkeys(kwargs, sizes))
@@ -201,9 +198,12 @@ def _functional(model: nn.Module, program: ExportedProgram, decompose: bool) -> 
     """Return the graph of an exported model without writes into tensors."""
     module = program.module()
     assert isinstance(module, GraphModule)
+    restore(module.graph)
     if not decompose and without_writes(module.graph):
         return module
-    program = program.run_decompositions({})
+    restore(program.graph)
+    with CAPTURING:
+        program = program.run_decompositions({})
     if changed := program.graph_signature.buffers_to_mutate:
         raise CaptureError(
             f"{type(model).__name__} changes its buffers in eval mode "

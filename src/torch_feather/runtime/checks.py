@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,10 @@ NOT_TRACED = (
     "PyTorch, so the result would contain the answer for one input. Trace, export or compile the "
     "model instead, and call the compiled network directly."
 )
+
+# Held while torch.export captures a model: its flags, which `check_eager` reads, are those of the
+# whole process.
+CAPTURING = threading.RLock()
 
 
 def check_count(name: str, number: Any) -> int:
@@ -64,6 +69,9 @@ def check_eager(x: Any) -> None:
     Example:
         >>> check_eager(torch.ones(2, 3))
     """
+    if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+        with CAPTURING:  # wait for another thread that captures a model
+            pass
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -206,3 +214,20 @@ def result_of_empty_batch(model: nn.Module, *args: Tensor, **kwargs: Tensor) -> 
 
         return fail
     return lambda: tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, found)
+
+
+def fail_for_empty_batch() -> Any:
+    """Raise an error for an empty batch of a loaded network.
+
+    Raises:
+        InputError: always.
+
+    Example:
+        >>> fail_for_empty_batch()
+        Traceback (most recent call last):
+        torch_feather.runtime.errors.InputError: A network that was loaded from a file accepts only ...
+    """
+    raise InputError(
+        "A network that was loaded from a file accepts only the batch sizes for which it was saved,"
+        " got a batch of 0."
+    )

@@ -20,6 +20,7 @@ from .plan import Plan
 from .planes import PlaneLayout, Planes
 from .recurrent import Direction, Recurrent
 from .steps import Attention, Copy, Operation, Pointwise, Recurrence, Sparse, Step, Torch
+from .stored_weights import StoredWeight, load_taps, load_weight, store_taps, store_weight
 from .taps import Taps
 
 NUMBERS = (
@@ -37,6 +38,9 @@ LOCATIONS = {"operator": operator, "math": math, "torch": torch}
 class Encoder:
     """Encodes a plan.
 
+    Args:
+        dtype: type in which the weights of convolutions and linear layers are stored.
+
     Attributes:
         arrays: the arrays that the encoded values refer to, by name.
 
@@ -45,8 +49,9 @@ class Encoder:
         {'tuple': [1, None, {'float': 'inf'}]}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.arrays: dict[str, np.ndarray] = {}
+        self._dtype = dtype
         self._names: dict[int, str] = {}
         self._alive: list[Any] = []  # objects whose ids are in `_names`
         self._planes: dict[Planes, int] = {}
@@ -130,6 +135,19 @@ class Encoder:
             )
         return self._layers[layer]
 
+    def _set_weight(self, layer: Layer, taps: Taps | None) -> None:
+        """Store the weight of a layer, which runs sparse if there are taps."""
+        data = self._layer_data[self.layer(layer)]
+        if "weight" in data or (layer.pools and taps is None):
+            return
+        dtype = torch.float32 if layer.pools else self._dtype
+        if taps is None:
+            stored = store_weight(layer.name, layer.weight.detach().numpy(), dtype)
+        else:
+            stored = store_taps(layer, taps, dtype)
+        arrays = {name: self.array(array) for name, array in stored.arrays.items()}
+        data["weight"] = stored.description | {"arrays": arrays, "sparse": taps is not None}
+
     def planes(self, planes: Planes | None) -> int | None:
         """Return the number of planes."""
         if planes is None:
@@ -149,17 +167,12 @@ class Encoder:
     def step(self, step: Step) -> dict[str, Any]:
         """Return a step as JSON."""
         if isinstance(step, Torch):
-            if isinstance(step.node.target, Layer) and not step.node.target.pools:
-                data = self._layer_data[self.layer(step.node.target)]
-                data["weight"] = self.array(step.node.target.weight)
+            if isinstance(step.node.target, Layer):
+                self._set_weight(step.node.target, None)
             return {"kind": "Torch", "node": step.node.name}
         stored: dict[str, Any] = {"kind": type(step).__name__, "out": self.planes(step.out)}
         if isinstance(step, Sparse):
-            data = self._layer_data[self.layer(step.layer)]
-            data["values"] = self.array(step.taps.values)
-            data["keys"] = self.array(step.taps.key.astype(np.int32))
-            counts = np.bincount(step.taps.out, minlength=step.taps.channels)
-            data["counts"] = self.array(counts.astype(np.int32))
+            self._set_weight(step.layer, step.taps)
             residual = self.planes(step.residual)
             return stored | {
                 "layer": self.layer(step.layer), "x": self.planes(step.x), "residual": residual,
@@ -323,20 +336,18 @@ class Decoder:
         kinds: list[Any] = [Layer, *Layer.__subclasses__()]
         (kind,) = (c for c in kinds if c.__name__ == data["kind"])
         bias = torch.from_numpy(self._arrays[data["bias"]])
+        weight, stored = torch.zeros(()).expand(data["shape"]), None  # only its shape is used
         if "weight" in data:
-            weight = torch.from_numpy(self._arrays[data["weight"]])
-        else:  # only its shape is used
-            weight = torch.zeros(()).expand(data["shape"])
+            arrays = {name: self._arrays[a] for name, a in data["weight"]["arrays"].items()}
+            stored = StoredWeight(data["weight"], arrays)
+            if not data["weight"]["sparse"]:
+                weight = load_weight(tuple(data["shape"]), stored)
         numbers = {name: self.value(data[name]) for name in NUMBERS if name in data}
         layer = kind(data["name"], weight, bias, **numbers)
         self.layers.append(layer)
-        taps = None
-        if "values" in data:
-            values, key = (self._arrays[data[name]] for name in ("values", "keys"))
-            counts = self._arrays[data["counts"]]
-            out = np.repeat(np.arange(len(counts)), counts)
-            taps = layer.taps = Taps.from_keys(layer, values, out, key.astype(np.int64))
-        self._taps.append(taps)
+        if stored is not None and data["weight"]["sparse"]:
+            layer.taps = load_taps(layer, stored)
+        self._taps.append(layer.taps)
 
     def _read_planes(self, data: Mapping[str, Any]) -> Planes:
         base = None if data["base"] is None else self._planes[data["base"]]
@@ -361,10 +372,8 @@ class Decoder:
             directions = tuple(map(self._direction, data["directions"]))
             states = tuple(self._nodes[name] for name in data["states"])
             numbers = {n: data[n] for n in RECURRENCE}
-            node = self._nodes[data["node"]]
-            return Recurrence(
-                node=node, directions=directions, x=x, out=out, states=states, **numbers
-            )
+            numbers |= {"node": self._nodes[data["node"]], "x": x, "out": out}
+            return Recurrence(directions=directions, states=states, **numbers)
         if data["kind"] == "Attention":
             mask = None if data["mask"] is None else self._nodes[data["mask"]]
             numbers = {name: data[name] for name in ATTENTION}

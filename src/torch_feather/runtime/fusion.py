@@ -20,6 +20,7 @@ from .composite import replace_composites
 from .errors import CaptureError
 from .layer import Layer
 from .lifting import lift
+from .one_sample import is_whole
 from .readers import BATCH_NORM, Constants, cropped, folded, input_of, padded, read_layer
 from .recurrent import fuse_recurrent
 from .shuffle import replace_shuffles
@@ -127,6 +128,9 @@ def _normalize(graph: Graph) -> None:
         if node.op == "call_module" and node.name.startswith("_guards"):
             graph.erase_node(node)  # `Captured.accepts` evaluates them
         elif node.target is aten.dropout.default and not node.args[2]:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif is_whole(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.op == "call_function" and node.target is aten.view.default:

@@ -138,11 +138,17 @@ class Layer:
             factor: (out,).
             shift: (out,); None for no shift.
         """
-        weight, bias, factor = self.weight.double(), self.bias.double(), factor.double()
+        bias, factor = self.bias.double(), factor.double()
         bias = bias * factor + (0.0 if shift is None else shift.double())
-        weight = weight * factor.view(-1, *[1] * (weight.dim() - 1))
-        dtype = self.weight.dtype
-        return replace(self, weight=weight.to(dtype), bias=bias.to(dtype))
+        weight, dtype = self.weight, self.weight.dtype
+        if weight.is_contiguous() and factor.isfinite().all():  # zeros stay zeros
+            flat, scaled = weight.view(-1), torch.zeros_like(weight)
+            kept = flat.nonzero().view(-1)
+            products = flat[kept].double() * factor[kept // max(1, weight[0].numel())]
+            scaled.view(-1)[kept] = products.to(dtype)
+        else:
+            scaled = (weight.double() * factor.view(-1, *[1] * (weight.dim() - 1))).to(dtype)
+        return replace(self, weight=scaled, bias=bias.to(dtype))
 
 
 class MaxPool(Layer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_unflatten
 from ..deprecation import renamed_argument, warn_renamed
 from ..errors import StateError
 from .batch import BatchPlan
-from .capture import capture
 from .checks import (
     NOT_LOADED,
     NOT_SAVED,
@@ -28,18 +27,28 @@ from .checks import (
     check_eager,
     check_types,
     copy_in_eval_mode,
+    fail_for_empty_batch,
     result_of_empty_batch,
 )
 from .errors import InputError
 from .fusion import attributes
-from .inputs import Example, Inputs, arguments, tensors_of
+from .inputs import Example, Inputs, arguments, concatenated, tensors_of
 from .kernels import Tile
 from .layer import Layer
-from .plan import Plan, Sparse, Torch, can_run_sparse
+from .other_sizes import Planned, capture_example
+from .plan import Plan, Sparse, can_run_sparse
 from .recurrent import Recurrent
 from .strides import with_strides
 from .timing import milliseconds
-from .tuning import LayerTuning, Tuning, distinct_ways, load_tuning, save_tuning, tune_layer
+from .tuning import (
+    LayerTuning,
+    Tuning,
+    distinct_ways,
+    load_tuning,
+    save_tuning,
+    table,
+    tune_layer,
+)
 from .workspace import WorkspacePool
 
 MAX_BATCH_SIZES = 4  # number of batch sizes for which tables and memory are kept
@@ -63,6 +72,8 @@ def compile_sparse(
 
     Any batch size is accepted if `torch.export` can show that the model's behavior is independent
     of the batch size. Otherwise, other sizes raise `InputError`; compile another module for them.
+    The model is captured for the size of the example. The first batch of another size takes
+    seconds, because the model is captured again, for any size.
 
     Args:
         model: on the CPU, in float32. It is not changed. Later changes of the model do not affect
@@ -152,11 +163,11 @@ class SparseModule(nn.Module):
         check_types(model, *given)
         args, kwargs = arguments(example)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            self.captured = capture(model, example)
+            self.captured, self._others = capture_example(model, example)
             self._empty_result = result_of_empty_batch(model, *args, **kwargs)
             self._values = attributes(self.captured.module)
             self.constants = {node.name: value for node, value in self._values.items()}
-            nodes = self._layer_nodes()
+            nodes, self._plans = self._layer_nodes(), dict[tuple[str, ...], Plan]()
             self.tuning = self._tune(nodes, known or {})
             if known is None:
                 self.tuning = self._fastest(list(nodes.values()), given)
@@ -166,6 +177,7 @@ class SparseModule(nn.Module):
                 layer.packs = chosen.packs
                 if chosen.sparse or not chosen.packs:
                     layer.free_packed()
+        del self._plans, self._values
         self._start()
 
     def _start(self) -> None:
@@ -182,8 +194,8 @@ class SparseModule(nn.Module):
         network = cls.__new__(cls)
         nn.Module.__init__(network)
         network.threads = attributes.pop("threads")
-        network.__dict__.update(attributes, shape=attributes["inputs"].shapes[0])
-        network._empty_result = _fail_for_empty_batch
+        network.__dict__.update(attributes, shape=attributes["inputs"].shapes[0], _others=None)
+        network._empty_result = fail_for_empty_batch
         network._start()
         return network
 
@@ -195,9 +207,32 @@ class SparseModule(nn.Module):
     def threads(self, number: int) -> None:
         self._threads = check_count("threads", number)
 
-    def batch_plan(self, batch: int) -> BatchPlan:
-        """Return the plan for a batch size."""
-        return self._batch_plan(self.plan, self.tuning, batch)
+    def batch_plan(self, batch: int, planned: Planned | None = None) -> BatchPlan:
+        """Return the plan for a batch size.
+
+        Args:
+            batch: number of samples.
+            planned: what `planned` returned for this number. [default: for the example's]
+        """
+        plan, constants = (self.plan, self.constants) if planned is None else planned[1:]
+        return self._batch_plan(plan, self.tuning, batch, constants)
+
+    def planned(self, *given: Tensor) -> Planned:
+        """Return the graph and the plan for inputs.
+
+        Raises:
+            InputError: the model may behave differently for this batch size.
+        """
+        if self.captured.accepts(*given):
+            return Planned(self.captured, self.plan, self.constants)
+        found = self._others and self._others.find(self.tuning)
+        if found and found.captured.accepts(*given):
+            return found
+        raise InputError(
+            "The behavior of this model depends on the batch size. It was captured for a batch of "
+            f"{self.batch_size}, not of {len(given[0])}. Compile another module with an example "
+            "of this size."
+        )
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """Compute the model's output in float32.
@@ -232,7 +267,7 @@ class SparseModule(nn.Module):
         else:
             chunks = [tuple(given)]
         parts = [self._for_batch(*chunk)(*chunk) for chunk in chunks]
-        values = parts[0] if len(parts) == 1 else map(_concatenated, *parts)
+        values = parts[0] if len(parts) == 1 else map(concatenated, *parts)
         with self._lock:
             strides = self.captured.shapes.output_strides(*given)
         found = [
@@ -263,14 +298,20 @@ class SparseModule(nn.Module):
         }
 
     def _plan_all(self, layers: Sequence[Any]) -> Plan:
-        return Plan.build(self.captured.module.graph, layers, self._values)
+        names = tuple(layer.name for layer in layers)
+        if names not in self._plans:
+            graph = self.captured.module.graph
+            self._plans[names] = Plan.build(graph, layers, self._values)
+        return self._plans[names]
 
     def _plan(self, layers: Sequence[Any], tuning: Tuning) -> Plan:
         return self._plan_all([layer for layer in layers if tuning[layer.name].sparse])
 
-    def _batch_plan(self, plan: Plan, tuning: Tuning, batch: int) -> BatchPlan:
+    def _batch_plan(
+        self, plan: Plan, tuning: Tuning, batch: int, constants: Mapping[str, Any]
+    ) -> BatchPlan:
         tiles: dict[str, Tile] = {name: layer.tile for name, layer in tuning.items()}
-        return BatchPlan(plan, self.constants, batch, tiles, self.threads)
+        return BatchPlan(plan, constants, batch, tiles, self.threads)
 
     def _fastest(self, layers: Sequence[Any], given: Sequence[Tensor]) -> dict[str, LayerTuning]:
         """Time the whole network tuned, with all layers sparse, and with all layers dense.
@@ -284,7 +325,7 @@ class SparseModule(nn.Module):
         times = []
         for tuning in distinct_ways(tuned, sparse, dense):
             plan = self._plan(layers, tuning)
-            run = WorkspacePool(self._batch_plan(plan, tuning, self.batch_size))
+            run = WorkspacePool(self._batch_plan(plan, tuning, self.batch_size, self.constants))
             times.append((milliseconds(partial(run, *given), min_total=100.0), tuning))
         return dict(min(times, key=lambda item: item[0])[1])
 
@@ -294,13 +335,7 @@ class SparseModule(nn.Module):
         with self._lock:
             key = batch, self.threads
             if key not in self._pools:
-                if not self.captured.accepts(*given):
-                    raise InputError(
-                        "The behavior of this model depends on the batch size. It was captured for "
-                        f"a batch of {self.batch_size}, not of {batch}. Compile another module "
-                        "with an example of this size."
-                    )
-                self._pools[key] = WorkspacePool(self.batch_plan(batch))
+                self._pools[key] = WorkspacePool(self.batch_plan(batch, self.planned(*given)))
                 while len(self._pools) > MAX_BATCH_SIZES:
                     self._pools.popitem(last=False)
             self._pools.move_to_end(key)
@@ -342,22 +377,7 @@ class SparseModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Return a table of the layers, their times, and how they run."""
-        lines = [f"{'layer':40} sparsity   dense ms  sparse ms  runs"]
-        for name, layer in self.tuning.items():
-            times = (layer.dense_ms, layer.sparse_ms)
-            dense, sparse = (" " * 10 if t is None else f"{t:10.3f}" for t in times)
-            how = f"sparse, {' x '.join(map(str, layer.tile))}" if layer.sparse else "dense"
-            percent = f"{100 * layer.sparsity:.2f}%"
-            lines.append(f"{name:40} {percent:>8} {dense} {sparse}  {how}")
-        others = Counter(
-            str(step.node.target).removeprefix("aten.")
-            for step in self.plan.steps
-            if isinstance(step, Torch) and not isinstance(step.node.target, Layer | Recurrent)
-        )
-        if others:
-            counts = ", ".join(f"{n} x {name}" if n > 1 else name for name, n in others.items())
-            lines.append(f"in PyTorch: {counts}")
-        return "\n".join(lines)
+        return table(self.tuning, self.plan)
 
     # Names of version 0.1
 
@@ -377,22 +397,3 @@ class SparseModule(nn.Module):
         """Deprecated name of `save_tuning`."""
         warn_renamed("SparseModule.save_choices", "save_tuning")
         self.save_tuning(path)
-
-
-def _fail_for_empty_batch() -> Any:
-    raise InputError(
-        "A network that was loaded from a file accepts only the batch sizes for which it was saved,"
-        " got a batch of 0."
-    )
-
-
-def _concatenated(*values: Any) -> Any:
-    """Return one output of the whole batch from those of its chunks."""
-    if isinstance(values[0], Tensor):
-        return torch.cat(values)
-    if any(value != values[0] for value in values):
-        raise InputError(
-            f"The model returned {', '.join(map(repr, values))} for the chunks of a batch, which "
-            "does not determine the output for the whole batch. Compile it without chunk_size."
-        )
-    return values[0]

@@ -71,7 +71,7 @@ def _steps(program: ExportedProgram, samples: Any) -> Iterator[tuple[Any, ...]]:
         value = node.meta.get("val")
         if node.op == "call_function" and not _has_tensors(value):
             continue  # arithmetic with sizes, and checks of them
-        if _is_whole(node):  # torch.export omits it if sizes are numbers
+        if is_whole(node):  # torch.export omits it if sizes are numbers
             position[node] = position[node.args[0]]
             continue
         position[node] = len(position)
@@ -83,8 +83,16 @@ def _steps(program: ExportedProgram, samples: Any) -> Iterator[tuple[Any, ...]]:
         yield node.op, target, object() if target == "submodule" else repr(args), shapes
 
 
-def _is_whole(node: Node) -> bool:
-    """Return whether a node selects all of a dimension."""
+def is_whole(node: Node) -> bool:
+    """Return whether a node selects all of a dimension.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> graph = Graph()
+        >>> x = graph.placeholder("x")
+        >>> is_whole(graph.call_function(torch.ops.aten.slice.Tensor, (x, 1, 0, 2**63 - 1)))
+        True
+    """
     args: tuple[Any, ...] = node.args
     if node.target is not torch.ops.aten.slice.Tensor or node.kwargs or len(args) != 4:
         return False

@@ -13,6 +13,7 @@ from .batch import BatchPlan
 from .kernels import (
     ATTENTION,
     CHANNEL_BLOCK,
+    COLUMN_STRIDES,
     CONVOLUTION,
     COPY,
     PLANE_OPERATION,
@@ -95,7 +96,7 @@ class Records:
         record["n_blocks"] = len(tables["blocks"]) - 1
         record["low"], record["high"] = step.layer.low, step.layer.high
         if step.layer.activation is not None:
-            record["activation"] = library().activations[step.layer.activation, tile.width]
+            record["activation"] = library().activation(step.layer.activation, tile.width)
         operation["items"] = -(-used // pixels) * (len(tables["blocks"]) - 1)
         operation["record"] = record.ctypes.data
 
@@ -132,13 +133,13 @@ class Records:
             record["factor_rows"] = step.stride[0]
         elif name == "activate":
             assert step.activation is not None
-            record["activation"] = library().activations[step.activation, width]
+            record["activation"] = library().activation(step.activation, width)
         elif name == "layer_norm":
             assert step.weight is not None
             assert step.bias is not None
             record["weight"], record["bias"] = self._address(step.weight), self._address(step.bias)
             record["factor"], items = 1 / x.channels, step.out.channel_stride(batch) // width
-        operation["kernel"], operation["items"] = library().operations[name], items
+        operation["kernel"], operation["items"] = library().function(name), items
         operation["record"] = record.ctypes.data
 
     def recurrence(self, step: Recurrence, operation: np.void) -> RecurrentRecords:
@@ -170,7 +171,7 @@ class Records:
             record["c"] = record["gates"] + 4 * 4 * section
             record["h"] = record["gates"] + 4 * 5 * section
             for name in ("sigmoid", "tanh"):
-                record[name] = library().activations[name, library().target.widths[0]]
+                record[name] = library().activation(name, library().target.widths[0])
             record["steps"], record["samples"], record["lanes"] = step.steps, batch, lanes
             record["units"] = direction.units
         operation["kernel"] = library().recurrence(plan.recurrence(step))
@@ -204,7 +205,7 @@ class Records:
         record["heads"], record["scale"] = step.heads, step.scale
         record["queries"], record["keys"] = step.queries, step.keys
         record["causal"] = step.is_causal
-        operation["kernel"] = library().operations["attention"]
+        operation["kernel"] = library().function("attention")
         operation["record"] = record.ctypes.data
 
         def set_mask(mask: Tensor, prepared: dict[Any, Tensor]) -> None:
@@ -227,7 +228,7 @@ class Records:
         """
         record, transpose = self.record(COPY), self.record(TRANSPOSE)
         batch, layout, (height, width) = self.plan.batch, step.out.layout.root(), step.size
-        (sy, sx), copies = step.stride, library().copies
+        sy, sx = step.stride
         channels = step.out.channels * step.out.phases // len(step.phases)
         phases = self._phases(step)
         record["phases"], record["out"] = phases.ctypes.data, self._first_pixel(step.out)
@@ -257,16 +258,16 @@ class Records:
                 transpose["source"], transpose["pitch"] = x.data_ptr(), column
                 transpose["rows"] = batch * height * width
                 operation["record"] = transpose.ctypes.data
-                operation["kernel"] = library().operations["transpose"]
+                operation["kernel"] = library().function("transpose")
                 operation["items"] = -(-batch * height * width // vector)
                 return x
             record["source"] = x.data_ptr()
             record["source_image"], record["source_channel"] = image, channel
             record["source_row"], record["source_column"] = row * sy, column * sx
             phases[:, 0] = [a * row + b * column for a, b in step.phases]
-            known = column * sx if column * sx in copies else None
+            known = column * sx if column * sx in COLUMN_STRIDES else None
             operation["record"] = record.ctypes.data
-            operation["kernel"] = copies[known]
+            operation["kernel"] = library().function(f"copy_{known}")
             blocks = channels if known else -(-channels // CHANNEL_BLOCK)
             operation["items"] = len(step.phases) * blocks * batch
             if is_whole and (column, row) == (1, width):  # the planes are one row
@@ -315,7 +316,7 @@ class Records:
         record["columns"], record["pitch"] = tokens, planes.channel_stride(batch)
         record["out_pitch"] = planes.channels
         operation["record"] = record.ctypes.data
-        operation["kernel"] = library().operations["transpose"]
+        operation["kernel"] = library().function("transpose")
         operation["items"] = -(-planes.channels // vector)
 
         def set_result() -> Tensor:

@@ -1,7 +1,7 @@
 """Files of compiled networks: `save_compiled` and `load_compiled`.
 
 A file is in the safetensors format. Its metadata hold the plan as JSON, its arrays the nonzero
-weights and the machine code.
+weights (`stored_weights`) and the machine code.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,22 @@ from .kernels import (
     library,
 )
 from .module import SparseModule
+from .other_sizes import Planned
 from .plan import Recurrence, Sparse
+from .stored_weights import check_dtype
 from .tuning import LayerTuning
 
-KEY, FORMAT = "torch-feather-compiled", 1
+KEY, FORMAT = "torch-feather-compiled", 2
 CODE = ("code.base", "code.kernels")
 
 
+# long: half of it is documentation
 def save_compiled(
-    network: SparseModule, path: str | Path, batch_sizes: Iterable[int] | None = None
+    network: SparseModule,
+    path: str | Path,
+    batch_sizes: Iterable[int] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a compiled network, which `load_compiled` loads without capturing or timing it again.
 
@@ -54,8 +62,14 @@ def save_compiled(
         path: the file, which is replaced atomically.
         batch_sizes: batch sizes that the loaded network accepts.
             [default: that of the example with which the network was compiled]
+        dtype: store the weights of convolutions and linear layers, with batch norms folded in, as
+            torch.float16, torch.bfloat16 or torch.int8, which makes the file smaller. **Weights are
+            rounded**, so the loaded network returns other numbers than `network`. It computes in
+            float32, at the same speed. int8 has one scale per output channel, and no zero point.
+            Other tensors keep their type. [default: the exact weights]
 
     Raises:
+        ConfigurationError: `dtype` is another type, or a weight is out of its range.
         StateError: the network contains functions that files cannot hold, such as branches of
             `torch.cond`.
         InputError: the network does not accept one of the batch sizes.
@@ -77,7 +91,8 @@ def save_compiled(
             f"save_compiled requires a network of compile_sparse, got {type(network).__name__}."
         )
     sizes = [network.batch_size] if batch_sizes is None else sorted(set(batch_sizes))
-    encoder = Encoder()
+    planned = _planned(network, sizes)
+    encoder = Encoder(check_dtype(dtype))
     header = {
         "format": FORMAT,
         "processor": [host().triple, host().cpu, host().features],
@@ -86,16 +101,16 @@ def save_compiled(
         "threads": network.threads,
         "chunk_size": network.chunk_size,
         "inputs": _inputs(network.inputs),
-        "reads_memory": network.captured.reads_memory,
-        "spec": treespec_dumps(network.captured.spec),
-        "strides": {str(n): _strides(network, n) for n in sizes},
+        "reads_memory": planned.captured.reads_memory,
+        "spec": treespec_dumps(planned.captured.spec),
+        "strides": {str(n): _strides(network, planned, n) for n in sizes},
         "tuning": {name: asdict(layer) for name, layer in network.tuning.items()},
-        "plan": encoder.plan(network.plan, network.constants),
+        "plan": encoder.plan(planned.plan, planned.constants),
     }
-    names, code = _kernels(network, sizes)
+    names, code = _kernels(network, planned, sizes)
     header["kernels"] = names
     arrays = dict(encoder.arrays)
-    for name, data in zip(CODE, (library().objects[0][1], code), strict=True):
+    for name, data in zip(CODE, (library().base, code), strict=True):
         arrays[name] = np.frombuffer(data, np.uint8)
     header["sha256"] = _checksum(arrays)
     data = safetensors.save(arrays, {KEY: json.dumps(header)})
@@ -157,25 +172,46 @@ def _inputs(inputs: Inputs) -> dict[str, Any]:
     return {**inputs._asdict(), "dtypes": dtypes}
 
 
-def _strides(network: SparseModule, batch: int) -> list[Any]:
-    """Return the strides of the outputs for a batch size."""
-    examples = [
+def _planned(network: SparseModule, sizes: Sequence[int]) -> Planned:
+    """Return a graph and a plan that are valid for all batch sizes.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = Planned(network.captured, network.plan, network.constants)
+    for batch in sizes:
+        if batch > 0 and not found.captured.accepts(*_examples(network, batch)):
+            with suppress(InputError):
+                found = network.planned(*_examples(network, batch))
+    for batch in sizes:
+        if batch < 1 or not found.captured.accepts(*_examples(network, batch)):
+            raise InputError(
+                f"The network does not accept a batch of {batch}, or not in the same file as the "
+                "other sizes. Compile it with an example of this size."
+            )
+    return found
+
+
+def _examples(network: SparseModule, batch: int) -> list[Tensor]:
+    return [
         torch.zeros((batch, *shape), dtype=dtype)
         for shape, dtype in zip(network.inputs.shapes, network.inputs.dtypes, strict=True)
     ]
-    if batch < 1 or not network.captured.accepts(*examples):
-        raise InputError(
-            f"The network does not accept a batch of {batch}. Compile it with an example of this "
-            "size."
-        )
-    return [s and list(s) for s in network.captured.shapes.output_strides(*examples)]
 
 
-def _kernels(network: SparseModule, sizes: Sequence[int]) -> tuple[list[str], bytes]:
+def _strides(network: SparseModule, planned: Planned, batch: int) -> list[Any]:
+    """Return the strides of the outputs for a batch size."""
+    found = planned.captured.shapes.output_strides(*_examples(network, batch))
+    return [s and list(s) for s in found]
+
+
+def _kernels(
+    network: SparseModule, planned: Planned, sizes: Sequence[int]
+) -> tuple[list[str], bytes]:
     """Return the names and the object file of the kernels that the network calls."""
     variants, recurrent = {}, dict[str, None]()
     for batch in sizes:
-        plan = network.batch_plan(batch)
+        plan = network.batch_plan(batch, planned)
         for step in plan.plan.steps:
             if isinstance(step, Sparse):
                 variant = plan.variant(step, plan.tile(step))

@@ -52,7 +52,8 @@ class ShapeModel:
         self._graph = program.graph_module
         # Weights without values; None is the input.
         self._weights = [None if node.name in inputs else node.meta["val"] for node in given]
-        self._graph_mode = next(n.meta["val"].fake_mode for n in given if n.name in inputs)
+        first = next(n.meta["val"] for n in given if n.name in inputs)
+        self._graph_mode, self._batch = first.fake_mode, first.shape[0]
         self._outputs = len(program.graph_signature.user_outputs)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         tensors = (*model.parameters(), *model.buffers())
@@ -86,7 +87,9 @@ class ShapeModel:
         # nothing for the example, such as `contiguous`. But it can run torch.cond without values,
         # and has no side effects.
         runs = [self._run_model, self._run_graph]
-        if self._captured_contiguous and all(x.is_contiguous() for x in inputs):
+        if isinstance(self._batch, int) and len(inputs[0]) != self._batch:
+            del runs[1]  # the sizes in the graph are others
+        elif self._captured_contiguous and all(x.is_contiguous() for x in inputs):
             runs.reverse()
         for run in runs:
             with suppress(Exception):  # the model fails where the compiled network may not

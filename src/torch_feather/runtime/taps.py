@@ -63,12 +63,12 @@ class Taps:
 
     @classmethod
     def _find(cls, layer: Layer) -> Taps:
-        weight = layer.weight.reshape(*layer.weight.shape[:2], *layer.weight.shape[2:] or (1, 1))
-        out, per_group, *kernel = weight.shape
-        o, c, ky, kx = weight.numpy().nonzero()
-        values = weight.numpy()[o, c, ky, kx].astype(np.float32)
-        c = c + o // (out // layer.groups) * per_group
-        return cls.from_keys(layer, values, o, (c * kernel[0] + ky) * kernel[1] + kx)
+        weight, per_channel = layer.weight.numpy(), layer.weight[0].numel()
+        positions = np.flatnonzero(weight)
+        values = weight.reshape(-1)[positions].astype(np.float32)
+        out, place = np.divmod(positions, max(1, per_channel))
+        group = out // max(1, len(weight) // layer.groups)
+        return cls.from_keys(layer, values, out, place + group * per_channel)
 
     @classmethod
     def from_keys(cls, layer: Layer, values: np.ndarray, out: np.ndarray, key: np.ndarray) -> Taps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from ..files import replace_file, to_path
 from .batch import BatchPlan
 from .kernels import Tile, library
 from .layer import Layer
-from .plan import Operation, Plan, Recurrence, Sparse
+from .plan import Operation, Plan, Recurrence, Sparse, Torch
 from .recurrent import Recurrent
 from .sizes import sizes_of
 from .timing import milliseconds
@@ -237,6 +238,35 @@ def distinct_ways(tuned: Tuning, sparse: Tuning, dense: Tuning) -> list[Tuning]:
     if any(t.sparse for t in tuned.values()) and dense_ms < 2 * best_ms:
         ways.append(dense)
     return ways
+
+
+def table(tuning: Tuning, plan: Plan) -> str:
+    """Return a table of the layers, their times, and how they run.
+
+    Args:
+        tuning: how each layer runs.
+        plan: steps of the network.
+
+    Example:
+        >>> table({}, Plan(Graph()))
+        'layer                                    sparsity   dense ms  sparse ms  runs'
+    """
+    lines = [f"{'layer':40} sparsity   dense ms  sparse ms  runs"]
+    for name, layer in tuning.items():
+        times = (layer.dense_ms, layer.sparse_ms)
+        dense, sparse = (" " * 10 if t is None else f"{t:10.3f}" for t in times)
+        how = f"sparse, {' x '.join(map(str, layer.tile))}" if layer.sparse else "dense"
+        percent = f"{100 * layer.sparsity:.2f}%"
+        lines.append(f"{name:40} {percent:>8} {dense} {sparse}  {how}")
+    others = Counter(
+        str(step.node.target).removeprefix("aten.")
+        for step in plan.steps
+        if isinstance(step, Torch) and not isinstance(step.node.target, Layer | Recurrent)
+    )
+    if others:
+        counts = ", ".join(f"{n} x {name}" if n > 1 else name for name, n in others.items())
+        lines.append(f"in PyTorch: {counts}")
+    return "\n".join(lines)
 
 
 def save_tuning(tuning: Mapping[str, LayerTuning], path: str | Path) -> None:

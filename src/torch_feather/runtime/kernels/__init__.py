@@ -23,7 +23,7 @@ from .build import (
 )
 from .convolution import Variant, declare_intrinsics, emit_convolution
 from .host import Target, host, llvm, openmp
-from .plane_copy import CHANNEL_BLOCK
+from .plane_copy import CHANNEL_BLOCK, COLUMN_STRIDES
 from .records import (
     ATTENTION,
     CONVOLUTION,
@@ -41,6 +41,7 @@ __all__ = [
     "ACTIVATIONS",
     "ATTENTION",
     "CHANNEL_BLOCK",
+    "COLUMN_STRIDES",
     "CONVOLUTION",
     "COPY",
     "OPERATION",

@@ -6,7 +6,8 @@ import ctypes
 import functools
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from .activations import ACTIVATIONS, emit_activation, function_name
@@ -62,15 +63,33 @@ def emit_module(
             *declare_waiting(target),
             *declare_masked(width),
             *("\n".join(emit_convolution(variant, activations=True)) for variant in convolutions),
-            *("\n".join(emit_copy(stride, width)) for stride in COLUMN_STRIDES),
-            *("\n".join(emit_plane_operation(name, width)) for name in OPERATIONS),
-            "\n".join(emit_transpose(width)),
-            "\n".join(emit_attention(width)),
-            *("\n".join(emit_activation(a, w)) for a in ACTIVATIONS for w in target.widths),
+            *("\n".join(emit()) for emit in _functions(target).values()),
             "\n".join(emit_run(target)),
             *(("\n".join(emit_run_team()),) if team else ()),
         ]
     )
+
+
+def _functions(target: Target) -> dict[str, Callable[[], Iterator[str]]]:
+    """Return functions that yield the lines of all functions besides convolutions, by name."""
+    width = target.widths[0]
+    return {
+        **{f"copy_{stride}": partial(emit_copy, stride, width) for stride in COLUMN_STRIDES},
+        **{name: partial(emit_plane_operation, name, width) for name in OPERATIONS},
+        "transpose": partial(emit_transpose, width),
+        "attention": partial(emit_attention, width),
+        **{
+            function_name(a, w): partial(emit_activation, a, w)
+            for a in ACTIVATIONS
+            for w in target.widths
+        },
+    }
+
+
+def _emit_runners(target: Target) -> str:
+    """Return the LLVM IR of the functions that execute programs."""
+    team = emit_run_team() if openmp() else ()
+    return "\n".join([*declare_waiting(target), *emit_run(target), *team])
 
 
 def _declarations(target: Target) -> Iterator[str]:
@@ -132,7 +151,11 @@ def compile_object(target: Target, text: str) -> bytes:
 
 
 def _optimized(text: str, machine: Any) -> Any:
-    """Return the module of this LLVM IR, optimized for a target machine."""
+    """Return the module of this LLVM IR, optimized for a target machine.
+
+    It takes half of the time of a compilation. Convolution kernels do not need it: the instructions
+    of their innermost loop are the same without.
+    """
     binding = llvm()
     module = binding.parse_assembly(text)
     module.verify()
@@ -147,21 +170,17 @@ def _optimized(text: str, machine: Any) -> Any:
 class KernelLibrary:
     """The compiled functions. Use `library()` to get the one of this process.
 
-    Convolution kernels are compiled when they are needed, some at once.
+    Functions are compiled when they are needed, convolution kernels some at once.
 
     Args:
         target: a processor whose code the host can execute.
-        objects: object files of the functions (`objects` of another library of this target).
-            [default: they are compiled]
+        objects: object files with the names of their convolution kernels. The first one has all
+            other functions (`base` of another library of this target). [default: they are compiled]
 
     Attributes:
         target: the processor.
         tiles: tiles of its convolution kernels.
         objects: the object file of each compiled module, with the names of its kernels.
-        copies: addresses by distance between columns of the source, or None for any distance.
-        operations: addresses of the kernels in `plane_operations`, and of `transpose` and
-            `attention`.
-        activations: addresses of activation functions, by name and vector width.
         run: function (operations, number of operations, thread, threads, barrier) that releases the
             GIL.
         run_team: function (operations, number of operations, threads, barrier) that calls `run` on
@@ -187,24 +206,55 @@ class KernelLibrary:
         self._engines: list[Any] = []
         self._convolutions: dict[str, int] = {}  # and recurrent layers
         self._lock = threading.Lock()
-        # Without a data layout, which costs some kernels 1 to 4%.
         if objects is None:
-            self._add((), text=emit_module(target, (), team=bool(openmp())))
+            self._add((), text=_emit_runners(target))
         else:
             for names, data in objects:
                 self._add(names, data=data)
+        self._has_base = objects is not None
+        self._base = self.objects[0][1] if self._has_base else None
+        self._functions: dict[str, int] = {}
         address_of = self._engines[0].get_function_address
-        self.copies = {stride: address_of(f"copy_{stride}") for stride in COLUMN_STRIDES}
-        names = (*OPERATIONS, "transpose", "attention")
-        self.operations = {name: address_of(name) for name in names}
-        self.activations = {
-            (a, w): address_of(function_name(a, w)) for a in ACTIVATIONS for w in target.widths
-        }
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         run = ctypes.CFUNCTYPE(None, pointer, number, number, number, pointer)
         self.run = run(address_of("run"))
         run_team = ctypes.CFUNCTYPE(None, pointer, number, number, pointer)
         self.run_team = run_team(address_of("run_team")) if openmp() else None
+
+    def function(self, name: str) -> int:
+        """Return the address of a function, which is compiled at the first call.
+
+        Args:
+            name: "copy_" and a distance between columns of the source, or None for any distance;
+                a kernel of `plane_operations`; "transpose"; or "attention".
+        """
+        with self._lock:
+            if name not in self._functions:
+                self._functions[name] = self._compiled(name)
+            return self._functions[name]
+
+    def activation(self, name: str, width: int) -> int:
+        """Return the address of an activation function of vectors, compiled at the first call."""
+        return self.function(function_name(name, width))
+
+    @property
+    def base(self) -> bytes:
+        """An object file of all functions besides convolutions."""
+        if self._base is None:
+            # Without a data layout, which costs some kernels 1 to 4%.
+            text = emit_module(self.target, (), team=bool(openmp()))
+            machine = self.target.machine()
+            self._base = bytes(machine.emit_object(_optimized(text, machine)))
+        return self._base
+
+    def _compiled(self, name: str) -> int:
+        if not self._has_base:
+            lines = _functions(self.target)[name]()
+            width = self.target.widths[0]
+            text = [*_declarations(self.target), *declare_masked(width), *lines]
+            self._add((), text="\n".join(text))
+            return int(self._engines[-1].get_function_address(name))
+        return int(self._engines[0].get_function_address(name))
 
     def convolution(self, variant: Variant) -> int:
         """Return the address of a convolution kernel, which is compiled at the first call."""
@@ -217,7 +267,7 @@ class KernelLibrary:
             missing = [v for v in dict.fromkeys(variants) if v.name not in self._convolutions]
             if missing:
                 names = [v.name for v in missing]
-                self._add(names, text=emit_convolutions(self.target, missing))
+                self._add(names, text=emit_convolutions(self.target, missing), optimize=False)
 
     def recurrence(self, name: str) -> int:
         """Return the address of a kernel of recurrent layers, which is compiled at the first call.
@@ -237,14 +287,19 @@ class KernelLibrary:
                 self._add(names, data=data)
 
     def _add(
-        self, names: Sequence[str], *, text: str | None = None, data: bytes | None = None
+        self,
+        names: Sequence[str],
+        *,
+        text: str | None = None,
+        data: bytes | None = None,
+        optimize: bool = True,
     ) -> None:
         """Add the kernels of LLVM IR, or of an object file."""
         binding = llvm()
         machine = self.target.machine()
         if data is None:
             assert text is not None
-            module = _optimized(text, machine)
+            module = _optimized(text, machine) if optimize else binding.parse_assembly(text)
             data = bytes(machine.emit_object(module))
         engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
         engine.add_object_file(binding.ObjectFileRef.from_data(data))
@@ -285,13 +340,13 @@ def add_objects(base: bytes, names: Sequence[str], data: bytes) -> None:
     """Add convolution kernels of an object file, and use its base functions if there are none yet.
 
     Args:
-        base: object file of the base functions, see `KernelLibrary.objects`.
+        base: object file of the base functions, see `KernelLibrary.base`.
         names: names of the kernels.
         data: object file of the kernels.
 
     Example:
         >>> kernels = library()
-        >>> add_objects(kernels.objects[0][1], [], b"")
+        >>> add_objects(kernels.base, [], b"")
     """
     with _compiling:
         _base[:] = [base]

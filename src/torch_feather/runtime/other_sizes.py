@@ -1,0 +1,201 @@
+"""The graph for other batch sizes than the example's, captured when one of them comes.
+
+torch.export takes about twice as long to capture a model for any batch size as for one, and many
+networks only ever see the batch size of their example.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Captured, capture
+from .errors import CaptureError
+from .fusion import attributes
+from .inputs import Example, like, tensors_of
+from .layer import Layer
+from .plan import Plan, can_run_sparse
+from .recurrent import Recurrent
+from .tuning import Tuning
+
+# What two layers of one model have in common if they are the same layer.
+SAME = (
+    *("stride", "padding", "dilation", "groups", "low", "high", "activation"),
+    *("combine", "padding_value", "pools", "linear", "channels", "padding_after"),
+    *("output_padding", "depth", "depth_stride", "depth_padding", "depth_dilation"),
+    *("kind", "has_biases", "layers", "is_bidirectional", "batch_first"),
+)
+
+
+class Planned(NamedTuple):
+    """A captured graph and its plan.
+
+    Attributes:
+        captured: the graph.
+        plan: its steps.
+        constants: values of its `get_attr` nodes, by name.
+    """
+
+    captured: Captured
+    plan: Plan
+    constants: Mapping[str, Any]
+
+
+def capture_example(model: nn.Module, example: Example) -> tuple[Captured, OtherSizes | None]:
+    """Capture a model for the batch size of an example.
+
+    Args:
+        model: in eval mode.
+        example: its inputs.
+
+    Returns:
+        The graph, and what captures the one for other batch sizes. None if the graph is for any
+        size already, because the model cannot be captured again later, or not at all.
+
+    Raises:
+        CaptureError: torch.export cannot capture the model, or the model writes into its input.
+
+    Example:
+        >>> captured, others = capture_example(nn.Linear(4, 2), torch.ones(1, 4))
+        >>> captured.accepts(torch.ones(3, 4)), others is None
+        (False, False)
+    """
+    try:
+        # Branches of torch.cond are compiled: for one size first, PyTorch would then compile them
+        # for several only.
+        with torch.compiler.set_stance("force_eager"):
+            captured = capture(model, example, any_batch=False)
+        return captured, OtherSizes(model, example, captured)
+    except Exception:  # of many types
+        return capture(model, example), None
+
+
+class OtherSizes:
+    """Captures a model again, for any batch size. The weights of the first capture are used.
+
+    It keeps a copy of the model whose weights are zeros. They take no memory, since nothing writes
+    to it.
+
+    Args:
+        model: in eval mode.
+        example: its inputs.
+        first: the graph for the example's batch size.
+
+    Raises:
+        Exception: the model cannot be copied in this way.
+
+    Example:
+        >>> model, x = nn.Linear(4, 2), torch.ones(1, 4)
+        >>> others = OtherSizes(model, x, capture(model, x, any_batch=False))
+        >>> others.find({}).captured.accepts(torch.ones(3, 4))
+        True
+    """
+
+    def __init__(self, model: nn.Module, example: Example, first: Captured) -> None:
+        values = attributes(first.module)
+        if any(isinstance(value, nn.Module) for value in values.values()):
+            raise ValueError("branches of torch.cond may contain weights")
+        self._layers = {
+            n.target.name: n.target
+            for n in first.module.graph.nodes
+            if isinstance(n.target, Layer | Recurrent)
+        }
+        self._values = {str(node.target): value for node, value in values.items()}
+        state = [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
+        zeros = {id(tensor): _zeros(tensor) for _, tensor in state}
+        self._names = {name for name, _ in state}
+        self._zeros = {tensor.untyped_storage().data_ptr() for tensor in zeros.values()}
+        self._model = copy.deepcopy(model, zeros)
+        self._example = like(example, [_zeros(x) for x in tensors_of(example)])
+        self._found: list[Planned | None] = []
+
+    def find(self, tuning: Tuning) -> Planned | None:
+        """Return the graph for any batch size; None if the model depends on the batch size.
+
+        The first call takes seconds.
+
+        Args:
+            tuning: how each layer runs, by the name of its weight.
+        """
+        if not self._found:
+            with torch.inference_mode(False), torch.no_grad():
+                self._found.append(self._find(tuning))
+            del self._model
+        return self._found[0]
+
+    def _find(self, tuning: Tuning) -> Planned | None:
+        try:
+            with torch.autocast("cpu", enabled=False):
+                captured = capture(self._model, self._example)
+        except CaptureError:
+            return None
+        graph = captured.module.graph
+        batch = next(n for n in graph.nodes if n.op == "placeholder").meta["val"].shape[0]
+        values = attributes(captured.module)
+        if isinstance(batch, int) or not self._set_weights(captured, values):
+            return None
+        sparse = [
+            n.target
+            for n in graph.nodes
+            if isinstance(n.target, Layer | Recurrent)
+            and (chosen := tuning.get(n.target.name))
+            and chosen.sparse
+            and can_run_sparse(n, batch)
+        ]
+        plan = Plan.build(graph, sparse, values)
+        return Planned(captured, plan, {node.name: value for node, value in values.items()})
+
+    def _set_weights(self, captured: Captured, values: dict[Any, Any]) -> bool:
+        """Give the layers and constants of a graph the values of the first one.
+
+        Returns:
+            Whether the first graph has all of them.
+        """
+        for node in captured.module.graph.nodes:
+            if isinstance(node.target, Layer | Recurrent):
+                known = self._layers.get(node.target.name)
+                if known is None or not _is_same(known, node.target):
+                    return False
+                node.target = known
+        for node, value in values.items():
+            name = str(node.target)
+            if isinstance(value, nn.Module):
+                return False
+            has_zeros = (
+                isinstance(value, Tensor)
+                and value.numel() > 0
+                and value.untyped_storage().data_ptr() in self._zeros
+            )
+            if has_zeros or name in self._names:
+                if name not in self._values:
+                    return False
+                values[node] = self._values[name]
+        return True
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    """Return zeros of the same shape and strides, in memory of their own that is never written."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return tensor
+    size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = torch.zeros(size if tensor.numel() else 0, dtype=tensor.dtype)
+    zeros = memory.as_strided(tensor.shape, tensor.stride())
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(zeros, requires_grad=tensor.requires_grad)
+    return zeros
+
+
+def _is_same(a: Layer | Recurrent, b: Layer | Recurrent) -> bool:
+    shapes = [
+        [w.shape for w in (x.weights if isinstance(x, Recurrent) else [x.weight])] for x in (a, b)
+    ]
+    return (type(a), shapes[0]) == (type(b), shapes[1]) and all(
+        getattr(a, name, None) == getattr(b, name, None) for name in SAME
+    )
