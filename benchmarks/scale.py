@@ -2,9 +2,9 @@
 
 Processes on this machine (gloo) hold the shards of a synthetic network of equal layers, as
 `fully_shard` creates them. For each size, measures the seconds of a step, its threshold and its
-effective weights; bytes and calls of collectives; and memory. The time of a step is its CPU time in one
-process, without waiting for the others: a machine may have fewer cores than processes. A cost model extrapolates to networks
-that do not fit on this machine; its output is marked.
+effective weights; bytes and calls of collectives; and memory. The time of a step is its CPU time in
+one process, without waiting for the others: a machine may have fewer cores than processes. A cost
+model extrapolates to networks that do not fit on this machine; its output is marked.
 
     python benchmarks/scale.py --sizes 1e7 1e8 --ranks 1 2
     python benchmarks/scale.py --sizes 1e9 --ranks 1 --dtype bfloat16 --json results/scale.json \\
@@ -182,7 +182,7 @@ def table(record: dict[str, Any]) -> str:
         f"commit {record['commit'] or 'unknown'}, {record['date']}",
         record["command"],
         "",
-        "measured medians; CPU time of a step, threshold and effective weights in ns per local weight",
+        "medians; CPU ns of a step, ns of threshold and effective weights, per local weight",
         f"{'weights':>14} {'ranks':>5} {'type':>9} {'step s':>8} {'CPU ns':>7} {'threshold':>13}"
         f" {'effective':>9} {'calls':>5} {'bytes':>8} {'peak B':>7}",
     ]
@@ -190,7 +190,8 @@ def table(record: dict[str, Any]) -> str:
         ns = row["ns_per_local_weight"]
         lines.append(
             f"{row['size']:>14,} {row['ranks']:>5} {row['dtype']:>9} {row['seconds']['step']:>8.3f}"
-            f" {row['cpu_ns_per_local_weight']:>7.2f} {ns['threshold']:>13.2f} {ns['effective_weights']:>9.2f}"
+            f" {row['cpu_ns_per_local_weight']:>7.2f} {ns['threshold']:>13.2f}"
+            f" {ns['effective_weights']:>9.2f}"
             f" {row['exchanged']['calls']:>5} {row['exchanged']['bytes']:>8,}"
             f" {row['peak_bytes_per_local_weight']:>7.1f}"
         )

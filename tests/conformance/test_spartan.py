@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import torch_feather as feather
 from torch_feather import ConfigurationError, NonFiniteWeightError, StateError
 from torch_feather.allocation import ERK, Allocation, FlopsBiased, Global, Uniform
+from torch_feather.methods.spartan import gradient
 from torch_feather.methods.spartan.logits import KeptLogits, sigmoid_
 from torch_feather.methods.spartan.soft_top_k import SoftMasked, soft_top_k
-from torch_feather.weights import plain
+from torch_feather.weights import plain, ranges
 from torch_feather.weights.latent import LatentWeights
 from torch_feather.weights.passes import pruned_mask
 from torch_feather.weights.segments import position_of
@@ -275,6 +276,31 @@ def test_the_gradient_is_that_of_autograd_through_an_unrolled_solution():
     (u * torch.cat([a.flatten() for a in factors])).sum().backward()
     for actual, w in zip(gradients(model, sparsifier, factors), latent, strict=True):
         torch.testing.assert_close(actual, w.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_gradient_of_arrays_is_that_of_tensors(dtype, known, monkeypatch):
+    """The form for a CPU, and the one for any device and type."""
+    found = []
+    for flat_arrays in (ranges.flat_arrays, lambda *_: None):
+        monkeypatch.setattr(gradient, "flat_arrays", flat_arrays)
+        torch.manual_seed(0)
+        model = nn.Linear(300, 250, bias=False, dtype=dtype)  # more than one block
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        sparsifier = feather.sparsify(model, optimizer, "spartan", sparsity=0.9, total_steps=9)
+        training = sparsifier.step.training
+        for _ in range(4):
+            (model.weight * torch.randn(250, 300, dtype=dtype)).sum().backward()
+            if not known:  # as if other code had changed the weights meanwhile
+                training.weights.views[0].add_(0)
+            sparsifier.complete_gradients()
+            found.append(model.weight.grad.clone())
+            optimizer.step()
+            optimizer.zero_grad()
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-14
+    for a, b in zip(found[:4], found[4:], strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_budgets_of_layers_are_independent():

@@ -227,6 +227,83 @@ def test_windows():
     check(Windows(), torch.randn(2, 24, 32))
 
 
+class Encoder(nn.Module):
+    """Layers of PyTorch, which put the sequence before the batch inside."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, **options) for _ in range(2)
+        )
+
+    def forward(self, x, **options):
+        for layer in self.layers:
+            x = layer(x, **options)
+        return x
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_encoder_layers_of_pytorch(norm_first, activation):
+    """Tokens are permuted between their layers, but stay in planes in the order of memory."""
+    encoder = Encoder(norm_first=norm_first, activation=activation)
+    network = check(encoder, torch.randn(2, 21, 32), steps=2, batches=(3,))
+    functions = {f for f in in_pytorch(network) if "aten" in f}
+    assert functions <= {"aten.layer_norm.default", "aten.add.Tensor"}
+    assert len(functions) == 0 or not norm_first
+
+
+def test_encoder_layers_with_masks():
+    class Masked(Encoder):
+        def forward(self, x, padding):
+            return super().forward(x, src_key_padding_mask=padding > 0)
+
+    padding = torch.zeros(2, 9)
+    padding[1, 6:] = 1
+    check(Masked(), torch.randn(2, 9, 32), padding, steps=2, batches=(3,))
+
+
+def test_sequences_before_the_batch():
+    """The tokens of a sequence are not next to each other in memory then."""
+    layer = nn.TransformerEncoderLayer(32, 4, 48)
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x.transpose(0, 1).relu())
+
+    check(First(), torch.randn(2, 9, 32), steps=0, batches=())
+
+
+def test_decoder_layers_of_pytorch():
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerDecoderLayer(32, 4, 48, batch_first=True)
+
+        def forward(self, x, memory):
+            mask = torch.full((9, 9), -torch.inf).triu(1)
+            return self.layer(x, memory, tgt_mask=mask)
+
+    check(Decoder(), torch.randn(2, 9, 32), torch.randn(2, 14, 32), steps=2, batches=(3,))
+
+
+def test_results_of_permuted_layers_that_pytorch_reads():
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 24), nn.Linear(24, 32)
+
+        def forward(self, x):
+            y = self.a(x.transpose(0, 1))
+            return self.b(y).transpose(0, 1) + x, y.reshape(-1, 24).exp(), self.b(y.flatten(0, 1))
+
+    check(Read(), torch.randn(2, 9, 32), steps=0, batches=(3,))
+
+
 def test_nan_stays_in_its_sequence():
     x = torch.randn(3, 20, 32)
     x[1, 4, 5] = torch.nan

@@ -136,8 +136,9 @@ def add_terms(gradients: Gradients, completion: Completion) -> None:
     Example:
         >>> gradient = torch.ones(2)
         >>> add_terms([gradient], Completion(terms=[torch.ones(2)]))
+        >>> add_terms([gradient], Completion([torch.ones(2)], factors=[torch.tensor(3.0)]))
         >>> gradient
-        tensor([2., 2.])
+        tensor([5., 5.])
     """
     factors = completion.factors or itertools.repeat(None)
     for gradient, term, factor in zip(gradients, completion.terms or (), factors, strict=False):

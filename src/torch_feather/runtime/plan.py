@@ -15,11 +15,12 @@ from .aliases import alias_of, channels_of
 from .concatenation import Concatenation
 from .layer import Layer
 from .planes import PlaneLayout, Planes, alike
+from .reading import PERMUTATIONS, find_last_uses, is_read_by_layers, read_by, with_views
 from .sizes import are_alike, can_run_sparse, pixels_per_sample, sizes_of
 from .split import Split
 from .steps import Attention, Copy, Operation, Pointwise, Sparse, Step, Torch
 from .taps import Taps
-from .token_views import TokenViews, read_by, with_views
+from .token_views import TokenViews
 
 __all__ = ["Copy", "Operation", "Plan", "Pointwise", "Sparse", "Step", "Torch", "can_run_sparse"]
 
@@ -86,7 +87,7 @@ class Plan:
             builder.add(node)
         plan = builder.plan
         plan.steps = with_views(plan.steps, builder.views.pending, plan.outputs)
-        _find_last_uses(plan)
+        plan.last_use = find_last_uses(plan.steps, plan.planes, plan.read_in_pytorch)
         return plan
 
     @property
@@ -97,13 +98,9 @@ class Plan:
     @property
     def read_in_pytorch(self) -> set[Node]:
         """The nodes whose values PyTorch reads, or the graph returns."""
-        steps = [
-            step
-            for step in self.steps
-            if not isinstance(step, Copy)
-            and not (isinstance(step, Torch) and step.node.target is aten.sym_size.int)
-        ]
-        return {node for step in steps for node in read_by(step)} | set(self.outputs)
+        steps = (step for step in self.steps if not isinstance(step, Copy))
+        sizes = {step for step in self.steps if isinstance(step, Torch) and step.reads_size}
+        return {n for step in steps if step not in sizes for n in read_by(step)} | {*self.outputs}
 
 
 class Builder:
@@ -140,13 +137,12 @@ class Builder:
         if node.op != "call_function":
             return
         if isinstance(node.target, Layer):
-            is_sparse = node.target in self.sparse and self._fits(node)
-            step: Step = self._sparse(node, node.target) if is_sparse else Torch(node)
+            step: Step = self._layer(node, node.target)
         elif self._is_in_planes(node):
             return
         else:
             step = self._operation(node) or Torch(node)
-        if not isinstance(step, Torch | Attention):
+        if not isinstance(step, Torch) and node not in self.views.pending:
             self.plan.planes[node] = step.out
         self.plan.steps.append(step)
 
@@ -190,6 +186,12 @@ class Builder:
         like = out if out.linear and out.tokens is None else None
         new = self.empty(node, out.linear, like)
         return self.copied(node, new, (out.linear, like and out.layout))
+
+    def _layer(self, node: Node, layer: Layer) -> Step:
+        if layer not in self.sparse or not self._fits(node):
+            return Torch(node)
+        permuted = self.views.layer(node, layer) if self.constants is not None else None
+        return permuted or self._sparse(node, layer)
 
     def _sparse(self, node: Node, layer: Layer) -> Sparse:
         taps, source = Taps.from_layer(layer), node.args[0]
@@ -261,6 +263,7 @@ class Builder:
                 self._parts[node] = parts
                 return True
         if found is None:
+            self._copy_before_permutation(node)
             found = self.views.add(node)
         if isinstance(found, Planes):
             planes[node] = found
@@ -346,24 +349,29 @@ class Builder:
             return None
         return Operation("activate", (x,), self._like(node, x), activation=name)
 
-    def _is_read_by_layers(self, node: Node) -> bool:
-        """Return whether only sparse linear layers read a value of tokens."""
-        if any(not isinstance(n.meta["val"], Tensor) for n in (node, *node.all_input_nodes)):
-            return False
-        return bool(node.users) and all(
-            isinstance(user.target, Layer)
-            and user.target.linear
-            and user.target in self.sparse
-            and user.args[0] is node
-            for user in node.users
-        )
+    def _copy_before_permutation(self, node: Node) -> None:
+        """Copy tokens that PyTorch computed into planes before they are permuted for layers."""
+        source = node.args[0] if node.target in PERMUTATIONS else None
+        if not isinstance(source, Node) or source in self.plan.planes:
+            return
+        value = source.meta["val"]
+        is_tokens = isinstance(value, Tensor) and value.dim() == 3 and are_alike([value])
+        if (
+            is_tokens
+            and str(value.shape[0]) == str(self._batch)
+            and is_read_by_layers(node, self.sparse)
+        ):
+            tokens = self.empty(source, linear=True)
+            self.views.copied[source] = self.in_planes(source, tokens)
 
     def _layer_norm(self, node: Node) -> Operation | None:
         args: list[Any] = list(node.args) + [None] * 5
         x = self.plan.planes.get(args[0])
-        if x is None and self._is_read_by_layers(node):
+        if node.kwargs or list(args[1]) != [node.meta["val"].shape[-1]]:
+            return None
+        if x is None and is_read_by_layers(node, self.sparse):
             x = self.in_planes(args[0], self.empty(args[0], linear=True))
-        if x is None or not x.linear or list(args[1]) != [x.channels] or node.kwargs:
+        if x is None or not x.linear:
             return None
         assert self.constants is not None
         values = []
@@ -375,22 +383,3 @@ class Builder:
         eps = 1e-5 if args[4] is None else float(args[4])
         out = self._like(node, x)
         return Operation("layer_norm", (x,), out, weight=values[0], bias=values[1], eps=eps)
-
-
-def _find_last_uses(plan: Plan) -> None:
-    last_use, end = plan.last_use, len(plan.steps)
-    for i, step in enumerate(plan.steps):
-        if isinstance(step, Torch):
-            continue
-        used: list[Planes | None] = [step.out]
-        if isinstance(step, Sparse):
-            used += [step.x, step.residual]
-        elif isinstance(step, Copy):
-            used.append(plan.planes.get(step.source))
-        else:
-            used += step.x
-        for planes in used:
-            if planes is not None:
-                last_use[planes.root] = i
-    for node in plan.read_in_pytorch & plan.planes.keys():
-        last_use[plan.planes[node].root] = end

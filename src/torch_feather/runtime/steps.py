@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch.fx import Node
 
 from .layer import Layer
@@ -26,6 +27,11 @@ class Torch:
     """
 
     node: Node
+
+    @property
+    def reads_size(self) -> bool:
+        """Whether it reads only the size of its argument."""
+        return self.node.target is torch.ops.aten.sym_size.int
 
 
 @dataclass(eq=False)

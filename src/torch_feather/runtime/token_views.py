@@ -17,18 +17,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .aliases import RESHAPES, SAME, SPLITS
+from .dimensions import Dimensions, applied
+from .layer import Layer
 from .planes import PlaneLayout, Planes, Size
 from .sizes import size_of, sizes_of
-from .steps import Attention, Copy, Step, Torch
+from .steps import Attention, Sparse
+from .taps import Taps
 
 aten = torch.ops.aten
 CHANNEL = 1 << 36  # distance between channels, which no distance between tokens reaches
 PROBES = (2, 3)  # batch sizes for which strides are computed
-MOVES = (
-    *(aten.permute.default, aten.transpose.int, aten.select.int, aten.slice.Tensor),
-    *(aten.unbind.int, aten.unsqueeze.default, aten.squeeze.dim, *SPLITS),
-)
 
 
 class TokenView(NamedTuple):
@@ -36,17 +34,17 @@ class TokenView(NamedTuple):
 
     Attributes:
         planes: the planes.
-        values: for each probed batch size, a tensor without memory. Its strides are numbers of
-            tokens; consecutive channels have the distance `CHANNEL`.
+        values: for each probed batch size, the dimensions. Strides are numbers of tokens;
+            consecutive channels have the distance `CHANNEL`.
 
     Example:
         >>> x = Planes(PlaneLayout(1, 9), 8, 1, 9, (9, 8), linear=True, tokens=((0, 1), (9, 0)))
         >>> view_of_tokens(x, batches=(2,)).values[0].shape
-        torch.Size([2, 9, 8])
+        (2, 9, 8)
     """
 
     planes: Planes
-    values: tuple[Any, ...]
+    values: tuple[Dimensions, ...]
 
 
 class Heads(NamedTuple):
@@ -85,7 +83,7 @@ def view_of_tokens(planes: Planes, batches: Sequence[int]) -> TokenView:
         for n in reversed(sizes[1:]):
             strides.append(strides[-1] * n)
         shape = (*sizes, planes.channels)
-        values.append(torch.empty_strided(shape, (*strides[::-1], CHANNEL), device="meta"))
+        values.append(Dimensions.strided(shape, (*strides[::-1], CHANNEL)))
     return TokenView(planes, tuple(values))
 
 
@@ -105,6 +103,7 @@ class TokenViews:
         self._planes, self._batch = planes, batch
         self._batches = (batch,) if isinstance(batch, int) else PROBES
         self.pending: dict[Node, Any] = {}  # views, or lists of them
+        self.copied: dict[Node, Planes] = {}  # planes of values that PyTorch computed
 
     def add(self, node: Node) -> bool | Planes:
         """Follow a function whose argument is a view.
@@ -139,9 +138,7 @@ class TokenViews:
         layout.merge(q.planes.layout)
         out = replace(q.planes, layout=layout, channels=channels, base=None, first=0)
         out.shape = (width, channels)
-        whole, split = view_of_tokens(out, self._batches), (q.heads, channels // q.heads)
-        values = [x.unflatten(-1, split).transpose(1, 2) for x in whole.values]
-        view = TokenView(out, tuple(values))
+        view = self._attended(out, q.heads)
         if not self._ends_in_tokens(node, view):
             return None
         self.pending[node] = view
@@ -150,12 +147,53 @@ class TokenViews:
         x, sizes = (q.planes, k.planes, v.planes), (q.tokens, k.tokens)
         return Attention(x, out, q.heads, *sizes, scale, is_causal, mask)
 
+    def layer(self, node: Node, layer: Layer) -> Sparse | None:
+        """Return the step of a linear layer whose input is a permutation of tokens.
+
+        The layer computes the tokens in the order of memory. Its users must return tokens with
+        channels as the last dimension in the end.
+        """
+        view = self.pending.get(node.args[0])  # type: ignore[arg-type]
+        if not isinstance(view, TokenView) or not layer.linear or len(node.args) > 1:
+            return None
+        firsts = {_first_channel(x, layer.channels[0]) for x in view.values}
+        if None in firsts or len(firsts) != 1:
+            return None
+        (first,) = firsts
+        assert first is not None
+        inside, outside = layer.channels
+        x = view.planes.channels_from(first, inside)
+        layout = PlaneLayout(1, x.width, is_fixed=True)
+        layout.merge(x.layout)
+        out = replace(x, layout=layout, channels=outside, base=None, first=0)
+        out.shape = (*x.shape[:-1], outside)
+        result = self._of_layer(view, layer, out)
+        if not self._ends_in_tokens(node, result):
+            return None
+        self.pending[node] = result
+        return Sparse(layer, Taps.from_layer(layer), x, out)
+
+    def _of_layer(self, view: TokenView, layer: Layer, out: Planes) -> TokenView:
+        """Return the view of the result of a layer."""
+        channel = ((layer.channels[1], CHANNEL),)
+        return TokenView(out, tuple(Dimensions(0, (*x.parts[:-1], channel)) for x in view.values))
+
+    def _attended(self, out: Planes, heads: int) -> TokenView:
+        """Return the view (sequence, head, token, channel) of the result of attention."""
+        whole, values = view_of_tokens(out, self._batches), []
+        for x in whole.values:
+            count, tokens, channels = x.parts
+            (depth,) = (size // heads for size, _ in channels)
+            head = ((heads, depth * CHANNEL),)
+            values.append(Dimensions(0, (count, head, tokens, ((depth, CHANNEL),))))
+        return TokenView(out, tuple(values))
+
     def _view(self, node: Any) -> Any:
         if not isinstance(node, Node):
             return None
         if node in self.pending:
             return self.pending[node]
-        planes = self._planes.get(node)
+        planes = self._planes.get(node) or self.copied.get(node)
         if planes is None or planes.tokens is None:
             return None
         return view_of_tokens(planes, self._batches)
@@ -169,53 +207,36 @@ class TokenViews:
             return view[index] if isinstance(view, list) and isinstance(index, int) else None
         if not isinstance(view, TokenView):
             return None
-        if node.target in SAME:
-            return None if node.meta.get("is_needed") else view
-        if node.target in RESHAPES:
-            found = self._reshaped(node, view)
-        elif node.target in MOVES and not node.kwargs and len(node.all_input_nodes) == 1:
-            found = [node.target(x, *node.args[1:]) for x in view.values]  # type: ignore[operator]
-        else:
-            return None
-        if found is None or isinstance(found[0], Tensor):
-            return found and TokenView(view.planes, tuple(found))
-        return [TokenView(view.planes, parts) for parts in zip(*found, strict=True)]
-
-    def _reshaped(self, node: Node, view: TokenView) -> list[Any] | None:
-        sizes = sizes_of(node.meta["val"].shape, self._batch)
-        if sizes is None:
-            return None
+        value = node.meta["val"]
+        sizes = sizes_of(value.shape, self._batch) if isinstance(value, Tensor) else None
         found = []
         for x, batch in zip(view.values, self._batches, strict=True):
-            try:
-                found.append(x.view([constant + slope * batch for constant, slope in sizes]))
-            except RuntimeError:  # the result is no view
-                return None
-        return found
+            shape = sizes and [constant + slope * batch for constant, slope in sizes]
+            found.append(applied(node, x, shape))
+        if all(isinstance(x, Dimensions) for x in found):
+            return TokenView(view.planes, tuple(found))
+        if any(not isinstance(x, list) or None in x for x in found):
+            return None
+        return [TokenView(view.planes, parts) for parts in zip(*found, strict=True)]
 
     def _tokens(self, node: Node, view: TokenView) -> Planes | None:
         """Return the planes of a view if its last dimension is channels and the others tokens."""
-        value, counts = node.meta["val"], set()
+        value, found = node.meta["val"], set()
         for x, batch in zip(view.values, self._batches, strict=True):
-            first, rest = divmod(x.storage_offset(), CHANNEL)
-            expected = 1
-            for size, stride in zip(x.shape[-2::-1], x.stride()[-2::-1], strict=True):
-                if size > 1 and stride != expected:
-                    return None
-                expected *= size
-            channels = x.shape[-1]
-            if rest or x.dim() < 2 or (channels > 1 and x.stride(-1) != CHANNEL):
+            rank = len(x.parts)
+            channels = x.shape[-1] if rank > 1 else 0
+            first = _first_channel(x, channels)
+            count = view.planes.width * batch
+            if first is None or x.merged(*range(rank - 1)) != [(count, 1)][: count > 1]:
                 return None
-            if expected != view.planes.width * batch:
-                return None
-            counts.add((first, channels))
+            found.add((first, channels))
         tokens = sizes_of(value.shape[:-1], self._batch)
-        if len(counts) != 1 or tokens is None:
+        if len(found) != 1 or tokens is None:
             return None
-        ((first, channels),) = counts
-        found = view.planes.channels_from(first, channels)
-        sample = (channels,) if value.dim() == 2 else (found.width, channels)
-        return replace(found, tokens=tokens, shape=sample)
+        ((first, channels),) = found
+        planes = view.planes.channels_from(first, channels)
+        sample = (channels,) if value.dim() == 2 else (planes.width, channels)
+        return replace(planes, tokens=tokens, shape=sample)
 
     def _heads(self, node: Any) -> Heads | None:
         """Return the heads of a view (sequence, head, token, channel)."""
@@ -224,15 +245,16 @@ class TokenViews:
             return None
         found = set()
         for x, batch in zip(view.values, self._batches, strict=True):
-            if x.dim() != 4:
+            if len(x.parts) != 4:
                 return None
             count, heads, tokens, depth = x.shape
-            first, rest = divmod(x.storage_offset(), CHANNEL)
+            first, rest = divmod(x.offset, CHANNEL)
             strides = (tokens, depth * CHANNEL, 1, CHANNEL)
             if rest or count * tokens != view.planes.width * batch:
                 return None
-            if any(n > 1 and a != b for n, a, b in zip(x.shape, x.stride(), strides, strict=True)):
-                return None
+            for d, part in enumerate(zip(x.shape, strides, strict=True)):
+                if x.merged(d) != [part][: part[0] > 1]:
+                    return None
             found.add((first, heads, tokens, depth))
         if len(found) != 1:
             return None
@@ -249,12 +271,35 @@ class TokenViews:
         """Return whether all users of a view return tokens in the end."""
         for user in node.users:
             found = self._applied(user, view) if user.op == "call_function" else None
-            if found is None or (user.args and user.args[0] is not node):
+            if user.target is aten.scaled_dot_product_attention.default:
+                if user.args[0] is not node:
+                    continue  # keys, values or a mask; the queries decide
+                found = view
+            elif isinstance(user.target, Layer) and isinstance(view, TokenView):
+                found = self._of_layer(view, user.target, view.planes)
+            if found is None or user.args[0] is not node:
                 return False
             is_end = isinstance(found, TokenView) and self._tokens(user, found) is not None
             if not is_end and not self._ends_in_tokens(user, found):
                 return False
         return True
+
+
+def _first_channel(x: Dimensions, channels: int) -> int | None:
+    """Return the first channel of dimensions whose last one is channels of all tokens.
+
+    Returns:
+        None if the last dimension is something else, or tokens are missing or repeated.
+    """
+    first, rest = divmod(x.offset, CHANNEL)
+    if rest or not channels or x.merged(len(x.parts) - 1) != [(channels, CHANNEL)][: channels > 1]:
+        return None
+    expected = 1
+    for size, stride in sorted(x.merged(*range(len(x.parts) - 1)), key=lambda part: part[1]):
+        if stride != expected:
+            return None
+        expected *= size
+    return first
 
 
 def _arguments(node: Node) -> tuple[Node | None, bool, Any] | None:
@@ -271,53 +316,3 @@ def _arguments(node: Node) -> tuple[Node | None, bool, Any] | None:
         if value.dtype not in (torch.bool, torch.float32):
             return None
     return mask, bool(is_causal), scale  # type: ignore[return-value]
-
-
-def with_views(
-    steps: Sequence[Step], pending: Mapping[Node, Any], outputs: Sequence[Node]
-) -> list[Step]:
-    """Return steps in which PyTorch computes those views that other steps of PyTorch read.
-
-    Args:
-        steps: steps without the functions that return views.
-        pending: the nodes of these functions.
-        outputs: what the graph returns.
-
-    Example:
-        >>> with_views([], {}, [])
-        []
-    """
-    found: list[Step] = []
-    done: set[Node] = set()
-
-    def need(node: Node) -> None:
-        if node in pending and node not in done:
-            done.add(node)
-            for n in node.all_input_nodes:
-                need(n)
-            found.append(Torch(node))
-
-    for step in steps:
-        for node in read_by(step):
-            need(node)
-        found.append(step)
-    for node in outputs:
-        need(node)
-    return found
-
-
-def read_by(step: Step) -> list[Node]:
-    """Return the nodes whose values a step reads as tensors of PyTorch.
-
-    Example:
-        >>> from torch.fx import Graph
-        >>> graph = Graph()
-        >>> node = graph.call_function(torch.relu, (graph.placeholder("x"),))
-        >>> read_by(Torch(node))
-        [x]
-    """
-    if isinstance(step, Torch):
-        return list(step.node.all_input_nodes)
-    if isinstance(step, Attention):
-        return [] if step.mask is None else [step.mask]
-    return [step.source] if isinstance(step, Copy) else []

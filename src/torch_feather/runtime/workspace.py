@@ -18,9 +18,9 @@ from .batch import BatchPlan
 from .kernels import OPERATION, library
 from .memory import aligned_zeros
 from .planes import Planes
+from .reading import read_by
 from .records import Records
 from .steps import Attention, Copy, Operation, Pointwise, Sparse, Torch
-from .token_views import read_by
 
 Values = list[Any]  # values of the nodes of a graph
 Native = Sparse | Copy | Operation | Attention  # steps in machine code

@@ -59,7 +59,7 @@ def write_effective(
     every, found = list(spans(weights, segments)), ranges(weights)
     size, recorded = len(found.size), isinstance(out, Recorded)
     columns = np.empty((size, COLUMNS), np.int64) if recorded else None
-    nonfinite, operators = None, operator
+    nonfinite, operators = None, operator if isinstance(operator, Sequence) else []
     if isinstance(operator, Operator):
         operators = [operator] * len(segments)
         nonfinite = compiled.write_effective(

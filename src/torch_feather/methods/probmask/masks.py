@@ -23,14 +23,11 @@ from ...weights.latent import DEVICE_BLOCK, LatentWeights, PerTensor, write_if
 from ...weights.passes import write_each
 from ..base import BoundMethod, Completion, Facts, Gradients, Pruning, Rate, Summary
 from ..own_parameters import Adam
-from .passes import BLOCK, MARGIN, draw_on_cpu, inside, write_gradient
+from .passes import BLOCK as BLOCK  # where version 0.1 had them
+from .passes import MARGIN as MARGIN
+from .passes import draw_on_cpu, inside, write_gradient
 from .projection import project_
 from .random_numbers import uniform
-
-__all__ = [
-    *("BEGIN", "BLOCK", "DEVICE_BLOCK", "END", "MARGIN"),
-    *("ProbabilisticMasks", "ProbabilisticMethod", "SoftMask"),
-]
 
 # Fractions of the epochs at which pruning begins and ends.
 BEGIN, END = 0.16, 0.6
@@ -249,7 +246,8 @@ class ProbabilisticMasks(BoundMethod):
             if gradient is None:
                 row.zero_()
                 continue
-            # If gradients overflowed, GradScaler skips the optimizer of those weights, and no other.
+            # If gradients overflowed, they are 0: GradScaler skips the optimizer of those weights,
+            # and no other.
             write_gradient(row, gradient, w, p, m, factor)
         return Completion(own={"probability": own})
 

@@ -95,25 +95,25 @@ def write_gradient(
     """
     arrays = flat_arrays(out, gradient, w, p, m)
     if arrays is None:
-        for target, g, w, p, m in blocks(out, gradient, w, p, m):
-            q = inside(p)
-            target.copy_(g).mul_(w).mul_(1 - m).div_(q.mul_(1 - q)).mul_(factor)
+        for target, g, own, pi, mask in blocks(out, gradient, w, p, m):
+            q = inside(pi)
+            target.copy_(g).mul_(own).mul_(1 - mask).div_(q.mul_(1 - q)).mul_(factor)
             target.nan_to_num_(0.0, 0.0, 0.0)
         return
     number = float(factor)
 
     def write(a: int) -> None:
-        target, g, own, pi, mask = (x[a : a + BLOCK] for x in arrays)
-        q = scratch("inside", own.size, own.dtype)
-        inside(torch.from_numpy(pi), out=torch.from_numpy(q))
-        rest = np.subtract(1, q, out=scratch("rest", own.size, own.dtype))
+        result, given, weight, probability, kept = (x[a : a + BLOCK] for x in arrays)
+        q = scratch("inside", weight.size, weight.dtype)
+        inside(torch.from_numpy(probability), out=torch.from_numpy(q))
+        rest = np.subtract(1, q, out=scratch("rest", weight.size, weight.dtype))
         q *= rest
         with np.errstate(all="ignore"):
-            np.multiply(g, own, out=target)
-            target *= np.subtract(1, mask, out=rest)
-            target /= q
-            target *= number
-        values = torch.from_numpy(target)
+            np.multiply(given, weight, out=result)
+            result *= np.subtract(1, kept, out=rest)
+            result /= q
+            result *= number
+        values = torch.from_numpy(result)
         if not math.isfinite(float(values.sum())):
             values.nan_to_num_(0.0, 0.0, 0.0)
 

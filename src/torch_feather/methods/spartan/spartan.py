@@ -18,8 +18,8 @@ from ...errors import ConfigurationError
 from ...gradient_rules import StraightThrough
 from ...operators import Hard
 from ...schedules import Linear, count_steps
-from ...weights.kept import keep_nonzero
 from ...weights import plain
+from ...weights.kept import keep_nonzero
 from ...weights.latent import LatentWeights, PerTensor, blocks, sum_blocks, write_if
 from ...weights.passes import pruned_mask, write_each
 from ...weights.segments import Segment, position_of
@@ -151,9 +151,9 @@ class Spartan(MagnitudePruning):
     (The paper has k - sum c m^2 for the latter sum; the two are equal.) A frozen mask is a
     constant, 0 on pruned weights: dL/dw = g m.
 
-    State: `mask`, `threshold` and `frozen` of the present pruning, see `SoftMasks`; on a CPU, `mask`
-    is 1 until it is frozen. On a CPU, `shift` is mu of the last step, infinite if unknown, and
-    `drift` its last change, by weight tensor: the next search begins at their sum.
+    State: `mask`, `threshold` and `frozen` of the present pruning, see `SoftMasks`; on a CPU,
+    `mask` is 1 until it is frozen. On a CPU, `shift` is mu of the step before, infinite if unknown,
+    and `drift` its last change, by weight tensor: a search begins at their sum.
 
     Args:
         context: the model, its prunable weights, the target and the number of steps.
@@ -184,9 +184,7 @@ class Spartan(MagnitudePruning):
             "frozen": PerTensor.of(torch.zeros(n, dtype=torch.bool, device=weights.device)),
         }
         searched = {
-            "shift": PerTensor.of(
-                torch.full((n,), torch.inf, dtype=weights.wide).to(weights.device)
-            ),
+            "shift": PerTensor.of(self.state["threshold"].flat + torch.inf),
             "drift": PerTensor.of(torch.zeros(n, dtype=weights.wide, device=weights.device)),
         }
         self.state |= searched
@@ -281,6 +279,7 @@ class Spartan(MagnitudePruning):
     def _soft_mask(self, pruning: SoftMasks, i: int, known: bool) -> Callable[..., None]:
         """Return a function that writes m of a block of tensor i; its arguments: w, mask, m."""
         soft, j = pruning.soft, pruning.positions[i]
+        assert soft is not None
 
         def write(w: Tensor, mask: Tensor, m: Tensor) -> None:
             if not known:
@@ -292,6 +291,7 @@ class Spartan(MagnitudePruning):
 
     def _rate(self, weights: LatentWeights, pruning: SoftMasks, i: int) -> Tensor:
         """Return beta / c of tensor i, or 0 if the masks are constants; 0-dimensional."""
+        assert pruning.soft is not None
         rate = pruning.soft.beta * pruning.soft.scale[pruning.positions[i]]
         return rate.masked_fill(pruning.frozen, 0.0)
 
