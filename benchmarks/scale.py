@@ -2,11 +2,13 @@
 
 Processes on this machine (gloo) hold the shards of a synthetic network of equal layers, as
 `fully_shard` creates them. For each size, measures the seconds of a step, its threshold and its
-effective weights; bytes and calls of collectives; and memory. A cost model extrapolates to networks
-that do not fit on this machine; its output is marked.
+effective weights; bytes and calls of collectives; and memory. The time of a step is its CPU time in
+one process, without waiting for the others: a machine may have fewer cores than processes. A cost
+model extrapolates to networks that do not fit on this machine; its output is marked.
 
     python benchmarks/scale.py --sizes 1e7 1e8 --ranks 1 2
-    python benchmarks/scale.py --sizes 1e9 --ranks 1 --dtype bfloat16 --json results/scale.json
+    python benchmarks/scale.py --sizes 1e9 --ranks 1 --dtype bfloat16 --json results/scale.json \\
+        --plot results/scale.svg
 """
 
 from __future__ import annotations
@@ -92,11 +94,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         model, optimizer, sparsity=SPARSITY, total_steps=1000, schedule=AlmostThere()
     )
     parts = engine_parts.step_parts(sparsifier, torch.zeros((), dtype=torch.int64))
-    collectives, seconds = Collectives(), {"step": [], "threshold": [], "effective_weights": []}
+    collectives, cpu = Collectives(), []
+    seconds: dict[str, list[float]] = {"step": [], "threshold": [], "effective_weights": []}
     for _ in range(arguments.repeats):
         dist.barrier()
-        start, calls, sent = time.perf_counter(), collectives.calls, collectives.bytes
+        start, begun = time.perf_counter(), time.thread_time()
+        calls, sent = collectives.calls, collectives.bytes
         engine_parts.step(sparsifier)
+        cpu.append(time.thread_time() - begun)
         seconds["step"].append(time.perf_counter() - start)
         exchanged = {"calls": collectives.calls - calls, "bytes": collectives.bytes - sent}
         dist.barrier()
@@ -118,17 +123,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "ns_per_local_weight": {
             name: 1e9 * statistics.median(values) / local for name, values in seconds.items()
         },
+        "cpu_ns_per_local_weight": 1e9 * statistics.median(cpu) / local,
         "exchanged": exchanged,
         "peak_bytes_per_local_weight": (peak() - before) / local,
-    }
-
-
-def with_current_keys(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a recorded measurement with the keys of this version: `image` was renamed."""
-    renamed = {"image": "effective_weights"}
-    return row | {
-        kind: {renamed.get(name, name): value for name, value in row[kind].items()}
-        for kind in ("seconds", "ns_per_local_weight")
     }
 
 
@@ -185,15 +182,16 @@ def table(record: dict[str, Any]) -> str:
         f"commit {record['commit'] or 'unknown'}, {record['date']}",
         record["command"],
         "",
-        "measured medians; step, threshold and effective weights in ns per weight of one process",
-        f"{'weights':>14} {'ranks':>5} {'type':>9} {'step s':>8} {'step ns':>7} {'threshold':>13}"
+        "medians; CPU ns of a step, ns of threshold and effective weights, per local weight",
+        f"{'weights':>14} {'ranks':>5} {'type':>9} {'step s':>8} {'CPU ns':>7} {'threshold':>13}"
         f" {'effective':>9} {'calls':>5} {'bytes':>8} {'peak B':>7}",
     ]
     for row in record["measured"]:
         ns = row["ns_per_local_weight"]
         lines.append(
             f"{row['size']:>14,} {row['ranks']:>5} {row['dtype']:>9} {row['seconds']['step']:>8.3f}"
-            f" {ns['step']:>7.2f} {ns['threshold']:>13.2f} {ns['effective_weights']:>9.2f}"
+            f" {row['cpu_ns_per_local_weight']:>7.2f} {ns['threshold']:>13.2f}"
+            f" {ns['effective_weights']:>9.2f}"
             f" {row['exchanged']['calls']:>5} {row['exchanged']['bytes']:>8,}"
             f" {row['peak_bytes_per_local_weight']:>7.1f}"
         )
@@ -214,6 +212,32 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def draw(record: dict[str, Any], file: Path) -> None:
+    """Draw the CPU time per local weight and the exchanged bytes over the number of weights."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (time_axes, byte_axes) = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for dtype, style in zip(DTYPES, ("-", "--"), strict=True):
+        for number, ranks in enumerate(sorted({row["ranks"] for row in record["measured"]})):
+            rows = sorted(
+                (r for r in record["measured"] if (r["dtype"], r["ranks"]) == (dtype, ranks)),
+                key=lambda row: row["size"],
+            )
+            sizes, label = [row["size"] for row in rows], f"{ranks} × {dtype}"
+            look = {"linestyle": style, "marker": "o", "color": f"C{number}", "label": label}
+            time_axes.plot(sizes, [row["cpu_ns_per_local_weight"] for row in rows], **look)
+            byte_axes.plot(sizes, [row["exchanged"]["bytes"] / 1000 for row in rows], **look)
+    time_axes.set(xscale="log", ylim=(0, None), ylabel="CPU time of a step, ns per local weight")
+    byte_axes.set(xscale="log", ylim=(0, None), ylabel="sent per step and process, kB")
+    for axes in (time_axes, byte_axes):
+        axes.set_xlabel("weights")
+    time_axes.legend(frameon=False, fontsize="small")
+    figure.savefig(file)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -224,6 +248,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the measurements to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the record into FILE")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--size", type=float, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -249,10 +274,10 @@ def main(argv: list[str] | None = None) -> None:
     commands = [" ".join(["python", "benchmarks/scale.py", *(argv or sys.argv[1:])])]
     if arguments.json and arguments.json.exists():  # sizes can be measured one at a time
         before = json.loads(arguments.json.read_text())
-        measured = [*map(with_current_keys, before["measured"]), *measured]
+        measured = [*before["measured"], *measured]
         commands = [before["command"], *commands]
     largest = {
-        dtype: max(rows, key=lambda row: row["size"])["ns_per_local_weight"]["step"]
+        dtype: max(rows, key=lambda row: row["size"])["cpu_ns_per_local_weight"]
         for dtype in DTYPES
         if (rows := [row for row in measured if row["dtype"] == dtype])
     }
@@ -271,6 +296,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
         arguments.json.with_suffix(".txt").write_text(table(record) + "\n")
+    if arguments.plot:
+        draw(record, arguments.plot)
 
 
 if __name__ == "__main__":

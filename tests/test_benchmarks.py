@@ -145,7 +145,7 @@ def test_all_contestants_start_equal_and_take_the_same_steps(step_overhead, chec
     assert pruner.step_idx == (2 * steps if at == "end" else steps)
 
 
-def test_ratios_are_of_medians_and_common_noise_cancels_out(step_overhead):
+def test_ratios_are_within_repetitions_where_common_noise_cancels_out(step_overhead):
     dense = np.random.default_rng(0).lognormal(3, 1, 41)
     compared = step_overhead.compare({"dense": dense.tolist(), "twice": (2 * dense).tolist()}, 0)
     assert compared["twice"]["ratio"] == pytest.approx(2)

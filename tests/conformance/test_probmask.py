@@ -12,6 +12,7 @@ import torch_feather as feather
 from torch_feather import ConfigurationError, devices
 from torch_feather.methods import build_method
 from torch_feather.methods.own_parameters import Adam
+from torch_feather.methods.probmask import passes
 from torch_feather.methods.probmask.projection import project_
 from torch_feather.methods.probmask.random_numbers import uniform
 
@@ -75,6 +76,30 @@ def test_values_within_the_budget_are_only_clamped():
     x = torch.tensor([-0.5, 0.0, 0.25, 1.0, 1.5])
     found = project_(x.clone(), torch.tensor(2.25))
     assert torch.equal(found, torch.tensor([0.0, 0.0, 0.25, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_arrays_of_a_cpu_give_the_gradient_and_the_masks_of_tensors(dtype, monkeypatch):
+    """The forms for a CPU, and those for any device."""
+    g, w, p, m = torch.randn(300, 250, dtype=dtype), torch.randn(300, 250, dtype=dtype), *(
+        torch.rand(300, 250, dtype=dtype).clamp(0.0, 0.99).sub(0.01).clamp_min(0) for _ in range(2)
+    )  # fmt: skip
+    g[3, 5], g[70, 2] = torch.inf, torch.nan
+    factor, found = torch.tensor(3.0, dtype=torch.float64), []
+    for flat_arrays in (passes.flat_arrays, lambda *_: None):
+        monkeypatch.setattr(passes, "flat_arrays", flat_arrays)
+        found.append(torch.empty_like(w))
+        passes.write_gradient(found[-1], g, w, p, m, factor)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    torch.testing.assert_close(*found, rtol=tolerance, atol=0)
+    assert found[0][3, 5] == found[0][70, 2] == 0
+    mask, q = torch.empty_like(p), passes.inside(p)
+    passes.draw_on_cpu(p.flatten(), 7, 11, 3.0, mask.view(-1))
+    u = uniform(7, torch.tensor(11), p.numel(), dtype).view_as(p)
+    expected = torch.sigmoid(3 * (q.logit() + u.logit()))
+    torch.testing.assert_close(
+        mask, expected, rtol=2e-5 if dtype == torch.float32 else 1e-9, atol=0
+    )
 
 
 # --- noise ----------------------------------------------------------------------------------

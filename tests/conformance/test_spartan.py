@@ -3,6 +3,7 @@
 import copy
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 import torch_feather as feather
 from torch_feather import ConfigurationError, NonFiniteWeightError, StateError
 from torch_feather.allocation import ERK, Allocation, FlopsBiased, Global, Uniform
-from torch_feather.methods.spartan.logits import KeptLogits
-from torch_feather.methods.spartan.soft_top_k import soft_top_k
+from torch_feather.methods.spartan import gradient
+from torch_feather.methods.spartan.logits import KeptLogits, sigmoid_
+from torch_feather.methods.spartan.soft_top_k import SoftMasked, soft_top_k
+from torch_feather.weights import plain, ranges
 from torch_feather.weights.latent import LatentWeights
 from torch_feather.weights.passes import pruned_mask
 from torch_feather.weights.segments import position_of
+from torch_feather.weights.sums import Recorded
 
 from .harness import TOTAL, assert_exact, assert_same, snapshot, start
 from .models import MODELS
@@ -104,6 +108,65 @@ def test_few_passes_over_the_weights_are_enough(spread, beta, sparsity, monkeypa
     weights = LatentWeights([torch.randn(100_000) * spread])
     soft_masks(weights, allocated(weights, Global(), sparsity), beta)
     assert len(passes) <= (3 if 0.1 < sparsity < 0.995 else 4)  # the sample has few of one kind
+
+
+def test_the_shift_of_similar_weights_leaves_one_pass(monkeypatch):
+    passes = []
+    sums = KeptLogits.sums
+    monkeypatch.setattr(KeptLogits, "sums", lambda *args: passes.append(1) or sums(*args))
+    w, beta = torch.randn(300_000) * 0.05, torch.tensor(20.0, dtype=torch.float64)
+    before, now = (LatentWeights([w + change * torch.randn_like(w)]) for change in (0.0, 1e-4))
+    last = soft_top_k(before, allocated(before, Global(), 0.95), beta).shift
+    segments = allocated(now, Global(), 0.95)
+    expected = soft_top_k(now, segments, beta).shift
+    passes.clear()
+    found = soft_top_k(now, segments, beta, last).shift
+    assert len(passes) == 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_the_search_begins_at_the_shift_that_continues_those_of_two_steps(monkeypatch):
+    passes = []
+    sums = KeptLogits.sums
+    monkeypatch.setattr(KeptLogits, "sums", lambda *args: passes.append(1) or sums(*args))
+    model = nn.Linear(400, 300, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    feather.sparsify(model, optimizer, "spartan", sparsity=0.9, total_steps=400, end=1)
+    gradient = torch.randn(300, 400) * 1e-2
+    for step in range(12):
+        model.weight.grad = gradient.clone()
+        passes.clear()
+        optimizer.step()
+        assert step < 4 or len(passes) == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_mask_of_a_weight_does_not_depend_on_the_others(dtype):
+    x = np.random.default_rng(0).normal(size=3001).astype(dtype) * 20
+    whole = sigmoid_(x.copy())
+    for size in (1, 7, 16, 33, 1000):
+        parts = [sigmoid_(x[a : a + size].copy()) for a in range(0, x.size, size)]
+        assert np.array_equal(np.concatenate(parts), whole)
+    np.testing.assert_allclose(whole, 1 / (1 + np.exp(-x.astype(np.longdouble))), rtol=4e-7)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_effective_weights_are_those_of_the_masks(allocation):
+    """The pass that writes kept weights alone, and its definition on all weights."""
+    tensors = [torch.randn(400, 300) * 0.05, torch.randn(70, 90) * 0.1, torch.randn(500)]
+    tensors[1][0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    weights = LatentWeights(tensors)
+    segments = allocated(weights, ALLOCATIONS[allocation], 0.9)
+    soft = soft_top_k(weights, segments, torch.tensor(20.0, dtype=torch.float64))
+    out = Recorded([torch.full_like(w, 7.0) for w in weights.views])
+    plain.write_effective(
+        weights, segments, [SoftMasked(soft, j) for j in range(len(segments))], out
+    )
+    for i, (u, w) in enumerate(zip(out, weights.views, strict=True)):
+        m = soft.mask(w.abs(), position_of(weights, segments, i))
+        expected = torch.where(pruned_mask(weights, segments, i), 0.0, w * m)
+        assert torch.equal(u.nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert torch.equal(u.isnan(), w.isnan())
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
@@ -215,6 +278,31 @@ def test_the_gradient_is_that_of_autograd_through_an_unrolled_solution():
         torch.testing.assert_close(actual, w.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_gradient_of_arrays_is_that_of_tensors(dtype, known, monkeypatch):
+    """The form for a CPU, and the one for any device and type."""
+    found = []
+    for flat_arrays in (ranges.flat_arrays, lambda *_: None):
+        monkeypatch.setattr(gradient, "flat_arrays", flat_arrays)
+        torch.manual_seed(0)
+        model = nn.Linear(300, 250, bias=False, dtype=dtype)  # more than one block
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        sparsifier = feather.sparsify(model, optimizer, "spartan", sparsity=0.9, total_steps=9)
+        training = sparsifier.step.training
+        for _ in range(4):
+            (model.weight * torch.randn(250, 300, dtype=dtype)).sum().backward()
+            if not known:  # as if other code had changed the weights meanwhile
+                training.weights.views[0].add_(0)
+            sparsifier.complete_gradients()
+            found.append(model.weight.grad.clone())
+            optimizer.step()
+            optimizer.zero_grad()
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-14
+    for a, b in zip(found[:4], found[4:], strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
 def test_budgets_of_layers_are_independent():
     model, sparsifier = attached(Uniform())
     factors = [torch.randn(7, 9).double(), torch.zeros(5, 7).double()]
@@ -270,11 +358,12 @@ def test_the_sparsity_rises_for_a_fifth_and_the_mask_stays_in_the_last():
     seen, masks = [], []
     for step in range(20):
         seen.append(run.zeros())
-        masks.append([m.clone() for m in run.sparsifier.step.training.pruning.mask])
+        latent = run.sparsifier.latent_weights()
+        masks.append([p / latent[name] for name, p in run.case.weights(run.model).items()])
         run.train(step, step + 1)
     assert seen == [0, 15, 30, 45, *[60] * 16]
     for step in range(4, 20):
-        same = all(map(torch.equal, masks[step], masks[step - 1]))
+        same = all(map(torch.allclose, masks[step], masks[step - 1]))
         assert same == (step > 16), step
     assert all((m == 1).all() for m in masks[0])
 

@@ -140,6 +140,39 @@ def the_accelerator_path_is_the_same(folder):
         compare(way=accelerator, steps=3, **METHODS[name])
 
 
+@check(4)
+def a_process_may_hold_no_weight(folder):
+    """Three rows on four processes, as in a head that is trained alone."""
+
+    def head(dtype=torch.float64):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 3)).to(dtype)
+
+    for name in ("uniform", "asl+", "str"):
+        compare(make=head, steps=3, **METHODS[name])
+        model = shard(head(torch.float32))
+        optimizer, sparsifier = attach(model, **{**METHODS[name], "total_steps": 2})
+        for number in range(2):
+            step(model, optimizer, sparsifier, number, (dist.get_rank(), 4), dtype=torch.float32)
+        assert zeros(model) == round(0.8 * 36), name
+
+
+@check(2)
+def channels_are_rescaled_alike_if_only_some_processes_hold_columns(folder):
+    found = {}
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(1, 4, bias=False), nn.Linear(4, 4, bias=False))
+        if sharded:
+            for layer in model:
+                part = distribute_tensor(layer.weight.detach(), mesh(2), [Shard(1)])
+                layer.weight = nn.Parameter(part)
+        attach(model, "st3", sparsity=0.5, schedule="constant")
+        found[sharded] = wholes(dict(model.named_parameters()))
+    for name, w in found[False].items():
+        torch.testing.assert_close(found[True][name], w)
+
+
 @check(2)
 def accumulated_and_clipped_gradients_are_those_of_the_latent_weights(folder):
     for sync in ("each", "last"):

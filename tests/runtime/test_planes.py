@@ -245,3 +245,35 @@ def test_layers_are_timed_if_the_batch_is_not_their_first_dimension():
         x = torch.randn(batch, 5, 8)
         with torch.no_grad():
             assert error(network(x), model(x)) < TOLERANCE
+
+
+def shuffled(x, groups, transpose):
+    b, c, h, w = x.shape
+    x = x.reshape(b, groups, c // groups, h, w)
+    x = x.transpose(1, 2) if transpose else x.permute(0, 2, 1, 3, 4).contiguous()
+    return x.reshape(b, c, h, w)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("way", ["transpose", "permute", "module"])
+def test_channel_shuffles_stay_in_planes(groups, way):
+    def net(x, a, b):
+        y = a(x)
+        if way == "module":
+            y = F.channel_shuffle(y, groups)
+        else:
+            y = shuffled(y, groups, way == "transpose")
+        first, second = y.chunk(2, 1)
+        return torch.cat([first, b(second)], 1)
+
+    assert in_pytorch(check(net, conv(8, 12), conv(6, 6, 1))) == []
+
+
+def test_other_transpositions_of_five_dimensions_are_no_shuffle():
+    def net(x, a, b):  # spread over height and channels
+        y = a(x)
+        n, c, h, w = y.shape
+        y = y.reshape(n, 2, c // 2, h, w).transpose(1, 2)
+        return b(y.reshape(n, c // 2, 2 * h, w))
+
+    assert in_pytorch(check(net, conv(8, 12), conv(6, 6, 1)))

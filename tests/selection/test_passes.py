@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import torch_feather as feather
 from torch_feather import devices, scalars
+from torch_feather.methods.learned.changes import sums_of_changes
 from torch_feather.operators import Hard, Power
 from torch_feather.roots import cube_root, square_root
 from torch_feather.selection.bracket import Bracket
@@ -125,6 +126,16 @@ def test_an_operator_without_a_compiled_pass_keeps_all_weights_before_pruning_be
     out = [torch.zeros_like(view) for view in weights.views]
     write_effective(weights, [segment], Power(4.0), out)
     assert all(map(torch.equal, out, weights.views))
+
+
+def test_a_process_without_weights_has_no_passes(form):
+    weights, out = LatentWeights([torch.empty(0, 4)]), Recorded([torch.empty(0, 4)])
+    write_effective(weights, [], Power(3.0), out)
+    assert out.sums.columns.shape == (0, 509)
+    out.sums = None
+    changes = sums_of_changes(weights, Hard(), lambda i: torch.ones(()), out, list(out))
+    assert changes.tolist() == [0.0]
+    assert out.sums.columns.shape == (0, 509)
 
 
 def test_weights_below_the_smallest_normal_number_are_kept(form):

@@ -11,6 +11,7 @@ from training_callbacks import StopAt
 import torch_feather as feather
 from torch_feather import cli
 from torch_feather.errors import ConfigurationError
+from torch_feather.export.hub import model_card
 from torch_feather.models.transformer import GPT
 from torch_feather.training import train
 from torch_feather.training.checkpoint import RunDirectory
@@ -32,6 +33,7 @@ LENGTH = 8
 @pytest.fixture(autouse=True)
 def tiny_network(monkeypatch):
     def tiny(num_classes, in_channels):
+        assert in_channels == 1
         return GPT(num_classes, depth=1, dim=8, heads=2, length=LENGTH)
 
     monkeypatch.setitem(feather.models._MODELS, "tiny", tiny)
@@ -186,6 +188,11 @@ def test_a_finished_language_model_is_loaded_exported_and_not_shown_as_images(
     file = export_run(run, "sparse")
     names = list(model.state_dict())
     loaded = GPT(len(run.read_report()["class_names"]), depth=1, dim=8, heads=2, length=LENGTH)
+    with pytest.MonkeyPatch.context() as patch:  # these are no characters
+        patch.setattr(torch, "randn", lambda *size, **_: torch.full(size, -5.0))
+        assert export_run(run, "onnx").exists()
+    cli.bench(tmp_path / "run", batch=2)
+    assert "PyTorch" in capsys.readouterr().out
     feather.load_sparse(file, loaded)
     assert all(torch.equal(loaded.state_dict()[n], model.state_dict()[n]) for n in names)
     for source in (run.path, file):
@@ -198,3 +205,12 @@ def test_a_finished_language_model_is_loaded_exported_and_not_shown_as_images(
 def test_a_text_has_its_own_recipe():
     assert default_recipe("text") == "gpt-char"
     assert DataConfig("text", "DATA/kjv.txt").title == "kjv"
+
+
+def test_the_card_of_a_language_model_creates_it_as_it_was_trained():
+    pytest.importorskip("huggingface_hub")
+    run = {"network": "gpt_small", "data": "kjv", "classes": 80, "input_shape": [128]}
+    run |= {"method": "feather", "test_accuracy": 0.5, "zeros": 9, "weights": 10}
+    card = model_card("me/gpt", run | {"macs": {"dense": 40, "sparse": 4}}, "60 bytes")
+    assert 'feather.models.create("gpt_small", 80, 1)' in card
+    assert "text-generation" in card

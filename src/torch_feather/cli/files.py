@@ -143,7 +143,9 @@ def bench(  # long: each option has its help
     torch.set_num_threads(threads)
     model, example = load_network(RunDirectory(run), data_path)
     model.eval()
-    x = torch.randn(batch, *example.shape[1:])
+    x = example.repeat(batch, *[1] * (example.dim() - 1))
+    if x.is_floating_point():
+        x = torch.randn(x.shape)
     known = tuning if tuning is not None and tuning.exists() else None
     sparse = compile_sparse(model, x, threads=threads, tuning=known)
     if tuning is not None and known is None:

@@ -1,6 +1,6 @@
 """A step and the optimizers that take it: hooks, state dicts, and the end.
 
-The handlers of hooks are the methods of `step.py`, and those here that save and load.
+The handlers of hooks are methods of `step.py`, and those of `Attachment` that save and load.
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ def store(method: BoundMethod, pruning: Pruning) -> Pruning:
 
     Args:
         method: names the fields in `facts.stored`.
-        pruning: of the method's own weights, a NamedTuple if there are such fields.
+        pruning: of the method's own weights, a NamedTuple if there are such fields. A field that is
+            None leaves its entry unchanged.
 
     Returns:
         The pruning, with the memory of the state in place of its own.
@@ -147,7 +148,7 @@ def store(method: BoundMethod, pruning: Pruning) -> Pruning:
         value, entry = getattr(pruning, name), method.state[name]
         if isinstance(value, Tensor):
             entry.flat.copy_(value)
-        elif value is not entry.rows:
+        elif value is not None and value is not entry.rows:
             copy_all(entry.rows, value)
             pruning = pruning._replace(**{name: entry.rows})
     return pruning

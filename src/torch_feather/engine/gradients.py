@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any
@@ -130,17 +131,23 @@ def add_terms(gradients: Gradients, completion: Completion) -> None:
 
     Args:
         gradients: dL/dw of each tensor, or None; written to.
-        completion: its `terms` have the same shapes.
+        completion: its `terms` have the same shapes; each is multiplied by its factor, if any.
 
     Example:
         >>> gradient = torch.ones(2)
         >>> add_terms([gradient], Completion(terms=[torch.ones(2)]))
+        >>> add_terms([gradient], Completion([torch.ones(2)], factors=[torch.tensor(3.0)]))
         >>> gradient
-        tensor([2., 2.])
+        tensor([5., 5.])
     """
-    for gradient, term in zip(gradients, completion.terms or (), strict=False):
-        if gradient is not None and term is not None:
+    factors = completion.factors or itertools.repeat(None)
+    for gradient, term, factor in zip(gradients, completion.terms or (), factors, strict=False):
+        if gradient is None or term is None:
+            continue
+        if factor is None:
             gradient += term
+        else:
+            gradient.addcmul_(term, factor)
 
 
 def own_parameters(method: BoundMethod) -> list[Tensor]:

@@ -123,15 +123,17 @@ def model_card(
     client = import_huggingface_hub()
     name = repository.split("/")[-1]
     accuracy, sparsity = run["test_accuracy"], run["zeros"] / run["weights"]
-    several = run.get("multi_label") is True
+    several, shape = run.get("multi_label") is True, run.get("input_shape")
+    is_text = shape is not None and len(shape) == 1
+    task = "text-generation" if is_text else "image-classification"
     data = client.ModelCardData(
         library_name="torch-feather",
-        pipeline_tag="image-classification",
+        pipeline_tag=task,
         tags=["sparse", "pruning", run["method"]],
         model_name=name,
         eval_results=[
             client.EvalResult(
-                task_type="image-classification",
+                task_type=task,
                 dataset_type=run["data"],
                 dataset_name=run["data"],
                 metric_type="mAP" if several else "accuracy",
@@ -140,7 +142,8 @@ def model_card(
         ],
     )
     # Reports of early versions lack these; the reader of the card has to fill them in.
-    classes, channels = run.get("classes", "CLASSES"), run.get("input_shape", ["CHANNELS"])[0]
+    classes, channels = run.get("classes", "CLASSES"), shape[0] if shape else "CHANNELS"
+    channels = 1 if is_text else channels
     network, method = (run[key].replace("`", "'") for key in ("network", "method"))
     return f"""---
 {data.to_yaml()}

@@ -33,7 +33,7 @@ def export_onnx(
 
     Args:
         model: takes one tensor and returns one tensor.
-        example: an input (1, ...); only its shape and type matter.
+        example: an input (1, ...); only its shape and type matter, and the values of integers.
         path: the file, which is replaced atomically; on any error it is unchanged.
         metadata: texts to store in `metadata_props`, by name.
         sparse_initializers: whether to store weights of more than two thirds zeros as
@@ -67,6 +67,8 @@ def export_onnx(
     # Two samples: torch.export specializes the graph for a batch of one.
     inputs = torch.randn(2, *example.shape[1:], generator=torch.Generator().manual_seed(0))
     inputs = inputs.to(example.dtype)
+    if not example.is_floating_point():  # random integers may be no valid tokens
+        inputs = example[:1].cpu().repeat(2, *[1] * (example.dim() - 1))
     batches = ({0: torch.export.Dim("batch")},)
     program = torch.onnx.export(
         model, (inputs,), dynamo=True, dynamic_shapes=batches, verbose=False

@@ -54,7 +54,7 @@ class Facts:
         random: the entry of `state` that counts draws of random numbers; the engine advances it by
             1 after each pass and each step.
         stored: fields of the pruning, a NamedTuple, that the engine copies into the entries of
-            `state` with the same names after each update of its own weights.
+            `state` with the same names after each update of its own weights; None copies nothing.
         absent: entries of `state` that states of version 0.1 do not have, with the values that they
             stand for.
         passes: forward and backward passes per step, each with random numbers of its own.
@@ -85,6 +85,7 @@ class Completion:
 
     Attributes:
         terms: terms to add to dL/dw of each weight tensor; None for no term.
+        factors: of the terms, 0-dimensional each; None for 1. Methods so save a pass over them.
         own: gradients of the method's own parameters, by name of the learned entry.
 
     Example:
@@ -93,6 +94,7 @@ class Completion:
     """
 
     terms: Gradients | None = None
+    factors: Sequence[Tensor] | None = None
     own: Mapping[str, PerTensor] = field(default_factory=dict)
 
 

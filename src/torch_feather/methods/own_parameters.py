@@ -7,13 +7,17 @@ be known to the device alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from ..weights.latent import blocks, write_if
+from ..threads import for_each, scratch
+from ..weights.latent import BLOCK, blocks, write_if
+from ..weights.ranges import flat_arrays
 from .base import Rate, no_learning_rate
 
 
@@ -122,9 +126,29 @@ class Adam:
         of_mean, of_square = (
             1 - torch.pow(decay, step.double()) for decay in (self.mean_decay, self.square_decay)
         )
-        rate = factor * self.rate / of_mean
+        rate, of_root = factor * self.rate / of_mean, of_square.sqrt()
+        arrays = flat_arrays(gradient, x, mean, square)
+        if arrays is not None:
+            self._on_cpu(arrays, float(rate), float(of_root))
+            return
         for g, w, m, s in blocks(gradient, x, mean, square):
             m.lerp_(g, 1 - self.mean_decay)
             s.mul_(self.square_decay).addcmul_(g, g, value=1 - self.square_decay)
-            root = (s / of_square).sqrt_().add_(self.epsilon)
+            root = s.sqrt().div_(of_root).add_(self.epsilon)
             w.sub_(torch.div(m, root, out=root).mul_(rate))
+
+    def _on_cpu(self, arrays: Sequence[np.ndarray], rate: float, of_root: float) -> None:
+        """Step flat arrays block by block, with the memory of each thread."""
+
+        def step(a: int) -> None:
+            block = [array[a : a + BLOCK] for array in arrays]
+            root = scratch("root", block[3].size, block[3].dtype)
+            g, w, m, s, r = map(torch.from_numpy, (*block, root))
+            m.lerp_(g, 1 - self.mean_decay)
+            s.mul_(self.square_decay).addcmul_(g, g, value=1 - self.square_decay)
+            np.sqrt(block[3], out=root)
+            root /= of_root
+            root += self.epsilon
+            w.addcdiv_(m, r, value=-rate)
+
+        for_each(step, range(0, arrays[0].size, BLOCK))

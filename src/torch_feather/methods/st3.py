@@ -115,16 +115,24 @@ class Rescaled(MagnitudePruning):
     def write_effective(
         self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
     ) -> None:
-        every = range(len(out))
-        in_rows = [i for i in every if self._in_rows(weights, i)]
+        in_rows = [i for i in range(len(out)) if self._in_rows(weights, i)]
         sums = row_sums(weights, pruning.segments, in_rows)
-        means = [x / weights.views[i][0].numel() for i, x in zip(in_rows, sums, strict=True)]
-        by_row = dict(zip(in_rows, self._factors(weights, in_rows, means), strict=True))
-        rest = [i for i in every if i not in by_row]
-        means = [self._means(weights, pruning.segments, i) for i in rest]
-        write_effective(weights, pruning.segments, self.operator, out, by_row)
-        for i, factor in zip(rest, self._factors(weights, rest, means), strict=True):
-            u = out[i]
+        means = {i: x / weights.views[i][0].numel() for i, x in zip(in_rows, sums, strict=True)}
+        # In the order of the tensors: the factors of shards are communicated, and which tensors lie
+        # in rows may differ between processes.
+        factors = self._factors(
+            weights,
+            [
+                means[i] if i in means else self._means(weights, pruning.segments, i)
+                for i in range(len(out))
+            ],
+        )
+        write_effective(
+            weights, pruning.segments, self.operator, out, {i: factors[i] for i in in_rows}
+        )
+        for i, (u, factor) in enumerate(zip(out, factors, strict=True)):
+            if i in means:
+                continue
             if (groups := self._groups[i]) is not None:
                 u, factor = u.unflatten(0, (groups, -1)), factor.view(groups, 1, -1)
             u.mul_(factor.view(*factor.shape, *[1] * (u.dim() - factor.dim())))
@@ -139,14 +147,10 @@ class Rescaled(MagnitudePruning):
         kept = magnitude * ~self._by_channel(i, pruned_mask(weights, segments, i))
         return torch.stack([kept.mean(1), magnitude.mean(1)], 1)
 
-    def _factors(
-        self, weights: LatentWeights, positions: Sequence[int], means: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
-        """Return the factors of the output channels of tensors, from their means of |w|."""
-        if not positions:
-            return []
-        pairs = zip(positions, means, strict=True)
-        part, total = torch.cat([weights.row_means(i, x) for i, x in pairs]).unbind(1)
+    def _factors(self, weights: LatentWeights, means: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the factors of the output channels of each tensor, from their means of |w|."""
+        whole = [weights.row_means(i, x) for i, x in enumerate(means)]
+        part, total = torch.cat(whole).unbind(1)
         ratio = (part + 1e-6) / (total + 1e-6)
         # NaN or infinite weights leave their channel unchanged.
         factors = (1.01 / (ratio + 0.01)).nan_to_num_(nan=1.0)

@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a two-layer perceptron, each behind a layer norm and with a shortcut.
+    """Attention and a two-layer perceptron, each after a layer norm, with a shortcut.
 
     Args:
         dim: width of the input and of the output; the perceptron's hidden layer has 4 times this.

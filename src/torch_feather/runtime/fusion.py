@@ -19,6 +19,7 @@ from .activations import activation_of, bounds_of
 from .composite import replace_composites
 from .errors import CaptureError
 from .layer import AvgPool, Layer, MaxPool
+from .shuffle import replace_shuffles
 
 aten = torch.ops.aten
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default  # returns statistics, too
@@ -41,7 +42,8 @@ def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
     Args:
         module: an exported model, which is modified.
         activations: whether to fuse smooth activation functions into the layers before them, and to
-            replace average pooling by layers, and GELU that is written out by one function.
+            replace average pooling and channel shuffles by layers, and GELU that is written out by
+            one function.
 
     Returns:
         The module.
@@ -60,6 +62,8 @@ def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
         if activations:
             replace_composites(part.graph)
         part.recompile()
+    if activations:
+        replace_shuffles(module.graph)
     graph, constants = module.graph, _constants(module)
     alive, uses = set(graph.nodes), Counter[str]()
     for node in list(graph.nodes):

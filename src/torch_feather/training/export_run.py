@@ -174,9 +174,10 @@ def load_network(run: RunDirectory, data_path: str | None = None) -> tuple[nn.Mo
         source = replace(config.data, path=data_path or config.data.path)
         data = load_dataset(source, config.seed)
         shape, classes = list(data.example().shape[1:]), data.classes
-    model = models.create(config.network, classes, shape[0])
+    is_text = len(shape) == 1
+    model = models.create(config.network, classes, 1 if is_text else shape[0])
     run.load_model(model)
-    return model, torch.zeros(1, *shape, dtype=torch.int64 if len(shape) == 1 else None)
+    return model, torch.zeros(1, *shape, dtype=torch.int64 if is_text else None)
 
 
 def run_metadata(run: RunDirectory) -> dict[str, Any]:

@@ -111,10 +111,12 @@ def dot(a: np.ndarray, b: np.ndarray) -> float:
         11.0
     """
     whole = a.size // _DOT * _DOT
-    # A stack of products of a row and a column, each of which is a dot product of BLAS.
-    rows, columns = a[:whole].reshape(-1, 1, _DOT), b[:whole].reshape(-1, _DOT, 1)
-    total = float(np.matmul(rows, columns).sum(dtype=np.float64))
-    return total + float(np.dot(a[whole:], b[whole:]))
+    total = float(np.dot(a[whole:], b[whole:])) if whole < a.size else 0.0
+    if whole:
+        # A stack of products of a row and a column, each of which is a dot product of BLAS.
+        rows, columns = a[:whole].reshape(-1, 1, _DOT), b[:whole].reshape(-1, _DOT, 1)
+        total = sum(np.matmul(rows, columns).ravel().tolist(), total)
+    return total
 
 
 def checksum_of(weights: LatentWeights, i: int, here: Tensor) -> int:

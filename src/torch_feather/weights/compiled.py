@@ -317,7 +317,7 @@ def _rows_of_spans(
     for field in ("latent", "parameter"):
         rows[field] += 4 * (starts - found.local[range_of])
     rows["size"], rows["whole"] = sizes, whole["parameter"][range_of]
-    last = np.append(range_of[1:] != range_of[:-1], True)
+    last = np.append(range_of, -1)[1:] != range_of
     rows["count"][last] = whole["size"][range_of[last]]
     return rows, range_of, span_of
 

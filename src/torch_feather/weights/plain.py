@@ -39,11 +39,13 @@ SAMPLE = 61
 def write_effective(
     weights: LatentWeights,
     segments: Sequence[Segment],
-    operator: Operator,
+    operator: Operator | Sequence[Operator],
     out: Sequence[Tensor],
     factors: Mapping[int, Tensor] = NO_FACTORS,
 ) -> None:
     """Write the effective weights; arguments as for `passes.write_effective`.
+
+    There may be an operator for each segment.
 
     Example:
         >>> from torch_feather.operators import Soft
@@ -57,9 +59,12 @@ def write_effective(
     every, found = list(spans(weights, segments)), ranges(weights)
     size, recorded = len(found.size), isinstance(out, Recorded)
     columns = np.empty((size, COLUMNS), np.int64) if recorded else None
-    nonfinite = compiled.write_effective(
-        weights, every, operator, out, None if factors else columns
-    )
+    nonfinite, operators = None, operator if isinstance(operator, Sequence) else []
+    if isinstance(operator, Operator):
+        operators = [operator] * len(segments)
+        nonfinite = compiled.write_effective(
+            weights, every, operator, out, None if factors else columns
+        )
     flat = arrays(weights, out) if nonfinite is None or factors else []
     rows = _row_factors(weights, factors)
 
@@ -68,14 +73,14 @@ def write_effective(
             column_sums(flat[j], columns[j])
 
     if nonfinite is None:
-        pieces = _pieces(weights, every, operator, flat, rows)
+        pieces = _pieces(weights, every, operators, flat, rows)
         if recorded:
             thresholds = [min(piece.overlap.threshold for piece in own) for own in pieces]
             thresholds_of(weights).update(np.array(thresholds))
 
         def write(group: slice) -> bool:
             inside = range(group.start, group.stop)
-            found = _write([piece for j in inside for piece in pieces[j]], operator, weights.wide)
+            found = _write([piece for j in inside for piece in pieces[j]], weights.wide)
             for j in inside:
                 finish(j)
             return found
@@ -145,15 +150,17 @@ class PieceOfSpan(NamedTuple):
     Example:
         >>> from torch_feather.weights.spans import Piece
         >>> span, bits = Span(Piece(torch.ones(2), 0), 3, torch.tensor(0.5)), np.zeros(2, np.int32)
-        >>> PieceOfSpan(Overlap(span, 0, 0, 2, None), torch.float32, bits, bits, True).span.limit
+        >>> PieceOfSpan(Overlap(span, 0, 0, 2, None), Power(), torch.float32, bits, bits).span.limit
         3
     """
 
     overlap: Overlap
+    operator: Operator
+    """Gives the values of kept weights."""
     dtype: torch.dtype
     latent: np.ndarray
     out: np.ndarray
-    plain: bool
+    plain: bool = False
     """Whether `plain_values` computes the operator."""
     rows: RowFactors | None = None
     """By which the effective weights are multiplied."""
@@ -172,7 +179,7 @@ class PieceOfSpan(NamedTuple):
 def _pieces(
     weights: LatentWeights,
     every: Sequence[Span],
-    operator: Operator,
+    operators: Sequence[Operator],
     out: Sequence[np.ndarray],
     rows: Mapping[int, RowFactors],
 ) -> list[list[PieceOfSpan]]:
@@ -181,13 +188,14 @@ def _pieces(
     Args:
         weights: the latent weights.
         every: all spans.
-        operator: gives the values of kept weights.
+        operators: gives the values of kept weights of each segment.
         out: memory to write for each range.
         rows: factors for some of the ranges.
     """
     dtypes = [span.piece.values.dtype for span in every]
-    pairs = zip(every, dtypes, strict=True)
-    plain = [dtype == weights.wide and is_plain(operator, span) for span, dtype in pairs]
+    own_operator = [operators[span.segment] for span in every]
+    triples = zip(every, dtypes, own_operator, strict=True)
+    plain = [dtype == weights.wide and is_plain(one, span) for span, dtype, one in triples]
     latent = arrays(weights, weights.views)
     pieces: list[list[PieceOfSpan]] = []
     for j, own in enumerate(overlaps_of(weights, every)):
@@ -196,13 +204,14 @@ def _pieces(
             k, a, b, factors = overlap.number, overlap.start, overlap.stop, rows.get(j)
             if factors is not None:
                 factors = factors._replace(start=factors.start + a)
+            parts = latent[j][a:b], out[j][a:b]
             pieces[j].append(
-                PieceOfSpan(overlap, dtypes[k], latent[j][a:b], out[j][a:b], plain[k], factors)
+                PieceOfSpan(overlap, own_operator[k], dtypes[k], *parts, plain[k], factors)
             )
     return pieces
 
 
-def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype) -> bool:
+def _write(pieces: Sequence[PieceOfSpan], wide: torch.dtype) -> bool:
     """Write effective weights: those of dense pieces at once.
 
     Those of sparse pieces are computed together: most operations on them are shorter than a call of
@@ -214,7 +223,7 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
     nonfinite = False
     sparse: dict[int, list[tuple[PieceOfSpan, np.ndarray, np.ndarray]]] = {}  # by span
     for piece in pieces:
-        if keeps_all(operator, piece.span):
+        if keeps_all(piece.operator, piece.span):
             np.copyto(piece.out, piece.latent)
             piece.multiply()
             nonfinite |= may_be_nonfinite(piece.out, piece.dtype)
@@ -228,7 +237,7 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
             sample = bits[::SAMPLE]
             kept = int(np.count_nonzero(sample > piece.span.limit))
             if piece.plain and kept > DENSE * sample.size:
-                _write_dense(w, bits, piece.span, operator, piece.out)
+                _write_dense(w, bits, piece.span, piece.operator, piece.out)
                 piece.multiply()
                 nonfinite |= may_be_nonfinite(piece.out, piece.dtype)
                 continue
@@ -237,7 +246,7 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
             index, chosen = choose(w, above, count)
         sparse.setdefault(id(piece.span), []).append((piece, index, chosen))
     for same in sparse.values():
-        u = _sparse_values([piece for piece, _, _ in same], [w for *_, w in same], operator)
+        u = _sparse_values([piece for piece, _, _ in same], [w for *_, w in same])
         end = 0
         for piece, index, w in same:
             start, end = end, end + w.size
@@ -253,19 +262,15 @@ def _write(pieces: Sequence[PieceOfSpan], operator: Operator, wide: torch.dtype)
     return nonfinite
 
 
-def _sparse_values(
-    pieces: Sequence[PieceOfSpan],
-    chosen: Sequence[np.ndarray],
-    operator: Operator,
-) -> np.ndarray:
+def _sparse_values(pieces: Sequence[PieceOfSpan], chosen: Sequence[np.ndarray]) -> np.ndarray:
     """Return the effective values, as integers, of the weights of one span that may be kept.
 
     Args:
         pieces: of the span.
         chosen: the weights of each piece that may be kept.
-        operator: gives the values of kept weights.
     """
     span, dtype, w = pieces[0].span, pieces[0].dtype, np.concatenate(chosen)
+    operator = pieces[0].operator
     if pieces[0].plain:
         u = plain_values(w, span.tau.numpy(), operator).view(pieces[0].out.dtype)
     else:

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from .. import devices
 from ..threads import for_each
 from .candidates import Candidates
-from .latent import LatentWeights, flat_bits
+from .latent import LatentWeights, flat_bits, flat_of
 
 Result = TypeVar("Result")
 
@@ -113,6 +115,31 @@ def wide_array(bits: np.ndarray, dtype: torch.dtype, wide: torch.dtype) -> np.nd
     if dtype == wide:
         return bits.view(f"f{bits.itemsize}")
     return torch.from_numpy(bits).view(dtype).to(wide).numpy()
+
+
+def flat_arrays(*tensors: Tensor) -> list[np.ndarray] | None:
+    """Return dense tensors on a CPU as flat arrays in the order of their memory.
+
+    Args:
+        tensors: of one shape; the first is dense in memory.
+
+    Returns:
+        None if they have several layouts or types, or one that NumPy has not, or lie elsewhere.
+
+    Example:
+        >>> import torch
+        >>> w = torch.ones(2, 3)
+        >>> flat_arrays(w, w.t().contiguous().t()), [x.size for x in flat_arrays(w, 2 * w)]
+        (None, [6, 6])
+    """
+    first = tensors[0]
+    if first.dtype not in (torch.float32, torch.float64) or devices.synchronizes(first.device):
+        return None
+    for t in tensors:
+        plain = type(t) in (Tensor, Parameter) and t.layout == torch.strided
+        if not plain or t.dtype != first.dtype or t.stride() != first.stride():
+            return None
+    return [flat_of(t).numpy() for t in tensors]
 
 
 def ranges(weights: LatentWeights) -> Ranges:

@@ -48,6 +48,8 @@ class Span(NamedTuple):
     """Weights are pruned if the bits of their score are at most this."""
     tau: Tensor
     """Threshold of the operator, 0-dimensional."""
+    segment: int = 0
+    """Position of its segment among those given."""
 
 
 def spans(weights: LatentWeights, segments: Sequence[Segment]) -> Iterator[Span]:
@@ -64,13 +66,13 @@ def spans(weights: LatentWeights, segments: Sequence[Segment]) -> Iterator[Span]
         >>> [span.piece.values.numel() for span in spans(weights, [Segment(0, 3, cutoff)])]
         [1, 2]
     """
-    number = np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
-    for segment in segments:
+    wide = np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
+    for number, segment in enumerate(segments):
         first, end = weights.local_range(segment.start, segment.stop)
         cutoff, tau = segment.cutoff, segment.threshold
         value, last = cutoff.value.item(), int(cutoff.last)
-        limit = as_integer(value, number) if value >= 0 else -1
-        scale = None if segment.scale is None else number.type(segment.scale.item())
+        limit = as_integer(value, wide) if value >= 0 else -1
+        scale = None if segment.scale is None else wide.type(segment.scale.item())
         for part in weights.parts:
             a, b = max(first, part.start), min(end, part.stop)
             # Scores equal to the cutoff are pruned up to `last`, so the comparison changes there.
@@ -78,7 +80,7 @@ def spans(weights: LatentWeights, segments: Sequence[Segment]) -> Iterator[Span]
             for start, stop, bound in ((a, middle, limit), (middle, b, max(limit, 0) - 1)):
                 if start < stop:
                     inside = part.flat[start - part.start : stop - part.start]
-                    yield Span(Piece(inside, start, scale), bound, tau)
+                    yield Span(Piece(inside, start, scale), bound, tau, number)
 
 
 def is_plain(operator: Operator, span: Span) -> bool:
@@ -126,7 +128,7 @@ def overlaps(
         >>> [x.tolist() for x in overlaps(ranges(weights), one)]
         [[0, 1], [0, 0], [0, 2], [2, 3]]
     """
-    starts = np.array([span.piece.start for span in every])
+    starts = np.array([span.piece.start for span in every], np.int64)  # there may be none
     cuts = np.union1d(found.local, starts)
     range_of = np.searchsorted(found.local, cuts, "right") - 1
     ends = np.minimum(np.append(cuts[1:], np.inf), (found.local + found.size)[range_of])

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ... import devices
 from ...operators import Operator
-from ...selection.cpu import INTEGER
-from ...threads import scratch
+from ...threads import for_each, scratch
 from ...weights.checksum import column_sums, dot
 from ...weights.latent import LatentWeights, sum_blocks
-from ...weights.ranges import of_ranges, ranges
+from ...weights.ranges import COLUMNS, arrays, ranges
 from ...weights.sums import Recorded, Sums, versions
 from ..base import Gradients
 
@@ -63,17 +62,26 @@ def _on_cpu(
     weights: LatentWeights, effective: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> Tensor:
     """Return the sums for tensors of type `wide`, with one read of each."""
-    recorded = isinstance(effective, Recorded)
+    found, recorded = ranges(weights), isinstance(effective, Recorded)
+    columns = np.empty((len(found.size) if recorded else 0, COLUMNS), np.int64)
+    kind = np.float64 if weights.wide == torch.float64 else np.float32
 
-    def change(w: np.ndarray, u: np.ndarray, g: np.ndarray) -> tuple[float, np.ndarray | None]:
-        found = dot(np.subtract(u, w, out=scratch("values", w.size, w.dtype)), g)
-        return found, column_sums(u.view(INTEGER[u.dtype])) if recorded else None
+    def change(task: tuple[int, np.ndarray, np.ndarray, np.ndarray]) -> float:
+        j, latent, held, gradient = task
+        if recorded:
+            column_sums(held, columns[j])
+        w, u = latent.view(kind), held.view(kind)
+        with np.errstate(all="ignore"):
+            return dot(np.subtract(u, w, out=scratch("values", w.size, kind)), gradient.view(kind))
 
+    held = arrays(weights, effective)
+    of_gradients = found.of(gradients)  # not kept: that would hold their memory
+    rows = zip(arrays(weights, weights.views), held, of_gradients, strict=True)
+    sums = for_each(change, [(j, *row) for j, row in enumerate(rows)])
     with np.errstate(all="ignore"):
-        found, columns = zip(*of_ranges(weights, change, effective, gradients), strict=True)
-        total = np.bincount(ranges(weights).position, found, len(weights.views))
+        total = np.bincount(found.position, sums, len(weights.views))
     if isinstance(effective, Recorded):
-        effective.sums = Sums(versions(effective), np.stack(columns), nonfinite=True)
+        effective.sums = Sums(versions(effective), columns, nonfinite=True)
     return torch.from_numpy(total).to(weights.wide)
 
 

@@ -19,20 +19,18 @@ from ... import devices
 from ...context import MethodContext
 from ...errors import ConfigurationError
 from ...selection import select
-from ...weights.latent import DEVICE_BLOCK, LatentWeights, PerTensor, blocks, write_if
+from ...weights.latent import DEVICE_BLOCK, LatentWeights, PerTensor, write_if
 from ...weights.passes import write_each
 from ..base import BoundMethod, Completion, Facts, Gradients, Pruning, Rate, Summary
 from ..own_parameters import Adam
+from .passes import BLOCK as BLOCK  # where version 0.1 had them
+from .passes import MARGIN as MARGIN
+from .passes import draw_on_cpu, inside, write_gradient
 from .projection import project_
 from .random_numbers import uniform
 
-# Distance of probabilities from 0 and 1 in logits. At 1, where they start, the formula of the
-# gradient is 0/0. The public code's first projection, 21 halvings, leaves them at this distance.
-MARGIN = 2.0**-21
 # Fractions of the epochs at which pruning begins and ends.
 BEGIN, END = 0.16, 0.6
-# Weights per block of a mask that is drawn on a CPU: its integers stay in the L2 cache.
-BLOCK = 1 << 15
 MOST_PASSES = 1000  # the paper uses 2; many more are a mistake, such as the number of steps
 
 
@@ -168,21 +166,25 @@ class ProbabilisticMasks(BoundMethod):
         sharpness, frozen = self._sharpness(self._epoch(step)), step >= self.target_step
         mask = weights.per_weight(None)
         if devices.synchronizes(weights.device):
-            self._draw(mask.flat, sharpness, DEVICE_BLOCK)
+            self._draw(mask.flat, sharpness)
             mask.flat.copy_(torch.where(frozen, self._most_probable(step), mask.flat))
         elif frozen:
             mask.flat.copy_(self._most_probable(step))
         else:
-            self._draw(mask.flat, sharpness, BLOCK)
+            self._draw(mask.flat, sharpness)
         return SoftMask(mask, sharpness)
 
-    def _draw(self, out: Tensor, sharpness: Tensor, block: int) -> None:
+    def _draw(self, out: Tensor, sharpness: Tensor) -> None:
         """Write sigmoid(T (logit(pi) + logistic noise)), with one logarithm for both logits."""
         probability, draws = self.state["probability"].flat, self.state["draws"].flat
-        for a in range(0, out.numel(), block):
-            mask = out[a : a + block]
-            u = uniform(self.method.seed, draws[0] * out.numel() + a, mask.numel(), mask.dtype)
-            p = _inside(probability[a : a + block])
+        seed, first = self.method.seed, draws[0] * out.numel()
+        if not devices.synchronizes(out.device):
+            draw_on_cpu(probability, seed, int(first), float(sharpness), out)
+            return
+        for a in range(0, out.numel(), DEVICE_BLOCK):
+            mask = out[a : a + DEVICE_BLOCK]
+            u = uniform(seed, first + a, mask.numel(), mask.dtype)
+            p = inside(probability[a : a + DEVICE_BLOCK])
             odds = (p * u).div_((1 - p).mul_(1 - u))
             torch.sigmoid(odds.log_().mul_(sharpness), out=mask)
 
@@ -237,22 +239,16 @@ class ProbabilisticMasks(BoundMethod):
         """
         own = weights.per_weight(None)
         probability, mask = self.state["probability"].rows, pruning.mask.rows
+        factor = pruning.sharpness if scale is None else pruning.sharpness / scale
         for row, gradient, w, p, m in zip(
             own.rows, gradients, weights.views, probability, mask, strict=True
         ):
             if gradient is None:
                 row.zero_()
                 continue
-            row.copy_(gradient)
-            for g, w_block, p_block, m_block in blocks(row, w, p, m):
-                inside = _inside(p_block)
-                g.mul_(w_block).mul_(1 - m_block).div_(inside.mul_(1 - inside))
-                g.mul_(pruning.sharpness)
-                if scale is not None:
-                    g.div_(scale)
-                # If gradients overflowed, GradScaler skips the optimizer of those weights, and no
-                # other.
-                g.nan_to_num_(0.0, 0.0, 0.0)
+            # If gradients overflowed, they are 0: GradScaler skips the optimizer of those weights,
+            # and no other.
+            write_gradient(row, gradient, w, p, m, factor)
         return Completion(own={"probability": own})
 
     # The probabilities' own step
@@ -298,8 +294,3 @@ def _write_product(w: Tensor, mask: Tensor, out: Tensor) -> None:
         torch.mul(mask, w, out=out).add_(0.0)
     else:
         out.copy_(mask * w).add_(0.0)
-
-
-def _inside(p: Tensor) -> Tensor:
-    """Return probabilities away from 0 and 1 by `MARGIN`, so that their logits are finite."""
-    return p.clamp(MARGIN, 1 - MARGIN)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from ... import devices
-from ...threads import scratch
-from ...weights.latent import BLOCK, blocks, sum_blocks
+from ...threads import for_each, scratch
+from ...weights.latent import BLOCK, blocks
 
 SAMPLE = 61
 """The search starts at the root for every so many numbers."""
@@ -52,12 +50,14 @@ def _shift(x: Tensor, budget: Tensor) -> Tensor:
         return x.new_zeros(())
     v = x.new_zeros(())
     if host_reads and x.numel() > BLOCK:
-        sample = x[::SAMPLE]
+        sample = x[::SAMPLE].contiguous()
         v = _shift(sample, budget * sample.numel() / x.numel())
-    low, high = v.new_full((), -1.0), x.max().clamp_min(0.0)
+    low, high = v.new_full((), -1.0), v.new_full((), torch.inf)
+    if not host_reads:
+        high = _top(x)
     rounding = 4 * torch.finfo(x.dtype).eps
     for _ in range(ITERATIONS):
-        kept, falling = sum_blocks(partial(_counts, v=v), x).unbind()
+        kept, falling = _counts(x, v).unbind()
         violation = kept - budget
         above = violation > 0
         low, high = torch.where(above, v, low), torch.where(above, high, v)
@@ -67,9 +67,16 @@ def _shift(x: Tensor, budget: Tensor) -> Tensor:
             break
         newton = v + violation / falling
         inside = (newton > low) & (newton < high)
+        if host_reads and not inside and high == torch.inf:
+            high = _top(x)
         following = torch.where(inside, newton, (low + high) / 2).clamp_min(0.0).to(x.dtype)
         v = torch.where(done, v, following)
     return v
+
+
+def _top(x: Tensor) -> Tensor:
+    """Return the least v >= 0 for which no entry of x - v is above 0, 0-dimensional."""
+    return x.max().clamp_min(0.0)
 
 
 def _counts(x: Tensor, v: Tensor) -> Tensor:
@@ -78,7 +85,14 @@ def _counts(x: Tensor, v: Tensor) -> Tensor:
         terms = (x - v).clamp_(0.0, 1.0)
         falling = ((terms > 0) & (terms < 1)).sum()
         return torch.stack([terms.sum().double(), falling.double()])
-    array = scratch("values", x.numel(), x.numpy().dtype)
-    terms = torch.sub(x, v, out=torch.from_numpy(array)).clamp_(0.0, 1.0)
-    count = int(np.count_nonzero(array > 0)) - int(np.count_nonzero(array == 1))
-    return torch.tensor([float(terms.sum()), count], dtype=torch.float64)
+    values, shift = x.numpy(), v.numpy()
+
+    def of_block(a: int) -> tuple[float, int]:
+        own = values[a : a + BLOCK]
+        array = np.subtract(own, shift, out=scratch("values", own.size, own.dtype))
+        terms = torch.from_numpy(array).clamp_(0.0, 1.0)
+        count = int(np.count_nonzero(array > 0)) - int(np.count_nonzero(array == 1))
+        return float(terms.sum()), count
+
+    found = for_each(of_block, range(0, values.size, BLOCK))
+    return torch.tensor(found, dtype=torch.float64).sum(0)

@@ -46,7 +46,9 @@ def uniform(seed: int, position: Tensor, count: int, dtype: torch.dtype) -> Tens
         torch.Size([2])
     """
     if not devices.synchronizes(position.device):
-        return torch.from_numpy(_on_cpu(seed, int(position), count, dtype))
+        numbers = np.empty(count, np.float64 if dtype == torch.float64 else np.float32)
+        write_uniform(numbers, seed, int(position))
+        return torch.from_numpy(numbers)
     z = torch.arange(1, count + 1, device=position.device)
     z.add_(position).mul_(_WEYL).add_(_signed(seed % 2**64))
     # A shift of signed integers brings in copies of the sign, which are masked off.
@@ -56,22 +58,37 @@ def uniform(seed: int, position: Tensor, count: int, dtype: torch.dtype) -> Tens
     return upper.to(dtype).add_(0.5).mul_(2.0**-23)
 
 
-def _on_cpu(seed: int, position: int, count: int, dtype: torch.dtype) -> np.ndarray:
-    """Return the numbers of `uniform` with fewer operations: NumPy has unsigned integers."""
-    out = np.empty(count, np.float64 if dtype == torch.float64 else np.float32)
-    for a in range(0, count, _BLOCK):
+def write_uniform(out: np.ndarray, seed: int, position: int) -> None:
+    """Write the numbers of `uniform` on a CPU, with fewer operations: NumPy has unsigned integers.
+
+    Args:
+        out: float32 or float64, flat.
+        seed: selects the sequence.
+        position: of the first number.
+
+    Example:
+        >>> numbers = np.empty(2, np.float32)
+        >>> write_uniform(numbers, seed=0, position=3)
+        >>> bool((uniform(0, torch.tensor(3), 2, torch.float32).numpy() == numbers).all())
+        True
+    """
+    for a in range(0, out.size, _BLOCK):
         part = out[a : a + _BLOCK]
         offset = np.uint64(((position + a) * _WEYL + seed) % 2**64)
         z = np.add(_multiples()[: part.size], offset, out=scratch("z", part.size, np.uint64))
         shifted = scratch("shifted", part.size, np.uint64)
-        for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
-            z ^= np.right_shift(z, np.uint64(shift), out=shifted)
-            z *= np.uint64(factor % 2**64)
+        for shift, factor in _MIXES:
+            z ^= np.right_shift(z, shift, out=shifted)
+            z *= factor
         z >>= np.uint64(41)
-        np.copyto(part, z.view(np.int64), casting="unsafe")
-        np.add(part, 0.5, out=part)
-        np.multiply(part, 2.0**-23, out=part)
-    return out
+        bits = scratch("bits", part.size, np.uint32)
+        np.copyto(bits, z, casting="unsafe")
+        # Behind the exponent of 1, these bits are a number in [1, 2), and the difference is exact.
+        bits |= np.uint32(0x3F800000)
+        np.subtract(bits.view(np.float32), np.float32(1 - 2.0**-24), out=part)
+
+
+_MIXES = [(np.uint64(30), np.uint64(_MIX_1 % 2**64)), (np.uint64(27), np.uint64(_MIX_2 % 2**64))]
 
 
 @functools.cache

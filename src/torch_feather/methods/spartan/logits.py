@@ -7,6 +7,7 @@ for pruned weights and 1 - m for kept ones, which keeps the digits of small valu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -15,14 +16,16 @@ from torch import Tensor
 
 from ... import devices
 from ...threads import for_each, scratch
-from ...weights.latent import BLOCK, DEVICE_BLOCK, LatentWeights, flat_bits
+from ...weights.latent import BLOCK, DEVICE_BLOCK, LatentWeights
 from ...weights.overlaps import kept_weights, overlaps_of
 from ...weights.ranges import arrays, ranges, wide_array
 from ...weights.segments import Segment
-from ...weights.spans import Span, spans
+from ...weights.spans import spans
 
 SAMPLE = 61
-"""On a CPU, a search starts at the solution for every so many weights."""
+"""On a CPU, a search starts near the solution for every so many weights."""
+SATURATED = 100.0
+"""Logit of NaN values, at which m is 1 for every possible mu."""
 
 Function = Callable[..., Tensor]
 """`SoftTopK.logits`."""
@@ -91,6 +94,70 @@ def _block(flat: Tensor) -> int:
     return DEVICE_BLOCK if devices.synchronizes(flat.device) else BLOCK
 
 
+class Line(NamedTuple):
+    """The logits of a segment on a CPU, beta (v / c - h) + mu, by numbers of the host.
+
+    Example:
+        >>> line = Line(beta=2.0, scale=1.0, threshold=0.5)
+        >>> line.write(np.float32([1.0]), np.empty(1, np.float32))
+        array([1.], dtype=float32)
+    """
+
+    beta: float
+    scale: float
+    """1 / c."""
+    threshold: float
+    """h."""
+    shift: float = 0.0
+    """mu."""
+
+    def write(self, values: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Write and return the logits of values v >= 0; those of NaN are NaN."""
+        with np.errstate(all="ignore"):
+            if self.scale != 1:
+                values = np.multiply(values, self.scale, out=out)
+            np.subtract(values, self.threshold, out=out)
+            np.multiply(out, self.beta, out=out)
+            return np.add(out, self.shift, out=out) if self.shift else out
+
+    def mask(self, values: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Write and return m of values v >= 0; 1 for NaN.
+
+        The result for a value does not depend on the other values.
+        """
+        m = sigmoid_(self.write(values, out))
+        if np.isnan(np.add.reduce(m, axis=None)):
+            m[np.isnan(m)] = 1
+        return m
+
+    def mask_(self, values: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Write and return m of values v >= 0; NaN for NaN.
+
+        The last bits depend on the position in the array, as PyTorch computes the last values,
+        which fill no vector, in another way. It takes two thirds of the time of `mask`.
+        """
+        torch.from_numpy(self.write(values, out)).sigmoid_()
+        return out
+
+
+def sigmoid_(x: np.ndarray) -> np.ndarray:
+    """Write and return the sigmoid of numbers in their memory.
+
+    A result does not depend on the other numbers, as it does with PyTorch.
+
+    Args:
+        x: float32 or float64.
+
+    Example:
+        >>> sigmoid_(np.float32([0.0, -200.0, 200.0]))
+        array([0.5, 0. , 1. ], dtype=float32)
+    """
+    with np.errstate(all="ignore"):
+        np.exp(np.negative(x, out=x), out=x)
+        np.add(x, 1, out=x)
+        return np.reciprocal(x, out=x)
+
+
 class KeptLogits:
     """The logits of the kept weights on a CPU; those of the others are computed for each sum.
 
@@ -100,105 +167,104 @@ class KeptLogits:
     Args:
         weights: the latent weights.
         segments: cover all weights once, in their order.
-        function: gives the logits.
+        lines: their logits.
 
     Example:
         >>> from torch_feather.selection import Cutoff
         >>> weights = LatentWeights([torch.tensor([1.0, 2.0])])
         >>> cutoff = Cutoff(torch.tensor(1.0), torch.tensor(1), torch.tensor(1.0))
-        >>> kept = KeptLogits(weights, [Segment(0, 2, cutoff)], lambda v, j, **_: v - 1)
+        >>> kept = KeptLogits(weights, [Segment(0, 2, cutoff)], [Line(1.0, 1.0, 1.0)])
         >>> kept.counts
         tensor([[1., 1.]], dtype=torch.float64)
         >>> kept.sums(torch.tensor([0.0]))[0, 0]  # m of the pruned weight
         tensor(0.5000, dtype=torch.float64)
     """
 
-    def __init__(self, weights: LatentWeights, segments: Sequence[Segment], function: Function):
-        self._weights, self._function = weights, function
-        every: list[Span] = []
-        owners: list[int] = []
-        for j, segment in enumerate(segments):
-            found = list(spans(weights, [segment]))
-            every += found
-            owners += [j] * len(found)
-        overlaps, self._latent = overlaps_of(weights, every), arrays(weights, weights.views)
+    def __init__(self, weights: LatentWeights, segments: Sequence[Segment], lines: Sequence[Line]):
+        self._weights, self._lines = weights, lines
+        overlaps = overlaps_of(weights, list(spans(weights, segments)))
+        self._latent = arrays(weights, weights.views)
         # A range is within one tensor, and a tensor within one segment.
-        self._segment = [owners[own[0].number] for own in overlaps]
-        self._segments = len(segments)
-
-        def keep(j: int) -> tuple[np.ndarray, Tensor]:
-            at, values = kept_weights(overlaps[j], self._wide(j))
-            magnitudes = torch.from_numpy(np.abs(values))
-            return at, function(magnitudes, self._segment[j])
-
-        self._kept = for_each(keep, range(len(overlaps)))
-        sizes = [(n - at.size, at.size) for n, (at, _) in zip(self._sizes, self._kept, strict=True)]
-        self.counts = self._totals(sizes)
-
-    @property
-    def _sizes(self) -> list[int]:
-        found: list[int] = ranges(self._weights).size.tolist()
-        return found
+        self._segment = [own[0].span.segment for own in overlaps]
+        found = for_each(lambda j: kept_weights(overlaps[j], self._wide(j)), range(len(overlaps)))
+        self._at = [at for at, _ in found]
+        kept = np.array([at.size for at in self._at], np.int64)
+        sizes = np.array([ranges(weights).size - kept, kept], np.float64)
+        self.counts = self._totals(self._segment, sizes.T)
+        # In the order of the weights, so those of a segment are neighbours.
+        self._kept = np.abs(np.concatenate([_none(weights), *(w for _, w in found)]))
+        self._parts: list[tuple[int, slice]] = []
+        ends = np.cumsum(self.counts[:, 1].numpy()).astype(int).tolist()
+        for own, (start, stop) in enumerate(pairwise([0, *ends])):
+            for a in range(start, stop, BLOCK):
+                part = slice(a, min(a + BLOCK, stop))
+                x = lines[own].write(self._kept[part], self._kept[part])
+                torch.from_numpy(x).nan_to_num_(nan=SATURATED)
+                self._parts.append((own, part))
 
     def _wide(self, j: int) -> np.ndarray:
         """Return the weights of range j in type `wide`."""
         dtype = self._weights.views[ranges(self._weights).position[j]].dtype
         return wide_array(self._latent[j], dtype, self._weights.wide)
 
-    def _totals(self, rows: Sequence[Sequence[float]]) -> Tensor:
-        """Return the sums over the ranges of each segment, from a row per range."""
-        columns = np.array(rows, np.float64).T
-        totals = [np.bincount(self._segment, column, self._segments) for column in columns]
+    def _totals(
+        self, owners: Sequence[int], rows: Sequence[Sequence[float]] | np.ndarray
+    ) -> Tensor:
+        """Return the sums of rows of numbers that belong to each segment."""
+        columns = np.array(rows, np.float64).reshape(-1, 2).T
+        totals = [np.bincount(owners, column, len(self._lines)) for column in columns]
         return torch.from_numpy(np.stack(totals, 1))
 
     def sample(self) -> StoredLogits:
         """Return every `SAMPLE`-th logit."""
-        magnitudes: list[list[np.ndarray]] = [[] for _ in range(self._segments)]
-        signs: list[list[np.ndarray]] = [[] for _ in range(self._segments)]
-        for j, (at, _) in enumerate(self._kept):
-            values = np.abs(self._wide(j)[::SAMPLE])
-            sign = np.ones_like(values)
+        count, none = len(self._lines), _none(self._weights)
+        values: list[list[np.ndarray]] = [[none] for _ in range(count)]
+        signs: list[list[np.ndarray]] = [[none] for _ in range(count)]
+        for j, at in enumerate(self._at):
+            sampled = np.abs(self._wide(j)[::SAMPLE])
+            sign = np.ones_like(sampled)
             sign[at[at % SAMPLE == 0] // SAMPLE] = -1
-            magnitudes[self._segment[j]].append(values)
+            values[self._segment[j]].append(sampled)
             signs[self._segment[j]].append(sign)
-        none = torch.empty(0, dtype=self._weights.wide).numpy()
-        joined = [torch.from_numpy(np.concatenate([none, *parts])) for parts in magnitudes]
-        logits = [self._function(values, j) for j, values in enumerate(joined)]
-        joined = [torch.from_numpy(np.concatenate([none, *parts])) for parts in signs]
-        return StoredLogits(logits, joined, _counts(joined))
+        joined = [np.concatenate(parts) for parts in values]
+        logits = [
+            torch.from_numpy(line.write(v, v)).nan_to_num_(nan=SATURATED)
+            for line, v in zip(self._lines, joined, strict=True)
+        ]
+        signed = [torch.from_numpy(np.concatenate(parts)) for parts in signs]
+        return StoredLogits(logits, signed, _counts(signed))
 
     def sums(self, mu: Tensor) -> Tensor:
         """Return the sums at mu of each segment, float64 of shape (segments, 4)."""
+        pairs = zip(self._lines, mu.tolist(), strict=True)
+        lines = [line._replace(shift=shift) for line, shift in pairs]
 
-        def of_range(j: int) -> tuple[float, ...]:
-            (at, kept), own = self._kept[j], self._segment[j]
+        def of_pruned(j: int) -> tuple[float, float]:
             w = self._wide(j)
-            e = torch.from_numpy(np.abs(w, out=scratch("values", w.size, w.dtype)))
-            e = self._function(e, own, finite=True, out=e).add_(mu[own]).sigmoid_()
-            e.numpy()[at.astype(np.intp)] = 0
-            rest = (kept + mu[own]).neg_().sigmoid_()
-            found: list[float] = []
-            for x in (e, rest):
-                total = float(x.sum())
-                found += [total, total - float(torch.dot(x, x))]
-            return tuple(found)
+            e = np.abs(w, out=scratch("values", w.size, w.dtype))
+            lines[self._segment[j]].mask_(e, e)
+            e[self._at[j].astype(np.intp)] = 0
+            return _moments(e)
 
-        return self._totals(for_each(of_range, range(len(self._kept))))
+        def of_kept(task: tuple[int, slice]) -> tuple[float, float]:
+            own, part = task
+            x = self._kept[part]
+            e = np.add(x, lines[own].shift, out=scratch("values", x.size, x.dtype))
+            torch.from_numpy(np.negative(e, out=e)).sigmoid_()
+            return _moments(e)
 
-    def write_masks(self, mu: Tensor, out: Sequence[Tensor]) -> None:
-        """Write m of kept weights, and 0 elsewhere.
+        pruned = self._totals(self._segment, for_each(of_pruned, range(len(self._at))))
+        owners = [own for own, _ in self._parts]
+        return torch.cat([pruned, self._totals(owners, for_each(of_kept, self._parts))], 1)
 
-        Args:
-            mu: of each segment.
-            out: tensors of type `wide` in the layout of the weights.
-        """
-        flat = [flat_bits(mask) for mask in out]
-        found = ranges(self._weights)
 
-        def write(j: int) -> None:
-            at, kept = self._kept[j]
-            part = flat[found.position[j]][found.start[j] :][: found.size[j]]
-            part.fill(0)
-            part[at.astype(np.intp)] = flat_bits((kept + mu[self._segment[j]]).sigmoid_())
+def _none(weights: LatentWeights) -> np.ndarray:
+    """Return no values of type `wide`."""
+    return torch.empty(0, dtype=weights.wide).numpy()
 
-        for_each(write, range(len(self._kept)))
+
+def _moments(e: np.ndarray) -> tuple[float, float]:
+    """Return the sums of e and of e (1 - e)."""
+    values = torch.from_numpy(e)
+    total = float(values.sum())
+    return total, total - float(torch.dot(values, values))

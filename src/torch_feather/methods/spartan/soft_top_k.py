@@ -11,25 +11,24 @@ They iterate Sinkhorn's updates, whose fixed point is the root mu.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import devices
+from ...operators import Operator
 from ...weights.latent import LatentWeights
-from ...weights.passes import pruned_mask
-from ...weights.segments import Segment, first_with_cutoff, position_of
-from .logits import KeptLogits, StoredLogits
+from ...weights.segments import Segment, first_with_cutoff
+from .logits import SATURATED, KeptLogits, Line, StoredLogits
 
 PASSES = 16
-"""Maximum number of passes over the weights per solution of mu; three to five are usual."""
-SATURATED = 100.0
-"""Logit of NaN values, at which m is 1 for every possible mu."""
+"""Maximum number of passes over the weights per solution of mu; one to three are usual."""
 
 
 class SoftTopK(NamedTuple):
-    """The soft masks of several segments; the last three fields have one entry per segment.
+    """The soft masks of several segments; all fields but the first have an entry per segment.
 
     Segments that share a cutoff share a budget.
 
@@ -49,45 +48,67 @@ class SoftTopK(NamedTuple):
     shift: Tensor
     """mu; infinite if a segment is entirely kept or entirely pruned."""
 
-    def logits(
-        self, magnitudes: Tensor, j: int, finite: bool = False, out: Tensor | None = None
-    ) -> Tensor:
-        """Return beta (v / c - h) of values in segment j, of any shape.
+    def line(self, j: int) -> Line:
+        """Return the logits of segment j as numbers, if the host may read them."""
+        own = (float(x[j]) for x in (self.scale, self.threshold, self.shift))
+        return Line(float(self.beta), *own)
+
+    def logits(self, magnitudes: Tensor, j: int, out: Tensor | None = None) -> Tensor:
+        """Return beta (v / c - h) of values in segment j.
 
         Args:
-            magnitudes: v.
+            magnitudes: v, of any shape.
             j: position of the segment.
-            finite: whether NaN values need no logit.
             out: memory for the result, of type `wide`; None for new memory.
         """
-        if not devices.synchronizes(magnitudes.device) and self.scale[j] == 1:
-            x = torch.sub(magnitudes, self.threshold[j], out=out).mul_(self.beta)
-        else:
-            x = torch.mul(magnitudes, self.scale[j], out=out)
-            x = x.sub_(self.threshold[j]).mul_(self.beta)
-        if finite or (not devices.synchronizes(x.device) and x.sum().isfinite()):
-            return x
-        return x.nan_to_num_(nan=SATURATED)
+        x = torch.mul(magnitudes, self.scale[j], out=out)
+        return x.sub_(self.threshold[j]).mul_(self.beta).nan_to_num_(nan=SATURATED)
 
     def mask(self, magnitudes: Tensor, j: int, out: Tensor | None = None) -> Tensor:
-        """Return m of values in segment j, of any shape, as a new tensor or in `out`."""
-        return self.logits(magnitudes, j, out=out).add_(self.shift[j]).sigmoid_()
+        """Return m; arguments as for `logits`."""
+        if devices.synchronizes(magnitudes.device):
+            return self.logits(magnitudes, j, out=out).add_(self.shift[j]).sigmoid_()
+        out = torch.empty_like(magnitudes) if out is None else out
+        self.line(j).mask(magnitudes.numpy(), out.numpy())
+        return out
+
+
+@dataclass(frozen=True)
+class SoftMasked(Operator):
+    """w m: the effective values of the kept weights of a segment.
+
+    Attributes:
+        soft: the soft masks.
+        j: position of the segment.
+
+    Example:
+        >>> one = torch.ones(1, dtype=torch.float64)
+        >>> soft = SoftTopK(torch.tensor(1.0), scale=one, threshold=2 * one, shift=0 * one)
+        >>> SoftMasked(soft, 0)(torch.tensor([2.0]), torch.tensor(2.0))
+        tensor([1.])
+    """
+
+    soft: SoftTopK
+    j: int
+
+    def __call__(self, w: Tensor, tau: Tensor) -> Tensor:
+        return self.soft.mask(w.abs(), self.j).mul_(w)
 
 
 def soft_top_k(
     weights: LatentWeights,
     segments: Sequence[Segment],
     beta: Tensor,
-    masks: Sequence[Tensor] | None = None,
+    start: Tensor | None = None,
 ) -> SoftTopK:
     """Return the soft masks around cutoffs through |w| / c; their cost is that of the kept weights.
 
     Args:
         weights: the latent weights w.
-        segments: cover all weights once; `scale` is 1 / c.
+        segments: cover all weights once, in their order; `scale` is 1 / c.
         beta: inverse temperature, 0-dimensional.
-        masks: local tensors of type `wide` in the layout of the weights, for m on kept weights and
-            0 elsewhere; None if they are not needed.
+        start: where the search of mu begins on a CPU, of each segment; infinite if unknown: then it
+            begins at the solution for a sample. It changes the result by rounding only.
 
     Example:
         >>> from torch_feather.selection import Cutoff
@@ -102,20 +123,17 @@ def soft_top_k(
     threshold = torch.stack([s.cutoff.value.double() for s in segments])
     soft = SoftTopK(beta, scale, threshold, torch.zeros_like(scale))
     cost, same = 1 / scale, shared_budgets(weights, segments)
-    if not devices.synchronizes(weights.device):
-        logits = KeptLogits(weights, segments, soft.logits)
-        start = _root(logits.sample(), cost, same, weights.wide)
-        soft = soft._replace(shift=_root(logits, cost, same, weights.wide, start))
-        if masks is not None:
-            logits.write_masks(soft.shift, masks)
-        return soft
-    stored = StoredLogits.of(weights, segments, soft.logits)
-    soft = soft._replace(shift=_root(stored, cost, same, weights.wide))
-    for i, mask in enumerate(masks or ()):
-        magnitudes = weights.views[i].abs().to(weights.wide)
-        soft.mask(magnitudes, position_of(weights, segments, i), out=mask)
-        mask.masked_fill_(pruned_mask(weights, segments, i), 0.0)
-    return soft
+    if devices.synchronizes(weights.device):
+        stored = StoredLogits.of(weights, segments, soft.logits)
+        return soft._replace(shift=_root(stored, cost, same, weights.wide))
+    kept = KeptLogits(weights, segments, [soft.line(j) for j in range(len(segments))])
+    if start is None:
+        start = torch.full_like(scale, torch.inf)
+    searched = (same @ (cost[:, None] * kept.counts)).prod(1) > 0  # neither is 0
+    if (searched & start.isinf()).any():
+        found = _root(kept.sample(), cost, same, weights.wide)
+        start = torch.where(start.isinf(), found, start)
+    return soft._replace(shift=_root(kept, cost, same, weights.wide, start))
 
 
 def shared_budgets(weights: LatentWeights, segments: Sequence[Segment]) -> Tensor:

@@ -18,14 +18,17 @@ from ...errors import ConfigurationError
 from ...gradient_rules import StraightThrough
 from ...operators import Hard
 from ...schedules import Linear, count_steps
+from ...weights import plain
 from ...weights.kept import keep_nonzero
-from ...weights.latent import LatentWeights, PerTensor, blocks, sum_blocks
-from ...weights.passes import write_each
+from ...weights.latent import LatentWeights, PerTensor, blocks, sum_blocks, write_if
+from ...weights.passes import pruned_mask, write_each
 from ...weights.segments import Segment, position_of
-from ..base import Completion, Gradients, Pruning
+from ..base import Completion, Gradients, Pruning, Rate
 from ..magnitude import MagnitudePruning, Method
 from ..options import make_allocation
-from .soft_top_k import SoftTopK, shared_budgets, soft_top_k
+from .gradient import Flat
+from .logits import Line
+from .soft_top_k import SoftMasked, SoftTopK, shared_budgets, soft_top_k
 
 
 def spartan(
@@ -108,12 +111,13 @@ class SoftMasks(NamedTuple):
         >>> weights = LatentWeights([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
         >>> context = MethodContext(nn.Linear(4, 1), ["weight"], weights, 0.5, 10)
         >>> pruning = spartan(sparsity=0.5).bind(context).update(weights, torch.tensor(2))
-        >>> pruning.mask[0].count_nonzero(), pruning.frozen
-        (tensor(2), tensor(False))
+        >>> pruning.threshold, pruning.frozen
+        (tensor([2.]), tensor(False))
     """
 
-    mask: list[Tensor]
-    """m on kept weights and 0 elsewhere, one per weight tensor."""
+    mask: list[Tensor] | None
+    """m on kept weights and 0 elsewhere, one per weight tensor; None on a CPU until it is frozen:
+    the pass that writes the effective weights computes it."""
     threshold: Tensor
     """Magnitude up to which weights were pruned when the mask was made, of shape (tensors,)."""
     frozen: Tensor
@@ -124,6 +128,8 @@ class SoftMasks(NamedTuple):
     """The scheduled cutoffs."""
     positions: tuple[int, ...]
     """Position of the segment of each weight tensor."""
+    lines: list[Line]
+    """The soft masks of the segments as numbers, on a CPU."""
     known: dict[int, tuple[int | None, Tensor]]
     """Memory of soft masks, and the versions of the weights of which `pull_back` computed them."""
 
@@ -145,7 +151,9 @@ class Spartan(MagnitudePruning):
     (The paper has k - sum c m^2 for the latter sum; the two are equal.) A frozen mask is a
     constant, 0 on pruned weights: dL/dw = g m.
 
-    State: `mask`, `threshold` and `frozen` of the present pruning, see `SoftMasks`.
+    State: `mask`, `threshold` and `frozen` of the present pruning, see `SoftMasks`; on a CPU,
+    `mask` is 1 until it is frozen. On a CPU, `shift` is mu of the step before, infinite if unknown,
+    and `drift` its last change, by weight tensor: a search begins at their sum.
 
     Args:
         context: the model, its prunable weights, the target and the number of steps.
@@ -175,12 +183,18 @@ class Spartan(MagnitudePruning):
             "threshold": PerTensor.of(torch.zeros(n, dtype=weights.wide, device=weights.device)),
             "frozen": PerTensor.of(torch.zeros(n, dtype=torch.bool, device=weights.device)),
         }
+        searched = {
+            "shift": PerTensor.of(self.state["threshold"].flat + torch.inf),
+            "drift": PerTensor.of(torch.zeros(n, dtype=weights.wide, device=weights.device)),
+        }
+        self.state |= searched
         self.facts = replace(
             self.facts,
             pulls_back=True,
             completes=True,
             on_shards=False,
             stored=("mask", "threshold", "frozen"),
+            absent={name: entry.clone() for name, entry in searched.items()},
         )
 
     @property
@@ -195,55 +209,85 @@ class Spartan(MagnitudePruning):
         threshold = self.state["threshold"].flat
         read = not devices.synchronizes(weights.device)
         if read and stays.all():
-            return SoftMasks(masks, threshold, done, None, [], (), {})
+            return SoftMasks(masks, threshold, done, None, [], (), [], {})
         segments = self.cutoffs(weights, step)
         beta = 1 + (self.beta - 1) * (step.double() / self.freeze).clamp(max=1)
-        new = weights.per_weight(None).rows
-        soft = soft_top_k(weights, segments, beta, new)
         positions = tuple(position_of(weights, segments, i) for i in range(len(weights.views)))
+        start = beta.new_full((len(segments),), torch.inf)
+        last = self.state["shift"].flat.double() + self.state["drift"].flat
+        start[list(positions)] = last  # equal within a segment
+        soft = soft_top_k(weights, segments, beta, start)
         found = torch.stack([segments[j].threshold for j in positions])
+        if read and not done:
+            lines = [soft.line(j) for j in range(len(segments))]
+            return SoftMasks(None, found, done, soft, segments, positions, lines, {})
+        new = _masks(weights, segments, soft, positions)
         if not read or stays.any():  # states of several optimizers are loaded one after another
             new = [torch.where(*pair) for pair in zip(stays, masks, new, strict=True)]
             found = torch.where(stays, threshold, found)
-        return SoftMasks(new, found, done, soft, segments, positions, {})
+        return SoftMasks(new, found, done, soft, segments, positions, [], {})
 
     def write_effective(
         self, weights: LatentWeights, pruning: Pruning, out: Sequence[Tensor]
     ) -> None:
-        write_each(weights, _write_effective, out, pruning.mask)
+        if pruning.mask is not None:
+            write_each(weights, _write_effective, out, pruning.mask)
+            return
+        operators = [SoftMasked(pruning.soft, j) for j in range(len(pruning.segments))]
+        plain.write_effective(weights, pruning.segments, operators, out)
 
     def pruned(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
+        if pruning.mask is None:
+            return pruned_mask(weights, pruning.segments, i)
         return pruning.mask[i] == 0
+
+    def after_step(
+        self,
+        weights: LatentWeights,
+        pruning: Pruning,
+        gradients: Gradients,
+        step: Tensor,
+        lr: Rate,
+        taken: bool | Tensor,
+    ) -> None:
+        super().after_step(weights, pruning, gradients, step, lr, taken)
+        if pruning.mask is None:  # on a CPU, before it is frozen
+            shift, drift = (self.state[name].flat for name in ("shift", "drift"))
+            found = pruning.soft.shift[list(pruning.positions)]
+            change = found - shift
+            change = torch.where(change.isfinite(), change, 0.0)
+            write_if(taken, [shift, drift], [found, change])
 
     def threshold(self, weights: LatentWeights, pruning: Pruning, i: int) -> Tensor:
         return pruning.threshold[i]
 
     # Gradients
 
-    def _soft_mask(
-        self, weights: LatentWeights, pruning: SoftMasks, i: int
-    ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], None]]:
-        """Return the memory of the soft mask m of tensor i, and a function that writes a block.
+    def _memory(self, weights: LatentWeights, pruning: SoftMasks, i: int) -> tuple[Tensor, bool]:
+        """Return memory for the soft mask m of tensor i, and whether it holds m.
 
-        It takes magnitudes, their masks in the pruning, and the memory of m. It does nothing if m
-        is known, which it is once: `complete` changes the memory.
+        It holds m once, after `pull_back`: `complete` changes the memory.
         """
-        on_device, w = devices.synchronizes(weights.device), weights.views[i]
-        soft, j, known = pruning.soft, pruning.positions[i], pruning.known
-        assert soft is not None
+        known = pruning.known
         if i not in known:  # one piece of memory is faster than many
             rows = weights.per_weight(None).rows
             known.update({k: (None, row) for k, row in enumerate(rows) if k not in known})
-        version, m = known.pop(i)
-        valid = version == w._version and not on_device
+        version, memory = known.pop(i)
+        on_device = devices.synchronizes(weights.device)
+        return memory, version == weights.views[i]._version and not on_device
 
-        def write(magnitudes: Tensor, mask: Tensor, m: Tensor) -> None:
-            if not valid:
-                soft.mask(magnitudes, j, out=m)
-            if on_device:
+    def _soft_mask(self, pruning: SoftMasks, i: int, known: bool) -> Callable[..., None]:
+        """Return a function that writes m of a block of tensor i; its arguments: w, mask, m."""
+        soft, j = pruning.soft, pruning.positions[i]
+        assert soft is not None
+
+        def write(w: Tensor, mask: Tensor, m: Tensor) -> None:
+            if not known:
+                soft.mask(w.abs().to(m.dtype), j, out=m)
+            if devices.synchronizes(w.device):
                 m.copy_(torch.where(pruning.frozen, mask, m))
 
-        return m, write
+        return write
 
     def _rate(self, weights: LatentWeights, pruning: SoftMasks, i: int) -> Tensor:
         """Return beta / c of tensor i, or 0 if the masks are constants; 0-dimensional."""
@@ -257,14 +301,19 @@ class Spartan(MagnitudePruning):
         """Return g m + sign(w) beta m (1 - m) g w / c, for pruned weights too."""
         if not devices.synchronizes(weights.device) and pruning.frozen:
             return (gradient * pruning.mask[i]).to(gradient.dtype)
-        out, rate = torch.empty_like(gradient), self._rate(weights, pruning, i)
-        soft_mask, write = self._soft_mask(weights, pruning, i)
-        latent = weights.views[i]
-        for w, mask, m, g, target in blocks(latent, pruning.mask[i], soft_mask, gradient, out):
-            magnitudes = w.abs().to(weights.wide)
-            write(magnitudes, mask, m)
-            torch.mul(_gain(magnitudes, 1 - m, rate).mul_(m), g, out=target)
-        pruning.known[i] = latent._version, soft_mask
+        out, latent = torch.empty_like(gradient), weights.views[i]
+        memory, known = self._memory(weights, pruning, i)
+        pruning.known[i] = latent._version, memory
+        flat = Flat.of(latent, memory, gradient, out)
+        if flat is not None:
+            flat.pull_back(pruning.lines[pruning.positions[i]], known)
+            return out
+        rate, write = self._rate(weights, pruning, i), self._soft_mask(pruning, i, known)
+        mask = memory if pruning.mask is None else pruning.mask[i]
+        for w, frozen, m, g, target in blocks(latent, mask, memory, gradient, out):
+            write(w, frozen, m)
+            gain = (1 - m).mul_(w.abs()).mul_(rate).add_(1)
+            torch.mul(gain.mul_(m), g, out=target)
         return out
 
     def complete(
@@ -281,44 +330,54 @@ class Spartan(MagnitudePruning):
         soft, positions = pruning.soft, pruning.positions
         sums = torch.zeros(len(pruning.segments), 2, dtype=torch.float64, device=weights.device)
         slopes = []
-        for i, (gradient, w) in enumerate(zip(gradients, weights.views, strict=True)):
-            soft_mask, write = self._soft_mask(weights, pruning, i)
-            slopes.append(soft_mask)
-            given = () if gradient is None else (gradient,)
-            rate = self._rate(weights, pruning, i)
-
-            def add(
-                w: Tensor, mask: Tensor, m: Tensor, *g: Tensor,
-                write: Callable[..., None] = write, rate: Tensor = rate,
-            ) -> Tensor:  # fmt: skip
-                magnitudes = w.abs().to(weights.wide)
-                write(magnitudes, mask, m)
-                rest = 1 - m
-                found = [rest.new_zeros(()), m.mul_(rest).sum()]
-                if g:  # g m gain; the sum needs g w m (1 - m)
-                    gain = _gain(magnitudes, rest, rate)
-                    found[0] = rest.mul_(w).div_(gain).mul_(g[0]).sum()
-                m.mul_(w.sign())
-                return torch.stack(found).double()
-
-            j, found = positions[i], sum_blocks(add, w, pruning.mask[i], soft_mask, *given)
+        for i, (gradient, j) in enumerate(zip(gradients, positions, strict=True)):
+            slope, found = self._slopes(weights, pruning, i, gradient)
+            slopes.append(slope)
             sums[j, 0] += found[0]
             sums[j, 1] += found[1] / soft.scale[j]
         top, bottom = (shared_budgets(weights, pruning.segments) @ sums).unbind(1)
         # If all m are 0 or 1, X is 0. If gradients overflowed, GradScaler skips the optimizer of
         # those weights, and no other.
         cross = torch.where(bottom > 0, top / bottom, 0.0).nan_to_num_(0.0, 0.0, 0.0)
-        cross *= soft.beta
-        cross = cross.masked_fill(pruning.frozen, 0.0)
-        terms: list[Tensor | None] = []
-        for j, slope, g in zip(positions, slopes, gradients, strict=True):
-            terms.append(None if g is None else slope.mul_(-cross[j]))
-        return Completion(terms=terms)
+        cross = (-cross * soft.beta).masked_fill(pruning.frozen, 0.0)
+        factors = cross.to(weights.wide)[list(positions)].unbind()
+        return Completion(terms=slopes, factors=factors)
+
+    def _slopes(
+        self, weights: LatentWeights, pruning: SoftMasks, i: int, gradient: Tensor | None
+    ) -> tuple[Tensor, Tensor | tuple[float, float]]:
+        """Return sign(w) m (1 - m) of tensor i, and the sums of G m (1 - m) and of m (1 - m)."""
+        latent = weights.views[i]
+        memory, known = self._memory(weights, pruning, i)
+        given = () if gradient is None else (gradient,)
+        flat = Flat.of(latent, memory, *given)
+        if flat is not None:
+            return memory, flat.slopes(pruning.lines[pruning.positions[i]], known)
+        rate, write = self._rate(weights, pruning, i), self._soft_mask(pruning, i, known)
+        mask = memory if pruning.mask is None else pruning.mask[i]
+
+        def add(w: Tensor, frozen: Tensor, m: Tensor, *g: Tensor) -> Tensor:
+            write(w, frozen, m)
+            rest = 1 - m
+            found = [rest.new_zeros(()), m.mul_(rest).sum()]
+            if g:  # g m gain; the sum needs g w m (1 - m)
+                change = rest.mul_(w)
+                found[0] = change.div_(change.abs().mul_(rate).add_(1)).mul_(g[0]).sum()
+            m.mul_(w.sign())
+            return torch.stack(found).double()
+
+        return memory, sum_blocks(add, latent, mask, memory, *given)
 
 
-def _gain(magnitudes: Tensor, rest: Tensor, rate: Tensor) -> Tensor:
-    """Return 1 + beta (1 - m) v / c in the memory of v, given 1 - m and beta / c."""
-    return magnitudes.mul_(rate).mul_(rest).add_(1)
+def _masks(
+    weights: LatentWeights, segments: Sequence[Segment], soft: SoftTopK, positions: Sequence[int]
+) -> list[Tensor]:
+    """Return m of kept weights, and 0 elsewhere, of each weight tensor."""
+    masks = weights.per_weight(None).rows
+    for i, (w, mask, j) in enumerate(zip(weights.views, masks, positions, strict=True)):
+        soft.mask(w.abs().to(weights.wide), j, out=mask)
+        mask.masked_fill_(pruned_mask(weights, segments, i), 0.0)
+    return masks
 
 
 def _write_effective(w: Tensor, mask: Tensor, out: Tensor) -> None:

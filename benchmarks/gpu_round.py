@@ -1,7 +1,7 @@
 """All measurements that require a GPU: tests, speed and the full recipe.
 
-    python benchmarks/gpu_suite.py --data-path FOLDER [--reference OFFICIAL] [--out results/gpu]
-    python benchmarks/gpu_suite.py --data-path FOLDER --parts accuracy --minutes 8 --share \
+    python benchmarks/gpu_round.py --data-path FOLDER [--reference OFFICIAL] [--out results/gpu]
+    python benchmarks/gpu_round.py --data-path FOLDER --parts accuracy --minutes 8 --share \
         --methods feather,st3 --sparsity 0.98
 
 The suite takes 15 to 25 minutes on one large GPU. Each part runs in its own process with a time

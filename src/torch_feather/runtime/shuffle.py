@@ -1,0 +1,85 @@
+"""Channel shuffles, as in ShuffleNet, as 1×1 convolutions with one nonzero weight per channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from .layer import Layer
+
+aten = torch.ops.aten
+RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+SAME = (aten.contiguous.default, aten.clone.default)
+
+
+def replace_shuffles(graph: Graph) -> None:
+    """Replace reshape, transpose, reshape that reorder the channels of images by one layer.
+
+    PyTorch would move these channels out of planes, and each of the three steps would copy them. A
+    sparse kernel with one weight per channel only copies them once.
+
+    Args:
+        graph: exported; it is modified.
+
+    Example:
+        >>> model = torch.nn.ChannelShuffle(2)
+        >>> graph = torch.export.export(model, (torch.ones(1, 6, 2, 2),)).module().graph
+        >>> replace_shuffles(graph)
+        >>> [node.target.weight.argmax(1).flatten().tolist()
+        ...  for node in graph.nodes if isinstance(node.target, Layer)]
+        [[0, 3, 1, 4, 2, 5]]
+    """
+    for node in list(graph.nodes):
+        found = _shuffle(node)
+        if found is None:
+            continue
+        x, groups = found
+        channels = int(x.meta["val"].shape[1])
+        with graph.inserting_before(node):
+            shuffled = graph.call_function(_layer(node.name, channels, groups), (x,))
+        shuffled.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(shuffled)
+    graph.eliminate_dead_code()
+
+
+def _layer(name: str, channels: int, groups: int) -> Layer:
+    """Return the layer that moves channel g · n + i to i · groups + g, for groups of n."""
+    source = torch.arange(channels).view(groups, -1).t().flatten()
+    weight = torch.zeros(channels, channels, 1, 1, dtype=torch.float32, device="cpu")
+    weight[torch.arange(channels), source] = 1.0
+    return Layer(name, weight, weight.new_zeros(channels))
+
+
+def _shuffle(node: Node) -> tuple[Node, int] | None:
+    """Return images and the number of groups if a node is their channel shuffle."""
+    x: Any = node.args[0] if node.args else None
+    if node.target in (aten.channel_shuffle.default, aten.native_channel_shuffle.default):
+        return (x, int(node.args[1])) if _are_images(x) else None  # type: ignore[call-overload]
+    if node.target not in RESHAPES or not isinstance(x, Node):
+        return None
+    while x.target in SAME:
+        x = x.args[0]
+    if not (x.target is aten.transpose.int and {d % 5 for d in x.args[1:]} == {1, 2}) and not (
+        x.target is aten.permute.default and [d % 5 for d in x.args[1]] == [0, 2, 1, 3, 4]
+    ):
+        return None
+    split = x.args[0]
+    if split.target not in RESHAPES or not _are_images(split.args[0]):
+        return None
+    images, parts = split.args[0], split.meta["val"].shape
+    before, after = (n.meta["val"].shape for n in (images, node))
+    same = list(map(str, before)) == list(map(str, after))
+    spread = [str(n) for n in (*parts[:1], *parts[3:])] == [
+        str(n) for n in (*before[:1], *before[2:])
+    ]
+    is_shuffle = same and spread and len(parts) == 5 and isinstance(parts[1], int)
+    return (images, int(parts[1])) if is_shuffle else None
+
+
+def _are_images(node: Any) -> bool:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    is_image = isinstance(value, Tensor) and value.dim() == 4 and value.dtype == torch.float32
+    return is_image and isinstance(value.shape[1], int)
