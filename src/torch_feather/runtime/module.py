@@ -70,8 +70,7 @@ def compile_sparse(
     the three is used, so a layer may run in the way that is slower for the layer alone.
 
     Any batch size is accepted if `torch.export` can show that the model's behavior is independent
-    of it. The first batch of another size takes seconds: the model is captured again. Otherwise,
-    other sizes raise `InputError`; compile another module for them.
+    of it; the first batch of another size takes seconds. Otherwise, other sizes raise `InputError`.
 
     Args:
         model: on the CPU, in float32. It is not changed. Later changes of the model do not affect
