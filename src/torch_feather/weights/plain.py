@@ -39,13 +39,11 @@ SAMPLE = 61
 def write_effective(
     weights: LatentWeights,
     segments: Sequence[Segment],
-    operator: Operator | Sequence[Operator],
+    operator: Operator | Sequence[Operator],  # one, or one for each segment
     out: Sequence[Tensor],
     factors: Mapping[int, Tensor] = NO_FACTORS,
 ) -> None:
     """Write the effective weights; arguments as for `passes.write_effective`.
-
-    There may be an operator for each segment.
 
     Example:
         >>> from torch_feather.operators import Soft
@@ -57,14 +55,12 @@ def write_effective(
         tensor([ 0.0000, -0.5000])
     """
     every, found = list(spans(weights, segments)), ranges(weights)
-    size, recorded = len(found.size), isinstance(out, Recorded)
+    size, recorded, nonfinite = len(found.size), isinstance(out, Recorded), None
     columns = np.empty((size, COLUMNS), np.int64) if recorded else None
-    nonfinite, operators = None, operator if isinstance(operator, Sequence) else []
     if isinstance(operator, Operator):
-        operators = [operator] * len(segments)
-        nonfinite = compiled.write_effective(
-            weights, every, operator, out, None if factors else columns
-        )
+        sums = None if factors else columns
+        nonfinite = compiled.write_effective(weights, every, operator, out, sums)
+        operator = [operator] * len(segments)
     flat = arrays(weights, out) if nonfinite is None or factors else []
     rows = _row_factors(weights, factors)
 
@@ -73,7 +69,7 @@ def write_effective(
             column_sums(flat[j], columns[j])
 
     if nonfinite is None:
-        pieces = _pieces(weights, every, operators, flat, rows)
+        pieces = _pieces(weights, every, operator, flat, rows)
         if recorded:
             thresholds = [min(piece.overlap.threshold for piece in own) for own in pieces]
             thresholds_of(weights).update(np.array(thresholds))
