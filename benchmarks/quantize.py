@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 import torch_feather as feather
 from torch_feather.runtime.saved import CODE
+from torch_feather.runtime.steps import Sparse
 from torch_feather.training.checkpoint import RunDirectory
 from torch_feather.training.data import eval_loader, load_dataset, train_loader
 from torch_feather.training.export_run import load_network
@@ -151,11 +152,9 @@ def measure_files(
         labels: their classes; None if the network is not trained.
     """
     network = feather.compile_sparse(model, images[:1], threads=1)
-    nonzeros = sum(
-        int(m.weight.count_nonzero())
-        for m in model.modules()
-        if isinstance(m, (nn.Conv2d, nn.Linear))
-    )
+    # With batch norms folded in: weights of channels whose factor is 0 are zeros, too.
+    steps = [s for s in network.plan.steps if isinstance(s, Sparse) and not s.layer.pools]
+    nonzeros = sum(len(step.taps.values) for step in steps)
     rows, expected = [], torch.cat([network(image[None]) for image in images])
     with tempfile.TemporaryDirectory() as folder:
         for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8):

@@ -64,11 +64,7 @@ def export_onnx(
     except ImportError as error:
         raise ImportError(f"ONNX export requires {error.name}. {install_hint('onnx')}") from error
     model = copy.deepcopy(unwrap(model)).cpu().eval()
-    # Two samples: torch.export specializes the graph for a batch of one.
-    inputs = torch.randn(2, *example.shape[1:], generator=torch.Generator().manual_seed(0))
-    inputs = inputs.to(example.dtype)
-    if not example.is_floating_point():  # random integers may be no valid tokens
-        inputs = example[:1].cpu().repeat(2, *[1] * (example.dim() - 1))
+    inputs = _two_samples(example)
     batches = ({0: torch.export.Dim("batch")},)
     program = torch.onnx.export(
         model, (inputs,), dynamo=True, dynamic_shapes=batches, verbose=False
@@ -81,6 +77,14 @@ def export_onnx(
     for key, text in (metadata or {}).items():
         proto.metadata_props.add(key=key, value=text)
     replace_file(path, lambda file: file.write(proto.SerializeToString()))
+
+
+def _two_samples(example: Tensor) -> Tensor:
+    """Return two inputs like an example: torch.export specializes the graph for a batch of one."""
+    if not example.is_floating_point():  # random integers may be no valid tokens
+        return example[:1].cpu().repeat(2, *[1] * (example.dim() - 1))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, *example.shape[1:], generator=generator).to(example.dtype)
 
 
 def _leave_zeros_out(graph: Any) -> None:

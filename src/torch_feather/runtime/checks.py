@@ -223,9 +223,9 @@ def fail_for_empty_batch() -> Any:
         InputError: always.
 
     Example:
-        >>> fail_for_empty_batch()
+        >>> fail_for_empty_batch()  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        torch_feather.runtime.errors.InputError: A network that was loaded from a file accepts only ...
+        torch_feather.runtime.errors.InputError: ...
     """
     raise InputError(
         "A network that was loaded from a file accepts only the batch sizes for which it was saved,"

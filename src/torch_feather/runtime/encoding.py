@@ -377,7 +377,7 @@ class Decoder:
         if data["kind"] == "Attention":
             mask = None if data["mask"] is None else self._nodes[data["mask"]]
             numbers = {name: data[name] for name in ATTENTION}
-            return Attention(x, out, **numbers, mask=mask)  # type: ignore[arg-type]
+            return Attention(x, out, **numbers, mask=mask)
         if data["kind"] == "Pointwise":
             return Pointwise(self._nodes[data["node"]], x, out)
         weight, bias = (data[n] and self._arrays[data[n]] for n in ("weight", "bias"))

@@ -127,10 +127,7 @@ def _normalize(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_module" and node.name.startswith("_guards"):
             graph.erase_node(node)  # `Captured.accepts` evaluates them
-        elif node.target is aten.dropout.default and not node.args[2]:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif is_whole(node):
+        elif (node.target is aten.dropout.default and not node.args[2]) or is_whole(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.op == "call_function" and node.target is aten.view.default:

@@ -71,9 +71,7 @@ def compile_sparse(
     the three is used, so a layer may run in the way that is slower for the layer alone.
 
     Any batch size is accepted if `torch.export` can show that the model's behavior is independent
-    of the batch size. Otherwise, other sizes raise `InputError`; compile another module for them.
-    The model is captured for the size of the example. The first batch of another size takes
-    seconds, because the model is captured again, for any size.
+    of it; the first batch of another size takes seconds. Otherwise, other sizes raise `InputError`.
 
     Args:
         model: on the CPU, in float32. It is not changed. Later changes of the model do not affect

@@ -38,6 +38,11 @@ class Planned(NamedTuple):
         captured: the graph.
         plan: its steps.
         constants: values of its `get_attr` nodes, by name.
+
+    Example:
+        >>> captured = capture(nn.ReLU(), torch.ones(3, 4))
+        >>> Planned(captured, Plan.build(captured.module.graph, []), {}).constants
+        {}
     """
 
     captured: Captured

@@ -57,7 +57,8 @@ def _shuffle(node: Node) -> tuple[Node, int] | None:
     """Return images and the number of groups if a node is their channel shuffle."""
     x: Any = node.args[0] if node.args else None
     if node.target in (aten.channel_shuffle.default, aten.native_channel_shuffle.default):
-        return (x, int(node.args[1])) if _are_images(x) else None  # type: ignore[call-overload]
+        groups: Any = node.args[1]
+        return (x, groups) if _are_images(x) and isinstance(groups, int) else None
     if node.target not in RESHAPES or not isinstance(x, Node):
         return None
     while x.target in SAME:
@@ -81,5 +82,6 @@ def _shuffle(node: Node) -> tuple[Node, int] | None:
 
 def _are_images(node: Any) -> bool:
     value = node.meta.get("val") if isinstance(node, Node) else None
-    is_image = isinstance(value, Tensor) and value.dim() == 4 and value.dtype == torch.float32
-    return is_image and isinstance(value.shape[1], int)
+    if not isinstance(value, Tensor) or value.dim() != 4 or value.dtype != torch.float32:
+        return False
+    return isinstance(value.shape[1], int)

@@ -150,6 +150,11 @@ def load_taps(layer: Layer, stored: StoredWeight) -> Taps:
 
     Raises:
         ValueError: the positions contradict the values or the shape.
+
+    Example:
+        >>> layer = Layer("w", torch.eye(3), torch.zeros(3))
+        >>> load_taps(layer, store_taps(layer, Taps.from_layer(layer), torch.int8)).out
+        array([0, 1, 2])
     """
     per_channel, per_group = _sizes(layer)
     positions = _positions(stored, layer.weight.numel())

@@ -74,6 +74,11 @@ def view_of_tokens(planes: Planes, batches: Sequence[int]) -> TokenView:
     Args:
         planes: of tokens.
         batches: batch sizes for which strides are computed.
+
+    Example:
+        >>> x = Planes(PlaneLayout(1, 9), 8, 1, 9, (9, 8), linear=True, tokens=((0, 1), (9, 0)))
+        >>> view_of_tokens(x, batches=(2,)).values[0].merged(0, 1)
+        [(18, 1)]
     """
     assert planes.tokens is not None
     values = []
@@ -211,7 +216,7 @@ class TokenViews:
         sizes = sizes_of(value.shape, self._batch) if isinstance(value, Tensor) else None
         found = []
         for x, batch in zip(view.values, self._batches, strict=True):
-            shape = sizes and [constant + slope * batch for constant, slope in sizes]
+            shape = None if sizes is None else [c + slope * batch for c, slope in sizes]
             found.append(applied(node, x, shape))
         if all(isinstance(x, Dimensions) for x in found):
             return TokenView(view.planes, tuple(found))
