@@ -17,7 +17,7 @@ aten = torch.ops.aten
 PERMUTATIONS = (aten.transpose.int, aten.permute.default)
 
 
-def is_read_by_layers(node: Node, sparse: Collection[Layer]) -> bool:
+def is_read_by_layers(node: Node, sparse: Collection[object]) -> bool:
     """Return whether only sparse linear layers read a value of tokens, maybe permuted.
 
     Args:
