@@ -3,8 +3,9 @@
 Systems take turns on one image: torch-feather at several sparsities, and OpenVINO, ONNX Runtime and
 PyTorch on dense weights. Times are medians of CPU time, which processes that take turns on the core
 hardly change; the ratio is the faster of OpenVINO and ONNX Runtime over torch-feather. Weights are
-random, with a fixed seed: times depend on their positions, not on their values. Layers without a
-nonzero weight are reported.
+random, with a fixed seed: times depend on their positions, not on their values. Weights and norms
+that begin with zeros get other values, since zeros would be left out. Layers without a nonzero
+weight are reported.
 
     python benchmarks/inference.py --zoo --json results/inference_zoo.json
 
@@ -68,8 +69,14 @@ def create(name: str) -> tuple[nn.Module, Tensor]:
         model = timm.create_model(name)
         size = model.default_cfg["input_size"][1]
     for layer in model.modules():
-        if isinstance(layer, nn.Linear) and not layer.weight.any():  # some heads begin with zeros
-            nn.init.normal_(layer.weight, std=0.02)
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.any():
+            continue
+        # Some layers begin with zeros. A convolution before such a norm would be left out.
+        if weight.dim() == 1:
+            nn.init.ones_(weight)
+        else:
+            nn.init.normal_(weight, std=0.02)
     return model.eval(), torch.randn(1, 3, size, size)
 
 

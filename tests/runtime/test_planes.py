@@ -284,3 +284,20 @@ def test_other_transpositions_of_five_dimensions_are_no_shuffle():
         return b(y.reshape(n, c // 2, 2 * h, w))
 
     assert in_pytorch(check(net, conv(8, 12), conv(6, 6, 1)))
+
+
+@pytest.mark.parametrize("factor", [2, 3, 8, (2, 1), (3, 4)])
+def test_nearest_neighbor_interpolation_stays_in_planes(factor):
+    def net(x, a, b, c):
+        up = F.interpolate(a(x), scale_factor=factor, mode="nearest")
+        return b(up) + c(up)
+
+    assert in_pytorch(check(net, conv(), conv(), conv(kernel=1))) == []
+
+
+@pytest.mark.parametrize("size", [(13, 7), (18, 35), (9, 11)])
+def test_other_interpolation_is_left_to_pytorch(size):
+    def net(x, a, b):
+        return b(F.interpolate(a(x), size=size, mode="nearest"))
+
+    assert in_pytorch(check(net, conv(), conv()))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .activations import activation_of
+from .kernels.plane_operations import FACTORS
 from .planes import Planes, alike
 from .reading import is_read_by_layers
 from .sizes import are_alike
@@ -24,6 +25,7 @@ POINTWISE = {
 }
 BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
 MEAN = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
+NEAREST = (aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default)
 
 
 class _Places(Protocol):
@@ -77,6 +79,8 @@ class Functions:
                 step = self._layer_norm(node)
             elif node.target is aten.pixel_shuffle.default:
                 step = self._pixel_shuffle(node)
+            elif node.target in NEAREST:
+                step = self._repeat(node)
             elif name := activation_of(node):
                 step = self._activation(node, name)
             elif node.target is aten.mul.Tensor:
@@ -172,6 +176,20 @@ class Functions:
         return Operation(
             "interleave", (x,), self.places.empty(node, False), stride=(factor, factor)
         )
+
+    def _repeat(self, node: Node) -> Operation | None:
+        """Return the step of nearest-neighbor interpolation that repeats each pixel equally often."""
+        x, sizes = self._image(node.args[0]), node.meta["val"].shape[2:]
+        if x is None or len(node.all_input_nodes) > 1 or any(not isinstance(n, int) for n in sizes):
+            return None
+        factor = sizes[0] // x.height, sizes[1] // x.width
+        if factor[1] not in FACTORS or factor[0] < 1:
+            return None
+        pixels = torch.arange(float(x.height * x.width)).view(1, 1, x.height, x.width)
+        repeated = pixels.repeat_interleave(factor[0], 2).repeat_interleave(factor[1], 3)
+        if not torch.equal(node.target(pixels, *node.args[1:], **node.kwargs), repeated):
+            return None
+        return Operation("repeat", (x,), self.places.empty(node, False), stride=factor)
 
     def _layer_norm(self, node: Node) -> Operation | None:
         args: list[Any] = list(node.args) + [None] * 5

@@ -126,7 +126,10 @@ class Records:
         if name == "mean":
             record["factor"] = 1 / (x.height * x.width)
             record["pixels"] = x.height * source.row_stride
-        elif name == "interleave":
+        elif name in ("interleave", "repeat"):
+            parts = step.stride[0] * step.stride[1] if name == "interleave" else 1
+            record["x_group"] = parts * record["x_plane"]
+            record["x_part"] = record["x_plane"] if name == "interleave" else 0
             name, items = f"interleave_{step.stride[1]}", step.out.channels
             record["rows"], record["columns"] = step.out.height, step.out.width
             record["x_pitch"], record["pitch"] = source.row_stride, layout.row_stride

@@ -117,14 +117,15 @@ class Operation:
     """An operation in machine code that is no convolution, from planes to planes.
 
     Attributes:
-        name: one of `kernels.plane_operations.OPERATIONS`.
+        name: "mean", "scale", "activate", "layer_norm", "interleave", or "repeat".
         x: inputs.
         out: result.
         activation: function of "activate", one of `kernels.ACTIVATIONS`.
         weight: of a norm, (channels,).
         bias: of a norm, (channels,).
         eps: of a norm.
-        stride: rows and columns of the result of "interleave" per row and column of the input.
+        stride: rows and columns of the result per row and column of the input, of "interleave" and
+            "repeat".
 
     Example:
         >>> from torch_feather.runtime.planes import PlaneLayout

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from .records import PLANE_OPERATION, fields
 from .text import FunctionText
 
-FACTORS = (1, 2, 3, 4)  # columns of the result of `interleave` for each column of its input
+FACTORS = (1, 2, 3, 4, 8)  # columns of the result of `interleave` for each column of its input
 INTERLEAVE = tuple(f"interleave_{n}" for n in FACTORS)
 OPERATIONS = ("mean", "scale", "scale_masked", "activate", "layer_norm", *INTERLEAVE)
 FIELD_TYPES = {
@@ -211,7 +211,8 @@ def _interleave(code: FunctionText, factor: int) -> None:
     """Compute one channel: pixel (y, x) is pixel (y / b, x / a) of channel (y mod b) · a + x mod a.
 
     Here a is the factor, and b is `factor_rows`. The channels are those of x that follow channel
-    a · b · i. Pixels after the images are set to 0.
+    a · b · i. With `x_part` = 0 and `x_group` = `x_plane`, all of them are channel i, whose pixels are
+    repeated. Pixels after the images are set to 0.
     """
     code(f"%full = udiv i64 %columns, {factor}")
     code(f"%full.columns = mul i64 %full, {factor}")
@@ -219,21 +220,18 @@ def _interleave(code: FunctionText, factor: int) -> None:
     code("%padding = sub i64 %pitch, %columns")
     code("%padding.bytes = mul i64 %padding, 4")
     code("%out.rows = udiv i64 %image, %pitch")
-    code(f"%parts = mul i64 %factor_rows, {factor}")
-    code("%first.part = mul i64 %i, %parts")
     _pointer(code, "channel", "%out", ("%i", "%plane"))
     with code.loop("%n", "0", "%images"):
         with code.loop("%line", "0", "%rows"):
             code("%q = udiv i64 %line, %factor_rows")
             code("%q.first = mul i64 %q, %factor_rows")
             code("%a = sub i64 %line, %q.first")
-            code(f"%a.first = mul i64 %a, {factor}")
-            code("%part = add i64 %first.part, %a.first")
+            code(f"%part = mul i64 %a, {factor}")
             _pointer(code, "to", "%channel", ("%n", "%image"), ("%line", "%pitch"))
-            row = (("%n", "%x_image"), ("%q", "%x_pitch"))
+            row = (("%i", "%x_group"), ("%n", "%x_image"), ("%q", "%x_pitch"))
             for b in range(factor):
                 code(f"%part.{b} = add i64 %part, {b}")
-                _pointer(code, f"from.{b}", "%x", (f"%part.{b}", "%x_plane"), *row)
+                _pointer(code, f"from.{b}", "%x", (f"%part.{b}", "%x_part"), *row)
             with code.loop("%p", "0", "%full"):
                 code(f"%p.to = mul nsw i64 %p, {factor}")
                 for b in range(factor):
@@ -244,7 +242,7 @@ def _interleave(code: FunctionText, factor: int) -> None:
                     code(f"store float %pixel.{b}, ptr %put.{b}")
             with code.loop("%r", "0", "%rest"):
                 code("%r.part = add i64 %part, %r")
-                _pointer(code, "r.from", "%x", ("%r.part", "%x_plane"), *row, ("%full", "1"))
+                _pointer(code, "r.from", "%x", ("%r.part", "%x_part"), *row, ("%full", "1"))
                 code("%r.pixel = load float, ptr %r.from")
                 _pointer(code, "r.to", "%to", ("%full.columns", "1"), ("%r", "1"))
                 code("store float %r.pixel, ptr %r.to")

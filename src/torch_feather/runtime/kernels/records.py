@@ -60,6 +60,8 @@ PLANE_OPERATION = np.dtype(
         ("rows", "i8"),  # rows and columns of an image of out
         ("columns", "i8"),
         ("x_pitch", "i8"),  # pixels between consecutive rows of x
+        ("x_group", "i8"),  # pixels between the channels of x for consecutive channels of out
+        ("x_part", "i8"),  # pixels between the channels of x that are interleaved
         ("pitch", "i8"),  # pixels between consecutive rows of out
         ("factor_rows", "i8"),  # rows of out for each row of x
         ("lead_bytes", "i8"),  # memory before the first pixel of out, which is set to 0
