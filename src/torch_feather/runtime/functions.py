@@ -178,7 +178,7 @@ class Functions:
         )
 
     def _repeat(self, node: Node) -> Operation | None:
-        """Return the step of nearest-neighbor interpolation that repeats each pixel equally often."""
+        """Return the step of nearest-neighbor interpolation that repeats pixels equally often."""
         x, sizes = self._image(node.args[0]), node.meta["val"].shape[2:]
         if x is None or len(node.all_input_nodes) > 1 or any(not isinstance(n, int) for n in sizes):
             return None
@@ -187,7 +187,8 @@ class Functions:
             return None
         pixels = torch.arange(float(x.height * x.width)).view(1, 1, x.height, x.width)
         repeated = pixels.repeat_interleave(factor[0], 2).repeat_interleave(factor[1], 3)
-        if not torch.equal(node.target(pixels, *node.args[1:], **node.kwargs), repeated):
+        interpolate: Any = node.target
+        if not torch.equal(interpolate(pixels, *node.args[1:], **node.kwargs), repeated):
             return None
         return Operation("repeat", (x,), self.places.empty(node, False), stride=factor)
 

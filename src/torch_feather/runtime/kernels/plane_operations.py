@@ -211,8 +211,8 @@ def _interleave(code: FunctionText, factor: int) -> None:
     """Compute one channel: pixel (y, x) is pixel (y / b, x / a) of channel (y mod b) · a + x mod a.
 
     Here a is the factor, and b is `factor_rows`. The channels are those of x that follow channel
-    a · b · i. With `x_part` = 0 and `x_group` = `x_plane`, all of them are channel i, whose pixels are
-    repeated. Pixels after the images are set to 0.
+    a · b · i. With `x_part` = 0 and `x_group` = `x_plane`, all of them are channel i, whose pixels
+    are repeated. Pixels after the images are set to 0.
     """
     code(f"%full = udiv i64 %columns, {factor}")
     code(f"%full.columns = mul i64 %full, {factor}")
