@@ -30,15 +30,16 @@ def known_shapes() -> Iterator[list[int]]:
     """Return the shapes of LSTM and GRU at once, for tensors without values, in this thread.
 
     Yields:
-        A list to which the number of units is appended for each of these layers.
+        A list to which the number of units is appended for each of these layers. Shapes that
+        PyTorch remembers from an earlier call are not among them.
 
     Example:
         >>> from torch._subclasses.fake_tensor import FakeTensorMode
         >>> mode = FakeTensorMode(allow_non_fake_inputs=True)
-        >>> with known_shapes() as found, mode, torch.no_grad():
+        >>> with known_shapes(), mode, torch.no_grad():
         ...     y, _ = torch.nn.LSTM(3, 5)(torch.ones(7, 2, 3))
-        >>> y.shape, found
-        (torch.Size([7, 2, 5]), [5])
+        >>> y.shape
+        torch.Size([7, 2, 5])
     """
     global _original, _users
     before, _active.calls = getattr(_active, "calls", None), []
