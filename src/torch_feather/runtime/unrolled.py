@@ -30,8 +30,8 @@ def known_shapes() -> Iterator[list[int]]:
     """Return the shapes of LSTM and GRU at once, for tensors without values, in this thread.
 
     Yields:
-        A list to which the number of units is appended for each of these layers. Shapes that
-        PyTorch remembers from an earlier call are not among them.
+        A list to which the number of units is appended for each of these layers that PyTorch
+        computes in Python, as in `torch.export`.
 
     Example:
         >>> from torch._subclasses.fake_tensor import FakeTensorMode
