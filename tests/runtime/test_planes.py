@@ -301,3 +301,29 @@ def test_other_interpolation_is_left_to_pytorch(size):
         return b(F.interpolate(a(x), size=size, mode="nearest"))
 
     assert in_pytorch(check(net, conv(), conv()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 2},
+        {"kernel_size": 3, "stride": 2},
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": 2, "stride": 3, "padding": 1},
+        {"kernel_size": (3, 2), "stride": (2, 3), "dilation": (2, 1)},
+    ],
+    ids=str,
+)
+def test_max_pooling_with_windows_over_the_end_stays_in_planes(options):
+    def net(x, a, b):
+        return b(F.max_pool2d(a(x) - 9, ceil_mode=True, **options)) + 1
+
+    for size in ((9, 7), (10, 8), (11, 12)):
+        network = check(net, conv(), conv(), x=torch.randn(2, 8, *size))
+        assert not any("pool" in name for name in in_pytorch(network))
+
+
+@pytest.mark.parametrize("size", [(3, 7), (1, 7), 4])
+def test_adaptive_average_pooling_of_equal_windows_stays_in_planes(size):
+    network = check(lambda x, a, b: b(F.adaptive_avg_pool2d(a(x), size)), conv(), conv())
+    assert ("adaptive_avg_pool2d" in in_pytorch(network)) == (size == 4)

@@ -182,8 +182,11 @@ class MaxPool(Layer):
         return cls(name, weight, lowest, stride, padding, dilation, channels)
 
     def _combined(self, x: Tensor) -> Tensor:
-        size = self.weight.shape[2:]
-        return F.max_pool2d(x, size, self.stride, self.padding, self.dilation)
+        size, padding = self.weight.shape[2:], self.padding
+        if self.padding_after is not None:
+            (top, left), (bottom, right) = padding, self.padding_after
+            x, padding = F.pad(x, (left, right, top, bottom), value=-math.inf), (0, 0)
+        return F.max_pool2d(x, size, self.stride, padding, self.dilation)
 
 
 class AvgPool(Layer):

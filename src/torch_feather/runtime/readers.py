@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def read_layer(node: Node, constants: Constants, activations: bool = True) -> La
     if node.op != "call_function":
         return None
     read = LAYERS.get(node.target)
-    if read is None or (read in (_avg_pool, _product) and not activations):
+    if read is None or (read in (_avg_pool, _adaptive_avg_pool, _product) and not activations):
         return None
     x = input_of(node).meta["val"]
     images = x.dim() == (5 if node.target in VOLUMES else 4)
@@ -176,10 +177,16 @@ def _max_pool(node: Node, constants: Constants) -> Layer | None:
     args: list[Any] = list(node.args) + [None] * 7
     kernel, stride = _pair(args[1], 1), _pair(args[2] or args[1], 1)
     padding, dilation = _pair(args[3], 0), _pair(args[4], 1)
-    if args[5]:  # ceil_mode
-        return None
-    channels = args[0].meta["val"].shape[1]
-    return MaxPool.create(node.name, channels, kernel, stride, padding, dilation)
+    shape, out = args[0].meta["val"].shape, node.meta["val"].shape
+    layer = MaxPool.create(node.name, shape[1], kernel, stride, padding, dilation)
+    if not args[5]:
+        return layer
+    # ceil_mode: the last windows may extend over the end by more than the padding.
+    y, x = (
+        (out[2 + i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 - shape[2 + i] - padding[i]
+        for i in (0, 1)
+    )
+    return replace(layer, padding_after=(y, x))
 
 
 def _avg_pool(node: Node, constants: Constants) -> Layer | None:
@@ -189,6 +196,16 @@ def _avg_pool(node: Node, constants: Constants) -> Layer | None:
     if args[4] or args[6] or node.kwargs or (padding != (0, 0) and not counts_padding):
         return None
     return AvgPool.create(node.name, args[0].meta["val"].shape[1], kernel, stride, padding)
+
+
+def _adaptive_avg_pool(node: Node, constants: Constants) -> Layer | None:
+    """Return average pooling to some size, if all windows are alike. One pixel is a mean."""
+    shape, out = (n.meta["val"].shape[1:] for n in (node.args[0], node))  # type: ignore[union-attr]
+    known = all(isinstance(n, int) for n in (*shape, *out))
+    if not known or out[1:] == (1, 1) or shape[1] % out[1] or shape[2] % out[2]:
+        return None
+    window = shape[1] // out[1], shape[2] // out[2]
+    return AvgPool.create(node.name, shape[0], window, window, (0, 0))
 
 
 def _batch_norm(node: Node, constants: Constants) -> Layer | None:
@@ -309,6 +326,7 @@ def _product(node: Node, constants: Constants) -> Layer | None:
 LAYERS: dict[Any, Any] = {
     aten.max_pool2d.default: _max_pool,
     aten.avg_pool2d.default: _avg_pool,
+    aten.adaptive_avg_pool2d.default: _adaptive_avg_pool,
     BATCH_NORM: _batch_norm,
     aten.batch_norm.default: _batch_norm,
     aten.conv2d.default: _weighted,
