@@ -327,3 +327,40 @@ def test_max_pooling_with_windows_over_the_end_stays_in_planes(options):
 def test_adaptive_average_pooling_of_equal_windows_stays_in_planes(size):
     network = check(lambda x, a, b: b(F.adaptive_avg_pool2d(a(x), size)), conv(), conv())
     assert ("adaptive_avg_pool2d" in in_pytorch(network)) == (size == 4)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_group_norm_stays_in_planes(groups):
+    norm = nn.GroupNorm(groups, 8)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+
+    def net(x, a, norm, b, c):
+        y = a(x)
+        return b(norm(y)), c(norm(y)), F.group_norm(a(x), groups)
+
+    for kernel in (1, 3):  # without and with padding
+        first = conv(kernel=kernel)
+        nn.init.constant_(first.bias, 3.0)
+        network = check(net, first, norm, conv(kernel=kernel), conv(kernel=kernel))
+        assert not any("group_norm" in name for name in in_pytorch(network))
+
+
+@pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2, "padding": (1, 0)}], ids=str)
+def test_average_pooling_that_does_not_count_padding_stays_in_planes(options):
+    def net(x, a, b):
+        return b(F.avg_pool2d(a(x), 3, count_include_pad=False, **options))
+
+    assert in_pytorch(check(net, conv(), conv())) == []
+
+
+def test_poolformer_block_stays_in_planes():
+    factors = nn.Module()
+    factors.scale = nn.Parameter(torch.randn(8, 1, 1))
+
+    def net(x, a, norm, factors, b):
+        x = a(x)
+        y = norm(x)
+        mixed = F.avg_pool2d(y, 3, 1, 1, count_include_pad=False) - y
+        return b(x + mixed * factors.scale)
+
+    assert in_pytorch(check(net, conv(), nn.GroupNorm(1, 8), factors, conv())) == []

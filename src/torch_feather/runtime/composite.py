@@ -1,4 +1,4 @@
-"""Functions that models write out as several: GELU with tanh, as in GPT-2 and older BERTs."""
+"""Functions that are written out as others: GELU with tanh, and average pooling at borders."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
 CUBIC = 0.044715  # coefficient of x³ in GELU with tanh
@@ -38,6 +40,46 @@ def replace_composites(graph: Graph) -> None:
         gelu.meta = dict(node.meta)
         node.replace_all_uses_with(gelu)
         _erase(graph, node, x)
+
+
+def replace_border_pooling(module: GraphModule) -> None:
+    """Replace average pooling that does not count padding by pooling that does, times constants.
+
+    The constants are the size of the window over the number of its pixels within the image.
+
+    Args:
+        module: exported; it is modified.
+
+    Example:
+        >>> model = torch.nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+        >>> module = torch.export.export(model, (torch.ones(1, 2, 4, 4),)).module()
+        >>> replace_border_pooling(module)
+        >>> [str(n.target) for n in module.graph.nodes if n.op == "call_function"]
+        ['aten.avg_pool2d.default', 'aten.mul.Tensor']
+    """
+    graph = module.graph
+    for node in list(graph.nodes):
+        args: list[Any] = [*node.args, *[None] * 7]
+        if node.target is not aten.avg_pool2d.default or node.kwargs or args[5] is not False:
+            continue
+        x, window, stride, padding = args[:4]
+        value = x.meta["val"]
+        if args[4] or args[6] or not padding or value.dim() != 4 or value.dtype != torch.float32:
+            continue
+        if any(not isinstance(n, int) for n in value.shape[2:]):
+            continue
+        ones = torch.ones(1, 1, *value.shape[2:], dtype=torch.float32, device="cpu")
+        factors: Tensor = F.avg_pool2d(ones, window, stride or None, padding).reciprocal()
+        name = f"{node.name}_factors"
+        module.register_buffer(name, factors)
+        with graph.inserting_before(node):
+            pooled = graph.call_function(node.target, (x, window, stride, padding))
+            constant = graph.get_attr(name)
+            product = graph.call_function(aten.mul.Tensor, (pooled, constant))
+        pooled.meta, product.meta = dict(node.meta), dict(node.meta)
+        constant.meta["val"] = factors
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
 
 
 def _erase(graph: Graph, node: Node, argument: Node) -> None:

@@ -197,7 +197,7 @@ class Encoder:
         for name in ("weight", "bias"):
             array = getattr(step, name)
             stored[name] = None if array is None else self.array(array)
-        for name in ("name", "activation", "eps", "stride"):
+        for name in ("name", "activation", "eps", "stride", "groups"):
             stored[name] = self.value(getattr(step, name))
         return stored
 
@@ -381,9 +381,9 @@ class Decoder:
         if data["kind"] == "Pointwise":
             return Pointwise(self._nodes[data["node"]], x, out)
         weight, bias = (data[n] and self._arrays[data[n]] for n in ("weight", "bias"))
-        stride = self.value(data["stride"])
+        stride, groups = self.value(data["stride"]), data["groups"]
         return Operation(
-            data["name"], x, out, data["activation"], weight, bias, data["eps"], stride
+            data["name"], x, out, data["activation"], weight, bias, data["eps"], stride, groups
         )
 
     def _direction(self, data: Mapping[str, Any]) -> Direction:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -77,6 +78,8 @@ class Functions:
                 step = self._mean(node)
             elif node.target is aten.layer_norm.default:
                 step = self._layer_norm(node)
+            elif node.target is aten.group_norm.default:
+                step = self._group_norm(node)
             elif node.target is aten.pixel_shuffle.default:
                 step = self._pixel_shuffle(node)
             elif node.target in NEAREST:
@@ -84,7 +87,7 @@ class Functions:
             elif name := activation_of(node):
                 step = self._activation(node, name)
             elif node.target is aten.mul.Tensor:
-                step = self._scale(node)
+                step = self._scale(node) or self._scale_pixels(node)
         if step is None and node.target in POINTWISE:
             step = self._pointwise(node)
         return step
@@ -163,6 +166,17 @@ class Functions:
                     return Operation("scale", (x, y), self._like(node, x))
         return None
 
+    def _scale_pixels(self, node: Node) -> Operation | None:
+        """Return the step of a product with constant factors, one per pixel."""
+        for a, b in (node.args, node.args[::-1]):
+            x, factors = self._image(a), self.constants.get(b)
+            if x is None or not isinstance(factors, Tensor) or factors.dtype != torch.float32:
+                continue
+            if tuple(factors.shape) == (1, 1, x.height, x.width):
+                weight = factors[0, 0].contiguous().numpy()
+                return Operation("scale_pixels", (x,), self._like(node, x), weight=weight)
+        return None
+
     def _activation(self, node: Node, name: str) -> Operation | None:
         x = self.planes.get(node.args[0])  # type: ignore[arg-type]
         if x is None:
@@ -201,13 +215,29 @@ class Functions:
             x = self.places.in_planes(args[0], self.places.empty(args[0], linear=True))
         if x is None or not x.linear:
             return None
-        assert self.constants is not None
-        values = []
-        for given, default in ((args[2], torch.ones), (args[3], torch.zeros)):
-            value = default(x.channels) if given is None else self.constants.get(given)
-            if not isinstance(value, Tensor) or value.dtype != torch.float32:
-                return None
-            values.append(value.contiguous().numpy())
+        if (values := self._affine(args[2:4], x.channels)) is None:
+            return None
         eps = 1e-5 if args[4] is None else float(args[4])
         out = self._like(node, x)
         return Operation("layer_norm", (x,), out, weight=values[0], bias=values[1], eps=eps)
+
+    def _group_norm(self, node: Node) -> Operation | None:
+        args: list[Any] = list(node.args) + [None] * 5
+        x, groups = self._image(args[0]), args[1]
+        values = None if x is None else self._affine(args[2:4], x.channels)
+        if x is None or values is None or node.kwargs:
+            return None
+        eps = 1e-5 if args[4] is None else float(args[4])
+        weight, bias = values
+        out = self._like(node, x)
+        return Operation("group_norm", (x,), out, None, weight, bias, eps, groups=groups)
+
+    def _affine(self, given: list[Any], channels: int) -> list[np.ndarray] | None:
+        """Return weight and bias of a norm; None if they are not known."""
+        values = []
+        for node, default in zip(given, (torch.ones, torch.zeros), strict=True):
+            value = default(channels) if node is None else self.constants.get(node)
+            if not isinstance(value, Tensor) or value.dtype != torch.float32:
+                return None
+            values.append(value.contiguous().numpy())
+        return values

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .activations import activation_of, bounds_of
-from .composite import replace_composites
+from .composite import replace_border_pooling, replace_composites
 from .errors import CaptureError
 from .layer import Layer
 from .lifting import lift
@@ -65,6 +65,7 @@ def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
     lift(module.graph)
     if activations:
         replace_shuffles(module.graph)
+        replace_border_pooling(module)
     graph, constants = module.graph, _constants(module)
     if activations:
         fuse_recurrent(graph, constants)

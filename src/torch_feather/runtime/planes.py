@@ -218,6 +218,19 @@ class Planes:
         shape = (batch, self.channels, self.height, self.width)
         return memory.as_strided(shape, (rows[0], channel, *rows[1:]), start)
 
+    def spread(self, values: np.ndarray, batch: int) -> np.ndarray:
+        """Return one channel that has the same values (height, width) in each image, and 0 around.
+
+        Returns:
+            float32 of shape (channel stride,).
+        """
+        layout = self.layout.root()
+        channel = np.zeros(self.channel_stride(batch), np.float32)
+        size = batch, layout.height + layout.pad_y, layout.row_stride
+        images = channel[: batch * layout.image_stride].reshape(size)
+        images[:, : self.height, : self.width] = values
+        return channel
+
     def mask(self, batch: int) -> np.ndarray | None:
         """Return the mask of the pixels of one channel that belong to images.
 

@@ -29,7 +29,8 @@ def read_layer(node: Node, constants: Constants, activations: bool = True) -> La
     Args:
         node: the node.
         constants: values of the nodes that do not depend on the input.
-        activations: whether average pooling and products with matrices are layers.
+        activations: whether average pooling, and products with matrices or with a factor per
+            channel, are layers.
 
     Example:
         >>> from torch.fx import Graph
@@ -43,7 +44,7 @@ def read_layer(node: Node, constants: Constants, activations: bool = True) -> La
     if node.op != "call_function":
         return None
     read = LAYERS.get(node.target)
-    if read is None or (read in (_avg_pool, _adaptive_avg_pool, _product) and not activations):
+    if read is None or (read in SMOOTH and not activations) or not isinstance(node.args[0], Node):
         return None
     x = input_of(node).meta["val"]
     images = x.dim() == (5 if node.target in VOLUMES else 4)
@@ -208,6 +209,19 @@ def _adaptive_avg_pool(node: Node, constants: Constants) -> Layer | None:
     return AvgPool.create(node.name, shape[0], window, window, (0, 0))
 
 
+def _channel_factors(node: Node, constants: Constants) -> Layer | None:
+    """Return the depthwise layer of a product with a constant factor per channel of images."""
+    x: Any = node.args[0]
+    factors, channels = constants.get(node.args[1]), x.meta["val"].shape[1]  # type: ignore[arg-type]
+    if x in constants or factors is None or factors.dtype != torch.float32:
+        return None
+    if tuple(factors.shape) not in ((channels, 1, 1), (1, channels, 1, 1)):
+        return None
+    weight = factors.reshape(channels, 1, 1, 1).contiguous()
+    name = name_of_weight(node.args[1])  # type: ignore[arg-type]
+    return Layer(name, weight, weight.new_zeros(channels), groups=channels)
+
+
 def _batch_norm(node: Node, constants: Constants) -> Layer | None:
     x = node.args[0].meta["val"]  # type: ignore[union-attr]
     channels = x.shape[1]
@@ -327,6 +341,7 @@ LAYERS: dict[Any, Any] = {
     aten.max_pool2d.default: _max_pool,
     aten.avg_pool2d.default: _avg_pool,
     aten.adaptive_avg_pool2d.default: _adaptive_avg_pool,
+    aten.mul.Tensor: _channel_factors,
     BATCH_NORM: _batch_norm,
     aten.batch_norm.default: _batch_norm,
     aten.conv2d.default: _weighted,
@@ -337,6 +352,9 @@ LAYERS: dict[Any, Any] = {
     aten.addmm.default: _product,
     aten.mm.default: _product,
 }
+
+
+SMOOTH = (_avg_pool, _adaptive_avg_pool, _product, _channel_factors)
 
 
 def _pair(value: Any, default: int) -> tuple[int, int]:

@@ -122,7 +122,7 @@ class Records:
         mask = step.out.mask(batch)
         if mask is not None:
             record["mask"] = self._address(mask)
-            name = "scale_masked" if name == "scale" else name
+            name = f"{name}_masked" if name in ("scale", "group_norm") else name
         if name == "mean":
             record["factor"] = 1 / (x.height * x.width)
             record["pixels"] = x.height * source.row_stride
@@ -137,11 +137,16 @@ class Records:
         elif name == "activate":
             assert step.activation is not None
             record["activation"] = library().activation(step.activation, width)
-        elif name == "layer_norm":
+        elif name == "scale_pixels":
             assert step.weight is not None
-            assert step.bias is not None
+            record["weight"] = self._address(step.out.spread(step.weight, batch))
+        elif step.bias is not None:
+            assert step.weight is not None
             record["weight"], record["bias"] = self._address(step.weight), self._address(step.bias)
             record["factor"], items = 1 / x.channels, step.out.channel_stride(batch) // width
+            if name != "layer_norm":
+                record["channels"], items = x.channels // step.groups, step.groups
+                record["factor"] = step.groups / (x.channels * x.height * x.width)
         operation["kernel"], operation["items"] = library().function(name), items
         operation["record"] = record.ctypes.data
 

@@ -117,13 +117,15 @@ class Operation:
     """An operation in machine code that is no convolution, from planes to planes.
 
     Attributes:
-        name: "mean", "scale", "activate", "layer_norm", "interleave", or "repeat".
+        name: "mean", "scale", "scale_pixels", "activate", "layer_norm", "group_norm", "interleave"
+            or "repeat".
         x: inputs.
         out: result.
         activation: function of "activate", one of `kernels.ACTIVATIONS`.
-        weight: of a norm, (channels,).
+        weight: of a norm, (channels,); of "scale_pixels", (height, width).
         bias: of a norm, (channels,).
         eps: of a norm.
+        groups: of "group_norm".
         stride: rows and columns of the result per row and column of the input, of "interleave" and
             "repeat".
 
@@ -142,6 +144,7 @@ class Operation:
     bias: np.ndarray | None = None
     eps: float = 0.0
     stride: tuple[int, int] = (1, 1)
+    groups: int = 1
 
 
 @dataclass(eq=False)

@@ -4,10 +4,13 @@
     scale         out[c, n, p] = x[c, n, p] · y[c, n]
     scale_masked  the same & mask[p]
     activate      out[c, p] = activation(x[c, p]) & mask[p]; padding of x is 0
+    scale_pixels  out[c, n, p] = x[c, n, p] · weight[n, p] & mask[n, p]
     layer_norm    of each pixel, over the channels
+    group_norm    of each image, over the pixels of some consecutive channels; also masked
+    interleave_a  pixels of several channels, or repeated pixels of one
 
-The items of `mean`, `scale` and `activate` are channels, those of `layer_norm` vectors of pixels.
-Loops over pixels of the first two are written for single numbers; LLVM makes vectors of them.
+The items of `layer_norm` are vectors of pixels, those of `group_norm` groups, all others channels.
+Some loops over pixels are written for single numbers; LLVM makes vectors of them.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ from .text import FunctionText
 
 FACTORS = (1, 2, 3, 4, 8)  # columns of the result of `interleave` for each column of its input
 INTERLEAVE = tuple(f"interleave_{n}" for n in FACTORS)
-OPERATIONS = ("mean", "scale", "scale_masked", "activate", "layer_norm", *INTERLEAVE)
+OPERATIONS = (
+    *("mean", "scale", "scale_masked", "scale_pixels", "activate", "layer_norm"),
+    *("group_norm", "group_norm_masked", *INTERLEAVE),
+)
 FIELD_TYPES = {
     **dict.fromkeys(("x", "y", "out", "mask", "activation", "weight", "bias"), "ptr"),
     **dict.fromkeys(("factor", "eps"), "float"),
@@ -48,6 +54,9 @@ def emit_plane_operation(name: str, width: int) -> Iterator[str]:
         "scale_masked": lambda code: _scale(code, masked=True),
         "activate": lambda code: _activate(code, width),
         "layer_norm": lambda code: _layer_norm(code, width),
+        "scale_pixels": lambda code: _scale_pixels(code, width),
+        "group_norm": lambda code: _group_norm(code, width),
+        "group_norm_masked": lambda code: _group_norm(code, width, masked=True),
         **{
             name: lambda code, n=n: _interleave(code, n)  # type: ignore[misc]
             for name, n in zip(INTERLEAVE, FACTORS, strict=True)
@@ -57,8 +66,9 @@ def emit_plane_operation(name: str, width: int) -> Iterator[str]:
         writers[name](code)
     yield f"define void @{name}(ptr noalias %record, i64 %i0, i64 %i1) {{"
     yield "entry:"
-    if name == "mean":
+    if name == "mean" or name.startswith("group_norm"):
         yield "  %sum = alloca float"
+        yield "  %part = alloca float"
     if name == "layer_norm":
         yield f"  %total = alloca <{width} x float>, align 64"
     yield from code.lines
@@ -146,6 +156,101 @@ def _activate(code: FunctionText, width: int) -> None:
     _pointer(code, "to", "%out", ("%i", "%plane"))
     code(f"%vectors = udiv i64 %plane, {width}")
     code("call void %activation(ptr %row, ptr %to, ptr %mask, i64 %vectors)")
+
+
+def _scale_pixels(code: FunctionText, width: int) -> None:
+    v = f"<{width} x float>"
+    _pointer(code, "row", "%x", ("%i", "%x_plane"))
+    _pointer(code, "to", "%out", ("%i", "%plane"))
+    _choose_mask(code, "%row")
+    code(f"%vectors = udiv i64 %plane, {width}")
+    with code.loop("%p", "0", "%vectors"):
+        code(f"%p.first = mul i64 %p, {width}")
+        for name, base in (("pixel", "row"), ("factor.here", "weight")):
+            code(f"%{name}.at = getelementptr float, ptr %{base}, i64 %p.first")
+            code(f"%{name} = load {v}, ptr %{name}.at, align 4")
+        code(f"%product = fmul {v} %pixel, %factor.here")
+        masked = _masked(code, "%product", width, "%p.first")
+        code("%to.at = getelementptr float, ptr %to, i64 %p.first")
+        code(f"store {v} {masked}, ptr %to.at, align 4")
+
+
+def _group_norm(code: FunctionText, width: int, masked: bool = False) -> None:
+    """Normalize one group, whose number of channels is `channels`; `factor` is 1 / its pixels."""
+    v = f"<{width} x float>"
+    code("%group = mul i64 %i, %channels")
+
+    def rows(c: str) -> None:
+        """Compute the address of a channel of an image."""
+        code(f"%{c}.own = add i64 %group, %{c}")
+        _pointer(code, f"{c}.row", "%x", (f"%{c}.own", "%x_plane"), ("%n", "%x_image"))
+
+    def load(c: str, p: str) -> None:
+        code(f"%{p}.at = getelementptr inbounds float, ptr %{c}.row, i64 %{p}")
+        code(f"%{p}.x = load float, ptr %{p}.at")
+
+    def used(p: str, value: str) -> str:
+        """Set a value to 0 if the pixel is padding. Return the name of the result."""
+        if not masked:
+            return value
+        code(f"%{p}.mask.at = getelementptr inbounds i32, ptr %mask.row, i64 %{p}")
+        code(f"%{p}.mask = load i32, ptr %{p}.mask.at")
+        code(f"%{p}.bits = bitcast float {value} to i32")
+        code(f"%{p}.bits.used = and i32 %{p}.bits, %{p}.mask")
+        code(f"%{p}.used = bitcast i32 %{p}.bits.used to float")
+        return f"%{p}.used"
+
+    def sum_of(c: str, p: str, squares: bool) -> None:
+        """Sum the pixels of the group, or the squares of their distances from the mean."""
+        code("store float 0.0, ptr %sum")
+        with code.loop(f"%{c}", "0", "%channels"):
+            rows(c)
+            code("store float 0.0, ptr %part")
+            with code.loop(f"%{p}", "0", "%pixels"):
+                load(c, p)
+                if squares:
+                    code(f"%{p}.centered = fsub float %{p}.x, %mean")
+                value = used(p, f"%{p}.centered" if squares else f"%{p}.x")
+                if squares:
+                    code(f"%{p}.square = fmul float {value}, {value}")
+                    value = f"%{p}.square"
+                code(f"%{p}.before = load float, ptr %part")
+                code(f"%{p}.after = fadd reassoc contract float %{p}.before, {value}")
+                code(f"store float %{p}.after, ptr %part")
+            code(f"%{c}.part = load float, ptr %part")
+            code(f"%{c}.before = load float, ptr %sum")
+            code(f"%{c}.after = fadd float %{c}.before, %{c}.part")
+            code(f"store float %{c}.after, ptr %sum")
+
+    with code.loop("%n", "0", "%images"):
+        if masked:
+            _pointer(code, "mask.row", "%mask", ("%n", "%image"))
+        sum_of("a", "p", squares=False)
+        code("%all = load float, ptr %sum")
+        code("%mean = fmul float %all, %factor")
+        sum_of("b", "q", squares=True)
+        code("%squares = load float, ptr %sum")
+        code("%mean.square = fmul float %squares, %factor")
+        code("%variance = fadd float %mean.square, %eps")
+        code(f"%variance.all = insertelement {v} zeroinitializer, float %variance, i32 0")
+        code(f"%deviations = call {v} @llvm.sqrt.v{width}f32({v} %variance.all)")
+        code(f"%deviation = extractelement {v} %deviations, i32 0")
+        code("%inverse = fdiv float 1.0, %deviation")
+        with code.loop("%c", "0", "%channels"):
+            rows("c")
+            _pointer(code, "to", "%out", ("%c.own", "%plane"), ("%n", "%image"))
+            for name in ("weight", "bias"):
+                code(f"%{name}.at = getelementptr float, ptr %{name}, i64 %c.own")
+                code(f"%{name}.here = load float, ptr %{name}.at")
+            code("%scale = fmul float %inverse, %weight.here")
+            with code.loop("%r", "0", "%pixels"):
+                load("c", "r")
+                code("%r.centered = fsub float %r.x, %mean")
+                code("%r.product = fmul float %r.centered, %scale")
+                code("%r.sum = fadd float %r.product, %bias.here")
+                value = used("r", "%r.sum")
+                code("%r.to = getelementptr inbounds float, ptr %to, i64 %r")
+                code(f"store float {value}, ptr %r.to")
 
 
 def _layer_norm(code: FunctionText, width: int) -> None:
