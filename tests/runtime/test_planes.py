@@ -40,6 +40,9 @@ def check(function, *modules, x=None, threads=1, any_batch=True):
     with torch.no_grad():
         others = (x[:1], torch.cat([x, 2 * x, -x])) if any_batch else ()
         for given in (x, *others, x):
+            network(given)
+            for workspace in network._for_batch(given).free:  # nothing is read before it is written
+                workspace.memory.fill_(torch.nan)
             result, expected = network(given), model(given)
             for a, b in zip(
                 torch.utils._pytree.tree_leaves(result),
@@ -364,3 +367,15 @@ def test_poolformer_block_stays_in_planes():
         return b(x + mixed * factors.scale)
 
     assert in_pytorch(check(net, conv(), nn.GroupNorm(1, 8), factors, conv())) == []
+
+
+def test_squeeze_and_excitation_before_a_padded_convolution():
+    """The factors are computed from pixels alone, and the padding around the product is 0."""
+
+    def net(x, a, gate, b):
+        y = a(x)
+        return b(y * gate(y.mean((2, 3), keepdim=True)).sigmoid())
+
+    for size in ((9, 7), (5, 5), (16, 16)):
+        network = check(net, conv(), conv(kernel=1), conv(), x=torch.randn(2, 8, *size))
+        assert in_pytorch(network) == []

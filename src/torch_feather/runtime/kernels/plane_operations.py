@@ -68,7 +68,7 @@ def emit_plane_operation(name: str, width: int) -> Iterator[str]:
     yield "entry:"
     if name == "mean" or name.startswith("group_norm"):
         yield "  %sum = alloca float"
-        yield "  %part = alloca float"
+        yield "  %total = alloca double"
     if name == "layer_norm":
         yield f"  %total = alloca <{width} x float>, align 64"
     yield from code.lines
@@ -130,6 +130,8 @@ def _scale(code: FunctionText, masked: bool = False) -> None:
                 code("store i32 %bits.masked, ptr %to.at")
             else:
                 code("store float %product, ptr %to.at")
+    _pointer(code, "channel", "%out", ("%i", "%plane"))
+    _clear_after_images(code, "%channel")
 
 
 def _masked(code: FunctionText, value: str, width: int, pixel: str) -> str:
@@ -200,12 +202,15 @@ def _group_norm(code: FunctionText, width: int, masked: bool = False) -> None:
         code(f"%{p}.used = bitcast i32 %{p}.bits.used to float")
         return f"%{p}.used"
 
-    def sum_of(c: str, p: str, squares: bool) -> None:
-        """Sum the pixels of the group, or the squares of their distances from the mean."""
-        code("store float 0.0, ptr %sum")
+    def mean_of(name: str, c: str, p: str, squares: bool) -> None:
+        """Average the pixels of the group, or the squares of their distances from the mean.
+
+        The sums of channels are added in float64: there may be many of one sign.
+        """
+        code("store double 0.0, ptr %total")
         with code.loop(f"%{c}", "0", "%channels"):
             rows(c)
-            code("store float 0.0, ptr %part")
+            code("store float 0.0, ptr %sum")
             with code.loop(f"%{p}", "0", "%pixels"):
                 load(c, p)
                 if squares:
@@ -214,23 +219,24 @@ def _group_norm(code: FunctionText, width: int, masked: bool = False) -> None:
                 if squares:
                     code(f"%{p}.square = fmul float {value}, {value}")
                     value = f"%{p}.square"
-                code(f"%{p}.before = load float, ptr %part")
+                code(f"%{p}.before = load float, ptr %sum")
                 code(f"%{p}.after = fadd reassoc contract float %{p}.before, {value}")
-                code(f"store float %{p}.after, ptr %part")
-            code(f"%{c}.part = load float, ptr %part")
-            code(f"%{c}.before = load float, ptr %sum")
-            code(f"%{c}.after = fadd float %{c}.before, %{c}.part")
-            code(f"store float %{c}.after, ptr %sum")
+                code(f"store float %{p}.after, ptr %sum")
+            code(f"%{c}.sum = load float, ptr %sum")
+            code(f"%{c}.wide = fpext float %{c}.sum to double")
+            code(f"%{c}.before = load double, ptr %total")
+            code(f"%{c}.after = fadd double %{c}.before, %{c}.wide")
+            code(f"store double %{c}.after, ptr %total")
+        code(f"%{name}.total = load double, ptr %total")
+        code(f"%{name}.factor = fpext float %factor to double")
+        code(f"%{name}.wide = fmul double %{name}.total, %{name}.factor")
+        code(f"%{name} = fptrunc double %{name}.wide to float")
 
     with code.loop("%n", "0", "%images"):
         if masked:
             _pointer(code, "mask.row", "%mask", ("%n", "%image"))
-        sum_of("a", "p", squares=False)
-        code("%all = load float, ptr %sum")
-        code("%mean = fmul float %all, %factor")
-        sum_of("b", "q", squares=True)
-        code("%squares = load float, ptr %sum")
-        code("%mean.square = fmul float %squares, %factor")
+        mean_of("mean", "a", "p", squares=False)
+        mean_of("mean.square", "b", "q", squares=True)
         code("%variance = fadd float %mean.square, %eps")
         code(f"%variance.all = insertelement {v} zeroinitializer, float %variance, i32 0")
         code(f"%deviations = call {v} @llvm.sqrt.v{width}f32({v} %variance.all)")
@@ -251,6 +257,10 @@ def _group_norm(code: FunctionText, width: int, masked: bool = False) -> None:
                 value = used("r", "%r.sum")
                 code("%r.to = getelementptr inbounds float, ptr %to, i64 %r")
                 code(f"store float {value}, ptr %r.to")
+    with code.loop("%d", "0", "%channels"):
+        code("%d.own = add i64 %group, %d")
+        _pointer(code, "channel", "%out", ("%d.own", "%plane"))
+        _clear_after_images(code, "%channel")
 
 
 def _layer_norm(code: FunctionText, width: int) -> None:
@@ -358,10 +368,15 @@ def _interleave(code: FunctionText, factor: int) -> None:
         code("%below.bytes = mul i64 %below.pixels, 4")
         _pointer(code, "below.at", "%channel", ("%n", "%image"), ("%rows", "%pitch"))
         _clear(code, "%below.at", "%below.bytes")
-    code("%used = mul i64 %images, %image")
-    code("%after = sub i64 %plane, %used")
+    _clear_after_images(code, "%channel")
+
+
+def _clear_after_images(code: FunctionText, channel: str) -> None:
+    """Set the pixels after the last image of a channel to 0: they are above the next channel."""
+    code("%images.end = mul i64 %images, %image")
+    code("%after = sub i64 %plane, %images.end")
     code("%after.bytes = mul i64 %after, 4")
-    code("%after.at = getelementptr float, ptr %channel, i64 %used")
+    code(f"%after.at = getelementptr float, ptr {channel}, i64 %images.end")
     _clear(code, "%after.at", "%after.bytes")
 
 
