@@ -46,12 +46,25 @@ NETWORKS = {
         *("mobilenetv2_100", "mobilenetv3_large_100", "mobilenetv3_small_100", "ghostnet_100"),
         *("efficientnet_b0", "mnasnet_100", "regnety_004", "lcnet_100"),
         *("torchvision:lraspp_mobilenet_v3_large", "torchvision:shufflenet_v2_x1_0"),
+        "torchvision:ssdlite320_mobilenet_v3_large",
     ),
     "transformer": (
         *("deit_tiny_patch16_224", "deit_small_patch16_224", "mixer_s16_224"),
         *("swin_tiny_patch4_window7_224", "poolformer_s12"),
     ),
 }
+
+
+class Detector(nn.Module):
+    """The layers of a detector of torchvision; boxes are not decoded or filtered."""
+
+    def __init__(self, detector: nn.Module):
+        super().__init__()
+        self.backbone, self.head = detector.backbone, detector.head
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.head(list(self.backbone(x).values()))
+        return found["cls_logits"], found["bbox_regression"]
 
 
 def create(name: str) -> tuple[nn.Module, Tensor]:
@@ -61,8 +74,10 @@ def create(name: str) -> tuple[nn.Module, Tensor]:
         import torchvision
 
         name, size = name.partition(":")[2], 224
-        options = {"weights_backbone": None} if "lraspp" in name else {}
+        options = {} if "shufflenet" in name else {"weights_backbone": None}
         model = torchvision.models.get_model(name, weights=None, **options)
+        if "ssdlite" in name:
+            model, size = Detector(model), 320
     else:
         import timm
 
