@@ -10,8 +10,8 @@ weight are reported.
     python benchmarks/inference.py --zoo --json results/inference_zoo.json
 
 Networks that the file has already are not measured again. Options: --networks NAME ...,
---sparsity S ... Optional packages: pip install timm torchvision openvino onnxruntime onnx
-onnxscript. Missing ones are skipped.
+--sparsity S ..., --narrow (OpenVINO in bfloat16, and in int8 with NNCF). Optional packages: pip
+install timm torchvision openvino onnxruntime onnx onnxscript nncf. Missing ones are skipped.
 """
 
 from __future__ import annotations
@@ -118,10 +118,10 @@ def first(output: Any) -> Tensor:
     return next(v for v in torch.utils._pytree.tree_leaves(output) if isinstance(v, Tensor))
 
 
-def measure(name: str, kind: str, sparsities: list[float]) -> dict[str, Any]:
-    """Return the row of a network."""
+def measure(name: str, kind: str, sparsities: list[float], narrow: bool) -> dict[str, Any]:
+    """Return the row of a network; `narrow` also measures OpenVINO in bfloat16 and int8."""
     model, x = create(name)
-    systems = dense_systems(model, x, threads=1, compiles=False)
+    systems = dense_systems(model, x, threads=1, compiles=False, narrow=narrow)
     networks, row = {}, {"network": name, "kind": kind, "size": x.shape[-1], "sparse": {}}
     for sparsity in sparsities:
         sparse_model, empty = pruned(name, sparsity)
@@ -175,6 +175,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         error = max(found["error"] for found in row["sparse"].values())
         parts.append(f"{slowest:.1f} s, {error:.0e}")
         lines.append(f"{row['network']:34} {' '.join(cells)}   {', '.join(parts)}")
+        narrow = [f"{n} {ms:.2f}" for n, ms in dense.items() if n not in names]
+        if narrow:
+            lines.append(f"{'':34} {', '.join(narrow)}")
         empty = {n for found in row["sparse"].values() for n in found["empty"]}
         if empty:
             lines.append(f"{'':34} empty layers: {', '.join(sorted(empty))}")
@@ -207,6 +210,7 @@ def main() -> None:
     parser.add_argument("--zoo", action="store_true", help="measure many networks")
     parser.add_argument("--networks", nargs="+", choices=list(kinds), default=list(kinds))
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95, 0.98])
+    parser.add_argument("--narrow", action="store_true", help="OpenVINO in bfloat16 and int8 too")
     parser.add_argument("--json", type=Path, default=Path("results/inference_zoo.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -219,7 +223,7 @@ def main() -> None:
     for name in options.networks:
         if any(row["network"] == name for row in rows):
             continue
-        rows.append(measure(name, kinds[name], options.sparsity))
+        rows.append(measure(name, kinds[name], options.sparsity, options.narrow))
         options.json.write_text(json.dumps(stored, indent=1) + "\n")
         versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
         heading = f"{stored['hardware']['cpu']}, one thread, batch 1, float32\n"
