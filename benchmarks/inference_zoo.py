@@ -118,7 +118,7 @@ def first(output: Any) -> Tensor:
     return next(v for v in torch.utils._pytree.tree_leaves(output) if isinstance(v, Tensor))
 
 
-def measure(name: str, kind: str, sparsities: list[float], narrow: bool) -> dict[str, Any]:
+def measure(name: str, kind: str, sparsities: list[float], narrow: bool = False) -> dict[str, Any]:
     """Return the row of a network; `narrow` also measures OpenVINO in bfloat16 and int8."""
     model, x = create(name)
     systems = dense_systems(model, x, threads=1, compiles=False, narrow=narrow)
