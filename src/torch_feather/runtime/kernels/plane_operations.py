@@ -177,84 +177,92 @@ def _scale_pixels(code: FunctionText, width: int) -> None:
         code(f"store {v} {masked}, ptr %to.at, align 4")
 
 
+def _group_row(code: FunctionText, c: str) -> None:
+    """Compute the address of channel c of group i in image n."""
+    code(f"%{c}.own = add i64 %group, %{c}")
+    _pointer(code, f"{c}.row", "%x", (f"%{c}.own", "%x_plane"), ("%n", "%x_image"))
+
+
+def _centered(code: FunctionText, c: str, p: str, mean: str = "%mean") -> str:
+    """Load pixel p of channel c, less the mean. Return the name of the result."""
+    code(f"%{p}.at = getelementptr inbounds float, ptr %{c}.row, i64 %{p}")
+    code(f"%{p}.x = load float, ptr %{p}.at")
+    code(f"%{p}.centered = fsub float %{p}.x, {mean}")
+    return f"%{p}.centered"
+
+
+def _used(code: FunctionText, p: str, value: str, masked: bool) -> str:
+    """Set a value to 0 if pixel p is padding. Return the name of the result."""
+    if not masked:
+        return value
+    code(f"%{p}.mask.at = getelementptr inbounds i32, ptr %mask.row, i64 %{p}")
+    code(f"%{p}.mask = load i32, ptr %{p}.mask.at")
+    code(f"%{p}.bits = bitcast float {value} to i32")
+    code(f"%{p}.bits.used = and i32 %{p}.bits, %{p}.mask")
+    code(f"%{p}.used = bitcast i32 %{p}.bits.used to float")
+    return f"%{p}.used"
+
+
+def _group_mean(code: FunctionText, names: tuple[str, str, str], masked: bool) -> None:
+    """Average the pixels of a group, or the squares of their distances from the mean.
+
+    The sums of channels are added in float64: there may be many of one sign.
+
+    Args:
+        code: the text.
+        names: of the result, "mean" or "variance", and of the counters of channels and pixels.
+        masked: whether there is padding.
+    """
+    name, c, p = names
+    code("store double 0.0, ptr %total")
+    with code.loop(f"%{c}", "0", "%channels"):
+        _group_row(code, c)
+        code("store float 0.0, ptr %sum")
+        with code.loop(f"%{p}", "0", "%pixels"):
+            value = _centered(code, c, p, "0.0" if name == "mean" else "%mean")
+            value = _used(code, p, value, masked)
+            if name == "variance":
+                code(f"%{p}.square = fmul float {value}, {value}")
+                value = f"%{p}.square"
+            code(f"%{p}.before = load float, ptr %sum")
+            code(f"%{p}.after = fadd reassoc contract float %{p}.before, {value}")
+            code(f"store float %{p}.after, ptr %sum")
+        code(f"%{c}.sum = load float, ptr %sum")
+        code(f"%{c}.wide = fpext float %{c}.sum to double")
+        code(f"%{c}.before = load double, ptr %total")
+        code(f"%{c}.after = fadd double %{c}.before, %{c}.wide")
+        code(f"store double %{c}.after, ptr %total")
+    code(f"%{name}.total = load double, ptr %total")
+    code(f"%{name}.factor = fpext float %factor to double")
+    code(f"%{name}.wide = fmul double %{name}.total, %{name}.factor")
+    code(f"%{name} = fptrunc double %{name}.wide to float")
+
+
 def _group_norm(code: FunctionText, width: int, masked: bool = False) -> None:
     """Normalize one group, whose number of channels is `channels`; `factor` is 1 / its pixels."""
     v = f"<{width} x float>"
     code("%group = mul i64 %i, %channels")
-
-    def rows(c: str) -> None:
-        """Compute the address of a channel of an image."""
-        code(f"%{c}.own = add i64 %group, %{c}")
-        _pointer(code, f"{c}.row", "%x", (f"%{c}.own", "%x_plane"), ("%n", "%x_image"))
-
-    def load(c: str, p: str) -> None:
-        code(f"%{p}.at = getelementptr inbounds float, ptr %{c}.row, i64 %{p}")
-        code(f"%{p}.x = load float, ptr %{p}.at")
-
-    def used(p: str, value: str) -> str:
-        """Set a value to 0 if the pixel is padding. Return the name of the result."""
-        if not masked:
-            return value
-        code(f"%{p}.mask.at = getelementptr inbounds i32, ptr %mask.row, i64 %{p}")
-        code(f"%{p}.mask = load i32, ptr %{p}.mask.at")
-        code(f"%{p}.bits = bitcast float {value} to i32")
-        code(f"%{p}.bits.used = and i32 %{p}.bits, %{p}.mask")
-        code(f"%{p}.used = bitcast i32 %{p}.bits.used to float")
-        return f"%{p}.used"
-
-    def mean_of(name: str, c: str, p: str, squares: bool) -> None:
-        """Average the pixels of the group, or the squares of their distances from the mean.
-
-        The sums of channels are added in float64: there may be many of one sign.
-        """
-        code("store double 0.0, ptr %total")
-        with code.loop(f"%{c}", "0", "%channels"):
-            rows(c)
-            code("store float 0.0, ptr %sum")
-            with code.loop(f"%{p}", "0", "%pixels"):
-                load(c, p)
-                if squares:
-                    code(f"%{p}.centered = fsub float %{p}.x, %mean")
-                value = used(p, f"%{p}.centered" if squares else f"%{p}.x")
-                if squares:
-                    code(f"%{p}.square = fmul float {value}, {value}")
-                    value = f"%{p}.square"
-                code(f"%{p}.before = load float, ptr %sum")
-                code(f"%{p}.after = fadd reassoc contract float %{p}.before, {value}")
-                code(f"store float %{p}.after, ptr %sum")
-            code(f"%{c}.sum = load float, ptr %sum")
-            code(f"%{c}.wide = fpext float %{c}.sum to double")
-            code(f"%{c}.before = load double, ptr %total")
-            code(f"%{c}.after = fadd double %{c}.before, %{c}.wide")
-            code(f"store double %{c}.after, ptr %total")
-        code(f"%{name}.total = load double, ptr %total")
-        code(f"%{name}.factor = fpext float %factor to double")
-        code(f"%{name}.wide = fmul double %{name}.total, %{name}.factor")
-        code(f"%{name} = fptrunc double %{name}.wide to float")
-
     with code.loop("%n", "0", "%images"):
         if masked:
             _pointer(code, "mask.row", "%mask", ("%n", "%image"))
-        mean_of("mean", "a", "p", squares=False)
-        mean_of("mean.square", "b", "q", squares=True)
-        code("%variance = fadd float %mean.square, %eps")
-        code(f"%variance.all = insertelement {v} zeroinitializer, float %variance, i32 0")
+        _group_mean(code, ("mean", "a", "p"), masked)
+        _group_mean(code, ("variance", "b", "q"), masked)
+        code("%variance.eps = fadd float %variance, %eps")
+        code(f"%variance.all = insertelement {v} zeroinitializer, float %variance.eps, i32 0")
         code(f"%deviations = call {v} @llvm.sqrt.v{width}f32({v} %variance.all)")
         code(f"%deviation = extractelement {v} %deviations, i32 0")
         code("%inverse = fdiv float 1.0, %deviation")
         with code.loop("%c", "0", "%channels"):
-            rows("c")
+            _group_row(code, "c")
             _pointer(code, "to", "%out", ("%c.own", "%plane"), ("%n", "%image"))
             for name in ("weight", "bias"):
                 code(f"%{name}.at = getelementptr float, ptr %{name}, i64 %c.own")
                 code(f"%{name}.here = load float, ptr %{name}.at")
             code("%scale = fmul float %inverse, %weight.here")
             with code.loop("%r", "0", "%pixels"):
-                load("c", "r")
-                code("%r.centered = fsub float %r.x, %mean")
-                code("%r.product = fmul float %r.centered, %scale")
+                code(f"%r.product = fmul float {_centered(code, 'c', 'r')}, %scale")
                 code("%r.sum = fadd float %r.product, %bias.here")
-                value = used("r", "%r.sum")
+                value = _used(code, "r", "%r.sum", masked)
                 code("%r.to = getelementptr inbounds float, ptr %to, i64 %r")
                 code(f"store float {value}, ptr %r.to")
     with code.loop("%d", "0", "%channels"):
