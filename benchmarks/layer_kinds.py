@@ -9,6 +9,7 @@ time, so other load on the machine adds cache misses only.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import torch_feather as feather
 from torch_feather.runtime.timing import alternate
+from torch_feather.training.provenance import provenance
 
 KINDS = ("sequences", "upsampling", "volumes", "recurrent")
 Case = tuple[str, nn.Module, tuple[int, ...]]
@@ -172,7 +174,10 @@ def main() -> None:
             print(*rows[-1].values(), sep="  ", flush=True)
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"torch": torch.__version__, "rows": rows}, file, indent=1)
+            command = " ".join(["python benchmarks/layer_kinds.py", *sys.argv[1:]])
+            facts = {"command": command, **provenance(torch.device("cpu"))}
+            json.dump(facts | {"rows": rows}, file, indent=1)
+            file.write("\n")
 
 
 if __name__ == "__main__":
