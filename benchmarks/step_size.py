@@ -35,7 +35,7 @@ def planned(size: int, quick: bool) -> tuple[int, int]:
     """
     if quick:
         return 2, 2
-    return 3 if size > 5 * 10**7 else 10, int(np.clip(1e8 / size, 6, 60))
+    return 2 if size > 5 * 10**7 else 10, int(np.clip(1e8 / size, 6, 60))
 
 
 def turns_of_new_copies(
