@@ -290,13 +290,10 @@ def heading(stored: dict[str, Any]) -> str:
 
 def tool_versions() -> dict[str, str]:
     """Return the first line that each tool prints about its version."""
-    commands = {
-        "qemu": ["qemu-aarch64", "--version"],
-        "node": ["node", "--version"],
-        "gcc": ["gcc", "--version"],
-        "arm-none-eabi-gcc": ["arm-none-eabi-gcc", "--version"],
-        "zig": [*(emulators.targets.find_zig() or ["zig"]), "version"],
-    }
+    compilers = ("gcc", "aarch64-linux-gnu-gcc", "riscv64-linux-gnu-gcc", "arm-none-eabi-gcc")
+    names = ("qemu-aarch64", "node", *compilers)
+    commands = {name: [name, "--version"] for name in names}
+    commands["zig"] = [*(emulators.targets.find_zig() or ["zig"]), "version"]
     found = {}
     for name, command in commands.items():
         if shutil.which(command[0]) is not None:
@@ -322,14 +319,17 @@ def main() -> None:
     stored["command"] = " ".join(["python benchmarks/native.py", *shown])
     stored |= provenance(torch.device("cpu")) | {"tools": tool_versions()}
     stored.setdefault("runtime", measure_runtime())
-    rows = stored["rows"]
-    for label, build in networks(options.run).items():
+    rows, builders = stored["rows"], networks(options.run)
+    order = {label: i for i, label in enumerate(builders)}
+    for label, build in builders.items():
         if any(r["network"] == label for r in rows) or label not in (options.networks or [label]):
             continue
         rows.append(measure(label, *build()))
+        done = rows[-1:]
+        rows.sort(key=lambda row: order.get(row["network"], -1))
         options.json.write_text(json.dumps(stored, indent=1) + "\n")
         options.json.with_suffix(".txt").write_text(heading(stored) + table(rows))
-        print(table(rows[-1:]), flush=True)
+        print(table(done), flush=True)
 
 
 if __name__ == "__main__":
