@@ -47,8 +47,8 @@ def test_int8_weights_of_nncf_have_all_zeros():
     model = sparse_model()
     before, x = zeros(model), torch.randn(32, 64)
     expected = model(x)
-    graph = openvino.convert_model(model, example_input=x[:1])
-    graph = nncf.quantize(graph, nncf.Dataset([row[None].numpy() for row in x]), subset_size=32)
+    graph = openvino.convert_model(model, example_input=x)
+    graph = nncf.quantize(graph, nncf.Dataset([x.numpy()]), subset_size=1)
     found = [
         torch.from_numpy(op.data.copy())
         for op in graph.get_ops()
