@@ -208,6 +208,7 @@ def onnx_bytes(model: nn.Module, x: Tensor) -> dict[str, Any]:
 
 def measure(label: str, model: nn.Module, x: Tensor) -> dict[str, Any]:
     """Return the row of a network, for all targets whose tools are installed."""
+    model.eval()
     macs = feather.count_flops(model, x).sparse
     weights = [p for p in model.parameters() if p.dim() > 1]
     row: dict[str, Any] = {
