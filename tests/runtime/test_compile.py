@@ -741,6 +741,19 @@ def test_a_batch_can_be_processed_in_chunks(model, network):
         compile_sparse(model, x, chunk_size=0)
 
 
+class SumToo(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x.sum()
+
+
+@pytest.mark.parametrize("model", [nn.LSTM(4, 3, 2, batch_first=True), SumToo(4, 3)], ids=str)
+def test_outputs_of_chunks_must_have_samples_first(model):
+    """The final states of an LSTM are (layers, batch, units)."""
+    x = torch.randn(2, 5, 4)
+    with pytest.raises(InputError, match="first dimension is the batch"):
+        compile_sparse(model, x, tuning=SameForAll(DENSE), chunk_size=2)
+
+
 # Names of version 0.1
 
 
