@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from runtime_cases import TOLERANCE, compiled, error, pruned
+from runtime_cases import DENSE, SPARSE, TOLERANCE, compiled, error, pruned, sparse_layers
 from torch import nn
 
 from torch_feather import compile_sparse
@@ -277,6 +277,16 @@ def test_channel_shuffles_stay_in_planes(groups, way):
         return torch.cat([first, b(second)], 1)
 
     assert in_pytorch(check(net, conv(8, 12), conv(6, 6, 1))) == []
+
+
+def test_channel_shuffles_that_run_densely_copy_channels():
+    """A product with 0 would make infinity NaN."""
+    model, x = nn.ChannelShuffle(2), torch.randn(2, 6, 3, 4)
+    x[0, 1], x[1, 4] = torch.inf, torch.nan
+    for tuning in (DENSE, SPARSE):
+        network = compiled(model, x, tuning)
+        torch.testing.assert_close(network(x), model(x), rtol=0, atol=0, equal_nan=True)
+        assert not sparse_layers(network)
 
 
 def test_other_transpositions_of_five_dimensions_are_no_shuffle():

@@ -59,7 +59,7 @@ class Layer:
     taps: Any = field(default=None, init=False, repr=False)  # `Taps.from_layer` keeps them
     combine: ClassVar[str] = "fma"  # see kernels.Variant
     padding_value: ClassVar[float] = 0.0
-    pools: ClassVar[bool] = False  # whether it is pooling, which has no weights to prune
+    pools: ClassVar[bool] = False  # whether it has no weights to prune, such as pooling
     adds: ClassVar[bool] = True  # whether it can add a residual
     __name__: ClassVar[str] = "layer"  # torch.fx names functions by it
 
