@@ -8,7 +8,7 @@ from torch import nn
 
 from torch_feather import compile_sparse
 from torch_feather.runtime import kernels
-from torch_feather.runtime.steps import Copy, Torch
+from torch_feather.runtime.steps import Copy, Operation, Torch
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -358,12 +358,16 @@ def test_group_norm_stays_in_planes(groups):
         assert not any("group_norm" in name for name in in_pytorch(network))
 
 
-@pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2, "padding": (1, 0)}], ids=str)
-def test_average_pooling_that_does_not_count_padding_stays_in_planes(options):
+@pytest.mark.parametrize("padding", [1, (1, 0), 0], ids=str)
+@pytest.mark.parametrize("stride", [None, 2])
+def test_average_pooling_that_does_not_count_padding_stays_in_planes(stride, padding):
     def net(x, a, b):
-        return b(F.avg_pool2d(a(x), 3, count_include_pad=False, **options))
+        return b(F.avg_pool2d(a(x), 3, stride, padding, count_include_pad=False))
 
-    assert in_pytorch(check(net, conv(), conv())) == []
+    network = check(net, conv(), conv())
+    assert in_pytorch(network) == []
+    scaled = [s for s in network.plan.steps if isinstance(s, Operation)]
+    assert len(scaled) == (padding != 0)
 
 
 def test_poolformer_block_stays_in_planes():
