@@ -193,6 +193,21 @@ def test_networks_compiled_for_one_sample_accept_several_if_only_pytorch_asked_f
         assert error(network(x), model(x)) < TOLERANCE
 
 
+class LastToken(nn.Linear):
+    """torch.export leaves out the slice of all samples if their number is known."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)[:, -1]
+
+
+def test_networks_compiled_for_one_sample_may_select_a_token():
+    model = LastToken(4, 3)
+    network = compiled(model, torch.randn(1, 5, 4))
+    for batch in (1, 3):
+        x = torch.randn(batch, 5, 4)
+        assert error(network(x), model(x)) < TOLERANCE
+
+
 def test_single_samples_without_guards_of_pytorch(monkeypatch):
     """They are rejected, except by a network that was compiled for one sample."""
     monkeypatch.setattr(capture, "SIZE_OBLIVIOUS", "an_option_that_was_removed")
