@@ -230,9 +230,9 @@ class SparseModule(nn.Module):
         if found and found.captured.accepts(*given):
             return found
         raise InputError(
-            "As far as torch.export can tell, this model depends on the batch size. It was captured "
-            f"for a batch of {self.batch_size}, not of {len(given[0])}. Compile another module with "
-            "an example of this size."
+            "As far as torch.export can tell, this model depends on the batch size. It was "
+            f"captured for a batch of {self.batch_size}, not of {len(given[0])}. Compile another "
+            "module with an example of this size."
         )
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
