@@ -72,7 +72,7 @@ def _grid(label: str, variant: Mapping[str, Any], ends: Sequence[dict[str, Any]]
 
 ENDS = (0.3, 0.75)
 TUNED: Variants = {
-    **_grid(BASELINE, _FEATHER, [_candidate("phases", end=x, count=0, last=1.0) for x in ENDS]),
+    **_grid(BASELINE, _FEATHER, [_candidate("phases", end=x, phases=0, last=1.0) for x in ENDS]),
     **_grid("HAM", _HAM, [_candidate("ham", alpha=20.0, end=x) for x in ENDS]),
     "HAM, α = 10": _candidate("ham", alpha=10.0),
     "HAM, α = 40": _candidate("ham", alpha=40.0),
