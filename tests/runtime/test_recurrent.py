@@ -6,8 +6,9 @@ import pytest
 import torch
 from runtime_cases import DENSE, TOLERANCE, check, compiled, error, pruned
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from torch_feather.runtime import kernels
+from torch_feather.runtime import CaptureError, kernels
 from torch_feather.runtime.plan import Recurrence, Torch
 from torch_feather.runtime.recurrent import Recurrent
 
@@ -158,6 +159,18 @@ def test_layers_that_are_left_to_pytorch():
         network = compiled(model.eval(), x)
         assert not network.tuning
         torch.testing.assert_close(network(x)[0], model(x)[0])
+
+
+def test_packed_sequences_are_errors():
+    """As documented: torch.export cannot capture them."""
+
+    class Packed(nn.LSTM):
+        def forward(self, x):
+            packed = pack_padded_sequence(x, torch.tensor([6, 4]), batch_first=True)
+            return pad_packed_sequence(super().forward(packed)[0], batch_first=True)[0]
+
+    with pytest.raises(CaptureError, match="cannot capture Packed"):
+        compiled(Packed(5, 7), torch.randn(2, 6, 5))
 
 
 def test_samples_must_be_the_batch():
