@@ -58,9 +58,8 @@ def select_sharded(
     """Return the cutoffs that prune the k smallest scores, ordered by (score, global index).
 
     Args:
-        scores: the local scores of each selection in global order: flat and contiguous tensors, or
-            on a CPU blocks, of which no memory of their size is allocated. NaN ranks above
-            infinity, so NaN can stand for a score that another process counts.
+        scores: the local scores of each selection in global order: flat, contiguous tensors, or on
+            a CPU blocks. NaN ranks above infinity: it may stand for a score counted elsewhere.
         k: int64 of shape (selections,).
         sizes: global number of scores of each selection.
         total: sums a tensor of counts over the processes, in place or not.
@@ -84,8 +83,8 @@ def select_sharded(
         >>> float(cutoffs[0].value)
         2.0
     """
-    counters = [_counter(one) for one in scores]
-    bits = counters[0].bits
+    each = [(j, _counter(one)) for j, one in enumerate(scores)]
+    bits = each[0][1].bits
     counter = torch.int32 if max(sizes) < 2**31 else torch.int64
 
     def exchange(counts: Tensor) -> Tensor:
@@ -96,15 +95,14 @@ def select_sharded(
     rank, shift = k, sum(bits.digits)
     for width in bits.digits:
         shift -= width
-        pairs = zip(counters, code, strict=True)
-        counts = torch.stack([c.count_digits(prefix, shift, width) for c, prefix in pairs])
+        counts = torch.stack([c.count_digits(code[j], shift, width) for j, c in each])
         if fillers:
             _leave_out(counts, extra, code, bits.infinity + 1, shift, width)
         code, rank, equal = descend(exchange(counts), rank, code, shift)
     tied = (equal > rank) & (code <= bits.infinity)  # NaN is never tied
-    last = torch.tensor([c.size for c in counters], device=k.device) - 1
+    last = torch.tensor([c.size for _, c in each], device=k.device) - 1
     if devices.synchronizes(k.device) or bool(tied.any()):
-        ties = [c.ties(own) for c, own in zip(counters, code, strict=True)]
+        ties = [c.ties(code[j]) for j, c in each]
         index = _last_tie(ties, rank, max(sizes), exchange, local_positions)
         last = torch.where(tied, local_positions(index[:, None] + 1)[:, 0] - 1, last)
     return [cutoff_at(*fields, bits) for fields in zip(k, code, tied, last, strict=True)]
