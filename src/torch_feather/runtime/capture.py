@@ -21,7 +21,7 @@ from .in_place import may_write_into_input, without_writes
 from .inputs import Example, arguments, like, tensors_of
 from .one_sample import holds_for_one
 from .strides import ShapeModel
-from .traced import Replacing, restore
+from .traced import replaced_in, restore
 from .unrolled import has_recurrent, known_shapes
 
 aten = torch.ops.aten
@@ -131,7 +131,7 @@ def _without_stack_traces() -> Iterator[None]:
 
 
 def _export(model: nn.Module, example: Example, sizes: dict[int, Any] | None) -> ExportedProgram:
-    with CAPTURING, Replacing(), _without_stack_traces(), warnings.catch_warnings():
+    with CAPTURING, replaced_in(model), _without_stack_traces(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", RECURRENT)
         args, kwargs = arguments(example)
         dynamic = (tuple(sizes for _ in args), dict.fromkeys(kwargs, sizes))

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -190,7 +191,9 @@ def _zeros(tensor: Tensor) -> Tensor:
     if type(tensor) not in (Tensor, nn.Parameter):
         return tensor
     size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    memory = torch.zeros(size if tensor.numel() else 0, dtype=tensor.dtype)
+    count = (size if tensor.numel() else 0) * tensor.element_size()
+    # torch.zeros would write the zeros. NumPy lets the system provide them when they are read.
+    memory = torch.from_numpy(np.zeros(count, np.uint8)).view(tensor.dtype)
     zeros = memory.as_strided(tensor.shape, tensor.stride())
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(zeros, requires_grad=tensor.requires_grad)
