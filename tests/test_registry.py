@@ -62,6 +62,7 @@ def failing():
         (failing, r"raises KeyError \('lost'\)"),
         (lambda **options: methods.gmp(q=1, **options), "raises TypeError"),
         (dict, "is no factory"),
+        (lambda *, sparsity, count=2: methods.feather(sparsity=sparsity), "argument of sparsify"),
     ],
 )
 def test_a_factory_that_cannot_be_called_is_an_error_that_says_why(own, factory, message):

@@ -3,12 +3,15 @@
 import statistics
 
 import pytest
+import torch
 
+import torch_feather as feather
 from torch_feather.errors import ConfigurationError
 from torch_feather.studies import STUDIES, beyond
 from torch_feather.studies.comparison import compare_pairs
 from torch_feather.studies.execute import base_config
 from torch_feather.studies.study import GridAxes
+from torch_feather.training.config import DENSE
 
 STUDY = STUDIES["beyond"]
 FINAL_SEEDS = (3, 12)
@@ -47,9 +50,18 @@ def test_a_variant_differs_from_feather_in_what_its_label_says():
     runs = {run.label: run.config for run in plan([3])}
     plain, tuned = runs["tuning: feather"], runs["tuning: feather, weight decay 1e-3"]
     assert (tuned.optimizer.weight_decay, plain.optimizer.weight_decay) == (1e-3, 5e-4)
-    assert runs["tuning: feather, θ = 1"].options == {"theta": 1.0}
+    assert runs["tuning, dropped: feather, θ = 1"].options == {"theta": 1.0}
     assert runs["exploration, dropped: feather (clip = none)"].optimizer.clip is None
     assert runs["exploration: HAM (α = 2)"].options["alpha"] == 2.0
+
+
+def test_every_method_of_the_plan_can_be_attached():
+    for config in (run.config for run in plan([3]) if run.config.method != DENSE):
+        model = torch.nn.Linear(100, 100)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        feather.sparsify(
+            model, optimizer, config.method, sparsity=0.99, total_steps=9, **config.options
+        )
 
 
 def test_seeds_of_other_phases_are_errors():

@@ -44,6 +44,9 @@ METHODS: dict[str, Factory] = {
 }
 _OWN = frozenset(METHODS)
 
+# Arguments of `sparsify`, which are therefore no options of a method.
+_OF_SPARSIFY = ("model", "optimizer", "method", "total_steps", "include", "exclude", "count")
+
 # Options of version 0.1 by method, and their present names.
 RENAMED_OPTIONS = {
     "asl": {"rate": "lr_multiplier"},
@@ -150,7 +153,7 @@ def method_options(name: str) -> dict[str, Any]:
 
 
 def _parameters(name: str, factory: Factory) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a factory; raise ConfigurationError if not all are keywords."""
+    """Return the parameters of a factory; raise ConfigurationError if one cannot be an option."""
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):  # some callables of C have no signature
@@ -163,6 +166,11 @@ def _parameters(name: str, factory: Factory) -> Mapping[str, inspect.Parameter]:
         raise ConfigurationError(
             f"The factory of method {name!r} takes {', '.join(wrong)} by position only. Options "
             "are keywords: remove the '/' from its parameters."
+        )
+    if taken := [p for p in parameters if p in _OF_SPARSIFY]:
+        raise ConfigurationError(
+            f"The factory of method {name!r} has an option {taken[0]!r}, which is an argument of "
+            "sparsify and would not reach it. Rename the option."
         )
     return parameters
 

@@ -68,7 +68,7 @@ def feather_phases(
     *,
     sparsity: float,
     end: float = 0.25,
-    count: int = 2,
+    phases: int = 2,
     low: float = 0.9,
     last: float = 0.75,
     theta: float | str = "auto",
@@ -77,12 +77,13 @@ def feather_phases(
 
     Args:
         sparsity: final fraction of zeros.
-        end, count, low, last: as for `Phases`.
+        end, low, last: as for `Phases`.
+        phases: the number of phases, `Phases.count`; `sparsify` has a `count` of its own.
         theta: as for `feather`.
 
     Example:
-        >>> feather_phases(sparsity=0.98, count=3).schedule
+        >>> feather_phases(sparsity=0.98, phases=3).schedule
         Phases(end=0.25, count=3, low=0.9, last=0.75)
     """
-    schedule = Phases(float(end), count, float(low), float(last))
+    schedule = Phases(float(end), phases, float(low), float(last))
     return feather(sparsity=sparsity, theta=theta, schedule=schedule)
