@@ -48,6 +48,7 @@ from .workspace import WorkspacePool
 MAX_BATCH_SIZES = 4  # number of batch sizes for which tables and memory are kept
 
 
+@without_collections()
 def compile_sparse(
     model: nn.Module,
     example_input: Example,
@@ -107,8 +108,7 @@ def compile_sparse(
         "compile_sparse", "at_a_time", at_a_time, "chunk_size", chunk_size
     )
     threads = torch.get_num_threads() if threads is None else threads
-    with without_collections():
-        return SparseModule(model, example_input, threads, tuning, chunk_size)
+    return SparseModule(model, example_input, threads, tuning, chunk_size)
 
 
 class SparseModule(nn.Module):

@@ -72,7 +72,7 @@ def tune_layer(
     """Time a layer densely and with some tiles, on random input.
 
     The tiles are those with the lowest estimated costs. A layer clearly faster sparse is timed
-    densely only once.
+    densely once.
 
     Args:
         node: node of the layer.
@@ -99,36 +99,29 @@ def tune_layer(
     """
     if isinstance(layer, Recurrent):
         return _tune_recurrent(node, layer, batch, threads)
-    known, sparsity = {} if known is None else known, layer.sparsity
-    symbol = _batch_of(node.graph)
+    known, sparsity, symbol = {} if known is None else known, layer.sparsity, _batch_of(node.graph)
     values = [n.meta["val"] for n in (*node.args, node) if isinstance(n, Node)]
     if place is not None and place.out.phases > 1:
         symbol, values = (batch := batch * place.out.phases), _phases(place, batch)
     plan = _plan_of_layer(layer, values, symbol)
-    (step,) = (s for s in plan.steps if isinstance(s, Sparse))
-    if place is not None:
-        layout = place.out.layout.root()
-        step.out.layout.require(layout.height, layout.width, layout.pad_y, layout.pad_x)
+    step = _padded_like(plan, place)
     pixels, taps = step.out.pixels(batch), len(step.taps.values)
     sizes = [_size_of(value, symbol, batch) for value in values[:-1]]
     key = (*_size(layer), *sizes, pixels)
     similar, form = (*key, round(sparsity, 2)), step.layer
-    earlier: _Timed | None = known.get(similar)
-    if earlier is not None and abs(taps - earlier.taps) <= SAME_TAPS * taps:
-        dense, layer.packs = known[key]
-        tile, sparse = earlier.tile, earlier.sparse_ms
-        return LayerTuning(sparse < dense, tile, sparsity, dense, sparse, layer.packs)
-    zeros = sparsity if form is layer else 1 - taps / max(1, form.weight.numel())
-    tiles = candidates(form, zeros, pixels) if earlier is None else [earlier.tile]
-    x, *residual = inputs = [_random_input(size, known) for size in sizes]
-    times = _time_tiles(plan, step, tiles, inputs, batch, threads)
-    fastest = min(times, key=times.__getitem__)
-    sparse = times[fastest]
-    known[similar] = _Timed(fastest, sparse, taps)
-    if key not in known:
-        known[key] = _time_dense(layer, x, residual, give_up=3 * sparse), layer.packs
+    timed: _Timed | None = known.get(similar)
+    if timed is None or abs(taps - timed.taps) > SAME_TAPS * taps:
+        zeros = sparsity if form is layer else 1 - taps / max(1, form.weight.numel())
+        tiles = candidates(form, zeros, pixels) if timed is None else [timed.tile]
+        x, *residual = inputs = [_random_input(size, known) for size in sizes]
+        times = _time_tiles(plan, step, tiles, inputs, batch, threads)
+        timed = known[similar] = _Timed(*min(times.items(), key=lambda item: item[1]), taps)
+        if key not in known:
+            dense = _time_dense(layer, x, residual, give_up=3 * timed.sparse_ms)
+            known[key] = dense, layer.packs
+    tile, sparse, _ = timed
     dense, layer.packs = known[key]
-    return LayerTuning(sparse < dense, fastest, sparsity, dense, sparse, layer.packs)
+    return LayerTuning(sparse < dense, tile, sparsity, dense, sparse, layer.packs)
 
 
 class _Timed(NamedTuple):
@@ -137,6 +130,15 @@ class _Timed(NamedTuple):
     tile: Tile
     sparse_ms: float
     taps: int
+
+
+def _padded_like(plan: Plan, place: Sparse | None) -> Sparse:
+    """Return the step of the only layer of a plan, with the padding that it has in the network."""
+    (step,) = (s for s in plan.steps if isinstance(s, Sparse))
+    if place is not None:
+        layout = place.out.layout.root()
+        step.out.layout.require(layout.height, layout.width, layout.pad_y, layout.pad_x)
+    return step
 
 
 def _time_tiles(
