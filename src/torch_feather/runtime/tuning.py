@@ -117,8 +117,7 @@ def tune_layer(
         times = _time_tiles(plan, step, tiles, inputs, batch, threads)
         timed = known[similar] = _Timed(*min(times.items(), key=lambda item: item[1]), taps)
         if key not in known:
-            dense = _time_dense(layer, x, residual, give_up=3 * timed.sparse_ms)
-            known[key] = dense, layer.packs
+            known[key] = _time_dense(layer, x, residual, 3 * timed.sparse_ms), layer.packs
     tile, sparse, _ = timed
     dense, layer.packs = known[key]
     return LayerTuning(sparse < dense, tile, sparsity, dense, sparse, layer.packs)
