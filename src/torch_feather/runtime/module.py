@@ -48,7 +48,6 @@ from .workspace import WorkspacePool
 MAX_BATCH_SIZES = 4  # number of batch sizes for which tables and memory are kept
 
 
-@without_collections()
 def compile_sparse(
     model: nn.Module,
     example_input: Example,
@@ -136,6 +135,7 @@ class SparseModule(nn.Module):
         (['weight'], (64,))
     """
 
+    @without_collections()
     @torch.inference_mode(False)
     def __init__(
         self,
