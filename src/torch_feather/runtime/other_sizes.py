@@ -18,6 +18,7 @@ from .errors import CaptureError
 from .fusion import attributes
 from .inputs import Example, like, tensors_of
 from .layer import Layer
+from .memory import zeros_like
 from .plan import Plan, can_run_sparse
 from .recurrent import Recurrent
 from .tuning import Tuning
@@ -106,11 +107,11 @@ class OtherSizes:
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
         ]
-        zeros = {id(tensor): _zeros(tensor) for _, tensor in state}
+        zeros = {id(tensor): zeros_like(tensor) for _, tensor in state}
         self._names = {name for name, _ in state}
         self._zeros = {tensor.untyped_storage().data_ptr() for tensor in zeros.values()}
         self._model = copy.deepcopy(model, zeros)
-        self._example = like(example, [_zeros(x) for x in tensors_of(example)])
+        self._example = like(example, [zeros_like(x) for x in tensors_of(example)])
         self._found: list[Planned | None] = []
 
     def find(self, tuning: Tuning) -> Planned | None:
@@ -175,18 +176,6 @@ class OtherSizes:
                     return False
                 values[node] = self._values[name]
         return True
-
-
-def _zeros(tensor: Tensor) -> Tensor:
-    """Return zeros of the same shape and strides, in memory of their own that is never written."""
-    if type(tensor) not in (Tensor, nn.Parameter):
-        return tensor
-    size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    memory = torch.zeros(size if tensor.numel() else 0, dtype=tensor.dtype)
-    zeros = memory.as_strided(tensor.shape, tensor.stride())
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(zeros, requires_grad=tensor.requires_grad)
-    return zeros
 
 
 def _is_same(a: Layer | Recurrent, b: Layer | Recurrent) -> bool:
