@@ -22,6 +22,7 @@ torch, the library of the network and torch_feather, but not yet what only compi
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import subprocess
@@ -209,7 +210,9 @@ def below_goal(row: dict[str, Any], best: float | None) -> list[str]:
 
 
 def compile_seconds(name: str, sparsity: float) -> float:
-    """Return the CPU seconds of the first compilation of this process, with what it imports."""
+    """Return the CPU seconds of the first compilation of this process, without its imports."""
+    importlib.import_module("torch_feather.runtime.capture")
+    importlib.import_module("torch.export")
     torch.set_num_threads(1)
     model, _ = pruned(name, sparsity)
     _, x = create(name)
@@ -280,14 +283,15 @@ def main() -> None:
         if any(row["network"] == name for row in rows):
             continue
         if options.compile_times:
-            rows.append(compile_times(name, options.sparsity, options.repeats))
+            row = compile_times(name, options.sparsity, options.repeats)
         else:
-            rows.append(measure(name, kinds[name], options.sparsity, options.narrow))
+            row = measure(name, kinds[name], options.sparsity, options.narrow)
+        rows.append(row | {"commit": stored["commit"]})
         path.write_text(json.dumps(stored, indent=1) + "\n")
         versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
         heading = f"{stored['hardware']['cpu']}, one thread, batch 1, float32\n"
         path.with_suffix(".txt").write_text(
-            f"{heading}{versions}, commit {stored['commit']}\n"
+            f"{heading}{versions}, commit {', '.join(dict.fromkeys(r['commit'] for r in rows))}\n"
             f"{stored['command']}\n\n{make_table(rows)}"
         )
         print(make_table(rows[-1:]), flush=True)
