@@ -18,17 +18,10 @@ from .errors import CaptureError
 from .fusion import attributes
 from .inputs import Example, like, tensors_of
 from .layer import Layer
+from .memory import zeros_like
 from .plan import Plan, can_run_sparse
 from .recurrent import Recurrent
 from .tuning import Tuning
-
-# What two layers of one model have in common if they are the same layer.
-SAME = (
-    *("stride", "padding", "dilation", "groups", "low", "high", "activation"),
-    *("combine", "padding_value", "pools", "linear", "channels", "padding_after"),
-    *("output_padding", "depth", "depth_stride", "depth_padding", "depth_dilation"),
-    *("kind", "has_biases", "layers", "is_bidirectional", "batch_first"),
-)
 
 
 class Planned(NamedTuple):
@@ -114,11 +107,11 @@ class OtherSizes:
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
         ]
-        zeros = {id(tensor): _zeros(tensor) for _, tensor in state}
+        zeros = {id(tensor): zeros_like(tensor) for _, tensor in state}
         self._names = {name for name, _ in state}
         self._zeros = {tensor.untyped_storage().data_ptr() for tensor in zeros.values()}
         self._model = copy.deepcopy(model, zeros)
-        self._example = like(example, [_zeros(x) for x in tensors_of(example)])
+        self._example = like(example, [zeros_like(x) for x in tensors_of(example)])
         self._found: list[Planned | None] = []
 
     def find(self, tuning: Tuning) -> Planned | None:
@@ -185,22 +178,9 @@ class OtherSizes:
         return True
 
 
-def _zeros(tensor: Tensor) -> Tensor:
-    """Return zeros of the same shape and strides, in memory of their own that is never written."""
-    if type(tensor) not in (Tensor, nn.Parameter):
-        return tensor
-    size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    memory = torch.zeros(size if tensor.numel() else 0, dtype=tensor.dtype)
-    zeros = memory.as_strided(tensor.shape, tensor.stride())
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(zeros, requires_grad=tensor.requires_grad)
-    return zeros
-
-
 def _is_same(a: Layer | Recurrent, b: Layer | Recurrent) -> bool:
+    """Return whether two layers differ in the values of their weights at most."""
     shapes = [
         [w.shape for w in (x.weights if isinstance(x, Recurrent) else [x.weight])] for x in (a, b)
     ]
-    return (type(a), shapes[0]) == (type(b), shapes[1]) and all(
-        getattr(a, name, None) == getattr(b, name, None) for name in SAME
-    )
+    return (type(a), shapes[0], a.options) == (type(b), shapes[1], b.options)
