@@ -31,7 +31,7 @@ PLANES = ("channels", "height", "width", "shape", "linear", "tokens", "first", "
 DIRECTION = ("values", "row", "column", "bias")
 RECURRENCE = ("cell", "number", "layers", "steps", "batch_first")
 RECURRENT = ("name", "kind", "has_biases", "layers", "is_bidirectional", "batch_first")
-ATTENTION = ("heads", "queries", "keys", "scale", "is_causal")
+ATTENTION = ("heads", "queries", "keys", "scale", "is_causal", "dims")
 LOCATIONS = {"operator": operator, "math": math, "torch": torch}
 
 
@@ -211,7 +211,7 @@ class Encoder:
 
         Args:
             plan: the plan.
-            constants: values of the `get_attr` nodes, by name.
+            constants: values of the nodes that do not depend on the input, by name.
         """
         steps = [self.step(step) for step in plan.steps]
         called = {s.node for s in plan.steps if isinstance(s, Torch | Pointwise)}
@@ -233,7 +233,7 @@ class Encoder:
         used.update(s.mask for s in plan.steps if isinstance(s, Attention) and s.mask is not None)
         values = {}
         for node in used:
-            if node.op == "get_attr":
+            if node.name in constants:
                 value = constants[node.name]
                 if not isinstance(value, Tensor):
                     self.value(value)
@@ -258,7 +258,7 @@ class Decoder:
 
     Attributes:
         plan: the plan.
-        constants: values of the `get_attr` nodes, by name.
+        constants: values of the nodes that do not depend on the input, by name.
 
     Example:
         >>> encoder = Encoder()

@@ -34,7 +34,8 @@ class _Places(Protocol):
 
     Attributes:
         planes: planes of the nodes so far.
-        constants: values of the `get_attr` nodes; None if `Operation` steps are not supported.
+        constants: values of the nodes that do not depend on the input; None if `Operation` steps
+            are not supported.
         sparse: the layers that run sparse.
         views: views of tokens.
     """

@@ -30,8 +30,8 @@ from .checks import (
     fail_for_empty_batch,
     result_of_empty_batch,
 )
+from .constants import attributes, with_results
 from .errors import InputError
-from .fusion import attributes
 from .inputs import Example, Inputs, arguments, concatenated, tensors_of
 from .kernels import Tile
 from .layer import Layer
@@ -131,7 +131,7 @@ class SparseModule(nn.Module):
         inputs: names, shapes and types of all inputs.
         batch_size: number of samples of the example.
         captured: the graph of the model.
-        constants: values of the `get_attr` nodes of the graph, by name.
+        constants: values of the nodes that do not depend on the input, by name.
         plan: the steps of the network.
 
     Example:
@@ -163,7 +163,8 @@ class SparseModule(nn.Module):
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self.captured, self._others = capture_example(model, example)
             self._empty_result = result_of_empty_batch(model, *args, **kwargs)
-            self._values = attributes(self.captured.module)
+            module = self.captured.module
+            self._values = with_results(module.graph, attributes(module))
             self.constants = {node.name: value for node, value in self._values.items()}
             nodes, self._plans = self._layer_nodes(), dict[tuple[str, ...], Plan]()
             self.tuning = self._tune(nodes, known or {})

@@ -82,8 +82,9 @@ class Plan:
         Args:
             graph: its layers are nodes whose target is a `Layer`.
             sparse: the layers that run sparse.
-            constants: values of the `get_attr` nodes. Without them, the only steps are `Torch`,
-                `Copy`, `Sparse`, `Pointwise` and the `Operation` "interleave".
+            constants: values of the nodes that do not depend on the input, see `constants`. Without
+                them, the only steps are `Torch`, `Copy`, `Sparse`, `Pointwise` and the `Operation`
+                "interleave".
             batch: size or symbol of the batch; None: the first dimension of the first input.
         """
         builder = Builder(cls(graph), sparse, constants, batch)
@@ -113,7 +114,8 @@ class Builder:
     Args:
         plan: an empty plan.
         sparse: the layers that run sparse.
-        constants: values of the `get_attr` nodes; None if `Operation` steps are not supported.
+        constants: values of the nodes that do not depend on the input; None if `Operation` steps
+            are not supported.
         batch: size or symbol of the batch; None: the first dimension of the first input.
 
     Example:
@@ -139,7 +141,7 @@ class Builder:
 
     def add(self, node: Node) -> None:
         """Add the step of a node, and the copies that it needs."""
-        if node.op != "call_function":
+        if node.op != "call_function" or node in (self.constants or ()):
             return
         if isinstance(node.target, Layer):
             step: Step = self._layer(node, node.target)

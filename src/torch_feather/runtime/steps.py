@@ -197,7 +197,8 @@ class Attention:
         keys: number of keys of a sequence.
         scale: factor of the products of queries and keys.
         is_causal: whether a query attends to no key after it.
-        mask: node of the mask, with the dimensions sequence, head, query and key.
+        mask: node of the mask, which can be broadcast to the scores.
+        dims: dimensions of the scores before queries and keys, see `records.heads_second`.
 
     Example:
         >>> from torch_feather.runtime.planes import PlaneLayout
@@ -214,6 +215,7 @@ class Attention:
     scale: float
     is_causal: bool = False
     mask: Node | None = None
+    dims: int = 2
 
 
 Step = Torch | Copy | Sparse | Pointwise | Operation | Attention | Recurrence

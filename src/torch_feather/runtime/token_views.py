@@ -8,6 +8,7 @@ computes in planes again.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from torch.fx import Node
 from .dimensions import Dimensions, applied
 from .layer import Layer
 from .planes import PlaneLayout, Planes, Size
-from .sizes import size_of, sizes_of
+from .sizes import sizes_of
 from .steps import Attention, Sparse
 from .taps import Taps
 
@@ -143,14 +144,16 @@ class TokenViews:
         layout.merge(q.planes.layout)
         out = replace(q.planes, layout=layout, channels=channels, base=None, first=0)
         out.shape = (width, channels)
-        view = self._attended(out, q.heads)
-        if not self._ends_in_tokens(node, view):
+        view, shape = self._attended(node, out, q.heads), node.meta["val"].shape
+        mask, is_causal, scale = arguments
+        if view is None or not self._ends_in_tokens(node, view):
+            return None
+        if mask is not None and not _is_periodic(mask.meta["val"], shape):
             return None
         self.pending[node] = view
-        mask, is_causal, scale = arguments
         scale = depth**-0.5 if scale is None else float(scale)
         x, sizes = (q.planes, k.planes, v.planes), (q.tokens, k.tokens)
-        return Attention(x, out, q.heads, *sizes, scale, is_causal, mask)
+        return Attention(x, out, q.heads, *sizes, scale, is_causal, mask, len(shape) - 2)
 
     def layer(self, node: Node, layer: Layer) -> Sparse | None:
         """Return the step of a linear layer whose input is a permutation of tokens.
@@ -183,14 +186,20 @@ class TokenViews:
         channel = ((layer.channels[1], CHANNEL),)
         return TokenView(out, tuple(Dimensions(0, (*x.parts[:-1], channel)) for x in view.values))
 
-    def _attended(self, out: Planes, heads: int) -> TokenView:
-        """Return the view (sequence, head, token, channel) of the result of attention."""
+    def _attended(self, node: Node, out: Planes, heads: int) -> TokenView | None:
+        """Return the view (..., token, channel) of the result of attention."""
         whole, values = view_of_tokens(out, self._batches), []
-        for x in whole.values:
+        sizes = sizes_of(node.meta["val"].shape, self._batch)
+        for x, batch in zip(whole.values, self._batches, strict=True):
             count, tokens, channels = x.parts
             (depth,) = (size // heads for size, _ in channels)
             head = ((heads, depth * CHANNEL),)
-            values.append(Dimensions(0, (count, head, tokens, ((depth, CHANNEL),))))
+            found = Dimensions(0, (count, head, tokens, ((depth, CHANNEL),)))
+            shape = None if sizes is None else [c + slope * batch for c, slope in sizes]
+            result = None if shape is None else found.reshaped(shape)
+            if result is None:
+                return None
+            values.append(result)
         return TokenView(out, tuple(values))
 
     def _view(self, node: Any) -> Any:
@@ -244,33 +253,29 @@ class TokenViews:
         return replace(planes, tokens=tokens, shape=sample)
 
     def _heads(self, node: Any) -> Heads | None:
-        """Return the heads of a view (sequence, head, token, channel)."""
+        """Return the heads of a view (..., token, channel), whose other dimensions end in heads."""
         view = self._view(node)
         if not isinstance(view, TokenView):
             return None
         found = set()
         for x, batch in zip(view.values, self._batches, strict=True):
-            if len(x.parts) != 4:
-                return None
-            count, heads, tokens, depth = x.shape
+            heads = _heads_of(x)
             first, rest = divmod(x.offset, CHANNEL)
-            strides = (tokens, depth * CHANNEL, 1, CHANNEL)
-            if rest or count * tokens != view.planes.width * batch:
+            if heads is None or rest or heads[1] * heads[2] != view.planes.width * batch:
                 return None
-            for d, part in enumerate(zip(x.shape, strides, strict=True)):
-                if x.merged(d) != [part][: part[0] > 1]:
-                    return None
-            found.add((first, heads, tokens, depth))
+            found.add((first, heads[0], *x.shape[-2:]))
+            count = heads[1]
         if len(found) != 1:
             return None
-        ((first, heads, tokens, depth),) = found
-        sequences = size_of(node.meta["val"].shape[0], self._batch)
-        if sequences is None:
+        ((first, number, tokens, depth),) = found
+        is_whole = view.planes.width % tokens == 0
+        if not is_whole and not isinstance(self._batch, int):
             return None
-        planes = view.planes.channels_from(first, heads * depth)
+        sequences = (0, view.planes.width // tokens) if is_whole else (count, 0)
+        planes = view.planes.channels_from(first, number * depth)
         shape = (planes.width, planes.channels)
         planes = replace(planes, tokens=(sequences, (tokens, 0)), shape=shape)
-        return Heads(planes, heads, tokens, sequences)
+        return Heads(planes, number, tokens, sequences)
 
     def _ends_in_tokens(self, node: Node, view: Any) -> bool:
         """Return whether all users of a view return tokens in the end."""
@@ -288,6 +293,47 @@ class TokenViews:
             if not is_end and not self._ends_in_tokens(user, found):
                 return False
         return True
+
+
+def _heads_of(x: Dimensions) -> tuple[int, int, int] | None:
+    """Return the numbers of heads, sequences, and tokens; None if they are not in this order.
+
+    Three dimensions have the heads within the first one, more have them third to last.
+    """
+    rank = len(x.parts)
+    if rank < 3:
+        return None
+    tokens, depth = x.shape[-2:]
+    if rank == 3:
+        parts = x.merged(0)
+        has_heads = bool(parts) and parts[-1][1] == depth * CHANNEL
+        heads, parts = (parts[-1:], parts[:-1]) if has_heads else ([], parts)
+    else:
+        heads, parts = x.merged(rank - 3), x.merged(*range(rank - 3))
+    number = math.prod(size for size, _ in heads)
+    count = math.prod(size for size, _ in parts)
+    expected = [(number, depth * CHANNEL)], [(count, tokens)], [(tokens, 1)], [(depth, CHANNEL)]
+    given = heads, parts, x.merged(rank - 2), x.merged(rank - 1)
+    if any(a != [p for p in b if p[0] > 1] for a, b in zip(given, expected, strict=True)):
+        return None
+    return number, count, tokens
+
+
+def _is_periodic(mask: Tensor, scores: Sequence[Any]) -> bool:
+    """Return whether a mask of some sequences is that of all others in turn.
+
+    Args:
+        mask: can be broadcast to the scores.
+        scores: sizes of the scores.
+    """
+    sequences = [str(n) for n in scores[:-3]]
+    sizes = [str(n) for n in mask.shape[:-3]][-len(sequences) :] if sequences else []
+    has_begun = False
+    for size, whole in zip(sizes, sequences[len(sequences) - len(sizes) :], strict=True):
+        if size == "1" and whole != "1" and has_begun:
+            return False
+        has_begun = has_begun or size != "1"
+    return True
 
 
 def _first_channel(x: Dimensions, channels: int) -> int | None:
@@ -316,7 +362,7 @@ def _arguments(node: Node) -> tuple[Node | None, bool, Any] | None:
         return None
     if mask is not None:
         value = mask.meta["val"] if isinstance(mask, Node) else None
-        if is_causal or not isinstance(value, Tensor) or value.dim() > 4:
+        if is_causal or not isinstance(value, Tensor):
             return None
         if value.dtype not in (torch.bool, torch.float32):
             return None

@@ -95,6 +95,7 @@ ATTENTION = np.dtype(
         ("k_plane", "i8"),
         ("v_plane", "i8"),
         ("out_plane", "i8"),
+        ("masks", "i8"),  # masks of sequences; the next sequence after them has the first one
         ("mask_sequence", "i8"),  # numbers between the masks of consecutive sequences
         ("mask_head", "i8"),
         ("mask_key", "i8"),
