@@ -194,7 +194,7 @@ class Encoder:
         if isinstance(step, Attention):
             numbers = {name: getattr(step, name) for name in ATTENTION}
             return stored | numbers | {"mask": step.mask and step.mask.name}
-        for name in ("weight", "bias"):
+        for name in ("weight", "bias", "index"):
             array = getattr(step, name)
             stored[name] = None if array is None else self.array(array)
         for name in ("name", "activation", "eps", "stride", "groups"):
@@ -380,11 +380,12 @@ class Decoder:
             return Attention(x, out, **numbers, mask=mask)
         if data["kind"] == "Pointwise":
             return Pointwise(self._nodes[data["node"]], x, out)
-        weight, bias = (data[n] and self._arrays[data[n]] for n in ("weight", "bias"))
-        stride, groups = self.value(data["stride"]), data["groups"]
-        return Operation(
-            data["name"], x, out, data["activation"], weight, bias, data["eps"], stride, groups
-        )
+        arrays: dict[str, Any] = {
+            n: data[n] and self._arrays[data[n]] for n in ("weight", "bias", "index")
+        }
+        numbers = {n: data[n] for n in ("activation", "eps", "groups")}
+        stride = self.value(data["stride"])
+        return Operation(data["name"], x, out, stride=stride, **arrays, **numbers)
 
     def _direction(self, data: Mapping[str, Any]) -> Direction:
         arrays = {n: self._arrays[data[n]] for n in DIRECTION}

@@ -134,6 +134,9 @@ class Records:
             record["rows"], record["columns"] = step.out.height, step.out.width
             record["x_pitch"], record["pitch"] = source.row_stride, layout.row_stride
             record["factor_rows"] = step.stride[0]
+        elif step.index is not None:
+            record["index"], record["pixels"] = self._address(step.index), step.index.shape[1]
+            items = step.out.channels
         elif name == "activate":
             assert step.activation is not None
             record["activation"] = library().activation(step.activation, width)

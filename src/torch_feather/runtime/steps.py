@@ -117,8 +117,8 @@ class Operation:
     """An operation in machine code that is no convolution, from planes to planes.
 
     Attributes:
-        name: "mean", "scale", "scale_pixels", "activate", "layer_norm", "group_norm", "interleave"
-            or "repeat".
+        name: "mean", "scale", "scale_pixels", "activate", "layer_norm", "group_norm", "interleave",
+            "repeat" or "gather".
         x: inputs.
         out: result.
         activation: function of "activate", one of `kernels.ACTIVATIONS`.
@@ -128,6 +128,8 @@ class Operation:
         groups: of "group_norm".
         stride: rows and columns of the result per row and column of the input, of "interleave" and
             "repeat".
+        index: int32 (groups, tokens) of "gather": which token of the input is at each place. The
+            result has all channels of the input once for each group.
 
     Example:
         >>> from torch_feather.runtime.planes import PlaneLayout
@@ -145,6 +147,7 @@ class Operation:
     eps: float = 0.0
     stride: tuple[int, int] = (1, 1)
     groups: int = 1
+    index: np.ndarray | None = None
 
 
 @dataclass(eq=False)

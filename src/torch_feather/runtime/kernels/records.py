@@ -48,6 +48,7 @@ PLANE_OPERATION = np.dtype(
         ("activation", "i8"),  # function of rows
         ("weight", "i8"),  # of a norm, one number per channel
         ("bias", "i8"),
+        ("index", "i8"),  # of `gather`, int32 (groups, pixels): pixels of x
         ("images", "i8"),
         ("channels", "i8"),
         ("x_plane", "i8"),  # pixels between consecutive channels of x
