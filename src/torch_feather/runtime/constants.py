@@ -62,6 +62,16 @@ def constants_of(graph: Graph, known: Mapping[Node, Any]) -> dict[Node, Any]:
     return found
 
 
+def constants_of_module(module: GraphModule) -> dict[Node, Any]:
+    """Return the values of a graph that do not depend on its input, see `with_results`.
+
+    Example:
+        >>> constants_of_module(GraphModule(torch.nn.Module(), Graph()))
+        {}
+    """
+    return with_results(module.graph, attributes(module))
+
+
 def with_results(graph: Graph, known: Mapping[Node, Any]) -> dict[Node, Any]:
     """Return known values and the tensors that are computed from them.
 

@@ -23,6 +23,7 @@ from .checks import (
     NOT_LOADED,
     NOT_SAVED,
     NOT_TRACED,
+    check_chunks,
     check_count,
     check_eager,
     check_types,
@@ -30,7 +31,7 @@ from .checks import (
     fail_for_empty_batch,
     result_of_empty_batch,
 )
-from .constants import attributes, with_results
+from .constants import constants_of_module
 from .errors import InputError
 from .inputs import Example, Inputs, arguments, concatenated, tensors_of
 from .kernels import Tile
@@ -95,7 +96,7 @@ def compile_sparse(
 
     Raises:
         InputError: the example is not a batch of float32 on the CPU, the model is not float32 on
-            the CPU, or `threads` or `chunk_size` is invalid.
+            the CPU, `threads` or `chunk_size` is invalid, or an output cannot be chunked.
         FileFormatError: the tuning file is damaged.
         CaptureError: torch.export cannot capture the model, or the model writes into its input.
         RuntimeMissingError: llvmlite is not installed.
@@ -162,9 +163,10 @@ class SparseModule(nn.Module):
         args, kwargs = arguments(example)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self.captured, self._others = capture_example(model, example)
+            if chunk_size is not None:
+                check_chunks(self.captured.shapes.output_shapes, given)
             self._empty_result = result_of_empty_batch(model, *args, **kwargs)
-            module = self.captured.module
-            self._values = with_results(module.graph, attributes(module))
+            self._values = constants_of_module(self.captured.module)
             self.constants = {node.name: value for node, value in self._values.items()}
             nodes, self._plans = self._layer_nodes(), dict[tuple[str, ...], Plan]()
             self.tuning = self._tune(nodes, known or {})
@@ -228,9 +230,9 @@ class SparseModule(nn.Module):
         if found and found.captured.accepts(*given):
             return found
         raise InputError(
-            "The behavior of this model depends on the batch size. It was captured for a batch of "
-            f"{self.batch_size}, not of {len(given[0])}. Compile another module with an example "
-            "of this size."
+            "As far as torch.export can tell, this model depends on the batch size. It was "
+            f"captured for a batch of {self.batch_size}, not of {len(given[0])}. Compile another "
+            "module with an example of this size."
         )
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:

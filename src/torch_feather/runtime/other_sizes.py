@@ -22,14 +22,6 @@ from .plan import Plan, can_run_sparse
 from .recurrent import Recurrent
 from .tuning import Tuning
 
-# What two layers of one model have in common if they are the same layer.
-SAME = (
-    *("stride", "padding", "dilation", "groups", "low", "high", "activation"),
-    *("combine", "padding_value", "pools", "linear", "channels", "padding_after"),
-    *("output_padding", "depth", "depth_stride", "depth_padding", "depth_dilation"),
-    *("kind", "has_biases", "layers", "is_bidirectional", "batch_first"),
-)
-
 
 class Planned(NamedTuple):
     """A captured graph and its plan.
@@ -201,9 +193,8 @@ def _zeros(tensor: Tensor) -> Tensor:
 
 
 def _is_same(a: Layer | Recurrent, b: Layer | Recurrent) -> bool:
+    """Return whether two layers differ in the values of their weights at most."""
     shapes = [
         [w.shape for w in (x.weights if isinstance(x, Recurrent) else [x.weight])] for x in (a, b)
     ]
-    return (type(a), shapes[0]) == (type(b), shapes[1]) and all(
-        getattr(a, name, None) == getattr(b, name, None) for name in SAME
-    )
+    return (type(a), shapes[0], a.options) == (type(b), shapes[1], b.options)

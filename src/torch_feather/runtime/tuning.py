@@ -27,10 +27,6 @@ from .timing import milliseconds
 from .workspace import Workspace
 
 CANDIDATES = 5  # number of tiles that are timed
-NUMBERS = (
-    *("stride", "padding", "padding_after", "dilation", "groups", "output_padding"),
-    *("depth", "depth_stride", "depth_padding", "depth_dilation"),
-)
 RECURRENT_CANDIDATES = 2  # with whole recurrent layers, in which the tiles matter less
 LATENCY, GROUP_CYCLES = 3.0, 12.0  # cycles of a multiply-add that follows another; of a group
 MAX_TILE = 64  # vectors, values of a vector, or channels; larger ones would take long to compile
@@ -152,10 +148,9 @@ def _time_tiles(
 
 
 def _size(layer: Layer) -> tuple[Any, ...]:
-    shape = tuple(layer.weight.shape)
-    kind = type(layer).__name__, layer.activation
-    numbers = [getattr(layer, name, None) for name in NUMBERS]
-    return (*kind, shape, *numbers)
+    """Return what determines the times of a layer, besides its sparsity; bounds take no time."""
+    options = [value for name, value in layer.options.items() if name not in ("low", "high")]
+    return (type(layer).__name__, tuple(layer.weight.shape), *options)
 
 
 def candidates(layer: Layer, sparsity: float, pixels: int) -> list[Tile]:

@@ -146,7 +146,7 @@ class Workspace:
         ):
             if native:
                 run = [step for _, step in group if isinstance(step, machine_code)]
-                yield Call(self.native(run), run)
+                yield from (Call(self.native(part), part) for part in self._separated(run))
                 continue
             for i, step in group:
                 if isinstance(step, Pointwise):
@@ -154,6 +154,19 @@ class Workspace:
                 elif isinstance(step, Torch):
                     unused = [n for n in step.node.all_input_nodes if last_use[n] == i]
                     yield Call(self._torch(step.node, unused))
+
+    def _separated(self, steps: Sequence[Native]) -> Iterator[list[Native]]:
+        """Yield parts of successive steps; what a part reads as tensors is complete before it.
+
+        Masks of attention and initial states may be in planes, which an earlier step writes.
+        """
+        part: list[Native] = []
+        for step in steps:
+            if part and not isinstance(step, Copy) and any(n in self.views for n in read_by(step)):
+                yield part
+                part = []
+            part.append(step)
+        yield part
 
     def _last_uses(self) -> dict[Node, int]:
         """Return the last step that reads each value that is not in planes."""
