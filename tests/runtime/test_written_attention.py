@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from runtime_cases import TOLERANCE, compiled, pruned
+from runtime_cases import compiled, pruned
 from test_attention import Layer, check, in_pytorch
 from torch import nn
 
-from torch_feather.native import NativeExportError, export_native
-from torch_feather.runtime.capture import capture
+from torch_feather.native import export_native
 from torch_feather.runtime.steps import Attention
 
 HEADS, DEPTH, T = 2, 16, 9
@@ -299,10 +298,7 @@ def test_files(form, tmp_path):
 def test_native_libraries(form, tmp_path):
     """They have loops of their own; the export compares the library with PyTorch."""
     layer = pruned(Written(form, **buffers()))
-    try:
-        export_native(layer, torch.randn(2, T, HEADS * DEPTH), tmp_path)
-    except NativeExportError as error:  # pragma: no cover
-        pytest.fail(str(error))
+    assert export_native(layer, torch.randn(2, T, HEADS * DEPTH), tmp_path)
 
 
 def transformers_models():
@@ -336,15 +332,6 @@ def test_transformers():
             hidden = Hidden(model)
             network = check(hidden, *given, steps=2, batches=(3,))
             left = in_pytorch(network)
-            assert not left & {
-                "aten.matmul.default",
-                "aten.softmax.int",
-                "aten.where.ScalarOther",
-            } or (len(given) == 2)
-
-
-def test_capture_adds_nothing_to_other_networks():
-    """A graph without attention has the same functions."""
-    graph = capture(nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1)), torch.ones(2, 4)).module.graph
-    assert len(list(graph.nodes)) == 4
-    assert TOLERANCE < 1e-5
+            assert not left & {"aten.matmul.default", "aten.softmax.int"}
+            if len(given) == 1:  # the mask is constant
+                assert not left & {"aten.where.ScalarOther", "aten.arange.default"}

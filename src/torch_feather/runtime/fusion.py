@@ -110,7 +110,7 @@ def graphs_of(module: GraphModule) -> list[GraphModule]:
 
 
 def _normalize(graph: Graph) -> None:
-    """Remove guards and dropout, and adapt functions that depend on strides."""
+    """Remove guards and what changes nothing, and adapt functions that depend on strides."""
     for node in list(graph.nodes):
         if node.op == "call_module" and node.name.startswith("_guards"):
             graph.erase_node(node)  # `Captured.accepts` evaluates them
@@ -119,6 +119,8 @@ def _normalize(graph: Graph) -> None:
         elif _returns_argument(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is aten.pad.default and not any(node.args[1]):  # type: ignore[arg-type]
+            node.target, node.args, node.kwargs = aten.clone.default, node.args[:1], {}
         elif node.op == "call_function" and node.target is aten.view.default:
             node.target = aten.reshape.default  # planes have strides that view may not support
         elif node.target in NEEDS_CONTIGUOUS:
@@ -129,8 +131,6 @@ def _returns_argument(node: Node) -> bool:
     """Return whether a function returns its first argument, such as a conversion to its type."""
     if node.target is aten.dropout.default:
         return not node.args[2]
-    if node.target is aten.pad.default:
-        return not any(node.args[1])  # type: ignore[arg-type]
     if node.target not in CONVERSIONS:
         return is_whole(node)
     copies = {*node.args, *node.kwargs.items()} & {True, ("copy", True)}
