@@ -119,7 +119,7 @@ def _normalize(graph: Graph) -> None:
         elif _returns_argument(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif node.target is aten.pad.default and not any(node.args[1]):  # type: ignore[arg-type]
+        elif node.target is aten.pad.default and not any(node.args[1]):
             node.target, node.args, node.kwargs = aten.clone.default, node.args[:1], {}
         elif node.op == "call_function" and node.target is aten.view.default:
             node.target = aten.reshape.default  # planes have strides that view may not support
