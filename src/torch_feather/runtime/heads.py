@@ -24,6 +24,7 @@ class Heads(NamedTuple):
         sequences: number of sequences, which depends on the batch size.
 
     Example:
+        >>> from torch_feather.runtime.planes import PlaneLayout
         >>> x = Planes(PlaneLayout(1, 9), 8, 1, 9, (9, 8), linear=True, tokens=((0, 1), (9, 0)))
         >>> Heads(x, 2, 9, sequences=(0, 1)).heads
         2
@@ -94,6 +95,7 @@ def arguments_of(node: Node) -> tuple[Node | None, bool, Any] | None:
         node: of `scaled_dot_product_attention`.
 
     Example:
+        >>> from torch.fx import Graph
         >>> graph = Graph()
         >>> q = graph.placeholder("q")
         >>> attention = torch.ops.aten.scaled_dot_product_attention.default

@@ -24,9 +24,8 @@ class Order(NamedTuple):
         channels: number of channels of a group.
 
     Example:
-        >>> x = Dimensions.strided((2, 3, 8), (1, 2, CHANNEL))
-        >>> order_of([x], batches=[1], count=6).table.tolist()
-        [[0, 2, 4, 1, 3, 5]]
+        >>> Order(np.array([[1, 0]], np.int32), first=0, channels=8).table.shape
+        (1, 2)
     """
 
     table: np.ndarray
@@ -54,6 +53,11 @@ def order_of(values: Sequence[Dimensions], batches: Sequence[int], count: int) -
 
     Returns:
         None if a token is missing or repeated, or the order differs between samples.
+
+    Example:
+        >>> x = Dimensions.strided((1, 2, 3, 8), (6, 1, 2, CHANNEL))
+        >>> order_of([x], batches=[1], count=6).table.tolist()
+        [[0, 2, 4, 1, 3, 5]]
     """
     found: list[Order] = []
     for x, batch in zip(values, batches, strict=True):
