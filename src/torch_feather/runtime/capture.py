@@ -22,7 +22,7 @@ from .in_place import may_write_into_input, without_writes
 from .inputs import Example, arguments, like, tensors_of
 from .one_sample import holds_for_one
 from .strides import ShapeModel
-from .traced import Replacing, restore
+from .traced import replaced_in, restore
 from .unrolled import has_recurrent, known_shapes
 
 aten = torch.ops.aten
@@ -132,7 +132,7 @@ def _without_stack_traces() -> Iterator[None]:
 
 
 def _export(model: nn.Module, example: Example, sizes: dict[int, Any] | None) -> ExportedProgram:
-    with CAPTURING, Replacing(), _without_stack_traces(), warnings.catch_warnings():
+    with CAPTURING, replaced_in(model), _without_stack_traces(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", RECURRENT)
         args, kwargs = arguments(example)
         bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments

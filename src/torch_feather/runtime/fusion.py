@@ -63,7 +63,8 @@ def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
         _normalize(part.graph)
         if activations:
             replace_composites(part.graph)
-        part.recompile()
+        if part is not module:  # the module itself is recompiled at the end
+            part.recompile()
     lift(module.graph)
     if activations:
         replace_shuffles(module.graph)

@@ -36,20 +36,14 @@ from .errors import InputError
 from .inputs import Example, Inputs, arguments, concatenated, tensors_of
 from .kernels import Tile
 from .layer import Layer
+from .memory import without_collections
 from .other_sizes import Planned, capture_example
 from .plan import Plan, Sparse, can_run_sparse
 from .recurrent import Recurrent
 from .strides import with_strides
 from .timing import milliseconds
-from .tuning import (
-    LayerTuning,
-    Tuning,
-    distinct_ways,
-    load_tuning,
-    save_tuning,
-    table,
-    tune_layer,
-)
+from .tuning import LayerTuning, Tuning, distinct_ways, table, tune_layer
+from .tuning_file import load_tuning, save_tuning
 from .workspace import WorkspacePool
 
 MAX_BATCH_SIZES = 4  # number of batch sizes for which tables and memory are kept
@@ -142,6 +136,7 @@ class SparseModule(nn.Module):
         (['weight'], (64,))
     """
 
+    @without_collections()
     @torch.inference_mode(False)
     def __init__(
         self,

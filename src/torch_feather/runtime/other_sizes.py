@@ -18,6 +18,7 @@ from .constants import attributes, with_results
 from .errors import CaptureError
 from .inputs import Example, like, tensors_of
 from .layer import Layer
+from .memory import zeros_like
 from .plan import Plan, can_run_sparse
 from .recurrent import Recurrent
 from .tuning import Tuning
@@ -108,11 +109,11 @@ class OtherSizes:
         ]
         # A capture reads the values of other tensors, such as masks of attention.
         weights = {name.partition("@")[0] for name in self._layers}
-        zeros = {id(tensor): _zeros(tensor) for name, tensor in state if name in weights}
+        zeros = {id(tensor): zeros_like(tensor) for name, tensor in state if name in weights}
         self._names = {name for name, _ in state}
         self._zeros = {tensor.untyped_storage().data_ptr() for tensor in zeros.values()}
         self._model = copy.deepcopy(model, {id(tensor): tensor for _, tensor in state} | zeros)
-        self._example = like(example, [_zeros(x) for x in tensors_of(example)])
+        self._example = like(example, [zeros_like(x) for x in tensors_of(example)])
         self._found: list[Planned | None] = []
 
     def find(self, tuning: Tuning) -> Planned | None:
@@ -178,18 +179,6 @@ class OtherSizes:
             elif has_zeros:
                 return False
         return True
-
-
-def _zeros(tensor: Tensor) -> Tensor:
-    """Return zeros of the same shape and strides, in memory of their own that is never written."""
-    if type(tensor) not in (Tensor, nn.Parameter):
-        return tensor
-    size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    memory = torch.zeros(size if tensor.numel() else 0, dtype=tensor.dtype)
-    zeros = memory.as_strided(tensor.shape, tensor.stride())
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(zeros, requires_grad=tensor.requires_grad)
-    return zeros
 
 
 def _is_same(a: Layer | Recurrent, b: Layer | Recurrent) -> bool:

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
+from .memory import zeros_like
 from .unrolled import known_shapes
 
 MAX_LAYOUTS = 256  # number of input layouts whose results are kept
@@ -57,7 +58,8 @@ class ShapeModel:
         self._outputs = len(program.graph_signature.user_outputs)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         tensors = (*model.parameters(), *model.buffers())
-        without_values = {id(t): self._mode.from_tensor(t.detach()) for t in tensors}
+        # PyTorch converts zeros to tensors without values when they are used, which is rare.
+        without_values = {id(t): zeros_like(t) for t in tensors}
         self._model: nn.Module | None = None
         with suppress(Exception):  # not every model can be copied again
             self._model = copy.deepcopy(model, without_values)
