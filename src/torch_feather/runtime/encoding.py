@@ -25,7 +25,7 @@ from .taps import Taps
 
 PLANES = ("channels", "height", "width", "shape", "linear", "tokens", "first", "phases")
 RECURRENCE = ("cell", "number", "layers", "steps", "batch_first")
-ATTENTION = ("heads", "queries", "keys", "scale", "is_causal")
+ATTENTION = ("heads", "queries", "keys", "scale", "is_causal", "dims")
 LOCATIONS = {"operator": operator, "math": math, "torch": torch}
 
 
@@ -198,7 +198,7 @@ class Encoder:
         if isinstance(step, Attention):
             numbers = {name: getattr(step, name) for name in ATTENTION}
             return stored | numbers | {"mask": step.mask and step.mask.name}
-        for name in ("weight", "bias"):
+        for name in ("weight", "bias", "index"):
             array = getattr(step, name)
             stored[name] = None if array is None else self.array(array)
         for name in ("name", "activation", "eps", "stride", "groups"):
@@ -210,7 +210,7 @@ class Encoder:
 
         Args:
             plan: the plan.
-            constants: values of the `get_attr` nodes, by name.
+            constants: values of the nodes that do not depend on the input, by name.
         """
         steps = [self.step(step) for step in plan.steps]
         called = {s.node for s in plan.steps if isinstance(s, Torch | Pointwise)}
@@ -232,7 +232,7 @@ class Encoder:
         used.update(s.mask for s in plan.steps if isinstance(s, Attention) and s.mask is not None)
         values = {}
         for node in used:
-            if node.op == "get_attr":
+            if node.name in constants:
                 value = constants[node.name]
                 if not isinstance(value, Tensor):
                     self.value(value)
@@ -257,7 +257,7 @@ class Decoder:
 
     Attributes:
         plan: the plan.
-        constants: values of the `get_attr` nodes, by name.
+        constants: values of the nodes that do not depend on the input, by name.
 
     Example:
         >>> encoder = Encoder()
@@ -384,11 +384,12 @@ class Decoder:
             return Attention(x, out, **numbers, mask=mask)
         if data["kind"] == "Pointwise":
             return Pointwise(self._nodes[data["node"]], x, out)
-        weight, bias = (data[n] and self._arrays[data[n]] for n in ("weight", "bias"))
-        stride, groups = self.value(data["stride"]), data["groups"]
-        return Operation(
-            data["name"], x, out, data["activation"], weight, bias, data["eps"], stride, groups
-        )
+        arrays: dict[str, Any] = {
+            n: data[n] and self._arrays[data[n]] for n in ("weight", "bias", "index")
+        }
+        numbers = {n: data[n] for n in ("activation", "eps", "groups")}
+        stride = self.value(data["stride"])
+        return Operation(data["name"], x, out, stride=stride, **arrays, **numbers)
 
 
 def in_planes() -> None:

@@ -31,8 +31,8 @@ from .checks import (
     fail_for_empty_batch,
     result_of_empty_batch,
 )
+from .constants import constants_of_module
 from .errors import InputError
-from .fusion import attributes
 from .inputs import Example, Inputs, arguments, concatenated, tensors_of
 from .kernels import Tile
 from .layer import Layer
@@ -126,7 +126,7 @@ class SparseModule(nn.Module):
         inputs: names, shapes and types of all inputs.
         batch_size: number of samples of the example.
         captured: the graph of the model.
-        constants: values of the `get_attr` nodes of the graph, by name.
+        constants: values of the nodes that do not depend on the input, by name.
         plan: the steps of the network.
 
     Example:
@@ -161,7 +161,7 @@ class SparseModule(nn.Module):
             if chunk_size is not None:
                 check_chunks(self.captured.shapes.output_shapes, given)
             self._empty_result = result_of_empty_batch(model, *args, **kwargs)
-            self._values = attributes(self.captured.module)
+            self._values = constants_of_module(self.captured.module)
             self.constants = {node.name: value for node, value in self._values.items()}
             nodes, self._plans = self._layer_nodes(), dict[tuple[str, ...], Plan]()
             self.tuning = self._tune(nodes, known or {})

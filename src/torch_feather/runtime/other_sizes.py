@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Captured, capture
+from .constants import attributes, with_results
 from .errors import CaptureError
-from .fusion import attributes
 from .inputs import Example, like, tensors_of
 from .layer import Layer
 from .memory import zeros_like
@@ -30,7 +30,7 @@ class Planned(NamedTuple):
     Attributes:
         captured: the graph.
         plan: its steps.
-        constants: values of its `get_attr` nodes, by name.
+        constants: values of its nodes that do not depend on the input, by name.
 
     Example:
         >>> captured = capture(nn.ReLU(), torch.ones(3, 4))
@@ -75,8 +75,8 @@ def capture_example(model: nn.Module, example: Example) -> tuple[Captured, Other
 class OtherSizes:
     """Captures a model again, for any batch size. The weights of the first capture are used.
 
-    It keeps a copy of the model whose weights are zeros. They take no memory, since nothing writes
-    to it.
+    It keeps a copy of the model whose layers have zeros as weights. They take no memory, since
+    nothing writes to it.
 
     Args:
         model: in eval mode.
@@ -107,10 +107,12 @@ class OtherSizes:
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
         ]
-        zeros = {id(tensor): zeros_like(tensor) for _, tensor in state}
+        # A capture reads the values of other tensors, such as masks of attention.
+        weights = {name.partition("@")[0] for name in self._layers}
+        zeros = {id(tensor): zeros_like(tensor) for name, tensor in state if name in weights}
         self._names = {name for name, _ in state}
         self._zeros = {tensor.untyped_storage().data_ptr() for tensor in zeros.values()}
-        self._model = copy.deepcopy(model, zeros)
+        self._model = copy.deepcopy(model, {id(tensor): tensor for _, tensor in state} | zeros)
         self._example = like(example, [zeros_like(x) for x in tensors_of(example)])
         self._found: list[Planned | None] = []
 
@@ -147,6 +149,7 @@ class OtherSizes:
             and chosen.sparse
             and can_run_sparse(n, batch)
         ]
+        values = with_results(graph, values)
         plan = Plan.build(graph, sparse, values)
         return Planned(captured, plan, {node.name: value for node, value in values.items()})
 
@@ -171,10 +174,10 @@ class OtherSizes:
                 and value.numel() > 0
                 and value.untyped_storage().data_ptr() in self._zeros
             )
-            if has_zeros or name in self._names:
-                if name not in self._values:
-                    return False
+            if (has_zeros or name in self._names) and name in self._values:
                 values[node] = self._values[name]
+            elif has_zeros:
+                return False
         return True
 
 
