@@ -12,12 +12,20 @@ weight are reported.
 Networks that the file has already are not measured again. Options: --networks NAME ...,
 --sparsity S ..., --narrow (OpenVINO in bfloat16, and in int8 with NNCF). Optional packages: pip
 install timm torchvision openvino onnxruntime onnx onnxscript nncf. Missing ones are skipped.
+
+    python benchmarks/inference.py --zoo --compile-times --repeats 3
+
+measures the CPU seconds of `compile_sparse` alone, each in a process of its own that has imported
+torch, the library of the network and torch_feather, but not yet what only compilation imports.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,8 +39,6 @@ from torch import Tensor, nn
 
 import torch_feather as feather
 from torch_feather.allocation import ERK
-from torch_feather.runtime.timing import alternate
-from torch_feather.training.provenance import provenance
 
 # Networks by kind, with the goals of the ratio at 95% and 98%; at 90% the goal is 1.
 GOALS = {"convolutional": (2.5, 4.0), "mobile": (1.5, 2.0), "transformer": (2.0, 2.5)}
@@ -120,6 +126,8 @@ def first(output: Any) -> Tensor:
 
 def measure(name: str, kind: str, sparsities: list[float], narrow: bool = False) -> dict[str, Any]:
     """Return the row of a network; `narrow` also measures OpenVINO in bfloat16 and int8."""
+    from torch_feather.runtime.timing import alternate
+
     model, x = create(name)
     systems = dense_systems(model, x, threads=1, compiles=False, narrow=narrow)
     networks, row = {}, {"network": name, "kind": kind, "size": x.shape[-1], "sparse": {}}
@@ -201,8 +209,51 @@ def below_goal(row: dict[str, Any], best: float | None) -> list[str]:
     return found
 
 
+def compile_seconds(name: str, sparsity: float) -> float:
+    """Return the CPU seconds of the first compilation of this process, without its imports."""
+    importlib.import_module("torch_feather.runtime.capture")
+    importlib.import_module("torch.export")
+    torch.set_num_threads(1)
+    model, _ = pruned(name, sparsity)
+    _, x = create(name)
+    begin = time.process_time()
+    feather.compile_sparse(model, x, threads=1)
+    return time.process_time() - begin
+
+
+def compile_times(name: str, sparsities: list[float], repeats: int) -> dict[str, Any]:
+    """Return the row of a network: the CPU seconds of each compilation, by sparsity."""
+    row: dict[str, Any] = {"network": name, "compile_s": {}}
+    for sparsity in sparsities:
+        code = f"import inference_zoo as z; print(z.compile_seconds({name!r}, {sparsity}))"
+        command = [sys.executable, "-c", code]
+        found = [
+            subprocess.run(
+                command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True
+            ).stdout.split()[-1]
+            for _ in range(repeats)
+        ]
+        row["compile_s"][str(sparsity)] = [float(seconds) for seconds in found]
+    return row
+
+
+def compile_table(rows: list[dict[str, Any]]) -> str:
+    """Return the medians of all rows as text, with the shortest and the longest time."""
+    lines = []
+    for row in rows:
+        parts = [
+            f"{100 * float(sparsity):g}%: {statistics.median(times):.2f} s "
+            f"({min(times):.2f} to {max(times):.2f})"
+            for sparsity, times in row["compile_s"].items()
+        ]
+        lines.append(f"{row['network']:34} {', '.join(parts)}")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Measure the networks that the file does not have yet."""
+    from torch_feather.training.provenance import provenance
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -211,26 +262,39 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(kinds), default=list(kinds))
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95, 0.98])
     parser.add_argument("--narrow", action="store_true", help="OpenVINO in bfloat16 and int8 too")
-    parser.add_argument("--json", type=Path, default=Path("results/inference_zoo.json"))
+    parser.add_argument("--compile-times", action="store_true", help="measure compilation alone")
+    parser.add_argument("--repeats", type=int, default=1, help="of --compile-times")
+    parser.add_argument(
+        "--json", type=Path, help="[default: results/inference_zoo.json or compile_times.json]"
+    )
     options = parser.parse_args()
+    name = "compile_times" if options.compile_times else "inference_zoo"
+    path, make_table = options.json or Path(f"results/{name}.json"), table
+    if options.compile_times:
+        make_table = compile_table
     torch.set_num_threads(1)
     stored: dict[str, Any] = {"rows": []}
-    if options.json.exists():
-        stored = json.loads(options.json.read_text())
+    if path.exists():
+        stored = json.loads(path.read_text())
     rows = stored["rows"]
     stored["command"] = " ".join(["python benchmarks/inference.py", *sys.argv[1:]])
     stored |= provenance(torch.device("cpu"))
     for name in options.networks:
         if any(row["network"] == name for row in rows):
             continue
-        rows.append(measure(name, kinds[name], options.sparsity, options.narrow))
-        options.json.write_text(json.dumps(stored, indent=1) + "\n")
+        if options.compile_times:
+            row = compile_times(name, options.sparsity, options.repeats)
+        else:
+            row = measure(name, kinds[name], options.sparsity, options.narrow)
+        rows.append(row | {"commit": stored["commit"]})
+        path.write_text(json.dumps(stored, indent=1) + "\n")
         versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
         heading = f"{stored['hardware']['cpu']}, one thread, batch 1, float32\n"
-        options.json.with_suffix(".txt").write_text(
-            f"{heading}{versions}, commit {stored['commit']}\n{stored['command']}\n\n{table(rows)}"
+        path.with_suffix(".txt").write_text(
+            f"{heading}{versions}, commit {', '.join(dict.fromkeys(r['commit'] for r in rows))}\n"
+            f"{stored['command']}\n\n{make_table(rows)}"
         )
-        print(table(rows[-1:]), flush=True)
+        print(make_table(rows[-1:]), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Networks of one-dimensional, transposed and three-dimensional convolutions, and LSTM and GRU, with
 zeros at random positions. The functions are called alternately; times are medians of a thread's CPU
-time, so other load on the machine adds cache misses only.
+time, so other load on the machine adds cache misses only. "error" is the largest difference from
+PyTorch over the largest difference that the input makes, which biases alone do not change.
 """
 
 import argparse
@@ -132,10 +133,15 @@ def cases(kinds: list[str]) -> Iterator[Case]:
 
 
 def sparse(model: nn.Module, sparsity: float) -> nn.Module:
-    """Return a model with zeros at random positions, whose other weights keep the variance."""
+    """Return a model with zeros at random positions, whose activations keep their variance.
+
+    With PyTorch's own initial weights, it falls by a factor of 6 in each convolution with ReLU.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
+            if weight.dim() > 2:
+                nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
             if weight.dim() > 1:
                 weight.mul_(torch.rand(weight.shape, generator=generator) >= sparsity)
                 weight.div_((1 - sparsity) ** 0.5)
@@ -150,8 +156,10 @@ def measure(case: Case, sparsity: float, rounds: int) -> dict[str, object]:
     with torch.inference_mode():
         functions = (lambda: model(x)), (lambda: network(x))
         dense_ms, sparse_ms = alternate(functions, rounds, clock=time.thread_time)
-        found, expected = (y if isinstance(y, Tensor) else y[0] for y in (network(x), model(x)))
-    error = float((found - expected).abs().max() / expected.abs().max())
+        found, expected, constant = (
+            y if isinstance(y, Tensor) else y[0] for y in (network(x), model(x), model(0 * x))
+        )
+    error = float((found - expected).abs().max() / (expected - constant).abs().max())
     return {
         "name": name, "input": shape, "sparsity": sparsity, "pytorch_ms": round(dense_ms, 3),
         "sparse_ms": round(sparse_ms, 3), "ratio": round(dense_ms / sparse_ms, 2), "error": error,

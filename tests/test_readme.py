@@ -56,6 +56,32 @@ def test_the_tables_of_the_deployment_page_are_those_recorded():
         assert float(line[1]) == pytest.approx(100 * row["test_accuracy"])
 
 
+def test_the_tables_of_native_libraries_are_those_recorded():
+    page = (ROOT / "docs" / "native.md").read_text()
+    record = json.loads((ROOT / "results" / "native.json").read_text())
+    assert len(record["rows"]) >= 8
+    for row in record["rows"]:
+        targets, cells = row["targets"], []
+        if "onnx" in row and row["network"] != "resnet20, digits, 8":
+            host, onnx = targets["host"], row["onnx"]
+            bytes_ = host["object_bytes"], host["library_bytes"], *onnx.values()
+            cells.append([f"{n:,}" for n in bytes_ if isinstance(n, int)])
+        if "riscv64" in targets:
+            error = max(found["error"] for found in targets.values())
+            each = [targets[t]["instructions_per_mac"] for t in ("x86-64-v3", "aarch64", "riscv64")]
+            cells.append([row["network"], f"{error:.1e}", *(f"{n:.2f}" for n in each)])
+        if small := targets.get("cortex-m4"):
+            sizes = ("workspace", "program_ram", "constant", "program_flash")
+            bytes_ = [f"{small[f'{name}_bytes']:,}" for name in sizes]
+            each = f"{small['instructions_per_mac']:.1f}"
+            cells.append([*bytes_, f"{small['error']:.1e}", each])
+        assert cells
+        for line in cells:
+            assert f"| {' | '.join(line)} |" in page, line
+    assert f"{record['runtime']['wheel_bytes']:,} bytes" in page
+    assert f"{record['runtime']['import_ms']:.1f} ms" in page
+
+
 def test_the_page_of_known_networks_is_that_of_the_records(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     known_networks = importlib.import_module("known_networks")

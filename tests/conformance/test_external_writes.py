@@ -336,3 +336,28 @@ def test_only_values_written_into_named_tensors_become_latent(which, block, on_d
         if i in which:
             expected = torch.where(written[i] == effective[i], expected, written[i])
         torch.testing.assert_close(view, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("written", [None, 0, 2])
+@pytest.mark.parametrize("method", ["asl", "str"])
+def test_a_step_completes_gradients_as_a_call_before_it(method, written):
+    """In the step, latent weights take the place of effective ones while these are read."""
+
+    def train(called):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 10))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        sparsifier = feather.sparsify(model, optimizer, method, sparsity=0.8, total_steps=20)
+        for step in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(8, 300)).square().mean().backward()
+            if step == 3 and written is not None:  # in the last range of a tensor
+                model[written].weight.detach().numpy()[-1, -1] = 0.7
+            if called:
+                sparsifier.complete_gradients()
+            optimizer.step()
+        values = [*sparsifier.latent_weights().values(), *model.parameters()]
+        return [*values, *sparsifier.thresholds().values()]
+
+    pairs = zip(train(called=False), train(called=True), strict=True)
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)

@@ -1,5 +1,6 @@
-"""Quantization to int8 after sparse training: zeros stay zeros. Tested for torchao."""
+"""Quantization to int8 after sparse training: zeros stay zeros. Tested for torchao and NNCF."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -38,3 +39,24 @@ def test_int8_weights_of_torchao_have_all_zeros():
     assert not any((was & ~now).any() for was, now in zip(before, zeros(model), strict=True))
     assert sum(int(z.sum()) for z in before) == round(0.9 * 48 * (64 + 10))
     assert (model(x) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_int8_weights_of_nncf_have_all_zeros():
+    """The tensors that OpenVINO computes with; NNCF calibrates the ranges of activations."""
+    nncf, openvino = pytest.importorskip("nncf"), pytest.importorskip("openvino")
+    model = sparse_model()
+    before, x = zeros(model), torch.randn(32, 64)
+    expected = model(x)
+    graph = openvino.convert_model(model, example_input=x)
+    graph = nncf.quantize(graph, nncf.Dataset([x.numpy()]), subset_size=1)
+    found = [
+        torch.from_numpy(op.data.copy())
+        for op in graph.get_ops()
+        if op.get_type_name() == "Constant" and op.data.dtype == np.int8 and op.data.ndim > 1
+    ]
+    weights = sorted(found, key=torch.numel, reverse=True)  # OpenVINO has another order
+    assert [w.shape for w in weights] == [z.shape for z in before]
+    assert not any((was & (now != 0)).any() for was, now in zip(before, weights, strict=True))
+    assert all((w != 0).any() for w in weights)
+    answer = torch.from_numpy(openvino.compile_model(graph, "CPU")(x.numpy())[0])
+    assert (answer - expected).abs().max() < 0.05 * expected.abs().max()

@@ -17,9 +17,24 @@ if str(PACKAGE) not in sys.path:
 
 import torch_feather_runtime as runtime  # noqa: E402
 
+import torch_feather as feather  # noqa: E402
+
 TOLERANCE = 1e-5  # relative to the largest output
 GCC = shutil.which("gcc")
 needs_gcc = pytest.mark.skipif(GCC is None, reason="needs gcc")
+
+NETWORKS = {
+    "digits": ("resnet20", (1, 1, 8, 8), {}),
+    "resnet": ("timm/resnet10t", (1, 3, 32, 32), {}),
+    "mobilenet_v1": ("mobilenet_v1", (1, 3, 32, 32), {}),
+    "densenet": ("densenet40_24", (1, 3, 16, 16), {}),
+    "mobilenet_v3": ("timm/mobilenetv3_small_050", (1, 3, 64, 64), {}),
+    "efficientnet": ("timm/efficientnet_lite0", (1, 3, 32, 32), {}),
+    "ghostnet": ("timm/ghostnet_050", (1, 3, 32, 32), {}),
+    "regnet": ("timm/regnety_002", (1, 3, 32, 32), {}),
+    "convnext": ("timm/convnext_atto", (1, 3, 32, 32), {}),
+    "deit": ("timm/deit_tiny_patch16_224", (1, 3, 64, 64), {"depth": 2, "img_size": 64}),
+}
 
 
 def pruned(model, sparsity=0.95, seed=0):
@@ -36,6 +51,16 @@ def pruned(model, sparsity=0.95, seed=0):
                 module.running_mean.normal_(generator=generator)
                 module.running_var.uniform_(0.5, 2, generator=generator)
     return model.eval()
+
+
+def create(name):
+    """Return an initialized network of `NETWORKS` and the shape of its input."""
+    full_name, shape, options = NETWORKS[name]
+    if full_name.startswith("timm/"):
+        pytest.importorskip("timm")
+        options = {"num_classes": 10, "in_chans": shape[1], **options}
+        return feather.models.create_timm(full_name, **options), shape
+    return feather.models.create(full_name, num_classes=10, in_channels=shape[1]), shape
 
 
 def error(result, expected):

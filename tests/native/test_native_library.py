@@ -26,6 +26,40 @@ from torch_feather.native import NativeExportError
 
 pytestmark = needs_gcc
 
+ALLOCATING = ("malloc", "calloc", "realloc", "aligned_alloc", "posix_memalign")
+ALLOCATIONS = """
+#include <stdio.h>
+#include <stdlib.h>
+#include "model.h"
+
+static int count;
+void *__real_malloc(size_t), *__real_calloc(size_t, size_t), *__real_realloc(void *, size_t);
+void *__real_aligned_alloc(size_t, size_t);
+int __real_posix_memalign(void **, size_t, size_t);
+void *__wrap_malloc(size_t n) { count++; return __real_malloc(n); }
+void *__wrap_calloc(size_t n, size_t size) { count++; return __real_calloc(n, size); }
+void *__wrap_realloc(void *p, size_t n) { count++; return __real_realloc(p, n); }
+void *__wrap_aligned_alloc(size_t a, size_t n) { count++; return __real_aligned_alloc(a, n); }
+int __wrap_posix_memalign(void **p, size_t a, size_t n)
+{ count++; return __real_posix_memalign(p, a, n); }
+
+static float image[MODEL_INPUT_0_SIZE], logits[MODEL_OUTPUT_0_SIZE];
+
+int main(void)
+{
+    const float *inputs[] = {image};
+    float *outputs[] = {logits};
+    model *network;
+    int created;
+    if (model_create(&network, 1) != MODEL_OK) return 1;
+    created = count;
+    for (int i = 0; i < 3; i++)
+        if (model_run(network, inputs, outputs) != MODEL_OK) return 1;
+    printf("%d %d", created, count - created);
+    return 0;
+}
+"""
+
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
@@ -111,6 +145,19 @@ def test_more_calls_than_places_are_busy(digits):
     assert found.model_run(*call) == 0
     assert flag.value == 0
     found.model_destroy(handle)
+
+
+def test_run_allocates_nothing(digits, tmp_path):
+    """The linker replaces the functions that allocate; `create` shows that calls are counted."""
+    _, folder = digits
+    for file in ("model.h", "model.o"):
+        shutil.copy(folder / file, tmp_path)
+    (tmp_path / "allocations.c").write_text(ALLOCATIONS)
+    wrapped = [f"-Wl,--wrap={name}" for name in ALLOCATING]
+    out = compile_and_run(tmp_path, ["gcc", *wrapped], "allocations.c", "model.o")
+    created, ran = map(int, out.split())
+    assert created == 1
+    assert ran == 0
 
 
 def test_threads_compute_at_the_same_time(digits):

@@ -7,6 +7,7 @@
 Without ONNXRUNTIME_WEB, the comparison is skipped.
 """
 
+import base64
 import functools
 import http.server
 import os
@@ -15,7 +16,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from native_cases import pruned
+from native_cases import NETWORKS, TOLERANCE, create, error, pruned
 
 import torch_feather as feather
 from torch_feather.training import Config, train
@@ -26,10 +27,10 @@ from torch_feather.training.predict import load_predictor
 pytestmark = pytest.mark.apps
 
 ENGINE = os.environ.get("ONNXRUNTIME_WEB")
-TOLERANCE = 1e-4
 ANGLES = np.linspace(0, 2 * np.pi, 24)
 ZERO = [(0.5 + 0.2 * np.cos(a), 0.5 + 0.33 * np.sin(a)) for a in ANGLES]
 ONE = [(0.5, 0.15), (0.5, 0.85)]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS if name != "digits"]
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
@@ -144,8 +145,7 @@ def test_outputs_of_test_images_agree_with_pytorch(digits, visit):
     x = torch.cat([predictor.prepare(np.stack([p] * 3, 2)) for p in pixels])
     with torch.no_grad():
         expected = predictor.network(x)
-    difference = (run_in(page, x) - expected).abs().max() / expected.abs().max()
-    assert difference < TOLERANCE
+    assert error(run_in(page, x), expected) < TOLERANCE
     assert errors == []
 
 
@@ -180,13 +180,50 @@ def test_a_photograph(photos, visit, tmp_path):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = torch.cat([model(x[:1]), model(x[1:])])
-    assert (run_in(page, x) - expected).abs().max() / expected.abs().max() < TOLERANCE
+    assert error(run_in(page, x), expected) < TOLERANCE
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (90, 150, 3)).astype(np.uint8)
     page.locator("#file").set_input_files(png(tmp_path / "a.png", pixels))
     page.wait_for_selector("#classes li")
     names = page.locator("#classes li").all_inner_texts()
     assert sorted(name.partition(":")[0] for name in names)[0] == "Apfel"
+    assert errors == []
+
+
+def test_a_dropped_photograph_has_the_answer_of_a_chosen_one(photos, visit, tmp_path):
+    page, errors, _ = visit(photos[1])
+    pixels = np.random.default_rng(1).integers(0, 256, (90, 150, 3)).astype(np.uint8)
+    file = png(tmp_path / "a.png", pixels)
+    page.locator("#file").set_input_files(file)
+    page.wait_for_selector("#classes li")
+    chosen = page.locator("#classes li").all_inner_texts()
+    page.locator("#classes").evaluate("element => element.replaceChildren()")
+    transfer = page.evaluate_handle(
+        """(text) => {
+          const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+          const transfer = new DataTransfer();
+          transfer.items.add(new File([bytes], "a.png", { type: "image/png" }));
+          return transfer; }""",
+        base64.b64encode(file.read_bytes()).decode(),
+    )
+    page.dispatch_event("#drop", "dragover", {"dataTransfer": transfer})
+    assert page.locator("#drop.over").count() == 1
+    page.dispatch_event("#drop", "drop", {"dataTransfer": transfer})
+    page.wait_for_selector("#classes li")
+    assert page.locator("#classes li").all_inner_texts() == chosen
+    assert page.locator("#drop.over").count() == 0
+    assert errors == []
+
+
+@pytest.mark.parametrize("name", ["digits", *SLOW])
+def test_outputs_of_networks_agree_with_pytorch(name, visit, tmp_path):
+    model, shape = create(name)
+    feather.export_web(pruned(model, 0.9), torch.zeros(shape), tmp_path)
+    page, errors, _ = visit(tmp_path)
+    x = torch.randn(2, *shape[1:], generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = model(x)
+    assert error(run_in(page, x), expected) < TOLERANCE
     assert errors == []
 
 

@@ -139,6 +139,22 @@ def test_masks_as_inputs(name, tokens):
     assert in_pytorch(network) <= {"aten.gt.Scalar"}
 
 
+@pytest.mark.parametrize("tokens", [9, 60])
+def test_masks_that_layers_compute(tokens):
+    """They are in planes; a function between a layer and its use would be in planes, too."""
+
+    class Biased(Layer):
+        def __init__(self):
+            super().__init__()
+            self.bias, self.conv = nn.Linear(32, tokens), nn.Conv2d(1, 2, 1)
+
+        def forward(self, x):
+            mask = self.bias(x).unsqueeze(1)
+            return super().forward(x, mask) + super().forward(x, self.conv(mask))
+
+    check(Biased(), x_of(tokens), steps=2)
+
+
 @pytest.mark.parametrize("tokens", [9, 60, 150])
 def test_constant_masks(tokens):
     mask = masks(tokens)["numbers and -inf"]

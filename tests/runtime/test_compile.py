@@ -193,6 +193,21 @@ def test_networks_compiled_for_one_sample_accept_several_if_only_pytorch_asked_f
         assert error(network(x), model(x)) < TOLERANCE
 
 
+class LastToken(nn.Linear):
+    """torch.export leaves out the slice of all samples if their number is known."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)[:, -1]
+
+
+def test_networks_compiled_for_one_sample_may_select_a_token():
+    model = LastToken(4, 3)
+    network = compiled(model, torch.randn(1, 5, 4))
+    for batch in (1, 3):
+        x = torch.randn(batch, 5, 4)
+        assert error(network(x), model(x)) < TOLERANCE
+
+
 def test_single_samples_without_guards_of_pytorch(monkeypatch):
     """They are rejected, except by a network that was compiled for one sample."""
     monkeypatch.setattr(capture, "SIZE_OBLIVIOUS", "an_option_that_was_removed")
@@ -739,6 +754,19 @@ def test_a_batch_can_be_processed_in_chunks(model, network):
         uneven(x)
     with pytest.raises(InputError, match="chunk_size"):
         compile_sparse(model, x, chunk_size=0)
+
+
+class SumToo(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x.sum()
+
+
+@pytest.mark.parametrize("model", [nn.LSTM(4, 3, 2, batch_first=True), SumToo(4, 3)], ids=str)
+def test_outputs_of_chunks_must_have_samples_first(model):
+    """The final states of an LSTM are (layers, batch, units)."""
+    x = torch.randn(2, 5, 4)
+    with pytest.raises(InputError, match="first dimension is the batch"):
+        compile_sparse(model, x, tuning=SameForAll(DENSE), chunk_size=2)
 
 
 # Names of version 0.1

@@ -353,6 +353,7 @@ def test_forked_processes_share_the_weights():
     (step,) = [step for step in network.plan.steps if isinstance(step, Sparse)]
     tables = network.batch_plan(1).tables(step)
     expected, (read, write) = network(x), os.pipe()
+    gc.collect()  # a collection in the child would write to all objects
     child = os.fork()
     if child == 0:
         before = private_memory()

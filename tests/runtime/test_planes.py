@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from runtime_cases import TOLERANCE, compiled, error, pruned
+from runtime_cases import DENSE, SPARSE, TOLERANCE, compiled, error, pruned, sparse_layers
 from torch import nn
 
 from torch_feather import compile_sparse
 from torch_feather.runtime import kernels
-from torch_feather.runtime.steps import Copy, Torch
+from torch_feather.runtime.steps import Copy, Operation, Torch
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -279,6 +279,16 @@ def test_channel_shuffles_stay_in_planes(groups, way):
     assert in_pytorch(check(net, conv(8, 12), conv(6, 6, 1))) == []
 
 
+def test_channel_shuffles_that_run_densely_copy_channels():
+    """A product with 0 would make infinity NaN."""
+    model, x = nn.ChannelShuffle(2), torch.randn(2, 6, 3, 4)
+    x[0, 1], x[1, 4] = torch.inf, torch.nan
+    for tuning in (DENSE, SPARSE):
+        network = compiled(model, x, tuning)
+        torch.testing.assert_close(network(x), model(x), rtol=0, atol=0, equal_nan=True)
+        assert not sparse_layers(network)
+
+
 def test_other_transpositions_of_five_dimensions_are_no_shuffle():
     def net(x, a, b):  # spread over height and channels
         y = a(x)
@@ -348,12 +358,16 @@ def test_group_norm_stays_in_planes(groups):
         assert not any("group_norm" in name for name in in_pytorch(network))
 
 
-@pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2, "padding": (1, 0)}], ids=str)
-def test_average_pooling_that_does_not_count_padding_stays_in_planes(options):
+@pytest.mark.parametrize("padding", [1, (1, 0), 0], ids=str)
+@pytest.mark.parametrize("stride", [None, 2])
+def test_average_pooling_that_does_not_count_padding_stays_in_planes(stride, padding):
     def net(x, a, b):
-        return b(F.avg_pool2d(a(x), 3, count_include_pad=False, **options))
+        return b(F.avg_pool2d(a(x), 3, stride, padding, count_include_pad=False))
 
-    assert in_pytorch(check(net, conv(), conv())) == []
+    network = check(net, conv(), conv())
+    assert in_pytorch(network) == []
+    scaled = [s for s in network.plan.steps if isinstance(s, Operation)]
+    assert len(scaled) == (padding != 0)
 
 
 def test_poolformer_block_stays_in_planes():

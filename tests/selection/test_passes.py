@@ -7,8 +7,11 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 import torch_feather as feather
 from torch_feather import devices, scalars, threads
@@ -360,6 +363,28 @@ def test_an_error_in_a_thread_is_raised():
             for_each(lambda x: 1 / x, [1, 0])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("allocation", ["global", "sigma", "erk"])
+def test_a_step_of_shards_holds_no_copy(mesh, allocation, dtype):
+    """Magnitudes of all weights would be a copy of them."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(700, 700, bias=False) for _ in range(16)))
+    for layer in model:
+        part = torch.randn(layer.weight.shape, dtype=dtype)
+        layer.weight = torch.nn.Parameter(DTensor.from_local(part, mesh, [Shard(0)]))
+        layer.weight.grad = DTensor.from_local(torch.randn_like(part), mesh, [Shard(0)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    feather.sparsify(model, optimizer, sparsity=0.9, total_steps=50, allocation=allocation)
+    optimizer.step()
+    assert peak_memory(optimizer.step) < 0.5 * 4 * 16 * 700**2
 
 
 def peak_memory(call, before=lambda: None):

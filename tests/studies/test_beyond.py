@@ -50,7 +50,7 @@ def test_a_variant_differs_from_feather_in_what_its_label_says():
     runs = {run.label: run.config for run in plan([3])}
     plain, tuned = runs["tuning: feather"], runs["tuning: feather, weight decay 1e-3"]
     assert (tuned.optimizer.weight_decay, plain.optimizer.weight_decay) == (1e-3, 5e-4)
-    assert runs["tuning: feather, θ = 1"].options == {"theta": 1.0}
+    assert runs["tuning, dropped: feather, θ = 1"].options == {"theta": 1.0}
     assert runs["exploration, dropped: feather (clip = none)"].optimizer.clip is None
     assert runs["exploration: HAM (α = 2)"].options["alpha"] == 2.0
 

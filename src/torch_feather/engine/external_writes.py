@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import devices
 from ..weights.checksum import checksum_of
 from ..weights.latent import LatentWeights
-from ..weights.sums import Recorded, Sums, copy_unmodified
+from ..weights.sums import Leaving, Recorded, Sums, copy_unmodified
 
 
 class WriteDetector:
@@ -63,6 +63,19 @@ class WriteDetector:
     def sums(self, weights: LatentWeights) -> Sums | None:
         """Return the sums of the recorded values, if they alone decide what is suspect."""
         return None if self.loaded or weights.shards is not None else self._sums
+
+    def reading(
+        self, weights: LatentWeights, local: Sequence[Tensor], positions: Sequence[int]
+    ) -> Recorded:
+        """Return parameters for a pass that may find their sums while it reads them.
+
+        Args:
+            weights: the latent weights.
+            local: local shards of the parameters.
+            positions: of those that may become latent weights then.
+        """
+        sums = self.sums(weights) if positions else None
+        return Recorded(local) if sums is None else Leaving(weights, positions, local, sums)
 
     def suspects(self, weights: LatentWeights, local: Sequence[Tensor]) -> list[int]:
         """Return the positions of parameters to compare; the same on all processes.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, warn
 from ..methods.base import BoundMethod, Completion, Gradients
 from ..weights.latent import PerTensor
 from ..weights.shards import local, local_part, shard_like
@@ -36,6 +36,7 @@ class PendingGradients:
     def __init__(self) -> None:
         self._reported = False
         self._completed = False
+        self._warned_of_passes = False
         self._consumed = WeakIdKeyDictionary()  # gradients of the last step, and their versions
 
     def report(self) -> bool:
@@ -53,6 +54,15 @@ class PendingGradients:
         for gradient in _gradients(parameters):
             self._consumed[gradient] = gradient._version
         self._reported = self._completed = False
+
+    def warn_of_one_pass(self, passes: int) -> None:
+        """Warn once if a step took one pass, but several were requested."""
+        if passes > 1 and not self._warned_of_passes:
+            self._warned_of_passes = True
+            warn(
+                f"The option passes={passes} is set, but this step took one pass. Run forward and "
+                "backward pass in `for fraction in sparsifier.passes():`."
+            )
 
     def are_due(self, parameters: Iterable[Tensor]) -> bool:
         """Return whether there are new gradients that are not completed."""

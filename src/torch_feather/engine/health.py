@@ -6,6 +6,7 @@ them in a later step. The check after the last step is the exception.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -350,7 +351,7 @@ def _thresholds_learned(method: BoundMethod) -> list[Tensor]:
 
 
 def _learned_finite(method: BoundMethod) -> bool:
-    return all(bool(entry.isfinite().all()) for entry in _thresholds_learned(method))
+    return all(all(map(math.isfinite, entry.tolist())) for entry in _thresholds_learned(method))
 
 
 def _broken(weights: LatentWeights, method: BoundMethod, pruning: Pruning) -> Tensor | None:

@@ -122,8 +122,8 @@ class Step:
             return
         if one.initializes:
             self._settle(one)
-        absorbed = ready and not closure and self.training.complete_gradients(one.optimizer)
         self._check_sparse_start()
+        absorbed = ready and not closure and self.training.complete_gradients(one.optimizer)
         self._write_latent(one, check=not absorbed)
 
     @no_grad

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import devices
-from ..errors import warn
-from ..methods.base import BoundMethod, Completion, Pruning, effective_weights
+from ..methods.base import BoundMethod, Completion, Gradients, Pruning, effective_weights
 from ..weights.exchange import read_latent, write_latent
 from ..weights.latent import LatentWeights, copy_all
 from ..weights.passes import adopt_written
@@ -82,7 +81,7 @@ class Training:
         self.in_backward = InBackwardStep([weight.optimizer for weight in binding.weights])
         self._passes: PassGradients | None = None
         self._layouts = layouts(binding.parameters)
-        self._warned_of_passes = False
+        self._left: dict[int, int] = {}  # parameters that hold latent weights, and their versions
         self._gradient_hooks: list[Any] = []
         self._hook_gradients()
 
@@ -166,6 +165,8 @@ class Training:
             if sums is None:
                 self.absorb_external_writes()
         held = self.binding.local
+        left, self._left = self._left, {}
+        positions = [i for i in positions if left.get(i) != held[i]._version]
         suspects = write_latent(self.weights, positions, held, sums)
         if suspects:
             self._adopt(suspects)
@@ -235,21 +236,24 @@ class Training:
             self.end_pass()  # if the last pass has not ended yet
             own = self._passes.at_step(gradients, scale)
         else:
-            self._warn_of_passes()
-            completion = self._completion(gradients, scale, check=True)
+            self.pending.warn_of_one_pass(self.method.facts.passes)
+            held = [] if stepping is None else self._held_by(stepping)
+            completion = self._completion(gradients, scale, held)
             add_terms(gradients, completion)
             own = dict(completion.own)
         set_own_gradients(self.method, own)
         self.pending.complete()
         return True
 
+    def _held_by(self, optimizer: Optimizer) -> list[int]:
+        return self.binding.held_by(self.binding.optimizers.index(optimizer))
+
     def _convert_assigned(self, stepping: Optimizer | None = None) -> None:
         """Turn gradients that no hook saw into dL/dw, those of one optimizer or all."""
         if not self.changes_gradients:
             return
-        binding = self.binding
-        every = range(len(binding.weights))
-        held = every if stepping is None else binding.held_by(binding.optimizers.index(stepping))
+        binding, every = self.binding, range(len(self.binding.weights))
+        held = every if stepping is None else self._held_by(stepping)
         if self.assigned.find(held, binding.current()):
             self.follow_parameters()
             found = self.assigned.find(held, binding.parameters)
@@ -257,31 +261,25 @@ class Training:
             self.assigned.convert(found, binding.parameters, self._pull_back, later_pass)
 
     def _completion(
-        self, gradients: Sequence[Tensor | None], scale: Tensor | None, check: bool = False
+        self, gradients: Gradients, scale: Tensor | None, leaving: Sequence[int] | None = None
     ) -> Completion:
-        """Return the completion of the gradients; with `check`, absorb external writes first.
+        """Return the completion of the gradients; with `leaving`, absorb external writes.
 
-        On a CPU, `complete` may find sums of the effective weights while it reads them. So writes
-        are detected after it, and the completion is computed again if there are any.
+        On a CPU, `complete` may sum the effective weights and let latent weights take their place
+        at these positions. So writes are detected after it; if there are any, it is called again.
         """
-        if check and devices.synchronizes(self.weights.device):
+        if leaving is not None and devices.synchronizes(self.weights.device):
             self.absorb_external_writes()
-            check = False
+            leaving = None
         effective = [held.detach() for held in self.binding.local]
-        recorded = Recorded(effective) if check else effective
-        found = self.method.complete(self.weights, self.pruning, gradients, recorded, scale)
-        if check and self.absorb_external_writes(recorded):
+        if leaving is None:
+            return self.method.complete(self.weights, self.pruning, gradients, effective, scale)
+        read = self.written.reading(self.weights, effective, leaving)
+        found = self.method.complete(self.weights, self.pruning, gradients, read, scale)
+        if self.absorb_external_writes(read):
             return self._completion(gradients, scale)
+        self._left = read.finish()
         return found
-
-    def _warn_of_passes(self) -> None:
-        passes = self.method.facts.passes
-        if passes > 1 and not self._warned_of_passes:
-            self._warned_of_passes = True
-            warn(
-                f"The option passes={passes} is set, but this step took one pass. Run forward and "
-                "backward pass in `for fraction in sparsifier.passes():`."
-            )
 
     @no_grad
     def begin_pass(self, number: int) -> None:
@@ -320,23 +318,26 @@ class Training:
     # Changes of parameters by other code
 
     @no_grad
-    def absorb_external_writes(self, held: Sequence[Tensor] | None = None) -> bool:
+    def absorb_external_writes(self, read: Recorded | None = None) -> bool:
         """Adopt external writes as latent weights; return whether there may have been any.
 
         Args:
-            held: the parameters, if their sums may be recorded.
+            read: the parameters after a pass that read them.
         """
         if self.in_backward.is_open:
             return False  # parameters hold the values of the forward pass
-        self.follow_parameters()
-        suspects = self.written.suspects(self.weights, held or self.binding.local)
+        if read is None:
+            self.follow_parameters()
+        suspects = self.written.suspects(self.weights, read or self.binding.local)
         if suspects:
-            self._adopt(suspects)
+            self._adopt(suspects, read)
         return bool(suspects)
 
-    def _adopt(self, suspects: Sequence[int]) -> None:
+    def _adopt(self, suspects: Sequence[int], read: Recorded | None = None) -> None:
         """Adopt values of parameters that are not effective weights as latent weights."""
         effective = effective_weights(self.method, self.weights, self.pruning)
+        if read is not None:
+            read.restore(effective)
         adopt_written(self.weights, suspects, self.binding.local, effective)
 
     @no_grad

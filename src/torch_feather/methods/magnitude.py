@@ -151,7 +151,7 @@ class Thresholded(BoundMethod):
             if result is not None:
                 return result
         on_device = devices.synchronizes(cutoff.device)
-        if on_device or not cutoff > 0:
+        if on_device or not cutoff.item() > 0:
             effective = mark_kept(effective, cutoff <= 0)
         return self.gradient(gradient, latent, effective, progress)
 

@@ -19,7 +19,8 @@ from ..files import to_path
 from ..prunable import unwrap
 from ..runtime.capture import capture
 from ..runtime.kernels import compile_object
-from ..runtime.tuning import LayerTuning, load_tuning
+from ..runtime.tuning import LayerTuning
+from ..runtime.tuning_file import load_tuning
 from .c_source import CSource, constant_array
 from .errors import NativeExportError
 from .library_ir import LibraryText

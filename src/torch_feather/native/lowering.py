@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from ..runtime.fusion import attributes
+from ..runtime.constants import attributes
 from ..runtime.layer import Layer
 from ..runtime.plan import Copy, Operation, Plan, Pointwise, Sparse, Torch, can_run_sparse
 from ..runtime.planes import Planes

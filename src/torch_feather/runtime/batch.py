@@ -20,7 +20,7 @@ class BatchPlan:
 
     Attributes:
         plan: the steps.
-        constants: values of the `get_attr` nodes of the graph, by name.
+        constants: values of the nodes that do not depend on the input, by name.
         batch: number of samples.
         tiles: requested tile of each layer, by the name of its weight.
         threads: number of threads of sparse layers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental import _config as config
-from torch.utils._pytree import TreeSpec
+from torch.utils._pytree import TreeSpec, tree_map
 
 from .checks import CAPTURING
 from .errors import CaptureError
@@ -21,7 +22,7 @@ from .in_place import may_write_into_input, without_writes
 from .inputs import Example, arguments, like, tensors_of
 from .one_sample import holds_for_one
 from .strides import ShapeModel
-from .traced import Replacing, restore
+from .traced import replaced_in, restore
 from .unrolled import has_recurrent, known_shapes
 
 aten = torch.ops.aten
@@ -131,11 +132,11 @@ def _without_stack_traces() -> Iterator[None]:
 
 
 def _export(model: nn.Module, example: Example, sizes: dict[int, Any] | None) -> ExportedProgram:
-    with CAPTURING, Replacing(), _without_stack_traces(), warnings.catch_warnings():
+    with CAPTURING, replaced_in(model), _without_stack_traces(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", RECURRENT)
         args, kwargs = arguments(example)
-        dynamic = (tuple(sizes for _ in args), dict.fromkeys(kwargs, sizes))
-        shapes = sizes and (dynamic[1] if kwargs else dynamic[0])
+        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        shapes = sizes and tree_map(lambda _: sizes, dict(bound))
         with known_shapes() as recurrent:
             found = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
         if recurrent and not has_recurrent(found.graph):  # their steps are in the graph
@@ -175,7 +176,7 @@ def _captured(
         try:
             if guards is not None:
                 guards(*given)
-        except AssertionError:
+        except (AssertionError, NameError):  # guards of `**kwargs` lack their names in PyTorch 2.14
             return False
         if isinstance(batch, int):
             return len(x) == batch

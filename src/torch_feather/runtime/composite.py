@@ -64,9 +64,9 @@ def replace_border_pooling(module: GraphModule) -> None:
             continue
         x, window, stride, padding = args[:4]
         value = x.meta["val"]
-        if args[4] or args[6] or not padding or value.dim() != 4 or value.dtype != torch.float32:
+        if args[4] or args[6] or not any(padding or ()) or value.dim() != 4:
             continue
-        if any(not isinstance(n, int) for n in value.shape[2:]):
+        if value.dtype != torch.float32 or any(not isinstance(n, int) for n in value.shape[2:]):
             continue
         ones = torch.ones(1, 1, *value.shape[2:], dtype=torch.float32, device="cpu")
         factors: Tensor = F.avg_pool2d(ones, window, stride or None, padding).reciprocal()

@@ -37,7 +37,8 @@ def layer_milliseconds(
         threads: number of threads of the sparse layers.
 
     Returns:
-        Positive costs by weight name. Weights of layers that cannot run sparse are missing.
+        Positive costs by weight name. Weights of LSTM and GRU, and of layers that cannot run
+        sparse, are missing.
 
     Raises:
         ConfigurationError: the sparsity is not in [0, 1).

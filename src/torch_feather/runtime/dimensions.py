@@ -17,6 +17,7 @@ from .aliases import RESHAPES, SAME, SPLITS
 
 aten = torch.ops.aten
 Part = tuple[int, int]  # size and stride
+CHANNEL = 1 << 36  # distance between channels, which no distance between tokens reaches
 
 
 class Dimensions(NamedTuple):

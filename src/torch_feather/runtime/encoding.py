@@ -23,15 +23,9 @@ from .steps import Attention, Copy, Operation, Pointwise, Recurrence, Sparse, St
 from .stored_weights import StoredWeight, load_taps, load_weight, store_taps, store_weight
 from .taps import Taps
 
-NUMBERS = (
-    *("stride", "padding", "padding_after", "dilation", "groups", "low", "high", "activation"),
-    *("packs", "output_padding", "depth", "depth_stride", "depth_padding", "depth_dilation"),
-)
 PLANES = ("channels", "height", "width", "shape", "linear", "tokens", "first", "phases")
-DIRECTION = ("values", "row", "column", "bias")
 RECURRENCE = ("cell", "number", "layers", "steps", "batch_first")
-RECURRENT = ("name", "kind", "has_biases", "layers", "is_bidirectional", "batch_first")
-ATTENTION = ("heads", "queries", "keys", "scale", "is_causal")
+ATTENTION = ("heads", "queries", "keys", "scale", "is_causal", "dims")
 LOCATIONS = {"operator": operator, "math": math, "torch": torch}
 
 
@@ -39,7 +33,7 @@ class Encoder:
     """Encodes a plan.
 
     Args:
-        dtype: type in which the weights of convolutions and linear layers are stored.
+        dtype: type in which the weights of layers are stored.
 
     Attributes:
         arrays: the arrays that the encoded values refer to, by name.
@@ -103,8 +97,8 @@ class Encoder:
         if isinstance(target, Layer):
             return {"layer": self.layer(target)}
         if isinstance(target, Recurrent):
-            stored = {name: getattr(target, name) for name in RECURRENT}
-            return {"recurrent": stored | {"weights": [self.array(w) for w in target.weights]}}
+            weights = [self._recurrent_weight(target.name, w) for w in target.weights]
+            return {"recurrent": target.options | {"name": target.name, "weights": weights}}
         if isinstance(target, OpOverload) and target.namespace == "aten":
             return {"aten": [target._schema.name.partition("::")[2], target._overloadname]}
         name = getattr(target, "__name__", "")
@@ -122,13 +116,12 @@ class Encoder:
         """Return the number of a layer."""
         if layer not in self._layers:
             self._layers[layer] = len(self._layers)
-            names = [name for name in NUMBERS if hasattr(layer, name)]
-            stored = {name: self.value(getattr(layer, name)) for name in names}
+            options = layer.options | {"packs": layer.packs}
             self._layer_data.append(
-                stored
-                | {
+                {
                     "kind": type(layer).__name__,
                     "name": layer.name,
+                    "options": {name: self.value(value) for name, value in options.items()},
                     "shape": list(layer.weight.shape),
                     "bias": self.array(layer.bias),
                 }
@@ -145,8 +138,17 @@ class Encoder:
             stored = store_weight(layer.name, layer.weight.detach().numpy(), dtype)
         else:
             stored = store_taps(layer, taps, dtype)
+        data["weight"] = self._stored(stored) | {"sparse": taps is not None}
+
+    def _recurrent_weight(self, name: str, weight: Tensor) -> dict[str, Any]:
+        """Return a weight or bias of a recurrent layer that runs densely as JSON."""
+        dtype = torch.float32 if weight.dim() == 1 else self._dtype
+        stored = store_weight(name, weight.detach().numpy(), dtype)
+        return self._stored(stored) | {"shape": list(weight.shape)}
+
+    def _stored(self, stored: StoredWeight) -> dict[str, Any]:
         arrays = {name: self.array(array) for name, array in stored.arrays.items()}
-        data["weight"] = stored.description | {"arrays": arrays, "sparse": taps is not None}
+        return stored.description | {"arrays": arrays}
 
     def planes(self, planes: Planes | None) -> int | None:
         """Return the number of planes."""
@@ -184,7 +186,9 @@ class Encoder:
         stored["x"] = [self.planes(x) for x in step.x]
         if isinstance(step, Recurrence):
             numbers = {n: getattr(step, n) for n in RECURRENCE}
-            directions = [self.direction(d) for d in step.directions]
+            for _, recurrent in step.directions:  # the other layer has a step of its own
+                self._set_weight(recurrent, Taps.from_layer(recurrent))
+            directions = [list(map(self.layer, direction)) for direction in step.directions]
             states = [node.name for node in step.states]
             return stored | numbers | {
                 "node": step.node.name, "states": states, "directions": directions,
@@ -194,24 +198,19 @@ class Encoder:
         if isinstance(step, Attention):
             numbers = {name: getattr(step, name) for name in ATTENTION}
             return stored | numbers | {"mask": step.mask and step.mask.name}
-        for name in ("weight", "bias"):
+        for name in ("weight", "bias", "index"):
             array = getattr(step, name)
             stored[name] = None if array is None else self.array(array)
         for name in ("name", "activation", "eps", "stride", "groups"):
             stored[name] = self.value(getattr(step, name))
         return stored
 
-    def direction(self, direction: Direction) -> dict[str, Any]:
-        """Return the recurrent weights of a direction as JSON."""
-        arrays = {n: self.array(getattr(direction, n)) for n in DIRECTION}
-        return arrays | {"units": direction.units, "product": self.layer(direction.product)}
-
     def plan(self, plan: Plan, constants: Mapping[str, Any]) -> dict[str, Any]:
         """Return a plan as JSON.
 
         Args:
             plan: the plan.
-            constants: values of the `get_attr` nodes, by name.
+            constants: values of the nodes that do not depend on the input, by name.
         """
         steps = [self.step(step) for step in plan.steps]
         called = {s.node for s in plan.steps if isinstance(s, Torch | Pointwise)}
@@ -233,7 +232,7 @@ class Encoder:
         used.update(s.mask for s in plan.steps if isinstance(s, Attention) and s.mask is not None)
         values = {}
         for node in used:
-            if node.op == "get_attr":
+            if node.name in constants:
                 value = constants[node.name]
                 if not isinstance(value, Tensor):
                     self.value(value)
@@ -258,7 +257,7 @@ class Decoder:
 
     Attributes:
         plan: the plan.
-        constants: values of the `get_attr` nodes, by name.
+        constants: values of the nodes that do not depend on the input, by name.
 
     Example:
         >>> encoder = Encoder()
@@ -311,7 +310,7 @@ class Decoder:
         if kind == "layer":
             return self.layers[content]
         if kind == "recurrent":
-            weights = [torch.from_numpy(self._arrays[a]) for a in content["weights"]]
+            weights = [load_weight(w["shape"], self._stored(w)) for w in content["weights"]]
             return Recurrent(**{**content, "weights": weights})
         if kind == "aten":
             name, overload = content
@@ -338,16 +337,19 @@ class Decoder:
         bias = torch.from_numpy(self._arrays[data["bias"]])
         weight, stored = torch.zeros(()).expand(data["shape"]), None  # only its shape is used
         if "weight" in data:
-            arrays = {name: self._arrays[a] for name, a in data["weight"]["arrays"].items()}
-            stored = StoredWeight(data["weight"], arrays)
+            stored = self._stored(data["weight"])
             if not data["weight"]["sparse"]:
                 weight = load_weight(tuple(data["shape"]), stored)
-        numbers = {name: self.value(data[name]) for name in NUMBERS if name in data}
-        layer = kind(data["name"], weight, bias, **numbers)
+        options = {name: self.value(value) for name, value in data["options"].items()}
+        layer = kind(data["name"], weight, bias, **options)
         self.layers.append(layer)
         if stored is not None and data["weight"]["sparse"]:
             layer.taps = load_taps(layer, stored)
         self._taps.append(layer.taps)
+
+    def _stored(self, data: Mapping[str, Any]) -> StoredWeight:
+        arrays = {name: self._arrays[a] for name, a in data["arrays"].items()}
+        return StoredWeight(dict(data), arrays)
 
     def _read_planes(self, data: Mapping[str, Any]) -> Planes:
         base = None if data["base"] is None else self._planes[data["base"]]
@@ -369,7 +371,9 @@ class Decoder:
             return Copy(self._nodes[data["source"]], out, **numbers)
         x = tuple(self._planes[i] for i in data["x"])
         if data["kind"] == "Recurrence":
-            directions = tuple(map(self._direction, data["directions"]))
+            directions = tuple(
+                Direction(*(self.layers[i] for i in pair)) for pair in data["directions"]
+            )
             states = tuple(self._nodes[name] for name in data["states"])
             numbers = {n: data[n] for n in RECURRENCE}
             numbers |= {"node": self._nodes[data["node"]], "x": x, "out": out}
@@ -380,15 +384,12 @@ class Decoder:
             return Attention(x, out, **numbers, mask=mask)
         if data["kind"] == "Pointwise":
             return Pointwise(self._nodes[data["node"]], x, out)
-        weight, bias = (data[n] and self._arrays[data[n]] for n in ("weight", "bias"))
-        stride, groups = self.value(data["stride"]), data["groups"]
-        return Operation(
-            data["name"], x, out, data["activation"], weight, bias, data["eps"], stride, groups
-        )
-
-    def _direction(self, data: Mapping[str, Any]) -> Direction:
-        arrays = {n: self._arrays[data[n]] for n in DIRECTION}
-        return Direction(product=self.layers[data["product"]], units=data["units"], **arrays)
+        arrays: dict[str, Any] = {
+            n: data[n] and self._arrays[data[n]] for n in ("weight", "bias", "index")
+        }
+        numbers = {n: data[n] for n in ("activation", "eps", "groups")}
+        stride = self.value(data["stride"])
+        return Operation(data["name"], x, out, stride=stride, **arrays, **numbers)
 
 
 def in_planes() -> None:

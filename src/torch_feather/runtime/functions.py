@@ -34,7 +34,8 @@ class _Places(Protocol):
 
     Attributes:
         planes: planes of the nodes so far.
-        constants: values of the `get_attr` nodes; None if `Operation` steps are not supported.
+        constants: values of the nodes that do not depend on the input; None if `Operation` steps
+            are not supported.
         sparse: the layers that run sparse.
         views: views of tokens.
     """
@@ -49,6 +50,12 @@ class _Places(Protocol):
 
     def in_planes(self, node: Any, out: Planes) -> Planes:
         """Return planes of a value that can share a layout with `out`; copied if necessary."""
+
+    def gathered(self, node: Any) -> Planes | None:
+        """Return the planes of a value, also of tokens that a step must bring into their order."""
+
+    def tokens_of_image(self, node: Node) -> Planes | None:
+        """Return tokens that are the pixels of images without padding; None if they have some."""
 
 
 class Functions:
@@ -122,7 +129,12 @@ class Functions:
         """
         known = next((p for p in x if p is not None), None)
         values = [n.meta["val"] for n in (node, *node.all_input_nodes)]
-        if known is None or known.tokens is None or None not in x or not are_alike(values):
+        if known is None or None not in x or not are_alike(values):
+            return x
+        if any(n in self.places.views.pending for n in node.all_input_nodes):
+            tokens = [n for n in node.all_input_nodes if n in self.planes]
+            known = self.places.tokens_of_image(tokens[0]) or known
+        if known.tokens is None:
             return x
         return [self.places.in_planes(n, known) for n in node.all_input_nodes]
 
@@ -208,7 +220,7 @@ class Functions:
 
     def _layer_norm(self, node: Node) -> Operation | None:
         args: list[Any] = list(node.args) + [None] * 5
-        x = self.planes.get(args[0])
+        x = self.places.gathered(args[0])
         if node.kwargs or list(args[1]) != [node.meta["val"].shape[-1]]:
             return None
         if x is None and is_read_by_layers(node, self.places.sparse):

@@ -6,7 +6,6 @@ convolution or linear layer before them. The target of the new node is a `Layer`
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .activations import activation_of, bounds_of
 from .composite import replace_border_pooling, replace_composites
+from .constants import attributes, constants_of
 from .errors import CaptureError
 from .layer import Layer
 from .lifting import lift
@@ -24,6 +24,7 @@ from .one_sample import is_whole
 from .readers import BATCH_NORM, Constants, cropped, folded, input_of, padded, read_layer
 from .recurrent import fuse_recurrent
 from .shuffle import replace_shuffles
+from .written_attention import replace_attention
 
 aten = torch.ops.aten
 # Functions that read memory in its order, which differs in planes.
@@ -34,6 +35,7 @@ READS_MEMORY = (
 )
 # Functions that depend on the strides of their input.
 NEEDS_CONTIGUOUS = (*READS_MEMORY, aten.view_as_complex.default, aten.view.dtype)
+CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other)
 
 
 def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
@@ -61,13 +63,16 @@ def fuse(module: GraphModule, activations: bool = True) -> GraphModule:
         _normalize(part.graph)
         if activations:
             replace_composites(part.graph)
-        part.recompile()
+        if part is not module:  # the module itself is recompiled at the end
+            part.recompile()
     lift(module.graph)
     if activations:
         replace_shuffles(module.graph)
         replace_border_pooling(module)
-    graph, constants = module.graph, _constants(module)
+    graph = module.graph
+    constants = constants_of(graph, attributes(module))
     if activations:
+        replace_attention(graph, constants)
         fuse_recurrent(graph, constants)
     alive, uses = set(graph.nodes), Counter[str]()
     for node in list(graph.nodes):
@@ -105,36 +110,35 @@ def graphs_of(module: GraphModule) -> list[GraphModule]:
     return [part for part in module.modules() if isinstance(part, GraphModule)]
 
 
-def attributes(module: GraphModule) -> dict[Node, Any]:
-    """Return the values of the `get_attr` nodes: weights, buffers, and branches of torch.cond.
-
-    Example:
-        >>> module = torch.nn.Linear(4, 2)
-        >>> graph = Graph()
-        >>> bias = graph.get_attr("bias")
-        >>> attributes(GraphModule(module, graph))[bias].shape
-        torch.Size([2])
-    """
-    found: dict[Node, Any] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            value = operator.attrgetter(str(node.target))(module)
-            found[node] = value.detach() if isinstance(value, Tensor) else value
-    return found
-
-
 def _normalize(graph: Graph) -> None:
-    """Remove guards and dropout, and adapt functions that depend on strides."""
+    """Remove guards and what changes nothing, and adapt functions that depend on strides."""
     for node in list(graph.nodes):
         if node.op == "call_module" and node.name.startswith("_guards"):
             graph.erase_node(node)  # `Captured.accepts` evaluates them
-        elif (node.target is aten.dropout.default and not node.args[2]) or is_whole(node):
+        elif node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)  # the types of inputs are checked
+        elif _returns_argument(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is aten.pad.default and not any(node.args[1]):
+            node.target, node.args, node.kwargs = aten.clone.default, node.args[:1], {}
         elif node.op == "call_function" and node.target is aten.view.default:
             node.target = aten.reshape.default  # planes have strides that view may not support
         elif node.target in NEEDS_CONTIGUOUS:
             _make_contiguous(graph, node)
+
+
+def _returns_argument(node: Node) -> bool:
+    """Return whether a function returns its first argument, such as a conversion to its type."""
+    if node.target is aten.dropout.default:
+        return not node.args[2]
+    if node.target not in CONVERSIONS:
+        return is_whole(node)
+    copies = {*node.args, *node.kwargs.items()} & {True, ("copy", True)}
+    values = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    formats = [*node.args, *node.kwargs.values()]
+    is_same = values[0].dtype == values[1].dtype and values[0].device == values[1].device
+    return is_same and not copies and not any(isinstance(f, torch.memory_format) for f in formats)
 
 
 def _make_contiguous(graph: Graph, node: Node) -> None:
@@ -153,29 +157,6 @@ def _make_contiguous(graph: Graph, node: Node) -> None:
         )
     clone.meta.update(val=x.meta["val"], is_needed=True)
     node.replace_input_with(x, clone)
-
-
-def _constants(module: GraphModule) -> Constants:
-    """Compute all tensors that do not depend on the input."""
-    known = {n: value for n, value in attributes(module).items() if isinstance(value, Tensor)}
-    for node in module.graph.nodes:
-        if (
-            node.op == "call_function"
-            and node.all_input_nodes
-            and all(n in known for n in node.all_input_nodes)
-            and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
-            and _are_tensors(node.meta.get("val"))
-        ):
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
-            known[node] = node.target(*args, **kwargs)
-    return known
-
-
-def _are_tensors(value: Any) -> bool:
-    """Return whether a value is a tensor, or several, such as parts of a weight."""
-    if isinstance(value, tuple | list):
-        return all(isinstance(v, Tensor) for v in value)
-    return isinstance(value, Tensor)
 
 
 # Operations after a layer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -59,7 +59,7 @@ class Layer:
     taps: Any = field(default=None, init=False, repr=False)  # `Taps.from_layer` keeps them
     combine: ClassVar[str] = "fma"  # see kernels.Variant
     padding_value: ClassVar[float] = 0.0
-    pools: ClassVar[bool] = False  # whether it is pooling, which has no weights to prune
+    pools: ClassVar[bool] = False  # whether it has no weights to prune, such as pooling
     adds: ClassVar[bool] = True  # whether it can add a residual
     __name__: ClassVar[str] = "layer"  # torch.fx names functions by it
 
@@ -114,6 +114,14 @@ class Layer:
     def sparsity(self) -> float:
         """Fraction of the weights that is zero."""
         return 1.0 - int(torch.count_nonzero(self.weight)) / max(1, self.weight.numel())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments that tell what it computes, besides its weight and bias, by name."""
+        others = "name", "weight", "bias", "packs"
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.init if f.name not in others
+        }
 
     @property
     def kernel_form(self) -> Layer:

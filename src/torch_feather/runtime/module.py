@@ -23,6 +23,7 @@ from .checks import (
     NOT_LOADED,
     NOT_SAVED,
     NOT_TRACED,
+    check_chunks,
     check_count,
     check_eager,
     check_types,
@@ -30,25 +31,19 @@ from .checks import (
     fail_for_empty_batch,
     result_of_empty_batch,
 )
+from .constants import constants_of_module
 from .errors import InputError
-from .fusion import attributes
 from .inputs import Example, Inputs, arguments, concatenated, tensors_of
 from .kernels import Tile
 from .layer import Layer
+from .memory import without_collections
 from .other_sizes import Planned, capture_example
 from .plan import Plan, Sparse, can_run_sparse
 from .recurrent import Recurrent
 from .strides import with_strides
 from .timing import milliseconds
-from .tuning import (
-    LayerTuning,
-    Tuning,
-    distinct_ways,
-    load_tuning,
-    save_tuning,
-    table,
-    tune_layer,
-)
+from .tuning import LayerTuning, Tuning, distinct_ways, table, tune_layer
+from .tuning_file import load_tuning, save_tuning
 from .workspace import WorkspacePool
 
 MAX_BATCH_SIZES = 4  # number of batch sizes for which tables and memory are kept
@@ -95,7 +90,7 @@ def compile_sparse(
 
     Raises:
         InputError: the example is not a batch of float32 on the CPU, the model is not float32 on
-            the CPU, or `threads` or `chunk_size` is invalid.
+            the CPU, `threads` or `chunk_size` is invalid, or an output cannot be chunked.
         FileFormatError: the tuning file is damaged.
         CaptureError: torch.export cannot capture the model, or the model writes into its input.
         RuntimeMissingError: llvmlite is not installed.
@@ -131,7 +126,7 @@ class SparseModule(nn.Module):
         inputs: names, shapes and types of all inputs.
         batch_size: number of samples of the example.
         captured: the graph of the model.
-        constants: values of the `get_attr` nodes of the graph, by name.
+        constants: values of the nodes that do not depend on the input, by name.
         plan: the steps of the network.
 
     Example:
@@ -141,6 +136,7 @@ class SparseModule(nn.Module):
         (['weight'], (64,))
     """
 
+    @without_collections()
     @torch.inference_mode(False)
     def __init__(
         self,
@@ -162,8 +158,10 @@ class SparseModule(nn.Module):
         args, kwargs = arguments(example)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self.captured, self._others = capture_example(model, example)
+            if chunk_size is not None:
+                check_chunks(self.captured.shapes.output_shapes, given)
             self._empty_result = result_of_empty_batch(model, *args, **kwargs)
-            self._values = attributes(self.captured.module)
+            self._values = constants_of_module(self.captured.module)
             self.constants = {node.name: value for node, value in self._values.items()}
             nodes, self._plans = self._layer_nodes(), dict[tuple[str, ...], Plan]()
             self.tuning = self._tune(nodes, known or {})
@@ -227,9 +225,9 @@ class SparseModule(nn.Module):
         if found and found.captured.accepts(*given):
             return found
         raise InputError(
-            "The behavior of this model depends on the batch size. It was captured for a batch of "
-            f"{self.batch_size}, not of {len(given[0])}. Compile another module with an example "
-            "of this size."
+            "As far as torch.export can tell, this model depends on the batch size. It was "
+            f"captured for a batch of {self.batch_size}, not of {len(given[0])}. Compile another "
+            "module with an example of this size."
         )
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,6 +62,7 @@ def _steps(program: ExportedProgram, samples: Any) -> Iterator[tuple[Any, ...]]:
         return value
 
     position: dict[Node, int] = {}
+    numbers = itertools.count()
 
     def argument(node: Node) -> Any:
         if node in position:
@@ -74,7 +76,7 @@ def _steps(program: ExportedProgram, samples: Any) -> Iterator[tuple[Any, ...]]:
         if is_whole(node):  # torch.export omits it if sizes are numbers
             position[node] = position[node.args[0]]
             continue
-        position[node] = len(position)
+        position[node] = next(numbers)
         args = tree_map_only(Node, argument, (list(node.args), dict(node.kwargs)))
         args = tree_map_only(SYMBOLIC, number, args)
         shapes = [tuple(map(number, x.shape)) for x in tree_leaves(value) if isinstance(x, Tensor)]

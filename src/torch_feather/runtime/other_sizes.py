@@ -14,21 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Captured, capture
+from .constants import attributes, with_results
 from .errors import CaptureError
-from .fusion import attributes
 from .inputs import Example, like, tensors_of
 from .layer import Layer
+from .memory import zeros_like
 from .plan import Plan, can_run_sparse
 from .recurrent import Recurrent
 from .tuning import Tuning
-
-# What two layers of one model have in common if they are the same layer.
-SAME = (
-    *("stride", "padding", "dilation", "groups", "low", "high", "activation"),
-    *("combine", "padding_value", "pools", "linear", "channels", "padding_after"),
-    *("output_padding", "depth", "depth_stride", "depth_padding", "depth_dilation"),
-    *("kind", "has_biases", "layers", "is_bidirectional", "batch_first"),
-)
 
 
 class Planned(NamedTuple):
@@ -37,7 +30,7 @@ class Planned(NamedTuple):
     Attributes:
         captured: the graph.
         plan: its steps.
-        constants: values of its `get_attr` nodes, by name.
+        constants: values of its nodes that do not depend on the input, by name.
 
     Example:
         >>> captured = capture(nn.ReLU(), torch.ones(3, 4))
@@ -82,8 +75,8 @@ def capture_example(model: nn.Module, example: Example) -> tuple[Captured, Other
 class OtherSizes:
     """Captures a model again, for any batch size. The weights of the first capture are used.
 
-    It keeps a copy of the model whose weights are zeros. They take no memory, since nothing writes
-    to it.
+    It keeps a copy of the model whose layers have zeros as weights. They take no memory, since
+    nothing writes to it.
 
     Args:
         model: in eval mode.
@@ -114,11 +107,13 @@ class OtherSizes:
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
         ]
-        zeros = {id(tensor): _zeros(tensor) for _, tensor in state}
+        # A capture reads the values of other tensors, such as masks of attention.
+        weights = {name.partition("@")[0] for name in self._layers}
+        zeros = {id(tensor): zeros_like(tensor) for name, tensor in state if name in weights}
         self._names = {name for name, _ in state}
         self._zeros = {tensor.untyped_storage().data_ptr() for tensor in zeros.values()}
-        self._model = copy.deepcopy(model, zeros)
-        self._example = like(example, [_zeros(x) for x in tensors_of(example)])
+        self._model = copy.deepcopy(model, {id(tensor): tensor for _, tensor in state} | zeros)
+        self._example = like(example, [zeros_like(x) for x in tensors_of(example)])
         self._found: list[Planned | None] = []
 
     def find(self, tuning: Tuning) -> Planned | None:
@@ -154,6 +149,7 @@ class OtherSizes:
             and chosen.sparse
             and can_run_sparse(n, batch)
         ]
+        values = with_results(graph, values)
         plan = Plan.build(graph, sparse, values)
         return Planned(captured, plan, {node.name: value for node, value in values.items()})
 
@@ -178,29 +174,16 @@ class OtherSizes:
                 and value.numel() > 0
                 and value.untyped_storage().data_ptr() in self._zeros
             )
-            if has_zeros or name in self._names:
-                if name not in self._values:
-                    return False
+            if (has_zeros or name in self._names) and name in self._values:
                 values[node] = self._values[name]
+            elif has_zeros:
+                return False
         return True
 
 
-def _zeros(tensor: Tensor) -> Tensor:
-    """Return zeros of the same shape and strides, in memory of their own that is never written."""
-    if type(tensor) not in (Tensor, nn.Parameter):
-        return tensor
-    size = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    memory = torch.zeros(size if tensor.numel() else 0, dtype=tensor.dtype)
-    zeros = memory.as_strided(tensor.shape, tensor.stride())
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(zeros, requires_grad=tensor.requires_grad)
-    return zeros
-
-
 def _is_same(a: Layer | Recurrent, b: Layer | Recurrent) -> bool:
+    """Return whether two layers differ in the values of their weights at most."""
     shapes = [
         [w.shape for w in (x.weights if isinstance(x, Recurrent) else [x.weight])] for x in (a, b)
     ]
-    return (type(a), shapes[0]) == (type(b), shapes[1]) and all(
-        getattr(a, name, None) == getattr(b, name, None) for name in SAME
-    )
+    return (type(a), shapes[0], a.options) == (type(b), shapes[1], b.options)

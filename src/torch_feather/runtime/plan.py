@@ -15,7 +15,15 @@ from .concatenation import Concatenation
 from .functions import Functions
 from .layer import Layer
 from .planes import PlaneLayout, Planes, alike
-from .reading import PERMUTATIONS, find_last_uses, is_read_by_layers, read_by, with_views
+from .reading import (
+    PERMUTATIONS,
+    REORDERS,
+    find_last_uses,
+    is_read_by_layers,
+    leads_to_layer,
+    read_by,
+    with_views,
+)
 from .recurrent import Recurrent, dimensions
 from .sizes import are_alike, can_run_sparse, image_shape, pixels_per_sample, sizes_of
 from .split import Split
@@ -82,8 +90,9 @@ class Plan:
         Args:
             graph: its layers are nodes whose target is a `Layer`.
             sparse: the layers that run sparse.
-            constants: values of the `get_attr` nodes. Without them, the only steps are `Torch`,
-                `Copy`, `Sparse`, `Pointwise` and the `Operation` "interleave".
+            constants: values of the nodes that do not depend on the input, see `constants`. Without
+                them, the only steps are `Torch`, `Copy`, `Sparse`, `Pointwise` and the `Operation`
+                "interleave".
             batch: size or symbol of the batch; None: the first dimension of the first input.
         """
         builder = Builder(cls(graph), sparse, constants, batch)
@@ -113,7 +122,8 @@ class Builder:
     Args:
         plan: an empty plan.
         sparse: the layers that run sparse.
-        constants: values of the `get_attr` nodes; None if `Operation` steps are not supported.
+        constants: values of the nodes that do not depend on the input; None if `Operation` steps
+            are not supported.
         batch: size or symbol of the batch; None: the first dimension of the first input.
 
     Example:
@@ -139,7 +149,7 @@ class Builder:
 
     def add(self, node: Node) -> None:
         """Add the step of a node, and the copies that it needs."""
-        if node.op != "call_function":
+        if node.op != "call_function" or node in (self.constants or ()):
             return
         if isinstance(node.target, Layer):
             step: Step = self._layer(node, node.target)
@@ -193,12 +203,20 @@ class Builder:
 
     def in_planes(self, node: Any, out: Planes) -> Planes:
         """Return planes of a value that can share a layout with `out`; copied if necessary."""
-        found = self.planes.get(node)
+        found = self.gathered(node)
         if found is not None and alike(found, out) and found.layout.can_merge(out.layout):
             return found
         like = out if out.linear and out.tokens is None else None
         new = self.empty(node, out.linear, like)
         return self.copied(node, new, (out.linear, like and out.layout))
+
+    def gathered(self, node: Any) -> Planes | None:
+        """Return the planes of a value, also of tokens that a step must bring into their order."""
+        step = None if node in self.planes else self.views.gathered(node, self.empty)
+        if step is not None:
+            self.planes[node] = step.out
+            self.plan.steps.append(step)
+        return self.planes.get(node)
 
     def _layer(self, node: Node, layer: Layer) -> Step:
         """Return the last step of a layer."""
@@ -308,6 +326,7 @@ class Builder:
                 return True
         if found is None:
             self._copy_before_permutation(node)
+            self._copy_before_windows(node)
             found = self.views.add(node)
         if isinstance(found, Planes):
             planes[node] = found
@@ -327,3 +346,18 @@ class Builder:
         ):
             tokens = self.empty(source, linear=True)
             self.views.copied[source] = self.in_planes(source, tokens)
+
+    def _copy_before_windows(self, node: Node) -> None:
+        """Copy images whose channels are the last dimension before their pixels are reordered."""
+        source: Any = node.args[0] if node.target in REORDERS else None
+        if source not in self.planes or source in self.views.copied:
+            return
+        if leads_to_layer(node, self.sparse) and (tokens := self.tokens_of_image(source)):
+            self.views.copied[source] = tokens
+
+    def tokens_of_image(self, node: Node) -> Planes | None:
+        """Return tokens that are the pixels of images without padding; None if they have some."""
+        image = self.planes[node]
+        if not image.linear or image.tokens is not None or not image.layout.fix():
+            return None
+        return self.in_planes(node, self.empty(node, linear=True))

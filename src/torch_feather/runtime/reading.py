@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .aliases import RESHAPES, SAME
 from .layer import Layer
 from .planes import Planes
 from .steps import Attention, Copy, Recurrence, Sparse, Step, Torch
 
 aten = torch.ops.aten
 PERMUTATIONS = (aten.transpose.int, aten.permute.default)
+REORDERS = (*RESHAPES, aten.roll.default)
 
 
 def is_read_by_layers(node: Node, sparse: Collection[object]) -> bool:
@@ -42,6 +44,30 @@ def is_read_by_layers(node: Node, sparse: Collection[object]) -> bool:
         )
 
     return bool(node.users) and all(map(reads, node.users))
+
+
+def leads_to_layer(node: Node, sparse: Collection[object]) -> bool:
+    """Return whether a sparse linear layer reads a value, maybe after its tokens are reordered.
+
+    Args:
+        node: the value.
+        sparse: layers that run sparse.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> graph, layer = Graph(), Layer("weight", torch.eye(4), torch.zeros(4))
+        >>> x = graph.placeholder("x")
+        >>> _ = graph.call_function(layer, (graph.call_function(aten.roll.default, (x, [1], [1])),))
+        >>> leads_to_layer(x, [layer])
+        True
+    """
+    moves = (*REORDERS, *PERMUTATIONS, *SAME, aten.layer_norm.default)
+    for user in node.users:
+        if isinstance(user.target, Layer) and user.target in sparse and user.target.linear:
+            return True
+        if user.target in moves and user.args[0] is node and leads_to_layer(user, sparse):
+            return True
+    return False
 
 
 def with_views(

@@ -134,6 +134,9 @@ class Records:
             record["rows"], record["columns"] = step.out.height, step.out.width
             record["x_pitch"], record["pitch"] = source.row_stride, layout.row_stride
             record["factor_rows"] = step.stride[0]
+        elif step.index is not None:
+            record["index"], record["pixels"] = self._address(step.index), step.index.shape[1]
+            items = step.out.channels
         elif name == "activate":
             assert step.activation is not None
             record["activation"] = library().activation(step.activation, width)
@@ -212,18 +215,19 @@ class Records:
         record["items"], record["threads"] = operation["items"], self.plan.threads
         record["heads"], record["scale"] = step.heads, step.scale
         record["queries"], record["keys"] = step.queries, step.keys
-        record["causal"] = step.is_causal
+        record["causal"], record["masks"] = step.is_causal, 1
         operation["kernel"] = library().function("attention")
         operation["record"] = record.ctypes.data
 
         def set_mask(mask: Tensor, prepared: dict[Any, Tensor]) -> None:
-            key = id(mask), step.queries, step.keys
+            key = id(mask), step.queries, step.keys, step.dims, step.heads
             if key not in prepared:
-                prepared[key] = keys_first(mask, step.queries, step.keys)
+                by_head = heads_second(mask, step.dims, step.heads)
+                prepared[key] = keys_first(by_head, step.queries, step.keys)
             by_key = prepared[key]
             count, heads = by_key.shape[:2]
             record["mask"], record["mask_key"] = by_key.data_ptr(), by_key.stride(2)
-            record["mask_sequence"] = by_key.stride(0) if count > 1 else 0
+            record["masks"], record["mask_sequence"] = count, by_key.stride(0)
             record["mask_head"] = by_key.stride(1) if heads > 1 else 0
 
         return set_mask
@@ -343,11 +347,30 @@ class Records:
         return array.ctypes.data
 
 
+def heads_second(mask: Tensor, dims: int, heads: int) -> Tensor:
+    """Return a mask of attention with the dimensions sequence, head, query and key.
+
+    Args:
+        mask: can be broadcast to the scores.
+        dims: dimensions of the scores before queries and keys: sequences and heads in one, or
+            several of sequences and one of heads.
+        heads: number of heads.
+
+    Example:
+        >>> heads_second(torch.ones(6, 1, 1), dims=1, heads=3).shape
+        torch.Size([2, 3, 1, 1])
+    """
+    mask = mask.reshape((1,) * (dims + 2 - mask.dim()) + tuple(mask.shape))
+    if dims > 1:
+        return mask.flatten(0, dims - 2)
+    return mask.unflatten(0, (-1, heads) if len(mask) > 1 else (1, 1))
+
+
 def keys_first(mask: Tensor, queries: int, keys: int) -> Tensor:
     """Return a mask of attention as numbers that are added, with queries as the last dimension.
 
     Args:
-        mask: bool or float32, can be broadcast to (sequences, heads, queries, keys).
+        mask: bool or float32, (1 or sequences, 1 or heads, 1 or queries, 1 or keys).
         queries: number of queries.
         keys: number of keys.
 
@@ -356,12 +379,11 @@ def keys_first(mask: Tensor, queries: int, keys: int) -> Tensor:
         whole cache lines.
 
     Example:
-        >>> keys_first(torch.tensor([[True, False]]), queries=1, keys=2)[0, 0, :, 0]
+        >>> keys_first(torch.tensor([[[[True, False]]]]), queries=1, keys=2)[0, 0, :, 0]
         tensor([0., -inf])
     """
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
     count, heads = mask.shape[:2]
     result = torch.empty(count, heads, keys, round_up(queries))
     result[..., :queries] = mask.transpose(2, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from .kernels import UNROLL
 from .layer import Layer
 from .memory import aligned_zeros, round_up
+from .taps import Taps
 
 aten = torch.ops.aten
 FUNCTIONS: dict[Any, str] = {aten.lstm.input: "lstm", aten.gru.input: "gru"}
@@ -73,6 +74,14 @@ class Recurrent:
         return found
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Arguments that tell what it computes, besides its weights, by name."""
+        others = "name", "weights"
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.init if f.name not in others
+        }
+
+    @property
     def units(self) -> int:
         """Number of units of a direction."""
         return self.weights[1].shape[1]
@@ -105,30 +114,19 @@ class Recurrent:
     ) -> Direction:
         units, zeros = self.units, w.new_zeros(len(w))
         b_input, b = zeros if b_input is None else b_input, zeros if b is None else b
-        own = torch.zeros(0)
+        own = zeros
         if self.kind == "gru":  # the reset gate multiplies the recurrent part of the last gate
-            b, own = torch.cat([b[: 2 * units], zeros[:units]]), b[2 * units :]
-        product = Layer(self.name, w_input, b_input + b)
-        row, column = (n.numpy() for n in w.nonzero(as_tuple=True))
-        values = w.detach().numpy()[row, column]
-        if self.kind == "gru":
-            row = row + units * (row >= 2 * units)
-        return Direction(product, values, row, column, own.numpy(), units)
+            known = [b[: 2 * units], zeros[:units]]
+            b, own = torch.cat(known), torch.cat([zeros[: 2 * units], b[2 * units :]])
+        return Direction(Layer(self.name, w_input, b_input + b), Layer(self.name, w, own))
 
 
 class Direction(NamedTuple):
     """One direction of a layer.
 
-    There are four gates of `units` rows each. Those of a GRU are r, z, and the parts of n from the
-    input and from h.
-
     Attributes:
         product: layer of the products of the input with all its weights.
-        values: nonzero weights of the recurrent product, ordered by row and column.
-        row: their rows.
-        column: their columns.
-        bias: of the last rows, which have no input product.
-        units: number of units.
+        recurrent: layer of the products of h. Only the last gate of a GRU has a bias there.
 
     Example:
         >>> lstm = torch.nn.LSTM(3, 5)
@@ -138,32 +136,40 @@ class Direction(NamedTuple):
     """
 
     product: Layer
-    values: np.ndarray
-    row: np.ndarray
-    column: np.ndarray
-    bias: np.ndarray
-    units: int
+    recurrent: Layer
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return self.recurrent.channels[0]
 
     def tables(self, lanes: int) -> dict[str, np.ndarray]:
         """Return the arrays that a kernel reads, see `RECURRENCE`.
 
+        There are four gates of `units` rows each. Those of a GRU are r, z, and the parts of n from
+        the input and from h. The last one has no product with the input.
+
         Args:
             lanes: number of samples in memory.
         """
-        rows, section = 4 * self.units, round_up(self.units * lanes)
-        counts = np.bincount(self.row, minlength=rows)
+        found, units = Taps.from_layer(self.recurrent), self.units
+        row, first_own = found.out, 3 * units
+        if self.recurrent.channels[1] == 3 * units:
+            row, first_own = row + units * (row >= 2 * units), 2 * units
+        rows, section = 4 * units, round_up(units * lanes)
+        counts = np.bincount(row, minlength=rows)
         padded = -(-counts // UNROLL) * UNROLL
         first = np.zeros(rows + 1, np.int32)
         np.cumsum(padded, out=first[1:])
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        place = first[self.row] + np.arange(len(self.row)) - starts[self.row]
+        place = first[row] + np.arange(len(row)) - starts[row]
         taps = aligned_zeros(2 * int(first[-1]), np.int32).reshape(-1, 2)
         taps[:, 0] = section  # a row of zeros
-        taps[place, 0] = self.column * lanes
-        taps[place, 1] = self.values.astype(np.float32).view(np.int32)
-        gate, unit = np.divmod(np.arange(rows), self.units)
+        taps[place, 0] = found.channel * lanes
+        taps[place, 1] = found.values.astype(np.float32).view(np.int32)
+        gate, unit = np.divmod(np.arange(rows), units)
         at = (gate * section + unit * lanes).astype(np.int32)
-        bias = np.ascontiguousarray(self.bias, np.float32)
+        bias = np.ascontiguousarray(self.recurrent.bias[first_own:].numpy())
         return {"taps": taps, "first": first, "at": at, "bias": bias}
 
 

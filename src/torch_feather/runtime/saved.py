@@ -62,11 +62,12 @@ def save_compiled(
         path: the file, which is replaced atomically.
         batch_sizes: batch sizes that the loaded network accepts.
             [default: that of the example with which the network was compiled]
-        dtype: store the weights of convolutions and linear layers, with batch norms folded in, as
-            torch.float16, torch.bfloat16 or torch.int8, which makes the file smaller. **Weights are
-            rounded**, so the loaded network returns other numbers than `network`. It computes in
-            float32, at the same speed. int8 has one scale per output channel, and no zero point.
-            Other tensors keep their type. [default: the exact weights]
+        dtype: store the weights of convolutions, linear and recurrent layers, with batch norms
+            folded in, as torch.float16, torch.bfloat16 or torch.int8, which makes the file smaller.
+            **Weights are rounded**, so the loaded network returns other numbers than `network`. It
+            computes in float32, at the same speed. int8 has one scale per output channel (of a gate
+            in recurrent layers), and no zero point. Other tensors keep their type. [default: the
+            exact weights]
 
     Raises:
         ConfigurationError: `dtype` is another type, or a weight is out of its range.

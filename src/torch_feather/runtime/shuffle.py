@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,38 @@ from .layer import Layer
 aten = torch.ops.aten
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 SAME = (aten.contiguous.default, aten.clone.default)
+
+
+@dataclass(eq=False)
+class ChannelShuffle(Layer):
+    """A channel shuffle; see `torch.nn.ChannelShuffle`. Its weight has one 1 per channel.
+
+    Args:
+        parts: number of groups that are interleaved.
+
+    Example:
+        >>> layer = ChannelShuffle.create("shuffle", channels=6, parts=2)
+        >>> layer.weight.argmax(1).flatten().tolist()
+        [0, 3, 1, 4, 2, 5]
+        >>> layer(torch.arange(6.0).view(1, 6, 1, 1)).flatten().tolist()
+        [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]
+    """
+
+    parts: int = 1
+    pools: ClassVar[bool] = True
+    adds: ClassVar[bool] = False
+    __name__: ClassVar[str] = "channel_shuffle"
+
+    @classmethod
+    def create(cls, name: str, channels: int, parts: int) -> ChannelShuffle:
+        """Return the layer that moves channel g · n + i to i · parts + g, for parts of n."""
+        source = torch.arange(channels).view(parts, -1).t().flatten()
+        weight = torch.zeros(channels, channels, 1, 1, dtype=torch.float32, device="cpu")
+        weight[torch.arange(channels), source] = 1.0
+        return cls(name, weight, weight.new_zeros(channels), parts=parts)
+
+    def _combined(self, x: Tensor) -> Tensor:
+        return torch.channel_shuffle(x, self.parts)
 
 
 def replace_shuffles(graph: Graph) -> None:
@@ -28,29 +61,20 @@ def replace_shuffles(graph: Graph) -> None:
         >>> model = torch.nn.ChannelShuffle(2)
         >>> graph = torch.export.export(model, (torch.ones(1, 6, 2, 2),)).module().graph
         >>> replace_shuffles(graph)
-        >>> [node.target.weight.argmax(1).flatten().tolist()
-        ...  for node in graph.nodes if isinstance(node.target, Layer)]
-        [[0, 3, 1, 4, 2, 5]]
+        >>> [node.target.parts for node in graph.nodes if isinstance(node.target, Layer)]
+        [2]
     """
     for node in list(graph.nodes):
         found = _shuffle(node)
         if found is None:
             continue
-        x, groups = found
-        channels = int(x.meta["val"].shape[1])
+        x, parts = found
+        layer = ChannelShuffle.create(node.name, int(x.meta["val"].shape[1]), parts)
         with graph.inserting_before(node):
-            shuffled = graph.call_function(_layer(node.name, channels, groups), (x,))
+            shuffled = graph.call_function(layer, (x,))
         shuffled.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(shuffled)
     graph.eliminate_dead_code()
-
-
-def _layer(name: str, channels: int, groups: int) -> Layer:
-    """Return the layer that moves channel g · n + i to i · groups + g, for groups of n."""
-    source = torch.arange(channels).view(groups, -1).t().flatten()
-    weight = torch.zeros(channels, channels, 1, 1, dtype=torch.float32, device="cpu")
-    weight[torch.arange(channels), source] = 1.0
-    return Layer(name, weight, weight.new_zeros(channels))
 
 
 def _shuffle(node: Node) -> tuple[Node, int] | None:

@@ -117,8 +117,8 @@ class Operation:
     """An operation in machine code that is no convolution, from planes to planes.
 
     Attributes:
-        name: "mean", "scale", "scale_pixels", "activate", "layer_norm", "group_norm", "interleave"
-            or "repeat".
+        name: "mean", "scale", "scale_pixels", "activate", "layer_norm", "group_norm", "interleave",
+            "repeat" or "gather".
         x: inputs.
         out: result.
         activation: function of "activate", one of `kernels.ACTIVATIONS`.
@@ -128,6 +128,8 @@ class Operation:
         groups: of "group_norm".
         stride: rows and columns of the result per row and column of the input, of "interleave" and
             "repeat".
+        index: int32 (groups, tokens) of "gather": which token of the input is at each place. The
+            result has all channels of the input once for each group.
 
     Example:
         >>> from torch_feather.runtime.planes import PlaneLayout
@@ -145,6 +147,7 @@ class Operation:
     eps: float = 0.0
     stride: tuple[int, int] = (1, 1)
     groups: int = 1
+    index: np.ndarray | None = None
 
 
 @dataclass(eq=False)
@@ -197,7 +200,8 @@ class Attention:
         keys: number of keys of a sequence.
         scale: factor of the products of queries and keys.
         is_causal: whether a query attends to no key after it.
-        mask: node of the mask, with the dimensions sequence, head, query and key.
+        mask: node of the mask, which can be broadcast to the scores.
+        dims: dimensions of the scores before queries and keys, see `records.heads_second`.
 
     Example:
         >>> from torch_feather.runtime.planes import PlaneLayout
@@ -214,6 +218,7 @@ class Attention:
     scale: float
     is_causal: bool = False
     mask: Node | None = None
+    dims: int = 2
 
 
 Step = Torch | Copy | Sparse | Pointwise | Operation | Attention | Recurrence

@@ -114,7 +114,8 @@ def store_taps(layer: Layer, taps: Taps, dtype: torch.dtype) -> StoredWeight:
         array([1., 1., 1., 1.], dtype=float32)
     """
     per_channel, per_group = _sizes(layer)
-    codes, width = encode(taps.out * per_channel + taps.key - taps.out // per_group * per_channel)
+    out, key = taps.out.astype(np.int64), taps.key.astype(np.int64)
+    codes, width = encode(out * per_channel + key - out // per_group * per_channel)
     kept = _store_values(layer.name, taps.values, taps.out, taps.channels, dtype)
     return _described(dtype, {**kept, "positions": codes}, width)
 

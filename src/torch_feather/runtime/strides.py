@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
+from .memory import zeros_like
 from .unrolled import known_shapes
 
 MAX_LAYOUTS = 256  # number of input layouts whose results are kept
@@ -57,7 +58,8 @@ class ShapeModel:
         self._outputs = len(program.graph_signature.user_outputs)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         tensors = (*model.parameters(), *model.buffers())
-        without_values = {id(t): self._mode.from_tensor(t.detach()) for t in tensors}
+        # PyTorch converts zeros to tensors without values when they are used, which is rare.
+        without_values = {id(t): zeros_like(t) for t in tensors}
         self._model: nn.Module | None = None
         with suppress(Exception):  # not every model can be copied again
             self._model = copy.deepcopy(model, without_values)
@@ -79,10 +81,18 @@ class ShapeModel:
         if key not in self._known:
             if len(self._known) >= MAX_LAYOUTS:
                 self._known.clear()
-            self._known[key] = self._strides_for(*inputs)
+            self._known[key] = tuple(map(_strides_of, self._outputs_for(*inputs)))
         return self._known[key]
 
-    def _strides_for(self, *inputs: Tensor) -> tuple[Strides | None, ...]:
+    def output_shapes(self, *inputs: Tensor) -> tuple[tuple[int, ...] | None, ...]:
+        """Return the shapes of the outputs, as `output_strides` returns strides."""
+        return tuple(
+            tuple(map(int, value.shape)) if isinstance(value, Tensor) else None
+            for value in self._outputs_for(*inputs)
+        )
+
+    def _outputs_for(self, *inputs: Tensor) -> list[Any]:
+        """Return the outputs without values; none if the model fails for this input."""
         # For other layouts than the example's the graph is second: it lacks functions that did
         # nothing for the example, such as `contiguous`. But it can run torch.cond without values,
         # and has no side effects.
@@ -93,10 +103,10 @@ class ShapeModel:
             runs.reverse()
         for run in runs:
             with suppress(Exception):  # the model fails where the compiled network may not
-                found = tuple(map(_strides_of, tree_leaves(run(inputs))))
+                found = tree_leaves(run(inputs))
                 if len(found) == self._outputs:
                     return found
-        return ()
+        return []
 
     def write_into_input(self, *inputs: Tensor) -> str | None:
         """Return the function, and the module, that write into one of the model's inputs.

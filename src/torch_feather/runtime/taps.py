@@ -54,7 +54,7 @@ class Taps:
             >>> layer = Layer("weight", torch.eye(3), torch.zeros(3))
             >>> taps = Taps.from_layer(layer)
             >>> taps.values, taps.channel
-            (array([1., 1., 1.], dtype=float32), array([0, 1, 2]))
+            (array([1., 1., 1.], dtype=float32), array([0, 1, 2], dtype=int32))
         """
         if layer.taps is None:
             layer.taps = cls._find(layer)
@@ -63,12 +63,15 @@ class Taps:
 
     @classmethod
     def _find(cls, layer: Layer) -> Taps:
-        weight, per_channel = layer.weight.numpy(), layer.weight[0].numel()
-        positions = np.flatnonzero(weight)
-        values = weight.reshape(-1)[positions].astype(np.float32)
-        out, place = np.divmod(positions, max(1, per_channel))
-        group = out // max(1, len(weight) // layer.groups)
-        return cls.from_keys(layer, values, out, place + group * per_channel)
+        weight = np.ascontiguousarray(layer.weight.numpy()).reshape(-1)
+        channels, per_channel = len(layer.weight), layer.weight[0].numel()
+        positions = np.flatnonzero(weight != 0)  # of booleans it is faster
+        ends = np.searchsorted(positions, np.arange(channels + 1) * per_channel)
+        counts, channel = np.diff(ends), np.arange(channels)
+        shift = channel - channel // max(1, channels // layer.groups)  # channels of earlier groups
+        key = (positions - np.repeat(shift * per_channel, counts)).astype(np.int32)
+        values = weight[positions].astype(np.float32, copy=False)
+        return cls.from_keys(layer, values, np.repeat(channel.astype(np.int32), counts), key)
 
     @classmethod
     def from_keys(cls, layer: Layer, values: np.ndarray, out: np.ndarray, key: np.ndarray) -> Taps:
@@ -87,22 +90,29 @@ class Taps:
             array([1])
         """
         height, width = layer.weight.shape[2:] or (1, 1)
-        rest, kx = np.divmod(key, width)
-        c, ky = np.divmod(rest, height)
+        ky, kx = np.divmod(np.arange(height * width, dtype=np.int32), np.int32(width))
         y = ky * layer.dilation[0] - layer.padding[0]
         x = kx * layer.dilation[1] - layer.padding[1]
         (dy, a), (dx, b) = np.divmod(y, layer.stride[0]), np.divmod(x, layer.stride[1])
-        number = a * layer.stride[1] + b
-        used = np.bincount(number, minlength=1).nonzero()[0]
+        number = a * layer.stride[1] + b  # of the phase, for each place in the kernel
+        if height * width == 1:
+            channel, used = key, number[: len(key)]
+            dy, dx = np.broadcast_to(dy, key.shape), np.broadcast_to(dx, key.shape)
+        else:
+            channel = key // (height * width)
+            place = key - channel * (height * width)
+            used = np.unique(number[np.bincount(place, minlength=height * width) > 0])
+            if len(used) > 1:
+                channel = channel + (np.searchsorted(used, number) * layer.channels[0])[place]
+            dy, dx = dy[place], dx[place]
         phases = tuple(divmod(int(p), layer.stride[1]) for p in used) or ((0, 0),)
-        phase = np.searchsorted(used, number)
-        channel = phase * layer.channels[0] + c
         return cls(values, out, key, channel, dy, dx, phases, layer.channels[1])
 
     @property
     def reach(self) -> tuple[int, int]:
         """Largest distance of an input pixel from its output pixel, in rows and in columns."""
-        return int(np.abs(self.dy).max(initial=0)), int(np.abs(self.dx).max(initial=0))
+        dy, dx = (max(int(d.max(initial=0)), -int(d.min(initial=0))) for d in (self.dy, self.dx))
+        return dy, dx
 
     def grouped(self, size: int) -> GroupedTaps:
         """Return the taps of groups of output channels.
@@ -121,19 +131,32 @@ class Taps:
             source = self.channel, self.dy, self.dx
             return GroupedTaps(in_order, ends, self.values.reshape(-1, 1), *source)
         order = np.argsort(counts, kind="stable")
-        position = np.empty(self.channels, np.int64)
-        position[order] = np.arange(self.channels)
-        group, member = np.divmod(position[self.out], size)
-        keys = int(self.key.max(initial=0)) + 1
-        found, first, tap = np.unique(
-            group * keys + self.key, return_index=True, return_inverse=True
-        )
+        counts, starts = counts[order], (np.cumsum(counts) - counts)[order]
+        # The taps of a group follow those of the group before, so that memory is read in order.
+        taps = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(len(self.out))
+        group, member = np.divmod(np.arange(self.channels), size)
+        keys, groups = int(self.key.max(initial=0)) + 1, self.channels // size
+        cell = np.repeat(group * keys, counts) + self.key[taps]
+        found, union = _distinct(cell, groups * keys)
         values = np.zeros((len(found), size), np.float32)
-        values[tap, member] = self.values
-        rows = np.zeros(self.channels // size + 1, np.int32)
-        np.cumsum(np.bincount(group[first], minlength=len(rows) - 1), out=rows[1:])
+        values.reshape(-1)[union * size + np.repeat(member, counts)] = self.values[taps]
+        first = np.empty(len(found), np.int64)  # a tap with this key
+        first[union] = taps
+        rows = np.searchsorted(found, np.arange(groups + 1) * keys).astype(np.int32)
         source = self.channel[first], self.dy[first], self.dx[first]
         return GroupedTaps(order.astype(np.int32), rows, values, *source)
+
+
+def _distinct(numbers: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct numbers in [0, end) in ascending order, and the index of each number."""
+    if end > 16 * len(numbers):
+        return np.unique(numbers, return_inverse=True)
+    occurs = np.zeros(end, bool)  # a table is faster than sorting
+    occurs[numbers] = True
+    found = np.flatnonzero(occurs)
+    index = np.empty(end, np.int32)
+    index[found] = np.arange(len(found), dtype=np.int32)
+    return found, index[numbers].astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -177,9 +200,12 @@ class GroupedTaps:
             OverflowError: an offset does not fit into 32 bits.
         """
         layout = x.layout.root()
-        phase, channel = np.divmod(self.channel, x.channels)  # phase 0 if phases are channels
-        offsets = channel * x.channel_stride(batch) + phase * batch * layout.image_stride
-        offsets += self.dy * layout.row_stride + self.dx
+        phases, channel = np.zeros(1, np.int64), self.channel
+        if x.phases > 1:  # otherwise phases are channels
+            phases, channel = np.divmod(channel, x.channels)
+        offsets = channel * np.int64(x.channel_stride(batch))
+        offsets += phases * np.int64(batch * layout.image_stride)
+        offsets += self.dy * np.int64(layout.row_stride) + self.dx
         if offsets.max(initial=0) > np.iinfo(np.int32).max - 2 * layout.edge:
             raise OverflowError
         size = 1 + self.values.shape[1]

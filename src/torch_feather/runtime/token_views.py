@@ -9,23 +9,25 @@ computes in planes again.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .dimensions import Dimensions, applied
+from .dimensions import CHANNEL, Dimensions, applied
+from .heads import Heads, arguments_of, heads_of, is_periodic
 from .layer import Layer
-from .planes import PlaneLayout, Planes, Size
-from .sizes import size_of, sizes_of
-from .steps import Attention, Sparse
+from .planes import PlaneLayout, Planes
+from .sizes import sizes_of
+from .steps import Attention, Operation, Sparse
 from .taps import Taps
+from .token_orders import order_of, rolled
 
 aten = torch.ops.aten
-CHANNEL = 1 << 36  # distance between channels, which no distance between tokens reaches
 PROBES = (2, 3)  # batch sizes for which strides are computed
 
 
@@ -36,6 +38,8 @@ class TokenView(NamedTuple):
         planes: the planes.
         values: for each probed batch size, the dimensions. Strides are numbers of tokens;
             consecutive channels have the distance `CHANNEL`.
+        order: int32, position of each token of a sample in the planes, if strides are those of
+            other positions, as after a cyclic shift.
 
     Example:
         >>> x = Planes(PlaneLayout(1, 9), 8, 1, 9, (9, 8), linear=True, tokens=((0, 1), (9, 0)))
@@ -45,27 +49,7 @@ class TokenView(NamedTuple):
 
     planes: Planes
     values: tuple[Dimensions, ...]
-
-
-class Heads(NamedTuple):
-    """Channels of tokens as heads.
-
-    Attributes:
-        planes: all heads, one after the other.
-        heads: number of heads.
-        tokens: number of tokens of a sequence.
-        sequences: number of sequences, which depends on the batch size.
-
-    Example:
-        >>> x = Planes(PlaneLayout(1, 9), 8, 1, 9, (9, 8), linear=True, tokens=((0, 1), (9, 0)))
-        >>> Heads(x, 2, 9, sequences=(0, 1)).heads
-        2
-    """
-
-    planes: Planes
-    heads: int
-    tokens: int
-    sequences: Size
+    order: np.ndarray | None = None
 
 
 def view_of_tokens(planes: Planes, batches: Sequence[int]) -> TokenView:
@@ -129,8 +113,8 @@ class TokenViews:
 
         Its users must return tokens with channels as the last dimension in the end.
         """
-        arguments = _arguments(node)
-        q, k, v = (self._heads(n) for n in node.args[:3])
+        arguments = arguments_of(node)
+        q, k, v = (self._heads_of(self._view(n)) for n in node.args[:3])
         if arguments is None or q is None or k is None or v is None:
             return None
         depth = q.planes.channels // q.heads
@@ -143,14 +127,16 @@ class TokenViews:
         layout.merge(q.planes.layout)
         out = replace(q.planes, layout=layout, channels=channels, base=None, first=0)
         out.shape = (width, channels)
-        view = self._attended(out, q.heads)
-        if not self._ends_in_tokens(node, view):
+        view, shape = self._attended(node, out, q.heads), node.meta["val"].shape
+        mask, is_causal, scale = arguments
+        if view is None or not self._ends_in_tokens(node, view):
+            return None
+        if mask is not None and not is_periodic(mask.meta["val"], shape):
             return None
         self.pending[node] = view
-        mask, is_causal, scale = arguments
         scale = depth**-0.5 if scale is None else float(scale)
         x, sizes = (q.planes, k.planes, v.planes), (q.tokens, k.tokens)
-        return Attention(x, out, q.heads, *sizes, scale, is_causal, mask)
+        return Attention(x, out, q.heads, *sizes, scale, is_causal, mask, len(shape) - 2)
 
     def layer(self, node: Node, layer: Layer) -> Sparse | None:
         """Return the step of a linear layer whose input is a permutation of tokens.
@@ -181,16 +167,23 @@ class TokenViews:
     def _of_layer(self, view: TokenView, layer: Layer, out: Planes) -> TokenView:
         """Return the view of the result of a layer."""
         channel = ((layer.channels[1], CHANNEL),)
-        return TokenView(out, tuple(Dimensions(0, (*x.parts[:-1], channel)) for x in view.values))
+        values = tuple(Dimensions(0, (*x.parts[:-1], channel)) for x in view.values)
+        return TokenView(out, values, view.order)
 
-    def _attended(self, out: Planes, heads: int) -> TokenView:
-        """Return the view (sequence, head, token, channel) of the result of attention."""
+    def _attended(self, node: Node, out: Planes, heads: int) -> TokenView | None:
+        """Return the view (..., token, channel) of the result of attention."""
         whole, values = view_of_tokens(out, self._batches), []
-        for x in whole.values:
+        sizes = sizes_of(node.meta["val"].shape, self._batch)
+        for x, batch in zip(whole.values, self._batches, strict=True):
             count, tokens, channels = x.parts
             (depth,) = (size // heads for size, _ in channels)
             head = ((heads, depth * CHANNEL),)
-            values.append(Dimensions(0, (count, head, tokens, ((depth, CHANNEL),))))
+            found = Dimensions(0, (count, head, tokens, ((depth, CHANNEL),)))
+            shape = None if sizes is None else [c + slope * batch for c, slope in sizes]
+            result = None if shape is None else found.reshaped(shape)
+            if result is None:
+                return None
+            values.append(result)
         return TokenView(out, tuple(values))
 
     def _view(self, node: Any) -> Any:
@@ -198,7 +191,7 @@ class TokenViews:
             return None
         if node in self.pending:
             return self.pending[node]
-        planes = self._planes.get(node) or self.copied.get(node)
+        planes = self.copied.get(node) or self._planes.get(node)
         if planes is None or planes.tokens is None:
             return None
         return view_of_tokens(planes, self._batches)
@@ -214,19 +207,64 @@ class TokenViews:
             return None
         value = node.meta["val"]
         sizes = sizes_of(value.shape, self._batch) if isinstance(value, Tensor) else None
+        if node.target is aten.roll.default:
+            return self._rolled(node, view)
         found = []
         for x, batch in zip(view.values, self._batches, strict=True):
             shape = None if sizes is None else [c + slope * batch for c, slope in sizes]
             found.append(applied(node, x, shape))
         if all(isinstance(x, Dimensions) for x in found):
-            return TokenView(view.planes, tuple(found))
+            return TokenView(view.planes, tuple(found), view.order)
         if any(not isinstance(x, list) or None in x for x in found):
             return None
-        return [TokenView(view.planes, parts) for parts in zip(*found, strict=True)]
+        return [TokenView(view.planes, parts, view.order) for parts in zip(*found, strict=True)]
+
+    def _rolled(self, node: Node, view: TokenView) -> TokenView | None:
+        """Return the view of a cyclic shift of tokens."""
+        shifts: Any
+        dims: Any
+        _, shifts, dims = (*node.args, [])[:3]
+        if any(not isinstance(n, int) for n in shifts):
+            return None
+        values, orders = [], []
+        for x, batch in zip(view.values, self._batches, strict=True):
+            order = rolled(x, shifts, dims, batch, view.planes.width)
+            if order is None:
+                return None
+            orders.append(order)
+            strides = [CHANNEL, 1]
+            for n in x.shape[-2:0:-1]:
+                strides.append(strides[-1] * n)
+            values.append(Dimensions(x.offset, Dimensions.strided(x.shape, strides[::-1]).parts))
+        if any(not np.array_equal(order, orders[0]) for order in orders):
+            return None
+        order = orders[0] if view.order is None else view.order[orders[0]]
+        return TokenView(view.planes, tuple(values), order)
+
+    def gathered(self, node: Node, empty: Callable[..., Planes]) -> Operation | None:
+        """Return the step that copies a view of all tokens into planes in its order.
+
+        Args:
+            node: the view.
+            empty: function that returns new planes for the value of a node.
+        """
+        view = self.pending.get(node)
+        if not isinstance(view, TokenView) or len(node.meta["val"].shape) < 2:
+            return None
+        order = order_of(view.values, self._batches, view.planes.width)
+        if order is None:
+            return None
+        out = empty(node, linear=True)
+        if out.width != order.table.shape[1] or out.tokens is None:
+            return None
+        x = view.planes.channels_from(order.first, order.channels)
+        return Operation("gather", (x,), out, index=order.after(view.order).table)
 
     def _tokens(self, node: Node, view: TokenView) -> Planes | None:
         """Return the planes of a view if its last dimension is channels and the others tokens."""
         value, found = node.meta["val"], set()
+        if view.order is not None:
+            return None
         for x, batch in zip(view.values, self._batches, strict=True):
             rank = len(x.parts)
             channels = x.shape[-1] if rank > 1 else 0
@@ -243,34 +281,29 @@ class TokenViews:
         sample = (channels,) if value.dim() == 2 else (planes.width, channels)
         return replace(planes, tokens=tokens, shape=sample)
 
-    def _heads(self, node: Any) -> Heads | None:
-        """Return the heads of a view (sequence, head, token, channel)."""
-        view = self._view(node)
-        if not isinstance(view, TokenView):
+    def _heads_of(self, view: Any) -> Heads | None:
+        """Return the heads of a view (..., token, channel), whose other dimensions end in heads."""
+        if not isinstance(view, TokenView) or view.order is not None:
             return None
         found = set()
         for x, batch in zip(view.values, self._batches, strict=True):
-            if len(x.parts) != 4:
-                return None
-            count, heads, tokens, depth = x.shape
+            heads = heads_of(x)
             first, rest = divmod(x.offset, CHANNEL)
-            strides = (tokens, depth * CHANNEL, 1, CHANNEL)
-            if rest or count * tokens != view.planes.width * batch:
+            if heads is None or rest or heads[1] * heads[2] != view.planes.width * batch:
                 return None
-            for d, part in enumerate(zip(x.shape, strides, strict=True)):
-                if x.merged(d) != [part][: part[0] > 1]:
-                    return None
-            found.add((first, heads, tokens, depth))
+            found.add((first, heads[0], *x.shape[-2:]))
+            count = heads[1]
         if len(found) != 1:
             return None
-        ((first, heads, tokens, depth),) = found
-        sequences = size_of(node.meta["val"].shape[0], self._batch)
-        if sequences is None:
+        ((first, number, tokens, depth),) = found
+        is_whole = view.planes.width % tokens == 0
+        if not is_whole and not isinstance(self._batch, int):
             return None
-        planes = view.planes.channels_from(first, heads * depth)
+        sequences = (0, view.planes.width // tokens) if is_whole else (count, 0)
+        planes = view.planes.channels_from(first, number * depth)
         shape = (planes.width, planes.channels)
         planes = replace(planes, tokens=(sequences, (tokens, 0)), shape=shape)
-        return Heads(planes, heads, tokens, sequences)
+        return Heads(planes, number, tokens, sequences)
 
     def _ends_in_tokens(self, node: Node, view: Any) -> bool:
         """Return whether all users of a view return tokens in the end."""
@@ -279,7 +312,7 @@ class TokenViews:
             if user.target is aten.scaled_dot_product_attention.default:
                 if user.args[0] is not node:
                     continue  # keys, values or a mask; the queries decide
-                found = view
+                found = view if self._heads_of(view) else None
             elif isinstance(user.target, Layer) and isinstance(view, TokenView):
                 found = self._of_layer(view, user.target, view.planes)
             if found is None or user.args[0] is not node:
@@ -305,19 +338,3 @@ def _first_channel(x: Dimensions, channels: int) -> int | None:
             return None
         expected *= size
     return first
-
-
-def _arguments(node: Node) -> tuple[Node | None, bool, Any] | None:
-    """Return mask, whether attention is causal, and scale; None if something is not supported."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    mask, is_causal, scale = given.get("attn_mask"), given.get("is_causal"), given.get("scale")
-    if given.get("dropout_p") or given.get("enable_gqa") or isinstance(scale, Node):
-        return None
-    if mask is not None:
-        value = mask.meta["val"] if isinstance(mask, Node) else None
-        if is_causal or not isinstance(value, Tensor) or value.dim() > 4:
-            return None
-        if value.dtype not in (torch.bool, torch.float32):
-            return None
-    return mask, bool(is_causal), scale  # type: ignore[return-value]

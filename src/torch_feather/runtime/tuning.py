@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..errors import FileFormatError
-from ..files import replace_file, to_path
 from .batch import BatchPlan
 from .kernels import Tile, library
 from .layer import Layer
 from .plan import Operation, Plan, Recurrence, Sparse, Torch
 from .recurrent import Recurrent
 from .sizes import sizes_of
-from .timing import milliseconds
+from .timing import LONG, milliseconds
 from .workspace import Workspace
 
 CANDIDATES = 5  # number of tiles that are timed
-NUMBERS = (
-    *("stride", "padding", "padding_after", "dilation", "groups", "output_padding"),
-    *("depth", "depth_stride", "depth_padding", "depth_dilation"),
-)
 RECURRENT_CANDIDATES = 2  # with whole recurrent layers, in which the tiles matter less
 LATENCY, GROUP_CYCLES = 3.0, 12.0  # cycles of a multiply-add that follows another; of a group
-MAX_TILE = 64  # vectors, values of a vector, or channels; larger ones would take long to compile
+SAME_TAPS = 0.02  # relative difference of numbers of nonzero weights that changes no time
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ def tune_layer(
     """Time a layer densely and with some tiles, on random input.
 
     The tiles are those with the lowest estimated costs. A layer clearly faster sparse is timed
-    densely only once.
+    densely once.
 
     Args:
         node: node of the layer.
@@ -85,7 +77,8 @@ def tune_layer(
         threads: number of threads of the sparse kernels.
         place: its step in the network, whose planes may have more padding, or consist of phases.
         known: times of earlier layers, by their sizes. Layers of equal size have the same dense
-            time, and the same best tile if their sparsity is similar. Times are added.
+            time, the same best tile if their sparsity is similar, and the same time with this tile
+            if their numbers of nonzero weights are almost equal. Times are added.
 
     Returns:
         The faster way for this layer alone. The time of the whole network may favor the other one.
@@ -102,29 +95,45 @@ def tune_layer(
     """
     if isinstance(layer, Recurrent):
         return _tune_recurrent(node, layer, batch, threads)
-    known, sparsity = {} if known is None else known, layer.sparsity
-    symbol = _batch_of(node.graph)
+    known, sparsity, symbol = {} if known is None else known, layer.sparsity, _batch_of(node.graph)
     values = [n.meta["val"] for n in (*node.args, node) if isinstance(n, Node)]
     if place is not None and place.out.phases > 1:
         symbol, values = (batch := batch * place.out.phases), _phases(place, batch)
-    x, *residual = (_random_input(value, symbol, batch) for value in values[:-1])
     plan = _plan_of_layer(layer, values, symbol)
+    step = _padded_like(plan, place)
+    pixels, taps = step.out.pixels(batch), len(step.taps.values)
+    sizes = [_size_of(value, symbol, batch) for value in values[:-1]]
+    key = (*_size(layer), *sizes, pixels)
+    similar, form = (*key, round(sparsity, 2)), step.layer
+    timed: _Timed | None = known.get(similar)
+    if timed is None or abs(taps - timed.taps) > SAME_TAPS * taps:
+        zeros = sparsity if form is layer else 1 - taps / max(1, form.weight.numel())
+        tiles = candidates(form, zeros, pixels) if timed is None else [timed.tile]
+        x, *residual = inputs = [_random_input(size, known) for size in sizes]
+        times = _time_tiles(plan, step, tiles, inputs, batch, threads)
+        timed = known[similar] = _Timed(*min(times.items(), key=lambda item: item[1]), taps)
+        if key not in known:
+            known[key] = _time_dense(layer, x, residual, 3 * timed.sparse_ms), layer.packs
+    tile, sparse, _ = timed
+    dense, layer.packs = known[key]
+    return LayerTuning(sparse < dense, tile, sparsity, dense, sparse, layer.packs)
+
+
+class _Timed(NamedTuple):
+    """The fastest tile of a layer, its time, and the number of taps."""
+
+    tile: Tile
+    sparse_ms: float
+    taps: int
+
+
+def _padded_like(plan: Plan, place: Sparse | None) -> Sparse:
+    """Return the step of the only layer of a plan, with the padding that it has in the network."""
     (step,) = (s for s in plan.steps if isinstance(s, Sparse))
     if place is not None:
         layout = place.out.layout.root()
         step.out.layout.require(layout.height, layout.width, layout.pad_y, layout.pad_x)
-    pixels = step.out.pixels(batch)
-    key = (*_size(layer), tuple(x.shape), len(residual), pixels)
-    similar, form = (*key, round(sparsity, 2)), step.layer
-    zeros = sparsity if form is layer else 1 - len(step.taps.values) / max(1, form.weight.numel())
-    tiles = [known[similar]] if similar in known else candidates(form, zeros, pixels)
-    times = _time_tiles(plan, step, tiles, (x, *residual), batch, threads)
-    fastest = known[similar] = min(times, key=times.__getitem__)
-    sparse = times[fastest]
-    if key not in known:
-        known[key] = _time_dense(layer, x, residual, give_up=3 * sparse), layer.packs
-    dense, layer.packs = known[key]
-    return LayerTuning(sparse < dense, fastest, sparsity, dense, sparse, layer.packs)
+    return step
 
 
 def _time_tiles(
@@ -147,15 +156,16 @@ def _time_tiles(
         native = [s for s in plan.steps if isinstance(s, Sparse | Operation)]  # without copies
         run = partial(workspace.native(native), workspace.values)
         best = min(times.values(), default=math.inf)
-        times[tile] = milliseconds(run, min_total=1.0, give_up=1.5 * best)
+        # The first call finds less in the caches, which matters less if it is long.
+        behind = 1.5 if best < LONG else 1.2
+        times[tile] = milliseconds(run, min_total=1.0, give_up=behind * best)
     return times
 
 
 def _size(layer: Layer) -> tuple[Any, ...]:
-    shape = tuple(layer.weight.shape)
-    kind = type(layer).__name__, layer.activation
-    numbers = [getattr(layer, name, None) for name in NUMBERS]
-    return (*kind, shape, *numbers)
+    """Return what determines the times of a layer, besides its sparsity; bounds take no time."""
+    options = [value for name, value in layer.options.items() if name not in ("low", "high")]
+    return (type(layer).__name__, tuple(layer.weight.shape), *options)
 
 
 def candidates(layer: Layer, sparsity: float, pixels: int) -> list[Tile]:
@@ -269,72 +279,6 @@ def table(tuning: Tuning, plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def save_tuning(tuning: Mapping[str, LayerTuning], path: str | Path) -> None:
-    """Write tuning results as JSON.
-
-    Args:
-        tuning: by the name of the layer's weight.
-        path: the file, which is replaced atomically.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder, "tuning.json")
-        ...     save_tuning({"weight": LayerTuning(True, Tile(2, 8), 0.9)}, path)
-        ...     load_tuning(path)["weight"].sparsity
-        0.9
-    """
-    text = json.dumps({name: asdict(layer) for name, layer in tuning.items()}, indent=1)
-    replace_file(to_path(path), lambda file: file.write(f"{text}\n".encode()))
-
-
-def load_tuning(path: str | Path) -> dict[str, LayerTuning]:
-    """Read tuning results that `save_tuning` wrote.
-
-    Args:
-        path: the file.
-
-    Raises:
-        FileFormatError: it is damaged or holds something else.
-        OSError: the file cannot be read.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder, "tuning.json")
-        ...     _ = path.write_text('{"w": {"sparse": false, "tile": [2, 8], "sparsity": 0.1}}')
-        ...     load_tuning(path)["w"].tile
-        Tile(vectors=2, width=8, channels=1)
-    """
-    path = to_path(path)
-    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
-        raise FileFormatError(f"{path} is not a regular file. Pass a file of save_tuning.")
-    try:
-        found = json.loads(path.read_text())
-        return {name: _read_layer(layer) for name, layer in found.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise FileFormatError(
-            f"{path} holds no tuning results of compile_sparse, or is damaged ({error!r:.200}). "
-            "Compile without it and save them again."
-        ) from error
-
-
-def _read_layer(stored: Mapping[str, Any]) -> LayerTuning:
-    """Return the tuning of a layer; raise ValueError or TypeError if a value is impossible."""
-    layer = LayerTuning(**{**stored, "tile": Tile(*stored["tile"])})
-    for length in layer.tile:
-        if type(length) is not int or not 1 <= length <= MAX_TILE:
-            raise ValueError(f"tile {stored['tile']}")
-    times = [t for t in (layer.dense_ms, layer.sparse_ms) if t is not None]
-    for number, most in ((layer.sparsity, 1), *((t, math.inf) for t in times)):
-        if type(number) not in (int, float) or not 0 <= number <= most or number == math.inf:
-            raise ValueError(f"{number!r:.40} is out of range")
-    for flag in (layer.sparse, layer.packs):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{flag!r:.40} is neither true nor false")
-    return layer
-
-
 def _batch_of(graph: Graph) -> Any:
     """Return the size or symbol of the batch, the first dimension of a graph's input."""
     return next(n for n in graph.nodes if n.op == "placeholder").meta["val"].shape[0]
@@ -344,7 +288,7 @@ def _tune_recurrent(node: Node, layer: Recurrent, batch: int, threads: int) -> L
     """Time an LSTM or GRU densely, and sparsely with some tiles for the products of its inputs."""
     symbol = _batch_of(node.graph)
     values = [n.meta["val"] for n in (*node.args, node) if isinstance(n, Node)]
-    x, *states = (_random_input(value, symbol, batch) for value in values[:-1])
+    x, *states = (_random_input(_size_of(v, symbol, batch), {}) for v in values[:-1])
     plan = _plan_of_layer(layer, values, symbol)
     if not any(isinstance(step, Recurrence) for step in plan.steps):
         return LayerTuning(False, library().tiles[0], layer.sparsity)
@@ -386,10 +330,18 @@ def _phases(place: Sparse, images: int) -> list[Tensor]:
     return [torch.empty(size, device="meta") for size in sizes]
 
 
-def _random_input(value: Tensor, symbol: Any, batch: int) -> Tensor:
+def _size_of(value: Tensor, symbol: Any, batch: int) -> tuple[int, ...]:
     # Not int(), which would fix a symbol of torch.export for the whole graph.
     sizes = sizes_of(value.shape, symbol)
     assert sizes is not None
-    shape = [constant + slope * batch for constant, slope in sizes]
-    generator = torch.Generator().manual_seed(0)  # leave the global generator unchanged
-    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return tuple(constant + slope * batch for constant, slope in sizes)
+
+
+def _random_input(size: tuple[int, ...], known: dict[Any, Any]) -> Tensor:
+    """Return a random tensor of a size, the same one for all layers."""
+    if ("input", size) not in known:
+        generator = torch.Generator().manual_seed(0)  # leave the global generator unchanged
+        values = torch.rand(size, generator=generator, dtype=torch.float32, device="cpu")
+        known["input", size] = values
+    found: Tensor = known["input", size]
+    return found

@@ -102,6 +102,7 @@ class Workspace:
         self.memory = torch.from_numpy(aligned_zeros(plan.size))
         self.records = Records(plan, self.memory)
         self.views = {node: self.records.view(p) for node, p in plan.plan.planes.items()}
+        self._masks: dict[Any, Tensor] = {}  # constant masks in the order of the kernel
         self._barrier = np.zeros(16, np.int64)  # a counter, padded to whole cache lines
         self._workers = (
             ThreadPoolExecutor(plan.threads - 1, "torch-feather")
@@ -115,14 +116,15 @@ class Workspace:
             if node.op == "output":
                 continue
             self.index[node] = len(self.values)
-            constant = plan.constants.get(node.name) if node.op == "get_attr" else None
-            self.values.append(self.views.get(node, constant))
+            self.values.append(self.views.get(node, plan.constants.get(node.name)))
         self.inputs = [self.index[n] for n in nodes if n.op == "placeholder"]
         self._output = next(n for n in nodes if n.op == "output").args[0]
+        shared = [self.memory, *(v for v in plan.constants.values() if isinstance(v, Tensor))]
+        self._shared = {value.untyped_storage().data_ptr() for value in shared}
         self.calls = list(self._calls())
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """Return the output of the graph. It shares no memory with this workspace."""
+        """Return the output of the graph. It shares no memory with this workspace or constants."""
         values = list(self.values)
         for i, x in zip(self.inputs, inputs, strict=True):
             values[i] = x
@@ -131,9 +133,7 @@ class Workspace:
         return map_arg(self._output, lambda node: self._copy_if_shared(values[self.index[node]]))
 
     def _copy_if_shared(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and (
-            value.untyped_storage().data_ptr() == self.memory.untyped_storage().data_ptr()
-        ):
+        if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in self._shared:
             return value.clone(memory_format=torch.contiguous_format)
         return value
 
@@ -146,7 +146,7 @@ class Workspace:
         ):
             if native:
                 run = [step for _, step in group if isinstance(step, machine_code)]
-                yield Call(self.native(run), run)
+                yield from (Call(self.native(part), part) for part in self._separated(run))
                 continue
             for i, step in group:
                 if isinstance(step, Pointwise):
@@ -154,6 +154,19 @@ class Workspace:
                 elif isinstance(step, Torch):
                     unused = [n for n in step.node.all_input_nodes if last_use[n] == i]
                     yield Call(self._torch(step.node, unused))
+
+    def _separated(self, steps: Sequence[Native]) -> Iterator[list[Native]]:
+        """Yield parts of successive steps; what a part reads as tensors is complete before it.
+
+        Masks of attention and initial states may be in planes, which an earlier step writes.
+        """
+        part: list[Native] = []
+        for step in steps:
+            if part and not isinstance(step, Copy) and any(n in self.views for n in read_by(step)):
+                yield part
+                part = []
+            part.append(step)
+        yield part
 
     def _last_uses(self) -> dict[Node, int]:
         """Return the last step that reads each value that is not in planes."""
@@ -171,6 +184,7 @@ class Workspace:
         sources: list[tuple[int, Callable[[Any], Any]]] = []
         recurrent: list[tuple[list[int], int, RecurrentRecords]] = []
         masks: list[tuple[int, Callable[[Any, dict[Any, Tensor]], None]]] = []
+        constants = self.plan.constants
         for operation, step in zip(program, steps, strict=False):
             if isinstance(step, Sparse):
                 self.records.convolution(step, operation)
@@ -182,7 +196,9 @@ class Workspace:
                 recurrent.append((states, self.index[step.node], records))
             elif isinstance(step, Attention):
                 set_mask = self.records.attention(step, operation)
-                if step.mask is not None:
+                if step.mask is not None and step.mask.name in constants:
+                    set_mask(constants[step.mask.name], self._masks)
+                elif step.mask is not None:
                     masks.append((self.index[step.mask], set_mask))
             else:
                 set_source = self.records.copy(step, operation)

@@ -201,7 +201,7 @@ def magnitude_bits(values: np.ndarray, scale: Any = None) -> np.ndarray:
 
     Args:
         values: float32 or float64, flat.
-        scale: a number of the same type, >= 0.
+        scale: a number of the same type, >= 0, or one for each value.
 
     Example:
         >>> magnitude_bits(np.float32([-2.0]), np.float32(3.0)).view(np.float32).tolist()

@@ -9,26 +9,45 @@ index if scores are tied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import devices
-from .counting import Passes, descend
+from .counting import descend
+from .cpu import BLOCK, TensorScores
 from .cutoff import Cutoff, cutoff_at
 from .device import default_passes
-from .float_bits import FLOAT_BITS
+from .float_bits import FLOAT_BITS, FloatBits
 
 DIGIT = 11
 """Bits of an index found per pass."""
-BLOCK = 1 << 16
-"""Scores counted at a time on a CPU."""
+
+
+class Blocks(Protocol):
+    """Scores that are computed block by block, as `selection.cpu.Scores`.
+
+    Example:
+        >>> scores: Blocks = TensorScores(torch.tensor([3.0, 1.0]))
+        >>> scores.size
+        2
+    """
+
+    size: int
+    dtype: np.dtype
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """Return the bits of scores start to stop, in memory that the next call may use again.
+
+        The caller may overwrite it.
+        """
 
 
 def select_sharded(
-    scores: Sequence[Tensor],
+    scores: Sequence[Tensor | Blocks],
     k: Tensor,
     *,
     sizes: Sequence[int],
@@ -39,8 +58,8 @@ def select_sharded(
     """Return the cutoffs that prune the k smallest scores, ordered by (score, global index).
 
     Args:
-        scores: the local scores of each selection, flat and contiguous, in global order. NaN ranks
-            above infinity, so NaN can stand for a score that another process counts.
+        scores: the local scores of each selection in global order: flat, contiguous tensors, or on
+            a CPU blocks. NaN ranks above infinity: it may stand for a score counted elsewhere.
         k: int64 of shape (selections,).
         sizes: global number of scores of each selection.
         total: sums a tensor of counts over the processes, in place or not.
@@ -64,8 +83,8 @@ def select_sharded(
         >>> float(cutoffs[0].value)
         2.0
     """
-    bits = FLOAT_BITS[scores[0].dtype]
-    each = [(j, _passes(one)) for j, one in enumerate(scores)]
+    each = [(j, _counter(one)) for j, one in enumerate(scores)]
+    bits = each[0][1].bits
     counter = torch.int32 if max(sizes) < 2**31 else torch.int64
 
     def exchange(counts: Tensor) -> Tensor:
@@ -81,9 +100,9 @@ def select_sharded(
             _leave_out(counts, extra, code, bits.infinity + 1, shift, width)
         code, rank, equal = descend(exchange(counts), rank, code, shift)
     tied = (equal > rank) & (code <= bits.infinity)  # NaN is never tied
-    last = torch.tensor([one.numel() for one in scores], device=k.device) - 1
+    last = torch.tensor([c.size for _, c in each], device=k.device) - 1
     if devices.synchronizes(k.device) or bool(tied.any()):
-        ties = [_before(one.view(bits.integer) == code[j]) for j, one in enumerate(scores)]
+        ties = [c.ties(code[j]) for j, c in each]
         index = _last_tie(ties, rank, max(sizes), exchange, local_positions)
         last = torch.where(tied, local_positions(index[:, None] + 1)[:, 0] - 1, last)
     return [cutoff_at(*fields, bits) for fields in zip(k, code, tied, last, strict=True)]
@@ -117,48 +136,85 @@ def _last_tie(
     return index
 
 
-def _before(tie: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function that counts the ties before given local positions."""
-    if not devices.synchronizes(tie.device):
-        found = tie.nonzero().flatten()
-        return lambda position: torch.searchsorted(found, position)
-    counter = torch.int32 if tie.numel() < 2**31 else torch.int64
-    running = torch.zeros(tie.numel() + 1, dtype=counter, device=tie.device)
-    torch.cumsum(tie, 0, dtype=counter, out=running[1:])
-    return lambda position: running[position].long()
+class _Counter(Protocol):
+    """Counts the local scores of one selection."""
+
+    size: int
+    bits: FloatBits
+
+    def count_digits(self, prefix: Tensor, shift: int, width: int) -> Tensor:
+        """Count codes by one digit, as `Passes.count_digits`."""
+
+    def ties(self, code: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return a function that counts the scores with this code before given positions."""
 
 
-def _passes(scores: Tensor) -> Passes | _Narrowing:
-    """Return the fastest counter of digits on the device of the scores."""
-    if devices.synchronizes(scores.device):
-        return default_passes(scores)(scores)
-    return _Narrowing(scores)
+def _counter(scores: Tensor | Blocks) -> _Counter:
+    """Return the fastest counter on the device of the scores."""
+    if not isinstance(scores, Tensor):
+        return _Narrowing(scores)
+    on_device = devices.synchronizes(scores.device)
+    return _OnDevice(scores) if on_device else _Narrowing(TensorScores(scores))
+
+
+class _OnDevice:
+    """Counts without a read of the host."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self.size, self.bits = scores.numel(), FLOAT_BITS[scores.dtype]
+        self._scores, self._passes = scores, default_passes(scores)(scores)
+
+    def count_digits(self, prefix: Tensor, shift: int, width: int) -> Tensor:
+        return self._passes.count_digits(prefix, shift, width)
+
+    def ties(self, code: Tensor) -> Callable[[Tensor], Tensor]:
+        tie = self._scores.view(self.bits.integer) == code
+        counter = torch.int32 if self.size < 2**31 else torch.int64
+        running = torch.zeros(self.size + 1, dtype=counter, device=tie.device)
+        torch.cumsum(tie, 0, dtype=counter, out=running[1:])
+        return lambda position: running[position].long()
 
 
 class _Narrowing:
-    """`Passes.count_digits` on a CPU: each call keeps only the codes that share the known digits.
+    """Counts on a CPU: each call keeps only the codes that share the known digits.
 
-    Call it from the most significant digit on.
+    Call `count_digits` from the most significant digit on. The first call reads all scores; few of
+    them share a digit, so the others need little memory.
     """
 
-    def __init__(self, scores: Tensor) -> None:
-        bits = FLOAT_BITS[scores.dtype]
-        self._bits, self._raw = bits, True
-        self._codes = scores.view(bits.integer).numpy()
+    def __init__(self, scores: Blocks) -> None:
+        wide = torch.float64 if scores.dtype == np.float64 else torch.float32
+        self.size, self.bits = scores.size, FLOAT_BITS[wide]
+        self._scores = scores
+        self._near: np.ndarray | None = None  # codes that share the known digits
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """Yield the codes that may share the known digits."""
+        if self._near is not None:
+            for start in range(0, self._near.size, BLOCK):
+                yield self._near[start : start + BLOCK]
+            return
+        nan = self.bits.infinity + 1
+        for start in range(0, self.size, BLOCK):
+            codes = self._scores.block(start, min(start + BLOCK, self.size))
+            yield np.minimum(codes, nan, out=codes)
 
     def count_digits(self, prefix: Tensor, shift: int, width: int) -> Tensor:
-        """Count codes by one digit; arguments and result as for `Passes.count_digits`."""
         known, head = shift + width, int(prefix) >> (shift + width)
-        every_bit = torch.iinfo(self._bits.integer).max
-        counts, near = np.zeros(1 << width, dtype=np.int64), [self._codes[:0]]
-        for start in range(0, self._codes.size, BLOCK):
-            codes = self._codes[start : start + BLOCK]
-            if self._raw:
-                codes = np.minimum(codes & every_bit, self._bits.infinity + 1)
-            if known < sum(self._bits.digits):
+        counts, near, first = np.zeros(1 << width, np.int64), [], known == sum(self.bits.digits)
+        for codes in self._blocks():
+            if not first:
                 codes = codes[codes >> known == head]
                 near.append(codes)
             counts += np.bincount((codes >> shift) & ((1 << width) - 1), minlength=1 << width)
-        if known < sum(self._bits.digits):
-            self._codes, self._raw = np.concatenate(near), False
+        if near:
+            self._near = np.concatenate(near)
         return torch.from_numpy(counts)
+
+    def ties(self, code: Tensor) -> Callable[[Tensor], Tensor]:
+        value, found = int(code), [np.empty(0, np.int64)]
+        for start in range(0, self.size, BLOCK):
+            codes = self._scores.block(start, min(start + BLOCK, self.size))
+            found.append(np.flatnonzero(codes == value) + start)
+        positions = torch.from_numpy(np.concatenate(found))
+        return lambda position: torch.searchsorted(positions, position)

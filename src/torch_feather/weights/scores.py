@@ -123,12 +123,11 @@ class WeightScores(Scores):
         """Return what `collect_all` does, from candidates alone where they are known."""
         weights, least, most = self._weights, self.as_integer(low), self.as_integer(high)
         every, latent = ranges(weights), arrays(weights, weights.views)
-        dtypes = [view.dtype for view in weights.views]
+        dtypes = [weights.views[i].dtype for i in every.position.tolist()]
         rows = rows_of(weights, (self._start, self._start + self.size))
         scales = np.ones(len(dtypes), self.dtype)
         if self._scales is not None:
-            scales[:] = [scale.item() for scale in self._scales]
-        scales = scales[every.position]
+            scales[:] = torch.stack(list(self._scales)).numpy()[every.position]
         inside = range(rows.start, rows.stop)
         limits = np.full(len(inside), least)
         found = covering(known_candidates(weights), inside, limits, scales[rows])
@@ -137,16 +136,20 @@ class WeightScores(Scores):
         def collect(part: slice) -> tuple[int, np.ndarray, np.ndarray]:
             values = []
             for j in range(part.start, part.stop):
-                w = wide_array(latent[j], dtypes[every.position[j]], weights.wide)
                 candidates = known[j]
-                values.append(w if candidates is None else candidates.of(w))
-            ends = np.cumsum([w.size for w in values])
-            # Calls of NumPy on the few candidates of one range would take longer than their work.
-            scores = scratch("scores", int(ends[-1]), self.dtype)
-            with np.errstate(all="ignore"):
-                for j, end, w in zip(range(part.start, part.stop), ends, values, strict=True):
-                    np.multiply(w, scales[j], out=scores[end - w.size : end])
-            bits = magnitude_bits(scores)
+                if candidates is None or candidates.values is None:
+                    w = wide_array(latent[j], dtypes[j], weights.wide)
+                    values.append(w if candidates is None else candidates.of(w))
+                else:
+                    values.append(candidates.values)
+            sizes = [w.size for w in values]
+            ends = np.cumsum(sizes)
+            if len(values) == 1:
+                bits = magnitude_bits(values[0], scales[part.start])
+            else:
+                # Calls of NumPy on the few candidates of one range take longer than their work.
+                joined = np.concatenate(values, out=scratch("scores", int(ends[-1]), self.dtype))
+                bits = magnitude_bits(joined, np.repeat(scales[part], sizes))
             count, inside = between(bits, least, most)
             below = int(every.size[part].sum()) - bits.size + count
             near = inside.nonzero()[0]
@@ -162,6 +165,8 @@ class WeightScores(Scores):
 
     def _collect_compiled(self, low: float, high: float) -> tuple[int, Near] | None:
         """Return what `collect_all` does, by compiled loops; None if there are none."""
+        if compiled.kernels() is None:
+            return None
         if any(piece.values.dtype != torch.float32 for piece in self._pieces):
             return None
         parts = [
@@ -170,8 +175,6 @@ class WeightScores(Scores):
             for a in range(0, piece.values.numel(), RANGE)
         ]
         rows = compiled.empty_table(len(parts))
-        if rows is None:
-            return None
         rows["parameter"] = [piece.values.data_ptr() + 4 * a for piece, a, _ in parts]
         rows["size"] = [n for _, _, n in parts]
         rows["scale"] = [1.0 if piece.scale is None else piece.scale for piece, _, _ in parts]

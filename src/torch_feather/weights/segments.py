@@ -50,19 +50,33 @@ class Segment(NamedTuple):
         """tau as a magnitude, 0-dimensional: kept weights are larger, in spite of rounding."""
         if self.scale is None:
             return self.cutoff.threshold
-        # Rounding guard: tau * scale must not exceed the cutoff, or a kept weight would fall below.
         if not devices.synchronizes(self.scale.device):
-            # On one number, an operation of NumPy takes a fraction of the time.
-            cutoff, scale = self.cutoff.threshold.numpy()[()], self.scale.numpy()[()]
-            with np.errstate(all="ignore"):
-                found = cutoff / scale
-                least = (
-                    np.nextafter(found, found.dtype.type(0)) if found * scale > cutoff else found
-                )
-            return torch.from_numpy(np.asarray(least))
+            return thresholds([self])[0]
+        # Rounding guard: tau * scale must not exceed the cutoff, or a kept weight would fall below.
         tau = self.cutoff.threshold / self.scale
         above = tau * self.scale > self.cutoff.threshold
         return torch.where(above, torch.nextafter(tau, torch.zeros_like(tau)), tau)
+
+
+def thresholds(segments: Sequence[Segment]) -> list[Tensor]:
+    """Return `Segment.threshold` of segments on a CPU.
+
+    Example:
+        >>> cutoff = Cutoff(torch.tensor(2.0), torch.tensor(2), torch.tensor(2.0))
+        >>> thresholds([Segment(0, 3, cutoff, torch.tensor(2.0)), Segment(3, 4, cutoff)])
+        [tensor(1.), tensor(2.)]
+    """
+    scaled = [j for j, segment in enumerate(segments) if segment.scale is not None]
+    found = [segment.cutoff.threshold for segment in segments]
+    if scaled:  # on few numbers, an operation of NumPy takes a fraction of the time
+        cutoff = np.array([found[j].numpy()[()] for j in scaled])
+        scale = np.array([segments[j].scale.numpy()[()] for j in scaled])  # type: ignore[union-attr]
+        with np.errstate(all="ignore"):
+            tau = cutoff / scale
+            np.nextafter(tau, 0, out=tau, where=tau * scale > cutoff)  # see `Segment.threshold`
+        for j, own in zip(scaled, torch.from_numpy(tau).unbind(), strict=True):
+            found[j] = own
+    return found
 
 
 def position_of(weights: LatentWeights, segments: Sequence[Segment], i: int) -> int:
@@ -75,6 +89,8 @@ def position_of(weights: LatentWeights, segments: Sequence[Segment], i: int) -> 
         1
     """
     start = weights.spans[i][0]
+    if i < len(segments) and segments[i].start <= start < segments[i].stop:
+        return i  # there is often one for each tensor
     return next(j for j, s in enumerate(segments) if s.start <= start < s.stop)
 
 

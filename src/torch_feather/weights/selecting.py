@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,8 +14,10 @@ from ..selection import Cutoff, select, select_sharded
 from ..selection.cpu import select_scores
 from ..selection.device import select_magnitudes
 from ..selection.float_bits import wide
+from ..selection.sharded import Blocks
 from .exchange import bracket_of
 from .latent import LatentWeights
+from .ranges import Span
 from .scores import WeightScores
 
 
@@ -37,10 +40,9 @@ def select_weights(
         return _select_cpu(weights, int(k), 0, weights.size, scales)
     if weights.shards is None and scales is None:
         return _select_device(weights, 0, weights.size, k)
-    fill = weights.magnitudes if scales is None else partial(_scores, weights, scales)
     if weights.shards is None:
-        return select(fill, k)
-    return _select_sharded(weights, [fill()], k.unsqueeze(0), [(0, weights.size)])[0]
+        return select(partial(_scores, weights, scales), k)
+    return _select_sharded(weights, k.unsqueeze(0), [(0, weights.size)], scales)[0]
 
 
 def select_each(weights: LatentWeights, counts: Tensor) -> list[Cutoff]:
@@ -56,8 +58,7 @@ def select_each(weights: LatentWeights, counts: Tensor) -> list[Cutoff]:
         [1.0, 4.0]
     """
     if weights.shards is not None:
-        scores = [weights.magnitudes(*span) for span in weights.spans]
-        return _select_sharded(weights, scores, counts, weights.spans)
+        return _select_sharded(weights, counts, weights.spans)
     cutoffs, on_device = [], devices.synchronizes(weights.device)
     ks = counts.unbind() if on_device else counts.tolist()
     for (start, stop), k in zip(weights.spans, ks, strict=True):
@@ -85,30 +86,76 @@ def _select_device(weights: LatentWeights, start: int, stop: int, k: Tensor) -> 
     return select(partial(weights.magnitudes, start, stop), k)
 
 
-def _scores(weights: LatentWeights, scales: Sequence[Tensor]) -> Tensor:
-    """Return |w| times the scale of its tensor, flat."""
-    out = weights.magnitudes()
-    ranges = [out[start:stop] for start, stop in weights.local_spans]
-    torch._foreach_mul_(ranges, list(scales))
+def _scores(
+    weights: LatentWeights,
+    scales: Sequence[Tensor] | None,
+    start: int = 0,
+    stop: int | None = None,
+) -> Tensor:
+    """Return the scores of a range of global bounds, flat; with scales, the range is everything."""
+    out = weights.magnitudes(start, stop)
+    if scales is not None:
+        torch._foreach_mul_([out[a:b] for a, b in weights.local_spans], list(scales))
     return out
+
+
+class _Counted:
+    """Scores of which some are NaN, which ranks above all pruned scores: others count these copies.
+
+    Args:
+        scores: all scores.
+        others: ranges that another process counts.
+    """
+
+    def __init__(self, scores: Blocks, others: Sequence[Span]):
+        self.size, self.dtype = scores.size, scores.dtype
+        self._scores, self._others = scores, others
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        """Return the bits of scores start to stop."""
+        bits = self._scores.block(start, stop)
+        for a, b in self._others:
+            bits[max(a - start, 0) : max(b - start, 0)] = np.iinfo(bits.dtype).max
+        return bits
 
 
 def _select_sharded(
     weights: LatentWeights,
-    scores: list[Tensor],
     counts: Tensor,
-    spans: Sequence[tuple[int, int]],
+    spans: Sequence[Span],
+    scales: Sequence[Tensor] | None = None,
 ) -> list[Cutoff]:
-    """Return cutoffs through the scores of several spans, each of entire weight tensors."""
+    """Return cutoffs through the scores of several spans, each of entire weight tensors.
+
+    Args:
+        weights: the latent weights.
+        counts: how many to prune of each span.
+        spans: global bounds.
+        scales: as for `select_weights`.
+    """
     assert weights.shards is not None
-    first, fillers = [weights.local_range(*span)[0] for span in spans], [0] * len(spans)
+    on_device, local = (
+        devices.synchronizes(weights.device),
+        [weights.local_range(*s) for s in spans],
+    )
+    others: list[list[Span]] = [[] for _ in spans]
     for counted, (a, b), (start, stop) in zip(
         weights.shards.counted, weights.spans, weights.local_spans, strict=True
     ):
-        if not counted:  # another process counts this copy; NaN ranks above all pruned scores
+        if not counted:  # another process counts this copy
             j = next(j for j, span in enumerate(spans) if span[0] <= a and b <= span[1])
-            scores[j][start - first[j] : stop - first[j]] = torch.nan
-            fillers[j] += stop - start
+            others[j].append((start - local[j][0], stop - local[j][0]))
+    scores: list[Tensor | Blocks] = []
+    for span, (first, end), copies in zip(spans, local, others, strict=True):
+        if on_device:
+            filled = _scores(weights, scales, *span)
+            for a, b in copies:
+                filled[a:b] = torch.nan
+            scores.append(filled)
+        else:
+            own = WeightScores(weights, first, end, scales)
+            scores.append(_Counted(own, copies) if copies else own)
+    fillers = [sum(b - a for a, b in copies) for copies in others]
     cutoffs = select_sharded(
         scores,
         counts,
@@ -117,12 +164,10 @@ def _select_sharded(
         local_positions=partial(_local_positions, weights, tuple(spans)),
         fillers=fillers if any(fillers) else None,
     )
-    return [c._replace(last=c.last + a) for c, a in zip(cutoffs, first, strict=True)]
+    return [c._replace(last=c.last + a) for c, (a, _) in zip(cutoffs, local, strict=True)]
 
 
-def _local_positions(
-    weights: LatentWeights, spans: tuple[tuple[int, int], ...], index: Tensor
-) -> Tensor:
+def _local_positions(weights: LatentWeights, spans: tuple[Span, ...], index: Tensor) -> Tensor:
     """Return how many local weights of each span precede its global indices, (spans, n)."""
     assert weights.shards is not None
 

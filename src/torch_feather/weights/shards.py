@@ -77,7 +77,6 @@ def local_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(tensors) if plain else list(map(local, tensors))
 
 
-@torch.no_grad()
 def shard_like(part: Tensor, like: Any) -> Tensor:
     """Return a DTensor with the local shard `part`, sharded like `like`.
 
@@ -95,12 +94,12 @@ def shard_like(part: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     mesh, placements = like.device_mesh, like.placements
-    return DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    with torch.no_grad():
+        return DTensor.from_local(
+            part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
 
 
-@torch.no_grad()
 def local_part(value: Any, like: Any) -> Tensor:
     """Return this process's part of `value`, sharded like `like`.
 
@@ -112,12 +111,14 @@ def local_part(value: Any, like: Any) -> Tensor:
         >>> local_part(torch.ones(2), torch.zeros(2))
         tensor([1., 1.])
     """
-    if is_sharded(value):
-        if is_sharded(like):
-            value = value.redistribute(like.device_mesh, like.placements)
-            return value.to_local()
-        return value.full_tensor()
-    return value[local_box(like).slices] if is_sharded(like) else value
+    if not is_sharded(like) and not is_sharded(value):
+        return value
+    with torch.no_grad():
+        if not is_sharded(value):
+            return value[local_box(like).slices]
+        if not is_sharded(like):
+            return value.full_tensor()
+        return value.redistribute(like.device_mesh, like.placements).to_local()
 
 
 def local_box(tensor: Any) -> Box:

@@ -13,7 +13,7 @@ from ..operators import Operator, Power
 from ..selection.cpu import as_integer
 from .latent import LatentWeights
 from .ranges import Ranges
-from .segments import Segment
+from .segments import Segment, thresholds
 
 TINY = 2.0**-100
 """Effective weights of float32 weights above a threshold of this size cannot round to 0."""
@@ -67,11 +67,13 @@ def spans(weights: LatentWeights, segments: Sequence[Segment]) -> Iterator[Span]
         [1, 2]
     """
     wide = np.dtype(np.float64 if weights.wide == torch.float64 else np.float32)
-    for number, segment in enumerate(segments):
+    bounds: dict[int, tuple[int, int]] = {}  # limit and last index of each cutoff
+    for number, (segment, tau) in enumerate(zip(segments, thresholds(segments), strict=True)):
         first, end = weights.local_range(segment.start, segment.stop)
-        cutoff, tau = segment.cutoff, segment.threshold
-        value, last = cutoff.value.item(), int(cutoff.last)
-        limit = as_integer(value, wide) if value >= 0 else -1
+        if id(segment.cutoff) not in bounds:
+            value, last = segment.cutoff.value.item(), int(segment.cutoff.last)
+            bounds[id(segment.cutoff)] = as_integer(value, wide) if value >= 0 else -1, last
+        limit, last = bounds[id(segment.cutoff)]
         scale = None if segment.scale is None else wide.type(segment.scale.item())
         for part in weights.parts:
             a, b = max(first, part.start), min(end, part.stop)

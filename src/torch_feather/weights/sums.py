@@ -67,6 +67,75 @@ class Recorded(list[Tensor]):
             return self.sums
         return sum_ranges(weights, self)
 
+    def finish(self) -> dict[int, int]:
+        """Return the positions of tensors that hold latent weights now, and their versions."""
+        return {}
+
+    def restore(self, effective: Sequence[Tensor]) -> None:
+        """Copy effective weights back into tensors that hold latent weights."""
+
+
+class Leaving(Recorded):
+    """Effective weights in parameters that become latent weights while a pass reads them.
+
+    The pass calls `leaves` for each of the `ranges`, and copies those of which it is true. So the
+    parameters need no pass of their own before the optimizer's step.
+
+    Args:
+        weights: the latent weights, on a CPU.
+        positions: of the parameters that become latent weights.
+        parameters: a local tensor for each weight tensor.
+        sums: of their values when they were written; modified ranges keep their values.
+
+    Example:
+        >>> u, weights = torch.zeros(2), LatentWeights([torch.ones(2)])
+        >>> leaving = Leaving(weights, [0], [u], sum_ranges(weights, [u]))
+        >>> [held], [latent] = arrays(weights, leaving), arrays(weights, weights.views)
+        >>> if leaving.leaves(0, column_sums(held)):
+        ...     np.copyto(held, latent)
+        >>> u, leaving.finish()
+        (tensor([1., 1.]), {0: 1})
+    """
+
+    def __init__(
+        self,
+        weights: LatentWeights,
+        positions: Sequence[int],
+        parameters: Sequence[Tensor],
+        sums: Sums,
+    ):
+        super().__init__(parameters)
+        self._columns, self._ranges = sums.columns, ranges(weights)
+        chosen = np.zeros(len(parameters), bool)
+        chosen[list(positions)] = True
+        chosen &= np.array(versions(parameters)) == sums.versions
+        self._leaves: list[bool] = chosen[self._ranges.position].tolist()
+        self._left = np.zeros(len(self._leaves), bool)
+
+    def leaves(self, j: int, columns: np.ndarray) -> bool:
+        """Return whether a range must become latent weights: not if other code modified it.
+
+        Args:
+            j: position of the range.
+            columns: its present sums, as of `column_sums`.
+        """
+        self._left[j] = self._leaves[j] and columns.tobytes() == self._columns[j].tobytes()
+        return bool(self._left[j])
+
+    def restore(self, effective: Sequence[Tensor]) -> None:
+        held, given = self._ranges.of(self), self._ranges.of(effective)
+        for j in self._left.nonzero()[0].tolist():
+            np.copyto(held[j], given[j])
+        self._left[:] = False
+
+    def finish(self) -> dict[int, int]:
+        holds = np.zeros(len(self), bool)
+        holds[self._ranges.position] = True
+        holds[self._ranges.position[~self._left]] = False
+        left = holds.nonzero()[0].tolist()
+        torch.autograd.graph.increment_version([self[i] for i in left])
+        return {i: self[i]._version for i in left}
+
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
     """Return the versions of tensors.

@@ -141,9 +141,11 @@ def pull_back(gradient: Tensor, effective: Tensor, cutoff: Tensor, theta: float)
         >>> pull_back(torch.ones(2), torch.ones(2), torch.tensor(0.5), 0.5) is None  # on a CPU
         True
     """
+    if not launching.uses_triton(gradient.device):
+        return None
     alike = gradient.stride() == effective.stride() and gradient.dtype != torch.float64
     differentiable = torch.is_grad_enabled() and gradient.requires_grad
-    if not alike or differentiable or not launching.uses_triton(gradient.device):
+    if not alike or differentiable:
         return None
     from .triton_kernels import scale_pruned
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from random import Random
 
 from torch_feather.errors import FileFormatError
-from torch_feather.runtime.tuning import LayerTuning, load_tuning, save_tuning
+from torch_feather.runtime.tuning import LayerTuning
+from torch_feather.runtime.tuning_file import load_tuning, save_tuning
 
 from ..mutate import mutate_bytes, mutate_tree
 from .base import Target, refused

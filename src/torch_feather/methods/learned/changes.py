@@ -14,7 +14,7 @@ from ...threads import for_each, scratch
 from ...weights.checksum import column_sums, dot
 from ...weights.latent import LatentWeights, sum_blocks
 from ...weights.ranges import COLUMNS, arrays, ranges
-from ...weights.sums import Recorded, Sums, versions
+from ...weights.sums import Leaving, Recorded, Sums, versions
 from ..base import Gradients
 
 
@@ -31,7 +31,8 @@ def sums_of_changes(
         weights: the latent weights w.
         operator: gives the effective values of kept weights.
         tau: returns the threshold of a tensor, 0-dimensional; called if u is rounded.
-        effective: u of each tensor; on a CPU, the same pass may find the sums of `Recorded` ones.
+        effective: u of each tensor, read for the last time; on a CPU, the same pass may find the
+            sums of `Recorded` ones, and let latent weights take the place of `Leaving` ones.
         gradients: dL/dw of each tensor, or None.
 
     Example:
@@ -63,6 +64,7 @@ def _on_cpu(
 ) -> Tensor:
     """Return the sums for tensors of type `wide`, with one read of each."""
     found, recorded = ranges(weights), isinstance(effective, Recorded)
+    leaving = effective if isinstance(effective, Leaving) else None
     columns = np.empty((len(found.size) if recorded else 0, COLUMNS), np.int64)
     kind = np.float64 if weights.wide == torch.float64 else np.float32
 
@@ -72,16 +74,21 @@ def _on_cpu(
             column_sums(held, columns[j])
         w, u = latent.view(kind), held.view(kind)
         with np.errstate(all="ignore"):
-            return dot(np.subtract(u, w, out=scratch("values", w.size, kind)), gradient.view(kind))
+            if leaving is None or not leaving.leaves(j, columns[j]):
+                values = np.subtract(u, w, out=scratch("values", w.size, kind))
+                return dot(values, gradient.view(kind))
+            total = dot(np.subtract(u, w, out=u), gradient.view(kind))  # u is not needed any more
+        np.copyto(held, latent)
+        return total
 
     held = arrays(weights, effective)
     of_gradients = found.of(gradients)  # not kept: that would hold their memory
     rows = zip(arrays(weights, weights.views), held, of_gradients, strict=True)
+    if isinstance(effective, Recorded):
+        effective.sums = Sums(versions(effective), columns, nonfinite=True)
     sums = for_each(change, [(j, *row) for j, row in enumerate(rows)])
     with np.errstate(all="ignore"):
         total = np.bincount(found.position, sums, len(weights.views))
-    if isinstance(effective, Recorded):
-        effective.sums = Sums(versions(effective), columns, nonfinite=True)
     return torch.from_numpy(total).to(weights.wide)
 
 

@@ -8,6 +8,7 @@
     layer_norm    of each pixel, over the channels
     group_norm    of each image, over the pixels of some consecutive channels; also masked
     interleave_a  pixels of several channels, or repeated pixels of one
+    gather        out[g · channels + c, n, p] = x[c, n, index[g, p]]
 
 The items of `layer_norm` are vectors of pixels, those of `group_norm` groups, all others channels.
 Some loops over pixels are written for single numbers; LLVM makes vectors of them.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .plane_reordering import clear_after_images, gather, interleave
 from .records import PLANE_OPERATION, fields
 from .text import FunctionText
 
@@ -24,10 +26,10 @@ FACTORS = (1, 2, 3, 4, 8)  # columns of the result of `interleave` for each colu
 INTERLEAVE = tuple(f"interleave_{n}" for n in FACTORS)
 OPERATIONS = (
     *("mean", "scale", "scale_masked", "scale_pixels", "activate", "layer_norm"),
-    *("group_norm", "group_norm_masked", *INTERLEAVE),
+    *("group_norm", "group_norm_masked", "gather", *INTERLEAVE),
 )
 FIELD_TYPES = {
-    **dict.fromkeys(("x", "y", "out", "mask", "activation", "weight", "bias"), "ptr"),
+    **dict.fromkeys(("x", "y", "out", "mask", "activation", "weight", "bias", "index"), "ptr"),
     **dict.fromkeys(("factor", "eps"), "float"),
 }
 
@@ -54,11 +56,12 @@ def emit_plane_operation(name: str, width: int) -> Iterator[str]:
         "scale_masked": lambda code: _scale(code, masked=True),
         "activate": lambda code: _activate(code, width),
         "layer_norm": lambda code: _layer_norm(code, width),
+        "gather": gather,
         "scale_pixels": lambda code: _scale_pixels(code, width),
         "group_norm": lambda code: _group_norm(code, width),
         "group_norm_masked": lambda code: _group_norm(code, width, masked=True),
         **{
-            name: lambda code, n=n: _interleave(code, n)  # type: ignore[misc]
+            name: lambda code, n=n: interleave(code, n)  # type: ignore[misc]
             for name, n in zip(INTERLEAVE, FACTORS, strict=True)
         },
     }
@@ -84,18 +87,9 @@ def _clear_lead(code: FunctionText) -> None:
     code("call void @llvm.memset.p0.i64(ptr %lead, i8 0, i64 %lead.here, i1 false)")
 
 
-def _pointer(code: FunctionText, name: str, base: str, *terms: tuple[str, str]) -> None:
-    """Compute the address of an element whose index is a sum of products."""
-    code(f"%{name}.0 = add i64 0, 0")
-    for k, (a, b) in enumerate(terms):
-        code(f"%{name}.term.{k} = mul i64 {a}, {b}")
-        code(f"%{name}.{k + 1} = add i64 %{name}.{k}, %{name}.term.{k}")
-    code(f"%{name} = getelementptr float, ptr {base}, i64 %{name}.{len(terms)}")
-
-
 def _mean(code: FunctionText) -> None:
     with code.loop("%n", "0", "%images"):
-        _pointer(code, "row", "%x", ("%i", "%x_plane"), ("%n", "%x_image"))
+        code.pointer("row", "%x", ("%i", "%x_plane"), ("%n", "%x_image"))
         code("store float 0.0, ptr %sum")
         with code.loop("%p", "0", "%pixels"):
             code("%at = getelementptr inbounds float, ptr %row, i64 %p")
@@ -105,18 +99,18 @@ def _mean(code: FunctionText) -> None:
             code("store float %after, ptr %sum")
         code("%all = load float, ptr %sum")
         code("%average = fmul float %all, %factor")
-        _pointer(code, "to", "%out", ("%i", "%plane"), ("%n", "%image"))
+        code.pointer("to", "%out", ("%i", "%plane"), ("%n", "%image"))
         code("store float %average, ptr %to")
 
 
 def _scale(code: FunctionText, masked: bool = False) -> None:
     with code.loop("%n", "0", "%images"):
-        _pointer(code, "row", "%x", ("%i", "%x_plane"), ("%n", "%x_image"))
-        _pointer(code, "scale.at", "%y", ("%i", "%y_plane"), ("%n", "%y_image"))
-        _pointer(code, "to", "%out", ("%i", "%plane"), ("%n", "%image"))
+        code.pointer("row", "%x", ("%i", "%x_plane"), ("%n", "%x_image"))
+        code.pointer("scale.at", "%y", ("%i", "%y_plane"), ("%n", "%y_image"))
+        code.pointer("to", "%out", ("%i", "%plane"), ("%n", "%image"))
         code("%scale = load float, ptr %scale.at")
         if masked:
-            _pointer(code, "mask.row", "%mask", ("%n", "%image"))
+            code.pointer("mask.row", "%mask", ("%n", "%image"))
         with code.loop("%p", "0", "%pixels"):
             code("%at = getelementptr inbounds float, ptr %row, i64 %p")
             code("%pixel = load float, ptr %at")
@@ -130,8 +124,8 @@ def _scale(code: FunctionText, masked: bool = False) -> None:
                 code("store i32 %bits.masked, ptr %to.at")
             else:
                 code("store float %product, ptr %to.at")
-    _pointer(code, "channel", "%out", ("%i", "%plane"))
-    _clear_after_images(code, "%channel")
+    code.pointer("channel", "%out", ("%i", "%plane"))
+    clear_after_images(code, "%channel")
 
 
 def _masked(code: FunctionText, value: str, width: int, pixel: str) -> str:
@@ -154,16 +148,16 @@ def _choose_mask(code: FunctionText, other: str) -> None:
 
 
 def _activate(code: FunctionText, width: int) -> None:
-    _pointer(code, "row", "%x", ("%i", "%x_plane"))
-    _pointer(code, "to", "%out", ("%i", "%plane"))
+    code.pointer("row", "%x", ("%i", "%x_plane"))
+    code.pointer("to", "%out", ("%i", "%plane"))
     code(f"%vectors = udiv i64 %plane, {width}")
     code("call void %activation(ptr %row, ptr %to, ptr %mask, i64 %vectors)")
 
 
 def _scale_pixels(code: FunctionText, width: int) -> None:
     v = f"<{width} x float>"
-    _pointer(code, "row", "%x", ("%i", "%x_plane"))
-    _pointer(code, "to", "%out", ("%i", "%plane"))
+    code.pointer("row", "%x", ("%i", "%x_plane"))
+    code.pointer("to", "%out", ("%i", "%plane"))
     _choose_mask(code, "%row")
     code(f"%vectors = udiv i64 %plane, {width}")
     with code.loop("%p", "0", "%vectors"):
@@ -180,7 +174,7 @@ def _scale_pixels(code: FunctionText, width: int) -> None:
 def _group_row(code: FunctionText, c: str) -> None:
     """Compute the address of channel c of group i in image n."""
     code(f"%{c}.own = add i64 %group, %{c}")
-    _pointer(code, f"{c}.row", "%x", (f"%{c}.own", "%x_plane"), ("%n", "%x_image"))
+    code.pointer(f"{c}.row", "%x", (f"%{c}.own", "%x_plane"), ("%n", "%x_image"))
 
 
 def _centered(code: FunctionText, c: str, p: str, mean: str = "%mean") -> str:
@@ -244,7 +238,7 @@ def _group_norm(code: FunctionText, width: int, masked: bool = False) -> None:
     code("%group = mul i64 %i, %channels")
     with code.loop("%n", "0", "%images"):
         if masked:
-            _pointer(code, "mask.row", "%mask", ("%n", "%image"))
+            code.pointer("mask.row", "%mask", ("%n", "%image"))
         _group_mean(code, ("mean", "a", "p"), masked)
         _group_mean(code, ("variance", "b", "q"), masked)
         code("%variance.eps = fadd float %variance, %eps")
@@ -254,7 +248,7 @@ def _group_norm(code: FunctionText, width: int, masked: bool = False) -> None:
         code("%inverse = fdiv float 1.0, %deviation")
         with code.loop("%c", "0", "%channels"):
             _group_row(code, "c")
-            _pointer(code, "to", "%out", ("%c.own", "%plane"), ("%n", "%image"))
+            code.pointer("to", "%out", ("%c.own", "%plane"), ("%n", "%image"))
             for name in ("weight", "bias"):
                 code(f"%{name}.at = getelementptr float, ptr %{name}, i64 %c.own")
                 code(f"%{name}.here = load float, ptr %{name}.at")
@@ -267,8 +261,8 @@ def _group_norm(code: FunctionText, width: int, masked: bool = False) -> None:
                 code(f"store float {value}, ptr %r.to")
     with code.loop("%d", "0", "%channels"):
         code("%d.own = add i64 %group, %d")
-        _pointer(code, "channel", "%out", ("%d.own", "%plane"))
-        _clear_after_images(code, "%channel")
+        code.pointer("channel", "%out", ("%d.own", "%plane"))
+        clear_after_images(code, "%channel")
 
 
 def _layer_norm(code: FunctionText, width: int) -> None:
@@ -328,65 +322,3 @@ def _layer_norm(code: FunctionText, width: int) -> None:
         code("%c.to = mul i64 %c, %plane")
         code("%to.at = getelementptr float, ptr %to, i64 %c.to")
         code(f"store {v} {masked}, ptr %to.at, align 4")
-
-
-def _interleave(code: FunctionText, factor: int) -> None:
-    """Compute one channel: pixel (y, x) is pixel (y / b, x / a) of channel (y mod b) · a + x mod a.
-
-    Here a is the factor, and b is `factor_rows`. The channels are those of x that follow channel
-    a · b · i. With `x_part` = 0 and `x_group` = `x_plane`, all of them are channel i, whose pixels
-    are repeated. Pixels after the images are set to 0.
-    """
-    code(f"%full = udiv i64 %columns, {factor}")
-    code(f"%full.columns = mul i64 %full, {factor}")
-    code("%rest = sub i64 %columns, %full.columns")
-    code("%padding = sub i64 %pitch, %columns")
-    code("%padding.bytes = mul i64 %padding, 4")
-    code("%out.rows = udiv i64 %image, %pitch")
-    _pointer(code, "channel", "%out", ("%i", "%plane"))
-    with code.loop("%n", "0", "%images"):
-        with code.loop("%line", "0", "%rows"):
-            code("%q = udiv i64 %line, %factor_rows")
-            code("%q.first = mul i64 %q, %factor_rows")
-            code("%a = sub i64 %line, %q.first")
-            code(f"%part = mul i64 %a, {factor}")
-            _pointer(code, "to", "%channel", ("%n", "%image"), ("%line", "%pitch"))
-            row = (("%i", "%x_group"), ("%n", "%x_image"), ("%q", "%x_pitch"))
-            for b in range(factor):
-                code(f"%part.{b} = add i64 %part, {b}")
-                _pointer(code, f"from.{b}", "%x", (f"%part.{b}", "%x_part"), *row)
-            with code.loop("%p", "0", "%full"):
-                code(f"%p.to = mul nsw i64 %p, {factor}")
-                for b in range(factor):
-                    code(f"%at.{b} = getelementptr inbounds float, ptr %from.{b}, i64 %p")
-                    code(f"%pixel.{b} = load float, ptr %at.{b}")
-                    code(f"%p.to.{b} = add nsw i64 %p.to, {b}")
-                    code(f"%put.{b} = getelementptr inbounds float, ptr %to, i64 %p.to.{b}")
-                    code(f"store float %pixel.{b}, ptr %put.{b}")
-            with code.loop("%r", "0", "%rest"):
-                code("%r.part = add i64 %part, %r")
-                _pointer(code, "r.from", "%x", ("%r.part", "%x_part"), *row, ("%full", "1"))
-                code("%r.pixel = load float, ptr %r.from")
-                _pointer(code, "r.to", "%to", ("%full.columns", "1"), ("%r", "1"))
-                code("store float %r.pixel, ptr %r.to")
-            code("%end = getelementptr float, ptr %to, i64 %columns")
-            _clear(code, "%end", "%padding.bytes")
-        code("%below = sub i64 %out.rows, %rows")
-        code("%below.pixels = mul i64 %below, %pitch")
-        code("%below.bytes = mul i64 %below.pixels, 4")
-        _pointer(code, "below.at", "%channel", ("%n", "%image"), ("%rows", "%pitch"))
-        _clear(code, "%below.at", "%below.bytes")
-    _clear_after_images(code, "%channel")
-
-
-def _clear_after_images(code: FunctionText, channel: str) -> None:
-    """Set the pixels after the last image of a channel to 0: they are above the next channel."""
-    code("%images.end = mul i64 %images, %image")
-    code("%after = sub i64 %plane, %images.end")
-    code("%after.bytes = mul i64 %after, 4")
-    code(f"%after.at = getelementptr float, ptr {channel}, i64 %images.end")
-    _clear(code, "%after.at", "%after.bytes")
-
-
-def _clear(code: FunctionText, at: str, count: str) -> None:
-    code(f"call void @llvm.memset.p0.i64(ptr {at}, i8 0, i64 {count}, i1 false)")

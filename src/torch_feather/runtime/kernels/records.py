@@ -48,6 +48,7 @@ PLANE_OPERATION = np.dtype(
         ("activation", "i8"),  # function of rows
         ("weight", "i8"),  # of a norm, one number per channel
         ("bias", "i8"),
+        ("index", "i8"),  # of `gather`, int32 (groups, pixels): pixels of x
         ("images", "i8"),
         ("channels", "i8"),
         ("x_plane", "i8"),  # pixels between consecutive channels of x
@@ -95,6 +96,7 @@ ATTENTION = np.dtype(
         ("k_plane", "i8"),
         ("v_plane", "i8"),
         ("out_plane", "i8"),
+        ("masks", "i8"),  # masks of sequences; the next sequence after them has the first one
         ("mask_sequence", "i8"),  # numbers between the masks of consecutive sequences
         ("mask_head", "i8"),
         ("mask_key", "i8"),

@@ -48,6 +48,18 @@ class FunctionText:
         self(f"br label %{name}.test")
         self.label(f"{name}.after")
 
+    def pointer(self, name: str, base: str, *terms: tuple[str, str]) -> None:
+        """Compute the address of an element whose index is a sum of products."""
+        self(f"%{name}.0 = add i64 0, 0")
+        for k, (a, b) in enumerate(terms):
+            self(f"%{name}.term.{k} = mul i64 {a}, {b}")
+            self(f"%{name}.{k + 1} = add i64 %{name}.{k}, %{name}.term.{k}")
+        self(f"%{name} = getelementptr float, ptr {base}, i64 %{name}.{len(terms)}")
+
+    def clear(self, at: str, count: str) -> None:
+        """Set bytes from an address on to 0."""
+        self(f"call void @llvm.memset.p0.i64(ptr {at}, i8 0, i64 {count}, i1 false)")
+
     def fill(self, counter: str, base: str, start: str, stop: str) -> None:
         """Store the fill value in the elements [start, stop) of an array."""
         with self.loop(f"%{counter}", start, stop):
