@@ -5,10 +5,15 @@ contestant takes one complete step (forward, backward, clipping, optimizer) on t
 batch, in random order. `control` is a second dense copy, whose ratio shows the noise of the
 machine. `official` is the official implementation, which wraps modules.
 
+    python benchmarks/step_overhead.py --suite
+    python benchmarks/step_overhead.py --suite --reference ../feather
+    python benchmarks/step_overhead.py --suite --device cuda
     python benchmarks/step_overhead.py --network resnet20 --batch 16 --theta 1 .5
-    python benchmarks/step_overhead.py --suite --reference ../feather \\
-        --json results/step_overhead.json
     python benchmarks/step_overhead.py --method all --json results/method_overhead.json
+
+`--suite` measures all that has a limit. On a CPU, these are six networks and the added time from
+0.1 to 100 million weights, with one thread, in at most ten minutes (`step_suite.py`). With
+`--reference` or on a GPU, they are the networks that the official implementation trains too.
 
 Methods with an option `schedule` are at the final sparsity in all repetitions (but see `--at`).
 Other methods run through their entire schedule in the measured repetitions. The engine's part of a
@@ -33,12 +38,14 @@ from types import ModuleType
 from typing import Any
 
 import engine_cost
-import numpy as np
 import official
+import step_suite
 import torch
 import torch.nn.functional as F
 from renamed_options import current_options
+from step_networks import NETWORKS
 from step_tables import comparison_table, header, limits_table
+from step_turns import compare
 from timed_call import timed
 from torch import Tensor, nn
 
@@ -48,20 +55,19 @@ from torch_feather.prunable import find_prunable
 from torch_feather.training.provenance import provenance
 
 CLASSES = 100
+UNRECORDED = ("json", "reference", "whole", "quick")
 WARMUP = 3  # repetitions before the measured ones: memory is allocated, kernels are chosen
 ENOUGH = 40  # repetitions; fewer are a trial, not a measurement
 ENGINE_BATCH = 8  # images at most; the engine's cost does not depend on them
-RESAMPLES = 2000
-
 SIMD = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
-# Limits of the ratio at 95% on two cores, for feather: by network and batch, then by theta.
-LIMITS = {
-    ("resnet20", 128): {1.0: 1.03, 0.5: 1.05},
-    ("mobilenet_v1", 128): {1.0: 1.06, 0.5: 1.08},
-    ("resnet20", 16): {1.0: 1.08, 0.5: 1.10},
-}
-# Limits for the other methods with default options: by network and batch, and for single methods.
+# Networks of the suite with the official implementation and of that on a GPU, with batch sizes.
+SUITE = [("resnet20", 128), ("mobilenet_v1", 128), ("resnet20", 16)]
+# Limits of the ratio at 95% for feather with theta = 1, by network and batch. Those on a CPU are in
+# step_networks.py.
+GPU_LIMITS = {("resnet20", 128): 1.10, ("timm/resnet50", 256): 1.01}
+GRAPH_LIMITS = {("resnet20", 128): 1.04}
+# Limits on a CPU for other methods with default options: by network and batch, and for single ones.
 METHOD_LIMITS = {("resnet20", 128): 1.10}
 OWN_LIMITS = {"spartan": 1.30}
 
@@ -77,8 +83,32 @@ class Contestant:
         self.before_forward: Callable[[], object] = lambda: None
         self.sparsifier: feather.Sparsifier | None = None
         self.limit: float | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.batch: tuple[Tensor, Tensor] | None = None  # what the graph reads
 
     def step(self, x: Tensor, y: Tensor) -> None:
+        if self.graph is None or self.batch is None:
+            self.train(x, y)
+            return
+        for memory, value in zip(self.batch, (x, y), strict=True):
+            memory.copy_(value)
+        self.graph.replay()
+
+    def capture(self, x: Tensor, y: Tensor) -> None:
+        """Record the step as a CUDA graph; all later steps replay it."""
+        self.batch = x.clone(), y.clone()
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP):  # libraries allocate their memory on the stream of the graph
+                self.train(*self.batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
+            self.train(*self.batch)
+        self.graph = graph
+
+    def train(self, x: Tensor, y: Tensor) -> None:
         self.before_forward()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             loss = F.cross_entropy(self.model(x), y)
@@ -112,7 +142,7 @@ def build(
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     model = feather.models.create(network, CLASSES).to(device).to(memory_format=layout)
     found = {"dense": Contestant(model, arguments.amp), "control": Contestant(model, arguments.amp)}
-    total = total or WARMUP + arguments.steps
+    total = total or WARMUP + arguments.steps + (WARMUP if arguments.graph else 0)
     example = torch.randn(1, 3, arguments.size, arguments.size, device=device)
 
     for method, theta in itertools.product(arguments.method, arguments.theta):
@@ -134,8 +164,8 @@ def build(
             **options,
         )
         effective = one.sparsifier.method.gradient.theta if "theta" in known else None
-        if (arguments.sparsity, arguments.device) == (0.95, "cpu"):
-            one.limit = limit(method, network, batch, effective)
+        if arguments.sparsity == 0.95:
+            one.limit = limit(arguments, method, network, batch, effective)
         # A method without theta is measured once, for any number of thetas.
         found[method if effective is None else f"{method}, θ {effective:g}"] = one
 
@@ -164,11 +194,19 @@ def official_contestant(
     return one
 
 
-def limit(method: str, network: str, batch: int, theta: float | None) -> float | None:
-    """Return the limit of the ratio to the dense step; None without a limit."""
+def limit(
+    arguments: argparse.Namespace, method: str, network: str, batch: int, theta: float | None
+) -> float | None:
+    """Return the limit of the ratio to the dense step at 95%; None without a limit."""
+    case = network, batch
+    if arguments.device == "cuda":
+        limits = GRAPH_LIMITS if arguments.graph else GPU_LIMITS
+        return limits.get(case) if (method, theta) == ("feather", 1.0) else None
     if method == "feather":
-        return LIMITS.get((network, batch), {}).get(theta)
-    common = METHOD_LIMITS.get((network, batch))
+        known = NETWORKS.get(f"{network}, batch {batch}")
+        form = feather.engine_info()["passes"]
+        return known.limits.get(form) if known and theta == 1.0 else None
+    common = METHOD_LIMITS.get(case)
     return None if common is None else OWN_LIMITS.get(method, common)
 
 
@@ -179,8 +217,12 @@ def time_steps(
     device: torch.device,
     channels_last: bool,
     seed: int,
+    graph: bool = False,
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of each contestant's step in each repetition."""
+    """Return the milliseconds of each contestant's step in each repetition.
+
+    With `graph`, the steps after the first are replayed as CUDA graphs.
+    """
     draw = random.Random(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     samples: dict[str, list[float]] = {name: [] for name in contestants}
@@ -191,29 +233,9 @@ def time_steps(
             elapsed = timed(partial(contestants[name].step, x, y), device)
             if i >= WARMUP:
                 samples[name].append(elapsed)
+            elif graph and i == 0:
+                contestants[name].capture(x, y)
     return samples
-
-
-def compare(samples: dict[str, list[float]], seed: int) -> dict[str, dict[str, Any]]:
-    """Return median times, and the median of the ratios to `dense` within each repetition.
-
-    Within a repetition, slowdowns of the machine affect all contestants and cancel out. The 95% CI
-    resamples repetitions.
-    """
-    times = {name: np.asarray(values) for name, values in samples.items()}
-    dense = times["dense"]
-    resampled = np.random.default_rng(seed).integers(len(dense), size=(RESAMPLES, len(dense)))
-    result = {}
-    for name, values in times.items():
-        ratios = values / dense
-        result[name] = {
-            "median_ms": float(np.median(values)),
-            "quartiles_ms": np.quantile(values, [0.25, 0.75]).tolist(),
-            "ratio": float(np.median(ratios)),
-            "interval": np.quantile(np.median(ratios[resampled], 1), [0.025, 0.975]).tolist(),
-            "ratio_of_means": float(values.mean() / dense.mean()),
-        }
-    return result
 
 
 def engine_costs(
@@ -245,8 +267,9 @@ def run(
         # A layer of an untrained network can be empty at the final sparsity.
         warnings.simplefilter("ignore", feather.FeatherWarning)
         samples = time_steps(
-            contestants, arguments.steps, shape, device, arguments.channels_last, arguments.seed
-        )
+            contestants, arguments.steps, shape, device, arguments.channels_last, arguments.seed,
+            arguments.graph,
+        )  # fmt: skip
         engine_rows = engine_costs(arguments, network, batch)
     compared = compare(samples, arguments.seed)
     for name, one in contestants.items():
@@ -297,19 +320,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--reference", type=Path, help=official.REFERENCE_HELP)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--graph", action="store_true", help="replay each step as a CUDA graph")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: 2, suite on a CPU: 1")
     parser.add_argument(
         "--channels-last", action="store_true", help="use the channels_last memory format"
     )
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--quick", action="store_true", help="suite on a CPU: show in a minute that it runs"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to FILE")
     arguments = parser.parse_args(current_options(argv, official.RENAMED))
+    check(parser, arguments)
+    return arguments
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Check the options, and give those that depend on others their values."""
+    arguments.whole = arguments.suite and arguments.device == "cpu" and not arguments.reference
+    if arguments.threads is None:
+        arguments.threads = 1 if arguments.whole else 2
     for name in ("batch", "size", "steps", "threads"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name}: at least 1")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device available")
+    if arguments.graph and (arguments.device != "cuda" or arguments.reference):
+        parser.error("--graph: requires --device cuda, without --reference, which reads the device")
+    if arguments.quick and not arguments.whole:
+        parser.error("--quick: belongs to --suite on a CPU without --reference")
     if "all" in arguments.method:
         arguments.method = feather.available_methods()
     for name in arguments.method:
@@ -318,12 +358,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.theta is None:
         arguments.theta = [1.0, 0.5] if arguments.suite else ["auto"]
     if arguments.suite and arguments.json is None:
-        arguments.json = Path("results/step_overhead.json")
-    return arguments
+        name = "step_suite" if arguments.whole else "step_overhead"
+        arguments.json = Path(f"results/{name}.json")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
+    if arguments.whole:
+        command = official.recorded_command(argv, {})
+        step_suite.run(arguments.json, command, arguments.threads, arguments.quick, arguments.seed)
+        return
     torch.set_num_threads(arguments.threads)
     checkout = arguments.reference
     reference = official.load_official(checkout) if checkout else None
@@ -334,11 +378,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,
         "peer_commit": official.commit(checkout) if checkout else None,
-        "settings": {k: v for k, v in vars(arguments).items() if k not in ("json", "reference")},
+        "settings": {k: v for k, v in vars(arguments).items() if k not in UNRECORDED},
         "runs": [],
     }
     print(header(record, ENOUGH), flush=True)
-    chosen = list(LIMITS) if arguments.suite else [(arguments.network, arguments.batch)]
+    chosen = SUITE if arguments.suite else [(arguments.network, arguments.batch)]
     for network, batch in chosen:
         record["runs"].append(run(arguments, network, batch, reference))
         print(comparison_table(record["runs"][-1]), flush=True)

@@ -1,5 +1,6 @@
 """The benchmarks run and compute the numbers that they print; measured values are not tested."""
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -117,11 +118,126 @@ def test_every_method_is_measured_once(step_overhead, tmp_path, monkeypatch, cap
 
 
 def test_limits(step_overhead):
-    assert step_overhead.limit("feather", "resnet20", 128, 1.0) == 1.03
-    assert step_overhead.limit("feather", "resnet8", 128, 1.0) is None
-    assert step_overhead.limit("gmp", "resnet20", 128, None) == 1.1
-    assert step_overhead.limit("spartan", "resnet20", 128, None) == 1.3
-    assert step_overhead.limit("gmp", "resnet20", 16, None) is None
+    def limit(method, network, batch, theta, **options):
+        arguments = step_overhead.parse([])
+        vars(arguments).update(options)
+        return step_overhead.limit(arguments, method, network, batch, theta)
+
+    assert limit("feather", "resnet20", 128, 1.0) == 1.02
+    assert limit("feather", "resnet20", 128, 0.5) is None
+    assert limit("feather", "resnet8", 128, 1.0) is None
+    assert limit("gmp", "resnet20", 128, None) == 1.1
+    assert limit("spartan", "resnet20", 128, None) == 1.3
+    assert limit("gmp", "resnet20", 16, None) is None
+    assert limit("feather", "resnet20", 128, 1.0, device="cuda") == 1.10
+    assert limit("feather", "resnet20", 128, 1.0, device="cuda", graph=True) == 1.04
+    assert limit("feather", "timm/resnet50", 256, 1.0, device="cuda") == 1.01
+    assert limit("gmp", "resnet20", 128, None, device="cuda") is None
+
+
+@pytest.fixture
+def small_suite(step_overhead, monkeypatch):
+    """The suite with one network of each kind of input and small sizes."""
+    suite, networks = step_overhead.step_suite, importlib.import_module("step_networks")
+    image = networks.Network(networks.named("resnet8"), (4, 3, 8, 8), 2, networks.equal(1.5))
+    text = networks.NETWORKS["transformer, 10 million, AdamW"]
+    chosen = {"resnet8": image, "text": text._replace(shape=(2, 4))}
+    for module in (suite, networks):
+        monkeypatch.setattr(module, "NETWORKS", chosen)
+    monkeypatch.setattr(suite, "QUICK_SIZES", (1000, 20_000))
+    return suite
+
+
+def test_the_suite_measures_networks_sizes_and_theta(
+    step_overhead, small_suite, tmp_path, monkeypatch, capsys
+):
+    file = tmp_path / "suite.json"
+    command = ["--suite", "--quick", "--json", str(file)]
+    facts = {"commit": "a", "versions": {}, "hardware": {"cpu": "b"}}
+    monkeypatch.setattr(small_suite, "provenance", lambda _: facts)
+    step_overhead.main(command)
+    parts = json.loads(file.read_text())["parts"]
+    assert list(parts) == [
+        "resnet8", "text", "1,000 weights, 95%", "20,000 weights, 95%", "1,000 weights, 50%",
+        "20,000 weights, 50%", "theta 0.5",
+    ]  # fmt: skip
+    measured = importlib.import_module("step_turns").forms()
+    assert list(parts["resnet8"]["contestants"]) == ["dense", "control", *measured]
+    assert parts["resnet8"]["contestants"]["plain"]["limit"] == 1.5
+    for part in list(parts.values())[2:]:
+        assert list(part["added"]) == measured
+    text = file.with_suffix(".txt").read_text()
+    assert "is no measurement" in text
+    assert "Controls outside of 1.00 ± 0.02: " in text
+    assert file.with_suffix(".svg").read_text().startswith("<?xml")
+
+    capsys.readouterr()
+    removed = parts.pop("20,000 weights, 50%")
+    record = json.loads(file.read_text()) | {"parts": parts}
+    file.write_text(json.dumps(record))
+    step_overhead.main(command)
+    again = json.loads(file.read_text())["parts"]
+    assert "6 completed parts are not repeated" in capsys.readouterr().out
+    assert {name: again[name] for name in parts} == parts
+    assert again["20,000 weights, 50%"]["weights"] == removed["weights"]
+    record["commit"] = "c"
+    assert small_suite.completed_parts(file, record) == {}  # of other code
+
+
+def test_the_suite_measures_half_density_while_the_schedule_rises(step_overhead):
+    turns = importlib.import_module("step_turns")
+    sparse, optimizer = turns.contestants(turns.Weights(200_000), turns.sgd, 0.5)["plain"]
+    zeros = []
+    for _ in range(30):
+        for p in sparse.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        zeros.append(sum(int((p == 0).sum()) for p in sparse.parameters()))
+    assert zeros == sorted(zeros)
+    assert zeros[-1] > zeros[0]
+    assert zeros[0] / 200_000 == pytest.approx(0.5, abs=0.001)
+    assert zeros[-1] / 200_000 == pytest.approx(0.5, abs=0.005)
+
+
+def test_the_suite_tells_which_values_are_over_their_limits(step_overhead):
+    suite = step_overhead.step_suite
+    rows = {
+        "control": {"ratio": 0.97, "limit": None},
+        "plain": {"ratio": 1.03, "limit": 1.02},
+        "compiled": {"ratio": 1.02, "limit": 1.02},
+    }
+    size = {"control": {"ratio": 1.02}, "added": {"plain": {"ns": 5.1, "limit": 5.0}}}
+    text = suite.verdicts({"parts": {"a network": {"contestants": rows}, "a size": size}})
+    over, controls = text.strip().splitlines()
+    assert over == "Over their limit: a network, plain: 1.030 > 1.02; a size, plain: 5.100 > 5"
+    assert controls == "Controls outside of 1.00 ± 0.02: a network: 0.970"
+    assert suite.verdict(1.5, 1.5).strip() == "within 1.5"
+    assert suite.verdict(1.51, 1.5).strip() == "OVER 1.5"
+
+
+def test_commands_of_a_gpu_round_have_known_options(step_overhead, monkeypatch, tmp_path):
+    round_ = importlib.import_module("gpu_round")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = argparse.Namespace(
+        reference=None, data_path="DATA", out=tmp_path, runs=tmp_path, minutes=8, jobs=6
+    )
+    commands = {name: command for name, (_, command) in round_.parts(args, []).items()}
+    for name in ("step_overhead", "step_graph", "resnet50"):
+        found = step_overhead.parse(commands[name][1:])
+        assert found.device == "cuda"
+        assert not found.whole
+        assert found.graph == (name == "step_graph")
+        assert found.json == tmp_path / f"{name}.json"
+    position = commands["recipe"].index("--system.cuda_graph")
+    assert commands["recipe"][position + 1] == "true"
+
+
+@pytest.mark.parametrize(
+    "options", [["--graph"], ["--quick"], ["--suite", "--quick", "--reference=a"]]
+)
+def test_options_of_another_kind_of_run_are_errors(step_overhead, options):
+    with pytest.raises(SystemExit):
+        step_overhead.parse(options)
 
 
 @pytest.mark.parametrize("at", ["end", "ramp"])

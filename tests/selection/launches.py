@@ -182,18 +182,40 @@ def launches_of_a_step(layers: int, **options: Any) -> tuple[list[str], list[str
 def a_step_has_few_launches() -> None:
     # A few weights are enough for the form of many.
     with triton_on_a_cpu(), mock.patch.object(triton_kernels, "SMALL", 100):
-        for options in ({"theta": 1.0}, {"theta": 0.5}):
-            few, hook = launches_of_a_step(2, **options)
-            many, _ = launches_of_a_step(20, **options)
+        for p, theta in itertools.product((1.0, 2.0, 3.0, float("inf")), (1.0, 0.5)):
+            few, hook = launches_of_a_step(2, p=p, theta=theta)
+            many, _ = launches_of_a_step(20, p=p, theta=theta)
             assert few == many, (few, many)
             assert len(few) <= 18, few
-            assert len(hook) == (0 if options["theta"] == 1.0 else 1), hook
+            assert len(hook) == (0 if theta == 1.0 else 1), hook
+
+
+def selections_per_layer_have_launches_of_their_own() -> None:
+    """With one cutoff per layer, launches grow with the layers; at most 18 is for `global`."""
+    with triton_on_a_cpu(), mock.patch.object(triton_kernels, "SMALL", 100):
+        for options in ({"allocation": "uniform"}, {"allocation": "erk"}):
+            few, many = (len(launches_of_a_step(n, **options)[0]) for n in (2, 20))
+            assert many > few > 0
+
+
+def a_selection_has_few_launches() -> None:
+    most = {torch.float32: 4, torch.bfloat16: 4, torch.float64: 7}
+    for dtype, size in itertools.product(most, (10**4, 10**5, 10**6)):
+        weights = LatentWeights([torch.ones(size, dtype=dtype)])
+        for first in (True, False):  # the first makes the memory of the counts
+            count, note = Launches(), mock.Mock()  # kernels are counted and not run
+            with triton_on_a_cpu(), count, mock.patch.object(launching, "launch", note):
+                select_weights(weights, torch.tensor(size // 2))
+            launches = len(count.names) + note.call_count
+            assert first or 1 < launches <= most[dtype], (dtype, size, launches)
 
 
 if __name__ == "__main__":
     np.seterr(all="ignore")
     for check in (
         a_step_has_few_launches,
+        selections_per_layer_have_launches_of_their_own,
+        a_selection_has_few_launches,
         steps_have_the_bits_of_the_cpu,
         effective_weights_have_the_bits_of_pytorch,
         one_launch_serves_many_cutoffs,
