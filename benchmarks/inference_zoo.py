@@ -15,15 +15,19 @@ install timm torchvision openvino onnxruntime onnx onnxscript nncf. Missing ones
 
     python benchmarks/inference.py --zoo --compile-times --repeats 3
 
-measures the CPU seconds of `compile_sparse` alone, each in a process of its own that has imported
-torch, the library of the network and torch_feather, but not yet what only compilation imports.
+measures `compile_sparse` alone, each time in a process of its own. CPU seconds: of a process that
+has imported torch, the library of the network and torch_feather, but not yet what only compilation
+imports. Peak memory, on Linux: what is resident above the loaded model, whose weights do not count,
+in a process that has compiled a small network before.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -209,6 +213,9 @@ def below_goal(row: dict[str, Any], best: float | None) -> list[str]:
     return found
 
 
+CLEAR = Path("/proc/self/clear_refs")  # writing 5 sets the peak to the current memory
+
+
 def compile_seconds(name: str, sparsity: float) -> float:
     """Return the CPU seconds of the first compilation of this process, without its imports."""
     importlib.import_module("torch_feather.runtime.capture")
@@ -221,19 +228,45 @@ def compile_seconds(name: str, sparsity: float) -> float:
     return time.process_time() - begin
 
 
-def compile_times(name: str, sparsities: list[float], repeats: int) -> dict[str, Any]:
-    """Return the row of a network: the CPU seconds of each compilation, by sparsity."""
-    row: dict[str, Any] = {"network": name, "compile_s": {}}
+def compile_memory(name: str, sparsity: float) -> tuple[float, float]:
+    """Return MB of the peak memory of a compilation, above the loaded model, and of its weights."""
+    torch.set_num_threads(1)
+    feather.compile_sparse(nn.Conv2d(3, 16, 3), torch.zeros(1, 3, 32, 32))  # imports what it needs
+    model, _ = pruned(name, sparsity)
+    _, x = create(name)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    gc.collect()
+    CLEAR.write_text("5")
+    before = resident_memory("VmRSS")
+    feather.compile_sparse(model, x, threads=1)
+    return (resident_memory("VmHWM") - before) / 1e6, weights / 1e6
+
+
+def resident_memory(field: str) -> int:
+    """Return bytes of this process: VmRSS, or VmHWM for their peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def in_new_process(call: str) -> Any:
+    """Return the result of a function of this file, called in a process of its own."""
+    code = f"import json, inference_zoo as z; print(json.dumps(z.{call}))"
+    command = [sys.executable, "-c", code]
+    folder = Path(__file__).parent
+    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_row(name: str, sparsities: list[float], repeats: int) -> dict[str, Any]:
+    """Return the row of a network: the costs of each compilation, by sparsity."""
+    row: dict[str, Any] = {"network": name, "compile_s": {}, "peak_mb": {}}
     for sparsity in sparsities:
-        code = f"import inference_zoo as z; print(z.compile_seconds({name!r}, {sparsity}))"
-        command = [sys.executable, "-c", code]
-        found = [
-            subprocess.run(
-                command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True
-            ).stdout.split()[-1]
-            for _ in range(repeats)
-        ]
-        row["compile_s"][str(sparsity)] = [float(seconds) for seconds in found]
+        given = f"({name!r}, {sparsity})"
+        times = [in_new_process(f"compile_seconds{given}") for _ in range(repeats)]
+        row["compile_s"][str(sparsity)] = times
+        if os.access(CLEAR, os.W_OK):
+            peak, row["weights_mb"] = in_new_process(f"compile_memory{given}")
+            row["peak_mb"][str(sparsity)] = peak
     return row
 
 
@@ -241,12 +274,16 @@ def compile_table(rows: list[dict[str, Any]]) -> str:
     """Return the medians of all rows as text, with the shortest and the longest time."""
     lines = []
     for row in rows:
-        parts = [
-            f"{100 * float(sparsity):g}%: {statistics.median(times):.2f} s "
-            f"({min(times):.2f} to {max(times):.2f})"
-            for sparsity, times in row["compile_s"].items()
-        ]
-        lines.append(f"{row['network']:34} {', '.join(parts)}")
+        parts = []
+        for sparsity, times in row["compile_s"].items():
+            text = (
+                f"{100 * float(sparsity):g}%: {statistics.median(times):.2f} s "
+                f"({min(times):.2f} to {max(times):.2f})"
+            )
+            if (mb := row.get("peak_mb", {}).get(sparsity)) is not None:
+                text += f", {mb:.0f} MB ({mb / row['weights_mb']:.2f} x weights)"
+            parts.append(text)
+        lines.append(f"{row['network']:34} {'; '.join(parts)}")
     return "\n".join(lines) + "\n"
 
 
@@ -283,7 +320,7 @@ def main() -> None:
         if any(row["network"] == name for row in rows):
             continue
         if options.compile_times:
-            row = compile_times(name, options.sparsity, options.repeats)
+            row = compile_row(name, options.sparsity, options.repeats)
         else:
             row = measure(name, kinds[name], options.sparsity, options.narrow)
         rows.append(row | {"commit": stored["commit"]})

@@ -216,7 +216,7 @@ def test_stored_weights(kind, groups, dtype):
     if kind == "taps":
         taps = load_taps(layer, store_taps(layer, Taps.from_layer(layer), dtype))
         expected = Taps.from_layer(layer)
-        for name in ("out", "key", "channel", "dy", "dx"):
+        for name in ("starts", "key", "phase", "dy", "dx"):
             assert (getattr(taps, name) == getattr(expected, name)).all()
         found = torch.zeros_like(weight)
         found[weight != 0] = torch.from_numpy(taps.values)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from ..errors import StateError
 from ..prunable import unwrap
 from .errors import CaptureError, InputError
+from .ownership import shared_parameters
 
 NOT_SAVED = (
     "A compiled network cannot be pickled, copied or exported, and has no state dict. Save it with "
@@ -142,7 +143,8 @@ def check_memory(
             given = f"{x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
         kind = str(dtype).removeprefix("torch.")
         raise InputError(
-            f"The network was compiled for {kind} inputs ({expected}) on the CPU, got {given}."
+            f"The network was compiled for {kind} inputs ({expected}) on the CPU, got {given}. "
+            "Compile another network for inputs of other sizes."
         )
     if contiguous and (x.storage_offset() or not x.is_contiguous()):
         raise InputError(
@@ -162,6 +164,8 @@ def check_memory(
 def copy_in_eval_mode(model: nn.Module) -> nn.Module:
     """Return a copy of a model in eval mode, of wrappers of torch.compile the model inside.
 
+    Its parameters share the memory of the model's if possible, see `ownership`.
+
     Raises:
         CaptureError: the model cannot be copied.
         StateError: a part of it is a compiled network.
@@ -171,7 +175,8 @@ def copy_in_eval_mode(model: nn.Module) -> nn.Module:
         False
     """
     try:
-        return copy.deepcopy(unwrap(model)).eval()
+        model = unwrap(model)
+        return copy.deepcopy(model, shared_parameters(model)).eval()
     except StateError:  # a compiled network
         raise
     except RuntimeError as error:

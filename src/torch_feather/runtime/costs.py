@@ -85,7 +85,7 @@ def _cost(node: Node, layer: Layer, batch: int, sparsity: float, threads: int) -
     some = zeros.index_fill(0, order[:kept], 1.0)
     times = []
     for flat in (some, zeros):
-        pruned = replace(layer, weight=flat.reshape(layer.weight.shape))
+        pruned = replace(layer, weight=flat.reshape(layer.weight.shape), factors=())
         time = tune_layer(node, pruned, batch, threads).sparse_ms
         assert time is not None
         times.append(time)

@@ -135,7 +135,7 @@ class Encoder:
             return
         dtype = torch.float32 if layer.pools else self._dtype
         if taps is None:
-            stored = store_weight(layer.name, layer.weight.detach().numpy(), dtype)
+            stored = store_weight(layer.name, layer.folded_weight().detach().numpy(), dtype)
         else:
             stored = store_taps(layer, taps, dtype)
         data["weight"] = self._stored(stored) | {"sparse": taps is not None}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -21,6 +22,9 @@ class Layer:
 
     Calling it computes y densely, with PyTorch.
 
+    Factors of the output channels, such as those of a batch norm, are multiplied into the weights
+    when these are needed, since the products take as much memory as the model.
+
     Args:
         name: name of the weight in the model.
         weight: (out, in / groups, height, width); (out, in) for a linear layer.
@@ -36,6 +40,7 @@ class Layer:
             sizes this is slower, since its result is in channels-last order.
         padding_after: padding below and to the right; `padding` is above and to the left. None if
             both are equal. Negative padding drops pixels.
+        factors: factors (out,) in float64 by which `weight` is yet to be multiplied, in order.
 
     Example:
         >>> relu = Layer("weight", torch.tensor([[1.0], [-1.0]]), torch.zeros(2), low=0.0)
@@ -55,8 +60,10 @@ class Layer:
     activation: str | None = None
     packs: bool = True
     padding_after: tuple[int, int] | None = None
+    factors: tuple[Tensor, ...] = ()
     _packed: Tensor | bool | None = field(default=None, init=False, repr=False)
     taps: Any = field(default=None, init=False, repr=False)  # `Taps.from_layer` keeps them
+    is_released: bool = field(default=False, init=False, repr=False)
     combine: ClassVar[str] = "fma"  # see kernels.Variant
     padding_value: ClassVar[float] = 0.0
     pools: ClassVar[bool] = False  # whether it has no weights to prune, such as pooling
@@ -70,6 +77,7 @@ class Layer:
             x: (batch, in, height, width); (..., in) for a linear layer.
             residual: a tensor of the shape of the result.
         """
+        self.fold()
         y = self._combined(x)
         if residual is not None:
             y += residual
@@ -78,6 +86,12 @@ class Layer:
         elif self.low > -math.inf or self.high < math.inf:
             y = y.clamp_(self.low, self.high)
         return y if self.activation is None else IN_PLACE[self.activation](y)
+
+    def release(self) -> None:
+        """Free the weights. Only their shape and the nonzero ones, in `taps`, remain."""
+        self.weight, self.factors = torch.zeros(()).expand(self.weight.shape), ()
+        self.is_released = True
+        self.free_packed()
 
     def free_packed(self) -> None:
         """Free the packed copy of the weights. The next dense call creates it again."""
@@ -113,12 +127,14 @@ class Layer:
     @property
     def sparsity(self) -> float:
         """Fraction of the weights that is zero."""
-        return 1.0 - int(torch.count_nonzero(self.weight)) / max(1, self.weight.numel())
+        known = self.taps if self.kernel_form is self else None
+        kept = torch.count_nonzero(self.folded_weight()) if known is None else len(known.values)
+        return 1.0 - int(kept) / max(1, self.weight.numel())
 
     @property
     def options(self) -> dict[str, Any]:
         """Arguments that tell what it computes, besides its weight and bias, by name."""
-        others = "name", "weight", "bias", "packs"
+        others = "name", "weight", "bias", "packs", "factors"
         return {
             f.name: getattr(self, f.name) for f in fields(self) if f.init if f.name not in others
         }
@@ -140,23 +156,49 @@ class Layer:
     def scaled(self, factor: Tensor, shift: Tensor | None = None) -> Layer:
         """Return a layer whose result is multiplied by `factor`, then shifted by `shift`.
 
-        The new weights are computed in float64 and rounded once.
-
         Args:
             factor: (out,).
             shift: (out,); None for no shift.
         """
         bias, factor = self.bias.double(), factor.double()
         bias = bias * factor + (0.0 if shift is None else shift.double())
-        weight, dtype = self.weight, self.weight.dtype
-        if weight.is_contiguous() and factor.isfinite().all():  # zeros stay zeros
-            flat, scaled = weight.view(-1), torch.zeros_like(weight)
-            kept = flat.nonzero().view(-1)
-            products = flat[kept].double() * factor[kept // max(1, weight[0].numel())]
-            scaled.view(-1)[kept] = products.to(dtype)
-        else:
-            scaled = (weight.double() * factor.view(-1, *[1] * (weight.dim() - 1))).to(dtype)
-        return replace(self, weight=scaled, bias=bias.to(dtype))
+        return replace(self, bias=bias.to(self.bias.dtype), factors=(*self.factors, factor))
+
+    def folded_weight(self) -> Tensor:
+        """Return the weights, multiplied by the factors of the output channels.
+
+        Products are computed in float64 and rounded once.
+        """
+        weight = self.taps.weight(self) if self.is_released else self.weight
+        for factor in self.factors:
+            weight = _scaled(weight, factor)
+        return weight
+
+    def fold(self) -> None:
+        """Multiply the factors into `weight`."""
+        if self.factors or self.is_released:
+            self.weight, self.factors = self.folded_weight(), ()
+            self.is_released = False
+
+    @contextmanager
+    def temporarily_folded(self) -> Iterator[None]:
+        """Free the folded and the packed weights of dense calls at the end of the block."""
+        source = self.weight, self.factors
+        try:
+            yield
+        finally:
+            self.weight, self.factors = source
+            self.free_packed()
+
+
+def _scaled(weight: Tensor, factor: Tensor) -> Tensor:
+    if not weight.is_contiguous() or not factor.isfinite().all():
+        return (weight.double() * factor.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+    flat, scaled = weight.view(-1), torch.zeros_like(weight)  # zeros stay zeros
+    kept = flat.nonzero().view(-1)
+    products = flat[kept].double() * factor[kept // max(1, weight[0].numel())]
+    scaled.view(-1)[kept] = products.to(weight.dtype)
+    return scaled
 
 
 class MaxPool(Layer):

@@ -36,8 +36,9 @@ from .errors import InputError
 from .inputs import Example, Inputs, arguments, concatenated, tensors_of
 from .kernels import Tile
 from .layer import Layer
-from .memory import without_collections
+from .memory import return_freed_memory, without_collections
 from .other_sizes import Planned, capture_example
+from .ownership import Ownership
 from .plan import Plan, Sparse, can_run_sparse
 from .recurrent import Recurrent
 from .strides import with_strides
@@ -157,7 +158,8 @@ class SparseModule(nn.Module):
         check_types(model, *given)
         args, kwargs = arguments(example)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            self.captured, self._others = capture_example(model, example)
+            ownership = Ownership(model)
+            self.captured, self._others = capture_example(model, example, ownership)
             if chunk_size is not None:
                 check_chunks(self.captured.shapes.output_shapes, given)
             self._empty_result = result_of_empty_batch(model, *args, **kwargs)
@@ -169,10 +171,9 @@ class SparseModule(nn.Module):
                 self.tuning = self._fastest(list(nodes.values()), given)
             self.plan = self._plan(list(nodes.values()), self.tuning)
             for layer in nodes.values():
-                chosen = self.tuning[layer.name]
-                layer.packs = chosen.packs
-                if chosen.sparse or not chosen.packs:
-                    layer.free_packed()
+                layer.packs = self.tuning[layer.name].packs
+                layer.free_packed()
+            ownership.own_layers(self.captured.module, self.plan)
         del self._plans, self._values
         self._start()
 
@@ -285,6 +286,7 @@ class SparseModule(nn.Module):
     def _tune(self, nodes: Mapping[Node, Any], known: Tuning) -> dict[str, LayerTuning]:
         """Return how each layer runs; time those that are not known."""
         steps = self._plan_all(list(nodes.values())).steps
+        return_freed_memory()
         places: dict[Any, Sparse] = {s.layer: s for s in steps if isinstance(s, Sparse)}
         times, sizes = dict[Any, Any](), (self.batch_size, self.threads)
         return {
@@ -318,12 +320,14 @@ class SparseModule(nn.Module):
         tuned = self.tuning
         sparse = {n: replace(t, sparse=t.sparse_ms is not None) for n, t in tuned.items()}
         dense = {n: replace(t, sparse=False) for n, t in tuned.items()}
-        times = []
-        for tuning in distinct_ways(tuned, sparse, dense):
+
+        def time(tuning: Tuning) -> float:
             plan = self._plan(layers, tuning)
             run = WorkspacePool(self._batch_plan(plan, tuning, self.batch_size, self.constants))
-            times.append((milliseconds(partial(run, *given), min_total=100.0), tuning))
-        return dict(min(times, key=lambda item: item[0])[1])
+            return milliseconds(partial(run, *given), min_total=100.0)
+
+        fastest: Tuning = min(distinct_ways(tuned, sparse, dense), key=time)
+        return dict(fastest)
 
     def _for_batch(self, *given: Tensor) -> WorkspacePool:
         """Return the function that executes the plan for the batch size of inputs."""

@@ -19,6 +19,7 @@ from .errors import CaptureError
 from .inputs import Example, like, tensors_of
 from .layer import Layer
 from .memory import zeros_like
+from .ownership import Ownership, called_layers
 from .plan import Plan, can_run_sparse
 from .recurrent import Recurrent
 from .tuning import Tuning
@@ -43,12 +44,15 @@ class Planned(NamedTuple):
     constants: Mapping[str, Any]
 
 
-def capture_example(model: nn.Module, example: Example) -> tuple[Captured, OtherSizes | None]:
+def capture_example(
+    model: nn.Module, example: Example, ownership: Ownership | None = None
+) -> tuple[Captured, OtherSizes | None]:
     """Capture a model for the batch size of an example.
 
     Args:
         model: in eval mode.
         example: its inputs.
+        ownership: copies the constants of the graph that share the memory of another model.
 
     Returns:
         The graph, and what captures the one for other batch sizes. None if the graph is for any
@@ -62,14 +66,18 @@ def capture_example(model: nn.Module, example: Example) -> tuple[Captured, Other
         >>> captured.accepts(torch.ones(3, 4)), others is None
         (False, False)
     """
+    ownership = ownership or Ownership(nn.Module())
     try:
         # Branches of torch.cond are compiled: for one size first, PyTorch would then compile them
         # for several only.
         with torch.compiler.set_stance("force_eager"):
             captured = capture(model, example, any_batch=False)
+        ownership.own_constants(captured.module)
         return captured, OtherSizes(model, example, captured)
     except Exception:  # of many types
-        return capture(model, example), None
+        captured = capture(model, example)
+        ownership.own_constants(captured.module)
+        return captured, None
 
 
 class OtherSizes:
@@ -151,6 +159,8 @@ class OtherSizes:
         ]
         values = with_results(graph, values)
         plan = Plan.build(graph, sparse, values)
+        for layer in called_layers(plan):  # they may run sparse for the example's size
+            layer.fold()
         return Planned(captured, plan, {node.name: value for node, value in values.items()})
 
     def _set_weights(self, captured: Captured, values: dict[Any, Any]) -> bool:

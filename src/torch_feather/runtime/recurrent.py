@@ -165,7 +165,7 @@ class Direction(NamedTuple):
         place = first[row] + np.arange(len(row)) - starts[row]
         taps = aligned_zeros(2 * int(first[-1]), np.int32).reshape(-1, 2)
         taps[:, 0] = section  # a row of zeros
-        taps[place, 0] = found.channel * lanes
+        taps[place, 0] = found.key * lanes  # a key is a unit
         taps[place, 1] = found.values.astype(np.float32).view(np.int32)
         gate, unit = np.divmod(np.arange(rows), units)
         at = (gate * section + unit * lanes).astype(np.int32)

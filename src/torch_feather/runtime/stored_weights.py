@@ -113,9 +113,7 @@ def store_taps(layer: Layer, taps: Taps, dtype: torch.dtype) -> StoredWeight:
         >>> load_taps(layer, stored).values
         array([1., 1., 1., 1.], dtype=float32)
     """
-    per_channel, per_group = _sizes(layer)
-    out, key = taps.out.astype(np.int64), taps.key.astype(np.int64)
-    codes, width = encode(out * per_channel + key - out // per_group * per_channel)
+    codes, width = encode(taps.positions(layer))
     kept = _store_values(layer.name, taps.values, taps.out, taps.channels, dtype)
     return _described(dtype, {**kept, "positions": codes}, width)
 

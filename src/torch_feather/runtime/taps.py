@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .layer import Layer
 from .memory import aligned_zeros
@@ -25,25 +27,29 @@ class Taps:
     The input of a layer with stride is split into phases: phase (a, b) consists of every stride-th
     row from row a on and every stride-th column from column b on. Each phase has its own channels.
 
+    A tap takes 8 bytes: its value and its key. A place is a row and a column of the kernel.
+
     Attributes:
         values: weights, ordered by output channel.
-        out: output channel of each tap.
-        key: a number that identifies (input channel, row, column) in the kernel of the layer.
-        channel: channel of the split input.
-        dy: distance from the output pixel in rows of the split input.
+        starts: (out + 1,), the first tap of each output channel, and the number of taps.
+        key: a number that identifies (input channel, place) of each tap.
+        phase: phase of each place.
+        dy: distance of each place from the output pixel, in rows of the split input.
         dx: distance in columns.
         phases: first row and column of each phase; ((0, 0),) for stride 1.
-        channels: number of output channels.
+        reach: largest distance of a tap from its output pixel, in rows and in columns.
+        inputs: number of input channels.
     """
 
     values: np.ndarray
-    out: np.ndarray
+    starts: np.ndarray
     key: np.ndarray
-    channel: np.ndarray
+    phase: np.ndarray
     dy: np.ndarray
     dx: np.ndarray
     phases: tuple[tuple[int, int], ...]
-    channels: int
+    reach: tuple[int, int]
+    inputs: int
 
     @classmethod
     def from_layer(cls, layer: Layer) -> Taps:
@@ -53,7 +59,7 @@ class Taps:
             >>> import torch
             >>> layer = Layer("weight", torch.eye(3), torch.zeros(3))
             >>> taps = Taps.from_layer(layer)
-            >>> taps.values, taps.channel
+            >>> taps.values, taps.key
             (array([1., 1., 1.], dtype=float32), array([0, 1, 2], dtype=int32))
         """
         if layer.taps is None:
@@ -63,7 +69,7 @@ class Taps:
 
     @classmethod
     def _find(cls, layer: Layer) -> Taps:
-        weight = np.ascontiguousarray(layer.weight.numpy()).reshape(-1)
+        weight = np.ascontiguousarray(layer.folded_weight().numpy()).reshape(-1)
         channels, per_channel = len(layer.weight), layer.weight[0].numel()
         positions = np.flatnonzero(weight != 0)  # of booleans it is faster
         ends = np.searchsorted(positions, np.arange(channels + 1) * per_channel)
@@ -86,33 +92,73 @@ class Taps:
         Example:
             >>> import torch
             >>> layer = Layer("weight", torch.eye(3), torch.zeros(3))
-            >>> Taps.from_keys(layer, np.ones(1), np.zeros(1, int), np.ones(1, int)).channel
-            array([1])
+            >>> Taps.from_keys(layer, np.ones(1), np.zeros(1, int), np.ones(1, int)).starts
+            array([0, 1, 1, 1], dtype=int32)
         """
         height, width = layer.weight.shape[2:] or (1, 1)
-        ky, kx = np.divmod(np.arange(height * width, dtype=np.int32), np.int32(width))
+        places, (inputs, channels) = height * width, layer.channels
+        ky, kx = np.divmod(np.arange(places, dtype=np.int32), np.int32(width))
         y = ky * layer.dilation[0] - layer.padding[0]
         x = kx * layer.dilation[1] - layer.padding[1]
         (dy, a), (dx, b) = np.divmod(y, layer.stride[0]), np.divmod(x, layer.stride[1])
-        number = a * layer.stride[1] + b  # of the phase, for each place in the kernel
-        if height * width == 1:
-            channel, used = key, number[: len(key)]
-            dy, dx = np.broadcast_to(dy, key.shape), np.broadcast_to(dx, key.shape)
-        else:
-            channel = key // (height * width)
-            place = key - channel * (height * width)
-            used = np.unique(number[np.bincount(place, minlength=height * width) > 0])
-            if len(used) > 1:
-                channel = channel + (np.searchsorted(used, number) * layer.channels[0])[place]
-            dy, dx = dy[place], dx[place]
+        number = a * layer.stride[1] + b  # of the phase
+        key = key.astype(np.int32, copy=False)
+        occurs = np.bincount(key % places, minlength=places) > 0
+        used = np.unique(number[occurs])
         phases = tuple(divmod(int(p), layer.stride[1]) for p in used) or ((0, 0),)
-        return cls(values, out, key, channel, dy, dx, phases, layer.channels[1])
+        reach = tuple(int(np.abs(d[occurs]).max(initial=0)) for d in (dy, dx))
+        starts = np.zeros(channels + 1, np.int32)
+        np.cumsum(np.bincount(out, minlength=channels), out=starts[1:])
+        phase = np.searchsorted(used, number).astype(np.int32)
+        return cls(values, starts, key, phase, dy, dx, phases, (reach[0], reach[1]), inputs)
 
     @property
-    def reach(self) -> tuple[int, int]:
-        """Largest distance of an input pixel from its output pixel, in rows and in columns."""
-        dy, dx = (max(int(d.max(initial=0)), -int(d.min(initial=0))) for d in (self.dy, self.dx))
-        return dy, dx
+    def channels(self) -> int:
+        """Number of output channels."""
+        return len(self.starts) - 1
+
+    @property
+    def out(self) -> np.ndarray:
+        """Output channel of each tap."""
+        return np.repeat(np.arange(self.channels), np.diff(self.starts))
+
+    def sources(self, key: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return channel of the split input, distance in rows, and in columns, of taps.
+
+        Args:
+            key: of each tap.
+        """
+        places = len(self.phase)
+        if places == 1:
+            dy, dx = (np.broadcast_to(d, key.shape) for d in (self.dy, self.dx))
+            return key, dy, dx
+        channel = key // places
+        place = key - channel * places
+        if len(self.phases) > 1:
+            channel += (self.phase * self.inputs)[place]
+        return channel, self.dy[place], self.dx[place]
+
+    def weight(self, layer: Layer) -> Tensor:
+        """Return the weight of a layer from its nonzero values.
+
+        Args:
+            layer: the layer. Only the shape of its weight is used.
+        """
+        found = torch.zeros(layer.weight.shape)
+        positions = torch.from_numpy(self.positions(layer))
+        found.view(-1)[positions] = torch.from_numpy(self.values)
+        return found
+
+    def positions(self, layer: Layer) -> np.ndarray:
+        """Return the position of each tap in the weight of a layer.
+
+        Args:
+            layer: the layer. Only the shape of its weight is used.
+        """
+        per_channel, per_group = layer.weight[0].numel(), self.channels // layer.groups
+        channel = np.arange(self.channels)
+        first = (channel - channel // per_group) * per_channel  # less the channels of other groups
+        return np.repeat(first, np.diff(self.starts)) + self.key
 
     def grouped(self, size: int) -> GroupedTaps:
         """Return the taps of groups of output channels.
@@ -123,17 +169,15 @@ class Taps:
         Args:
             size: channels of a group; a divisor of the number of output channels.
         """
-        counts = np.bincount(self.out, minlength=self.channels)
+        counts = np.diff(self.starts)
         if size == 1:  # the taps are in this order already
-            ends = np.zeros(self.channels + 1, np.int32)
-            np.cumsum(counts, out=ends[1:])
             in_order = np.arange(self.channels, dtype=np.int32)
-            source = self.channel, self.dy, self.dx
-            return GroupedTaps(in_order, ends, self.values.reshape(-1, 1), *source)
+            values = self.values.reshape(-1, 1)
+            return GroupedTaps(in_order, self.starts, values, *self.sources(self.key))
         order = np.argsort(counts, kind="stable")
-        counts, starts = counts[order], (np.cumsum(counts) - counts)[order]
+        counts, starts = counts[order], self.starts[:-1][order]
         # The taps of a group follow those of the group before, so that memory is read in order.
-        taps = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(len(self.out))
+        taps = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(len(self.key))
         group, member = np.divmod(np.arange(self.channels), size)
         keys, groups = int(self.key.max(initial=0)) + 1, self.channels // size
         cell = np.repeat(group * keys, counts) + self.key[taps]
@@ -143,8 +187,7 @@ class Taps:
         first = np.empty(len(found), np.int64)  # a tap with this key
         first[union] = taps
         rows = np.searchsorted(found, np.arange(groups + 1) * keys).astype(np.int32)
-        source = self.channel[first], self.dy[first], self.dx[first]
-        return GroupedTaps(order.astype(np.int32), rows, values, *source)
+        return GroupedTaps(order.astype(np.int32), rows, values, *self.sources(self.key[first]))
 
 
 def _distinct(numbers: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:

@@ -85,8 +85,9 @@ class TransposedConvolution(Layer):
             high=self.high,
             activation=self.activation,
         )
-        o, c, ky, kx = self.weight.numpy().nonzero()
-        values = self.weight.numpy()[o, c, ky, kx]
+        weight = self.folded_weight().numpy()
+        o, c, ky, kx = weight.nonzero()
+        values = weight[o, c, ky, kx]
         c = c + o // (out // self.groups) * per_group
         channel = o * count + axes[0].phase[ky] * self.stride[1] + axes[1].phase[kx]
         key = (c * axes[0].size + axes[0].place[ky]) * axes[1].size + axes[1].place[kx]

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from .batch import BatchPlan
 from .kernels import Tile, library
 from .layer import Layer
+from .memory import return_freed_memory
 from .plan import Operation, Plan, Recurrence, Sparse, Torch
 from .recurrent import Recurrent
 from .sizes import sizes_of
@@ -24,6 +25,8 @@ from .workspace import Workspace
 
 CANDIDATES = 5  # number of tiles that are timed
 RECURRENT_CANDIDATES = 2  # with whole recurrent layers, in which the tiles matter less
+LARGE = 2_000_000  # bytes of a weight
+HOPELESS = 10.0  # a dense layer that takes so many times as long is not tried with packed weights
 LATENCY, GROUP_CYCLES = 3.0, 12.0  # cycles of a multiply-add that follows another; of a group
 SAME_TAPS = 0.02  # relative difference of numbers of nonzero weights that changes no time
 
@@ -113,7 +116,7 @@ def tune_layer(
         times = _time_tiles(plan, step, tiles, inputs, batch, threads)
         timed = known[similar] = _Timed(*min(times.items(), key=lambda item: item[1]), taps)
         if key not in known:
-            known[key] = _time_dense(layer, x, residual, 3 * timed.sparse_ms), layer.packs
+            known[key] = _time_dense(layer, x, residual, timed.sparse_ms), layer.packs
     tile, sparse, _ = timed
     dense, layer.packs = known[key]
     return LayerTuning(sparse < dense, tile, sparsity, dense, sparse, layer.packs)
@@ -204,22 +207,30 @@ def candidates(layer: Layer, sparsity: float, pixels: int) -> list[Tile]:
     return sorted(fitting, key=cost)[:CANDIDATES]
 
 
-def _time_dense(layer: Layer, x: Tensor, residual: Sequence[Tensor], give_up: float) -> float:
+def _time_dense(layer: Layer, x: Tensor, residual: Sequence[Tensor], sparse_ms: float) -> float:
     """Return the milliseconds of a dense layer, with packed weights if these are faster.
+
+    Weights are not packed if that cannot make the layer as fast as in the sparse way: it takes the
+    memory of two copies of them.
 
     Args:
         layer: the layer; its `packs` is set.
         x: input.
         residual: what is added.
-        give_up: if the first call takes longer than this, it is the only one.
+        sparse_ms: milliseconds of the sparse layer. If the first call takes far longer, it is the
+            only one.
     """
     times = {}
-    for layer.packs in (False, True):
-        layer(x, *residual)
-        run = partial(layer, x, *residual)
-        times[layer.packs] = milliseconds(run, min_total=3.0, give_up=give_up)
-        if layer.linear or type(layer) is not Layer:  # there is one way
-            break
+    with layer.temporarily_folded():
+        for layer.packs in (False, True):
+            layer(x, *residual)
+            run = partial(layer, x, *residual)
+            times[layer.packs] = milliseconds(run, min_total=3.0, give_up=3 * sparse_ms)
+            is_hopeless = layer.weight.nbytes > LARGE and times[False] > HOPELESS * sparse_ms
+            if layer.linear or type(layer) is not Layer or is_hopeless:
+                break
+    if layer.weight.nbytes > LARGE:
+        return_freed_memory()
     layer.packs = min(times, key=times.__getitem__)
     return times[layer.packs]
 

@@ -81,8 +81,9 @@ class VolumeConvolution(Layer):
             self.high,
             self.activation,
         )
-        o, c, kz, ky, kx = self.weight.numpy().nonzero()
-        values = self.weight.numpy()[o, c, kz, ky, kx]
+        weight = self.folded_weight().numpy()
+        o, c, kz, ky, kx = weight.nonzero()
+        values = weight[o, c, kz, ky, kx]
         c = c + o // (out // self.groups) * per_group
         z_out = np.arange(slices)[:, None]
         z = z_out * self.depth_stride + kz * self.depth_dilation - self.depth_padding
