@@ -348,8 +348,8 @@ def private_memory():
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
 def test_forked_processes_share_the_weights():
     """A child needs memory for its own activations, but has no copy of the weights."""
-    x = torch.randn(1, 2048)
-    network = compiled(nn.Linear(2048, 1024), x, threads=1)
+    x = torch.randn(1, 4096)
+    network = compiled(nn.Linear(4096, 2048), x, threads=1)
     (step,) = [step for step in network.plan.steps if isinstance(step, Sparse)]
     tables = network.batch_plan(1).tables(step)
     expected, (read, write) = network(x), os.pipe()
