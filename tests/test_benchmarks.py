@@ -487,12 +487,7 @@ def test_the_zoo_compares_pruned_networks_with_dense_systems(monkeypatch):
 def test_compile_times_come_from_processes_that_have_not_compiled(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     zoo = importlib.import_module("inference_zoo")
-    code = "import sys, inference_zoo; print([m for m in sys.modules if 'feather.runtime' in m])"
-    imported = subprocess.run(
-        [sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True
-    )
-    assert imported.stdout.strip() == "[]"  # what compilation imports is part of its time
-    times = iter(["2.0", "4.0", "3.0", "1.5", "1.5", "1.5"])
+    times = iter(["2.0", "4.0", "3.0", "[30, 60]", "1.5", "1.5", "1.5", "[15, 60]"])
     commands = []
 
     def run(command, **_):
@@ -500,11 +495,16 @@ def test_compile_times_come_from_processes_that_have_not_compiled(monkeypatch):
         return subprocess.CompletedProcess(command, 0, f"a line\n{next(times)}\n")
 
     monkeypatch.setattr(zoo.subprocess, "run", run)
-    row = zoo.compile_times("resnet18", [0.9, 0.95], repeats=3)
+    monkeypatch.setattr(zoo.os, "access", lambda *_: True)
+    row = zoo.compile_row("resnet18", [0.9, 0.95], repeats=3)
     assert row["compile_s"] == {"0.9": [2.0, 4.0, 3.0], "0.95": [1.5, 1.5, 1.5]}
-    assert commands[0].endswith("compile_seconds('resnet18', 0.9))")
+    assert row["peak_mb"] == {"0.9": 30, "0.95": 15}
+    assert [c.split("z.")[1] for c in commands[:4]] == [
+        *["compile_seconds('resnet18', 0.9)))"] * 3,
+        "compile_memory('resnet18', 0.9)))",
+    ]
     table = zoo.compile_table([row])
-    assert "90%: 3.00 s (2.00 to 4.00), 95%: 1.50 s (1.50 to 1.50)" in table
+    assert "90%: 3.00 s (2.00 to 4.00), 30 MB (0.50 x weights); 95%: 1.50 s (1.50" in table
 
 
 def test_the_report_of_pages_counts_networks_that_reach_the_aim(monkeypatch):

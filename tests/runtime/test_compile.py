@@ -333,8 +333,11 @@ def test_models_that_cannot_be_captured():
         def forward(self, x):
             return x if x.sum().item() > 0 else -x
 
+    model = Branching()
     with pytest.raises(CaptureError, match="cannot capture Branching"):
-        compiled(Branching(), torch.randn(2, 4))
+        compiled(model, torch.randn(2, 4))
+    assert torch._C._len_torch_function_stack() == 0  # no function stays replaced
+    assert "forward" not in vars(model)
 
 
 def test_models_with_a_state_cannot_be_captured():
