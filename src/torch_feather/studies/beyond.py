@@ -81,7 +81,8 @@ _SETTINGS: Variants = {
 _LOST = (
     *("feather, θ = 0.75", "feather, θ = 1", "feather, weight decay 2e-4"),
     *("feather, end = 0.3", "feather, end = 0.75"),
-    *("HAM, θ = 0.75", "HAM, θ = 1", "HAM, p = 2", "HAM, weight decay 2e-4"),
+    *("HAM, θ = 0.75", "HAM, θ = 1", "HAM, p = 2"),
+    *("HAM, weight decay 2e-4", "HAM, weight decay 1e-3"),
 )
 TUNED: Variants = {name: value for name, value in _SETTINGS.items() if name not in _LOST}
 TUNED_ONCE: Variants = {name: _SETTINGS[name] for name in _LOST}
