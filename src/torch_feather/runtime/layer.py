@@ -40,7 +40,7 @@ class Layer:
             sizes this is slower, since its result is in channels-last order.
         padding_after: padding below and to the right; `padding` is above and to the left. None if
             both are equal. Negative padding drops pixels.
-        factors: factors (out,) in float64 by which `weight` is yet to be multiplied, in order.
+        factors: `weight` times these factors (out,), in float64 and in order, is the weight used.
 
     Example:
         >>> relu = Layer("weight", torch.tensor([[1.0], [-1.0]]), torch.zeros(2), low=0.0)
