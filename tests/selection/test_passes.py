@@ -93,11 +93,8 @@ def same_bits(a, b):
     return bool(equal.all())
 
 
-@pytest.mark.parametrize("form", [*FORMS, *WIDTHS], indirect=True)
-@pytest.mark.parametrize("operator", OPERATORS, ids=str)
-@pytest.mark.parametrize("kind", ["normal", "ties", "special", "scaled"])
-@pytest.mark.parametrize("fraction", [0.0, 0.02, 0.5, 0.95, 1.0])
-def test_effective_weights_have_the_bits_of_their_definition(form, operator, kind, fraction):
+def written(kind, fraction, operator):
+    """Return weights, the segment of all of them, and the effective weights that were written."""
     weights = make_weights(1, ties=kind == "ties", special=kind == "special")
     k = torch.tensor(int(fraction * weights.size))
     scale = torch.tensor(1.7) if kind == "scaled" else None
@@ -105,6 +102,15 @@ def test_effective_weights_have_the_bits_of_their_definition(form, operator, kin
     segment = Segment(0, weights.size, select_weights(weights, k, scales), scale)
     out = Recorded([torch.full_like(view, 7.0) for view in weights.views])
     write_effective(weights, [segment], operator, out)
+    return weights, segment, out
+
+
+@pytest.mark.parametrize("form", [*FORMS, *WIDTHS], indirect=True)
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "ties", "special", "scaled"])
+@pytest.mark.parametrize("fraction", [0.0, 0.02, 0.5, 0.95, 1.0])
+def test_effective_weights_have_the_bits_of_their_definition(form, operator, kind, fraction):
+    weights, segment, out = written(kind, fraction, operator)
     for i, (u, expected) in enumerate(
         zip(out, expected_weights(weights, segment, operator), strict=True)
     ):
@@ -133,13 +139,7 @@ def test_other_exponents_are_within_two_units_in_the_last_place(form, p, kind, f
 
     PyTorch rounds powers at the end of a block otherwise than within it, by one unit in that place.
     """
-    weights = make_weights(1, ties=kind == "ties", special=kind == "special")
-    k = torch.tensor(int(fraction * weights.size))
-    scale = torch.tensor(1.7) if kind == "scaled" else None
-    scales = None if scale is None else [scale] * len(weights.views)
-    segment = Segment(0, weights.size, select_weights(weights, k, scales), scale)
-    out = Recorded([torch.full_like(view, 7.0) for view in weights.views])
-    write_effective(weights, [segment], Power(p), out)
+    weights, segment, out = written(kind, fraction, Power(p))
     for i, (u, expected) in enumerate(
         zip(out, expected_weights(weights, segment, Power(p)), strict=True)
     ):
