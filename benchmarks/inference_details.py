@@ -72,7 +72,7 @@ exit:
 
 def breakdown(module: feather.runtime.SparseModule, x: Tensor) -> dict[str, float]:
     """Return the milliseconds by kind of step; steps are timed one by one in network order."""
-    workspace = Workspace(module._for_batch(x).plan)
+    workspace = Workspace(module._for_sizes(x).pool.plan)
     workspace(x)
     calls: list[tuple[str, Callable[[list[Any]], None]]] = []
     for call in workspace.calls:

@@ -333,7 +333,7 @@ def test_memory_before_it_is_written_does_not_matter():
     x = torch.randn(3, 19, 32)
     network = compiled(pruned(Layer()), x)
     expected = network(x)
-    pool = network._for_batch(x)
+    pool = network._for_sizes(x).pool
     pool.free[0].memory.fill_(torch.nan)
     assert torch.equal(network(x), expected)
 

@@ -237,7 +237,7 @@ def test_attention_accesses_no_memory_outside(tokens, at_end, fences):
     x, mask = torch.randn(2, tokens, 20), torch.randn(2, 1, tokens, tokens)
     network = compiled(pruned(SelfAttention()), (x, mask))
     expected = network(x, mask)
-    network._pools.clear()
+    network._runs.clear()
     fences(at_end)
 
     def use():
@@ -263,6 +263,12 @@ def test_an_access_outside_ends_the_process(fences):
 # Lifetime of memory
 
 
+def pool_of(network, batch):
+    """Return the memory for a batch of the example's size."""
+    sizes = tuple(torch.Size((batch, *shape)) for shape in network.inputs.shapes)
+    return network._runs[sizes, network.threads].pool
+
+
 def test_memory_is_freed_with_its_batch_size():
     """By reference counting: the garbage collector does not know the size of the memory."""
     network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))
@@ -272,9 +278,9 @@ def test_memory_is_freed_with_its_batch_size():
         used = []
         for batch in range(1, 12):
             network(torch.randn(batch, 3, 8, 8))
-            used += [weakref.ref(w) for w in network._pools[batch, network.threads].free]
+            used += [weakref.ref(w) for w in pool_of(network, batch).free]
         assert len(used) == 11
-        assert sum(ref() is not None for ref in used) == module.MAX_BATCH_SIZES
+        assert sum(ref() is not None for ref in used) == module.MAX_SIZES
     finally:
         gc.enable()
 
@@ -284,7 +290,7 @@ def test_successive_calls_use_the_same_memory():
     x = torch.randn(2, 3, 8, 8)
     for _ in range(20):
         network(x)
-    assert len(network._pools[2, network.threads].free) == 1
+    assert len(pool_of(network, 2).free) == 1
 
 
 def test_results_do_not_share_memory_with_later_calls():
@@ -325,7 +331,7 @@ def test_a_failed_call_does_not_affect_the_next(monkeypatch):
     network = compiled(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8))
     x = torch.randn(2, 3, 8, 8)
     expected = network(x)
-    (workspace,) = network._pools[2, network.threads].free
+    (workspace,) = pool_of(network, 2).free
 
     def interrupt(self, *inputs):
         raise KeyboardInterrupt
@@ -335,7 +341,7 @@ def test_a_failed_call_does_not_affect_the_next(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             network(x)
     assert torch.equal(network(x), expected)
-    assert workspace not in network._pools[2, network.threads].free  # its threads may still run
+    assert workspace not in pool_of(network, 2).free  # its threads may still run
 
 
 def private_memory():

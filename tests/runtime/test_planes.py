@@ -41,7 +41,9 @@ def check(function, *modules, x=None, threads=1, any_batch=True):
         others = (x[:1], torch.cat([x, 2 * x, -x])) if any_batch else ()
         for given in (x, *others, x):
             network(given)
-            for workspace in network._for_batch(given).free:  # nothing is read before it is written
+            for workspace in network._for_sizes(
+                given
+            ).pool.free:  # nothing is read before it is written
                 workspace.memory.fill_(torch.nan)
             result, expected = network(given), model(given)
             for a, b in zip(

@@ -115,15 +115,15 @@ def _raise_not_traced() -> None:
 
 
 def check_memory(
-    x: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, contiguous: bool = False
+    x: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, any_size: bool = False
 ) -> None:
     """Check an input of a compiled network.
 
     Args:
         x: the input.
-        shape: expected shape of one sample.
+        shape: shape of one sample of the example.
         dtype: expected type.
-        contiguous: whether it must be contiguous, and no part of another tensor.
+        any_size: whether a sample may have another shape with as many dimensions.
 
     Raises:
         InputError: it is no dense tensor of this shape and type on the CPU, or has no memory that
@@ -132,25 +132,21 @@ def check_memory(
     Example:
         >>> check_memory(torch.ones(2, 3), shape=(3,))
     """
-    if not isinstance(x, Tensor) or (
-        (tuple(x.shape[1:]), x.dtype, x.layout) != (shape, dtype, torch.strided)
+    if (
+        not isinstance(x, Tensor)
+        or (x.dim(), x.dtype, x.layout) != (1 + len(shape), dtype, torch.strided)
         or x.device.type != "cpu"
-        or x.dim() == 0
+        or (tuple(x.shape[1:]) != shape and (not any_size or 0 in x.shape))
     ):
         expected = ", ".join(map(str, ("batch", *shape)))
         given = type(x).__name__
         if isinstance(x, Tensor):
             given = f"{x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
         kind = str(dtype).removeprefix("torch.")
+        advice = "" if any_size else " Compile another network for inputs of other sizes."
         raise InputError(
-            f"The network was compiled for {kind} inputs ({expected}) on the CPU, got {given}. "
-            "Compile another network for inputs of other sizes."
-        )
-    if contiguous and (x.storage_offset() or not x.is_contiguous()):
-        raise InputError(
-            "This model calls as_strided, so its input must be contiguous and no part of another "
-            f"tensor, got strides {x.stride()}, offset {x.storage_offset()}. Pass x.clone("
-            "memory_format=torch.contiguous_format)."
+            f"The network was compiled for {kind} inputs ({expected}) on the CPU, got {given}."
+            f"{advice}"
         )
     try:
         x.data_ptr()
@@ -159,6 +155,23 @@ def check_memory(
             "A compiled network cannot be called within torch.func transforms (vmap, grad, jvp): "
             "it reads the memory of its input. Call it outside of them."
         ) from error
+
+
+def check_contiguous(x: Tensor) -> None:
+    """Check an input of a graph that reads its memory, such as by `as_strided`.
+
+    Raises:
+        InputError: it is not contiguous, or a part of another tensor.
+
+    Example:
+        >>> check_contiguous(torch.ones(2, 3))
+    """
+    if x.storage_offset() or not x.is_contiguous():
+        raise InputError(
+            "This model calls as_strided, so its input must be contiguous and no part of another "
+            f"tensor, got strides {x.stride()}, offset {x.storage_offset()}. Pass x.clone("
+            "memory_format=torch.contiguous_format)."
+        )
 
 
 def copy_in_eval_mode(model: nn.Module) -> nn.Module:

@@ -90,19 +90,23 @@ class Inputs(NamedTuple):
             )
         return [kwargs[name] for name in self.names]
 
-    def check(self, tensors: Sequence[Any], contiguous: bool) -> None:
+    def have_sizes_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether the samples of tensors have the sizes of the example's."""
+        return self.shapes == tuple(tuple(x.shape[1:]) for x in tensors)
+
+    def check(self, tensors: Sequence[Any], any_size: bool) -> None:
         """Check the tensors of a call.
 
         Args:
             tensors: in the order of the example.
-            contiguous: whether they must be contiguous, and no part of another tensor.
+            any_size: whether samples may have other sizes than those of the example.
 
         Raises:
             InputError: one has another shape or type, or no memory that machine code can read; or
                 the numbers of samples differ.
         """
         for x, shape, dtype in zip(tensors, self.shapes, self.dtypes, strict=True):
-            check_memory(x, shape, dtype, contiguous)
+            check_memory(x, shape, dtype, any_size)
         if len({len(x) for x in tensors}) > 1:
             raise InputError(
                 "All inputs must have the same number of samples, got "

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,14 @@ from .checks import (
     NOT_TRACED,
     check_chunks,
     check_count,
+    check_contiguous,
     check_eager,
     check_types,
     copy_in_eval_mode,
     fail_for_empty_batch,
     result_of_empty_batch,
 )
+from .capture import Captured
 from .constants import constants_of_module
 from .errors import InputError
 from .inputs import Example, Inputs, arguments, concatenated, tensors_of
@@ -47,7 +49,7 @@ from .tuning import LayerTuning, Tuning, distinct_ways, table, tune_layer
 from .tuning_file import load_tuning, save_tuning
 from .workspace import WorkspacePool
 
-MAX_BATCH_SIZES = 4  # number of batch sizes for which tables and memory are kept
+MAX_SIZES = 4  # number of input sizes for which tables and memory are kept
 
 
 def compile_sparse(
@@ -66,8 +68,9 @@ def compile_sparse(
     the faster way of each layer, with all layers sparse, and with all layers dense. The fastest of
     the three is used, so a layer may run in the way that is slower for the layer alone.
 
-    Any batch size is accepted if `torch.export` can show that the model's behavior is independent
-    of it; the first batch of another size takes seconds. Otherwise, other sizes raise `InputError`.
+    Inputs of other sizes are accepted if the model accepts them. The first one of each size takes
+    seconds, because the model is captured again, but once for all batch sizes if `torch.export` can
+    show that the model's behavior is independent of the batch size.
 
     Args:
         model: on the CPU, in float32. It is not changed. Later changes of the model do not affect
@@ -110,6 +113,13 @@ def compile_sparse(
     )
     threads = torch.get_num_threads() if threads is None else threads
     return SparseModule(model, example_input, threads, tuning, chunk_size)
+
+
+class _Run(NamedTuple):
+    """A captured graph, and what executes its plan for some sizes of the inputs."""
+
+    captured: Captured
+    pool: WorkspacePool
 
 
 class SparseModule(nn.Module):
@@ -178,7 +188,7 @@ class SparseModule(nn.Module):
         self._start()
 
     def _start(self) -> None:
-        self._pools: OrderedDict[tuple[int, int], WorkspacePool] = OrderedDict()
+        self._runs: OrderedDict[tuple[tuple[torch.Size, ...], int], _Run] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -215,20 +225,19 @@ class SparseModule(nn.Module):
         return self._batch_plan(plan, self.tuning, batch, constants)
 
     def planned(self, *given: Tensor) -> Planned:
-        """Return the graph and the plan for inputs.
+        """Return the graph and the plan for inputs; it may hold for other batch sizes, too.
 
         Raises:
-            InputError: the model may behave differently for this batch size.
+            InputError: there is none.
         """
-        if self.captured.accepts(*given):
+        if self.inputs.have_sizes_of(given) and self.captured.accepts(*given):
             return Planned(self.captured, self.plan, self.constants)
-        found = self._others and self._others.find(self.tuning)
-        if found and found.captured.accepts(*given):
-            return found
+        if self._others is not None:
+            return self._others.find(self.tuning, given)
         raise InputError(
-            "As far as torch.export can tell, this model depends on the batch size. It was "
-            f"captured for a batch of {self.batch_size}, not of {len(given[0])}. Compile another "
-            "module with an example of this size."
+            f"The network was compiled for a batch of {self.batch_size}, not of {len(given[0])}. "
+            "It was loaded from a file, or its model cannot be captured again. Compile another "
+            "network with an example of this size."
         )
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
@@ -237,13 +246,12 @@ class SparseModule(nn.Module):
         Its tensors have the strides of the model's own, so they can be viewed in the same ways.
 
         Args:
-            args: inputs like those of the example, with any batch size for which the model behaves
-                alike.
+            args: inputs like those of the example, of any size that the model accepts.
             kwargs: inputs by name, if the example was a dictionary.
 
         Raises:
-            InputError: an input has another shape or type, or a batch size for which the model may
-                behave differently.
+            InputError: an input has another type or number of dimensions, or a size for which the
+                model cannot be captured.
             StateError: PyTorch traces, exports or compiles the call instead of computing it.
         """
         given = self.inputs.tensors(args, kwargs)
@@ -256,22 +264,24 @@ class SparseModule(nn.Module):
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return self._forward(given)
-        self.inputs.check(given, self.captured.reads_memory)
+        self.inputs.check(given, any_size=self._others is not None)
         if not len(given[0]):
             return self._empty_result()
         if self.chunk_size is not None and len(given[0]) > self.chunk_size:
             chunks = list(zip(*(x.split(self.chunk_size) for x in given), strict=True))
         else:
             chunks = [tuple(given)]
-        parts = [self._for_batch(*chunk)(*chunk) for chunk in chunks]
+        runs = [self._for_sizes(*chunk) for chunk in chunks]
+        captured = runs[0].captured
+        parts = [run.pool(*chunk) for run, chunk in zip(runs, chunks, strict=True)]
         values = parts[0] if len(parts) == 1 else map(concatenated, *parts)
         with self._lock:
-            strides = self.captured.shapes.output_strides(*given)
+            strides = captured.shapes.output_strides(*given)
         found = [
             v if s is None or not isinstance(v, Tensor) else with_strides(v, s)
             for v, s in itertools.zip_longest(values, strides)
         ]
-        return tree_unflatten(found, self.captured.spec)
+        return tree_unflatten(found, captured.spec)
 
     def _layer_nodes(self) -> dict[Node, Any]:
         """Return the layers that can run sparse."""
@@ -329,17 +339,26 @@ class SparseModule(nn.Module):
         fastest: Tuning = min(distinct_ways(tuned, sparse, dense), key=time)
         return dict(fastest)
 
-    def _for_batch(self, *given: Tensor) -> WorkspacePool:
-        """Return the function that executes the plan for the batch size of inputs."""
-        batch = len(given[0])
+    def _for_sizes(self, *given: Tensor) -> _Run:
+        """Return what executes the plan for inputs of these sizes.
+
+        Raises:
+            InputError: there is no plan, or it reads the memory of an input that is not contiguous.
+        """
         with self._lock:
-            key = batch, self.threads
-            if key not in self._pools:
-                self._pools[key] = WorkspacePool(self.batch_plan(batch, self.planned(*given)))
-                while len(self._pools) > MAX_BATCH_SIZES:
-                    self._pools.popitem(last=False)
-            self._pools.move_to_end(key)
-            return self._pools[key]
+            key = tuple(x.shape for x in given), self.threads
+            if key not in self._runs:
+                planned = self.planned(*given)
+                pool = WorkspacePool(self.batch_plan(len(given[0]), planned))
+                self._runs[key] = _Run(planned.captured, pool)
+                while len(self._runs) > MAX_SIZES:
+                    self._runs.popitem(last=False)
+            self._runs.move_to_end(key)
+            run = self._runs[key]
+        if run.captured.reads_memory:
+            for x in given:
+                check_contiguous(x)
+        return run
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise StateError(NOT_SAVED)

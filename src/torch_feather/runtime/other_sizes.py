@@ -1,13 +1,14 @@
-"""The graph for other batch sizes than the example's, captured when one of them comes.
+"""Graphs for inputs of other sizes than the example's, captured when such an input comes.
 
 torch.export takes about twice as long to capture a model for any batch size as for one, and many
-networks only ever see the batch size of their example.
+networks only ever see the sizes of their example.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +16,20 @@ from torch import Tensor, nn
 
 from .capture import Captured, capture
 from .constants import attributes, with_results
-from .errors import CaptureError
+from .errors import CaptureError, InputError
 from .inputs import Example, like, tensors_of
 from .layer import Layer
 from .memory import zeros_like
 from .ownership import Ownership, called_layers
 from .plan import Plan, can_run_sparse
 from .recurrent import Recurrent
+from .steps import Sparse
 from .tuning import Tuning
+
+MAX_GRAPHS = 8  # number of other sizes for which graphs are kept; one holds for many batch sizes
+
+
+Sizes = tuple[tuple[int, ...], ...]  # of one sample of each input
 
 
 class Planned(NamedTuple):
@@ -55,8 +62,8 @@ def capture_example(
         ownership: copies the constants of the graph that share the memory of another model.
 
     Returns:
-        The graph, and what captures the one for other batch sizes. None if the graph is for any
-        size already, because the model cannot be captured again later, or not at all.
+        The graph, and what captures those for other sizes. None if the model cannot be captured
+        again later; then the graph is for any batch size if the model allows it.
 
     Raises:
         CaptureError: torch.export cannot capture the model, or the model writes into its input.
@@ -81,7 +88,7 @@ def capture_example(
 
 
 class OtherSizes:
-    """Captures a model again, for any batch size. The weights of the first capture are used.
+    """Captures a model again, for other sizes. The weights of the first capture are used.
 
     It keeps a copy of the model whose layers have zeros as weights. They take no memory, since
     nothing writes to it.
@@ -89,15 +96,16 @@ class OtherSizes:
     Args:
         model: in eval mode.
         example: its inputs.
-        first: the graph for the example's batch size.
+        first: the graph for the example's sizes.
 
     Raises:
         Exception: the model cannot be copied in this way.
 
     Example:
-        >>> model, x = nn.Linear(4, 2), torch.ones(1, 4)
+        >>> model, x = nn.Conv1d(4, 2, 1), torch.ones(1, 4, 9)
         >>> others = OtherSizes(model, x, capture(model, x, any_batch=False))
-        >>> others.find({}).captured.accepts(torch.ones(3, 4))
+        >>> found = others.find({}, [torch.ones(3, 4, 5)])
+        >>> found.captured.accepts(torch.ones(2, 4, 5))
         True
     """
 
@@ -110,45 +118,81 @@ class OtherSizes:
             for n in first.module.graph.nodes
             if isinstance(n.target, Layer | Recurrent)
         }
+        self._factors = {name: _count_factors(layer) for name, layer in self._layers.items()}
         self._values = {str(node.target): value for node, value in values.items()}
-        state = [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-        # A capture reads the values of other tensors, such as masks of attention.
+        self._names = {name for name, _ in _state(model)}
+        copies, zeros = self._copies(model)
+        self._zeros = {tensor.untyped_storage().data_ptr() for tensor in zeros}
+        self._model = copy.deepcopy(model, copies)
+        self._form = like(example, [torch.empty(0) for _ in tensors_of(example)])
+        self._found: list[tuple[Sizes, Planned]] = []  # the last one was used last
+
+    def _copies(self, model: nn.Module) -> tuple[dict[int, Tensor], list[Tensor]]:
+        """Return what stands for the tensors of a model, by their `id`, and those that are zeros.
+
+        A capture reads the values of buffers, such as masks of attention. No parameter is kept:
+        those of functions stand for themselves in memory of the first graph.
+        """
         weights = {name.partition("@")[0] for name in self._layers}
-        zeros = {id(tensor): zeros_like(tensor) for name, tensor in state if name in weights}
-        self._names = {name for name, _ in state}
-        self._zeros = {tensor.untyped_storage().data_ptr() for tensor in zeros.values()}
-        self._model = copy.deepcopy(model, {id(tensor): tensor for _, tensor in state} | zeros)
-        self._example = like(example, [zeros_like(x) for x in tensors_of(example)])
-        self._found: list[Planned | None] = []
+        copies, zeros = dict[int, Tensor](), dict[int, Tensor]()
+        for name, tensor in _state(model):
+            own = self._values.get(name)
+            if name in weights:
+                zeros[id(tensor)] = zeros_like(tensor)
+            elif not isinstance(tensor, nn.Parameter):
+                copies[id(tensor)] = tensor
+            elif isinstance(own, Tensor):
+                copies[id(tensor)] = nn.Parameter(own, requires_grad=tensor.requires_grad)
+        for _, tensor in _state(model):
+            if id(tensor) not in copies:
+                zeros.setdefault(id(tensor), zeros_like(tensor))
+        return copies | zeros, list(zeros.values())
 
-    def find(self, tuning: Tuning) -> Planned | None:
-        """Return the graph for any batch size; None if the model depends on the batch size.
+    def find(self, tuning: Tuning, given: Sequence[Tensor]) -> Planned:
+        """Return a graph for inputs of these sizes; it may hold for other batch sizes, too.
 
-        The first call takes seconds.
+        The first call for a size takes seconds.
 
         Args:
             tuning: how each layer runs, by the name of its weight.
-        """
-        if not self._found:
-            with torch.inference_mode(False), torch.no_grad():
-                self._found.append(self._find(tuning))
-            del self._model
-        return self._found[0]
+            given: inputs, in the order of the example. Their values do not matter.
 
-    def _find(self, tuning: Tuning) -> Planned | None:
-        try:
-            with torch.autocast("cpu", enabled=False):
-                captured = capture(self._model, self._example)
-        except CaptureError:
-            return None
+        Raises:
+            InputError: the model cannot be captured for these sizes.
+        """
+        sizes = _sizes(given)
+        for i, (known, planned) in enumerate(self._found):
+            if known == sizes and planned.captured.accepts(*given):
+                self._found.append(self._found.pop(i))
+                return planned
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            try:
+                planned = self._capture(tuning, given)
+            except CaptureError as error:
+                raise InputError(
+                    "The network cannot be compiled for inputs of the sizes "
+                    f"{', '.join(str(tuple(x.shape)) for x in given)}: {error}"
+                ) from error
+        self._found = [*self._found[1 - MAX_GRAPHS :], (sizes, planned)]
+        return planned
+
+    def _capture(self, tuning: Tuning, given: Sequence[Tensor]) -> Planned:
+        """Capture the model.
+
+        Raises:
+            CaptureError: torch.export cannot capture it, or it uses other weights than before.
+        """
+        given = [zeros_like(torch.empty(x.shape, dtype=x.dtype)) for x in given]
+        example = like(self._form, given)
+        captured = capture(self._model, example)
         graph = captured.module.graph
         batch = next(n for n in graph.nodes if n.op == "placeholder").meta["val"].shape[0]
         values = attributes(captured.module)
-        if isinstance(batch, int) or not self._set_weights(captured, values):
-            return None
+        if not captured.accepts(*given) or not self._set_weights(captured, values):
+            raise CaptureError(
+                f"{type(self._model).__name__} uses other weights for these sizes than for those "
+                "of the example. Compile another network with an example of these sizes."
+            )
         sparse = [
             n.target
             for n in graph.nodes
@@ -159,8 +203,12 @@ class OtherSizes:
         ]
         values = with_results(graph, values)
         plan = Plan.build(graph, sparse, values)
-        for layer in called_layers(plan):  # they may run sparse for the example's size
+        called = called_layers(plan)
+        for layer in called:  # they may run sparse for the example's size
             layer.fold()
+        for layer in {step.layer for step in plan.steps if isinstance(step, Sparse)} - called:
+            if layer.kernel_form is layer and self._layers.get(layer.name) is not layer:
+                layer.release()
         return Planned(captured, plan, {node.name: value for node, value in values.items()})
 
     def _set_weights(self, captured: Captured, values: dict[Any, Any]) -> bool:
@@ -170,11 +218,13 @@ class OtherSizes:
             Whether the first graph has all of them.
         """
         for node in captured.module.graph.nodes:
-            if isinstance(node.target, Layer | Recurrent):
+            if isinstance(node.target, Layer | Recurrent) and not node.target.pools:
                 known = self._layers.get(node.target.name)
-                if known is None or not _is_same(known, node.target):
+                if known is None or _described(known) != _described(node.target):
                     return False
-                node.target = known
+                if self._factors[known.name] != _count_factors(node.target):
+                    return False  # a batch norm is part of one of them only
+                node.target = _with_weights_of(known, node.target)
         for node, value in values.items():
             name = str(node.target)
             if isinstance(value, nn.Module):
@@ -191,9 +241,32 @@ class OtherSizes:
         return True
 
 
-def _is_same(a: Layer | Recurrent, b: Layer | Recurrent) -> bool:
-    """Return whether two layers differ in the values of their weights at most."""
-    shapes = [
-        [w.shape for w in (x.weights if isinstance(x, Recurrent) else [x.weight])] for x in (a, b)
+def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return parameters and buffers under all of their names."""
+    return [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
     ]
-    return (type(a), shapes[0], a.options) == (type(b), shapes[1], b.options)
+
+
+def _sizes(given: Sequence[Tensor]) -> Sizes:
+    return tuple(tuple(x.shape[1:]) for x in given)
+
+
+def _described(layer: Layer | Recurrent) -> Any:
+    """Return what is equal in two layers with the same weights."""
+    if isinstance(layer, Recurrent):
+        return type(layer), [w.shape for w in layer.weights], layer.options
+    return type(layer), layer.weight.shape
+
+
+def _count_factors(layer: Layer | Recurrent) -> int:
+    return len(layer.factors) if isinstance(layer, Layer) else 0
+
+
+def _with_weights_of(known: Any, layer: Any) -> Any:
+    """Return a layer with the weights of another: this one, if only the weights differ."""
+    if known.options == layer.options:
+        return known
+    # For example, "same" padding depends on the size of the image.
+    return replace(layer, weight=known.folded_weight(), bias=known.bias, factors=())
