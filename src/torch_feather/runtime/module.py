@@ -19,20 +19,20 @@ from torch.utils._pytree import tree_unflatten
 from ..deprecation import renamed_argument, warn_renamed
 from ..errors import StateError
 from .batch import BatchPlan
+from .capture import Captured
 from .checks import (
     NOT_LOADED,
     NOT_SAVED,
     NOT_TRACED,
     check_chunks,
-    check_count,
     check_contiguous,
+    check_count,
     check_eager,
     check_types,
     copy_in_eval_mode,
     fail_for_empty_batch,
     result_of_empty_batch,
 )
-from .capture import Captured
 from .constants import constants_of_module
 from .errors import InputError
 from .inputs import Example, Inputs, arguments, concatenated, tensors_of
