@@ -83,6 +83,7 @@ _LOST = (
     *("feather, end = 0.3", "feather, end = 0.75"),
     *("HAM, θ = 0.75", "HAM, θ = 1", "HAM, p = 2"),
     *("HAM, weight decay 2e-4", "HAM, weight decay 1e-3"),
+    *("HAM, end = 0.3", "HAM, end = 0.75", "HAM, α = 10"),
 )
 TUNED: Variants = {name: value for name, value in _SETTINGS.items() if name not in _LOST}
 TUNED_ONCE: Variants = {name: _SETTINGS[name] for name in _LOST}
