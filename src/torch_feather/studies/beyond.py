@@ -8,7 +8,7 @@ from typing import Any
 
 from ..training import Config
 from ..training.config import DENSE
-from .comparison import MIN_SEEDS, Pair, compare_pairs
+from .comparison import Pair, compare_pairs
 from .descriptions import DESCRIPTIONS
 from .figures import accuracy_figure
 from .phases import Phase, Variants, check_seeds
@@ -91,12 +91,14 @@ _LOST = (
 TUNED: Variants = {name: value for name, value in _SETTINGS.items() if name not in _LOST}
 TUNED_ONCE: Variants = {name: _SETTINGS[name] for name in _LOST}
 
-# The method chosen joins by a commit, before its first final run.
-TUNED_FEATHER = "feather (tuned)"
-COMPARED: Variants = {TUNED_FEATHER: _TUNED_FEATHER}
+TUNED_FEATHER, CHOSEN = "feather (tuned)", "feather-ham (α = 40)"
+COMPARED: Variants = {
+    TUNED_FEATHER: _TUNED_FEATHER,
+    CHOSEN: {"method": "feather-ham", "options": {"alpha": 40.0}},
+}
 # Trained after the runs of the comparison, with as many of its seeds as time allows.
 REFERENCES: Variants = {BASELINE: _FEATHER, DENSE: {"method": DENSE}}
-PRIMARY: Pair | None = None  # labels of the method chosen and of tuned Feather
+PRIMARY: Pair = CHOSEN, TUNED_FEATHER
 PRIMARY_SPARSITIES = (0.98, 0.99, 0.995)
 
 
@@ -123,17 +125,14 @@ def _answer(rows: Sequence[Row], config: Config) -> Answer:
     final = by_phase[FINAL] + by_phase[REFERENCE]
     tables = [accuracy_table(final, "Final comparison: test accuracy")] if final else []
     sentences: list[str] = []
-    if PRIMARY is not None:
+    if final:
         first = [row for row in final if row["sparsity"] in PRIMARY_SPARSITIES]
         sentences, primary = compare_pairs(first, [PRIMARY], together=True)
         rest = [row for row in final if row["sparsity"] not in PRIMARY_SPARSITIES]
-        others = {(PRIMARY[0], BASELINE), (PRIMARY[1], BASELINE)} - {PRIMARY, (BASELINE, BASELINE)}
         _, secondary = compare_pairs(rest, [PRIMARY])
-        _, untuned = compare_pairs(final, sorted(others))
+        _, untuned = compare_pairs(final, [(name, BASELINE) for name in PRIMARY])
         tables += [_titled("Primary", table) for table in primary]
         tables += [_titled("Secondary, no claim", table) for table in [*secondary, *untuned]]
-    elif len({row["seed"] for row in final}) >= MIN_SEEDS:
-        sentences = ["The final comparison has no method yet besides Feather."]
     tables += [_with_dropped(phase, dropped, by_phase) for phase, dropped in WITH_DROPPED]
     tables = [table for table in tables if table.rows]
     return Answer(sentences, Section(accuracy_figure(final), tables))
