@@ -6,14 +6,11 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 from torch.utils._pytree import tree_unflatten
 
 from ..deprecation import renamed_argument, warn_renamed
@@ -23,7 +20,6 @@ from .checks import (
     NOT_LOADED,
     NOT_SAVED,
     NOT_TRACED,
-    check_chunks,
     check_count,
     check_eager,
     check_types,
@@ -31,23 +27,28 @@ from .checks import (
     fail_for_empty_batch,
     result_of_empty_batch,
 )
+from .chunks import check_chunks, concatenated, split
 from .constants import constants_of_module
 from .errors import InputError
-from .inputs import Example, Inputs, arguments, concatenated, tensors_of
+from .forms import Form, choose_form
+from .inputs import Example, Inputs, arguments, tensors_of
 from .kernels import Tile
-from .layer import Layer
-from .memory import return_freed_memory, without_collections
+from .memory import without_collections
 from .other_sizes import Planned, capture_example
 from .ownership import Ownership
-from .plan import Plan, Sparse, can_run_sparse
-from .recurrent import Recurrent
 from .strides import with_strides
-from .timing import milliseconds
-from .tuning import LayerTuning, Tuning, distinct_ways, table, tune_layer
+from .tuning import LayerTuning, Tuning, table
 from .tuning_file import load_tuning, save_tuning
 from .workspace import WorkspacePool
 
+ChunkSize = int | Literal["auto"] | None
 MAX_BATCH_SIZES = 4  # number of batch sizes for which tables and memory are kept
+
+
+def _checked(chunk_size: int | str) -> int:
+    if isinstance(chunk_size, str):
+        raise InputError(f'chunk_size must be a number, "auto" or None, got {chunk_size!r}.')
+    return check_count("chunk_size", chunk_size)
 
 
 def compile_sparse(
@@ -56,7 +57,7 @@ def compile_sparse(
     *,
     threads: int | None = None,
     tuning: Tuning | str | Path | None = None,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = "auto",
     choices: Tuning | str | Path | None = None,
     at_a_time: int | None = None,
 ) -> SparseModule:
@@ -64,7 +65,8 @@ def compile_sparse(
 
     Without `tuning`, each layer is timed densely and sparsely. Then the whole network is timed with
     the faster way of each layer, with all layers sparse, and with all layers dense. The fastest of
-    the three is used, so a layer may run in the way that is slower for the layer alone.
+    the three is used, so a layer may run in the way that is slower for the layer alone. For several
+    samples, it is also timed with the whole batch at once and with one sample at a time.
 
     Any batch size is accepted if `torch.export` can show that the model's behavior is independent
     of it; the first batch of another size takes seconds. Otherwise, other sizes raise `InputError`.
@@ -80,9 +82,10 @@ def compile_sparse(
         tuning: results of another compiled network (`SparseModule.tuning`), or a file that
             `SparseModule.save_tuning` wrote, also on another machine. Layers that it does not name
             are timed. [default: all layers are timed]
-        chunk_size: number of samples that the network processes together. Only for networks that
-            process the samples of a batch independently. Activations of small chunks fit into the
-            caches. [default: the whole batch]
+        chunk_size: number of samples that the network processes together. "auto": one, if the
+            captured graph shows that no sample affects the result for another one, and if this is
+            faster for the example; otherwise the whole batch. None: the whole batch. A number is
+            used unchecked: only for networks that process the samples of a batch independently.
         choices: deprecated name of `tuning`.
         at_a_time: deprecated name of `chunk_size`.
 
@@ -122,7 +125,9 @@ class SparseModule(nn.Module):
         tuning: how each layer runs, by the name of its weight.
         threads: number of threads of the sparse layers. It may be set between calls; the way each
             layer runs stays the one that was measured with the former number.
-        chunk_size: number of samples that are processed together; None for whole batches.
+        chunk_size: number of samples that are processed together, as given or as chosen; None for
+            whole batches.
+        given_chunk_size: the number that was given as `chunk_size`; None if none was.
         shape: shape of one sample of the (first) input.
         inputs: names, shapes and types of all inputs.
         batch_size: number of samples of the example.
@@ -145,36 +150,32 @@ class SparseModule(nn.Module):
         example: Example,
         threads: int,
         tuning: Tuning | str | Path | None,
-        chunk_size: int | None,
+        chunk_size: ChunkSize,
     ) -> None:
         super().__init__()
-        if chunk_size is not None:
-            check_count("chunk_size", chunk_size)
+        is_auto = chunk_size == "auto"
+        self.given_chunk_size = None if is_auto or chunk_size is None else _checked(chunk_size)
         known = load_tuning(tuning) if isinstance(tuning, str | Path) else tuning
         self.inputs, given = Inputs.of(example), tensors_of(example)
-        self.threads, self.chunk_size, self.shape = threads, chunk_size, self.inputs.shapes[0]
-        self.batch_size = len(given[0])
+        self.threads, self.shape, self.batch_size = threads, self.inputs.shapes[0], len(given[0])
         model = copy_in_eval_mode(model)
         check_types(model, *given)
         args, kwargs = arguments(example)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             ownership = Ownership(model)
             self.captured, self._others = capture_example(model, example, ownership)
-            if chunk_size is not None:
+            if self.given_chunk_size is not None:
                 check_chunks(self.captured.shapes.output_shapes, given)
             self._empty_result = result_of_empty_batch(model, *args, **kwargs)
-            self._values = constants_of_module(self.captured.module)
-            self.constants = {node.name: value for node, value in self._values.items()}
-            nodes, self._plans = self._layer_nodes(), dict[tuple[str, ...], Plan]()
-            self.tuning = self._tune(nodes, known or {})
-            if known is None:
-                self.tuning = self._fastest(list(nodes.values()), given)
-            self.plan = self._plan(list(nodes.values()), self.tuning)
-            for layer in nodes.values():
+            graph, values = self.captured.module.graph, constants_of_module(self.captured.module)
+            form = Form(graph, values, self.batch_size, self.threads)
+            form, self.tuning = choose_form(form, given, known, may_split=is_auto)
+            self.plan, self.constants = form.plan(self.tuning), form.constants
+            self._chosen = form.chunk_size
+            for layer in form.layers.values():
                 layer.packs = self.tuning[layer.name].packs
                 layer.free_packed()
             ownership.own_layers(self.captured.module, self.plan)
-        del self._plans, self._values
         self._start()
 
     def _start(self) -> None:
@@ -186,11 +187,13 @@ class SparseModule(nn.Module):
         """Return a network with these attributes; it does not accept an empty batch.
 
         Args:
-            attributes: see the class, without `shape`.
+            attributes: see the class, without `shape` and `chunk_size`; `chosen`: chunk size of the
+                plan.
         """
         network = cls.__new__(cls)
         nn.Module.__init__(network)
         network.threads = attributes.pop("threads")
+        network._chosen = attributes.pop("chosen")
         network.__dict__.update(attributes, shape=attributes["inputs"].shapes[0], _others=None)
         network._empty_result = fail_for_empty_batch
         network._start()
@@ -204,15 +207,24 @@ class SparseModule(nn.Module):
     def threads(self, number: int) -> None:
         self._threads = check_count("threads", number)
 
+    @property
+    def chunk_size(self) -> int | None:
+        return self._chosen if self.given_chunk_size is None else self.given_chunk_size
+
     def batch_plan(self, batch: int, planned: Planned | None = None) -> BatchPlan:
-        """Return the plan for a batch size.
+        """Return the plan for a batch size: of the whole batch, or of one of its chunks.
 
         Args:
             batch: number of samples.
             planned: what `planned` returned for this number. [default: for the example's]
         """
-        plan, constants = (self.plan, self.constants) if planned is None else planned[1:]
-        return self._batch_plan(plan, self.tuning, batch, constants)
+        planned = self._of_example() if planned is None else planned
+        tiles: dict[str, Tile] = {name: layer.tile for name, layer in self.tuning.items()}
+        count = min(batch, planned.chunk_size or batch)
+        return BatchPlan(planned.plan, planned.constants, count, tiles, self.threads)
+
+    def _of_example(self) -> Planned:
+        return Planned(self.captured, self.plan, self.constants, self._chosen)
 
     def planned(self, *given: Tensor) -> Planned:
         """Return the graph and the plan for inputs.
@@ -221,9 +233,9 @@ class SparseModule(nn.Module):
             InputError: the model may behave differently for this batch size.
         """
         if self.captured.accepts(*given):
-            return Planned(self.captured, self.plan, self.constants)
-        found = self._others and self._others.find(self.tuning)
-        if found and found.captured.accepts(*given):
+            return self._of_example()
+        found = self._others and self._others.find(self.tuning, self._chosen, *given)
+        if found:
             return found
         raise InputError(
             "As far as torch.export can tell, this model depends on the batch size. It was "
@@ -259,11 +271,10 @@ class SparseModule(nn.Module):
         self.inputs.check(given, self.captured.reads_memory)
         if not len(given[0]):
             return self._empty_result()
-        if self.chunk_size is not None and len(given[0]) > self.chunk_size:
-            chunks = list(zip(*(x.split(self.chunk_size) for x in given), strict=True))
-        else:
-            chunks = [tuple(given)]
-        parts = [self._for_batch(*chunk)(*chunk) for chunk in chunks]
+        parts = []
+        for chunk in split(given, self.given_chunk_size):
+            run = self._for_batch(*chunk)
+            parts += [run(*part) for part in split(chunk, run.plan.batch)]
         values = parts[0] if len(parts) == 1 else map(concatenated, *parts)
         with self._lock:
             strides = self.captured.shapes.output_strides(*given)
@@ -273,69 +284,15 @@ class SparseModule(nn.Module):
         ]
         return tree_unflatten(found, self.captured.spec)
 
-    def _layer_nodes(self) -> dict[Node, Any]:
-        """Return the layers that can run sparse."""
-        graph = self.captured.module.graph
-        given = next(n for n in graph.nodes if n.op == "placeholder").meta["val"]
-        return {
-            n: n.target
-            for n in graph.nodes
-            if isinstance(n.target, Layer | Recurrent) and can_run_sparse(n, given.shape[0])
-        }
-
-    def _tune(self, nodes: Mapping[Node, Any], known: Tuning) -> dict[str, LayerTuning]:
-        """Return how each layer runs; time those that are not known."""
-        steps = self._plan_all(list(nodes.values())).steps
-        return_freed_memory()
-        places: dict[Any, Sparse] = {s.layer: s for s in steps if isinstance(s, Sparse)}
-        times, sizes = dict[Any, Any](), (self.batch_size, self.threads)
-        return {
-            layer.name: known.get(layer.name)
-            or tune_layer(node, layer, *sizes, places.get(layer.kernel_form), times)
-            for node, layer in nodes.items()
-        }
-
-    def _plan_all(self, layers: Sequence[Any]) -> Plan:
-        names = tuple(layer.name for layer in layers)
-        if names not in self._plans:
-            graph = self.captured.module.graph
-            self._plans[names] = Plan.build(graph, layers, self._values)
-        return self._plans[names]
-
-    def _plan(self, layers: Sequence[Any], tuning: Tuning) -> Plan:
-        return self._plan_all([layer for layer in layers if tuning[layer.name].sparse])
-
-    def _batch_plan(
-        self, plan: Plan, tuning: Tuning, batch: int, constants: Mapping[str, Any]
-    ) -> BatchPlan:
-        tiles: dict[str, Tile] = {name: layer.tile for name, layer in tuning.items()}
-        return BatchPlan(plan, constants, batch, tiles, self.threads)
-
-    def _fastest(self, layers: Sequence[Any], given: Sequence[Tensor]) -> dict[str, LayerTuning]:
-        """Time the whole network tuned, with all layers sparse, and with all layers dense.
-
-        The conversion between the layouts of sparse and dense layers takes time, too. The times of
-        single layers do not include it.
-        """
-        tuned = self.tuning
-        sparse = {n: replace(t, sparse=t.sparse_ms is not None) for n, t in tuned.items()}
-        dense = {n: replace(t, sparse=False) for n, t in tuned.items()}
-
-        def time(tuning: Tuning) -> float:
-            plan = self._plan(layers, tuning)
-            run = WorkspacePool(self._batch_plan(plan, tuning, self.batch_size, self.constants))
-            return milliseconds(partial(run, *given), min_total=100.0)
-
-        fastest: Tuning = min(distinct_ways(tuned, sparse, dense), key=time)
-        return dict(fastest)
-
     def _for_batch(self, *given: Tensor) -> WorkspacePool:
-        """Return the function that executes the plan for the batch size of inputs."""
+        """Return the function that executes the plan for the batch size of inputs, or for chunks."""
         batch = len(given[0])
         with self._lock:
             key = batch, self.threads
             if key not in self._pools:
-                self._pools[key] = WorkspacePool(self.batch_plan(batch, self.planned(*given)))
+                plan = self.batch_plan(batch, self.planned(*given))
+                alike = (p for p in self._pools.values() if p.plan.is_like(plan))
+                self._pools[key] = next(alike, None) or WorkspacePool(plan)
                 while len(self._pools) > MAX_BATCH_SIZES:
                     self._pools.popitem(last=False)
             self._pools.move_to_end(key)
@@ -377,7 +334,7 @@ class SparseModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Return a table of the layers, their times, and how they run."""
-        return table(self.tuning, self.plan)
+        return table(self.tuning, self.plan, self.chunk_size)
 
     # Names of version 0.1
 

@@ -22,6 +22,7 @@ from .memory import zeros_like
 from .ownership import Ownership, called_layers
 from .plan import Plan, can_run_sparse
 from .recurrent import Recurrent
+from .samples import samples_of
 from .tuning import Tuning
 
 
@@ -32,6 +33,7 @@ class Planned(NamedTuple):
         captured: the graph.
         plan: its steps.
         constants: values of its nodes that do not depend on the input, by name.
+        chunk_size: number of samples that the plan processes together; None for whole batches.
 
     Example:
         >>> captured = capture(nn.ReLU(), torch.ones(3, 4))
@@ -42,6 +44,7 @@ class Planned(NamedTuple):
     captured: Captured
     plan: Plan
     constants: Mapping[str, Any]
+    chunk_size: int | None = None
 
 
 def capture_example(
@@ -97,7 +100,7 @@ class OtherSizes:
     Example:
         >>> model, x = nn.Linear(4, 2), torch.ones(1, 4)
         >>> others = OtherSizes(model, x, capture(model, x, any_batch=False))
-        >>> others.find({}).captured.accepts(torch.ones(3, 4))
+        >>> others.find({}, None, torch.ones(3, 4)).captured.accepts(torch.ones(5, 4))
         True
     """
 
@@ -122,26 +125,34 @@ class OtherSizes:
         self._zeros = {tensor.untyped_storage().data_ptr() for tensor in zeros.values()}
         self._model = copy.deepcopy(model, {id(tensor): tensor for _, tensor in state} | zeros)
         self._example = like(example, [zeros_like(x) for x in tensors_of(example)])
-        self._found: list[Planned | None] = []
+        self._found: dict[int, Planned | None] = {}
 
-    def find(self, tuning: Tuning) -> Planned | None:
-        """Return the graph for any batch size; None if the model depends on the batch size.
+    def find(self, tuning: Tuning, chunk_size: int | None, *given: Tensor) -> Planned | None:
+        """Return a graph for any batch size; None if the model may depend on the batch size.
 
-        The first call takes seconds.
+        The first call takes seconds. If the graph is not known to hold for a single sample, the
+        first call with one compares it with the graph for one, which takes seconds again.
 
         Args:
             tuning: how each layer runs, by the name of its weight.
+            chunk_size: number of samples to process together, if the graph keeps samples apart.
+            given: inputs for which the graph must hold.
         """
-        if not self._found:
-            with torch.inference_mode(False), torch.no_grad():
-                self._found.append(self._find(tuning))
-            del self._model
-        return self._found[0]
+        batch = len(tensors_of(self._example)[0])
+        for size in (batch, 1) if len(given[0]) == 1 < batch else (batch,):
+            if size not in self._found:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._found[size] = self._find(size, tuning, chunk_size)
+            found = self._found[size]
+            if found is not None and found.captured.accepts(*given):
+                return found
+        return None
 
-    def _find(self, tuning: Tuning) -> Planned | None:
+    def _find(self, size: int, tuning: Tuning, chunk_size: int | None) -> Planned | None:
+        example = like(self._example, [x[:size] for x in tensors_of(self._example)])
         try:
             with torch.autocast("cpu", enabled=False):
-                captured = capture(self._model, self._example)
+                captured = capture(self._model, example)
         except CaptureError:
             return None
         graph = captured.module.graph
@@ -161,7 +172,10 @@ class OtherSizes:
         plan = Plan.build(graph, sparse, values)
         for layer in called_layers(plan):  # they may run sparse for the example's size
             layer.fold()
-        return Planned(captured, plan, {node.name: value for node, value in values.items()})
+        if chunk_size is not None and samples_of(graph, values, batch) is None:
+            chunk_size = None
+        named = {node.name: value for node, value in values.items()}
+        return Planned(captured, plan, named, chunk_size)
 
     def _set_weights(self, captured: Captured, values: dict[Any, Any]) -> bool:
         """Give the layers and constants of a graph the values of the first one.
