@@ -97,7 +97,7 @@ def for_one_sample(
         The graph, and the values of its nodes that do not depend on the input.
 
     Example:
-        >>> from .samples import samples_of
+        >>> from .independence import samples_of
         >>> graph = Graph()
         >>> x = graph.placeholder("x")
         >>> x.meta["val"] = torch.ones(2, 3)
@@ -114,8 +114,9 @@ def for_one_sample(
         if node in constants:
             values[new] = constants[node]
         if node in samples.shared:
-            rows = samples.shared[node]
-            values[new] = new.meta["val"] = constants[node].narrow(rows.dim, 0, rows.each)
+            rows, value = samples.shared[node], constants[node]
+            batch = value.shape[rows.dim] // rows.per_sample
+            values[new] = new.meta["val"] = rows.of_one(value, batch)
         elif node in samples.rows:
             new.meta["val"] = _of_one(node.meta["val"], samples.rows[node])
             if node.target in SIZED:
@@ -129,5 +130,5 @@ def _of_one(value: Any, rows: Any) -> Any:
     if not isinstance(rows, Rows):
         return [_of_one(v, r) for v, r in zip(value, rows, strict=True)]
     shape = list(value.shape)
-    shape[rows.dim] = rows.each
+    shape[rows.dim] = rows.per_sample
     return torch.empty(shape, dtype=value.dtype, device="meta")

@@ -1,4 +1,4 @@
-"""The forms in which a network can run: whole batches or one sample at a time, with tuned layers."""
+"""The forms in which a network can run: with the whole batch, or with one sample at a time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from .batch import BatchPlan
 from .chunks import concatenated, for_one_sample, split
+from .independence import samples_of
 from .layer import Layer
 from .memory import return_freed_memory
 from .plan import Plan, Sparse, can_run_sparse
 from .recurrent import Recurrent
-from .samples import samples_of
 from .timing import milliseconds
 from .tuning import LayerTuning, Tuning, distinct_ways, tune_layer
 from .workspace import WorkspacePool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -285,7 +285,7 @@ class SparseModule(nn.Module):
         return tree_unflatten(found, self.captured.spec)
 
     def _for_batch(self, *given: Tensor) -> WorkspacePool:
-        """Return the function that executes the plan for the batch size of inputs, or for chunks."""
+        """Return the function that executes the plan for the batch, or for its chunks."""
         batch = len(given[0])
         with self._lock:
             key = batch, self.threads

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from .capture import Captured, capture
 from .constants import attributes, with_results
 from .errors import CaptureError
+from .independence import samples_of
 from .inputs import Example, like, tensors_of
 from .layer import Layer
 from .memory import zeros_like
 from .ownership import Ownership, called_layers
 from .plan import Plan, can_run_sparse
 from .recurrent import Recurrent
-from .samples import samples_of
 from .tuning import Tuning
 
 
