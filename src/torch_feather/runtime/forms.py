@@ -108,7 +108,8 @@ class Form:
         def time(tuning: Tuning) -> float:
             return milliseconds(partial(self.pool(tuning), *given), min_total=100.0)
 
-        return dict(min(distinct_ways(tuned, sparse, dense), key=time))
+        found: Tuning = min(distinct_ways(tuned, sparse, dense), key=time)
+        return dict(found)
 
     def pool(self, tuning: Tuning) -> WorkspacePool:
         """Return the function that executes the graph."""

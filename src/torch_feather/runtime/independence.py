@@ -333,7 +333,7 @@ def _aligned_alike(samples: Follower, node: Node, tensors: Sequence[Node]) -> Ro
     for n in tensors:
         if n not in samples.rows:
             samples.share(node, n, rows)
-    return rows  # type: ignore[no-any-return]
+    return rows
 
 
 Rule = Callable[[Follower, Node, Mapping[str, Any]], Any]

@@ -177,7 +177,7 @@ class Follower:
         rows = self.of(x)
         require(isinstance(rows, Rows))
         require(not any(n in self.rows or n in self.shared for n in node.all_input_nodes[1:]))
-        return rows  # type: ignore[no-any-return]
+        return rows
 
     def share(self, user: Node, node: Node, rows: Rows) -> None:
         """Require a constant to be the same for all samples."""
