@@ -65,8 +65,7 @@ def compile_sparse(
 
     Without `tuning`, each layer is timed densely and sparsely. Then the whole network is timed with
     the faster way of each layer, with all layers sparse, and with all layers dense. The fastest of
-    the three is used, so a layer may run in the way that is slower for the layer alone. For several
-    samples, it is also timed with the whole batch at once and with one sample at a time.
+    the three is used, so a layer may run in the way that is slower for the layer alone.
 
     Any batch size is accepted if `torch.export` can show that the model's behavior is independent
     of it; the first batch of another size takes seconds. Otherwise, other sizes raise `InputError`.
@@ -82,10 +81,9 @@ def compile_sparse(
         tuning: results of another compiled network (`SparseModule.tuning`), or a file that
             `SparseModule.save_tuning` wrote, also on another machine. Layers that it does not name
             are timed. [default: all layers are timed]
-        chunk_size: number of samples that the network processes together. "auto": one, if the
-            captured graph shows that no sample affects the result for another one, and if this is
-            faster for the example; otherwise the whole batch. None: the whole batch. A number is
-            used unchecked: only for networks that process the samples of a batch independently.
+        chunk_size: number of samples that the network processes together; None for the whole batch.
+            "auto": the faster of one sample and the whole batch of the example; one only if the
+            captured graph shows that no sample affects another one. Numbers are used unchecked.
         choices: deprecated name of `tuning`.
         at_a_time: deprecated name of `chunk_size`.
 
