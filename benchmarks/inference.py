@@ -104,7 +104,7 @@ def measure(
     x: Tensor,
     others: list[Call],
     threads: int,
-    chunk_size: int | None,
+    chunk_size: int | str | None,
     tuning: dict[str, Any] | None,
 ) -> tuple[feather.runtime.SparseModule, list[float], dict[str, float]]:
     """Compile a sparse network and time it in turns with other calls.
@@ -121,8 +121,9 @@ def measure(
         The compiled network; milliseconds, its own first; and errors relative to the largest
         output: `error` against PyTorch, `differs` between two random batches.
     """
+    example = x[:chunk_size] if isinstance(chunk_size, int) else x
     module = feather.compile_sparse(
-        model, x[:chunk_size], threads=threads, tuning=tuning, chunk_size=chunk_size
+        model, example, threads=threads, tuning=tuning, chunk_size=chunk_size
     )
     with torch.inference_mode():
         expected, found, unlike = model(x), module(x), model(torch.randn_like(x))
@@ -207,7 +208,7 @@ class Session:
             SystemExit: its output differs from PyTorch's by more than rounding.
         """
         chunk = self.options.chunk_size
-        key = (head["network"], len(x[:chunk]), allocation, sparsity)
+        key = (head["network"], len(x), chunk, allocation, sparsity)
         module, (ms, *others), errors = measure(
             model, x, list(rivals.values()), head["threads"], chunk, self.tuning.get(key)
         )
@@ -226,8 +227,8 @@ class Session:
             "layers": len(module.tuning),
             "gmacs_per_s": rate,
             "of_peak": rate / self.peak / head["threads"],
-            "chunk_size": chunk,
-            "parts_ms": breakdown(module, x[:chunk]),
+            "chunk_size": module.chunk_size,
+            "parts_ms": breakdown(module, x[: module.given_chunk_size]),
         }
 
 
@@ -240,8 +241,14 @@ def line(row: dict[str, Any]) -> str:
         f"{row['ms']:8.2f} ms, {faster}, error {row['error']:.0e} "
         f"(outputs of two batches differ by {row['differs']:.0e}), "
         f"{row['sparse_layers']} of {row['layers']} layers sparse, "
+        f"{row['chunk_size'] or 'all'} images together, "
         f"{row['gmacs_per_s']:5.1f} G/s = {100 * row['of_peak']:.0f}% of peak; {parts}"
     )
+
+
+def chunk_size(text: str) -> int | str | None:
+    """Return the `chunk_size` that an option names."""
+    return None if text == "whole" else text if text == "auto" else int(text)
 
 
 def main() -> None:
@@ -258,7 +265,12 @@ def main() -> None:
     parser.add_argument("--allocation", nargs="+", default=list(ALLOCATIONS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--chunk-size", type=int, help="images processed together")
+    parser.add_argument(
+        "--chunk-size",
+        type=chunk_size,
+        default="auto",
+        help="images processed together: a number, whole, or auto, the faster of 1 and whole",
+    )
     parser.add_argument("--json", type=Path)
     session = Session(parser.parse_args(current_options(None, {"--at-a-time": "--chunk-size"})))
     print(session.header())

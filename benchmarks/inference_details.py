@@ -71,8 +71,12 @@ exit:
 
 
 def breakdown(module: feather.runtime.SparseModule, x: Tensor) -> dict[str, float]:
-    """Return the milliseconds by kind of step; steps are timed one by one in network order."""
-    workspace = Workspace(module._for_sizes(x).pool.plan)
+    """Return the milliseconds by kind of step; steps are timed one by one in network order.
+
+    If the network processes the batch in chunks, they are those of the first chunk.
+    """
+    plan = module._for_sizes(x).pool.plan
+    workspace, x = Workspace(plan), x[: plan.batch]
     workspace(x)
     calls: list[tuple[str, Callable[[list[Any]], None]]] = []
     for call in workspace.calls:

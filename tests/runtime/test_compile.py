@@ -43,8 +43,8 @@ from torch_feather.runtime import (
     RuntimeMissingError,
     capture,
     compile_sparse,
+    forms,
     kernels,
-    module,
 )
 from torch_feather.runtime.plan import Sparse
 
@@ -78,7 +78,7 @@ def untimed(monkeypatch):
     def tune_layer(node, layer, *_):
         raise AssertionError(f"{layer.name} was timed")
 
-    monkeypatch.setattr(module, "tune_layer", tune_layer)
+    monkeypatch.setattr(forms, "tune_layer", tune_layer)
 
 
 def test_any_batch_size_in_any_order(network, model):
@@ -182,14 +182,15 @@ class ChannelsLast(nn.Sequential):
         return self[2](self[1](self[0](x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
-def test_networks_compiled_for_one_sample_accept_several_if_only_pytorch_asked_for_the_number():
+@pytest.mark.parametrize("example", [1, 2])
+def test_networks_accept_any_number_of_samples_if_only_pytorch_asked_for_it(example):
     model, one = ChannelsLast(), torch.randn(1, 3, 6, 6)
     sizes = ({0: torch.export.Dim.AUTO},)
     with capture._guard_batch_of_one():
         program = torch.export.export(model, (torch.randn(2, 3, 6, 6),), dynamic_shapes=sizes)
     with pytest.raises(AssertionError, match="> 1"):  # otherwise, this test shows nothing
         program.module()._guards_fn(one)
-    network = compiled(model, one)
+    network = compiled(model, torch.randn(example, 3, 6, 6))
     for batch in (1, 3, 2, 1):
         x = torch.randn(batch, 3, 6, 6)
         assert error(network(x), model(x)) < TOLERANCE
@@ -656,7 +657,7 @@ def test_tuning_results_of_other_layers(model, monkeypatch):
     """Layers without results are timed. Results of unknown layers are ignored."""
     timed = []
     monkeypatch.setattr(
-        module, "tune_layer", lambda node, layer, *_: timed.append(layer.name) or DENSE
+        forms, "tune_layer", lambda node, layer, *_: timed.append(layer.name) or DENSE
     )
     x = torch.randn(2, *SHAPE)
     network = compile_sparse(model, x, tuning={"0.weight": SPARSE, "other": SPARSE})

@@ -46,6 +46,11 @@ class BatchPlan:
         self._tables: dict[tuple[Step, int], dict[str, np.ndarray]] = {}
         self.offsets, self.size = self._allocate()
 
+    def is_like(self, other: BatchPlan) -> bool:
+        """Return whether another plan of the same network executes the same steps."""
+        sizes = (self.batch, self.threads), (other.batch, other.threads)
+        return self.plan is other.plan and sizes[0] == sizes[1]
+
     def tables(self, step: Sparse) -> dict[str, np.ndarray]:
         """Return the arrays that the record of a layer points to, by the name of the field.
 

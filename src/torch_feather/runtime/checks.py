@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,29 +56,6 @@ def check_count(name: str, number: Any) -> int:
     if not isinstance(number, int) or number < 1:
         raise InputError(f"{name} must be an integer of at least 1, got {number!r}.")
     return number
-
-
-def check_chunks(shapes: Callable[..., Sequence[Any]], inputs: Sequence[Tensor]) -> None:
-    """Check that the outputs for parts of a batch can be concatenated.
-
-    Args:
-        shapes: function of the inputs that returns the shapes of the outputs.
-        inputs: those of the example.
-
-    Raises:
-        InputError: the first dimension of an output is not the batch.
-
-    Example:
-        >>> check_chunks(lambda x: [x.shape], [torch.ones(2, 3)])
-    """
-    for batch in (2, 3):
-        given = [torch.empty(batch, *x.shape[1:], dtype=x.dtype, device="cpu") for x in inputs]
-        for shape in shapes(*given):
-            if shape is not None and shape[:1] != (batch,):
-                raise InputError(
-                    "chunk_size requires outputs whose first dimension is the batch, but the model "
-                    f"returns {tuple(shape)} for {batch} samples. Compile it without chunk_size."
-                )
 
 
 def check_eager(x: Any) -> None:

@@ -155,23 +155,3 @@ def arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
         return (), dict(example)
     return tuple(example), {}
-
-
-def concatenated(*values: Any) -> Any:
-    """Return one output of the whole batch from those of its chunks.
-
-    Raises:
-        InputError: an output that is no tensor differs between the chunks.
-
-    Example:
-        >>> concatenated(torch.ones(2), torch.ones(1))
-        tensor([1., 1., 1.])
-    """
-    if isinstance(values[0], Tensor):
-        return torch.cat(values)
-    if any(value != values[0] for value in values):
-        raise InputError(
-            f"The model returned {', '.join(map(repr, values))} for the chunks of a batch, which "
-            "does not determine the output for the whole batch. Compile it without chunk_size."
-        )
-    return values[0]

@@ -5,15 +5,12 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 from torch.utils._pytree import tree_unflatten
 
 from ..deprecation import renamed_argument, warn_renamed
@@ -24,7 +21,6 @@ from .checks import (
     NOT_LOADED,
     NOT_SAVED,
     NOT_TRACED,
-    check_chunks,
     check_contiguous,
     check_count,
     check_eager,
@@ -33,23 +29,28 @@ from .checks import (
     fail_for_empty_batch,
     result_of_empty_batch,
 )
+from .chunks import check_chunks, concatenated, split
 from .constants import constants_of_module
 from .errors import InputError
-from .inputs import Example, Inputs, arguments, concatenated, tensors_of
+from .forms import Form, choose_form
+from .inputs import Example, Inputs, arguments, tensors_of
 from .kernels import Tile
-from .layer import Layer
-from .memory import return_freed_memory, without_collections
+from .memory import without_collections
 from .other_sizes import Planned, capture_example
 from .ownership import Ownership
-from .plan import Plan, Sparse, can_run_sparse
-from .recurrent import Recurrent
 from .strides import with_strides
-from .timing import milliseconds
-from .tuning import LayerTuning, Tuning, distinct_ways, table, tune_layer
+from .tuning import LayerTuning, Tuning, table
 from .tuning_file import load_tuning, save_tuning
 from .workspace import WorkspacePool
 
+ChunkSize = int | Literal["auto"] | None
 MAX_SIZES = 4  # number of input sizes for which tables and memory are kept
+
+
+def _checked(chunk_size: int | str) -> int:
+    if isinstance(chunk_size, str):
+        raise InputError(f'chunk_size must be a number, "auto" or None, got {chunk_size!r}.')
+    return check_count("chunk_size", chunk_size)
 
 
 def compile_sparse(
@@ -58,7 +59,7 @@ def compile_sparse(
     *,
     threads: int | None = None,
     tuning: Tuning | str | Path | None = None,
-    chunk_size: int | None = None,
+    chunk_size: ChunkSize = "auto",
     choices: Tuning | str | Path | None = None,
     at_a_time: int | None = None,
 ) -> SparseModule:
@@ -83,9 +84,9 @@ def compile_sparse(
         tuning: results of another compiled network (`SparseModule.tuning`), or a file that
             `SparseModule.save_tuning` wrote, also on another machine. Layers that it does not name
             are timed. [default: all layers are timed]
-        chunk_size: number of samples that the network processes together. Only for networks that
-            process the samples of a batch independently. Activations of small chunks fit into the
-            caches. [default: the whole batch]
+        chunk_size: number of samples that the network processes together; None for the whole batch.
+            "auto": the faster of one sample and the whole batch of the example; one only if the
+            captured graph shows that no sample affects another one. Numbers are used unchecked.
         choices: deprecated name of `tuning`.
         at_a_time: deprecated name of `chunk_size`.
 
@@ -132,7 +133,9 @@ class SparseModule(nn.Module):
         tuning: how each layer runs, by the name of its weight.
         threads: number of threads of the sparse layers. It may be set between calls; the way each
             layer runs stays the one that was measured with the former number.
-        chunk_size: number of samples that are processed together; None for whole batches.
+        chunk_size: number of samples that are processed together, as given or as chosen; None for
+            whole batches.
+        given_chunk_size: the number that was given as `chunk_size`; None if none was.
         shape: shape of one sample of the (first) input.
         inputs: names, shapes and types of all inputs.
         batch_size: number of samples of the example.
@@ -155,36 +158,32 @@ class SparseModule(nn.Module):
         example: Example,
         threads: int,
         tuning: Tuning | str | Path | None,
-        chunk_size: int | None,
+        chunk_size: ChunkSize,
     ) -> None:
         super().__init__()
-        if chunk_size is not None:
-            check_count("chunk_size", chunk_size)
+        is_auto = chunk_size == "auto"
+        self.given_chunk_size = None if is_auto or chunk_size is None else _checked(chunk_size)
         known = load_tuning(tuning) if isinstance(tuning, str | Path) else tuning
         self.inputs, given = Inputs.of(example), tensors_of(example)
-        self.threads, self.chunk_size, self.shape = threads, chunk_size, self.inputs.shapes[0]
-        self.batch_size = len(given[0])
+        self.threads, self.shape, self.batch_size = threads, self.inputs.shapes[0], len(given[0])
         model = copy_in_eval_mode(model)
         check_types(model, *given)
         args, kwargs = arguments(example)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             ownership = Ownership(model)
             self.captured, self._others = capture_example(model, example, ownership)
-            if chunk_size is not None:
+            if self.given_chunk_size is not None:
                 check_chunks(self.captured.shapes.output_shapes, given)
             self._empty_result = result_of_empty_batch(model, *args, **kwargs)
-            self._values = constants_of_module(self.captured.module)
-            self.constants = {node.name: value for node, value in self._values.items()}
-            nodes, self._plans = self._layer_nodes(), dict[tuple[str, ...], Plan]()
-            self.tuning = self._tune(nodes, known or {})
-            if known is None:
-                self.tuning = self._fastest(list(nodes.values()), given)
-            self.plan = self._plan(list(nodes.values()), self.tuning)
-            for layer in nodes.values():
+            graph, values = self.captured.module.graph, constants_of_module(self.captured.module)
+            form = Form(graph, values, self.batch_size, self.threads)
+            form, self.tuning = choose_form(form, given, known, may_split=is_auto)
+            self.plan, self.constants = form.plan(self.tuning), form.constants
+            self._chosen = form.chunk_size
+            for layer in form.layers.values():
                 layer.packs = self.tuning[layer.name].packs
                 layer.free_packed()
             ownership.own_layers(self.captured.module, self.plan)
-        del self._plans, self._values
         self._start()
 
     def _start(self) -> None:
@@ -196,11 +195,13 @@ class SparseModule(nn.Module):
         """Return a network with these attributes; it does not accept an empty batch.
 
         Args:
-            attributes: see the class, without `shape`.
+            attributes: see the class, without `shape` and `chunk_size`; `chosen`: chunk size of the
+                plan.
         """
         network = cls.__new__(cls)
         nn.Module.__init__(network)
         network.threads = attributes.pop("threads")
+        network._chosen = attributes.pop("chosen")
         network.__dict__.update(attributes, shape=attributes["inputs"].shapes[0], _others=None)
         network._empty_result = fail_for_empty_batch
         network._start()
@@ -214,15 +215,24 @@ class SparseModule(nn.Module):
     def threads(self, number: int) -> None:
         self._threads = check_count("threads", number)
 
+    @property
+    def chunk_size(self) -> int | None:
+        return self._chosen if self.given_chunk_size is None else self.given_chunk_size
+
     def batch_plan(self, batch: int, planned: Planned | None = None) -> BatchPlan:
-        """Return the plan for a batch size.
+        """Return the plan for a batch size: of the whole batch, or of one of its chunks.
 
         Args:
             batch: number of samples.
             planned: what `planned` returned for this number. [default: for the example's]
         """
-        plan, constants = (self.plan, self.constants) if planned is None else planned[1:]
-        return self._batch_plan(plan, self.tuning, batch, constants)
+        planned = self._of_example() if planned is None else planned
+        tiles: dict[str, Tile] = {name: layer.tile for name, layer in self.tuning.items()}
+        count = min(batch, planned.chunk_size or batch)
+        return BatchPlan(planned.plan, planned.constants, count, tiles, self.threads)
+
+    def _of_example(self) -> Planned:
+        return Planned(self.captured, self.plan, self.constants, self._chosen)
 
     def planned(self, *given: Tensor) -> Planned:
         """Return the graph and the plan for inputs; it may hold for other batch sizes, too.
@@ -231,9 +241,9 @@ class SparseModule(nn.Module):
             InputError: there is none.
         """
         if self.inputs.have_sizes_of(given) and self.captured.accepts(*given):
-            return Planned(self.captured, self.plan, self.constants)
+            return self._of_example()
         if self._others is not None:
-            return self._others.find(self.tuning, given)
+            return self._others.find(self.tuning, self._chosen, given)
         raise InputError(
             f"The network was compiled for a batch of {self.batch_size}, not of {len(given[0])}. "
             "It was loaded from a file, or its model cannot be captured again. Compile another "
@@ -267,13 +277,14 @@ class SparseModule(nn.Module):
         self.inputs.check(given, any_size=self._others is not None)
         if not len(given[0]):
             return self._empty_result()
-        if self.chunk_size is not None and len(given[0]) > self.chunk_size:
-            chunks = list(zip(*(x.split(self.chunk_size) for x in given), strict=True))
-        else:
-            chunks = [tuple(given)]
-        runs = [self._for_sizes(*chunk) for chunk in chunks]
-        captured = runs[0].captured
-        parts = [run.pool(*chunk) for run, chunk in zip(runs, chunks, strict=True)]
+        parts, captured = [], self.captured
+        for chunk in split(given, self.given_chunk_size):
+            run = self._for_sizes(*chunk)
+            captured = run.captured
+            if captured.reads_memory:
+                for x in given:
+                    check_contiguous(x)
+            parts += [run.pool(*part) for part in split(chunk, run.pool.plan.batch)]
         values = parts[0] if len(parts) == 1 else map(concatenated, *parts)
         with self._lock:
             strides = captured.shapes.output_strides(*given)
@@ -283,82 +294,24 @@ class SparseModule(nn.Module):
         ]
         return tree_unflatten(found, captured.spec)
 
-    def _layer_nodes(self) -> dict[Node, Any]:
-        """Return the layers that can run sparse."""
-        graph = self.captured.module.graph
-        given = next(n for n in graph.nodes if n.op == "placeholder").meta["val"]
-        return {
-            n: n.target
-            for n in graph.nodes
-            if isinstance(n.target, Layer | Recurrent) and can_run_sparse(n, given.shape[0])
-        }
-
-    def _tune(self, nodes: Mapping[Node, Any], known: Tuning) -> dict[str, LayerTuning]:
-        """Return how each layer runs; time those that are not known."""
-        steps = self._plan_all(list(nodes.values())).steps
-        return_freed_memory()
-        places: dict[Any, Sparse] = {s.layer: s for s in steps if isinstance(s, Sparse)}
-        times, sizes = dict[Any, Any](), (self.batch_size, self.threads)
-        return {
-            layer.name: known.get(layer.name)
-            or tune_layer(node, layer, *sizes, places.get(layer.kernel_form), times)
-            for node, layer in nodes.items()
-        }
-
-    def _plan_all(self, layers: Sequence[Any]) -> Plan:
-        names = tuple(layer.name for layer in layers)
-        if names not in self._plans:
-            graph = self.captured.module.graph
-            self._plans[names] = Plan.build(graph, layers, self._values)
-        return self._plans[names]
-
-    def _plan(self, layers: Sequence[Any], tuning: Tuning) -> Plan:
-        return self._plan_all([layer for layer in layers if tuning[layer.name].sparse])
-
-    def _batch_plan(
-        self, plan: Plan, tuning: Tuning, batch: int, constants: Mapping[str, Any]
-    ) -> BatchPlan:
-        tiles: dict[str, Tile] = {name: layer.tile for name, layer in tuning.items()}
-        return BatchPlan(plan, constants, batch, tiles, self.threads)
-
-    def _fastest(self, layers: Sequence[Any], given: Sequence[Tensor]) -> dict[str, LayerTuning]:
-        """Time the whole network tuned, with all layers sparse, and with all layers dense.
-
-        The conversion between the layouts of sparse and dense layers takes time, too. The times of
-        single layers do not include it.
-        """
-        tuned = self.tuning
-        sparse = {n: replace(t, sparse=t.sparse_ms is not None) for n, t in tuned.items()}
-        dense = {n: replace(t, sparse=False) for n, t in tuned.items()}
-
-        def time(tuning: Tuning) -> float:
-            plan = self._plan(layers, tuning)
-            run = WorkspacePool(self._batch_plan(plan, tuning, self.batch_size, self.constants))
-            return milliseconds(partial(run, *given), min_total=100.0)
-
-        fastest: Tuning = min(distinct_ways(tuned, sparse, dense), key=time)
-        return dict(fastest)
-
     def _for_sizes(self, *given: Tensor) -> _Run:
-        """Return what executes the plan for inputs of these sizes.
+        """Return what executes the plan for inputs of these sizes, or for chunks of them.
 
         Raises:
-            InputError: there is no plan, or it reads the memory of an input that is not contiguous.
+            InputError: there is no plan.
         """
         with self._lock:
             key = tuple(x.shape for x in given), self.threads
             if key not in self._runs:
                 planned = self.planned(*given)
-                pool = WorkspacePool(self.batch_plan(len(given[0]), planned))
+                plan = self.batch_plan(len(given[0]), planned)
+                alike = (r.pool for r in self._runs.values() if r.pool.plan.is_like(plan))
+                pool = next(alike, None) or WorkspacePool(plan)
                 self._runs[key] = _Run(planned.captured, pool)
                 while len(self._runs) > MAX_SIZES:
                     self._runs.popitem(last=False)
             self._runs.move_to_end(key)
-            run = self._runs[key]
-        if run.captured.reads_memory:
-            for x in given:
-                check_contiguous(x)
-        return run
+            return self._runs[key]
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise StateError(NOT_SAVED)
@@ -396,7 +349,7 @@ class SparseModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Return a table of the layers, their times, and how they run."""
-        return table(self.tuning, self.plan)
+        return table(self.tuning, self.plan, self.chunk_size)
 
     # Names of version 0.1
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .capture import Captured, capture
 from .constants import attributes, with_results
 from .errors import CaptureError, InputError
+from .independence import samples_of
 from .inputs import Example, like, tensors_of
 from .layer import Layer
 from .memory import zeros_like
@@ -39,6 +40,7 @@ class Planned(NamedTuple):
         captured: the graph.
         plan: its steps.
         constants: values of its nodes that do not depend on the input, by name.
+        chunk_size: number of samples that the plan processes together; None for whole batches.
 
     Example:
         >>> captured = capture(nn.ReLU(), torch.ones(3, 4))
@@ -49,6 +51,7 @@ class Planned(NamedTuple):
     captured: Captured
     plan: Plan
     constants: Mapping[str, Any]
+    chunk_size: int | None = None
 
 
 def capture_example(
@@ -104,7 +107,7 @@ class OtherSizes:
     Example:
         >>> model, x = nn.Conv1d(4, 2, 1), torch.ones(1, 4, 9)
         >>> others = OtherSizes(model, x, capture(model, x, any_batch=False))
-        >>> found = others.find({}, [torch.ones(3, 4, 5)])
+        >>> found = others.find({}, None, [torch.ones(3, 4, 5)])
         >>> found.captured.accepts(torch.ones(2, 4, 5))
         True
     """
@@ -148,13 +151,14 @@ class OtherSizes:
                 zeros.setdefault(id(tensor), zeros_like(tensor))
         return copies | zeros, list(zeros.values())
 
-    def find(self, tuning: Tuning, given: Sequence[Tensor]) -> Planned:
+    def find(self, tuning: Tuning, chunk_size: int | None, given: Sequence[Tensor]) -> Planned:
         """Return a graph for inputs of these sizes; it may hold for other batch sizes, too.
 
         The first call for a size takes seconds.
 
         Args:
             tuning: how each layer runs, by the name of its weight.
+            chunk_size: number of samples to process together, if the graph keeps samples apart.
             given: inputs, in the order of the example. Their values do not matter.
 
         Raises:
@@ -167,7 +171,7 @@ class OtherSizes:
                 return planned
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             try:
-                planned = self._capture(tuning, given)
+                planned = self._capture(tuning, chunk_size, given)
             except CaptureError as error:
                 raise InputError(
                     "The network cannot be compiled for inputs of the sizes "
@@ -176,7 +180,7 @@ class OtherSizes:
         self._found = [*self._found[1 - MAX_GRAPHS :], (sizes, planned)]
         return planned
 
-    def _capture(self, tuning: Tuning, given: Sequence[Tensor]) -> Planned:
+    def _capture(self, tuning: Tuning, chunk_size: int | None, given: Sequence[Tensor]) -> Planned:
         """Capture the model.
 
         Raises:
@@ -209,7 +213,10 @@ class OtherSizes:
         for layer in {step.layer for step in plan.steps if isinstance(step, Sparse)} - called:
             if layer.kernel_form is layer and self._layers.get(layer.name) is not layer:
                 layer.release()
-        return Planned(captured, plan, {node.name: value for node, value in values.items()})
+        if chunk_size is not None and samples_of(graph, values, batch) is None:
+            chunk_size = None
+        named = {node.name: value for node, value in values.items()}
+        return Planned(captured, plan, named, chunk_size)
 
     def _set_weights(self, captured: Captured, values: dict[Any, Any]) -> bool:
         """Give the layers and constants of a graph the values of the first one.

@@ -40,7 +40,7 @@ from .plan import Recurrence, Sparse
 from .stored_weights import check_dtype
 from .tuning import LayerTuning
 
-KEY, FORMAT = "torch-feather-compiled", 2
+KEY, FORMAT = "torch-feather-compiled", 3
 CODE = ("code.base", "code.kernels")
 
 
@@ -100,7 +100,8 @@ def save_compiled(
         "fingerprint": fingerprint(),
         "torch": torch.__version__,
         "threads": network.threads,
-        "chunk_size": network.chunk_size,
+        "chunk_size": network.given_chunk_size,
+        "plan_chunk_size": planned.chunk_size,
         "inputs": _inputs(network.inputs),
         "reads_memory": planned.captured.reads_memory,
         "spec": treespec_dumps(planned.captured.spec),
@@ -179,7 +180,7 @@ def _planned(network: SparseModule, sizes: Sequence[int]) -> Planned:
     Raises:
         InputError: there is none.
     """
-    found = Planned(network.captured, network.plan, network.constants)
+    found = network.planned(*_examples(network, network.batch_size))
     for batch in sizes:
         if batch > 0 and not found.captured.accepts(*_examples(network, batch)):
             with suppress(InputError):
@@ -318,6 +319,7 @@ def _network(
         plan=decoder.plan,
         tuning=tuning,
         threads=threads or header["threads"],
-        chunk_size=header["chunk_size"],
+        given_chunk_size=header["chunk_size"],
+        chosen=header["plan_chunk_size"],
         batch_size=min(strides),
     )

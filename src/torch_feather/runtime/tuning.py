@@ -43,6 +43,8 @@ class LayerTuning:
         dense_ms: milliseconds of the dense layer; None if it was not timed.
         sparse_ms: milliseconds of the sparse layer; None if it was not timed.
         packs: whether a dense convolution stores its weights in oneDNN's own order.
+        chunk_size: 1 if the network processes a batch one sample at a time, with which the layer
+            was timed; None for the whole batch.
 
     Example:
         >>> LayerTuning(sparse=True, tile=Tile(2, 8), sparsity=0.9).tile.channels
@@ -55,6 +57,7 @@ class LayerTuning:
     dense_ms: float | None = None
     sparse_ms: float | None = None
     packs: bool = True
+    chunk_size: int | None = None
 
 
 Tuning = Mapping[str, LayerTuning]
@@ -261,12 +264,13 @@ def distinct_ways(tuned: Tuning, sparse: Tuning, dense: Tuning) -> list[Tuning]:
     return ways
 
 
-def table(tuning: Tuning, plan: Plan) -> str:
+def table(tuning: Tuning, plan: Plan, chunk_size: int | None = None) -> str:
     """Return a table of the layers, their times, and how they run.
 
     Args:
         tuning: how each layer runs.
         plan: steps of the network.
+        chunk_size: number of samples that the network processes together; None for whole batches.
 
     Example:
         >>> table({}, Plan(Graph()))
@@ -287,6 +291,8 @@ def table(tuning: Tuning, plan: Plan) -> str:
     if others:
         counts = ", ".join(f"{n} x {name}" if n > 1 else name for name, n in others.items())
         lines.append(f"in PyTorch: {counts}")
+    if chunk_size is not None:
+        lines.append(f"batches: in chunks of {chunk_size}")
     return "\n".join(lines)
 
 

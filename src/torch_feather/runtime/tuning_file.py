@@ -77,6 +77,8 @@ def _read_layer(stored: Mapping[str, Any]) -> LayerTuning:
     for number, most in ((layer.sparsity, 1), *((t, math.inf) for t in times)):
         if type(number) not in (int, float) or not 0 <= number <= most or number == math.inf:
             raise ValueError(f"{number!r:.40} is out of range")
+    if layer.chunk_size is not None and (type(layer.chunk_size), layer.chunk_size) != (int, 1):
+        raise ValueError(f"chunk_size {layer.chunk_size!r:.40}")
     for flag in (layer.sparse, layer.packs):
         if not isinstance(flag, bool):
             raise TypeError(f"{flag!r:.40} is neither true nor false")
