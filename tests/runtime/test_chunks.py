@@ -416,7 +416,7 @@ def test_single_samples_are_not_timed_if_samples_are_mixed_or_the_size_is_given(
 
 
 def test_a_perceptron_processes_the_whole_batch():
-    """A sparse kernel computes several samples at once, in the time of one; a dense one does not."""
+    """A sparse kernel computes several samples at once, in the time of one."""
     model = pruned(nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024)), 0.95)
     assert compile_sparse(model, torch.randn(16, 1024), threads=1).chunk_size is None
 

@@ -144,6 +144,7 @@ class _Run:
         """Return the time of the batch. Dense layers pack their weights for the size of a batch."""
         for layer in self.form.layers.values():
             layer.free_packed()
+        self()  # kernels are compiled, and tables built
         return milliseconds(self, min_total=100.0, give_up=give_up)
 
     def agrees(self, other: _Run) -> bool:
