@@ -415,6 +415,12 @@ def test_single_samples_are_not_timed_if_samples_are_mixed_or_the_size_is_given(
         compile_sparse(model, x, threads=1, chunk_size="one")
 
 
+def test_a_perceptron_processes_the_whole_batch():
+    """A sparse kernel computes several samples at once, in the time of one."""
+    model = pruned(nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024)), 0.95)
+    assert compile_sparse(model, torch.randn(16, 1024), threads=1).chunk_size is None
+
+
 def test_forms_whose_results_differ_are_not_chosen(pretended, monkeypatch):
     """The graph shows that they do not; this is a second barrier."""
     pretended(whole=4.0, single=1.0)
