@@ -58,7 +58,7 @@ def test_scaled_selections_and_writes_from_candidates_are_those_of_all_weights(t
     fresh = [torch.empty_like(w) for w in weights.views]
     write_effective(LatentWeights(parameters), segments, Power(3.0), fresh)
     assert all(map(torch.equal, out, fresh))
-    assert out.sums.columns.tolist() == sum_ranges(weights, out).columns.tolist()
+    assert out.sums.checksums.tolist() == sum_ranges(weights, out).checksums.tolist()
     used = [
         o.candidates for own in overlaps_of(weights, list(spans(weights, segments))) for o in own
     ]
@@ -104,4 +104,4 @@ def test_functions_of_ranges_are_written_and_summed(dtype):
     write_each(weights, lambda w, m, u: u.copy_(w * m), out, masks)
     for u, w, m in zip(out, weights.views, masks, strict=True):
         assert torch.equal(u, (w * m).to(dtype))
-    assert out.sums.columns.tolist() == sum_ranges(weights, out).columns.tolist()
+    assert out.sums.checksums.tolist() == sum_ranges(weights, out).checksums.tolist()

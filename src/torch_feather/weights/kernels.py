@@ -9,7 +9,7 @@ loop prefetches what it reads and writes; that saves a third of the time of a co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .. import roots
 from .lanes import Lanes, function, loop
@@ -232,16 +232,21 @@ def emit_copy(width: int) -> str:
     return function(f"internal void @copy({WEIGHTS})", loop(width, "a", "%n", copy))
 
 
-def emit_sum(width: int, columns: int) -> str:
-    """Return the function that adds weights to the columns of a checksum, see `checksum.py`.
+def emit_sum(width: int, factors: Sequence[int]) -> str:
+    """Return the function that computes a checksum, see `checksum.py`.
 
-    Its arguments: weights from the start of a row on, their number, columns. It returns whether a
-    weight is NaN or infinite.
+    Its arguments: weights from the start of a row on, their number, memory for the checksum. It
+    returns whether a weight is NaN or infinite.
+
+    Args:
+        width: numbers in a vector.
+        factors: of the columns.
 
     Example:
-        >>> emit_sum(8, 509).splitlines()[0].split('(')[0]
+        >>> emit_sum(8, [3, 5]).splitlines()[1].split('(')[0]
         'define internal i32 @sum'
     """
+    columns, words = len(factors), f"<{width // 2} x i64>"
     both, signless = f"<{width} x i32>", Lanes(width, "").constant("i32", SIGNLESS)
 
     def add(v: Lanes, i: str) -> None:
@@ -254,10 +259,24 @@ def emit_sum(width: int, columns: int) -> str:
         most = v.new(f"call {both} @llvm.smax.v{width}i32({both} {most}, {both} {bits})")
         v.do(f"store {both} {most}, ptr %most")
 
-    return function(
-        "internal i32 @sum(ptr noalias %w, i64 %n, ptr noalias %columns)",
+    def multiply(v: Lanes, i: str) -> None:
+        column, factor = (
+            v.load(v.new(f"getelementptr i64, ptr {array}, i64 {i}"), "i64")
+            for array in ("%columns", "@factors")
+        )
+        total = v.new(f"load {words}, ptr %total")
+        total = v.op("add", "i64", total, v.op("mul", "i64", column, factor))
+        v.do(f"store {words} {total}, ptr %total")
+
+    constants = ", ".join(f"i64 {factor}" for factor in factors)
+    table = f"@factors = internal constant [{columns} x i64] [{constants}], align 64"
+    return f"{table}\n" + function(
+        "internal i32 @sum(ptr noalias %w, i64 %n, ptr noalias %checksum)",
         f"%most = alloca {both}\nstore {both} zeroinitializer, ptr %most",
-        f"""%words = lshr i64 %n, 1
+        f"%total = alloca {words}\nstore {words} zeroinitializer, ptr %total",
+        f"""%columns = alloca [{columns} x i64], align 64
+call void @llvm.memset.p0.i64(ptr %columns, i8 0, i64 {8 * columns}, i1 false)
+%words = lshr i64 %n, 1
 br label %head
 head:
 %r = phi i64 [0, %entry], [%next, %donea]
@@ -290,5 +309,9 @@ done:
 %most2 = call i32 @llvm.smax.i32(i32 %top, i32 %other)
 %nonfinite = icmp sge i32 %most2, {INFINITY}
 %result = zext i1 %nonfinite to i32""",
+        loop(width // 2, "b", str(columns), multiply),
+        f"""%totals = load {words}, ptr %total
+%sum = call i64 @llvm.vector.reduce.add.v{width // 2}i64({words} %totals)
+store i64 %sum, ptr %checksum""",
         end="ret i32 %result",
     )
