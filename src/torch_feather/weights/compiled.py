@@ -45,6 +45,10 @@ ROW = np.dtype(
 )
 """Type of a row of a table."""
 
+ROOM = 1 << 14
+"""Magnitudes that a thread has room for, in addition to a 32nd of all. Then a bracket from a sample
+fits for every number of weights; it holds about four times their number to the power of 2/3."""
+
 _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "leave": (_pointer, _number),
@@ -226,7 +230,7 @@ def collect(rows: np.ndarray, copies: bool) -> np.ndarray | None:
     function, width = found.functions["enter" if copies else "collect"], found.width
 
     def collect_part(part: np.ndarray) -> np.ndarray | None:
-        room = int(part["size"].sum()) // 16 + 1024
+        room = int(part["size"].sum()) // 32 + ROOM
         # The last vector that is stored may reach beyond the room.
         near = scratch("near", room + width, np.int32)
         function(part.ctypes.data, len(part), near.ctypes.data, room)
@@ -242,7 +246,7 @@ def collect(rows: np.ndarray, copies: bool) -> np.ndarray | None:
     for part, near in zip(parts, collected, strict=True):
         part["end"] += start
         start += near.size
-    return np.concatenate([np.empty(0, np.int32), *collected])
+    return collected[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *collected])
 
 
 def write_effective(
@@ -277,7 +281,7 @@ def write_effective(
     starts = [span.piece.start for span in every]
     if kept.get("starts") != starts:
         kept.update(starts=starts, parts=_rows_of_spans(weights, rows, every))
-    rows, range_of, span_of = kept["parts"]
+    rows, span_of = kept["parts"]
     rows = rows.copy()
     scales = [1.0 if span.piece.scale is None else float(span.piece.scale) for span in every]
     for field, values in (
@@ -300,7 +304,7 @@ def write_effective(
 
 def _rows_of_spans(
     weights: LatentWeights, whole: np.ndarray, every: Sequence[Span]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Return a table with a row for each overlap of a range and a span.
 
     Args:
@@ -309,8 +313,8 @@ def _rows_of_spans(
         every: all spans in their order.
 
     Returns:
-        The table, whose last row of each range sums all of it; and the number of the range and of
-        the span of each row.
+        The table, whose last row of each range sums all of it; and the number of the span of each
+        row.
     """
     found = ranges(weights)
     range_of, span_of, starts, sizes = overlaps(found, every)
@@ -320,7 +324,7 @@ def _rows_of_spans(
     rows["size"], rows["whole"] = sizes, whole["parameter"][range_of]
     last = np.append(range_of, -1)[1:] != range_of
     rows["count"][last] = whole["size"][range_of[last]]
-    return rows, range_of, span_of
+    return rows, span_of
 
 
 def sum_rows(rows: np.ndarray) -> None:

@@ -171,7 +171,7 @@ def _read_plain(
         if low[j] == NOTHING:
             return 0, np.empty(0, np.int64), None
         w = wide_array(latent, dtypes[found.position[j]], weights.wide)
-        return collect(w, int(low[j]), int(high[j]))
+        return collect(w, int(low[j]), int(high[j]), j)
 
     pairs = zip(arrays(weights, weights.views), arrays(weights, parameters), strict=True)
     parts = for_each(read, [(j, *pair) for j, pair in enumerate(pairs)])
