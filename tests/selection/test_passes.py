@@ -472,6 +472,7 @@ def peak_of_a_training_step(method, width=640, **options):
         *(
             pytest.param(method, {}, most, marks=pytest.mark.slow, id=method)
             for method, most in {
+                "feather-ham": 1.10,
                 "hard-ste": 1.10,
                 "soft-ste": 1.10,
                 "gmp": 1.10 + 1 / LAYERS,
