@@ -318,12 +318,12 @@ def _find(scores: Scores, k: int, low: float, high: float) -> Found | None:
     value = _smallest(near, rank)
     smaller = below + int(np.count_nonzero(near < value))
     equal = int(np.count_nonzero(near == value))
-    found: np.floating = value.view(scores.dtype)[()]
+    found: np.floating = value.view(scores.dtype)
     return found, smaller, equal, collected
 
 
-def _smallest(bits: np.ndarray, rank: int) -> np.ndarray:
-    """Return the rank-th smallest of scores, as integers, from rank 1; 0-dimensional.
+def _smallest(bits: np.ndarray, rank: int) -> np.signedinteger:
+    """Return the rank-th smallest of scores, as integers, from rank 1.
 
     Scores between close bounds are spread almost evenly. So few are searched, around the one that
     the rank suggests; all of them if it is not there.
@@ -338,7 +338,8 @@ def _smallest(bits: np.ndarray, rank: int) -> np.ndarray:
         below, chosen = 0, bits.copy()
     if chosen.min() != chosen.max():  # partition is slow on equal scores
         chosen.partition(rank - below - 1)
-    return chosen[rank - below - 1 : rank - below].reshape(())
+    found: np.signedinteger = chosen[rank - below - 1]
+    return found
 
 
 def _sampled(scores: Scores, k: int) -> Found:
