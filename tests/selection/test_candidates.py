@@ -1,5 +1,6 @@
 """Candidates, and what is computed range by range: as if all weights were read."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +8,7 @@ from torch_feather.methods.learned.changes import sums_of_changes
 from torch_feather.operators import Hard, Power
 from torch_feather.selection.reference import select_reference
 from torch_feather.weights import compiled
+from torch_feather.weights.candidates import ROOM, TURNS, collect
 from torch_feather.weights.deviations import standard_deviations
 from torch_feather.weights.exchange import read_latent
 from torch_feather.weights.latent import LatentWeights
@@ -43,7 +45,7 @@ def test_scaled_selections_and_writes_from_candidates_are_those_of_all_weights(t
     parameters = tensors(1, ties)
     weights = LatentWeights(parameters)
     scales = [torch.tensor(x) for x in (1.0, 1.75, torch.inf)]
-    k = torch.tensor(int(0.95 * weights.size))
+    k = torch.tensor(int(0.97 * weights.size))
     for step in range(2):
         if step:
             read_latent(weights, range(3), parameters)
@@ -58,13 +60,27 @@ def test_scaled_selections_and_writes_from_candidates_are_those_of_all_weights(t
     fresh = [torch.empty_like(w) for w in weights.views]
     write_effective(LatentWeights(parameters), segments, Power(3.0), fresh)
     assert all(map(torch.equal, out, fresh))
-    assert out.sums.columns.tolist() == sum_ranges(weights, out).columns.tolist()
+    assert out.sums.checksums.tolist() == sum_ranges(weights, out).checksums.tolist()
     used = [
         o.candidates for own in overlaps_of(weights, list(spans(weights, segments))) for o in own
     ]
     assert any(one is not None for one in used)
     sums, expected = (row_sums(w, segments, [0, 1]) for w in (weights, LatentWeights(parameters)))
     assert all(map(torch.equal, sums, expected))
+
+
+@pytest.mark.parametrize("kept", [0.01, 0.05, 0.1, 0.13, 0.3])
+def test_candidates_take_little_memory(kept):
+    parts = torch.randn(2 * TURNS, 65152, generator=torch.Generator().manual_seed(9)).numpy()
+    bound = int(np.float32(np.quantile(np.abs(parts), 1 - kept)).view(np.int32))
+    found = [collect(w, bound, bound, j)[2] for j, w in enumerate(parts)]
+    assert all(one is not None for one in found) == (kept < 0.3)
+    found = [one for one in found if one is not None]
+    with_values = [one for one in found if one.values is not None]
+    size = sum(one.at.nbytes for one in found) + sum(one.values.nbytes for one in with_values)
+    assert size <= 1.02 * ROOM * parts.nbytes  # the number of candidates differs among ranges
+    assert kept < 0.05 or len(with_values) < 2 * TURNS
+    assert kept > 0.05 or len(with_values) > TURNS
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
@@ -104,4 +120,4 @@ def test_functions_of_ranges_are_written_and_summed(dtype):
     write_each(weights, lambda w, m, u: u.copy_(w * m), out, masks)
     for u, w, m in zip(out, weights.views, masks, strict=True):
         assert torch.equal(u, (w * m).to(dtype))
-    assert out.sums.columns.tolist() == sum_ranges(weights, out).columns.tolist()
+    assert out.sums.checksums.tolist() == sum_ranges(weights, out).checksums.tolist()

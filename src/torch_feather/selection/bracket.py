@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WIDEST = 0.05
-"""Largest half-width, relative to the threshold; beyond it, a sample finds a narrower bracket."""
+WIDEST = 0.02
+"""Largest half-width, relative to the threshold; beyond it, a sample finds a narrower bracket. At
+most 2% of normally distributed scores are within."""
 NARROWEST = 1e-4
+NARROWING = 0.8
+"""Of the half-width in each step without a larger change. What is collected within a bracket needs
+memory, so it must not stay wide for long after a jump of the sparsity."""
 
 
 @dataclass
@@ -50,7 +54,7 @@ class Bracket:
             return
         if self.value:
             change = abs(value / self.value - 1)
-            self.width = min(WIDEST, max(4 * change, 0.9 * self.width, NARROWEST))
+            self.width = min(WIDEST, max(4 * change, NARROWING * self.width, NARROWEST))
         self.value = value
 
 
@@ -65,7 +69,7 @@ class Brackets:
         >>> brackets = Brackets(2)
         >>> brackets.update(np.array([0.0, 2.0]))
         >>> brackets.low()
-        array([0.   , 1.982])
+        array([0.   , 1.984])
     """
 
     def __init__(self, size: int):
@@ -83,5 +87,5 @@ class Brackets:
         """Follow new thresholds."""
         known = (self.value > 0) & (value > 0) & np.isfinite(value)
         change = np.abs(np.divide(value, self.value, out=np.ones_like(value), where=known) - 1)
-        width = np.clip(np.maximum(4 * change, 0.9 * self.width), NARROWEST, WIDEST)
+        width = np.clip(np.maximum(4 * change, NARROWING * self.width), NARROWEST, WIDEST)
         self.value, self.width = np.where(np.isfinite(value), value, 0.0), width

@@ -314,14 +314,32 @@ def _find(scores: Scores, k: int, low: float, high: float) -> Found | None:
         smaller = below + size
         equal = scores.count_up_to(scores.as_integer(high)) - smaller
         return (number(high), smaller, equal, None) if k <= smaller + equal else None
-    near = collected.scores.copy()
-    if near.min() != near.max():  # partition is slow on equal scores
-        near.partition(rank - 1)
-    value = near[rank - 1]
+    near = collected.scores
+    value = _smallest(near, rank)
     smaller = below + int(np.count_nonzero(near < value))
     equal = int(np.count_nonzero(near == value))
-    found: np.floating = near[rank - 1 : rank].view(scores.dtype)[0]
+    found: np.floating = value.view(scores.dtype)
     return found, smaller, equal, collected
+
+
+def _smallest(bits: np.ndarray, rank: int) -> np.signedinteger:
+    """Return the rank-th smallest of scores, as integers, from rank 1.
+
+    Scores between close bounds are spread almost evenly. So few are searched, around the one that
+    the rank suggests; all of them if it is not there.
+    """
+    low, high = int(bits.min()), int(bits.max())
+    step, half = (high - low) / bits.size, 2 * bits.size**0.5 + bits.size / 32
+    least = max(low, int(low + step * (rank - half)))
+    most = min(high, int(low + step * (rank + half)))
+    below = int(np.count_nonzero(bits < least))
+    chosen = bits[(bits >= least) & (bits <= most)]
+    if not below < rank <= below + chosen.size:
+        below, chosen = 0, bits.copy()
+    if chosen.min() != chosen.max():  # partition is slow on equal scores
+        chosen.partition(rank - below - 1)
+    found: np.signedinteger = chosen[rank - below - 1]
+    return found
 
 
 def _sampled(scores: Scores, k: int) -> Found:

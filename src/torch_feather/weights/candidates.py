@@ -15,10 +15,11 @@ from ..selection.cpu import INTEGER, magnitude_bits
 from ..threads import scratch
 
 MOST = 0.2
-"""Largest fraction of candidates that are held. Their indices of 2 bytes take a tenth of the memory
-of float32 weights."""
-MOST_VALUES = 1 / 10
-"""Largest fraction of which also the values are held."""
+"""Largest fraction of candidates that are held."""
+ROOM = 0.068
+"""Memory that candidates may take, as a fraction of the memory of the weights."""
+TURNS = 16
+"""Number of neighbouring ranges that share the memory for values."""
 
 
 class Candidates(NamedTuple):
@@ -34,7 +35,7 @@ class Candidates(NamedTuple):
     at: np.ndarray
     """Their positions in the range, uint16, ascending."""
     values: np.ndarray | None
-    """The weights; None if they would need too much memory."""
+    """The weights; None if there was no room for them."""
 
     def of(self, w: np.ndarray) -> np.ndarray:
         """Return the candidates among the weights of the range."""
@@ -76,17 +77,21 @@ def covering(
     return [one if ok else None for one, ok in zip(known, enough.tolist(), strict=True)]
 
 
-def collect(w: np.ndarray, low: int, high: int) -> tuple[int, np.ndarray, Candidates | None]:
+def collect(
+    w: np.ndarray, low: int, high: int, turn: int = 0
+) -> tuple[int, np.ndarray, Candidates | None]:
     """Count and collect magnitudes as `Scores.collect`, and find candidates above the same bound.
 
     Args:
         w: the weights of a range, of at most 65536.
         low: the lower bound, as an integer.
         high: the upper bound, as an integer; not above `low` if nothing is to be collected.
+        turn: position of the range; it decides whether values are held if there is room for some.
 
     Returns:
         The number of magnitudes up to `low`, those strictly between the bounds, and the candidates;
-        None if they are too many.
+        None if they are too many. If there is room for positions, but not for all values, some of
+        the ranges hold theirs: that is faster than a part of the values in each of them.
 
     Example:
         >>> low, high = np.float32([1.0, 3.0]).view(np.int32).tolist()
@@ -97,13 +102,16 @@ def collect(w: np.ndarray, low: int, high: int) -> tuple[int, np.ndarray, Candid
     bits = magnitude_bits(w)
     above = np.greater(bits, low, out=scratch("above", bits.size, bool))
     count = int(np.count_nonzero(above))
-    if count > MOST * w.size:
+    room = ROOM * w.nbytes - _POSITIONS.itemsize * count
+    if room < 0 or count > MOST * w.size:
         within = np.less(bits, high, out=scratch("within", bits.size, bool))
         return w.size - count, bits[np.logical_and(within, above, out=within)], None
     at, values = choose(w, above, count)
     scores = values.view(bits.dtype) & np.iinfo(bits.dtype).max
-    held = values if count <= MOST_VALUES * w.size else None
-    return w.size - count, scores[scores < high], Candidates(low, at, held)
+    fraction = room / max(values.nbytes, 1)
+    holds = int((turn % TURNS + 1) * fraction) > int(turn % TURNS * fraction)
+    found = Candidates(low, at, values if holds else None)
+    return w.size - count, scores[scores < high], found
 
 
 _POSITIONS = np.arange(1 << 16, dtype=np.uint16).reshape(-1, 8)

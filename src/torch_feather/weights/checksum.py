@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..threads import for_each
+from ..threads import for_each, scratch
 from .latent import BLOCK, LatentWeights, flat_bits
 from .ranges import COLUMNS, ROW_BYTES
 
-_FACTORS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, COLUMNS) | 1
+FACTORS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, COLUMNS) | 1
+"""Of the columns: odd int64 numbers."""
 _ROWS = 64
 _DOT = 8144
 """Values of a dot product: on more than 10,000, OpenBLAS starts threads of its own, which keep the
@@ -36,36 +37,27 @@ def checksum(tensor: Tensor) -> int:
     """
     flat = flat_bits(tensor.detach().as_strided((tensor.numel(),), (1,)).cpu())
     step = 4 * _ROWS * ROW_BYTES // flat.itemsize
-    parts = for_each(lambda a: column_sums(flat[a : a + step]), range(0, flat.size, step))
-    return checksum_of_columns(np.sum([np.zeros(COLUMNS, np.int64), *parts], axis=0))
+    parts = for_each(lambda a: checksum_of_rows(flat[a : a + step]), range(0, flat.size, step))
+    return _signed(sum(parts))
 
 
-def checksum_of_columns(columns: np.ndarray) -> int:
-    """Return the `checksum` of a tensor, from the sums of its columns.
+def checksum_of_rows(bits: np.ndarray) -> int:
+    """Return the contribution of some rows of a tensor's memory to its `checksum`.
+
+    The sum of the contributions of all rows, modulo 2^64, is the checksum.
+
+    Args:
+        bits: values as integers of their width; the first begins a row.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0, 3.0])
-        >>> checksum_of_columns(column_sums(flat_bits(w))) == checksum(w)
+        >>> checksum_of_rows(flat_bits(w)) == checksum(w)
         True
-    """
-    return _signed(int(np.dot(columns, _FACTORS)))
-
-
-def column_sums(bits: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Return the sums of the columns over a range of a tensor's memory that begins at a row.
-
-    Args:
-        bits: values as integers of their width.
-        out: int64 of shape (COLUMNS,), memory for the sums; None for new memory.
-
-    Example:
-        >>> column_sums(flat_bits(torch.tensor([1.0, 2.0]))).shape
-        (509,)
     """
     per_word = 8 // bits.itemsize
     whole = bits.size // per_word * per_word
     words, rest = bits[:whole].view(np.int64), bits[whole:]
-    columns = np.empty(COLUMNS, np.int64) if out is None else out
+    columns = scratch("columns", COLUMNS, np.int64)
     if per_word == 1:
         # Sign bits would be the topmost bits, and an even number of them cancels: mix them in.
         words = words ^ (words.view(np.uint64) >> 1).view(np.int64)
@@ -75,7 +67,7 @@ def column_sums(bits: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         columns[: words.size - full] += words[full:]
     if rest.size:  # the bytes of an incomplete last word; only the end of a tensor has one
         columns[-1] += int.from_bytes(rest.tobytes(), "little")
-    return columns
+    return int(np.dot(columns, FACTORS))
 
 
 def may_be_nonfinite(bits: np.ndarray, dtype: torch.dtype) -> bool:
@@ -172,7 +164,7 @@ def partial_checksum(tensor: Tensor, index: Tensor, size: int) -> int:
     in_words = position < size // per_word * per_word  # the others are in the incomplete last word
     column = np.where(in_words, position // per_word % COLUMNS, -1)
     shift = (position % per_word * 8 * width).astype(np.uint64)
-    return _signed(int(np.dot(bits << shift, _FACTORS.view(np.uint64)[column])))
+    return _signed(int(np.dot(bits << shift, FACTORS.view(np.uint64)[column])))
 
 
 def _signed(word: int) -> int:

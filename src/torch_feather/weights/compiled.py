@@ -9,8 +9,9 @@ A pass reads a table. A row describes a range of weights:
     low, high                  bounds of the magnitudes to collect, as bits
     below, begin, end          how many are at most `low`; where the collected ones are
     limit, tau, scale          weights with scores up to `limit`, as bits, are pruned; see `Span`
-    whole, count, columns      address and number of the weights to sum, and where; for whole ranges
-    flag                       whether the sums differ, or contain NaN or infinity
+    whole, count               address and number of the weights to sum; for whole ranges
+    checksum                   of the parameters
+    flag                       whether the checksum differs, or a weight is NaN or infinite
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from torch import Tensor
 from .. import devices
 from ..operators import Operator, Power
 from ..threads import for_each, scratch
+from .checksum import FACTORS
 from .latent import LatentWeights
-from .ranges import COLUMNS, ranges
+from .ranges import ranges
 from .spans import Span, is_plain, overlaps
 from .table_kernels import FIELDS, emit_module
 
@@ -42,6 +44,10 @@ ROW = np.dtype(
     ]
 )
 """Type of a row of a table."""
+
+ROOM = 1 << 14
+"""Magnitudes that a thread has room for, in addition to a 32nd of all. Then a bracket from a sample
+fits for every number of weights; it holds about four times their number to the power of 2/3."""
 
 _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
@@ -82,7 +88,7 @@ class Kernels:
         # AVX-512 has instructions that move the lanes of a mask together.
         tables = self.width == 8 and features.get("avx2", False)
         packs = tables or self.width == 16
-        module = llvm.parse_assembly(emit_module(self.width, COLUMNS, packs, tables))
+        module = llvm.parse_assembly(emit_module(self.width, FACTORS.tolist(), packs, tables))
         module.verify()
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(),
@@ -183,21 +189,20 @@ def _is_simple(target: Tensor, source: Tensor) -> bool:
     return same and not (devices.synchronizes(target.device) or devices.synchronizes(source.device))
 
 
-def leave(rows: np.ndarray, columns: np.ndarray) -> None:
-    """Copy latent weights into parameters if the sums of these are the given ones.
+def leave(rows: np.ndarray) -> None:
+    """Copy latent weights into parameters if these have the given checksum.
 
     Args:
-        rows: a table. `latent` may be 0: then nothing is copied. `flag` becomes 1 if sums differ.
-        columns: int64 of shape (rows, COLUMNS).
+        rows: a table with `checksum`. `latent` may be 0: then nothing is copied. `flag` becomes 1
+            if the checksum differs.
 
     Example:
         >>> weights, u = LatentWeights([torch.ones(2)]), torch.zeros(2)
-        >>> rows, columns = table(weights, [u]), np.zeros((1, COLUMNS), np.int64)
+        >>> rows = table(weights, [u])
         >>> if rows is not None:
-        ...     leave(rows, columns)
+        ...     leave(rows)
         ...     assert u.tolist() == [1, 1]
     """
-    rows["columns"] = _addresses(columns)
     _for_each_part("leave", rows)
 
 
@@ -225,7 +230,7 @@ def collect(rows: np.ndarray, copies: bool) -> np.ndarray | None:
     function, width = found.functions["enter" if copies else "collect"], found.width
 
     def collect_part(part: np.ndarray) -> np.ndarray | None:
-        room = int(part["size"].sum()) // 16 + 1024
+        room = int(part["size"].sum()) // 32 + ROOM
         # The last vector that is stored may reach beyond the room.
         near = scratch("near", room + width, np.int32)
         function(part.ctypes.data, len(part), near.ctypes.data, room)
@@ -241,24 +246,24 @@ def collect(rows: np.ndarray, copies: bool) -> np.ndarray | None:
     for part, near in zip(parts, collected, strict=True):
         part["end"] += start
         start += near.size
-    return np.concatenate([np.empty(0, np.int32), *collected])
+    return collected[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *collected])
 
 
 def write_effective(
     weights: LatentWeights, every: Sequence[Span], operator: Operator, out: Sequence[Tensor],
-    columns: np.ndarray | None = None,
+    checksums: np.ndarray | None = None,
 ) -> bool | None:  # fmt: skip
-    """Write the effective weights and sum them, if there is a compiled function for them.
+    """Write the effective weights and their checksums, if there is a compiled function for them.
 
     Args:
         weights: the latent weights.
         every: all spans in their order.
         operator: gives the values of kept weights.
         out: local tensors to write.
-        columns: int64 of shape (ranges, COLUMNS) for their sums; None for no sums.
+        checksums: int64 of shape (ranges,) to write; None to compute none.
 
     Returns:
-        Whether a sum found NaN or infinity; None if nothing was written.
+        Whether a checksum found NaN or infinity; None if nothing was written.
 
     Example:
         >>> from torch_feather.operators import Hard
@@ -276,7 +281,7 @@ def write_effective(
     starts = [span.piece.start for span in every]
     if kept.get("starts") != starts:
         kept.update(starts=starts, parts=_rows_of_spans(weights, rows, every))
-    rows, range_of, span_of = kept["parts"]
+    rows, span_of = kept["parts"]
     rows = rows.copy()
     scales = [1.0 if span.piece.scale is None else float(span.piece.scale) for span in every]
     for field, values in (
@@ -285,20 +290,21 @@ def write_effective(
         ("scale", scales),
     ):
         rows[field] = np.array(values)[span_of]
-    if columns is None:
+    summed = rows["count"] > 0
+    if checksums is None:
         rows["count"] = 0  # nothing is summed
-    else:
-        rows["columns"] = _addresses(columns)[range_of]
     # Other operators are here only if all weights are kept.
     known = isinstance(operator, Power) and operator.p in (1.0, 2.0, 3.0)
     kind = int(operator.p) if known else "hard"  # type: ignore[attr-defined]
     _for_each_part(f"update_{kind}", rows)
+    if checksums is not None:
+        checksums[:] = rows["checksum"][summed]
     return bool(rows["flag"].any())
 
 
 def _rows_of_spans(
     weights: LatentWeights, whole: np.ndarray, every: Sequence[Span]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Return a table with a row for each overlap of a range and a span.
 
     Args:
@@ -307,8 +313,8 @@ def _rows_of_spans(
         every: all spans in their order.
 
     Returns:
-        The table, whose last row of each range sums all of it; and the number of the range and of
-        the span of each row.
+        The table, whose last row of each range sums all of it; and the number of the span of each
+        row.
     """
     found = ranges(weights)
     range_of, span_of, starts, sizes = overlaps(found, every)
@@ -318,33 +324,26 @@ def _rows_of_spans(
     rows["size"], rows["whole"] = sizes, whole["parameter"][range_of]
     last = np.append(range_of, -1)[1:] != range_of
     rows["count"][last] = whole["size"][range_of[last]]
-    return rows, range_of, span_of
+    return rows, span_of
 
 
-def sum_rows(rows: np.ndarray, columns: np.ndarray) -> None:
-    """Sum parameters.
+def sum_rows(rows: np.ndarray) -> None:
+    """Compute the checksum of parameters.
 
     Args:
         rows: a table. `flag` becomes 1 if a parameter is NaN or infinite.
-        columns: int64 of shape (rows, COLUMNS), to write.
 
     Example:
+        >>> from torch_feather.weights.checksum import checksum
         >>> weights, u = LatentWeights([torch.ones(2)]), torch.ones(2)
-        >>> rows, columns = table(weights, [u]), np.zeros((1, COLUMNS), np.int64)
+        >>> rows = table(weights, [u])
         >>> if rows is not None:
-        ...     sum_rows(rows, columns)
-        ...     assert columns[0, 0] == 0x3F8000003F800000
+        ...     sum_rows(rows)
+        ...     assert rows["checksum"].tolist() == [checksum(u)]
     """
-    rows["whole"], rows["count"], rows["columns"] = (
-        rows["parameter"], rows["size"], _addresses(columns)
-    )  # fmt: skip
+    rows["whole"], rows["count"] = rows["parameter"], rows["size"]
     rows["size"] = 0  # nothing is written
     _for_each_part("update_hard", rows, rows["count"])
-
-
-def _addresses(columns: np.ndarray) -> np.ndarray:
-    """Return the address of each row of sums."""
-    return columns.ctypes.data + columns.strides[0] * np.arange(len(columns))
 
 
 def _for_each_part(name: str, rows: np.ndarray, work: np.ndarray | None = None) -> None:

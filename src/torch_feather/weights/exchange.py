@@ -209,6 +209,7 @@ def _read_plain(
     """
     found = ranges(weights)
     dtypes = [view.dtype for view in weights.views]
+    nothing = np.empty(0, INTEGER[score_dtype(weights)])
 
     def read(task: tuple[int, np.ndarray, np.ndarray]) -> tuple[int, np.ndarray, Candidates | None]:
         j, latent, parameter = task
@@ -216,9 +217,9 @@ def _read_plain(
         if change is not None:
             change(j)
         if low[j] == NOTHING:
-            return 0, np.empty(0, np.int64), None
+            return 0, nothing, None
         w = wide_array(latent, dtypes[found.position[j]], weights.wide)
-        return collect(w, int(low[j]), int(high[j]))
+        return collect(w, int(low[j]), int(high[j]), j)
 
     pairs = zip(arrays(weights, weights.views), arrays(weights, parameters), strict=True)
     parts = for_each(read, [(j, *pair) for j, pair in enumerate(pairs)])

@@ -309,10 +309,10 @@ def declarations(width: int) -> list[str]:
         f"declare {vector} @llvm.sqrt.v{width}f32({vector})",
         f"declare {ints} @llvm.smax.v{width}i32({ints}, {ints})",
         f"declare i32 @llvm.vector.reduce.smax.v{width}i32({ints})",
+        f"declare i64 @llvm.vector.reduce.add.v{width // 2}i64(<{width // 2} x i64>)",
         "declare i64 @llvm.ctpop.i64(i64)",
         "declare i64 @llvm.smin.i64(i64, i64)",
         "declare i32 @llvm.smax.i32(i32, i32)",
         "declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)",
-        "declare i32 @memcmp(ptr, ptr, i64)",
         "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)",
     ]

@@ -19,12 +19,12 @@ from ..selection.cpu import magnitude_bits
 from ..threads import for_each, scratch
 from . import compiled
 from .candidates import choose
-from .checksum import column_sums, may_be_nonfinite
+from .checksum import checksum_of_rows, may_be_nonfinite
 from .exchange import thresholds_of
 from .kept import kept_values
 from .latent import LatentWeights, flat_bits
 from .overlaps import Overlap, overlaps_of
-from .ranges import COLUMNS, arrays, groups, ranges, wide_array
+from .ranges import arrays, groups, ranges, wide_array
 from .rows import NO_FACTORS, RowFactors
 from .segments import Segment
 from .spans import Span, is_plain, keeps_all, spans
@@ -56,17 +56,17 @@ def write_effective(
     """
     every, found = list(spans(weights, segments)), ranges(weights)
     size, recorded, nonfinite = len(found.size), isinstance(out, Recorded), None
-    columns = np.empty((size, COLUMNS), np.int64) if recorded else None
+    checksums = np.empty(size, np.int64) if recorded else None
     if isinstance(operator, Operator):
-        sums = None if factors else columns
+        sums = None if factors else checksums
         nonfinite = compiled.write_effective(weights, every, operator, out, sums)
         operator = [operator] * len(segments)
     flat = arrays(weights, out) if nonfinite is None or factors else []
     rows = _row_factors(weights, factors)
 
     def finish(j: int) -> None:
-        if columns is not None:
-            column_sums(flat[j], columns[j])
+        if checksums is not None:
+            checksums[j] = checksum_of_rows(flat[j])
 
     if nonfinite is None:
         pieces = _pieces(weights, every, operator, flat, rows)
@@ -89,12 +89,12 @@ def write_effective(
             if j in rows:
                 rows[j].multiply(torch.from_numpy(flat[j]).view(dtype))
             finish(j)
-            return columns is not None and may_be_nonfinite(flat[j], dtype)
+            return checksums is not None and may_be_nonfinite(flat[j], dtype)
 
         nonfinite = any(for_each(multiply, range(size)))
     torch.autograd.graph.increment_version(list(out))
-    if isinstance(out, Recorded) and columns is not None:
-        out.sums = Sums(versions(out), columns, nonfinite)
+    if isinstance(out, Recorded) and checksums is not None:
+        out.sums = Sums(versions(out), checksums, nonfinite)
 
 
 def write_each(
@@ -113,7 +113,7 @@ def write_each(
     """
     found, recorded = ranges(weights), isinstance(out, Recorded)
     size = len(found.size)
-    columns = np.empty((size if recorded else 0, COLUMNS), np.int64)
+    checksums = np.empty(size, np.int64)
     flats = [arrays(weights, weights.views), *map(found.of, more), arrays(weights, out)]
     dtypes = [[tensor.dtype for tensor in tensors] for tensors in (weights.views, *more, out)]
 
@@ -122,13 +122,13 @@ def write_each(
         pairs = zip(flats, dtypes, strict=True)
         function(*(torch.from_numpy(flat[j]).view(dtype[i]) for flat, dtype in pairs))
         if recorded:
-            column_sums(bits, columns[j])
+            checksums[j] = checksum_of_rows(bits)
         return recorded and may_be_nonfinite(bits, out[i].dtype)
 
     nonfinite = any(for_each(write, range(size)))
     torch.autograd.graph.increment_version(list(out))
     if isinstance(out, Recorded):
-        out.sums = Sums(versions(out), columns, nonfinite)
+        out.sums = Sums(versions(out), checksums, nonfinite)
 
 
 def _row_factors(weights: LatentWeights, factors: Mapping[int, Tensor]) -> dict[int, RowFactors]:

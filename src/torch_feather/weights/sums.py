@@ -9,38 +9,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..threads import for_each, scratch
+from ..threads import for_each
 from . import compiled
-from .checksum import checksum_of_columns, column_sums, may_be_nonfinite
+from .checksum import checksum_of_rows, may_be_nonfinite
 from .latent import LatentWeights
-from .ranges import COLUMNS, arrays, ranges
+from .ranges import arrays, ranges
 
 
 class Sums(NamedTuple):
-    """Versions of tensors, and the sums of the columns of each of their `ranges`.
+    """Versions of tensors, and the checksum of each of their `ranges`.
 
     Example:
         >>> w = torch.tensor([1.0, torch.inf])
         >>> sums = sum_ranges(LatentWeights([w]), [w])
-        >>> sums.columns.shape, sums.nonfinite
-        ((1, 509), True)
+        >>> sums.checksums.shape, sums.nonfinite
+        ((1,), True)
     """
 
     versions: list[int]
-    columns: np.ndarray
-    """int64 of shape (ranges, COLUMNS)."""
+    checksums: np.ndarray
+    """int64 of shape (ranges,); the sum over a tensor is its `checksum`."""
     nonfinite: bool
     """Whether a value may be NaN or infinite."""
 
     def checksum(self, weights: LatentWeights, i: int) -> int:
         """Return the `checksum` of tensor i."""
-        of_tensor = self.columns[ranges(weights).position == i]
-        return checksum_of_columns(of_tensor.sum(0))
+        return int(self.checksums[ranges(weights).position == i].sum())
 
     def differ(self, weights: LatentWeights, other: Sums) -> list[int]:
         """Return the positions of the tensors of which a version or a sum differs."""
         modified = np.array(self.versions) != other.versions
-        differs = (self.columns != other.columns).any(1)
+        differs = self.checksums != other.checksums
         modified[ranges(weights).position[differs]] = True
         return np.flatnonzero(modified).tolist()
 
@@ -53,8 +52,8 @@ class Recorded(list[Tensor]):
         >>> recorded, weights = Recorded([w]), LatentWeights([w])
         >>> recorded.sums = sum_ranges(weights, recorded)
         >>> _ = w.zero_()
-        >>> int(recorded.sums_of(weights).columns.sum())  # computed again
-        0
+        >>> recorded.sums_of(weights).checksums.tolist()  # computed again
+        [0]
     """
 
     def __init__(self, tensors: Iterable[Tensor]):
@@ -91,7 +90,7 @@ class Leaving(Recorded):
         >>> u, weights = torch.zeros(2), LatentWeights([torch.ones(2)])
         >>> leaving = Leaving(weights, [0], [u], sum_ranges(weights, [u]))
         >>> [held], [latent] = arrays(weights, leaving), arrays(weights, weights.views)
-        >>> if leaving.leaves(0, column_sums(held)):
+        >>> if leaving.leaves(0, checksum_of_rows(held)):
         ...     np.copyto(held, latent)
         >>> u, leaving.finish()
         (tensor([1., 1.]), {0: 1})
@@ -105,21 +104,21 @@ class Leaving(Recorded):
         sums: Sums,
     ):
         super().__init__(parameters)
-        self._columns, self._ranges = sums.columns, ranges(weights)
+        self._checksums, self._ranges = sums.checksums.tolist(), ranges(weights)
         chosen = np.zeros(len(parameters), bool)
         chosen[list(positions)] = True
         chosen &= np.array(versions(parameters)) == sums.versions
         self._leaves: list[bool] = chosen[self._ranges.position].tolist()
         self._left = np.zeros(len(self._leaves), bool)
 
-    def leaves(self, j: int, columns: np.ndarray) -> bool:
+    def leaves(self, j: int, checksum: int) -> bool:
         """Return whether a range must become latent weights: not if other code modified it.
 
         Args:
             j: position of the range.
-            columns: its present sums, as of `column_sums`.
+            checksum: of its present values.
         """
-        self._left[j] = self._leaves[j] and columns.tobytes() == self._columns[j].tobytes()
+        self._left[j] = self._leaves[j] and checksum == self._checksums[j]
         return bool(self._left[j])
 
     def restore(self, effective: Sequence[Tensor]) -> None:
@@ -163,20 +162,18 @@ def sum_ranges(weights: LatentWeights, tensors: Sequence[Tensor]) -> Sums:
         False
     """
     every = ranges(weights)
-    rows, columns = compiled.table(weights, tensors), np.empty((len(every.size), COLUMNS), np.int64)
+    rows = compiled.table(weights, tensors)
     if rows is not None:
-        compiled.sum_rows(rows, columns)
-        return Sums(versions(tensors), columns, bool(rows["flag"].any()))
+        compiled.sum_rows(rows)
+        return Sums(versions(tensors), rows["checksum"].copy(), bool(rows["flag"].any()))
+    dtypes = [tensors[i].dtype for i in every.position.tolist()]
 
-    position: list[int] = every.position.tolist()
+    def add(task: tuple[np.ndarray, torch.dtype]) -> tuple[int, bool]:
+        return checksum_of_rows(task[0]), may_be_nonfinite(*task)
 
-    def add(task: tuple[int, np.ndarray]) -> bool:
-        j, bits = task
-        column_sums(bits, columns[j])
-        return may_be_nonfinite(bits, tensors[position[j]].dtype)
-
-    odd = for_each(add, list(enumerate(arrays(weights, tensors))))
-    return Sums(versions(tensors), columns, any(odd))
+    found = for_each(add, list(zip(arrays(weights, tensors), dtypes, strict=True)))
+    checksums = np.array([checksum for checksum, _ in found], np.int64)
+    return Sums(versions(tensors), checksums, any(odd for _, odd in found))
 
 
 def copy_unmodified(
@@ -218,7 +215,8 @@ def copy_unmodified(
     if rows is not None:
         if not copied.all():
             rows["latent"][~copied[every.position]] = 0
-        compiled.leave(rows, sums.columns)
+        rows["checksum"] = sums.checksums
+        compiled.leave(rows)
         differs = rows["flag"] != 0
     else:
         differs = _copy_unmodified(weights, parameters, sums, copied)
@@ -231,12 +229,11 @@ def _copy_unmodified(
     weights: LatentWeights, parameters: Sequence[Tensor], sums: Sums, copied: np.ndarray
 ) -> np.ndarray:
     """Copy as `copy_unmodified` with NumPy; return which ranges were modified."""
-    every = ranges(weights)
+    every, expected = ranges(weights), sums.checksums.tolist()
 
     def copy(task: tuple[int, np.ndarray, np.ndarray]) -> bool:
         j, parameter, latent = task
-        found = column_sums(parameter, scratch("sums", COLUMNS, np.int64))
-        if found.tobytes() != sums.columns[j].tobytes():
+        if checksum_of_rows(parameter) != expected[j]:
             return True
         if copied[every.position[j]]:
             np.copyto(parameter, latent)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .kernels import emit_collect, emit_copy, emit_sum, emit_write
 from .lanes import declarations, emit_moves, function
 
 FIELDS = {
     "latent": "ptr", "parameter": "ptr", "size": "i64",
-    "whole": "ptr", "count": "i64", "columns": "ptr",
+    "whole": "ptr", "count": "i64", "checksum": "i64",
     "begin": "i64", "end": "i64", "below": "i64",
     "low": "i32", "high": "i32", "limit": "i32", "flag": "i32",
     "tau": "float", "scale": "float",
@@ -15,12 +17,16 @@ FIELDS = {
 """Fields of a row of a table, and their types; `compiled.py` describes them."""
 
 
+def _at(name: str) -> str:
+    """Return an instruction that finds the address of a field of the row."""
+    index = list(FIELDS).index(name)
+    return f"%{name}.at = getelementptr %Row, ptr %row, i32 0, i32 {index}"
+
+
 def _get(*names: str) -> str:
     """Return instructions that load fields of the row."""
     return "\n".join(
-        f"%{name}.at = getelementptr %Row, ptr %row, i32 0, i32 {list(FIELDS).index(name)}\n"
-        f"%{name} = load {FIELDS[name]}, ptr %{name}.at"
-        for name in names
+        f"{_at(name)}\n%{name} = load {FIELDS[name]}, ptr %{name}.at" for name in names
     )
 
 
@@ -57,21 +63,19 @@ done:""",
     )
 
 
-def _emit_leave(columns: int) -> str:
+def _emit_leave() -> str:
     """Return `leave`: parameters become latent weights, unless other code wrote into them.
 
     Sets `flag` to whether the checksum differs. A null pointer for latent weights copies nothing.
     """
-    size = 8 * columns
     return _each_row(
         "leave",
         "",
-        f"%found = alloca [{columns} x i64], align 64",
-        f"""{_get("latent", "parameter", "size", "columns")}
-call void @llvm.memset.p0.i64(ptr %found, i8 0, i64 {size}, i1 false)
+        "%found = alloca i64",
+        f"""{_get("latent", "parameter", "size", "checksum")}
 call i32 @sum(ptr %parameter, i64 %size, ptr %found)
-%order = call i32 @memcmp(ptr %found, ptr %columns, i64 {size})
-%differs = icmp ne i32 %order, 0
+%now = load i64, ptr %found
+%differs = icmp ne i64 %now, %checksum
 %marked = zext i1 %differs to i32
 {_set("flag", "%marked")}
 %nothing = icmp eq ptr %latent, null
@@ -107,7 +111,7 @@ br label %next""",
     )
 
 
-def _emit_update(p: int | None, columns: int) -> str:
+def _emit_update(p: int | None) -> str:
     """Return `update_P`: parameters become effective weights; then a range of them is summed.
 
     With tau = 0, kept weights keep their values. Sets `flag` if a sum found NaN or infinity.
@@ -118,7 +122,7 @@ def _emit_update(p: int | None, columns: int) -> str:
         "",
         "",
         f"""{_get("latent", "parameter", "size", "limit", "tau", "scale")}
-{_get("whole", "count", "columns")}
+{_get("whole", "count")}
 %soft = fcmp ogt float %tau, 0.0
 br i1 %soft, label %power, label %hard
 power:
@@ -131,24 +135,26 @@ written:
 %sums = icmp sgt i64 %count, 0
 br i1 %sums, label %add, label %next
 add:
-call void @llvm.memset.p0.i64(ptr %columns, i8 0, i64 {8 * columns}, i1 false)
-%odd = call i32 @sum(ptr %whole, i64 %count, ptr %columns)
+{_at("checksum")}
+%odd = call i32 @sum(ptr %whole, i64 %count, ptr %checksum.at)
 {_set("flag", "%odd")}
 br label %next""",
     )
 
 
-def emit_module(width: int, columns: int, packs: bool = False, tables: bool = False) -> str:
+def emit_module(
+    width: int, factors: Sequence[int], packs: bool = False, tables: bool = False
+) -> str:
     """Return the LLVM IR of all functions.
 
     Args:
         width: float32 numbers in a vector.
-        columns: 64-bit words in a row of a checksum.
+        factors: of the columns of a checksum.
         packs: compute kept weights side by side, for processors that move them there fast.
         tables: move them with AVX2.
 
     Example:
-        >>> text = emit_module(8, 509)
+        >>> text = emit_module(8, [1] * 509)
         >>> [line.split("(")[0] for line in text.splitlines() if line.startswith("define void")][:2]
         ['define void @leave', 'define void @enter']
     """
@@ -161,9 +167,9 @@ def emit_module(width: int, columns: int, packs: bool = False, tables: bool = Fa
             *(emit_write(f"write_{p or 'hard'}", p, width, packs) for p in kinds),
             *(emit_collect(width, copies) for copies in (True, False)),
             emit_copy(width),
-            emit_sum(width, columns),
-            _emit_leave(columns),
+            emit_sum(width, factors),
+            _emit_leave(),
             *(_emit_enter(copies) for copies in (True, False)),
-            *(_emit_update(p, columns) for p in kinds),
+            *(_emit_update(p) for p in kinds),
         ]
     )

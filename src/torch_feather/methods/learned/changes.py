@@ -11,9 +11,9 @@ from torch import Tensor
 from ... import devices
 from ...operators import Operator
 from ...threads import for_each, scratch
-from ...weights.checksum import column_sums, dot
+from ...weights.checksum import checksum_of_rows, dot
 from ...weights.latent import LatentWeights, sum_blocks
-from ...weights.ranges import COLUMNS, arrays, ranges
+from ...weights.ranges import arrays, ranges
 from ...weights.sums import Leaving, Recorded, Sums, versions
 from ..base import Gradients
 
@@ -65,16 +65,16 @@ def _on_cpu(
     """Return the sums for tensors of type `wide`, with one read of each."""
     found, recorded = ranges(weights), isinstance(effective, Recorded)
     leaving = effective if isinstance(effective, Leaving) else None
-    columns = np.empty((len(found.size) if recorded else 0, COLUMNS), np.int64)
+    checksums = np.empty(len(found.size), np.int64)
     kind = np.float64 if weights.wide == torch.float64 else np.float32
 
     def change(task: tuple[int, np.ndarray, np.ndarray, np.ndarray]) -> float:
         j, latent, held, gradient = task
         if recorded:
-            column_sums(held, columns[j])
+            checksums[j] = checksum_of_rows(held)
         w, u = latent.view(kind), held.view(kind)
         with np.errstate(all="ignore"):
-            if leaving is None or not leaving.leaves(j, columns[j]):
+            if leaving is None or not leaving.leaves(j, int(checksums[j])):
                 values = np.subtract(u, w, out=scratch("values", w.size, kind))
                 return dot(values, gradient.view(kind))
             total = dot(np.subtract(u, w, out=u), gradient.view(kind))  # u is not needed any more
@@ -85,7 +85,7 @@ def _on_cpu(
     of_gradients = found.of(gradients)  # not kept: that would hold their memory
     rows = zip(arrays(weights, weights.views), held, of_gradients, strict=True)
     if isinstance(effective, Recorded):
-        effective.sums = Sums(versions(effective), columns, nonfinite=True)
+        effective.sums = Sums(versions(effective), checksums, nonfinite=True)
     sums = for_each(change, [(j, *row) for j, row in enumerate(rows)])
     with np.errstate(all="ignore"):
         total = np.bincount(found.position, sums, len(weights.views))
