@@ -31,7 +31,7 @@ import torch_feather as feather
 from torch_feather.training.provenance import provenance
 from torch_feather.weights import compiled
 
-METHODS = "hard-ste", "soft-ste", "gmp", "st3", "asl", "str", "spartan", "probmask"
+METHODS = "feather-ham", "hard-ste", "soft-ste", "gmp", "st3", "asl", "str", "spartan", "probmask"
 HALF = "feather, theta 0.5"
 FEATHER: dict[str, dict[str, Any]] = {"feather": {}, HALF: {"theta": 0.5}}
 SETTLE = 25

@@ -25,7 +25,7 @@ from .engine.turns import not_reached
 from .errors import StateError, printable, warn
 from .finetune import FixedMask
 from .measure.report import Report, report
-from .methods.base import AnyMethod, no_learning_rate
+from .methods.base import AnyMethod
 from .participants import forget, remember
 from .prunable import Filters, find_prunable
 from .weights.counts import count_zeros
@@ -77,8 +77,7 @@ class Sparsifier(NotPickled):
         self._health = Health(model, binding.names, total_steps)
         self._health.raise_if_nan(weights, binding.local)
         bound = method.bind(MethodContext(model, binding.names, weights, sparsity, total_steps))
-        if bound.facts.follows_lr and binding.learning_rate() is None:
-            raise no_learning_rate()  # before hooks are registered
+        binding.check_followed(bound)  # before hooks are registered
         training = Training(model, binding, weights, bound)
         self._states = StateDicts(sparsity, total_steps, bound.fingerprint)
         self._fixed_mask: FixedMask | None = None

@@ -89,6 +89,7 @@ class Reference:
         self.size = sum(w.numel() for w in self.latent.values())
         self.target, self.total_steps, self.step_count = sparsity, total_steps, 0
         self.learned: list[nn.Parameter] = []
+        self.rates: dict[int, float] = {}  # learning rates of the latent weights, by id
 
     @property
     def sparsity(self) -> float:
@@ -163,6 +164,22 @@ class GlobalThreshold(Reference):
             name: Thresholded.apply(w, mask, tau / self.scale(name), self.p, self.theta)
             for (name, w), mask in zip(self.latent.items(), kept, strict=True)
         }
+
+
+class Multiplied(GlobalThreshold):
+    """After each step, each weight is multiplied by an exponential of its gradient."""
+
+    def __init__(self, *args, alpha: float, beta: float, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.alpha, self.beta = alpha, beta
+
+    def advance(self) -> None:
+        super().advance()
+        for w in self.latent.values():
+            if w.grad is not None:
+                lr = float(self.rates[id(w)])
+                exponent = -lr * (self.alpha * w.grad * w.detach().sign() + self.beta)
+                w.data *= torch.exp(exponent.clamp(-5, 5))
 
 
 class BiasedThreshold(GlobalThreshold):
@@ -707,6 +724,8 @@ METHODS = {
                    options={"allocation": "erk"}, reference_options={}),
         MethodCase("feather-flops", "feather-flops", BiasedThreshold,
                    options={"costs": some_costs, "gamma": 0.7}),
+        MethodCase("feather-ham", "feather-ham", Multiplied,
+                   options={"alpha": 3.0, "beta": 0.05, "theta": 0.3}),
         MethodCase("st3", "st3", RescaledThreshold),
         MethodCase("st3-sigma", "st3-sigma", RescaledThreshold, reference_options={"sigma": True}),
         MethodCase("probmask", "probmask", ProbMask, exact=False),

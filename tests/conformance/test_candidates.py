@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from torch_feather import methods
 from torch_feather.errors import ConfigurationError
 from torch_feather.methods.candidates import feather_ham, feather_phases, feather_sensitivity
-from torch_feather.methods.candidates.ham import HAM
 from torch_feather.methods.candidates.phases import Phases
 from torch_feather.schedules import Cubic
 from torch_feather.testing import PROPERTIES, check_method
@@ -60,11 +60,6 @@ class Plain:
         return {name: u.detach() for name, u in self.effective(self.total).items()}
 
 
-class PlainHAM(Plain):
-    def changed(self, w, gradient):
-        return w * torch.exp((0.05 * (-20.0 * w.sign() * gradient)).clamp(-5, 5))
-
-
 class PlainPhases(Plain):
     def fraction(self, step):
         if step < 3:  # of 12 steps
@@ -97,7 +92,8 @@ class PlainSensitivity(Plain):
 
 
 @pytest.mark.parametrize(
-    ("factory", "plain"), [*zip(FACTORIES, [PlainHAM, PlainPhases, PlainSensitivity], strict=True)]
+    ("factory", "plain"),
+    [(feather_phases, PlainPhases), (feather_sensitivity, PlainSensitivity)],
 )
 def test_a_candidate_equals_its_autograd_form(factory, plain):
     def reference(network, sparsity, total_steps):
@@ -112,9 +108,16 @@ def test_every_candidate_has_every_property(factory):
     check_method(factory)
 
 
-def test_the_exponent_of_ham_is_bounded():
-    w = HAM(alpha=200.0, beta=0.0)(torch.ones(2), torch.tensor([1e9, -1e9]), lr=1.0)
-    assert torch.equal(w, torch.exp(torch.tensor([-5.0, 5.0])))
+@pytest.mark.parametrize("options", [{}, {"alpha": 2, "beta": 0.1, "theta": 0.75, "p": 2.0}])
+def test_the_candidate_ham_is_feather_ham(options):
+    """`test_trajectory.py` compares `feather-ham` with its autograd form."""
+    assert feather_ham(sparsity=0.99, **options) == methods.feather_ham(sparsity=0.99, **options)
+
+
+@pytest.mark.parametrize("end", [0.3, 0.75])
+def test_the_rise_of_the_candidate_ham_ends_after_a_fraction_of_training(end):
+    found = feather_ham(sparsity=0.99, end=end).schedule.table(100)
+    assert torch.equal(found, Cubic(0, round(100 * end)).table(100))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100, 3910])

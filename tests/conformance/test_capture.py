@@ -131,13 +131,14 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_takes_as_many_operations_for_many_tensors_as_for_few(as_on_a_device):
+@pytest.mark.parametrize("method", ["feather", "feather-ham"])
+def test_a_step_takes_as_many_operations_for_many_tensors_as_for_few(method, as_on_a_device):
     """Each operation takes an accelerator microseconds, even for a small tensor."""
     counts = []
     for layers in (2, 20):
         model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)
-        sparsifier = feather.sparsify(model, optimizer, sparsity=0.8, total_steps=10)
+        sparsifier = feather.sparsify(model, optimizer, method, sparsity=0.8, total_steps=10)
         model(torch.randn(4, 8)).sum().backward()
         optimizer.step()
         [one] = sparsifier.step.optimizers

@@ -212,15 +212,15 @@ def test_include_of_a_scalar_parameter_is_an_error(method):
     sparsify(model, method=method, include="*", exclude="scale")
 
 
-@pytest.mark.parametrize("method", ["asl", "asl+", "feather-asl+", "str"])
-def test_an_optimizer_without_a_learning_rate_for_thresholds_that_follow_it(method):
+@pytest.mark.parametrize("method", ["asl", "asl+", "feather-asl+", "str", "feather-ham"])
+def test_an_optimizer_without_a_learning_rate_that_the_method_follows(method):
     class Plain(torch.optim.Optimizer):
         def __init__(self, params):
             super().__init__(params, {})
 
     model = MODELS["mlp"].make()
     optimizer = Plain(model.parameters())
-    options = {} if method == "str" else {"dense_below": 0}
+    options = {"dense_below": 0} if "asl" in method else {}
     with pytest.raises(ConfigurationError, match=r"no learning rate \(lr\)"):
         sparsify(model, optimizer, method, **options)
     assert not as_hooks(optimizer)

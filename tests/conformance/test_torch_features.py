@@ -20,7 +20,8 @@ from .models import CLASSES, MODELS, ModelCase
 
 # Methods whose gradients need no completion.
 ELEMENTWISE = [
-    "feather", "feather-theta", "hard-ste", "gmp-stem", "feather-erk", "feather-flops", "st3-sigma",
+    "feather", "feather-theta", "hard-ste", "gmp-stem", "feather-erk", "feather-flops",
+    "feather-ham", "st3-sigma",
 ]  # fmt: skip
 OTHERS = ["probmask", "spartan", "asl", "asl+", "str"]
 

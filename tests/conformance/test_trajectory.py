@@ -42,11 +42,11 @@ def compare(
     net = case.make(0, dtype)
     reference = method.refer(net, case, TOTAL)
     optimizers = [*as_list(made(net))]
+    groups = [group for one in optimizers for group in one.param_groups]
+    reference.rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     if reference.learned:
         first = next(iter(reference.latent.values()))
-        groups = [group for one in optimizers for group in one.param_groups]
-        lr = next(g["lr"] for g in groups if any(p is first for p in g["params"]))
-        optimizers.append(reference.inner_optimizer(float(lr)))
+        optimizers.append(reference.inner_optimizer(float(reference.rates[id(first)])))
     loop = Loop(reference, net, optimizers, case, run.loop.recipe, dtype, reference)
     if tolerance is None:
         tolerance = max(made.tolerance, method.tolerance)
@@ -134,6 +134,12 @@ def test_every_method_under_every_recipe(method, recipe):
     compare(method, model="mlp", recipe=recipe, **precision(recipe))
 
 
+def test_latent_updates_follow_the_learning_rate_of_each_optimizer():
+    made = OPTIMIZERS["muon+adamw"](MODELS["convnet"].make())
+    assert len({group["lr"] for one in made for group in one.param_groups}) == 2
+    compare("feather-ham", "muon+adamw")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_with_a_frozen_layer(method):
     compare(method, model="frozen")
@@ -168,7 +174,7 @@ def test_every_way_to_use_an_optimizer(method, optimizer, recipe):
     compare(method, optimizer, recipe=recipe, **precision(recipe))
 
 
-@pytest.mark.parametrize("method", ["feather-theta", "asl-fast", "spartan-frozen"])
+@pytest.mark.parametrize("method", ["feather-theta", "feather-ham", "asl-fast", "spartan-frozen"])
 @pytest.mark.parametrize(
     ("optimizer", "recipe"),
     [

@@ -72,6 +72,7 @@ METHODS = {
     "erk": {"allocation": "erk", "p": 2.0, "theta": 0.0},
     "flops": {"allocation": FlopsBiased(gamma=0.5, costs=COSTS)},
     "flops budget": {"allocation": FlopsBiased(budget=150.0, costs=COSTS)},
+    "ham": {"method": "feather-ham", "alpha": 3.0, "beta": 0.05, "theta": 0.5},
     "sigma": {"method": "st3-sigma", "kind": "sgd"},
     "groups": {"sparsity": {"[04].weight": 0.6, "*": 0.8}, "min_density": 0.1},
     "asl": {"method": "asl", "dense_below": 10, "kind": "sgd", "total_steps": 4},
@@ -126,7 +127,7 @@ def masks_are_those_of_one_process_and_a_step_exchanges_few_bytes(folder):
 @check(2, 4)
 def every_method_that_works_on_shards_trains_as_in_one_process(folder):
     for name, how in METHODS.items():
-        if dist.get_world_size() == 4 and name not in ("feather bounded", "erk", "asl+"):
+        if dist.get_world_size() == 4 and name not in ("feather bounded", "erk", "ham", "asl+"):
             continue
         try:
             compare(steps=STEPS if name == "asl+" else 4, **how)
@@ -136,7 +137,7 @@ def every_method_that_works_on_shards_trains_as_in_one_process(folder):
 
 @check(2)
 def the_accelerator_path_is_the_same(folder):
-    for name in ("feather bounded", "uniform", "sigma"):
+    for name in ("feather bounded", "uniform", "ham", "sigma"):
         compare(way=accelerator, steps=3, **METHODS[name])
 
 

@@ -454,6 +454,7 @@ def peak_of_a_training_step(method, width=640, **options):
         *(
             pytest.param(method, {}, most, marks=pytest.mark.slow, id=method)
             for method, most in {
+                "feather-ham": 1.15,
                 "hard-ste": 1.15,
                 "soft-ste": 1.15,
                 "gmp": 1.15 + 1 / LAYERS,

@@ -1,6 +1,7 @@
 """The phases of the study `beyond`."""
 
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch_feather.errors import ConfigurationError
 from torch_feather.studies import STUDIES, beyond
 from torch_feather.studies.comparison import compare_pairs
 from torch_feather.studies.execute import base_config
+from torch_feather.studies.runs import read_rows, row_matches
 from torch_feather.studies.study import GridAxes
 from torch_feather.training.config import DENSE
 
+ROOT = Path(__file__).parents[2]
 STUDY = STUDIES["beyond"]
 FINAL_SEEDS = (3, 12)
 
@@ -64,6 +67,18 @@ def test_every_method_of_the_plan_can_be_attached():
         )
 
 
+def test_every_recorded_run_is_planned_with_its_settings():
+    """Otherwise the command would train it again, such as if an option of a candidate changed."""
+    config = base_config(STUDY, "cifar100-small", None, None, ["system.amp=false"])
+    runs = STUDY.plan(config, GridAxes([0.98, 0.99, 0.995, 0.999], range(3, 23)))
+    planned = {run.name: run for run in runs}
+    rows = read_rows(ROOT / "results" / "beyond" / "runs.json")
+    assert any(row["method"] == "torch_feather.methods.candidates:feather_ham" for row in rows)
+    for row in rows:
+        assert row_matches(row, planned[row["name"]]), row["name"]
+        assert row["label"] == planned[row["name"]].label
+
+
 def test_seeds_of_other_phases_are_errors():
     with pytest.raises(ConfigurationError, match="--seeds 1001"):
         plan([3, 1001])
@@ -91,11 +106,11 @@ def test_exploration_shows_validation_accuracy_and_no_test_accuracy(row):
 
 
 def test_the_final_comparison_corrects_over_the_primary_sparsities(row, monkeypatch):
-    tuned, ours = "feather (tuned)", "ours"
-    variants = {**beyond.COMPARED, tuned: {"method": "feather"}, ours: {"method": "gmp"}}
+    tuned, ours = beyond.TUNED_FEATHER, "ours"
+    variants = {tuned: {"method": "feather"}, ours: {"method": "gmp"}}
     final = beyond.Phase("final comparison", variants, validation=0.0)
     monkeypatch.setattr(beyond, "FINAL", final)
-    monkeypatch.setattr(beyond, "PHASES", (*beyond.PHASES[:-1], final))
+    monkeypatch.setattr(beyond, "PHASES", (*beyond.PHASES[:-2], final, beyond.REFERENCE))
     monkeypatch.setattr(beyond, "PRIMARY", (ours, tuned))
     rows = [
         row(label, s, seed, 0.5 + (label == ours) * (0.01 + 0.001 * (seed % 3)), label=label)

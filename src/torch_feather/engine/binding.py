@@ -5,16 +5,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import ConfigurationError, StateError, some, warn
-from ..methods.base import Rate
+from ..latent_updates import LatentUpdate
+from ..methods.base import BoundMethod, Rate, no_learning_rate
 from ..prunable import Prunable, unwrap
 from ..weights.shards import fsdp_units, local, local_all, reshard
+from ..weights.updates import PendingUpdate
 from .module_path import Path, find_path
 from .step_in_backward import in_backward
 from .storage import check_storage
@@ -108,10 +110,42 @@ class Binding:
         """Return the positions of the weights that an optimizer holds."""
         return [i for i, weight in enumerate(self.weights) if weight.optimizer == optimizer]
 
-    def learning_rate(self) -> Rate:
-        """Return the present learning rate of the first prunable weight; None if it has none."""
-        first = self.weights[0]
-        return self.optimizers[first.optimizer].param_groups[first.group].get("lr")
+    def group(self, i: int) -> dict[str, Any]:
+        """Return the parameter group of weight i."""
+        weight = self.weights[i]
+        return self.optimizers[weight.optimizer].param_groups[weight.group]
+
+    def learning_rate(self, i: int = 0) -> Rate:
+        """Return the present learning rate of weight i; None if its group has none."""
+        return self.group(i).get("lr")
+
+    def pending(self, update: LatentUpdate, taken: bool | Tensor) -> PendingUpdate:
+        """Return a latent update with the present gradients and learning rates.
+
+        Args:
+            update: the latent update.
+            taken: whether the step was taken; a tensor if only the device knows.
+
+        Raises:
+            ConfigurationError: a parameter group has no learning rate.
+        """
+        rates = [self.learning_rate(i) for i in range(len(self.weights))]
+        if any(rate is None for rate in rates):
+            raise no_learning_rate()
+        return PendingUpdate(update, self.gradients, cast(list[float | Tensor], rates), taken)
+
+    def check_followed(self, method: BoundMethod) -> None:
+        """Raise ConfigurationError if a method cannot follow the steps of the optimizers."""
+        every = range(1 if method.latent_update is None else len(self.weights))
+        follows = method.facts.follows_lr or method.latent_update is not None
+        if follows and any(self.learning_rate(i) is None for i in every):
+            raise no_learning_rate()
+        rising = [self.names[i] for i in every if self.group(i).get("maximize")]
+        if rising and method.latent_update is not None:
+            raise ConfigurationError(
+                f"The optimizer ascends the gradients of {some(rising)} (maximize=True), and the "
+                f"method's {method.latent_update!r} descends them. Negate the loss instead."
+            )
 
     def current(self) -> list[nn.Parameter]:
         """Return the parameters that the optimizers hold now at the recorded positions.

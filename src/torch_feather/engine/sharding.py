@@ -13,10 +13,10 @@ from ..weights.shards import is_sharded, local
 
 ONE_PROCESS = (
     "This method needs whole weight tensors in one process, but the weights are sharded over "
-    "several. On shards use feather, feather-gmp, feather-flops, hard-ste, soft-ste, gmp, st3 or "
-    "st3-sigma without patterns (st3 not for transposed convolutions and Conv1D, whose shards hold "
-    "parts of all output channels), asl, asl+, feather-asl+ or str. All other methods work with "
-    "DistributedDataParallel."
+    "several. On shards use feather, feather-gmp, feather-flops, feather-ham, hard-ste, soft-ste, "
+    "gmp, st3 or st3-sigma without patterns (st3 not for transposed convolutions and Conv1D, whose "
+    "shards hold parts of all output channels), asl, asl+, feather-asl+ or str. All other methods "
+    "work with DistributedDataParallel."
 )
 
 

@@ -157,12 +157,12 @@ class Step:
         if one.in_backward:
             self._after_in_backward(one)
             return
-        self._read_latent(one)
         # A fused optimizer under GradScaler decides on the device whether it steps.
         skipped = getattr(one.optimizer, "found_inf", None)
         taken = taken and not one.initializes
-        self.turns.add(one.number, taken)
         counts = taken if skipped is None else (skipped == 0) & taken
+        self._read_latent(one, counts)
+        self.turns.add(one.number, taken)
         self._advance(counts if one.last else False)
 
     def _advance(self, taken: bool | Tensor) -> None:
@@ -189,8 +189,8 @@ class Step:
         self.training.write_latent(one.held, check)
         one.holds_latent = True
 
-    def _read_latent(self, one: OneOptimizer) -> None:
-        self.training.read_latent(one.held)
+    def _read_latent(self, one: OneOptimizer, taken: bool | Tensor = False) -> None:
+        self.training.read_latent(one.held, taken)
         one.holds_latent = False
 
     def _settle(self, one: OneOptimizer) -> None:
@@ -215,7 +215,7 @@ class Step:
     def _after_in_backward(self, one: OneOptimizer) -> None:
         if not one.held:
             return
-        self._read_latent(one)
+        self._read_latent(one, taken=True)
         held = self.training.binding.local
         copy_all([held[i] for i in one.held], one.forward_values)
         one.forward_values = []

@@ -124,14 +124,8 @@ class Training:
             return
         if method.facts.random is not None:
             method.state[method.facts.random].flat.add_(taken)
-        method.after_step(
-            self.weights,
-            self.pruning,
-            binding.gradients,
-            self.count,
-            binding.learning_rate(),
-            taken,
-        )
+        gradients, lr = binding.gradients, binding.learning_rate()
+        method.after_step(self.weights, self.pruning, gradients, self.count, lr, taken)
         self.forget_own_gradients()
         if method.facts.completes:
             self.pending.consume(binding.parameters)
@@ -173,10 +167,16 @@ class Training:
             write_latent(self.weights, positions, held)
 
     @no_grad
-    def read_latent(self, positions: Sequence[int]) -> None:
-        """Read latent weights from the parameters at these positions."""
-        held = self.binding.local
-        read_latent(self.weights, positions, [held[i] for i in positions])
+    def read_latent(self, positions: Sequence[int], taken: bool | Tensor = False) -> None:
+        """Read latent weights from the parameters at these positions.
+
+        Args:
+            positions: positions of the weight tensors.
+            taken: whether their optimizer took a step, after which the method may update them.
+        """
+        held, update = self.binding.local, self.method.latent_update
+        pending = None if update is None or taken is False else self.binding.pending(update, taken)
+        read_latent(self.weights, positions, [held[i] for i in positions], pending)
 
     # Gradients
 

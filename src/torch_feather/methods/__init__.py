@@ -1,11 +1,12 @@
 """The methods of sparse training, and the contract for a method of your own.
 
-`Method` composes most methods of four parts:
+`Method` composes most methods of four parts, and an optional fifth:
 
     operator        the effective value of a kept weight
     gradient rule   how the gradient reaches the latent weights
     allocation      how the target is divided among the layers
     schedule        the sparsity over time
+    latent update   how the latent weights change after each step; optional
 
 Other methods subclass `BoundMethod`.
 """
@@ -13,6 +14,7 @@ Other methods subclass `BoundMethod`.
 from .base import AnyMethod, BoundMethod, Completion, Facts, Summary
 from .feather import feather
 from .feather_flops import feather_flops
+from .feather_ham import feather_ham
 from .gmp import feather_gmp, gmp
 from .learned import LearnedMethod, asl, asl_plus, feather_asl_plus, str_
 from .magnitude import MagnitudePruning, Method
@@ -56,6 +58,7 @@ __all__ = [
     "feather_asl_plus",
     "feather_flops",
     "feather_gmp",
+    "feather_ham",
     "find_method",
     "gmp",
     "hard_ste",

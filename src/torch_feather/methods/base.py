@@ -6,6 +6,7 @@ returns a `BoundMethod`, the method on one model. In one step the engine calls, 
     pull_back            for each new gradient, elementwise: dL/du becomes dL/dw
     complete             once, when all gradients exist: adds terms with sums over them
     (the optimizer steps)
+    latent_update        changes the latent weights elementwise, if the method has one
     after_step           own parameters step; latent weights may be changed
     update               thresholds or masks of the new latent weights
     write_effective      u = R(w)
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from ..context import MethodContext
 from ..errors import ConfigurationError
+from ..latent_updates import LatentUpdate
 from ..weights.latent import LatentWeights, PerTensor
 
 Rate = float | Tensor | None
@@ -129,6 +131,8 @@ class BoundMethod(ABC):
     Attributes:
         facts: facts that the engine needs.
         target_step: the step from which on the sparsity is the final one.
+        latent_update: elementwise change of the latent weights that the engine applies after each
+            step of their optimizer; None for none.
         state: everything that cannot be computed again, by name. Checkpoints hold it bit for bit.
 
     Args:
@@ -152,6 +156,7 @@ class BoundMethod(ABC):
 
     facts = Facts()
     target_step: int
+    latent_update: LatentUpdate | None = None
 
     def __init__(self, context: MethodContext):
         self.sparsity = context.sparsity
@@ -249,7 +254,7 @@ class BoundMethod(ABC):
                 several, it is of latent weights after the others' steps.
             gradients: dL/dw, as the optimizer saw them.
             step: optimizer steps taken, this one included.
-            lr: the optimizer's learning rate.
+            lr: the optimizer's learning rate, that of the first prunable weight.
             taken: whether the step was taken; a tensor if only the device knows. Gradients may then
                 be infinite or NaN, and nothing may change unless it is True (see `write_if`).
         """
@@ -306,6 +311,6 @@ def no_learning_rate() -> ConfigurationError:
         torch_feather.errors.ConfigurationError: The optimizer has no learning rate (lr), ...
     """
     return ConfigurationError(
-        "The optimizer has no learning rate (lr), which the method's own parameters follow. Give "
-        "its parameter groups an 'lr', or use a method without learned thresholds."
+        "The optimizer has no learning rate (lr), which the method follows. Give its parameter "
+        "groups an 'lr', or use a method without learned thresholds and latent updates."
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..allocation import Allocation
 from ..allocation.base import FittedAllocation
 from ..context import MethodContext
 from ..gradient_rules import GradientRule, StraightThrough
+from ..latent_updates import LatentUpdate
 from ..operators import Operator
 from ..schedules import Schedule, make_table
 from ..weights import triton_passes
@@ -31,13 +32,14 @@ from .base import BoundMethod, Facts, Gradients, Pruning, Rate, Summary
 
 @dataclass(frozen=True)
 class Method:
-    """A method of four independent parts.
+    """A method of four independent parts, and an optional fifth.
 
     Attributes:
         operator: the effective value of a kept weight.
         gradient: how dL/du becomes dL/dw.
         allocation: how the target is divided among the layers.
         schedule: the sparsity over time.
+        latent_update: elementwise change of the latent weights after each step; None for none.
 
     Example:
         >>> from torch_feather.allocation import Global
@@ -52,6 +54,7 @@ class Method:
     gradient: GradientRule
     allocation: Allocation
     schedule: Schedule
+    latent_update: LatentUpdate | None = field(default=None, kw_only=True)
 
     def bind(self, context: MethodContext) -> BoundMethod:
         """Return the method on one model."""
@@ -241,7 +244,7 @@ class MagnitudePruning(Thresholded):
 
     def __init__(self, context: MethodContext, method: Method):
         super().__init__(context, method.operator, method.gradient)
-        self.method = method
+        self.method, self.latent_update = method, method.latent_update
         self.allocation = method.allocation.fit(context)
         zeros = context.weights.zeros()
         initial = self.allocation.initial_state(context)
@@ -254,7 +257,8 @@ class MagnitudePruning(Thresholded):
     @property
     def fingerprint(self) -> str:
         m = self.method
-        return f"{m.operator!r} {m.gradient!r} {m.allocation!r} {self.timetable.fingerprint}"
+        parts = f"{m.operator!r} {m.gradient!r} {m.allocation!r} {self.timetable.fingerprint}"
+        return parts if m.latent_update is None else f"{parts} {m.latent_update!r}"
 
     def cutoffs(self, weights: LatentWeights, step: Tensor) -> list[Segment]:
         target = self.timetable.at(step, self.state["zeros"].flat, weights.size)

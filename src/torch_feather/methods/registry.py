@@ -13,6 +13,7 @@ from ..import_path import import_object
 from .base import AnyMethod
 from .feather import feather
 from .feather_flops import GAMMA, feather_flops
+from .feather_ham import feather_ham
 from .gmp import feather_gmp, gmp
 from .learned import asl, asl_plus, feather_asl_plus, str_
 from .option_types import check_option_types
@@ -30,6 +31,7 @@ METHODS: dict[str, Factory] = {
     "feather": feather,
     "feather-gmp": feather_gmp,
     "feather-flops": feather_flops,
+    "feather-ham": feather_ham,
     "feather-asl+": feather_asl_plus,
     "hard-ste": hard_ste,
     "soft-ste": soft_ste,

@@ -6,7 +6,7 @@ the cache, so that the selections do not read all weights again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +22,7 @@ from .latent import LatentWeights, copy_all
 from .ranges import Span, arrays, ranges, rows_of, wide_array
 from .scores import score_dtype
 from .sums import Sums, copy_unmodified
+from .updates import PendingUpdate
 
 NOTHING = -1
 """Both bounds of ranges of which nothing is collected."""
@@ -73,14 +74,18 @@ def thresholds_of(weights: LatentWeights) -> Brackets:
 
 
 def read_latent(
-    weights: LatentWeights, positions: Sequence[int], sources: Sequence[Tensor]
+    weights: LatentWeights,
+    positions: Sequence[int],
+    sources: Sequence[Tensor],
+    pending: PendingUpdate | None = None,
 ) -> None:
-    """Copy parameters into latent weights.
+    """Copy parameters into latent weights, and update these. On a CPU, both are one pass.
 
     Args:
         weights: the latent weights, to write.
         positions: positions of the weight tensors to copy.
         sources: a local tensor for each position, in its layout.
+        pending: the update; None for none.
 
     Example:
         >>> import torch
@@ -90,16 +95,23 @@ def read_latent(
         tensor([1., 1.])
     """
     weights.collected, weights.candidates = {}, {}
-    if triton_passes.copy(weights, positions, sources, reads=True):
-        return
-    everything = len(positions) == len(weights.views) and weights.shards is None
-    on_device = devices.synchronizes(weights.device)
-    if on_device or not everything or not _read_all(weights, positions, sources):
+    if not triton_passes.copy(weights, positions, sources, reads=True):
+        everything = len(positions) == len(weights.views) and weights.shards is None
+        on_device = devices.synchronizes(weights.device)
+        if everything and not on_device and _read_all(weights, positions, sources, pending):
+            return
         copy_all([weights.views[i] for i in positions], sources)
+    if pending is not None:
+        pending.apply(weights, positions)
 
 
-def _read_all(weights: LatentWeights, positions: Sequence[int], sources: Sequence[Tensor]) -> bool:
-    """Copy all parameters, and collect what the next selections need, on a CPU.
+def _read_all(
+    weights: LatentWeights,
+    positions: Sequence[int],
+    sources: Sequence[Tensor],
+    pending: PendingUpdate | None,
+) -> bool:
+    """Copy and update all weights, and collect what the next selections need, on a CPU.
 
     Returns:
         False if nothing was copied, because a parameter has another type or layout.
@@ -119,11 +131,13 @@ def _read_all(weights: LatentWeights, positions: Sequence[int], sources: Sequenc
         low[bound > 0] = bound[bound > 0].view(INTEGER[dtype])
     for _, rows, bounds in expected:
         low[rows], high[rows] = (as_integer(bound, dtype) for bound in bounds)
-    collected = (
-        _read_plain(weights, parameters, low, high)
-        if table is None
-        else _read_compiled(table, low, high)
-    )
+    change = None if pending is None else pending.on_ranges(weights, positions)
+    if table is None:
+        collected: Found | None = _read_plain(weights, parameters, low, high, change)
+    else:
+        if change is not None:
+            _copy_and_change(weights, parameters, change)
+        collected = _read_compiled(table, low, high, copies=change is None)
     increment_version(weights.flats)
     if collected is None:
         return True
@@ -144,15 +158,45 @@ Found = tuple[np.ndarray, np.ndarray, np.ndarray]
 its bounds, and all these."""
 
 
-def _read_compiled(rows: np.ndarray, low: np.ndarray, high: np.ndarray) -> Found | None:
-    """Copy as `_read_plain` by compiled loops; None if the magnitudes are too many to hold."""
+Change = Callable[[int], None]
+"""Changes the latent weights of one of the `ranges`, given by its number."""
+
+
+def _copy_and_change(weights: LatentWeights, parameters: Sequence[Tensor], change: Change) -> None:
+    """Copy parameters into latent weights, and change these while they are in the cache."""
+    latent, held = arrays(weights, weights.views), arrays(weights, parameters)
+
+    def read(j: int) -> None:
+        np.copyto(latent[j], held[j])
+        change(j)
+
+    for_each(read, range(len(latent)))
+
+
+def _read_compiled(
+    rows: np.ndarray, low: np.ndarray, high: np.ndarray, copies: bool
+) -> Found | None:
+    """Read as `_read_plain` by compiled loops; None if the magnitudes are too many to hold.
+
+    Args:
+        rows: a table.
+        low: bound for each range, as an integer.
+        high: another one.
+        copies: whether to copy parameters; otherwise the latent weights are up to date.
+    """
     rows["low"], rows["high"] = low, high
-    near = compiled.collect(rows, copies=True)
+    if not copies:
+        rows["parameter"], rows["scale"] = rows["latent"], 1.0
+    near = compiled.collect(rows, copies)
     return None if near is None else (rows["below"], rows["end"], near)
 
 
 def _read_plain(
-    weights: LatentWeights, parameters: Sequence[Tensor], low: np.ndarray, high: np.ndarray
+    weights: LatentWeights,
+    parameters: Sequence[Tensor],
+    low: np.ndarray,
+    high: np.ndarray,
+    change: Change | None,
 ) -> Found:
     """Copy parameters into latent weights, and collect the magnitudes of each of the `ranges`.
 
@@ -161,6 +205,7 @@ def _read_plain(
         parameters: a local tensor for each weight tensor.
         low: bound for each range, as an integer.
         high: another one.
+        change: of the latent weights, before magnitudes are collected; None for none.
     """
     found = ranges(weights)
     dtypes = [view.dtype for view in weights.views]
@@ -168,6 +213,8 @@ def _read_plain(
     def read(task: tuple[int, np.ndarray, np.ndarray]) -> tuple[int, np.ndarray, Candidates | None]:
         j, latent, parameter = task
         np.copyto(latent, parameter)
+        if change is not None:
+            change(j)
         if low[j] == NOTHING:
             return 0, np.empty(0, np.int64), None
         w = wide_array(latent, dtypes[found.position[j]], weights.wide)

@@ -308,16 +308,11 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         >>> [block.numel() == BLOCK for block, _ in blocks(w, 2 * w)]
         [True, True, True]
     """
-    first = tensors[0]
-    strided = all(t.layout == torch.strided for t in tensors)
-    if devices.synchronizes(first.device) or first.numel() <= BLOCK or not strided:
+    first, size = tensors[0], tensors[0].numel()
+    small = devices.synchronizes(first.device) or size <= BLOCK
+    if small or not all(same_layout(first, t) for t in tensors):
         yield tensors
         return
-    order = _strides(first)
-    if any(t.shape != first.shape or _strides(t) != order for t in tensors):
-        yield tensors
-        return
-    size = first.numel()
     starts = [t.storage_offset() for t in tensors]
     for a in range(0, size, BLOCK):
         shape = (min(BLOCK, size - a),)
@@ -335,9 +330,17 @@ def sum_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
-def _strides(tensor: Tensor) -> list[int]:
-    """Return the strides of the dimensions with more than one index."""
-    return [step for step, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have one shape, and their elements one order in memory.
+
+    Example:
+        >>> same_layout(torch.ones(2, 1), torch.ones(1, 2).t()), same_layout(*torch.ones(2, 2, 3))
+        (True, True)
+    """
+    if not a.layout == b.layout == torch.strided or a.shape != b.shape:
+        return False
+    strides = zip(a.stride(), b.stride(), a.shape, strict=True)
+    return all(x == y for x, y, n in strides if n > 1)
 
 
 def flat_of(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from . import masks, plain, rows, triton_passes
 from .kept import kept_values
 from .latent import DEVICE_BLOCK, LatentWeights, blocks, copy_all
 from .rows import NO_FACTORS
+from .runs import joined, joint, runs
 from .segments import Segment, segment_of
 
 
@@ -189,48 +190,8 @@ def adopt_written(
     """
     if triton_passes.adopt(weights, which, values, effective):
         return
-    runs = [[i] for i in which]
-    if devices.synchronizes(weights.device):
-        runs = weights.constant(("runs", *which), lambda weights: _runs(weights, which))
-    for run in runs:
-        held, given = _joined(weights, run, values), _joined(weights, run, effective)
-        latent = _joint(weights, run)
+    on_device = devices.synchronizes(weights.device)
+    for run in runs(weights, which) if on_device else [[i] for i in which]:
+        held, given = joined(weights, run, values), joined(weights, run, effective)
+        latent = joint(weights, run)
         latent.copy_(torch.where(held == given, latent, held))
-
-
-def _runs(weights: LatentWeights, which: Sequence[int]) -> list[list[int]]:
-    """Return the tensors in runs of neighbours, of one tensor or at most `DEVICE_BLOCK` weights."""
-    runs: list[list[int]] = []
-    end = length = 0
-    for i in sorted(which, key=weights.local_spans.__getitem__):
-        (start, stop), size = weights.local_spans[i], weights.views[i].numel()
-        same = bool(runs) and weights.part_of(i) is weights.part_of(runs[-1][0])
-        if not same or start != end or length + size > DEVICE_BLOCK:
-            runs.append([])
-            length = 0
-        runs[-1].append(i)
-        end, length = stop, length + size
-    return runs
-
-
-def _joint(weights: LatentWeights, run: Sequence[int]) -> Tensor:
-    """Return the latent weights of a run: flat, or in its shape for a single tensor."""
-    if len(run) == 1:
-        return weights.views[run[0]]
-    part = weights.part_of(run[0])
-    start, stop = weights.local_spans[run[0]][0], weights.local_spans[run[-1]][1]
-    return part.flat[start - part.start : stop - part.start]
-
-
-def _joined(weights: LatentWeights, run: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
-    """Return the tensors of a run, joined in the layout of `_joint`."""
-    if len(run) == 1:
-        return tensors[run[0]]
-    out = torch.empty_like(_joint(weights, run))
-    first = weights.local_spans[run[0]][0]
-    layout = [(weights.views[i], weights.local_spans[i][0] - first) for i in run]
-    copy_all(
-        [out.as_strided(view.shape, view.stride(), start) for view, start in layout],
-        [tensors[i] for i in run],
-    )
-    return out
