@@ -31,6 +31,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -219,7 +220,8 @@ CLEAR = Path("/proc/self/clear_refs")  # writing 5 sets the peak to the current 
 def compile_seconds(name: str, sparsity: float) -> float:
     """Return the CPU seconds of the first compilation of this process, without its imports."""
     importlib.import_module("torch_feather.runtime.capture")
-    importlib.import_module("torch.export")
+    for module in ("torch.export._trace", "torch._functorch.aot_autograd"):  # of torch.export
+        importlib.import_module(module)
     torch.set_num_threads(1)
     model, _ = pruned(name, sparsity)
     _, x = create(name)
@@ -242,6 +244,24 @@ def compile_memory(name: str, sparsity: float) -> tuple[float, float]:
     return (resident_memory("VmHWM") - before) / 1e6, weights / 1e6
 
 
+def save_network(name: str, sparsity: float, path: str) -> None:
+    """Compile a network and write it to a file."""
+    torch.set_num_threads(1)
+    model, _ = pruned(name, sparsity)
+    _, x = create(name)
+    feather.save_compiled(feather.compile_sparse(model, x, threads=1), path)
+
+
+def load_seconds(path: str) -> float:
+    """Return the CPU seconds to load a file of `save_compiled`, without imports."""
+    importlib.import_module("torch_feather.runtime.saved")
+    importlib.import_module("torch_feather.runtime.kernels").host()  # imports LLVM
+    torch.set_num_threads(1)
+    begin = time.process_time()
+    feather.load_compiled(path, threads=1)
+    return time.process_time() - begin
+
+
 def resident_memory(field: str) -> int:
     """Return bytes of this process: VmRSS, or VmHWM for their peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -259,11 +279,16 @@ def in_new_process(call: str) -> Any:
 
 def compile_row(name: str, sparsities: list[float], repeats: int) -> dict[str, Any]:
     """Return the row of a network: the costs of each compilation, by sparsity."""
-    row: dict[str, Any] = {"network": name, "compile_s": {}, "peak_mb": {}}
+    row: dict[str, Any] = {"network": name, "compile_s": {}, "load_s": {}, "peak_mb": {}}
     for sparsity in sparsities:
         given = f"({name!r}, {sparsity})"
         times = [in_new_process(f"compile_seconds{given}") for _ in range(repeats)]
         row["compile_s"][str(sparsity)] = times
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder, "network"))
+            in_new_process(f"save_network({name!r}, {sparsity}, {path!r})")
+            times = [in_new_process(f"load_seconds({path!r})") for _ in range(repeats)]
+        row["load_s"][str(sparsity)] = times
         if os.access(CLEAR, os.W_OK):
             peak, row["weights_mb"] = in_new_process(f"compile_memory{given}")
             row["peak_mb"][str(sparsity)] = peak
@@ -280,6 +305,8 @@ def compile_table(rows: list[dict[str, Any]]) -> str:
                 f"{100 * float(sparsity):g}%: {statistics.median(times):.2f} s "
                 f"({min(times):.2f} to {max(times):.2f})"
             )
+            if loads := row.get("load_s", {}).get(sparsity):
+                text += f", load {statistics.median(loads):.2f} s (to {max(loads):.2f})"
             if (mb := row.get("peak_mb", {}).get(sparsity)) is not None:
                 text += f", {mb:.0f} MB ({mb / row['weights_mb']:.2f} x weights)"
             parts.append(text)

@@ -280,10 +280,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 def heading(stored: dict[str, Any]) -> str:
     """Return hardware, versions, command and the facts of the runtime package."""
     versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in stored["rows"]))
     tools = ", ".join(stored["tools"].values())
     wheel = stored["runtime"]
     return (
-        f"{stored['hardware']['cpu']}, float32, batch 1\n{versions}, commit {stored['commit']}\n"
+        f"{stored['hardware']['cpu']}, float32, batch 1\n{versions}, commit {commits}\n"
         f"{tools}\n{stored['command']}\n\ntorch-feather-runtime: wheel {wheel['wheel_bytes']:,} "
         f"bytes, import {wheel['import_ms']:.1f} ms of CPU time after NumPy's (median of 11)\n\n"
     )
@@ -325,7 +326,7 @@ def main() -> None:
     for label, build in builders.items():
         if any(r["network"] == label for r in rows) or label not in (options.networks or [label]):
             continue
-        rows.append(measure(label, *build()))
+        rows.append(measure(label, *build()) | {"commit": stored["commit"]})
         done = rows[-1:]
         rows.sort(key=lambda row: order.get(row["network"], -1))
         options.json.write_text(json.dumps(stored, indent=1) + "\n")

@@ -487,7 +487,12 @@ def test_the_zoo_compares_pruned_networks_with_dense_systems(monkeypatch):
 def test_compile_times_come_from_processes_that_have_not_compiled(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     zoo = importlib.import_module("inference_zoo")
-    times = iter(["2.0", "4.0", "3.0", "[30, 60]", "1.5", "1.5", "1.5", "[15, 60]"])
+    times = iter(
+        [
+            *("2.0", "4.0", "3.0", "null", "0.2", "0.3", "0.1", "[30, 60]"),
+            *("1.5", "1.5", "1.5", "null", "0.1", "0.1", "0.1", "[15, 60]"),
+        ]
+    )
     commands = []
 
     def run(command, **_):
@@ -498,13 +503,17 @@ def test_compile_times_come_from_processes_that_have_not_compiled(monkeypatch):
     monkeypatch.setattr(zoo.os, "access", lambda *_: True)
     row = zoo.compile_row("resnet18", [0.9, 0.95], repeats=3)
     assert row["compile_s"] == {"0.9": [2.0, 4.0, 3.0], "0.95": [1.5, 1.5, 1.5]}
+    assert row["load_s"] == {"0.9": [0.2, 0.3, 0.1], "0.95": [0.1, 0.1, 0.1]}
     assert row["peak_mb"] == {"0.9": 30, "0.95": 15}
-    assert [c.split("z.")[1] for c in commands[:4]] == [
-        *["compile_seconds('resnet18', 0.9)))"] * 3,
-        "compile_memory('resnet18', 0.9)))",
+    functions = [c.split("z.")[1].split("(")[0] for c in commands[:8]]
+    assert functions == [
+        *["compile_seconds"] * 3,
+        *("save_network", *["load_seconds"] * 3, "compile_memory"),
     ]
+    assert commands[0].endswith("compile_seconds('resnet18', 0.9)))")
     table = zoo.compile_table([row])
-    assert "90%: 3.00 s (2.00 to 4.00), 30 MB (0.50 x weights); 95%: 1.50 s (1.50" in table
+    assert "90%: 3.00 s (2.00 to 4.00), load 0.20 s (to 0.30), 30 MB (0.50 x weights); " in table
+    assert "95%: 1.50 s (1.50" in table
 
 
 def test_the_report_of_pages_counts_networks_that_reach_the_aim(monkeypatch):

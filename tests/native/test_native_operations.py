@@ -225,6 +225,32 @@ def test_nan_stays_nan(tmp_path):
         torch.testing.assert_close(result, expected, equal_nan=True)
 
 
+class Functions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)  # an export needs a weight
+
+    def forward(self, x):
+        return x.exp(), x.erf(), x.tanh(), F.silu(x), F.gelu(x), x.sigmoid(), x.softmax(1)
+
+
+def test_functions_of_any_number_need_no_c_library(tmp_path):
+    """Exponentials are part of the loops, which LLVM can vectorize only then."""
+    x = torch.cat([torch.linspace(-87, 88.7, 4000), torch.linspace(-5, 5, 4000)])
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 100, -100, 0.0])
+    x = torch.cat([x, special])[None]
+    feather.export_native(Functions(), torch.zeros_like(x), tmp_path)
+    *found, softmax = map(torch.from_numpy, library(tmp_path)(x.numpy()))
+    *expected, _ = Functions()(x.double())
+    for result, correct in zip(found, expected, strict=True):
+        torch.testing.assert_close(result, correct.float(), rtol=1e-6, atol=3e-7, equal_nan=True)
+    exp = expected[0].float()
+    torch.testing.assert_close(found[0], exp, rtol=1e-6, atol=1e-37, equal_nan=True)
+    assert softmax.isnan().all()
+    symbols = subprocess.check_output(["nm", "-u", tmp_path / "model.o"], text=True)
+    assert set(symbols.split()) - {"U"} <= {"malloc", "free", "memset", "memcpy"}
+
+
 def test_a_batch_that_is_not_first_is_refused_for_convolutions(tmp_path):
     class Swapped(nn.Module):
         def __init__(self):

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..runtime.kernels import FunctionText, Target, declare_intrinsics, emit_convolution
 from ..runtime.kernels.records import CONVOLUTION
-from .llvm_ir import declarations, emit_nest
+from .llvm_ir import emit_functions, emit_nest
 from .packing import emit_unpack
 from .program import Buffer, Convolution, Loops, Nest, Program, View
 from .tables import KernelCall, Tuning, kernel_call
@@ -72,7 +72,7 @@ class LibraryText:
         create = list(self._create(slot, len(records), len(fixups)))
         parts = [
             *(line for width in self.target.widths for line in declare_intrinsics(width)),
-            *declarations(list(self.nests)),
+            *emit_functions(self.nests),
             f"declare ptr @malloc({self._size})",
             "declare void @free(ptr)",
             "declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)",

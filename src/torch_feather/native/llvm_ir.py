@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import math
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
 from ..runtime.kernels import FunctionText
+from ..runtime.kernels.activations import number
 from .expressions import LIBRARY, Expr
+from .inline_math import INLINE, INTRINSICS, emit_inline, inline_name
 from .program import Nest
 
 # Sums may be reordered, so that loops over adjacent numbers use vectors.
 BINARY = {"add": "fadd contract", "sub": "fsub contract", "mul": "fmul contract", "div": "fdiv"}
-INTRINSICS = {"sqrt": "llvm.sqrt.f32", "fabs": "llvm.fabs.f32", "floor": "llvm.floor.f32"}
 BOUNDS = {"max": "llvm.maximum.f32", "min": "llvm.minimum.f32"}
+FUNCTIONS = {
+    **BOUNDS,
+    "fold_max": BOUNDS["max"],
+    **{op: f"llvm.{op}.f32" for op in ("sqrt", "fabs", "floor")},
+}
 
 
 def emit_nest(name: str, nest: Nest) -> Iterator[str]:
@@ -40,23 +44,29 @@ def emit_nest(name: str, nest: Nest) -> Iterator[str]:
     yield "}"
 
 
-def declarations(nests: Iterator[Nest] | list[Nest]) -> Iterator[str]:
-    """Yield the declarations of the functions that loop nests call.
+def emit_functions(nests: Iterable[Nest]) -> Iterator[str]:
+    """Yield the functions that loop nests call: some inlined, declarations of the others.
 
     Example:
         >>> from .expressions import call, operand
-        >>> list(declarations([Nest((), (), call("exp", operand(0)), (), ((),))]))
-        ['declare float @expf(float)']
+        >>> list(emit_functions([Nest((), (), call("log", operand(0)), (), ((),))]))
+        ['declare float @logf(float)']
     """
-    names = {e.op for nest in nests for e in nest.expression.walk()}
-    for op in sorted(names):
-        if op in (*BOUNDS, "fold_max", "pow"):
-            function = {"fold_max": BOUNDS["max"], "pow": "powf"}.get(op) or BOUNDS[op]
-            if op == "fold_max" and "max" in names:
-                continue
-            yield f"declare float @{function}(float, float)"
-        elif op in LIBRARY:
-            yield f"declare float @{INTRINSICS.get(op, f'{op}f')}(float)"
+    used = sorted({e.op for nest in nests for e in nest.expression.walk()})
+    inlined = [op for op in used if op in INLINE]
+    lines = list(INTRINSICS if inlined else ())
+    for op in used:
+        if op in (*FUNCTIONS, *LIBRARY) and op not in INLINE:
+            arguments = "float, float" if op in (*BOUNDS, "fold_max", "pow") else "float"
+            lines.append(f"declare float @{_function(op)}({arguments})")
+    yield from dict.fromkeys(lines)
+    for op in inlined:
+        yield from emit_inline(op)
+
+
+def _function(op: str) -> str:
+    """Return the name of the function that computes an operation."""
+    return inline_name(op) if op in INLINE else FUNCTIONS.get(op, f"{op}f")
 
 
 class _NestWriter:
@@ -78,7 +88,7 @@ class _NestWriter:
     def _value(self, e: Expr, reduced: bool) -> str:
         """Return the register or constant of an expression."""
         if e.op == "constant":
-            return _literal(e.value)
+            return number(e.value)
         if e.op == "operand":
             k = int(e.value)
             strides = self.nest.operands[k]
@@ -95,12 +105,12 @@ class _NestWriter:
         if e.op == "less":
             test = self._set(f"fcmp olt float {args[0]}, {args[1]}")
             return self._set(f"uitofp i1 {test} to float")
-        function = BOUNDS.get(e.op) or INTRINSICS.get(e.op, f"{e.op}f")
-        return self._set(f"call float @{function}({', '.join(f'float {a}' for a in args)})")
+        arguments = ", ".join(f"float {a}" for a in args)
+        return self._set(f"call float @{_function(e.op)}({arguments})")
 
     def _fold(self, e: Expr) -> str:
         code = self.code
-        code(f"store float {_literal(e.value)}, ptr %sum")
+        code(f"store float {number(e.value)}, ptr %sum")
         with ExitStack() as loops:
             for j, size in enumerate(self.nest.reduced):
                 loops.enter_context(code.loop(f"%r{j}", "0", str(size)))
@@ -109,7 +119,8 @@ class _NestWriter:
             if e.op == "fold_add":
                 after = self._set(f"fadd reassoc contract float {before}, {term}")
             else:
-                after = self._set(f"call float @{BOUNDS['max']}(float {before}, float {term})")
+                function = _function(e.op)
+                after = self._set(f"call float @{function}(float {before}, float {term})")
             code(f"store float {after}, ptr %sum")
         return self._set("load float, ptr %sum")
 
@@ -127,10 +138,3 @@ class _NestWriter:
         name = self._name()
         self.code(f"{name} = {instruction}")
         return name
-
-
-def _literal(value: float) -> str:
-    """Return a float32 number in LLVM's notation: the bits of the number as float64."""
-    if not math.isinf(value):
-        value = struct.unpack("f", struct.pack("f", value))[0]
-    return f"0x{struct.unpack('Q', struct.pack('d', value))[0]:016X}"

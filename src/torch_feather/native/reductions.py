@@ -64,13 +64,11 @@ _mean = reduction(lambda x, n: total(x) / n)
 def _softmax(builder: Builder, x: Any, dim: int, dtype: Any = None, log: bool = False) -> View:
     view = builder.view(x)
     high = reduction(lambda x, n: largest(x))(builder, view, [dim], True)
-    shifted = operand(0) - operand(1)
-    moved = [_last(builder, v, [dim]) for v in (view, high)]
-    found = builder.compute(total(call("exp", shifted)), *moved, reduced=1)
-    shape = [1 if d == dim % len(view.shape) else n for d, n in enumerate(view.shape)]
-    sums = builder.reshape(found, shape)
-    formula = shifted - call("log", operand(2)) if log else call("exp", shifted) / operand(2)
-    return builder.compute(formula, view, high, sums)
+    powers = builder.compute(call("exp", operand(0) - operand(1)), view, high)
+    sums = _sum(builder, powers, [dim], True)
+    if log:
+        return builder.compute(operand(0) - operand(1) - call("log", operand(2)), view, high, sums)
+    return builder.compute(operand(0) / operand(1), powers, sums)
 
 
 def _normalized(builder: Builder, view: View, dims: Sequence[int], eps: float) -> View:

@@ -18,7 +18,6 @@ from ..measure import sparsity
 from ..runtime.kernels import compile_object
 from .errors import NativeExportError
 from .export import install, prepare
-from .inline_math import with_math
 from .library_ir import LibraryText
 from .package import template_text
 from .program import Program
@@ -104,7 +103,7 @@ def export_web(
     }
     with TemporaryDirectory() as folder:
         made = Path(folder)
-        text = with_math(LibraryText(program, BROWSER, "model").module())
+        text = LibraryText(program, BROWSER, "model").module()
         (made / "model.wasm").write_bytes(to_module(compile_object(BROWSER, text)))
         facts = json.dumps(info, indent=2)
         (made / "model.js").write_text(template_text("web_model.js", INFO=facts), "utf-8")

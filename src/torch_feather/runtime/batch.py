@@ -81,6 +81,10 @@ class BatchPlan:
             return self._tables.setdefault((step, channels), tables)
         return self._tables[step, channels]
 
+    def free_tables(self, step: Sparse) -> None:
+        """Free the arrays of a layer, which no workspace may use any more."""
+        self._tables = {key: tables for key, tables in self._tables.items() if key[0] is not step}
+
     def recurrent_tables(self, step: Recurrence) -> list[dict[str, np.ndarray]]:
         """Return the arrays that the records of a recurrent layer point to, for each direction."""
         lanes, found = self.lanes, []

@@ -103,7 +103,10 @@ class Form:
         """
 
         def time(tuning: Tuning) -> float:
-            return milliseconds(partial(self.pool(tuning), *given), min_total=100.0)
+            took = milliseconds(partial(self.pool(tuning), *given), min_total=100.0)
+            for layer in self.layers.values():
+                layer.free_packed()
+            return took
 
         found: Tuning = min(_ways(self.tuned({})), key=time)
         return dict(found)

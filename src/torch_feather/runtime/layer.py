@@ -77,7 +77,6 @@ class Layer:
             x: (batch, in, height, width); (..., in) for a linear layer.
             residual: a tensor of the shape of the result.
         """
-        self.fold()
         y = self._combined(x)
         if residual is not None:
             y += residual
@@ -99,7 +98,12 @@ class Layer:
 
     def _combined(self, x: Tensor) -> Tensor:
         if self.linear:
+            self.fold()
             return F.linear(x, self.weight, self.bias)
+        if self._is_product(x):
+            self.fold()
+            y = F.linear(x.flatten(1), self.weight.flatten(1), self.bias)
+            return y.view(*y.shape, 1, 1)
         padding = self.padding
         if self.padding_after is not None or min(padding) < 0:  # PyTorch pads both sides alike
             (top, left), (bottom, right) = padding, self.padding_after or padding
@@ -112,7 +116,21 @@ class Layer:
                 x, self._packed, self.bias, padding, self.stride, self.dilation, self.groups,
                 "none", [], "",
             )  # fmt: skip
+        self.fold()
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def _is_product(self, x: Tensor) -> bool:
+        """Whether the kernel has the size of the input: the first linear layer of VGG, for example.
+
+        A convolution would reorder these weights, which takes longer, and memory of their size.
+        """
+        size = self.weight.shape[2:]
+        return (
+            math.prod(size) > 1
+            and x.shape[2:] == size
+            and (self.groups, self.dilation, self.padding) == (1, (1, 1), (0, 0))
+            and self.padding_after is None
+        )
 
     @property
     def linear(self) -> bool:
@@ -308,7 +326,8 @@ def pack(layer: Layer, shape: Sequence[int], padding: tuple[int, int] = (0, 0)) 
         return False  # oneDNN may crash if a window contains padding only
     try:
         return torch.ops.mkldnn._reorder_convolution_weight(
-            layer.weight, padding, layer.stride, layer.dilation, layer.groups, list(shape)
+            *(layer.folded_weight(), padding, layer.stride, layer.dilation, layer.groups),
+            list(shape),
         )
     except (AttributeError, RuntimeError, TypeError):
         return False

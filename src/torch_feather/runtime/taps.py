@@ -18,6 +18,8 @@ from .planes import Planes
 
 # Work of a group of channels without taps (bias, bounds, stores), in taps.
 GROUP_COST = 4
+# What is computed at once stays in the cache: keys of groups that are united, and rows of a table.
+CELLS, BLOCK = 1 << 18, 1 << 15
 
 
 @dataclass(frozen=True)
@@ -174,32 +176,42 @@ class Taps:
             in_order = np.arange(self.channels, dtype=np.int32)
             values = self.values.reshape(-1, 1)
             return GroupedTaps(in_order, self.starts, values, *self.sources(self.key))
-        order = np.argsort(counts, kind="stable")
-        counts, starts = counts[order], self.starts[:-1][order]
-        # The taps of a group follow those of the group before, so that memory is read in order.
-        taps = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(len(self.key))
-        group, member = np.divmod(np.arange(self.channels), size)
-        keys, groups = int(self.key.max(initial=0)) + 1, self.channels // size
-        cell = np.repeat(group * keys, counts) + self.key[taps]
-        found, union = _distinct(cell, groups * keys)
+        order = np.argsort(counts, kind="stable").astype(np.int32)
+        keys = int(self.key.max(initial=0)) + 1
+        step = max(1, CELLS // keys) * size
+        blocks = (order[i : i + step] for i in range(0, len(order), step))
+        found = [self._united(block, size, keys) for block in blocks]
+        lengths, key, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        rows = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=rows[1:])
+        return GroupedTaps(order, rows, values, *self.sources(key))
+
+    def _united(
+        self, channels: np.ndarray, size: int, keys: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the united taps of some groups: how many each has, their keys, and values.
+
+        Args:
+            channels: output channels, group after group.
+            size: channels of a group.
+            keys: no key is as large.
+        """
+        starts = self.starts[channels]
+        counts = self.starts[channels + 1] - starts
+        taps = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        group, member = np.divmod(np.arange(len(channels)), size)
+        cell = np.repeat(group * keys, counts) + self.key.take(taps)
+        groups = len(channels) // size
+        # A table, which fits into the cache, is faster than sorting.
+        occurs = np.zeros(groups * keys, bool)
+        occurs[cell] = True
+        lengths = np.count_nonzero(occurs.reshape(groups, keys), axis=1)
+        found = np.flatnonzero(occurs)
+        index = np.empty(len(occurs), np.int64)
+        index[found] = np.arange(0, len(found) * size, size)
         values = np.zeros((len(found), size), np.float32)
-        values.reshape(-1)[union * size + np.repeat(member, counts)] = self.values[taps]
-        first = np.empty(len(found), np.int64)  # a tap with this key
-        first[union] = taps
-        rows = np.searchsorted(found, np.arange(groups + 1) * keys).astype(np.int32)
-        return GroupedTaps(order.astype(np.int32), rows, values, *self.sources(self.key[first]))
-
-
-def _distinct(numbers: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct numbers in [0, end) in ascending order, and the index of each number."""
-    if end > 16 * len(numbers):
-        return np.unique(numbers, return_inverse=True)
-    occurs = np.zeros(end, bool)  # a table is faster than sorting
-    occurs[numbers] = True
-    found = np.flatnonzero(occurs)
-    index = np.empty(end, np.int32)
-    index[found] = np.arange(len(found), dtype=np.int32)
-    return found, index[numbers].astype(np.int64)
+        values.reshape(-1)[index.take(cell) + np.repeat(member, counts)] = self.values.take(taps)
+        return lengths, (found % keys).astype(np.int32), values
 
 
 @dataclass(frozen=True)
@@ -242,19 +254,21 @@ class GroupedTaps:
         Raises:
             OverflowError: an offset does not fit into 32 bits.
         """
-        layout = x.layout.root()
-        phases, channel = np.zeros(1, np.int64), self.channel
-        if x.phases > 1:  # otherwise phases are channels
-            phases, channel = np.divmod(channel, x.channels)
-        offsets = channel * np.int64(x.channel_stride(batch))
-        offsets += phases * np.int64(batch * layout.image_stride)
-        offsets += self.dy * np.int64(layout.row_stride) + self.dx
-        if offsets.max(initial=0) > np.iinfo(np.int32).max - 2 * layout.edge:
-            raise OverflowError
-        size = 1 + self.values.shape[1]
-        table = aligned_zeros(size * len(offsets), np.int32).reshape(len(offsets), size)
-        table[:, 0] = offsets
-        table[:, 1:] = self.values.view(np.int32)
+        layout, (count, size) = x.layout.root(), self.values.shape
+        largest = np.iinfo(np.int32).max - 2 * layout.edge
+        table = aligned_zeros((1 + size) * count, np.int32).reshape(count, 1 + size)
+        for start in range(0, count, BLOCK):
+            part = slice(start, start + BLOCK)
+            phases, channel = np.zeros(1, np.int64), self.channel[part]
+            if x.phases > 1:  # otherwise phases are channels
+                phases, channel = np.divmod(channel, x.channels)
+            offsets = channel * np.int64(x.channel_stride(batch))
+            offsets += phases * np.int64(batch * layout.image_stride)
+            offsets += self.dy[part] * np.int64(layout.row_stride) + self.dx[part]
+            if offsets.max() > largest:
+                raise OverflowError
+            table[part, 0] = offsets
+            table[part, 1:] = self.values[part].view(np.int32)
         return table
 
     def blocks(self, count: int) -> np.ndarray:

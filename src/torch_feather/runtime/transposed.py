@@ -46,7 +46,7 @@ class TransposedConvolution(Layer):
 
     def _combined(self, x: Tensor) -> Tensor:
         if self._packed is None:
-            self._packed = swapped(self.weight, self.groups).contiguous()
+            self._packed = swapped(self.folded_weight(), self.groups).contiguous()
         assert isinstance(self._packed, Tensor)
         return F.conv_transpose2d(
             *(x, self._packed, self.bias, self.stride, self.padding, self.output_padding),

@@ -157,7 +157,10 @@ def _time_tiles(
     workspace = Workspace(batch_plan)
     workspace(*inputs)
     times: dict[Tile, float] = {}
-    for tile in tiles:
+    channels = [tile.channels for tile in tiles]
+    for tile in sorted(tiles, key=lambda tile: channels.index(tile.channels)):
+        if tile.channels != requested[step.layer.name].channels:
+            batch_plan.free_tables(step)  # of a large layer they are large, too
         requested[step.layer.name] = tile
         native = [s for s in plan.steps if isinstance(s, Sparse | Operation)]  # without copies
         run = partial(workspace.native(native), workspace.values)

@@ -44,6 +44,7 @@ class VolumeConvolution(Layer):
     __name__: ClassVar[str] = "volume_convolution"
 
     def _combined(self, x: Tensor) -> Tensor:
+        self.fold()
         return F.conv3d(
             *(x, self.weight, self.bias),
             (self.depth_stride, *self.stride),

@@ -32,9 +32,8 @@ export async function load(source = new URL("model.wasm", import.meta.url)) {
     if (pages > 0) wasm.memory.grow(pages);
     return start;
   };
-  const { exp, tanh, log, pow, sin, cos } = Math;
-  const env = { malloc, free() {}, expf: exp, tanhf: tanh, logf: log, powf: pow, sinf: sin,
-    cosf: cos, erff: erf };
+  const { log, pow, sin, cos } = Math;
+  const env = { malloc, free() {}, logf: log, powf: pow, sinf: sin, cosf: cos };
   wasm = (await WebAssembly.instantiate(bytes, { env })).instance.exports;
   return new Model(wasm, malloc);
 }
@@ -161,14 +160,4 @@ function taps(from, to) {
     const total = weights.reduce((a, b) => a + b);
     return [first, weights.map((w) => w / total)];
   });
-}
-
-/** The error function, with an error below 1.2e-7: the Chebyshev fit of "Numerical Recipes". */
-function erf(x) {
-  const z = Math.abs(x);
-  const t = 1 / (1 + z / 2);
-  const fit = [0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806,
-    0.09678418, 0.37409196, 1.00002368, -1.26551223].reduce((sum, c) => sum * t + c, 0);
-  const tail = t * Math.exp(-z * z + fit);
-  return Math.sign(x) * (1 - tail);
 }

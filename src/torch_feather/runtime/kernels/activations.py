@@ -31,6 +31,7 @@ SATURATED = 10.0  # beyond it tanh is 1
 LARGE = 1e15  # beyond it the error function is 1
 AVX512 = 16  # numbers in a vector
 LOWEST, HIGHEST = -87.0, 88.0  # exponents between which e^x is a normal number
+SMALLEST, LARGEST = -87.336544, 88.72283  # the lowest and highest ones, to six digits
 
 
 def number(value: float) -> str:
@@ -71,6 +72,7 @@ class VectorCode:
     def __init__(self, width: int) -> None:
         self.width, self.lines, self._count = width, list[str](), 0
         self.floats, self.ints = f"<{width} x float>", f"<{width} x i32>"
+        self.bools, self.suffix = f"<{width} x i1>", f"v{width}f32"  # of intrinsic functions
 
     def constant(self, value: float) -> str:
         """Return a vector of equal numbers."""
@@ -94,15 +96,20 @@ class VectorCode:
     def fma(self, a: str, b: str, c: str) -> str:
         """Append a·b + c."""
         v = self.floats
-        return self.set(f"call {v} @llvm.fmuladd.v{self.width}f32({v} {a}, {v} {b}, {v} {c})")
+        return self.set(f"call {v} @llvm.fmuladd.{self.suffix}({v} {a}, {v} {b}, {v} {c})")
+
+    def choose(self, test: str, a: str, b: str, x: str, y: str) -> str:
+        """Append x if a comparison of a and b holds, otherwise y."""
+        holds = self.set(f"fcmp {test} {self.floats} {a}, {b}")
+        return self.set(f"select {self.bools} {holds}, {self.floats} {x}, {self.floats} {y}")
+
+    def absolute(self, x: str) -> str:
+        """Append |x|."""
+        return self.set(f"call {self.floats} @llvm.fabs.{self.suffix}({self.floats} {x})")
 
     def at_most(self, a: str, bound: float, test: str = "ogt") -> str:
         """Append the smaller of a vector and a bound; the larger if `test` is "olt"."""
-        b = self.constant(bound)
-        is_beyond = self.set(f"fcmp {test} {self.floats} {a}, {b}")
-        return self.set(
-            f"select <{self.width} x i1> {is_beyond}, {self.floats} {b}, {self.floats} {a}"
-        )
+        return self.choose(test, a, self.constant(bound), self.constant(bound), a)
 
     def polynomial(self, x: str, coefficients: tuple[float, ...]) -> str:
         """Append a polynomial; its coefficients begin with that of the highest power."""
@@ -136,10 +143,15 @@ class VectorCode:
 
     def exp_of_negative(self, x: str) -> str:
         """Append e^x for x ≤ 0, which is 0 far below 0; NaN stays NaN."""
-        v, w = self.floats, self.width
-        is_zero = self.set(f"fcmp olt {v} {x}, {self.constant(LOWEST)}")
         power = self._exp(x)  # far below 0 it is not used
-        return self.set(f"select <{w} x i1> {is_zero}, {v} zeroinitializer, {v} {power}")
+        return self.choose("olt", x, self.constant(LOWEST), "zeroinitializer", power)
+
+    def exp_of_any(self, x: str) -> str:
+        """Append e^x; infinite above the largest float32, 0 below the normal ones, NaN for NaN."""
+        power = self._exp(x)  # beyond the bounds it is not used
+        zero, infinite = self.constant(0.0), self.constant(float("inf"))
+        power = self.choose("olt", x, self.constant(SMALLEST), zero, power)
+        return self.choose("ugt", x, self.constant(LARGEST), self.op("fmul", x, infinite), power)
 
     def _exp(self, x: str) -> str:
         """Append e^x for x within the bounds."""
@@ -178,17 +190,24 @@ class VectorCode:
 
     def normal(self, x: str) -> str:
         """Append the cumulative distribution function of the normal distribution."""
-        v, w = self.floats, self.width
-        z = self.set(f"call {v} @llvm.fabs.v{w}f32({v} {x})")
-        z = self.at_most(self.op("fmul", z, self.constant(0.5**0.5)), LARGE)
-        denominator = self.fma(z, self.constant(0.5), self.constant(1.0))
-        t = self.reciprocal(denominator)
-        negative = self.set(f"fneg {v} {z}")
-        power = self.exp(self.fma(negative, z, self.polynomial(t, ERFC)))
-        tail = self.op("fmul", self.op("fmul", t, power), self.constant(0.5))
+        z = self.op("fmul", self.absolute(x), self.constant(0.5**0.5))
+        tail = self.op("fmul", self._erfc(z), self.constant(0.5))
         other = self.op("fsub", self.constant(1.0), tail)
-        is_negative = self.set(f"fcmp olt {v} {x}, zeroinitializer")
-        return self.set(f"select <{w} x i1> {is_negative}, {v} {tail}, {v} {other}")
+        return self.choose("olt", x, "zeroinitializer", tail, other)
+
+    def erf(self, x: str) -> str:
+        """Append the error function, with an error below 2e-7."""
+        v = self.floats
+        value = self.op("fsub", self.constant(1.0), self._erfc(self.absolute(x)))
+        return self.set(f"call {v} @llvm.copysign.{self.suffix}({v} {value}, {v} {x})")
+
+    def _erfc(self, z: str) -> str:
+        """Append the complementary error function of z ≥ 0."""
+        z = self.at_most(z, LARGE)
+        t = self.reciprocal(self.fma(z, self.constant(0.5), self.constant(1.0)))
+        negative = self.set(f"fneg {self.floats} {z}")
+        power = self.exp(self.fma(negative, z, self.polynomial(t, ERFC)))
+        return self.op("fmul", t, power)
 
     def hard_sigmoid(self, x: str) -> str:
         """Append clamp(x + 3, 0, 6) / 6."""
