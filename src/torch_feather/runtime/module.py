@@ -69,9 +69,8 @@ def compile_sparse(
     the faster way of each layer, with all layers sparse, and with all layers dense. The fastest of
     the three is used, so a layer may run in the way that is slower for the layer alone.
 
-    Inputs of other sizes are accepted if the model accepts them. The first one of each size takes
-    seconds, because the model is captured again, but once for all batch sizes if `torch.export` can
-    show that the model's behavior is independent of the batch size.
+    Inputs of other sizes are accepted if the model accepts them. The first one of a size takes
+    seconds, because the model is captured again, but once for all batch sizes if possible.
 
     Args:
         model: on the CPU, in float32. It is not changed. Later changes of the model do not affect
