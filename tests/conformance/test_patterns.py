@@ -262,7 +262,7 @@ def test_every_method_that_takes_a_pattern_ends_in_it_exactly(method, pattern, s
 
 def test_patterns_have_the_options_of_methods():
     takes = {name for name in BY_NAME if "pattern" in method_options(name)}
-    assert takes == {"feather", "hard-ste", "soft-ste", "gmp", "feather-gmp"}
+    assert takes == {"feather", "feather-ham", "hard-ste", "soft-ste", "gmp", "feather-gmp"}
 
 
 @pytest.mark.parametrize("operator", ["feather", "hard-ste", "soft-ste"])

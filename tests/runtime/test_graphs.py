@@ -274,7 +274,7 @@ def results():
         network.plan = Plan.build(
             network.plan.graph, []
         )  # capturing the model again would take seconds
-        network._pools.clear()
+        network._runs.clear()
     return found
 
 

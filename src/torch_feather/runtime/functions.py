@@ -108,8 +108,10 @@ class Functions:
         if binary:
             x = self._other_tokens(node, x)
         first = x[0] if x else None
+        if first is None:
+            return None
         shapes = {str(n.meta["val"].shape) for n in (node, *node.all_input_nodes)}
-        if first is None or len(shapes) > 1:  # tokens may be broadcast, as y[:, None] * y[None]
+        if len(shapes) > 1:  # tokens may be broadcast, as y[:, None] * y[None]
             return None
         found = []
         for planes in x:

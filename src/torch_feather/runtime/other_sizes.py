@@ -127,6 +127,7 @@ class OtherSizes:
         copies, zeros = self._copies(model)
         self._zeros = {tensor.untyped_storage().data_ptr() for tensor in zeros}
         self._model = copy.deepcopy(model, copies)
+        self._batch = len(tensors_of(example)[0])
         self._form = like(example, [torch.empty(0) for _ in tensors_of(example)])
         self._found: list[tuple[Sizes, Planned]] = []  # the last one was used last
 
@@ -186,9 +187,9 @@ class OtherSizes:
         Raises:
             CaptureError: torch.export cannot capture it, or it uses other weights than before.
         """
-        given = [zeros_like(torch.empty(x.shape, dtype=x.dtype)) for x in given]
-        example = like(self._form, given)
-        captured = capture(self._model, example)
+        captured = self._capture_batch(given, self._batch)
+        if not captured.accepts(*given):
+            captured = self._capture_batch(given, len(given[0]))
         graph = captured.module.graph
         batch = next(n for n in graph.nodes if n.op == "placeholder").meta["val"].shape[0]
         values = attributes(captured.module)
@@ -217,6 +218,11 @@ class OtherSizes:
             chunk_size = None
         named = {node.name: value for node, value in values.items()}
         return Planned(captured, plan, named, chunk_size)
+
+    def _capture_batch(self, given: Sequence[Tensor], batch: int) -> Captured:
+        """Capture the model for samples of these sizes, if possible for any number of them."""
+        samples = [zeros_like(torch.empty((batch, *x.shape[1:]), dtype=x.dtype)) for x in given]
+        return capture(self._model, like(self._form, samples))
 
     def _set_weights(self, captured: Captured, values: dict[Any, Any]) -> bool:
         """Give the layers and constants of a graph the values of the first one.
