@@ -114,17 +114,23 @@ def test_the_final_comparison_corrects_over_the_primary_sparsities(row, monkeypa
     monkeypatch.setattr(beyond, "PRIMARY", (ours, tuned))
     rows = [
         row(label, s, seed, 0.5 + (label == ours) * (0.01 + 0.001 * (seed % 3)), label=label)
-        for s in (0.98, 0.99, 0.999)
+        for s in (0.98, 0.99, 0.995, 0.999)
         for label in ("feather", tuned, ours)
-        for seed in range(3, 8)
+        for seed in range(3, 13)
     ]
+    one_less = [
+        row for row in rows if (row["label"], row["sparsity"], row["seed"]) != (ours, 0.98, 7)
+    ]
+    interim = STUDY.answer(one_less, None)
+    assert interim.sentences == ["No conclusion yet: 1 of 60 primary runs are missing."]
+    assert interim.measured.tables[1].caption.startswith("Primary, interim, no claim")
     answer = STUDY.answer(rows, None)
-    above = "ours is significantly above feather (tuned) at 98% and 99% sparsity (n = 5)."
+    above = "ours is significantly above feather (tuned) at 98%, 99% and 99.5% sparsity (n = 10)."
     assert answer.sentences[0] == above
-    assert "Holm correction over all comparisons, both" in answer.sentences[-1]
+    assert "Holm correction over all comparisons, all 3" in answer.sentences[-1]
     primary, *secondary = answer.measured.tables[1:]
     assert primary.caption.startswith("Primary")
-    assert [line[1] for line in primary.rows] == ["98%", "99%"]
+    assert [line[1] for line in primary.rows] == ["98%", "99%", "99.5%"]
     assert all(table.caption.startswith("Secondary, no claim") for table in secondary)
     compared = {(line[0], line[1]) for table in secondary for line in table.rows}
     assert ("ours vs. feather (tuned)", "99.9%") in compared
