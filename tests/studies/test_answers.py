@@ -298,7 +298,7 @@ def test_a_page_is_complete_and_self_contained(name, row, tmp_path):
 @pytest.mark.parametrize("name", [name for name in STUDIES if name != "recipe"])
 def test_with_part_of_the_runs_a_study_plots_them_without_conclusions(name, row):
     _, answer, rows, _ = answered(name, row, 2, drop=3)
-    assert answer.sentences == []
+    assert all(sentence.startswith("No conclusion yet: ") for sentence in answer.sentences)
     assert all(isinstance(figure.figure, Figure) for figure in answer.measured.figures)
     assert answer.measured.tables
     assert sum(len(table.rows) for table in answer.measured.tables) == len(
