@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +15,7 @@ from .activations import activation_of
 from .kernels.plane_operations import FACTORS
 from .planes import Planes, alike
 from .reading import is_read_by_layers
+from .resampling import ADAPTIVE_MAX, RESAMPLES, resampled
 from .sizes import are_alike
 from .steps import Attention, Operation, Pointwise
 from .transposed import MAX_STRIDE
@@ -25,7 +28,6 @@ POINTWISE = {
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor),
 }
 BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
-MEAN = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
 NEAREST = (aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default)
 
 
@@ -33,6 +35,7 @@ class _Places(Protocol):
     """Where values are in planes: the builder of a plan.
 
     Attributes:
+        plan: the plan, with the steps so far.
         planes: planes of the nodes so far.
         constants: values of the nodes that do not depend on the input; None if `Operation` steps
             are not supported.
@@ -40,6 +43,7 @@ class _Places(Protocol):
         views: views of tokens.
     """
 
+    plan: Any
     planes: dict[Node, Planes]
     constants: Any
     sparse: Any
@@ -79,25 +83,18 @@ class Functions:
         """Return the step of a function that is no layer; None if PyTorch computes it."""
         step: Pointwise | Operation | Attention | None = None
         if self.constants is not None:
-            if node.target is aten.scaled_dot_product_attention.default:
-                return self.places.views.attention(node)
-            if node.target in MEAN:
-                step = self._mean(node)
-            elif node.target is aten.layer_norm.default:
-                step = self._layer_norm(node)
-            elif node.target is aten.group_norm.default:
-                step = self._group_norm(node)
-            elif node.target is aten.pixel_shuffle.default:
-                step = self._pixel_shuffle(node)
-            elif node.target in NEAREST:
-                step = self._repeat(node)
+            read = READERS.get(node.target)
+            if read is not None:
+                step = read(self, node)
             elif name := activation_of(node):
                 step = self._activation(node, name)
-            elif node.target is aten.mul.Tensor:
-                step = self._scale(node) or self._scale_pixels(node)
         if step is None and node.target in POINTWISE:
             step = self._pointwise(node)
         return step
+
+    def _attention(self, node: Node) -> Attention | None:
+        found: Attention | None = self.places.views.attention(node)
+        return found
 
     def _pointwise(self, node: Node) -> Pointwise | None:
         """Return the step of an elementwise function whose inputs are planes of one shape."""
@@ -167,6 +164,9 @@ class Functions:
                 return None
         return Operation("mean", (x,), self.places.empty(node, linear=not keeps))
 
+    def _product(self, node: Node) -> Operation | None:
+        return self._scale(node) or self._scale_pixels(node)
+
     def _scale(self, node: Node) -> Operation | None:
         """Return the step of a product with one factor per channel and sample."""
         for a, b in (node.args, node.args[::-1]):
@@ -205,6 +205,21 @@ class Functions:
         return Operation(
             "interleave", (x,), self.places.empty(node, False), stride=(factor, factor)
         )
+
+    def _resample(self, node: Node) -> Operation | None:
+        """Return the step of interpolation or adaptive pooling."""
+        x = self._image(node.args[0])
+        if node.target is ADAPTIVE_MAX:
+            firsts = (u.target is operator.getitem and u.args[1] == 0 for u in node.users)
+            if not all(firsts):  # something reads the positions of the largest pixels
+                return None
+        return None if x is None else resampled(node, x, self.places.plan.steps)
+
+    def _average(self, node: Node) -> Operation | None:
+        return self._mean(node) or self._resample(node)
+
+    def _nearest(self, node: Node) -> Operation | None:
+        return self._repeat(node) or self._resample(node)
 
     def _repeat(self, node: Node) -> Operation | None:
         """Return the step of nearest-neighbor interpolation that repeats pixels equally often."""
@@ -256,3 +271,16 @@ class Functions:
                 return None
             values.append(value.contiguous().numpy())
         return values
+
+
+READERS: dict[Any, Callable[[Functions, Node], Operation | Attention | None]] = {
+    **dict.fromkeys(RESAMPLES, Functions._resample),
+    **dict.fromkeys(NEAREST, Functions._nearest),
+    aten.adaptive_avg_pool2d.default: Functions._average,
+    aten.mean.dim: Functions._mean,
+    aten.mul.Tensor: Functions._product,
+    aten.layer_norm.default: Functions._layer_norm,
+    aten.group_norm.default: Functions._group_norm,
+    aten.pixel_shuffle.default: Functions._pixel_shuffle,
+    aten.scaled_dot_product_attention.default: Functions._attention,
+}

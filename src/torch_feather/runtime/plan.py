@@ -163,7 +163,10 @@ class Builder:
         else:
             step = Functions(self).step_of(node) or Torch(node)
         if not isinstance(step, Torch) and node not in self.views.pending:
-            self.planes[node] = step.out
+            if isinstance(node.meta["val"], Tensor):
+                self.planes[node] = step.out
+            else:  # further results are not used
+                self._parts[node] = [step.out]
         self.plan.steps.append(step)
 
     def empty(self, node: Node, linear: bool, like: Planes | None = None) -> Planes:

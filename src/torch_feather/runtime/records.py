@@ -24,6 +24,7 @@ from .kernels import (
     scratch_size,
 )
 from .memory import aligned_zeros, round_up
+from .operation_records import OperationRecord
 from .planes import Planes
 from .recurrent_records import RecurrentRecords
 from .steps import Attention, Copy, Operation, Recurrence, Sparse
@@ -102,55 +103,10 @@ class Records:
 
     def operation(self, step: Operation, operation: np.void) -> None:
         """Fill the record of another operation from planes to planes."""
-        record, batch, (x, *others) = self.record(PLANE_OPERATION), self.plan.batch, step.x
-        width = library().target.widths[0]
-        layout, source = step.out.layout.root(), x.layout.root()
-        record["x"], record["out"] = self._first_pixel(x), self._first_pixel(step.out)
-        record["images"], record["channels"], record["pixels"] = (
-            batch,
-            x.channels,
-            source.image_stride,
-        )
-        record["x_plane"], record["x_image"] = x.channel_stride(batch), source.image_stride
-        record["plane"], record["image"] = step.out.channel_stride(batch), layout.image_stride
-        record["lead_bytes"], record["eps"] = 4 * layout.lead, step.eps
-        if others:
-            record["y"] = self._first_pixel(others[0])
-            record["y_plane"] = others[0].channel_stride(batch)
-            record["y_image"] = others[0].layout.root().image_stride
-        name, items = step.name, x.channels
-        mask = step.out.mask(batch)
-        if mask is not None:
-            record["mask"] = self._address(mask)
-            name = f"{name}_masked" if name in ("scale", "group_norm") else name
-        if name == "mean":
-            record["factor"] = 1 / (x.height * x.width)
-            record["pixels"] = x.height * source.row_stride
-        elif name in ("interleave", "repeat"):
-            parts = step.stride[0] * step.stride[1] if name == "interleave" else 1
-            record["x_group"] = parts * record["x_plane"]
-            record["x_part"] = record["x_plane"] if name == "interleave" else 0
-            name, items = f"interleave_{step.stride[1]}", step.out.channels
-            record["rows"], record["columns"] = step.out.height, step.out.width
-            record["x_pitch"], record["pitch"] = source.row_stride, layout.row_stride
-            record["factor_rows"] = step.stride[0]
-        elif step.index is not None:
-            record["index"], record["pixels"] = self._address(step.index), step.index.shape[1]
-            items = step.out.channels
-        elif name == "activate":
-            assert step.activation is not None
-            record["activation"] = library().activation(step.activation, width)
-        elif name == "scale_pixels":
-            assert step.weight is not None
-            record["weight"] = self._address(step.out.spread(step.weight, batch))
-        elif step.bias is not None:
-            assert step.weight is not None
-            record["weight"], record["bias"] = self._address(step.weight), self._address(step.bias)
-            record["factor"], items = 1 / x.channels, step.out.channel_stride(batch) // width
-            if name != "layer_norm":
-                record["channels"], items = x.channels // step.groups, step.groups
-                record["factor"] = step.groups / (x.channels * x.height * x.width)
-        operation["kernel"], operation["items"] = library().function(name), items
+        record = self.record(PLANE_OPERATION)
+        given = record, step, self.plan.batch
+        filled = OperationRecord(*given, self._first_pixel, self._address)
+        operation["kernel"], operation["items"] = library().function(filled.kernel), filled.items
         operation["record"] = record.ctypes.data
 
     def recurrence(self, step: Recurrence, operation: np.void) -> RecurrentRecords:

@@ -9,6 +9,7 @@
     group_norm    of each image, over the pixels of some consecutive channels; also masked
     interleave_a  pixels of several channels, or repeated pixels of one
     gather        out[g · channels + c, n, p] = x[c, n, index[g, p]]
+    rows, columns, max_rows, max_columns    combine rows or columns, see `plane_resampling`
 
 The items of `layer_norm` are vectors of pixels, those of `group_norm` groups, all others channels.
 Some loops over pixels are written for single numbers; LLVM makes vectors of them.
@@ -17,8 +18,10 @@ Some loops over pixels are written for single numbers; LLVM makes vectors of the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from .plane_reordering import clear_after_images, gather, interleave
+from .plane_resampling import RESAMPLINGS, resample
 from .records import PLANE_OPERATION, fields
 from .text import FunctionText
 
@@ -26,7 +29,7 @@ FACTORS = (1, 2, 3, 4, 8)  # columns of the result of `interleave` for each colu
 INTERLEAVE = tuple(f"interleave_{n}" for n in FACTORS)
 OPERATIONS = (
     *("mean", "scale", "scale_masked", "scale_pixels", "activate", "layer_norm"),
-    *("group_norm", "group_norm_masked", "gather", *INTERLEAVE),
+    *("group_norm", "group_norm_masked", "gather", *INTERLEAVE, *RESAMPLINGS),
 )
 FIELD_TYPES = {
     **dict.fromkeys(("x", "y", "out", "mask", "activation", "weight", "bias", "index"), "ptr"),
@@ -64,6 +67,7 @@ def emit_plane_operation(name: str, width: int) -> Iterator[str]:
             name: lambda code, n=n: interleave(code, n)  # type: ignore[misc]
             for name, n in zip(INTERLEAVE, FACTORS, strict=True)
         },
+        **{name: partial(resample, name=name) for name in RESAMPLINGS},
     }
     with code.loop("%i", "%i0", "%i1"):
         writers[name](code)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from .text import FunctionText
 
 
@@ -25,35 +28,55 @@ def interleave(code: FunctionText, factor: int) -> None:
     code(f"%full = udiv i64 %columns, {factor}")
     code(f"%full.columns = mul i64 %full, {factor}")
     code("%rest = sub i64 %columns, %full.columns")
+    with rows_of_channel(code):
+        code("%q = udiv i64 %line, %factor_rows")
+        code("%q.first = mul i64 %q, %factor_rows")
+        code("%a = sub i64 %line, %q.first")
+        code(f"%part = mul i64 %a, {factor}")
+        row = (("%i", "%x_group"), ("%n", "%x_image"), ("%q", "%x_pitch"))
+        for b in range(factor):
+            code(f"%part.{b} = add i64 %part, {b}")
+            code.pointer(f"from.{b}", "%x", (f"%part.{b}", "%x_part"), *row)
+        with code.loop("%p", "0", "%full"):
+            code(f"%p.to = mul nsw i64 %p, {factor}")
+            for b in range(factor):
+                code(f"%at.{b} = getelementptr inbounds float, ptr %from.{b}, i64 %p")
+                code(f"%pixel.{b} = load float, ptr %at.{b}")
+                code(f"%p.to.{b} = add nsw i64 %p.to, {b}")
+                code(f"%put.{b} = getelementptr inbounds float, ptr %to, i64 %p.to.{b}")
+                code(f"store float %pixel.{b}, ptr %put.{b}")
+        with code.loop("%r", "0", "%rest"):
+            code("%r.part = add i64 %part, %r")
+            code.pointer("r.from", "%x", ("%r.part", "%x_part"), *row, ("%full", "1"))
+            code("%r.pixel = load float, ptr %r.from")
+            code.pointer("r.to", "%to", ("%full.columns", "1"), ("%r", "1"))
+            code("store float %r.pixel, ptr %r.to")
+
+
+@contextmanager
+def rows_of_channel(code: FunctionText) -> Iterator[None]:
+    """Execute the `with` block for each row of a channel of the result; set the padding to 0.
+
+    In the block, %n is the image, %line the row, and %to the address of its first pixel.
+
+    Args:
+        code: of a function that has loaded its record; %i is the channel.
+
+    Example:
+        >>> code = FunctionText()
+        >>> with rows_of_channel(code):
+        ...     code("store float 1.0, ptr %to")
+        >>> code.lines[0]
+        '  %padding = sub i64 %pitch, %columns'
+    """
     code("%padding = sub i64 %pitch, %columns")
     code("%padding.bytes = mul i64 %padding, 4")
     code("%out.rows = udiv i64 %image, %pitch")
     code.pointer("channel", "%out", ("%i", "%plane"))
     with code.loop("%n", "0", "%images"):
         with code.loop("%line", "0", "%rows"):
-            code("%q = udiv i64 %line, %factor_rows")
-            code("%q.first = mul i64 %q, %factor_rows")
-            code("%a = sub i64 %line, %q.first")
-            code(f"%part = mul i64 %a, {factor}")
             code.pointer("to", "%channel", ("%n", "%image"), ("%line", "%pitch"))
-            row = (("%i", "%x_group"), ("%n", "%x_image"), ("%q", "%x_pitch"))
-            for b in range(factor):
-                code(f"%part.{b} = add i64 %part, {b}")
-                code.pointer(f"from.{b}", "%x", (f"%part.{b}", "%x_part"), *row)
-            with code.loop("%p", "0", "%full"):
-                code(f"%p.to = mul nsw i64 %p, {factor}")
-                for b in range(factor):
-                    code(f"%at.{b} = getelementptr inbounds float, ptr %from.{b}, i64 %p")
-                    code(f"%pixel.{b} = load float, ptr %at.{b}")
-                    code(f"%p.to.{b} = add nsw i64 %p.to, {b}")
-                    code(f"%put.{b} = getelementptr inbounds float, ptr %to, i64 %p.to.{b}")
-                    code(f"store float %pixel.{b}, ptr %put.{b}")
-            with code.loop("%r", "0", "%rest"):
-                code("%r.part = add i64 %part, %r")
-                code.pointer("r.from", "%x", ("%r.part", "%x_part"), *row, ("%full", "1"))
-                code("%r.pixel = load float, ptr %r.from")
-                code.pointer("r.to", "%to", ("%full.columns", "1"), ("%r", "1"))
-                code("store float %r.pixel, ptr %r.to")
+            yield
             code("%end = getelementptr float, ptr %to, i64 %columns")
             code.clear("%end", "%padding.bytes")
         code("%below = sub i64 %out.rows, %rows")

@@ -46,9 +46,10 @@ PLANE_OPERATION = np.dtype(
         ("out", "i8"),  # first pixel of the result
         ("mask", "i8"),  # int32: all bits set at pixels of an image, 0 between images; or 0
         ("activation", "i8"),  # function of rows
-        ("weight", "i8"),  # of a norm, one number per channel
+        ("weight", "i8"),  # of a norm, one number per channel; or of rows or columns
         ("bias", "i8"),
-        ("index", "i8"),  # of `gather`, int32 (groups, pixels): pixels of x
+        ("index", "i8"),  # of `gather`, int32 (groups, pixels): pixels of x; or rows or columns
+        ("taps", "i8"),  # rows or columns of x that are combined
         ("images", "i8"),
         ("channels", "i8"),
         ("x_plane", "i8"),  # pixels between consecutive channels of x
