@@ -28,6 +28,8 @@ POINTWISE = {
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor),
 }
 BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
 NEAREST = (aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default)
 
 
@@ -236,6 +238,21 @@ class Functions:
             return None
         return Operation("repeat", (x,), self.places.empty(node, False), stride=factor)
 
+    def _softmax(self, node: Node) -> Operation | None:
+        """Return the step of softmax, or its logarithm, over the channels."""
+        args: list[Any] = [*node.args, None, None]
+        source, dim = args[:2]
+        if not isinstance(dim, int) or node.meta["val"].dtype != torch.float32:
+            return None
+        value = source.meta["val"]
+        x, dim = self._image(source), dim % max(1, value.dim())
+        if x is None and dim == value.dim() - 1:
+            x = self.places.gathered(source)
+        if x is None or dim != (value.dim() - 1 if x.linear else 1):
+            return None
+        name = "softmax" if node.target in SOFTMAX else "log_softmax"
+        return Operation(name, (x,), self._like(node, x))
+
     def _layer_norm(self, node: Node) -> Operation | None:
         args: list[Any] = list(node.args) + [None] * 5
         x = self.places.gathered(args[0])
@@ -276,6 +293,7 @@ class Functions:
 READERS: dict[Any, Callable[[Functions, Node], Operation | Attention | None]] = {
     **dict.fromkeys(RESAMPLES, Functions._resample),
     **dict.fromkeys(NEAREST, Functions._nearest),
+    **dict.fromkeys((*SOFTMAX, *LOG_SOFTMAX), Functions._softmax),
     aten.adaptive_avg_pool2d.default: Functions._average,
     aten.mean.dim: Functions._mean,
     aten.mul.Tensor: Functions._product,

@@ -20,6 +20,7 @@ from .aliases import SAME as COPIES
 from .constants import CREATES_LIKE, CREATES_NEW
 from .layer import Layer
 from .recurrent import Recurrent
+from .resampling import RESAMPLES
 from .samples import Follower, MixedError, Rows, Samples, require
 
 aten = torch.ops.aten
@@ -59,10 +60,9 @@ FIRST: dict[Any, int | None] = {
     **dict.fromkeys((aten.upsample_nearest1d.vec, aten.adaptive_max_pool1d.default), 3),
     **dict.fromkeys((aten.conv2d.default, aten.conv2d.padding, aten.conv_transpose2d.input), 4),
     **dict.fromkeys((aten.max_pool2d.default, aten.avg_pool2d.default, aten.im2col.default), 4),
-    **dict.fromkeys((aten.adaptive_avg_pool2d.default, aten.adaptive_max_pool2d.default), 4),
-    **dict.fromkeys((aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec), 4),
-    **dict.fromkeys((aten.upsample_bicubic2d.vec, aten.pixel_shuffle.default), 4),
-    **dict.fromkeys((aten.pixel_unshuffle.default, aten.channel_shuffle.default), 4),
+    **dict.fromkeys(RESAMPLES, 4),
+    **dict.fromkeys((aten.pixel_shuffle.default, aten.pixel_unshuffle.default), 4),
+    aten.channel_shuffle.default: 4,
     **dict.fromkeys((aten.conv3d.default, aten.conv3d.padding, aten.conv_transpose3d.input), 5),
     **dict.fromkeys((aten.max_pool3d.default, aten.avg_pool3d.default), 5),
     **dict.fromkeys((aten.adaptive_avg_pool3d.default, aten.upsample_trilinear3d.vec), 5),

@@ -36,11 +36,16 @@ CONVOLUTIONS: dict[Any, Any] = {
     aten.conv1d.padding: aten.conv2d.padding,
     aten.conv_transpose1d.default: aten.conv_transpose2d.input,
 }
-# Arguments (first, number) of a pooling function that get a value for the row, and this value.
-POOLINGS: dict[Any, tuple[Any, tuple[int, ...]]] = {
+# Values for the row of the arguments after the first one, of pooling and interpolation; None for
+# arguments that stay the same.
+POOLINGS: dict[Any, tuple[Any, tuple[float | None, ...]]] = {
     aten.max_pool1d.default: (aten.max_pool2d.default, (1, 1, 0, 1)),
     aten.avg_pool1d.default: (aten.avg_pool2d.default, (1, 1, 0)),
     aten.adaptive_avg_pool1d.default: (aten.adaptive_avg_pool2d.default, (1,)),
+    aten.adaptive_max_pool1d.default: (aten.adaptive_max_pool2d.default, (1,)),
+    aten.upsample_nearest1d.vec: (aten.upsample_nearest2d.vec, (1, 1.0)),
+    aten._upsample_nearest_exact1d.vec: (aten._upsample_nearest_exact2d.vec, (1, 1.0)),
+    aten.upsample_linear1d.vec: (aten.upsample_bilinear2d.vec, (1, None, 1.0)),
 }
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 # Functions of one dimension, and the position of this argument.
@@ -50,6 +55,8 @@ WITH_DIM: dict[Any, int] = {
     aten.split.Tensor: 2,
     aten.split_with_sizes.default: 2,
     aten.chunk.default: 2,
+    aten.softmax.int: 1,
+    aten.log_softmax.int: 1,
 }
 
 
@@ -176,8 +183,8 @@ class _Lifting:
         args: list[Any] = list(node.args)
         target, row = POOLINGS[node.target]
         for i, value in enumerate(row, 1):
-            if i < len(args):
-                args[i] = _with_row(args[i], value) if args[i] != [] else []
+            if value is not None and i < len(args) and args[i] not in (None, []):
+                args[i] = _with_row(args[i], value)
         return self._call(target, (self.lifted[args[0]], *args[1:]), node.kwargs)
 
     def _with_dim(self, node: Node) -> Node | None:
@@ -220,6 +227,6 @@ def _dim(dim: int) -> int:
     return (0, 1, 3)[dim % 3]
 
 
-def _with_row(value: Any, row: int) -> list[int]:
+def _with_row(value: Any, row: float) -> list[Any]:
     """Return an argument for rows and columns from one for columns."""
-    return [row, value if isinstance(value, int) else value[0]]
+    return [row, value[0] if isinstance(value, list | tuple) else value]

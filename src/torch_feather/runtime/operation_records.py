@@ -109,13 +109,12 @@ class OperationRecord:
         self.record["weight"] = self._address(self.step.weight)
         self.record["bias"] = self._address(self.step.bias)
 
-    def _vectors(self) -> None:
-        """The items are vectors of pixels."""
+    def over_channels(self) -> None:
         self.items = self.step.out.channel_stride(self.batch) // library().target.widths[0]
 
     def layer_norm(self) -> None:
         self._affine()
-        self._vectors()
+        self.over_channels()
         self.record["factor"] = 1 / self.x.channels
 
     def group_norm(self) -> None:
@@ -123,9 +122,6 @@ class OperationRecord:
         groups, pixels = self.step.groups, self.x.height * self.x.width
         self.record["channels"], self.items = self.x.channels // groups, groups
         self.record["factor"] = groups / (self.x.channels * pixels)
-
-    def softmax(self) -> None:
-        self._vectors()
 
 
 FILL: dict[str, Callable[[OperationRecord], None]] = {
@@ -137,6 +133,6 @@ FILL: dict[str, Callable[[OperationRecord], None]] = {
     "scale_pixels": OperationRecord.scale_pixels,
     "layer_norm": OperationRecord.layer_norm,
     "group_norm": OperationRecord.group_norm,
-    "softmax": OperationRecord.softmax,
+    **dict.fromkeys(("softmax", "log_softmax"), OperationRecord.over_channels),
     **dict.fromkeys(RESAMPLINGS, OperationRecord.resample),
 }

@@ -1,11 +1,11 @@
 """Interpolation and adaptive pooling: rows and columns that are combined by two matrices.
 
-Such a function computes A · x · Bᵀ of each channel x: all columns are combined in one way, A, and all
-rows in another one, B. Few numbers of a row of A or B are not 0. The taps of this row are these
-numbers and their positions. Adaptive max pooling takes the largest pixel instead of the sum.
+Such a function computes A · x · Bᵀ of each channel x. A row of the result is a sum of some rows of
+x: their weights are the numbers of a row of A that are not 0. B combines columns. A weight and its
+position are a tap. Adaptive max pooling takes the largest pixel instead of the sum.
 
-    interpolation           nearest, bilinear and bicubic, also with antialiasing
-    adaptive pooling        also with windows of unequal sizes
+    interpolation       nearest, bilinear and bicubic, also with antialiasing
+    adaptive pooling    also with windows of unequal sizes
 """
 
 from __future__ import annotations
@@ -37,34 +37,34 @@ class ResamplingTaps(NamedTuple):
     """What is combined to the rows, or to the columns, of a result.
 
     Attributes:
-        index: int32 (taps, size of the result), rows or columns of the input. The number of taps
-            is even: if there are fewer, the last one is repeated, and its weight divided.
-        weight: float32 of the same shape.
+        positions: int32 (taps, size of the result), rows or columns of the input. The number of
+            taps is even: if there are fewer, the last one is repeated, and its weight divided.
+        weights: float32 of the same shape.
 
     Example:
-        >>> ResamplingTaps.of(np.array([[1.0, 0.0, 0.0], [0.2, 0.3, 0.5]])).index.tolist()
+        >>> ResamplingTaps.of(np.array([[1.0, 0.0, 0.0], [0.2, 0.3, 0.5]])).positions.tolist()
         [[0, 0], [0, 1], [0, 2], [0, 2]]
     """
 
-    index: np.ndarray
-    weight: np.ndarray
+    positions: np.ndarray
+    weights: np.ndarray
 
     @classmethod
     def of(cls, matrix: np.ndarray) -> ResamplingTaps:
         """Return the taps of a matrix, which has a number that is not 0 in each row."""
-        index, weight = [], []
+        positions, weights = [], []
         most = max(2, int(np.count_nonzero(matrix, axis=1).max()))
         count = most + most % 2
         for row in matrix:
-            (positions,) = row.nonzero()
-            missing = count - len(positions)
-            values = row[positions]
+            (found,) = row.nonzero()
+            missing = count - len(found)
+            values = row[found]
             values[-1] /= missing + 1
-            index.append(np.pad(positions, (0, missing), "edge"))
-            weight.append(np.pad(values, (0, missing), "edge"))
+            positions.append(np.pad(found, (0, missing), "edge"))
+            weights.append(np.pad(values, (0, missing), "edge"))
         return cls(
-            np.ascontiguousarray(np.array(index, np.int32).T),
-            np.ascontiguousarray(np.array(weight, np.float32).T),
+            np.ascontiguousarray(np.array(positions, np.int32).T),
+            np.ascontiguousarray(np.array(weights, np.float32).T),
         )
 
 
@@ -165,7 +165,7 @@ def resampled(node: Node, x: Planes, steps: list[Any]) -> Operation | None:
         if step is not None:
             steps.append(step)
         out = Planes(PlaneLayout(height, width), *size, size)
-        step = Operation(name, (x,), out, index=taps.index, weight=taps.weight)
+        step = Operation(name, (x,), out, index=taps.positions, weight=taps.weights)
         x = out
     return step
 

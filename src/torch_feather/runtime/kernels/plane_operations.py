@@ -5,31 +5,33 @@
     scale_masked  the same & mask[p]
     activate      out[c, p] = activation(x[c, p]) & mask[p]; padding of x is 0
     scale_pixels  out[c, n, p] = x[c, n, p] · weight[n, p] & mask[n, p]
-    layer_norm    of each pixel, over the channels
+    layer_norm, softmax, log_softmax    of each pixel, over the channels, see `plane_channels`
     group_norm    of each image, over the pixels of some consecutive channels; also masked
     interleave_a  pixels of several channels, or repeated pixels of one
     gather        out[g · channels + c, n, p] = x[c, n, index[g, p]]
     rows, columns, max_rows, max_columns    combine rows or columns, see `plane_resampling`
 
-The items of `layer_norm` are vectors of pixels, those of `group_norm` groups, all others channels.
+The items are groups of `group_norm`, vectors of pixels over the channels, otherwise channels.
 Some loops over pixels are written for single numbers; LLVM makes vectors of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
+from .plane_channels import OVER_CHANNELS, choose_mask, masked_vector
 from .plane_reordering import clear_after_images, gather, interleave
 from .plane_resampling import RESAMPLINGS, resample
 from .records import PLANE_OPERATION, fields
-from .text import FunctionText
+from .text import FunctionText, VectorText
 
 FACTORS = (1, 2, 3, 4, 8)  # columns of the result of `interleave` for each column of its input
 INTERLEAVE = tuple(f"interleave_{n}" for n in FACTORS)
 OPERATIONS = (
-    *("mean", "scale", "scale_masked", "scale_pixels", "activate", "layer_norm"),
-    *("group_norm", "group_norm_masked", "gather", *INTERLEAVE, *RESAMPLINGS),
+    *("mean", "scale", "scale_masked", "scale_pixels", "activate"),
+    *("group_norm", "group_norm_masked", "gather"),
+    *(*INTERLEAVE, *RESAMPLINGS, *OVER_CHANNELS),
 )
 FIELD_TYPES = {
     **dict.fromkeys(("x", "y", "out", "mask", "activation", "weight", "bias", "index"), "ptr"),
@@ -48,26 +50,23 @@ def emit_plane_operation(name: str, width: int) -> Iterator[str]:
         >>> next(emit_plane_operation("mean", 8))
         'define void @mean(ptr noalias %record, i64 %i0, i64 %i1) {'
     """
-    code = FunctionText()
+    code = VectorText(width)
     for field, offset in fields(PLANE_OPERATION):
         code(f"%{field}.field = getelementptr i8, ptr %record, i64 {offset}")
         code(f"%{field} = load {FIELD_TYPES.get(field, 'i64')}, ptr %{field}.field")
     _clear_lead(code)
-    writers = {
+    writers: dict[str, Callable[[VectorText], None]] = {
         "mean": _mean,
         "scale": _scale,
-        "scale_masked": lambda code: _scale(code, masked=True),
-        "activate": lambda code: _activate(code, width),
-        "layer_norm": lambda code: _layer_norm(code, width),
+        "scale_masked": partial(_scale, masked=True),
+        "activate": _activate,
         "gather": gather,
-        "scale_pixels": lambda code: _scale_pixels(code, width),
-        "group_norm": lambda code: _group_norm(code, width),
-        "group_norm_masked": lambda code: _group_norm(code, width, masked=True),
-        **{
-            name: lambda code, n=n: interleave(code, n)  # type: ignore[misc]
-            for name, n in zip(INTERLEAVE, FACTORS, strict=True)
-        },
-        **{name: partial(resample, name=name) for name in RESAMPLINGS},
+        "scale_pixels": _scale_pixels,
+        "group_norm": _group_norm,
+        "group_norm_masked": partial(_group_norm, masked=True),
+        **{n: partial(interleave, factor=f) for n, f in zip(INTERLEAVE, FACTORS, strict=True)},
+        **{n: partial(resample, name=n) for n in RESAMPLINGS},
+        **OVER_CHANNELS,
     }
     with code.loop("%i", "%i0", "%i1"):
         writers[name](code)
@@ -76,8 +75,8 @@ def emit_plane_operation(name: str, width: int) -> Iterator[str]:
     if name == "mean" or name.startswith("group_norm"):
         yield "  %sum = alloca float"
         yield "  %total = alloca double"
-    if name == "layer_norm":
-        yield f"  %total = alloca <{width} x float>, align 64"
+    if name in OVER_CHANNELS:
+        yield f"  %total = alloca {code.vector}, align 64"
     yield from code.lines
     yield "  ret void"
     yield "}"
@@ -132,47 +131,24 @@ def _scale(code: FunctionText, masked: bool = False) -> None:
     clear_after_images(code, "%channel")
 
 
-def _masked(code: FunctionText, value: str, width: int, pixel: str) -> str:
-    """Set the pixels between images to 0, if there are any. Return the name of the result."""
-    v, iv = f"<{width} x float>", f"<{width} x i32>"
-    code(f"%mask.at = getelementptr i32, ptr %mask.safe, i64 {pixel}")
-    code(f"%mask.here = load {iv}, ptr %mask.at, align 4")
-    ones = f"<{', '.join(['i32 -1'] * width)}>"
-    code(f"%mask.used = select i1 %is.whole, {iv} {ones}, {iv} %mask.here")
-    code(f"%bits = bitcast {v} {value} to {iv}")
-    code(f"%bits.masked = and {iv} %bits, %mask.used")
-    code(f"%masked = bitcast {iv} %bits.masked to {v}")
-    return "%masked"
-
-
-def _choose_mask(code: FunctionText, other: str) -> None:
-    """Without a mask, read another address instead; the value is not used."""
-    code("%is.whole = icmp eq ptr %mask, null")
-    code(f"%mask.safe = select i1 %is.whole, ptr {other}, ptr %mask")
-
-
-def _activate(code: FunctionText, width: int) -> None:
+def _activate(code: VectorText) -> None:
     code.pointer("row", "%x", ("%i", "%x_plane"))
     code.pointer("to", "%out", ("%i", "%plane"))
-    code(f"%vectors = udiv i64 %plane, {width}")
+    code(f"%vectors = udiv i64 %plane, {code.width}")
     code("call void %activation(ptr %row, ptr %to, ptr %mask, i64 %vectors)")
 
 
-def _scale_pixels(code: FunctionText, width: int) -> None:
-    v = f"<{width} x float>"
+def _scale_pixels(code: VectorText) -> None:
     code.pointer("row", "%x", ("%i", "%x_plane"))
     code.pointer("to", "%out", ("%i", "%plane"))
-    _choose_mask(code, "%row")
-    code(f"%vectors = udiv i64 %plane, {width}")
+    choose_mask(code, "%row")
+    code(f"%vectors = udiv i64 %plane, {code.width}")
     with code.loop("%p", "0", "%vectors"):
-        code(f"%p.first = mul i64 %p, {width}")
-        for name, base in (("pixel", "row"), ("factor.here", "weight")):
-            code(f"%{name}.at = getelementptr float, ptr %{base}, i64 %p.first")
-            code(f"%{name} = load {v}, ptr %{name}.at, align 4")
-        code(f"%product = fmul {v} %pixel, %factor.here")
-        masked = _masked(code, "%product", width, "%p.first")
-        code("%to.at = getelementptr float, ptr %to, i64 %p.first")
-        code(f"store {v} {masked}, ptr %to.at, align 4")
+        code(f"%p.first = mul i64 %p, {code.width}")
+        pixel = code.load("pixel", code.at("pixel.at", "%row", "%p.first"))
+        factor = code.load("factor.here", code.at("factor.at", "%weight", "%p.first"))
+        code(f"%product = fmul {code.vector} {pixel}, {factor}")
+        code.store(masked_vector(code, "%product", "%p.first"), code.at("to.at", "%to", "%p.first"))
 
 
 def _group_row(code: FunctionText, c: str) -> None:
@@ -236,9 +212,9 @@ def _group_mean(code: FunctionText, names: tuple[str, str, str], masked: bool) -
     code(f"%{name} = fptrunc double %{name}.wide to float")
 
 
-def _group_norm(code: FunctionText, width: int, masked: bool = False) -> None:
+def _group_norm(code: VectorText, masked: bool = False) -> None:
     """Normalize one group, whose number of channels is `channels`; `factor` is 1 / its pixels."""
-    v = f"<{width} x float>"
+    v = code.vector
     code("%group = mul i64 %i, %channels")
     with code.loop("%n", "0", "%images"):
         if masked:
@@ -247,7 +223,7 @@ def _group_norm(code: FunctionText, width: int, masked: bool = False) -> None:
         _group_mean(code, ("variance", "b", "q"), masked)
         code("%variance.eps = fadd float %variance, %eps")
         code(f"%variance.all = insertelement {v} zeroinitializer, float %variance.eps, i32 0")
-        code(f"%deviations = call {v} @llvm.sqrt.v{width}f32({v} %variance.all)")
+        code(f"%deviations = call {v} @llvm.sqrt.v{code.width}f32({v} %variance.all)")
         code(f"%deviation = extractelement {v} %deviations, i32 0")
         code("%inverse = fdiv float 1.0, %deviation")
         with code.loop("%c", "0", "%channels"):
@@ -267,62 +243,3 @@ def _group_norm(code: FunctionText, width: int, masked: bool = False) -> None:
         code("%d.own = add i64 %group, %d")
         code.pointer("channel", "%out", ("%d.own", "%plane"))
         clear_after_images(code, "%channel")
-
-
-def _layer_norm(code: FunctionText, width: int) -> None:
-    """Normalize one vector of pixels. The sums stay in registers, as LLVM promotes the memory."""
-    v = f"<{width} x float>"
-
-    def splat(name: str, scalar: str) -> None:
-        code(f"%{name}.one = insertelement {v} poison, float {scalar}, i32 0")
-        code(
-            f"%{name} = shufflevector {v} %{name}.one, {v} poison, <{width} x i32> zeroinitializer"
-        )
-
-    def pixels(counter: str) -> None:
-        code(f"%{counter}.first = mul i64 %{counter}, %x_plane")
-        code(f"%{counter}.at = getelementptr float, ptr %row, i64 %{counter}.first")
-        code(f"%{counter}.x = load {v}, ptr %{counter}.at, align 4")
-
-    code(f"%p = mul i64 %i, {width}")
-    code("%row = getelementptr float, ptr %x, i64 %p")
-    code("%to = getelementptr float, ptr %out, i64 %p")
-    _choose_mask(code, "%row")
-    splat("factor.all", "%factor")
-    splat("eps.all", "%eps")
-    code(f"store {v} zeroinitializer, ptr %total, align 64")
-    with code.loop("%a", "0", "%channels"):
-        pixels("a")
-        code(f"%a.before = load {v}, ptr %total, align 64")
-        code(f"%a.after = fadd {v} %a.before, %a.x")
-        code(f"store {v} %a.after, ptr %total, align 64")
-    code(f"%sum = load {v}, ptr %total, align 64")
-    code(f"%mean = fmul {v} %sum, %factor.all")
-    code(f"store {v} zeroinitializer, ptr %total, align 64")
-    with code.loop("%b", "0", "%channels"):
-        pixels("b")
-        code(f"%b.centered = fsub {v} %b.x, %mean")
-        code(f"%b.before = load {v}, ptr %total, align 64")
-        arguments = f"{v} %b.centered, {v} %b.centered, {v} %b.before"
-        code(f"%b.after = call {v} @llvm.fmuladd.v{width}f32({arguments})")
-        code(f"store {v} %b.after, ptr %total, align 64")
-    code(f"%squares = load {v}, ptr %total, align 64")
-    arguments = f"{v} %squares, {v} %factor.all, {v} %eps.all"
-    code(f"%variance = call {v} @llvm.fmuladd.v{width}f32({arguments})")
-    code(f"%deviation = call {v} @llvm.sqrt.v{width}f32({v} %variance)")
-    splat("one", "1.0")
-    code(f"%inverse = fdiv {v} %one, %deviation")
-    with code.loop("%c", "0", "%channels"):
-        pixels("c")
-        code(f"%c.centered = fsub {v} %c.x, %mean")
-        for name in ("weight", "bias"):
-            code(f"%{name}.at = getelementptr float, ptr %{name}, i64 %c")
-            code(f"%{name}.here = load float, ptr %{name}.at")
-            splat(f"{name}.all", f"%{name}.here")
-        code(f"%c.scale = fmul {v} %inverse, %weight.all")
-        arguments = f"{v} %c.centered, {v} %c.scale, {v} %bias.all"
-        code(f"%c.y = call {v} @llvm.fmuladd.v{width}f32({arguments})")
-        masked = _masked(code, "%c.y", width, "%p")
-        code("%c.to = mul i64 %c, %plane")
-        code("%to.at = getelementptr float, ptr %to, i64 %c.to")
-        code(f"store {v} {masked}, ptr %to.at, align 4")
