@@ -83,6 +83,24 @@ POOLINGS = (
     lambda y: y.sum(),
     squeeze_excite,
 )
+INTERPOLATIONS = (
+    *(
+        partial(F.interpolate, scale_factor=f, mode="bilinear")
+        for f in (2, 3.3, (0.6, 1), (0.4, 4))
+    ),
+    *(partial(F.interpolate, size=s, mode="bilinear", align_corners=True) for s in (17, (1, 23))),
+    partial(F.interpolate, size=(90, 60), mode="bilinear"),  # more runs than loop nests
+    partial(F.interpolate, size=(13, 17), mode="bicubic"),
+    partial(F.interpolate, size=(4, 13), mode="bilinear", antialias=True),
+    *(
+        partial(F.interpolate, size=s, mode=m)
+        for s in (7, (18, 6))
+        for m in ("nearest", "nearest-exact")
+    ),
+    partial(F.interpolate, scale_factor=2.3),
+    *(partial(F.adaptive_max_pool2d, output_size=s) for s in (1, (4, 5), (9, 6))),
+    lambda y: F.interpolate(F.adaptive_avg_pool2d(y, 1), size=(9, 6), mode="bilinear"),
+)
 MOVES = (
     lambda y: torch.cat([y[:, 2:], y[:, :3]], 1),
     lambda y: torch.stack([y, 2 * y], 2),
@@ -103,6 +121,7 @@ CASES = {
     "activations": (Function(*ACTIVATIONS), IMAGE),
     "poolings": (Function(*POOLINGS), IMAGE),
     "moves": (Function(*MOVES), IMAGE),
+    "interpolations": (Function(*INTERPOLATIONS), IMAGE),
     "attention": (Attention(), TOKENS),
     "masked": (Attention(torch.rand(7, 7) > 0.3, False), TOKENS),
     "causal": (Attention(causal=True), TOKENS),

@@ -11,6 +11,7 @@ from typing import Any
 
 from .elementwise import ELEMENTWISE
 from .reductions import REDUCTIONS
+from .resampling import RESAMPLINGS
 from .shapes import SHAPES
 
-SUPPORTED: dict[Any, Callable[..., Any]] = {**ELEMENTWISE, **REDUCTIONS, **SHAPES}
+SUPPORTED: dict[Any, Callable[..., Any]] = {**ELEMENTWISE, **REDUCTIONS, **RESAMPLINGS, **SHAPES}

@@ -14,7 +14,7 @@ from .errors import NativeExportError
 from .expressions import largest, operand, total
 from .lowering import Builder, transform
 from .program import View
-from .reductions import matmul
+from .resampling import RESAMPLINGS
 
 aten = torch.ops.aten
 
@@ -161,27 +161,8 @@ def _adaptive_avg_pool2d(builder: Builder, x: Any, size: Any) -> View:
     if height % rows == 0 and width % columns == 0:
         kernel = [height // rows, width // columns]
         return _avg_pool2d(builder, view, kernel, kernel)
-    # Windows differ in size: products with the matrices of the two dimensions.
-    for n, m in ((width, columns), (height, rows)):
-        matrix = F.adaptive_avg_pool1d(torch.eye(n), m)
-        view = transform(matmul(builder, view, matrix), lambda t: t.transpose(-1, -2))
-    return view
-
-
-def _upsample_nearest(
-    builder: Builder, x: Any, size: Any = None, factors: Any = None, *more: Any
-) -> View:
-    view = builder.view(x)
-    batch, channels, height, width = view.shape
-    rows, columns = size or (int(height * factors[0]), int(width * factors[1]))
-    if rows % height or columns % width:
-        raise NativeExportError("nearest upsampling needs an integer factor")
-    a, b = rows // height, columns // width
-    repeated = transform(
-        view,
-        lambda t: t[:, :, :, None, :, None].expand(batch, channels, height, a, width, b),
-    )
-    return builder.reshape(repeated, (batch, channels, rows, columns))
+    found: View = RESAMPLINGS[aten.adaptive_avg_pool2d.default](builder, view, [rows, columns])
+    return found
 
 
 def _pixel_shuffle(builder: Builder, x: Any, factor: int) -> View:
@@ -212,6 +193,5 @@ SHAPES: dict[Any, Callable[..., Any]] = {
     aten.max_pool2d.default: _max_pool2d,
     aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
     aten._adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
-    aten.upsample_nearest2d.vec: _upsample_nearest,
     aten.pixel_shuffle.default: _pixel_shuffle,
 }

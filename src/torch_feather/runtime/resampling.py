@@ -11,10 +11,12 @@ position are a tap. Adaptive max pooling takes the largest pixel instead of the 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from .planes import PlaneLayout, Planes
@@ -68,58 +70,68 @@ class ResamplingTaps(NamedTuple):
         )
 
 
-def matrices(node: Node) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the matrices A and B of a function of `RESAMPLES`, in float32.
+def matrices(
+    function: OpOverload, given: Sequence[int], named: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the matrices A and B of interpolation or adaptive average pooling, in float32.
 
     They are what the function itself makes of images of two equal columns or rows, in which one
     pixel is 1 and all others are 0. (With one column, `_upsample_bilinear2d_aa` of PyTorch 2.14
     confuses the strides.)
 
+    Args:
+        function: one of `RESAMPLES`. The result is for average pooling if it is max pooling.
+        given: rows and columns of the input.
+        named: arguments by name, without the input.
+
     Returns:
-        None if a size or a factor depends on the input, or the function is none of this kind.
+        None if the function is none of this kind.
 
     Example:
-        >>> from torch.fx import Graph
-        >>> x = Graph().placeholder("x")
-        >>> x.meta["val"] = torch.ones(1, 1, 3, 2)
-        >>> node = x.graph.call_function(aten.adaptive_avg_pool2d.default, (x, [2, 2]))
-        >>> node.meta["val"] = torch.ones(1, 1, 2, 2)
-        >>> matrices(node)[0].tolist()
+        >>> function = aten.adaptive_avg_pool2d.default
+        >>> matrices(function, (3, 2), {"output_size": [2, 2]})[0].tolist()
         [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]
     """
+    function = aten.adaptive_avg_pool2d.default if function is ADAPTIVE_MAX else function
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    image = torch.linspace(-1, 1, math.prod(given), **options).cos().view(1, 1, *given)
+    expected = function(image, **named)[0, 0]
+    found = []
+    for axis, size in enumerate(given):
+        one = {**named, **_for_one_axis(named, axis, expected.shape[axis])}
+        identity = torch.eye(size, **options).view(1, size, size, 1).expand(-1, -1, -1, 2)
+        x = (identity if axis == 0 else identity.transpose(2, 3)).contiguous()
+        found.append(function(x, **one).select(3 - axis, 0)[0].numpy().T)
+    a, b = found
+    product = torch.from_numpy(a @ image[0, 0].numpy() @ b.T)
+    return (a, b) if torch.allclose(expected, product, atol=1e-5) else None
+
+
+def arguments(function: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the arguments of a function by name, without the first one.
+
+    Example:
+        >>> arguments(aten.adaptive_avg_pool2d.default, (torch.ones(1, 1, 3, 3), [2, 2]), {})
+        {'output_size': [2, 2]}
+    """
+    names = [argument.name for argument in function._schema.arguments]
+    return dict(zip(names[1:], args[1:], strict=False)) | dict(kwargs)
+
+
+def _matrices_of(node: Node) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the matrices of a node; None if a size or a factor depends on the input."""
     source, target = node.args[0], node.target
     assert isinstance(source, Node)
-    assert isinstance(target, torch._ops.OpOverload)
+    assert isinstance(target, OpOverload)
     value = node.meta["val"][0] if target is ADAPTIVE_MAX else node.meta["val"]
     given, result = source.meta["val"].shape[2:], value.shape[2:]
     known = all(isinstance(n, int) and n > 0 for n in (*given, *result))
     if not known or len(node.all_input_nodes) > 1:
         return None
-    function = aten.adaptive_avg_pool2d.default if target is ADAPTIVE_MAX else target
-    names = [a.name for a in function._schema.arguments[1:]]
-    named = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-    found = []
-    for axis, size in enumerate(given):
-        one = named | _for_one_axis(named, axis, result[axis])
-        identity = (
-            torch.eye(size, dtype=torch.float32, device="cpu")
-            .view(1, size, size, 1)
-            .expand(-1, -1, -1, 2)
-        )
-        x = (identity if axis == 0 else identity.transpose(2, 3)).contiguous()
-        found.append(function(x, **one).select(3 - axis, 0)[0].numpy().T)
-    a, b = found
-    image = (
-        torch.linspace(-1, 1, math.prod(given), dtype=torch.float32, device="cpu")
-        .cos()
-        .view(1, 1, *given)
-    )
-    product = torch.from_numpy(a @ image[0, 0].numpy() @ b.T)
-    agrees = torch.allclose(function(image, **named)[0, 0], product, atol=1e-5)
-    return (a, b) if agrees else None
+    return matrices(target, given, arguments(target, node.args, node.kwargs))
 
 
-def _for_one_axis(named: dict[str, Any], axis: int, size: int) -> dict[str, Any]:
+def _for_one_axis(named: Mapping[str, Any], axis: int, size: int) -> dict[str, Any]:
     """Return the arguments that must change if the other axis has two pixels, and keeps them.
 
     Args:
@@ -150,7 +162,7 @@ def resampled(node: Node, x: Planes, steps: list[Any]) -> Operation | None:
     Returns:
         None if a size or a factor depends on the input.
     """
-    if (found := matrices(node)) is None:
+    if (found := _matrices_of(node)) is None:
         return None
     kind = "max_" if node.target is ADAPTIVE_MAX else ""
     axes = {kind + name: matrix for name, matrix in zip(("rows", "columns"), found, strict=True)}
