@@ -168,9 +168,9 @@ def resampled(node: Node, x: Planes, steps: list[Any]) -> Operation | None:
     axes = {kind + name: matrix for name, matrix in zip(("rows", "columns"), found, strict=True)}
     if len(found[0]) > x.height:
         axes = dict(reversed(axes.items()))
-    changing = {name: m for name, m in axes.items() if not _is_identity(m)} or axes
+    changing = [item for item in axes.items() if not _is_identity(item[1])]
     step: Operation | None = None
-    for name, matrix in list(changing.items()):
+    for name, matrix in changing or [*axes.items()][:1]:
         height, width = (len(matrix), x.width) if name.endswith("rows") else (x.height, len(matrix))
         size = x.channels, height, width
         taps = ResamplingTaps.of(matrix)
@@ -183,4 +183,4 @@ def resampled(node: Node, x: Planes, steps: list[Any]) -> Operation | None:
 
 
 def _is_identity(matrix: np.ndarray) -> bool:
-    return np.array_equal(matrix, np.eye(*matrix.shape))
+    return np.array_equal(matrix, np.eye(len(matrix)))
