@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from runtime_cases import TOLERANCE, compiled, conv, error, pruned, run_layer
+from test_planes import Net
 from torch import nn
 
 from torch_feather.runtime import kernels
@@ -99,6 +100,30 @@ def test_attention(target, causal):
         assert not any("attention" in step for step in repr(network).split("in PyTorch")[1:])
         with torch.no_grad():
             assert error(network(x, mask), model(x, mask)) < 3 * TOLERANCE
+
+
+def test_resampling_and_softmax(target):
+    """Rows of fewer and of more pixels than a vector has, and not of a multiple of them."""
+
+    def net(x, layer):
+        y = layer(x)
+        up = F.interpolate(y, scale_factor=(2, 2.6), mode="bilinear")
+        pools = F.adaptive_avg_pool2d(y, (4, 5)), F.adaptive_max_pool2d(y, (4, 5))
+        return (
+            up,
+            F.interpolate(y, size=(3, 11), mode="bicubic"),
+            *pools,
+            y.softmax(1).relu(),
+            (y.log_softmax(1)),
+        )
+
+    for size in ((9, 7), (17, 35)):
+        x, model = torch.randn(3, 5, *size), pruned(Net(net, nn.Conv2d(5, 6, 3, padding=1)), 0.5)
+        network = compiled(model, x, threads=2)
+        assert "in PyTorch" not in repr(network)
+        with torch.no_grad():
+            for found, expected in zip(network(x), model(x), strict=True):
+                assert error(found, expected) < 3 * TOLERANCE
 
 
 def assembly(target):
