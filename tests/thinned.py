@@ -62,6 +62,10 @@ EVERY = {
     "native/test_native_targets.py": {"test_networks": 5, "test_the_digits_network": 3},
     "runtime/test_compile.py": {"test_single_samples_are_computed_correctly": 3},
     "runtime/test_networks.py": {"test_networks_for_cifar": 3, "test_networks_of_timm": 5},
+    "runtime/test_resampling.py": {
+        "test_interpolation_and_adaptive_pooling_stay_in_planes": 7,
+        "test_several_threads_and_eight_samples": 3,
+    },
     "runtime/test_strides.py": {
         "test_strides_of_outputs": 3,
         "test_writes_into_the_input": 3,

@@ -97,7 +97,7 @@ INTERPOLATIONS = (
         for s in (7, (18, 6))
         for m in ("nearest", "nearest-exact")
     ),
-    partial(F.interpolate, scale_factor=2.3),
+    partial(F.interpolate, scale_factor=2.1),  # twice the size, but not each pixel twice
     *(partial(F.adaptive_max_pool2d, output_size=s) for s in (1, (4, 5), (9, 6))),
     lambda y: F.interpolate(F.adaptive_avg_pool2d(y, 1), size=(9, 6), mode="bilinear"),
 )
@@ -142,6 +142,23 @@ def test_native_and_c_agree_with_pytorch(case, tmp_path):
 
 def test_interpolation_and_adaptive_pooling(tmp_path):
     agree(Function(*INTERPOLATIONS), IMAGE, tmp_path)
+
+
+def test_interpolation_and_pooling_of_sequences(tmp_path):
+    class Sequences(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(4, 8, 3, padding=1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return (
+                F.interpolate(y, scale_factor=2.5, mode="linear"),
+                F.interpolate(y, size=5),
+                F.adaptive_max_pool1d(y, 4),
+            )
+
+    agree(Sequences(), (2, 4, 11), tmp_path)
 
 
 def agree(model, shape, tmp_path):
