@@ -42,8 +42,8 @@ def power(x: Tensor, exponent: float) -> Tensor:
     """Return x^exponent of numbers >= 0.
 
     On a CPU, PyTorch's own float32 powers differ in the last bit between the end of a tensor and
-    its rest, so that results would depend on the number of threads. Those of float64 differ too,
-    but hardly ever after rounding to float32.
+    its rest, so that results would depend on blocks and threads. Those of float64 differ too, but
+    hardly ever after rounding to float32.
 
     Args:
         x: float32 or float64, any shape.
