@@ -81,7 +81,7 @@ def decode(packed: Array, width: int, count: int, size: int) -> Array:
         new = ends.take(np.flatnonzero(is_value))
         if found + len(new) > count:
             raise ValueError(f"more than {count} positions for {count} values")
-        np.add(new, before - 1, out=positions[found : found + len(new)])
+        np.add(new, before - 1, out=positions[found : found + len(new)], dtype=np.int64)
         found += len(new)
         before += int(ends[-1]) if len(ends) else 0
     if found != count:
