@@ -486,6 +486,13 @@ def test_the_zoo_compares_pruned_networks_with_dense_systems(monkeypatch):
     assert line.endswith("sort")
     assert "95%: 2.50 (1.20x)" in zoo.table([row])
 
+    several = zoo.measure("small", "mobile", [0.95], batch=2)
+    found = several["sparse"]["0.95"]
+    assert all(found[form] > 0 for form in ("ms", "one_image_ms", "whole_ms"))
+    found |= {"ms": 2.5, "one_image_ms": 2.4, "whole_ms": 5.0}
+    assert "95%: 2.50 (1.20x) [2.40, 5.00]" in zoo.table([several | {"dense_ms": row["dense_ms"]}])
+    assert zoo.below_goal(several, 3.0) == []
+
 
 def test_compile_times_come_from_processes_that_have_not_compiled(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
