@@ -37,6 +37,11 @@ class Run(NamedTuple):
         first: where the first window begins.
         shift: the distance to the next window.
         size: size of the windows.
+
+    Example:
+        >>> run = Run(start=0, step=2, length=2, first=0, shift=1, size=2)
+        >>> run.weights(np.array([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.0, 0.2, 0.8]])).tolist()
+        [[0.5, 0.5], [0.2, 0.8]]
     """
 
     start: int

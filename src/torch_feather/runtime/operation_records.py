@@ -63,43 +63,42 @@ class OperationRecord:
             record["mask"] = address(mask)
             if step.name in ("scale", "group_norm"):
                 self.kernel = f"{step.name}_masked"
-        fill = FILL.get(step.name)
-        if fill is not None:
+        if (fill := FILL.get(step.name)) is not None:
             fill(self)
 
-    def mean(self) -> None:
+    def _mean(self) -> None:
         self.record["factor"] = 1 / (self.x.height * self.x.width)
         self.record["pixels"] = self.x.height * self.source.row_stride
 
-    def interleave(self) -> None:
+    def _interleave(self) -> None:
         rows, columns = self.step.stride
         self.record["x_group"] = rows * columns * self.record["x_plane"]
         self.record["x_part"], self.record["factor_rows"] = self.record["x_plane"], rows
         self.kernel = f"interleave_{columns}"
 
-    def repeat(self) -> None:
+    def _repeat(self) -> None:
         rows, columns = self.step.stride
         self.record["x_group"], self.record["factor_rows"] = self.record["x_plane"], rows
         self.kernel = f"interleave_{columns}"
 
-    def gather(self) -> None:
+    def _gather(self) -> None:
         assert self.step.index is not None
         self.record["index"] = self._address(self.step.index)
         self.record["pixels"] = self.step.index.shape[1]
 
-    def resample(self) -> None:
+    def _resample(self) -> None:
         assert self.step.index is not None
         assert self.step.weight is not None
         self.record["index"] = self._address(self.step.index)
         self.record["weight"] = self._address(self.step.weight)
         self.record["taps"] = len(self.step.index)
 
-    def activate(self) -> None:
+    def _activate(self) -> None:
         assert self.step.activation is not None
         width = library().target.widths[0]
         self.record["activation"] = library().activation(self.step.activation, width)
 
-    def scale_pixels(self) -> None:
+    def _scale_pixels(self) -> None:
         assert self.step.weight is not None
         self.record["weight"] = self._address(self.step.out.spread(self.step.weight, self.batch))
 
@@ -109,30 +108,32 @@ class OperationRecord:
         self.record["weight"] = self._address(self.step.weight)
         self.record["bias"] = self._address(self.step.bias)
 
-    def over_channels(self) -> None:
+    def _over_channels(self) -> None:
+        """The items are vectors of pixels."""
         self.items = self.step.out.channel_stride(self.batch) // library().target.widths[0]
 
-    def layer_norm(self) -> None:
+    def _layer_norm(self) -> None:
         self._affine()
-        self.over_channels()
+        self._over_channels()
         self.record["factor"] = 1 / self.x.channels
 
-    def group_norm(self) -> None:
+    def _group_norm(self) -> None:
         self._affine()
         groups, pixels = self.step.groups, self.x.height * self.x.width
         self.record["channels"], self.items = self.x.channels // groups, groups
         self.record["factor"] = groups / (self.x.channels * pixels)
 
 
+# Functions that fill what only some operations need.
 FILL: dict[str, Callable[[OperationRecord], None]] = {
-    "mean": OperationRecord.mean,
-    "interleave": OperationRecord.interleave,
-    "repeat": OperationRecord.repeat,
-    "gather": OperationRecord.gather,
-    "activate": OperationRecord.activate,
-    "scale_pixels": OperationRecord.scale_pixels,
-    "layer_norm": OperationRecord.layer_norm,
-    "group_norm": OperationRecord.group_norm,
-    **dict.fromkeys(("softmax", "log_softmax"), OperationRecord.over_channels),
-    **dict.fromkeys(RESAMPLINGS, OperationRecord.resample),
+    "mean": OperationRecord._mean,
+    "interleave": OperationRecord._interleave,
+    "repeat": OperationRecord._repeat,
+    "gather": OperationRecord._gather,
+    "activate": OperationRecord._activate,
+    "scale_pixels": OperationRecord._scale_pixels,
+    "layer_norm": OperationRecord._layer_norm,
+    "group_norm": OperationRecord._group_norm,
+    **dict.fromkeys(("softmax", "log_softmax"), OperationRecord._over_channels),
+    **dict.fromkeys(RESAMPLINGS, OperationRecord._resample),
 }

@@ -161,6 +161,15 @@ def resampled(node: Node, x: Planes, steps: list[Any]) -> Operation | None:
 
     Returns:
         None if a size or a factor depends on the input.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> x = Graph().placeholder("x")
+        >>> x.meta["val"] = torch.ones(1, 8, 3, 2)
+        >>> node = x.graph.call_function(aten.adaptive_avg_pool2d.default, (x, [2, 2]))
+        >>> node.meta["val"] = torch.ones(1, 8, 2, 2)
+        >>> resampled(node, Planes(PlaneLayout(3, 2), 8, 3, 2, (8, 3, 2)), []).name
+        'rows'
     """
     if (found := _matrices_of(node)) is None:
         return None

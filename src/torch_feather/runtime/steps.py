@@ -117,19 +117,22 @@ class Operation:
     """An operation in machine code that is no convolution, from planes to planes.
 
     Attributes:
-        name: "mean", "scale", "scale_pixels", "activate", "layer_norm", "group_norm", "interleave",
-            "repeat" or "gather".
+        name: "mean", "scale", "scale_pixels", "activate", "layer_norm", "softmax", "log_softmax",
+            "group_norm", "interleave", "repeat", "gather", "rows", "columns", "max_rows" or
+            "max_columns".
         x: inputs.
         out: result.
         activation: function of "activate", one of `kernels.ACTIVATIONS`.
-        weight: of a norm, (channels,); of "scale_pixels", (height, width).
+        weight: of a norm, (channels,); of "scale_pixels", (height, width); of "rows" and "columns",
+            see `resampling.ResamplingTaps`.
         bias: of a norm, (channels,).
         eps: of a norm.
         groups: of "group_norm".
         stride: rows and columns of the result per row and column of the input, of "interleave" and
             "repeat".
         index: int32 (groups, tokens) of "gather": which token of the input is at each place. The
-            result has all channels of the input once for each group.
+            result has all channels of the input once for each group. Of "rows" and "columns": see
+            `resampling.ResamplingTaps`.
 
     Example:
         >>> from torch_feather.runtime.planes import PlaneLayout
