@@ -182,6 +182,12 @@ def test_softmax_of_tokens_and_images_with_channels_last(name):
     assert in_pytorch(net) == []
 
 
+def test_softmax_of_one_token_with_many_channels_is_left_to_pytorch():
+    for channels, count in ((1000, 0), (1025, 1)):
+        net = check(lambda x, a: a(x).softmax(-1), nn.Linear(24, channels), x=torch.randn(2, 24))
+        assert len(in_pytorch(net)) == count
+
+
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 def test_softmax_is_accurate_for_all_numbers(name):
     function = partial(getattr(torch, name), dim=1)

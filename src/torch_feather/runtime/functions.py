@@ -30,6 +30,8 @@ POINTWISE = {
 BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
+# More channels of a single token are slower in planes, where a vector has one number of each token.
+ONE_TOKEN = 1024
 NEAREST = (aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default)
 
 
@@ -249,6 +251,8 @@ class Functions:
         if x is None and dim == value.dim() - 1:
             x = self.places.gathered(source)
         if x is None or dim != (value.dim() - 1 if x.linear else 1):
+            return None
+        if x.linear and x.height * x.width == 1 and x.channels > ONE_TOKEN:
             return None
         name = "softmax" if node.target in SOFTMAX else "log_softmax"
         return Operation(name, (x,), self._like(node, x))
