@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import ConfigurationError, nearest, shorten
-from .schema import Config
+from .schema import AUTO, Config
 
 # Keys of version 0.1 that have another name now.
 RENAMED_KEYS = {"system.graph": "system.cuda_graph"}
@@ -149,6 +149,10 @@ def apply(config: Config, values: Mapping[str, Any], where: str) -> Config:
     if config.automatic and "automatic" not in top:  # a key that is set is not chosen any more
         given = {renamed.get(key, key) for key in flat}
         top["automatic"] = [key for key in config.automatic if key not in given] or None
+    if "options" in sections or "method" in top:  # otherwise than auto chose
+        top.setdefault("method_reason", None)
+    if top.get("method") == AUTO:  # options of another method do not hold any more
+        top["options"] = {}
     try:
         for section, fields in sections.items():
             before = getattr(config, section)
