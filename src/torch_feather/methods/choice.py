@@ -104,8 +104,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         method="feather",
-        reason="it is the default: no comparison of methods is recorded for this sparsity, kind of "
-        "network, optimizer and number of steps",
+        reason="it is the default, since no comparison of methods is recorded for this sparsity, "
+        "kind of network, optimizer and number of steps",
         evidence="results/claims.md",
     ),
 )  # fmt: skip
