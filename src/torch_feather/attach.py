@@ -108,7 +108,7 @@ def sparsify(
     if options and method == AUTO:
         raise ConfigurationError(
             f"method={AUTO!r} chooses the options too, got {', '.join(options)}. Name the method "
-            f"that they belong to, such as method='feather', or leave them out."
+            "that they belong to, such as method='feather', or leave them out."
         )
     if isinstance(model, nn.Module):
         reshard(model)
@@ -118,13 +118,11 @@ def sparsify(
         _check_left_out(model, prunable, exclude)
     target = Target.of(model, prunable, sparsity, count)
     if method == AUTO:
-        method = _choose(prunable, target, optimizer, total_steps)
-        return Sparsifier(
-            model, optimizer, method, target.sparsity, int(total_steps), include, exclude
-        )
-    if isinstance(method, str):
-        method = build_method(method, sparsity=target.requested, **options)
-    method, fraction = target.given_to(method)
+        method, fraction = _choose(prunable, target, optimizer, total_steps), target.sparsity
+    else:
+        if isinstance(method, str):
+            method = build_method(method, sparsity=target.requested, **options)
+        method, fraction = target.given_to(method)
     return Sparsifier(model, optimizer, method, fraction, int(total_steps), include, exclude)
 
 
