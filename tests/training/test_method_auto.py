@@ -67,6 +67,20 @@ def test_the_situation_is_that_of_the_training(monkeypatch, tmp_path):
     assert seen[0].steps == 3
 
 
+def needs_values(num_classes):
+    layer = torch.nn.Linear(64, num_classes)
+    if not float(layer.weight.detach().square().sum()):
+        raise RuntimeError("has no weights")
+    return torch.nn.Sequential(torch.nn.Flatten(), layer)
+
+
+def test_a_network_that_reads_values_when_it_is_created_is_looked_at(monkeypatch):
+    seen = []
+    monkeypatch.setattr(automatic, "choose", lambda one: seen.append(one) or choose(one))
+    choose_settings(tiny(network=f"{__name__}:needs_values"), CPU)
+    assert seen[0].network == OTHER
+
+
 def test_a_choice_of_settings_comes_before_that_of_the_method(monkeypatch):
     seen = []
     monkeypatch.setattr(automatic, "choose", lambda one: seen.append(one) or choose(one))

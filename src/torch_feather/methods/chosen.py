@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..context import MethodContext
-from ..errors import MethodChosen, StateError, warn
+from ..errors import MethodChosen, StateError, printable, warn
 from ..weights.latent import LatentWeights
 from .base import AnyMethod, BoundMethod
 from .choice import AUTO, Choice
+from .registry import METHODS
 
 BYTES = 512  # of a stored choice. A fixed size, since distributed checkpoints load into tensors
 
@@ -41,7 +43,7 @@ class Chosen:
 
     def __init__(self, choice: Choice, build: Build):
         self._build = build
-        self._context: MethodContext | None = None
+        self._bound: tuple[Any, ...] = ()  # the context without weights, which may be replaced
         self.choice, self.description = choice, build(choice)
 
     def __repr__(self) -> str:
@@ -49,7 +51,7 @@ class Chosen:
 
     def bind(self, context: MethodContext) -> BoundMethod:
         """Return the chosen method on one model."""
-        self._context = context
+        self._bound = context.model, context.names, context.sparsity, context.total_steps
         return self.description.bind(context)
 
     def announce(self) -> None:
@@ -74,24 +76,31 @@ class Chosen:
             This object, if it is the same method with the same options.
 
         Raises:
-            StateError: the bytes are damaged.
+            StateError: the bytes are damaged, or name a method that does not exist.
         """
         try:
             choice = Choice(**json.loads(bytes(data.cpu().numpy()) if data is not None else b""))
-            if not isinstance(choice.options, dict):
+            texts = choice.method, choice.reason, choice.evidence
+            if not isinstance(choice.options, dict) or not all(isinstance(t, str) for t in texts):
                 raise TypeError
         except (ValueError, TypeError):
             raise StateError(
                 "The state's name of the method that method='auto' chose is damaged. Load another "
                 "checkpoint."
             ) from None
+        if choice.method not in METHODS:  # a state must not import a module
+            raise StateError(
+                f"The state was written with method {printable(choice.method)!r:.80}, which "
+                "method='auto' chose there and which does not exist here. Load another checkpoint, "
+                "or install the version of torch-feather that wrote it."
+            )
         same = (choice.method, choice.options) == (self.choice.method, self.choice.options)
         return self if same else Chosen(choice, self._build)
 
     def bind_like(self, other: Chosen, weights: LatentWeights) -> BoundMethod:
         """Return the method on the model that `other` is bound to, with its present weights."""
-        assert other._context is not None
-        return self.bind(replace(other._context, weights=weights))
+        model, names, sparsity, total_steps = other._bound
+        return self.bind(MethodContext(model, names, weights, sparsity, total_steps))
 
     def become(self, other: Chosen) -> None:
         """Take the place of this method by another one, and tell the user."""

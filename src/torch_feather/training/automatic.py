@@ -198,7 +198,8 @@ def _skeleton(name: str) -> nn.Module:
         try:
             with torch.device("meta"):
                 return models.create(name, num_classes=2)
-        except (NotImplementedError, RuntimeError):  # a few read values while they are created
+        # A few read values while they are created; the error of a factory is a ConfigurationError.
+        except (NotImplementedError, RuntimeError, ConfigurationError):
             return models.create(name, num_classes=2)
 
 
