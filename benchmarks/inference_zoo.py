@@ -10,8 +10,9 @@ weight are reported.
     python benchmarks/inference.py --zoo --json results/inference_zoo.json
 
 Networks that the file has already are not measured again. Options: --networks NAME ...,
---sparsity S ..., --narrow (OpenVINO in bfloat16, and in int8 with NNCF). Optional packages: pip
-install timm torchvision openvino onnxruntime onnx onnxscript nncf. Missing ones are skipped.
+--sparsity S ..., --narrow (OpenVINO in bfloat16, and in int8 with NNCF), --batch N. Optional
+packages: pip install timm torchvision openvino onnxruntime onnx onnxscript nncf. Missing ones are
+skipped.
 
     python benchmarks/inference.py --zoo --compile-times --repeats 3
 
@@ -64,6 +65,10 @@ NETWORKS = {
         *("swin_tiny_patch4_window7_224", "poolformer_s12"),
     ),
 }
+
+
+# Ways to compute a batch, with their chunk_size.
+FORMS: dict[str, Any] = {"one_image_ms": 1, "whole_ms": None}
 
 
 class Detector(nn.Module):
@@ -129,13 +134,26 @@ def first(output: Any) -> Tensor:
     return next(v for v in torch.utils._pytree.tree_leaves(output) if isinstance(v, Tensor))
 
 
-def measure(name: str, kind: str, sparsities: list[float], narrow: bool = False) -> dict[str, Any]:
-    """Return the row of a network; `narrow` also measures OpenVINO in bfloat16 and int8."""
+def measure(
+    name: str, kind: str, sparsities: list[float], narrow: bool = False, batch: int = 1
+) -> dict[str, Any]:
+    """Return the row of a network.
+
+    Args:
+        name: the network.
+        kind: its kind.
+        sparsities: of the networks of torch-feather.
+        narrow: whether to measure OpenVINO in bfloat16 and int8, too.
+        batch: number of images. If it is above 1, networks that compute one image at a time, and
+            whole batches, are measured beside those that choose.
+    """
     from torch_feather.runtime.timing import alternate
 
     model, x = create(name)
+    x = x if batch == 1 else torch.randn(batch, *x.shape[1:])
     systems = dense_systems(model, x, threads=1, compiles=False, narrow=narrow)
     networks, row = {}, {"network": name, "kind": kind, "size": x.shape[-1], "sparse": {}}
+    row["batch"] = batch
     for sparsity in sparsities:
         sparse_model, empty = pruned(name, sparsity)
         begin = time.process_time()
@@ -143,7 +161,12 @@ def measure(name: str, kind: str, sparsities: list[float], narrow: bool = False)
         seconds = time.process_time() - begin
         with torch.inference_mode():
             found, expected = first(network(x)), first(sparse_model(x))
-        networks[sparsity] = network
+        networks[sparsity, "ms"] = network
+        if batch > 1:
+            for form, size in FORMS.items():
+                networks[sparsity, form] = feather.compile_sparse(
+                    sparse_model, x, threads=1, chunk_size=size
+                )
         row["sparse"][str(sparsity)] = {
             "compile_s": seconds,
             "error": float((found - expected).abs().max() / expected.abs().max()),
@@ -159,8 +182,8 @@ def measure(name: str, kind: str, sparsities: list[float], narrow: bool = False)
     with torch.inference_mode():
         times = alternate(calls, rounds=9, burst=3, clock=time.process_time)
     row["dense_ms"] = dict(zip(systems, times, strict=False))
-    for sparsity, ms in zip(networks, times[len(systems) :], strict=True):
-        row["sparse"][str(sparsity)]["ms"] = ms
+    for (sparsity, form), ms in zip(networks, times[len(systems) :], strict=True):
+        row["sparse"][str(sparsity)][form] = ms
     return row
 
 
@@ -176,6 +199,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"{'network':34} {'PyTorch':>8} {'OpenVINO':>8} {'ORT':>8}   torch-feather: ms (ratio), "
         "compile s, error"
     ]
+    if any(row.get("batch", 1) > 1 for row in rows):
+        lines.append(f"{'':63}[ms for one image at a time, for the whole batch]")
     for row in rows:
         dense = row["dense_ms"]
         names = ("PyTorch", "OpenVINO f32", "onnxruntime")
@@ -184,6 +209,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         for sparsity, found in row["sparse"].items():
             ratio = f" ({best / found['ms']:.2f}x)" if best else ""
             parts.append(f"{100 * float(sparsity):g}%: {found['ms']:.2f}{ratio}")
+            if "whole_ms" in found:
+                parts[-1] += f" [{found['one_image_ms']:.2f}, {found['whole_ms']:.2f}]"
         slowest = max(found["compile_s"] for found in row["sparse"].values())
         error = max(found["error"] for found in row["sparse"].values())
         parts.append(f"{slowest:.1f} s, {error:.0e}")
@@ -201,6 +228,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def below_goal(row: dict[str, Any], best: float | None) -> list[str]:
     """Return, for each sparsity below its goal, what the network computes outside of kernels."""
     found = []
+    if row.get("batch", 1) > 1:  # the goals are for one image
+        return found
     goals = dict(zip((0.95, 0.98), GOALS[row["kind"]], strict=True)) | {0.9: 1.0}
     for sparsity, result in row["sparse"].items():
         goal = goals.get(float(sparsity))
@@ -326,6 +355,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(kinds), default=list(kinds))
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95, 0.98])
     parser.add_argument("--narrow", action="store_true", help="OpenVINO in bfloat16 and int8 too")
+    parser.add_argument("--batch", type=int, default=1, help="images")
     parser.add_argument("--compile-times", action="store_true", help="measure compilation alone")
     parser.add_argument("--repeats", type=int, default=1, help="of --compile-times")
     parser.add_argument(
@@ -349,11 +379,11 @@ def main() -> None:
         if options.compile_times:
             row = compile_row(name, options.sparsity, options.repeats)
         else:
-            row = measure(name, kinds[name], options.sparsity, options.narrow)
+            row = measure(name, kinds[name], options.sparsity, options.narrow, options.batch)
         rows.append(row | {"commit": stored["commit"]})
         path.write_text(json.dumps(stored, indent=1) + "\n")
         versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
-        heading = f"{stored['hardware']['cpu']}, one thread, batch 1, float32\n"
+        heading = f"{stored['hardware']['cpu']}, one thread, batch {options.batch}, float32\n"
         path.with_suffix(".txt").write_text(
             f"{heading}{versions}, commit {', '.join(dict.fromkeys(r['commit'] for r in rows))}\n"
             f"{stored['command']}\n\n{make_table(rows)}"

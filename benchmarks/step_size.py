@@ -11,11 +11,12 @@ import gc
 import random
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
-from step_turns import FORMS, Weights, contestants, forms, sgd, take_turns, with_interval
+from step_turns import FORMS, TARGET, Weights, contestants, forms, sgd, take_turns, with_interval
 from torch import Tensor
 
 SIZES = (10**5, 10**6, 10**7, 11 * 10**6, 10**8)
@@ -24,6 +25,8 @@ SPARSITIES = (0.95, 0.5)
 LIMITED = 11 * 10**6
 LIMITS = {0.95: {"plain": 5.0, "compiled": 2.2}, 0.5: {"plain": 9.0, "compiled": 5.0}}
 """Nanoseconds per weight that a step of `LIMITED` weights may add, by sparsity."""
+THREADS_AIM = 1.6
+"""How many times as fast two threads should be as one."""
 
 
 def planned(size: int, quick: bool) -> tuple[int, int]:
@@ -35,21 +38,27 @@ def planned(size: int, quick: bool) -> tuple[int, int]:
     """
     if quick:
         return 2, 2
-    return 2 if size > 5 * 10**7 else 10, int(np.clip(1e8 / size, 6, 60))
+    return 6 if size > 5 * 10**7 else 10, int(np.clip(1e8 / size, 4, 60))
+
+
+def new_copies(
+    model: Weights, gradients: list[Tensor], sparsity: float
+) -> dict[str, Callable[[], object]]:
+    """Return the optimizer steps of new copies of a model, by contestant."""
+    gc.collect()  # networks of the last call, which refer to their sparsifiers and these to them
+    pairs = contestants(model, sgd, sparsity)
+    for one, _ in pairs.values():
+        for p, gradient in zip(one.parameters(), gradients, strict=True):
+            p.grad = gradient.clone()
+    return {name: optimizer.step for name, (_, optimizer) in pairs.items()}
 
 
 def turns_of_new_copies(
     model: Weights, gradients: list[Tensor], sparsity: float, repetitions: int, seed: int
 ) -> dict[str, np.ndarray]:
     """Return nanoseconds per weight in each repetition, by contestant."""
-    gc.collect()  # networks of the last call, which refer to their sparsifiers and these to them
-    pairs = contestants(model, sgd, sparsity)
-    for one, _ in pairs.values():
-        for p, gradient in zip(one.parameters(), gradients, strict=True):
-            p.grad = gradient.clone()
-    steps = {name: optimizer.step for name, (_, optimizer) in pairs.items()}
     per_weight = 1e6 / sum(g.numel() for g in gradients)
-    samples = take_turns(steps, repetitions, seed)
+    samples = take_turns(new_copies(model, gradients, sparsity), repetitions, seed)
     return {name: per_weight * np.asarray(values) for name, values in samples.items()}
 
 
@@ -93,6 +102,55 @@ def measure_size(size: int, sparsity: float, quick: bool, seed: int) -> dict[str
         "control": {"ratio": ratio, "interval": interval},
         "copy_ns": 1e6 / weights * float(np.median(copies)),
         "added": added,
+    }
+
+
+def measure_threads(threads: int, quick: bool, seed: int) -> dict[str, Any]:
+    """Return how many times as fast a step is with several threads as with one, by wall clock.
+
+    For a form of the passes, this is the time that its step adds to a dense one. `copy` is a copy
+    of the weights by PyTorch: what the memory of the machine allows.
+
+    Args:
+        threads: number of threads.
+        quick: take two steps, which shows that the benchmark runs.
+        seed: of weights, gradients and the order of steps.
+    """
+    size = 10**5 if quick else LIMITED
+    placements, repetitions = planned(size, quick)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    model = Weights(size)
+    gradients = [torch.randn_like(p) * 1e-2 for p in model.parameters()]
+    source, target = torch.randn(size), torch.empty(size)
+    gains, before = [], torch.get_num_threads()
+    try:
+        for i in range(placements):
+            steps = {
+                "copy": lambda: target.copy_(source),
+                **new_copies(model, gradients, TARGET),
+            }
+            times = {}
+            for count in (1, threads):
+                torch.set_num_threads(count)
+                samples = take_turns(steps, repetitions, seed + i, clock=perf_counter)
+                times[count] = {name: np.asarray(values) for name, values in samples.items()}
+                for form in forms():
+                    times[count][form] -= times[count]["dense"]
+            one, several = times[1], times[threads]
+            gains.append({name: np.median(one[name]) / np.median(several[name]) for name in steps})
+    finally:
+        torch.set_num_threads(before)
+    rows = {}
+    for name in ("copy", "dense", *forms()):
+        mean, interval = with_interval(np.array([gain[name] for gain in gains]), seed, np.mean)
+        aim = THREADS_AIM if name in FORMS else None
+        rows[name] = {"ratio": mean, "interval": interval, "aim": aim}
+    return {
+        "weights": sum(g.numel() for g in gradients),
+        "repetitions": placements * repetitions,
+        "threads": threads,
+        "gains": rows,
     }
 
 

@@ -1,8 +1,9 @@
 """All measurements of a step on a CPU that have a limit: `step_overhead.py --suite`.
 
-Networks, then the added time over the number of weights, then what theta = 1/2 adds. The passes of
-a step are measured in their plain (NumPy) and compiled forms, next to a second dense contestant,
-the control. The record is written after each part; the same command resumes it.
+Networks, then the added time over the number of weights, then what theta = 1/2 adds, then the gain
+from a second thread. The passes of a step are measured in their plain (NumPy) and compiled forms,
+next to a second dense contestant, the control. The record is written after each part; the same
+command resumes it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from method_cost import FEATHER, HALF, SETTLE, measure_methods
 from step_networks import NETWORKS, measure_network
-from step_size import LIMITED, SIZES, SPARSITIES, draw_plot, measure_size
+from step_size import LIMITED, SIZES, SPARSITIES, draw_plot, measure_size, measure_threads
 from step_turns import TARGET
 
 import torch_feather as feather
@@ -51,6 +52,7 @@ def planned_parts(quick: bool, seed: int) -> Iterator[tuple[str, Callable[[], di
                 lambda size=size, sparsity=sparsity: measure_size(size, sparsity, quick, seed),
             )
     yield "theta 0.5", lambda: measure_theta(quick, seed)
+    yield "two threads", lambda: measure_threads(2, quick, seed)
 
 
 def run(file: Path, command: str, threads: int, quick: bool, seed: int) -> None:
@@ -160,6 +162,12 @@ def part_lines(part: dict[str, Any]) -> list[str]:
             f"  {form:<10} {row['ns']:>9.2f} ns per weight added{shown}"
             + verdict(row["ns"], row["limit"])
         )
+    for name, row in part.get("gains", {}).items():
+        low, high = row["interval"]
+        aim = "" if row["aim"] is None else f"   aim {row['aim']:g}"
+        lines.append(
+            f"  {name:<10} {row['ratio']:>9.2f} times as fast ({low:.2f} to {high:.2f}){aim}"
+        )
     return lines
 
 
@@ -178,8 +186,8 @@ def verdict(value: float, limit: float | None, control: bool = False) -> str:
 
 
 def verdicts(record: dict[str, Any]) -> str:
-    """Return which values are over their limits, and which controls show that the run is noise."""
-    over, outside = [], []
+    """Return values beyond their limits and aims, and controls that show that the run is noise."""
+    over, below, outside = [], [], []
     for label, part in record["parts"].items():
         rows = part.get("contestants", {})
         values = [(name, row["ratio"], row["limit"]) for name, row in rows.items()]
@@ -189,9 +197,15 @@ def verdicts(record: dict[str, Any]) -> str:
             for name, value, limit in values
             if limit is not None and value > limit
         ]
+        below += [
+            f"{label}, {name}: {row['ratio']:.2f} < {row['aim']:g}"
+            for name, row in part.get("gains", {}).items()
+            if row["aim"] is not None and row["ratio"] < row["aim"]
+        ]
         control = rows.get("control") or part.get("control")
         if control and not is_quiet(control["ratio"]):
             outside.append(f"{label}: {control['ratio']:.3f}")
     lines = ["", "Over their limit: " + ("; ".join(over) or "none")]
+    lines.append("Below their aim: " + ("; ".join(below) or "none"))
     lines.append(f"Controls outside of 1.00 ± {CONTROL:.2f}: " + ("; ".join(outside) or "none"))
     return "\n".join(lines)

@@ -86,14 +86,19 @@ def contestants(
 
 
 def take_turns(
-    steps: Mapping[str, Callable[[], object]], repetitions: int, seed: int, warmup: int = 3
+    steps: Mapping[str, Callable[[], object]],
+    repetitions: int,
+    seed: int,
+    warmup: int = 3,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, list[float]]:
     """Return the milliseconds of each contestant's step in each repetition, in random order.
 
-    With one thread, the time is that of the thread, which other programs disturb less.
+    With one thread and without a clock, the time is that of the thread, which other programs
+    disturb less.
     """
     draw, real = random.Random(seed), compiled.kernels
-    clock = thread_time if torch.get_num_threads() == 1 else perf_counter
+    clock = clock or (thread_time if torch.get_num_threads() == 1 else perf_counter)
     samples: dict[str, list[float]] = {name: [] for name in steps}
     try:
         for i in range(warmup + repetitions):

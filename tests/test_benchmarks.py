@@ -159,13 +159,14 @@ def test_the_suite_measures_networks_sizes_and_theta(
     parts = json.loads(file.read_text())["parts"]
     assert list(parts) == [
         "resnet8", "text", "1,000 weights, 95%", "20,000 weights, 95%", "1,000 weights, 50%",
-        "20,000 weights, 50%", "theta 0.5",
+        "20,000 weights, 50%", "theta 0.5", "two threads",
     ]  # fmt: skip
     measured = importlib.import_module("step_turns").forms()
     assert list(parts["resnet8"]["contestants"]) == ["dense", "control", *measured]
     assert parts["resnet8"]["contestants"]["plain"]["limit"] == 1.5
-    for part in list(parts.values())[2:]:
+    for part in list(parts.values())[2:-1]:
         assert list(part["added"]) == measured
+    assert list(parts["two threads"]["gains"]) == ["copy", "dense", *measured]
     text = file.with_suffix(".txt").read_text()
     assert "is no measurement" in text
     assert "Controls outside of 1.00 ± 0.02: " in text
@@ -177,7 +178,7 @@ def test_the_suite_measures_networks_sizes_and_theta(
     file.write_text(json.dumps(record))
     step_overhead.main(command)
     again = json.loads(file.read_text())["parts"]
-    assert "6 completed parts are not repeated" in capsys.readouterr().out
+    assert "7 completed parts are not repeated" in capsys.readouterr().out
     assert {name: again[name] for name in parts} == parts
     assert again["20,000 weights, 50%"]["weights"] == removed["weights"]
     record["commit"] = "c"
@@ -207,9 +208,11 @@ def test_the_suite_tells_which_values_are_over_their_limits(step_overhead):
         "compiled": {"ratio": 1.02, "limit": 1.02},
     }
     size = {"control": {"ratio": 1.02}, "added": {"plain": {"ns": 5.1, "limit": 5.0}}}
-    text = suite.verdicts({"parts": {"a network": {"contestants": rows}, "a size": size}})
-    over, controls = text.strip().splitlines()
+    gains = {"plain": {"ratio": 1.5, "aim": 1.6}, "compiled": {"ratio": 1.6, "aim": 1.6}}
+    parts = {"a network": {"contestants": rows}, "a size": size, "threads": {"gains": gains}}
+    over, below, controls = suite.verdicts({"parts": parts}).strip().splitlines()
     assert over == "Over their limit: a network, plain: 1.030 > 1.02; a size, plain: 5.100 > 5"
+    assert below == "Below their aim: threads, plain: 1.50 < 1.6"
     assert controls == "Controls outside of 1.00 ± 0.02: a network: 0.970"
     assert suite.verdict(1.5, 1.5).strip() == "within 1.5"
     assert suite.verdict(1.51, 1.5).strip() == "OVER 1.5"
@@ -482,6 +485,13 @@ def test_the_zoo_compares_pruned_networks_with_dense_systems(monkeypatch):
     assert line.startswith("below 1.5x at 95%")
     assert line.endswith("sort")
     assert "95%: 2.50 (1.20x)" in zoo.table([row])
+
+    several = zoo.measure("small", "mobile", [0.95], batch=2)
+    found = several["sparse"]["0.95"]
+    assert all(found[form] > 0 for form in ("ms", "one_image_ms", "whole_ms"))
+    found |= {"ms": 2.5, "one_image_ms": 2.4, "whole_ms": 5.0}
+    assert "95%: 2.50 (1.20x) [2.40, 5.00]" in zoo.table([several | {"dense_ms": row["dense_ms"]}])
+    assert zoo.below_goal(several, 3.0) == []
 
 
 def test_compile_times_come_from_processes_that_have_not_compiled(monkeypatch):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigurationError
-from .roots import cube_root, square_root
+from .roots import cube_root, power, square_root
 
 
 class Operator(ABC):
@@ -85,13 +85,13 @@ class Power(Operator):
         """Return x^p; for p = 2 and 3 by products, which all devices round alike."""
         if self.p == 2.0:
             return x * x
-        return x * x * x if self.p == 3.0 else x.pow(self.p)
+        return x * x * x if self.p == 3.0 else power(x, self.p)
 
     def _root(self, x: Tensor) -> Tensor:
         """Return x^(1/p) of numbers in [0, 1]; for p = 2 and 3 with the same bits everywhere."""
         if self.p == 2.0:
             return square_root(x)
-        return cube_root(x) if self.p == 3.0 else x.pow(1.0 / self.p)
+        return cube_root(x) if self.p == 3.0 else power(x, 1.0 / self.p)
 
 
 @dataclass(frozen=True)

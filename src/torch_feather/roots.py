@@ -1,8 +1,8 @@
-"""Roots of float32 numbers in [0, 1], by operations that all processors compute alike.
+"""Roots and powers of float32 numbers, computed alike by all processors where possible.
 
-Only sums, products and quotients of float32 numbers, each rounded to nearest, and operations on
-whole numbers are used. So PyTorch on any device, NumPy and compiled code give the same bits. The
-error of the cube root is at most 0.74 units in the last place.
+The cube root uses only sums, products and quotients of float32 numbers, each rounded to nearest,
+and operations on whole numbers. So PyTorch on any device, NumPy and compiled code give the same
+bits. Its error is at most 0.74 units in the last place.
 
 Its method: the bits divided by three give a first approximation y (error 3.2%). One step of Halley,
 y (2 - 3 / (x / y^3 + 2)), leaves an error of 0.002%, and one step of Newton that of rounding. NumPy
@@ -36,6 +36,26 @@ def square_root(x: Tensor) -> Tensor:
     if x.dtype == torch.float32 and x.device.type == "cpu":
         return x.double().sqrt().float()
     return x.sqrt()
+
+
+def power(x: Tensor, exponent: float) -> Tensor:
+    """Return x^exponent of numbers >= 0.
+
+    On a CPU, PyTorch's own float32 powers differ in the last bit between the end of a tensor and
+    its rest, so that results would depend on blocks and threads. Those of float64 differ too, but
+    hardly ever after rounding to float32.
+
+    Args:
+        x: float32 or float64, any shape.
+        exponent: any number > 0.
+
+    Example:
+        >>> power(torch.tensor([4.0, 0.25]), 1.5)
+        tensor([8.0000, 0.1250])
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        return x.double().pow(exponent).float()
+    return x.pow(exponent)
 
 
 def cube_root(x: Tensor) -> Tensor:

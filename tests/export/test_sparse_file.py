@@ -72,6 +72,24 @@ def test_decoding_returns_the_encoded_positions(positions, beyond):
     assert np.array_equal(decode(codes, width, len(positions), size), positions)
 
 
+@pytest.mark.parametrize("width", range(1, 17))
+@pytest.mark.parametrize("largest", [False, True])
+def test_codes_of_every_width_are_decoded_part_by_part(width, largest):
+    """Three parts; the largest codes have the largest sum of a part."""
+    escape = 2**width - 1
+    codes = np.random.default_rng(width).integers(0, escape + 1, 70_001)
+    if largest:
+        codes[:-1] = escape - 1
+    bits = (codes[:, None] >> np.arange(width)) & 1
+    packed = np.packbits(bits.reshape(-1).astype(np.uint8), bitorder="little")
+    if len(codes) * width % 8:
+        packed[-1] |= 0xFF << len(codes) * width % 8 & 0xFF  # escapes
+    is_value = codes != escape
+    positions = (np.cumsum(codes + is_value) - 1)[is_value]
+    found = decode(packed, width, len(positions), int(positions[-1]) + 1)
+    assert np.array_equal(found, positions)
+
+
 @pytest.mark.parametrize("density", [0.9, 0.5, 0.2, 0.1, 0.05, 0.01, 0.001, 0.0001])
 @pytest.mark.parametrize("rows", [1, 16, 1024])
 def test_gaps_are_never_longer_than_a_bitmask_or_the_columns_of_csr(density, rows):

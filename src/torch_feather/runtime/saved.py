@@ -229,7 +229,7 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
     found = hashlib.sha256()
     for name in sorted(arrays):
         found.update(name.encode())
-        found.update(arrays[name].tobytes())
+        found.update(np.ascontiguousarray(arrays[name]).data)
     return found.hexdigest()
 
 

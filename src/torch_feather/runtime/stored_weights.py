@@ -136,7 +136,7 @@ def load_weight(shape: tuple[int, ...], stored: StoredWeight) -> Tensor:
     size = int(np.prod(shape))
     positions = _positions(stored, size)
     weight = np.zeros(size, np.float32)
-    weight[positions] = _load_values(stored, positions // (size // shape[0]))
+    weight[positions] = _load_values(stored, positions, size // shape[0])
     return torch.from_numpy(weight.reshape(shape))
 
 
@@ -155,17 +155,9 @@ def load_taps(layer: Layer, stored: StoredWeight) -> Taps:
         >>> load_taps(layer, store_taps(layer, Taps.from_layer(layer), torch.int8)).out
         array([0, 1, 2])
     """
-    per_channel, per_group = _sizes(layer)
     positions = _positions(stored, layer.weight.numel())
-    out, place = np.divmod(positions, per_channel)
-    return Taps.from_keys(
-        layer, _load_values(stored, out), out, place + out // per_group * per_channel
-    )
-
-
-def _sizes(layer: Layer) -> tuple[int, int]:
-    """Return the number of weights of an output channel, and of output channels of a group."""
-    return layer.weight[0].numel(), layer.channels[1] // layer.groups
+    values = _load_values(stored, positions, layer.weight[0].numel())
+    return Taps.from_positions(layer, values, positions)
 
 
 def _described(
@@ -206,11 +198,11 @@ def _store_values(
     return {"values": bits.numpy()}
 
 
-def _load_values(stored: StoredWeight, out: np.ndarray) -> np.ndarray:
+def _load_values(stored: StoredWeight, positions: np.ndarray, per_channel: int) -> np.ndarray:
     (dtype,) = (d for d, (name, _) in STORED_AS.items() if name == stored.description["dtype"])
     values = stored.arrays["values"]
     if dtype == torch.int8:
-        return values * stored.arrays["scales"][out]
+        return values * stored.arrays["scales"][positions // per_channel]
     if values.dtype != STORED_AS[dtype][1]:
         raise ValueError(f"values of {values.dtype} for {dtype}")
     bits = torch.from_numpy(values)

@@ -72,29 +72,49 @@ class Taps:
     @classmethod
     def _find(cls, layer: Layer) -> Taps:
         weight = np.ascontiguousarray(layer.folded_weight().numpy()).reshape(-1)
-        channels, per_channel = len(layer.weight), layer.weight[0].numel()
         positions = np.flatnonzero(weight != 0)  # of booleans it is faster
-        ends = np.searchsorted(positions, np.arange(channels + 1) * per_channel)
-        counts, channel = np.diff(ends), np.arange(channels)
-        shift = channel - channel // max(1, channels // layer.groups)  # channels of earlier groups
-        key = (positions - np.repeat(shift * per_channel, counts)).astype(np.int32)
-        values = weight[positions].astype(np.float32, copy=False)
-        return cls.from_keys(layer, values, np.repeat(channel.astype(np.int32), counts), key)
+        return cls.from_positions(
+            layer, weight[positions].astype(np.float32, copy=False), positions
+        )
 
     @classmethod
-    def from_keys(cls, layer: Layer, values: np.ndarray, out: np.ndarray, key: np.ndarray) -> Taps:
-        """Return taps whose positions are known.
+    def from_positions(cls, layer: Layer, values: np.ndarray, positions: np.ndarray) -> Taps:
+        """Return taps whose positions in the weight are known.
+
+        Args:
+            layer: the layer. Only the shape of its weight is used.
+            values: nonzero weights, in the order of their positions.
+            positions: of each in the weight, in ascending order.
+
+        Example:
+            >>> import torch
+            >>> layer = Layer("weight", torch.eye(3), torch.zeros(3))
+            >>> Taps.from_positions(layer, np.ones(2), np.array([1, 8])).starts
+            array([0, 1, 1, 2], dtype=int32)
+        """
+        first = np.arange(layer.channels[1] + 1) * layer.weight[0].numel()
+        counts = np.diff(np.searchsorted(positions, first))
+        # Beyond 32 bits both wrap around, and their difference is right.
+        key = positions.astype(np.int32)
+        key -= np.repeat(_before(layer).astype(np.int32), counts)
+        return cls.from_keys(layer, values, counts, key)
+
+    @classmethod
+    def from_keys(
+        cls, layer: Layer, values: np.ndarray, counts: np.ndarray, key: np.ndarray
+    ) -> Taps:
+        """Return taps whose keys are known.
 
         Args:
             layer: the layer; its weights are not used.
             values: nonzero weights, ordered by output channel and key.
-            out: output channel of each.
+            counts: number of nonzero weights of each output channel.
             key: position of each in the kernel, see `key`.
 
         Example:
             >>> import torch
             >>> layer = Layer("weight", torch.eye(3), torch.zeros(3))
-            >>> Taps.from_keys(layer, np.ones(1), np.zeros(1, int), np.ones(1, int)).starts
+            >>> Taps.from_keys(layer, np.ones(1), np.array([1, 0, 0]), np.ones(1, int)).starts
             array([0, 1, 1, 1], dtype=int32)
         """
         height, width = layer.weight.shape[2:] or (1, 1)
@@ -105,12 +125,14 @@ class Taps:
         (dy, a), (dx, b) = np.divmod(y, layer.stride[0]), np.divmod(x, layer.stride[1])
         number = a * layer.stride[1] + b  # of the phase
         key = key.astype(np.int32, copy=False)
-        occurs = np.bincount(key % places, minlength=places) > 0
+        occurs = np.array([len(key) > 0])
+        if places > 1:
+            occurs = np.bincount(key % places, minlength=places) > 0
         used = np.unique(number[occurs])
         phases = tuple(divmod(int(p), layer.stride[1]) for p in used) or ((0, 0),)
         reach = tuple(int(np.abs(d[occurs]).max(initial=0)) for d in (dy, dx))
         starts = np.zeros(channels + 1, np.int32)
-        np.cumsum(np.bincount(out, minlength=channels), out=starts[1:])
+        np.cumsum(counts, out=starts[1:])
         phase = np.searchsorted(used, number).astype(np.int32)
         return cls(values, starts, key, phase, dy, dx, phases, (reach[0], reach[1]), inputs)
 
@@ -157,10 +179,7 @@ class Taps:
         Args:
             layer: the layer. Only the shape of its weight is used.
         """
-        per_channel, per_group = layer.weight[0].numel(), self.channels // layer.groups
-        channel = np.arange(self.channels)
-        first = (channel - channel // per_group) * per_channel  # less the channels of other groups
-        return np.repeat(first, np.diff(self.starts)) + self.key
+        return np.repeat(_before(layer), np.diff(self.starts)) + self.key
 
     def grouped(self, size: int) -> GroupedTaps:
         """Return the taps of groups of output channels.
@@ -212,6 +231,16 @@ class Taps:
         values = np.zeros((len(found), size), np.float32)
         values.reshape(-1)[index.take(cell) + np.repeat(member, counts)] = self.values.take(taps)
         return lengths, (found % keys).astype(np.int32), values
+
+
+def _before(layer: Layer) -> np.ndarray:
+    """Return the weights before each output channel, less those of other groups' channels.
+
+    This is the distance between positions in the weight and keys.
+    """
+    channel, per_channel = np.arange(layer.channels[1]), layer.weight[0].numel()
+    per_group = max(1, len(channel) // layer.groups)
+    return (channel - channel // per_group) * per_channel
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ class TransposedConvolution(Layer):
         channel = o * count + axes[0].phase[ky] * self.stride[1] + axes[1].phase[kx]
         key = (c * axes[0].size + axes[0].place[ky]) * axes[1].size + axes[1].place[kx]
         order = np.lexsort((key, channel))
-        form.taps = Taps.from_keys(form, values[order], channel[order], key[order])
+        counts = np.bincount(channel, minlength=form.channels[1])
+        form.taps = Taps.from_keys(form, values[order], counts, key[order])
         return form
 
 

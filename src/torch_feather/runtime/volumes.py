@@ -93,5 +93,6 @@ class VolumeConvolution(Layer):
         key = (((c * self.depth + z) * kernel[0] + ky) * kernel[1] + kx)[is_inside]
         order = np.lexsort((key, channel))
         values = np.broadcast_to(values, z.shape)[is_inside][order]
-        form.taps = Taps.from_keys(form, np.ascontiguousarray(values), channel[order], key[order])
+        counts = np.bincount(channel, minlength=form.channels[1])
+        form.taps = Taps.from_keys(form, np.ascontiguousarray(values), counts, key[order])
         return form
