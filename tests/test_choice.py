@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import torch_feather as feather
 from torch_feather.errors import MethodChosen
@@ -367,6 +369,26 @@ def test_a_damaged_choice_is_an_error(damage):
     with pytest.raises(feather.StateError, match="method='auto' chose is damaged"):
         optimizer.load_state_dict(state)
     assert sparsifier.step_count == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # of PyTorch: one process, without a process group
+def test_a_distributed_checkpoint_keeps_the_method(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        first_rule(patch, "feather-ham", alpha=40.0)
+        model, optimizer, _ = make()
+        advance(model, optimizer, [0, 5])
+        checkpoint.save(
+            dict(zip("mo", get_state_dict(model, optimizer), strict=True)), checkpoint_id=tmp_path
+        )
+        advance(model, optimizer, [5, STEPS])
+    again, other, sparsifier = make()
+    states = dict(zip("mo", get_state_dict(again, other), strict=True))
+    checkpoint.load(states, checkpoint_id=tmp_path)  # into the tensors of the present states
+    weights, state = states["m"], states["o"]
+    set_state_dict(again, other, model_state_dict=weights, optim_state_dict=state)
+    assert sparsifier.method.choice.name == "feather-ham (alpha=40.0)"
+    advance(again, other, [5, STEPS])
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
 
 
 @pytest.mark.parametrize("name", ["torch_feather.methods:gmp", "not-known", "auto"])
