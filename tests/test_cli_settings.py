@@ -64,7 +64,8 @@ def test_a_flag_takes_a_value_as_other_settings_do(feather, key):
 
 
 def test_every_setting_can_be_given_as_an_option(feather):
-    others = {"options", "recipe"}  # --options.NAME, --recipe
+    # --options.NAME, --recipe; the reason is written by the choice of a method.
+    others = {"options", "recipe", "method_reason"}
     assert settings_help().keys() == {key for key, _ in known_keys()} - others
     _, output, _ = feather("train", "--help")
     for key in settings_help():

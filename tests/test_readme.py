@@ -7,8 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import torch_feather as feather
+from torch_feather.engine.sharding import ONE_PROCESS
+from torch_feather.methods import build_method, method_options
+from torch_feather.methods.choice import RULES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -118,5 +122,105 @@ def test_accuracies_of_pages_are_those_of_the_results(page):
         runs.setdefault(key, {})[row["seed"]] = 100 * row["test_accuracy"]
     means = {f"{sum(seeds.values()) / len(seeds):.1f}" for seeds in runs.values()}
     named = re.findall(r"\b(\d\d\.\d)(?: ± [\d.]+)?%(?! zeros)", (ROOT / page).read_text())
-    assert set(named) - {"99.5"} - means == set()
+    assert set(named) - {"94.1", "99.5"} - means == set()  # these are sparsities
     assert len(named) >= 4
+
+
+CHOICE = (ROOT / "docs" / "choose_method.md").read_text()
+NUMBER = r"([+−]\d+\.\d\d)"
+
+
+def rows_of(heading):
+    """The cells of the table in a section of the page on methods."""
+    part = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", CHOICE, re.DOTALL | re.MULTILINE)[1]
+    table = re.search(r"^\|.*\n\|[-|]+\|\n((?:\|.*\n)+)", part, re.MULTILINE)[1]
+    return [[cell.strip() for cell in line[1:-1].split(" | ")] for line in table.splitlines()]
+
+
+def comparisons(file):
+    """Difference, interval and n of each comparison in a table of a study, with its methods."""
+    cells = rf"^\| (.+?) \| [\d.]+% \| {NUMBER} \| {NUMBER} to {NUMBER} \|.*? \| (\d+) \|$"
+    found = re.findall(cells, file.read_text(), re.MULTILINE)
+    return {(row[1:4], row[4], word) for row in found for word in row[0].split()}
+
+
+@pytest.mark.parametrize("heading", ["By sparsity and network", "By need"])
+def test_numbers_of_the_page_on_methods_are_those_of_the_tables_it_links(heading):
+    seen = 0
+    for row in rows_of(heading):
+        text, n = " ".join(row[:-1]), row[-1]
+        links = re.findall(r"\((\.\./results/\S+?\.md)\)", text)
+        files = [ROOT / "docs" / link for link in links]
+        known = set().union(*map(comparisons, files))
+        named = set(re.findall(r"`([\w+-]+)`", text)) - {"feather"}
+        given = re.findall(rf"{NUMBER} \({NUMBER} to {NUMBER}\)", text)
+        for numbers in given:
+            assert any((numbers, n, name) in known for name in named), (row, numbers)
+        texts = "".join(file.read_text() for file in files)
+        means = re.findall(r"(\d\d\.\d\d)%", text)
+        assert [mean for mean in means if f"| {mean} ±" not in texts] == []
+        short = re.findall(r"[+-]\d\.\d \([+-]\d\.\d to [+-]\d\.\d\)", text)
+        assert [one for one in short if f"| {one} |" not in texts] == []
+        measured = bool(given or means or short or "%" in row[2])
+        assert n == ("3" if measured else "–"), row
+        # Intervals that contain 0 are said to show no difference, and others are not.
+        none = [(low[0], high[0]) == ("−", "+") for _, low, high in given]
+        assert any(none) == ("no difference found" in text) or not given, row
+        seen += len(given)
+    assert seen >= 9
+
+
+def test_costs_of_the_page_on_methods_are_those_recorded():
+    cost = (ROOT / "results" / "method_cost.txt").read_text()
+    number = r"([\d.]+)"
+    line = rf"^  (\S.*?) +{number} +{number} +{number} +{number}   \(plain, compiled\)$"
+    times = {}
+    for name, _, plain, _, compiled in re.findall(line, cost, re.MULTILINE):
+        times.setdefault(name, []).append((plain, compiled))
+    output = (ROOT / "results" / "method_overhead.txt").read_text()
+    line = rf"^  (\S+?)(?:, θ 1)? +{number} +\S+ +{number} +{number}-{number} "
+    steps = {row[0]: row[2:] for row in re.findall(line, output, re.MULTILINE)}
+    assert "has {} ({} to {})".format(*steps["control"]) in CHOICE
+    line = r"engine of (\S+?)(?:, θ 1)?, third.*?(\d\.\d\d) persistent"
+    kept = dict(re.findall(line, output, re.DOTALL))
+    shards = set(re.split(r"[ ,.]+", ONE_PROCESS))
+    rows = rows_of("Cost and support")
+    assert {row[0].strip("`") for row in rows} == {*method_names()}
+    for cell, *cells in rows:
+        name = cell.strip("`")
+        pairs = list(zip(*times[name], strict=True)) if name in times else [("–",)] * 2
+        step = "{} ({} to {})".format(*steps[name]) if name in steps else "–"
+        example = {"example_input": torch.zeros(1)} if name == "feather-flops" else {}
+        method = build_method(name, sparsity=0.9, **example)
+        facts = ["pattern" in method_options(name), hasattr(method, "allocation"), name in shards]
+        supported = ["yes" if one else "no" for one in facts]
+        assert cells == [*map(", ".join, pairs), step, kept.get(name, "–"), *supported]
+    text = " ".join(CHOICE.split())
+    plain, compiled = (" and ".join(one) for one in zip(*times["feather, theta 0.5"], strict=True))
+    assert f"{plain} times as much (NumPy), {compiled} times as much (llvmlite)" in text
+    hard = sorted(float(one) for pair in times["hard-ste"] for one in pair)
+    assert f"{hard[0]} to {hard[-1]} times that of `feather`" in text
+
+
+def method_names():
+    """Methods of the package; tests of other files register some."""
+    pages = (ROOT / "docs" / "methods").glob("*.md")
+    return {page.stem for page in pages} - {"README"}
+
+
+def test_the_rules_of_the_page_on_methods_are_those_of_the_package():
+    rows = rows_of("Let `auto` choose")
+    for row, rule in zip(rows, RULES, strict=True):
+        low, high = rule.sparsity
+        sparsity = "any" if rule.sparsity == (0, 1) else f"{100 * low:g}% to {100 * high:g}%"
+        options = ", ".join(f"{name}={value}" for name, value in rule.options.items())
+        assert row[:5] == [
+            "none yet" if low >= 1 else sparsity,
+            rule.network or "any",
+            rule.optimizer or "any",
+            f"{rule.steps:,}",
+            f"`{rule.method}`" + (f" ({options})" if options else ""),
+        ]
+        assert f"](../{rule.evidence})" in row[5]
+    chosen = {rule.method for rule in RULES if rule.sparsity[0] < 1}
+    assert ("always chooses `feather`" in CHOICE) == (chosen == {"feather"})

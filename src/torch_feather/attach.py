@@ -9,10 +9,13 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from .engine.wrappers import levels_of
 from .errors import ConfigurationError
 from .filters import Filters, list_filters
 from .left_out import describe_left_out, find_left_out, warn_of_left_out
 from .methods import AnyMethod, build_method
+from .methods.choice import AUTO, Choice, Situation, choose, network_kind
+from .methods.chosen import Chosen
 from .prunable import Prunable, find_prunable
 from .sparsifier import Sparsifier
 from .targets import Sparsity, Target, check_fraction
@@ -45,7 +48,9 @@ def sparsify(
         optimizer: the optimizer that trains it, or several that each hold a part, in the order in
             which they step. The schedule advances when the last one has stepped.
         method: a name from `available_methods()`, an import path `package.module:factory`, or an
-            object with `bind(context)` such as `methods.Method`.
+            object with `bind(context)` such as `methods.Method`. Or 'auto', which chooses a method
+            by the rules in `methods.choice`, and says which and why; see `Sparsifier.method`. A
+            loaded state continues with the method that wrote it.
         sparsity: final fraction of zeros among the prunable weights, in [0, 1). Or a mapping from
             filters to fractions, one per group: ``{"*.attn.*": 0.9, "*": 0.95}``. The first filter
             that matches a weight counts; each group has exactly its number of zeros.
@@ -100,6 +105,11 @@ def sparsify(
             f"Options ({', '.join(options)}) belong to methods given by name. Set them on the "
             "method object."
         )
+    if options and method == AUTO:
+        raise ConfigurationError(
+            f"method={AUTO!r} chooses the options too, got {', '.join(options)}. Name the method "
+            "that they belong to, such as method='feather', or leave them out."
+        )
     if isinstance(model, nn.Module):
         reshard(model)
     include, exclude = list_filters(include), list_filters(exclude)
@@ -107,10 +117,35 @@ def sparsify(
     if include is None:
         _check_left_out(model, prunable, exclude)
     target = Target.of(model, prunable, sparsity, count)
-    if isinstance(method, str):
-        method = build_method(method, sparsity=target.requested, **options)
-    method, fraction = target.given_to(method)
+    if method == AUTO:
+        method, fraction = _choose(prunable, target, optimizer, total_steps), target.sparsity
+    else:
+        if isinstance(method, str):
+            method = build_method(method, sparsity=target.requested, **options)
+        method, fraction = target.given_to(method)
     return Sparsifier(model, optimizer, method, fraction, int(total_steps), include, exclude)
+
+
+def _choose(
+    prunable: Sequence[Prunable],
+    target: Target,
+    optimizer: Optimizer | Sequence[Optimizer],
+    total_steps: int,
+) -> Chosen:
+    """Return the method that the rules choose, and tell the user."""
+    optimizers = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    names = dict.fromkeys(type(levels_of(one)[-1]).__name__ for one in optimizers)
+    situation = Situation(
+        target.requested, network_kind(prunable), " and ".join(names), int(total_steps)
+    )
+
+    def build(choice: Choice) -> AnyMethod:
+        method = build_method(choice.method, sparsity=target.requested, **choice.options)
+        return target.given_to(method)[0]
+
+    chosen = Chosen(choose(situation), build)
+    chosen.announce()
+    return chosen
 
 
 def _check_left_out(model: nn.Module, prunable: Sequence[Prunable], exclude: Filters) -> None:

@@ -98,6 +98,16 @@ class FeatherWarning(UserWarning):
     """
 
 
+class MethodChosen(FeatherWarning):
+    """The method that `method="auto"` chose, and why. No fault, so it may be silenced.
+
+    Example:
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", MethodChosen)
+        ...     warn("method='auto' chose feather", MethodChosen)
+    """
+
+
 def warn(message: str, category: type[Warning] = FeatherWarning) -> None:
     """Issue a warning that points at the user's line (on Python 3.11, at the line in this package).
 

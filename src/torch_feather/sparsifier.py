@@ -41,7 +41,7 @@ class Sparsifier(NotPickled):
 
     Attributes:
         model: the model, as it was given.
-        method: the description of the method.
+        method: the description of the method; with "auto" a `methods.chosen.Chosen`.
         target: final fraction of zeros among the prunable weights.
         total_steps: optimizer steps of the whole training.
         step: the engine; internal.
@@ -79,7 +79,7 @@ class Sparsifier(NotPickled):
         bound = method.bind(MethodContext(model, binding.names, weights, sparsity, total_steps))
         binding.check_followed(bound)  # before hooks are registered
         training = Training(model, binding, weights, bound)
-        self._states = StateDicts(sparsity, total_steps, bound.fingerprint)
+        self._states = StateDicts(sparsity, total_steps, bound.fingerprint, method)
         self._fixed_mask: FixedMask | None = None
         self._learned_sparsity, self._reached = 0.0, False  # values at the time of the release
         self.attachment = Attachment(training, self._health, self._states, (include, exclude))

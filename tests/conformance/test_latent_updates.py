@@ -321,7 +321,7 @@ def test_the_update_is_part_of_the_fingerprint_only_if_there_is_one():
         return run.sparsifier.step.training.method.fingerprint
 
     plain, ham = fingerprint("feather"), fingerprint("feather-ham")
-    assert ham == f"{plain} HAM(alpha=40.0, beta=0.0)"
-    assert ham == fingerprint("feather-ham", alpha=40)
+    assert ham == f"{plain} HAM(alpha=20.0, beta=0.0)"
+    assert ham == fingerprint("feather-ham", alpha=20)
     assert ham != fingerprint("feather-ham", alpha=10.0)
     assert "None" not in plain

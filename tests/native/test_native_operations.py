@@ -1,5 +1,6 @@
 """Operations of PyTorch in native libraries and in C99: both compute what PyTorch computes."""
 
+import math
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,10 @@ from native_cases import TOLERANCE, compile_and_run, error, library, needs_gcc, 
 from torch import nn
 
 import torch_feather as feather
+from torch_feather.native.expressions import operand, total
+from torch_feather.native.lowering import Builder, transform
+from torch_feather.native.products import Product
+from torch_feather.native.program import Buffer, Program, View
 from torch_feather.runtime import LayerTuning
 from torch_feather.runtime.kernels import Tile
 
@@ -117,7 +122,18 @@ MOVES = (
     lambda y: F.group_norm(y, 4),
     lambda y: y.transpose(2, 3) @ y,
 )
+# Rows and columns that fill tiles, that leave a part of a tile, and that are too few for one.
+PRODUCTS = (
+    lambda y: y.flatten(2).mT @ y.flatten(2),
+    lambda y: y.flatten(2).mT[:, :3] @ y.flatten(2)[..., :17],
+    lambda y: y.flatten(2).mT[:, :1] @ y.flatten(2)[..., :33],
+    lambda y: y.flatten(2) @ y.flatten(2).mT,
+    lambda y: y.flatten(2)[:, None, :5] @ y.flatten(2).mT[:, None],
+    lambda y: y.flatten(2).mT[:, :2] @ y.flatten(2)[..., :3],
+)
 CASES = {
+    "products": (Function(*PRODUCTS), IMAGE),
+    "tiles": (Attention(torch.rand(37, 37) > 0.3, False), (2, 37, 16)),
     "activations": (Function(*ACTIVATIONS), IMAGE),
     "poolings": (Function(*POOLINGS), IMAGE),
     "moves": (Function(*MOVES), IMAGE),
@@ -313,3 +329,24 @@ def test_no_heap(tmp_path):
     subprocess.run(["gcc", "-c", "-O1", "model.c"], cwd=tmp_path, check=True)
     symbols = subprocess.check_output(["nm", "-u", tmp_path / "model.o"], text=True)
     assert set(symbols.split()) - {"U"} <= {"erff", "memset", "memcpy"}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "row"),
+    [
+        (((5, 1, 6), (1, 9, 6)), 0),  # (rows, columns, summed)
+        (((2, 5, 1, 6), (2, 1, 9, 6)), 1),
+        (((1, 6), (9, 6)), None),
+    ],
+)
+def test_products_of_adjacent_columns_are_computed_in_tiles(shapes, row):
+    """The second factor has adjacent columns if it is transposed in memory, and not otherwise."""
+    builder = Builder(Program(1))
+    a, b = (View.contiguous(Buffer("work", math.prod(shape)), shape) for shape in shapes)
+    columns = View.contiguous(b.buffer, (*b.shape[:-2], b.shape[-1], b.shape[-2]))
+    columns = transform(columns, lambda t: t.mT)
+    for factor in (columns, b):
+        builder.compute(total(operand(0) * operand(1)) * 0.5 + 1.0, a, factor, reduced=1)
+    tiled, single = (Product.of(op.nest) for op in builder.program.operations)
+    assert (tiled.row, tiled.columns) == (row, 1)
+    assert single is None

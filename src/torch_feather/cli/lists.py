@@ -42,6 +42,7 @@ def methods(json: JsonOption = False) -> None:
             table.add_row(*map(escape, (name, describe_method(name), options)))
         except ConfigurationError as error:  # a method of another package that cannot be imported
             table.add_row(escape(name), escape(f"not available: {error}"), "")
+    table.add_row("auto", "Chooses one of these when the training starts, and says why.", "")
     table.add_row("dense", "No sparsity: trains all weights.", "")
     table.add_row("package.module:factory", "A method of your own, imported by its name.", "")
     make_console().print(table)

@@ -179,7 +179,7 @@ def _comments(cls: type, prefix: str = "") -> dict[str, str]:
         while lines[above - 1].startswith("    # "):
             above -= 1
         before = " ".join(line.strip().removeprefix("# ") for line in lines[above:at])
-        if f"{prefix}{field.name}" not in ("options", "recipe"):
+        if f"{prefix}{field.name}" not in ("options", "recipe", "method_reason"):
             found[f"{prefix}{field.name}"] = comment or before
     return found
 

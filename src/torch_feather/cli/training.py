@@ -86,7 +86,8 @@ def train(
     method: Annotated[
         str | None,
         typer.Option(
-            help="See `feather methods`; package.module:factory for a method of your own; or dense."
+            help="See `feather methods`; auto, which chooses one; package.module:factory for a "
+            "method of your own; or dense."
         ),
     ] = None,
     sparsity: Annotated[
@@ -219,6 +220,7 @@ def train(
 def _run(start: Config, out: Path | None, resume: bool, quiet: bool, json: bool) -> None:
     """Train, with as much output as was asked for."""
     from ..training.callbacks import Callback, Callbacks
+    from ..training.checkpoint import RunDirectory
     from ..training.console import ConsoleCallback, print_results
     from ..training.distributed import process_group
     from ..training.loggers import logging_callbacks
@@ -227,7 +229,7 @@ def _run(start: Config, out: Path | None, resume: bool, quiet: bool, json: bool)
 
     console = make_console()
     with process_group() as ranks:
-        start = chosen(start, ranks)
+        start = chosen(start, ranks, RunDirectory(out) if out and resume else None)
         folder = ranks.on_first(lambda: out or free_directory(start))
         # The console comes last, so that its progress bars cover the training alone.
         shown: list[Callback] = [] if quiet or json else [ConsoleCallback(console)]

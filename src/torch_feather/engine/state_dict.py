@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..methods.base import AnyMethod, BoundMethod
+from ..methods.chosen import Chosen
 from ..weights.checksum import checksum_of
 from ..weights.kept import keep_nonzero
 from ..weights.shards import local_part, shard_like
 from . import checkpoint
 from .checkpoint import Entries, Expected, Header, Loaded
 from .live_entries import drop_live_entries, take_live_entries
+from .sharding import require_shards_supported
+from .stored_bytes import stored_bytes
 from .training import Training
+
+CHOICE = "choice"  # entry of a state whose method was chosen by "auto"
 
 
 class StateDicts:
@@ -25,6 +31,8 @@ class StateDicts:
         sparsity: final target.
         total_steps: optimizer steps of the whole training.
         fingerprint: the method's fingerprint.
+        method: the description of the method. States name it if it was chosen by "auto", and one
+            that names another method continues with that.
 
     Attributes:
         total_steps: optimizer steps of the whole training.
@@ -41,9 +49,13 @@ class StateDicts:
         ['latent', 'header', 'zeros']
     """
 
-    def __init__(self, sparsity: float, total_steps: int, fingerprint: str):
+    def __init__(
+        self, sparsity: float, total_steps: int, fingerprint: str, method: AnyMethod | None = None
+    ):
         self._sparsity, self.total_steps = round(sparsity * 1e12), total_steps
         self._method, self.strict = checkpoint.digest(fingerprint), True
+        self._chosen = method if isinstance(method, Chosen) else None
+        self._writer: tuple[Chosen, BoundMethod] | None = None  # of a state that is being loaded
 
     def header(self, training: Training, i: int | None, image: int = 0) -> Header:
         """Return the header of a parameter.
@@ -78,7 +90,8 @@ class StateDicts:
         weight = training.binding.weights[i]
         header = self.header(training, i, checksum_of(training.weights, i, weight.local))
         latent = shard_like(training.weights.views[i].clone(), weight.parameter)
-        return checkpoint.exported(latent, header, training.method, i)
+        entries = checkpoint.exported(latent, header, training.method, i)
+        return entries if self._chosen is None else entries | {CHOICE: self._chosen.stored()}
 
     def save(
         self,
@@ -136,15 +149,35 @@ class StateDicts:
         hint: str = checkpoint.RELAXED,
     ) -> dict[int, Loaded]:
         """Return the entries that fit; arguments and errors as for `checkpoint.check_loaded`."""
+        self._writer = self._find_writer(training, found)
+        method = training.method if self._writer is None else self._writer[1]
+        fingerprint = checkpoint.digest(method.fingerprint)
         expected = Expected(
             training.binding.names,
             [parameter.shape for parameter in training.binding.parameters],
-            lambda i: self.header(training, i),
-            training.method.state,
-            training.method.facts.absent,
+            lambda i: self.header(training, i)._replace(method=fingerprint),
+            method.state,
+            method.facts.absent,
             self.strict,
         )
         return checkpoint.check_loaded(expected, found, positions, foreign, hint)
+
+    def _find_writer(
+        self, training: Training, found: Mapping[int, Entries]
+    ) -> tuple[Chosen, BoundMethod] | None:
+        """Return the method that wrote a state, if "auto" chose another one now."""
+        if self._chosen is None:
+            return None
+        stored = next((own[CHOICE] for own in found.values() if CHOICE in own), None)
+        if stored is None:
+            return None
+        writer = self._chosen.written_by(stored_bytes(stored))
+        if writer is self._chosen:
+            return None
+        method = writer.bind_like(self._chosen, training.weights)
+        require_shards_supported(method, training.weights)
+        training.binding.check_followed(method)
+        return writer, method
 
     def read(
         self, training: Training, held: Sequence[int], state_dict: dict[str, Any]
@@ -201,6 +234,11 @@ class StateDicts:
         if training.in_backward.is_open:
             training.recover()
         training.absorb_external_writes()
+        if self._chosen is not None and self._writer is not None:
+            chosen, method = self._writer
+            self._method, self._writer = checkpoint.digest(method.fingerprint), None
+            training.continue_with(method)
+            self._chosen.become(chosen)
         weights, binding = training.weights, training.binding
         for i in positions:
             if i not in loaded:

@@ -72,8 +72,7 @@ class Training:
     ):
         self.model, self.binding, self.weights, self.method = model, binding, weights, method
         require_shards_supported(method, weights)
-        # Everything that changes with time is on the device: only there a skipped step is known,
-        # and reading it would synchronize the host.
+        # On the device: only there a skipped step is known, and reading it would synchronize.
         self.count = torch.zeros((), dtype=torch.int64, device=weights.device)
         self.pruning: Pruning = None
         self.pending, self.written = PendingGradients(), WriteDetector()
@@ -185,8 +184,7 @@ class Training:
         for handle in self._gradient_hooks:
             handle.remove()
         facts = self.method.facts
-        active = facts.pulls_back or facts.completes
-        leaves = self.binding.leaves(self.model) if active else ()
+        leaves = self.binding.leaves(self.model) if facts.pulls_back or facts.completes else ()
         self._gradient_hooks = register_hooks(leaves, self._pull_back)
 
     @property
@@ -388,7 +386,11 @@ class Training:
         self.forget_own_gradients()
         move_state(self.method, self.weights)
         self.count = self.count.to(self.weights.device)
-        self.pruning = None
+        self.continue_with(self.method)
+
+    def continue_with(self, method: BoundMethod) -> None:
+        """Use a method, bound to the present weights, from now on."""
+        self.method, self.pruning = method, None
         self._hook_gradients()
         self.write_effective()
 

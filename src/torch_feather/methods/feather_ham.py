@@ -16,7 +16,7 @@ from .magnitude import Method
 def feather_ham(
     *,
     sparsity: float,
-    alpha: float = 40.0,
+    alpha: float = 20.0,
     beta: float = 0.0,
     p: float = 3.0,
     theta: float | str | ThetaSchedule = "auto",
@@ -42,7 +42,7 @@ def feather_ham(
 
     Example:
         >>> feather_ham(sparsity=0.98).latent_update
-        HAM(alpha=40.0, beta=0.0)
+        HAM(alpha=20.0, beta=0.0)
     """
     method = feather(
         sparsity=sparsity, p=p, theta=theta, allocation=allocation, schedule=schedule, begin=begin,

@@ -11,6 +11,7 @@ from ..deprecation import warn_renamed
 from ..errors import ConfigurationError, nearest, option, printable
 from ..import_path import import_object
 from .base import AnyMethod
+from .choice import AUTO
 from .feather import feather
 from .feather_flops import GAMMA, feather_flops
 from .feather_ham import feather_ham
@@ -101,7 +102,7 @@ def register_method(name: str, factory: Factory) -> None:
         )
     if not callable(factory):
         raise ConfigurationError(f"factory must be callable, got {factory!r}.")
-    if name in _OWN:
+    if name in _OWN or name == AUTO:
         raise ConfigurationError(f"{name!r} is a method of torch-feather. Choose another name.")
     METHODS[name] = factory
 
@@ -126,6 +127,11 @@ def find_method(name: str) -> Factory:
     found = _entry_points().get(name)
     if found is not None:
         return found.load()
+    if name == AUTO:
+        raise ConfigurationError(
+            f"{AUTO!r} is no method: sparsify and feather train choose one for it. Name a method "
+            "here, such as 'feather'."
+        )
     names = available_methods()
     raise ConfigurationError(
         f"There is no method {name!r}{nearest(name, names)} There are: {', '.join(names)}. If your "

@@ -81,7 +81,7 @@ class LibraryText:
             _bytes("records", records),
             _integers("fixups", [n for fixup in fixups for n in fixup]),
             *self._descriptions(),
-            *(line for name, nest in self._named() for line in emit_nest(name, nest)),
+            *self._nests(),
             *self._convolutions(),
             *emit_unpack(),
             *create,
@@ -95,8 +95,9 @@ class LibraryText:
         """The type `size_t`."""
         return "i32" if self.target.architecture in ("wasm32", "riscv32", "arm") else "i64"
 
-    def _named(self) -> list[tuple[str, Nest]]:
-        return [(name, nest) for nest, name in self.nests.items()]
+    def _nests(self) -> Iterator[str]:
+        for nest, name in self.nests.items():
+            yield from emit_nest(name, nest, self.target.widths)
 
     def _convolutions(self) -> Iterator[str]:
         for variant in dict.fromkeys(call.variant for call in self.calls.values()):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
 from ..runtime.kernels import FunctionText
 from ..runtime.kernels.activations import number
 from .expressions import LIBRARY, Expr
 from .inline_math import INLINE, INTRINSICS, emit_inline, inline_name
+from .products import Product, emit_product
 from .program import Nest
 
 # Sums may be reordered, so that loops over adjacent numbers use vectors.
@@ -22,14 +23,24 @@ FUNCTIONS = {
 }
 
 
-def emit_nest(name: str, nest: Nest) -> Iterator[str]:
+def emit_nest(name: str, nest: Nest, widths: Sequence[int] = ()) -> Iterator[str]:
     """Yield the lines of the function `name(out, operands...)` of a loop nest.
+
+    Args:
+        name: of the function.
+        nest: the loops.
+        widths: float32 numbers in vectors of the processor, widest first, for products of matrices.
 
     Example:
         >>> from .expressions import operand
         >>> next(emit_nest("copy", Nest((4,), (), operand(0), (1,), ((1,),))))
         'define internal void @copy(ptr noalias %out, ptr %x0) noinline {'
     """
+    if product := Product.of(nest):
+        width = next((w for w in widths if w <= nest.sizes[-1]), None)
+        if width is not None:
+            yield from emit_product(name, product, width)
+            return
     operands = "".join(f", ptr %x{k}" for k in range(len(nest.operands)))
     yield f"define internal void @{name}(ptr noalias %out{operands}) noinline {{"
     yield "entry:"

@@ -321,7 +321,9 @@ class _Lowering:
         low, high = (None if math.isinf(b) else b for b in (layer.low, layer.high))
         bias = transform(builder.constant(layer.bias), lambda t: t.unsqueeze(-1))
         result = clamp(result, low, high)
-        return builder.compute(result, rows, layer.folded_weight(), bias, *more, reduced=1)
+        # Adjacent columns of a product are computed together.
+        columns = transform(builder.constant(layer.folded_weight().t()), lambda t: t.t())
+        return builder.compute(result, rows, columns, bias, *more, reduced=1)
 
 
 def name_of(node: Node) -> str:

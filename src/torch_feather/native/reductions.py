@@ -12,6 +12,7 @@ from torch import Tensor
 from .errors import NativeExportError
 from .expressions import Expr, call, largest, operand, total
 from .lowering import Builder, transform
+from .products import ROWS
 from .program import View
 
 aten = torch.ops.aten
@@ -145,16 +146,26 @@ def matmul(builder: Builder, a: Any, b: Any) -> View:
         >>> matmul(Builder(Program(1)), torch.ones(2, 3), torch.ones(3, 4)).shape
         (2, 4)
     """
+    return _product(builder, total(operand(0) * operand(1)), a, b)
+
+
+def _product(builder: Builder, formula: Expr, a: Any, b: Any, *more: View) -> View:
+    """Add a nest over the products of rows of `a` and columns of `b`, summed by the formula."""
+    if isinstance(b, Tensor) and b.dim() > 1:
+        b = b.contiguous()
     a, b = builder.view(a), builder.view(b)
     if len(a.shape) < 2 or len(b.shape) < 2:
         raise NativeExportError("both factors need at least two dimensions")
+    if b.strides[-1] != 1 and b.shape[-1] > 1 and a.shape[-2] >= ROWS:
+        b = builder.copy(b)  # adjacent columns are computed together
     rows = transform(a, lambda t: t.unsqueeze(-2))
     columns = transform(b, lambda t: t.transpose(-1, -2).unsqueeze(-3))
-    return builder.compute(total(operand(0) * operand(1)), rows, columns, reduced=1)
+    return builder.compute(formula, rows, columns, *more, reduced=1)
 
 
 def _linear(builder: Builder, x: Any, weight: Any, bias: Any = None) -> View:
-    found = matmul(builder, x, transform(builder.view(weight), lambda t: t.t()))
+    transposed = weight.t() if isinstance(weight, Tensor) else transform(weight, lambda t: t.t())
+    found = matmul(builder, x, transposed)
     return found if bias is None else _affine(builder, found, None, bias)
 
 
@@ -182,14 +193,13 @@ def _attention(
         n, m = q.shape[-2], k.shape[-2]
         mask = torch.full((n, m), -math.inf).triu(1)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    rows = transform(q, lambda t: t.unsqueeze(-2))
-    columns = transform(k, lambda t: t.unsqueeze(-3))
     scores = total(operand(0) * operand(1)) * scale
     masks = []
     if mask is not None:
         scores = scores + operand(2)
         masks = [transform(builder.view(mask), lambda t: t.unsqueeze(-1))]
-    found = builder.compute(scores, rows, columns, *masks, reduced=1)
+    keys = transform(k, lambda t: t.transpose(-1, -2))
+    found = _product(builder, scores, q, keys, *masks)
     return matmul(builder, _softmax(builder, found, -1), v)
 
 

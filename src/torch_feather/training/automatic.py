@@ -14,7 +14,9 @@ from torch import nn
 
 from .. import models
 from ..errors import ConfigurationError, nearest
-from .config import PRETRAINED, Config, apply
+from ..methods.choice import Situation, choose, network_kind
+from ..prunable import find_prunable
+from .config import AUTO, PRETRAINED, Config, apply
 from .data import count_training_images
 from .network_info import NetworkInfo, check_trusted, read_network_info
 from .precision import has_bfloat16
@@ -61,10 +63,11 @@ class Facts:
 
 
 def choose_settings(config: Config, device: torch.device) -> Config:
-    """Return a configuration in which the settings that `automatic` names are chosen.
+    """Return a configuration with a method, in which the settings of `automatic` are chosen.
 
     The choice is deterministic: it depends on the number of training images, the network, its
-    initial weights, and on whether the device computes in bfloat16.
+    initial weights, and on whether the device computes in bfloat16. The method is chosen last, if
+    it is auto: it depends on the other settings.
 
     Args:
         config: the configuration. Settings that `automatic` does not name are kept.
@@ -82,20 +85,39 @@ def choose_settings(config: Config, device: torch.device) -> Config:
         >>> found.batch_size, found.optimizer.name, found.automatic
         (16, 'sgd', None)
     """
-    if not config.automatic:
-        return config
-    if unknown := [key for key in config.automatic if key not in CHOICES]:
+    wanted = set(config.automatic or ())
+    if unknown := [key for key in config.automatic or () if key not in CHOICES]:
         raise ConfigurationError(
             f"automatic: {unknown[0]!r} cannot be chosen{nearest(unknown[0], CHOICES)} These can: "
             f"{', '.join(CHOICES)}."
         )
+    if not wanted and config.method != AUTO:
+        return config
     facts = Facts(config, device)
-    wanted = set(config.automatic)
     assert facts.images  # first, so that errors of the images come before those of the network
     for keys in ORDER:
         found = {key: CHOICES[key](config, facts) for key in keys if key in wanted}
         config = apply(config, found, f"choice of {', '.join(found)}") if found else config
-    return replace(config, automatic=None)
+    config = replace(config, automatic=None)
+    return _with_method(config, facts) if config.method == AUTO else config
+
+
+def _with_method(config: Config, facts: Facts) -> Config:
+    """Return a configuration with the method that the rules choose, and the reason."""
+    network = _skeleton(config.network)
+    prunable = find_prunable(network, config.include, config.exclude, frozen=False)
+    batches = facts.images / config.batch_size
+    whole = math.floor(batches) if config.data.drop_last else math.ceil(batches)
+    optimizer = config.optimizer.name.rpartition("/")[2].rpartition(":")[2]
+    situation = Situation(
+        config.sparsity,
+        network_kind(prunable),
+        {"sgd": "SGD", "adamw": "AdamW"}.get(optimizer, optimizer),
+        config.epochs * whole,
+    )
+    choice = choose(situation)
+    reason = f"method auto chose {choice}"
+    return replace(config, method=choice.method, options=dict(choice.options), method_reason=reason)
 
 
 def with_class_names(config: Config, names: tuple[str, ...]) -> Config:
@@ -176,7 +198,8 @@ def _skeleton(name: str) -> nn.Module:
         try:
             with torch.device("meta"):
                 return models.create(name, num_classes=2)
-        except (NotImplementedError, RuntimeError):  # a few read values while they are created
+        # A few read values while they are created; the error of a factory is a ConfigurationError.
+        except (NotImplementedError, RuntimeError, ConfigurationError):
             return models.create(name, num_classes=2)
 
 

@@ -392,7 +392,7 @@ def changed_keys(old: Config, new: Config) -> str:
         if before.get(key) != after.get(key)
         and not key.startswith("system.")
         and key not in ("data.path", "recipe", "compare_dense", "track_masks", "automatic")
-        and key != "data.class_names"  # the images are compared by class
+        and key not in ("data.class_names", "method_reason")  # the images are compared by class
         # A path, like data.path; the checkpoint identifies the teacher by a hash.
         and not (key == "distillation.teacher" and before[key] and after[key])
     )

@@ -18,7 +18,7 @@ from .automatic import choose_settings, with_class_names
 from .callbacks import Callback
 from .checkpoint import RunDirectory, write_json
 from .checkpoint_files import newest, set_aside
-from .config import Config, SystemConfig
+from .config import AUTO, Config, SystemConfig
 from .data import load_dataset
 from .distributed import Ranks, process_group
 from .errors import DamagedCheckpoint, RunError
@@ -73,7 +73,7 @@ def train(
     with process_group() as ranks:
         callback = callback if callback is not None and ranks.first else Callback()
         run = RunDirectory(out)
-        config = chosen(config, ranks)
+        config = chosen(config, ranks, run if resume else None)
         results = _train_one(config, run, resume, callback, make_task, ranks)
         if config.compare_dense and "dense" not in results:
             baseline = run.dense_baseline()
@@ -89,12 +89,13 @@ def train(
     return results
 
 
-def chosen(config: Config, ranks: Ranks) -> Config:
-    """Return a configuration in which the automatic settings are chosen.
+def chosen(config: Config, ranks: Ranks, resumed: RunDirectory | None = None) -> Config:
+    """Return a configuration in which the method and the automatic settings are chosen.
 
     Args:
         config: the configuration.
         ranks: the processes that train together.
+        resumed: the run that continues. It keeps the method that it chose, and its options.
 
     Raises:
         FeatherError: data, initial weights or device cannot be used.
@@ -103,7 +104,12 @@ def chosen(config: Config, ranks: Ranks) -> Config:
         >>> chosen(Config(automatic=["batch_size"]), Ranks()).batch_size
         16
     """
-    if not config.automatic:
+    if config.method == AUTO and resumed is not None:
+        before = ranks.on_first(resumed.stored_config)
+        if before is not None and before.method_reason is not None:
+            keys = ("method", "options", "method_reason")
+            config = replace(config, **{key: getattr(before, key) for key in keys})
+    if not config.automatic and config.method != AUTO:
         return config
     device = resolve_device(config.system.device, ranks)
     return ranks.local_first(partial(choose_settings, config, device))
@@ -141,7 +147,7 @@ def _train_one(
             lambda config: make_task(config, data, device, ranks), config, run, callback, ranks
         )
         check_same_data(data_digest, task.data_identity, config)
-        for note in task.notes:
+        for note in filter(None, (*task.notes, config.method_reason)):
             callback.message(note)
         ranks.on_first(lambda: run.write_config(config))
         callback.begin(config, task.total_steps, task.step, run)

@@ -46,6 +46,8 @@ def report_entries(
         "seed": config.seed,
         **provenance(device),
     }
+    if config.method_reason is not None:
+        entries["method_reason"] = config.method_reason
     if ranks.count > 1:
         entries["hardware"]["processes"] = ranks.count
     return entries

@@ -96,6 +96,7 @@ RESULTS = record(
     },
     {
         "data_digest": text,
+        "method_reason": text,
         "classes": integer(1, 10**6),
         "class_names": items(text),
         "input_shape": items(integer(1, 10**5), 1),

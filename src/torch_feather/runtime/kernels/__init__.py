@@ -34,7 +34,7 @@ from .records import (
     TRANSPOSE,
 )
 from .recurrence import UNROLL
-from .text import FunctionText
+from .text import FunctionText, VectorText
 from .tiles import Tile, tiles
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "Target",
     "Tile",
     "Variant",
+    "VectorText",
     "add_objects",
     "compile_object",
     "declare_intrinsics",

@@ -97,6 +97,7 @@ def declare_intrinsics(width: int) -> Iterator[str]:
     v = f"<{width} x float>"
     yield f"declare {v} @llvm.fmuladd.v{width}f32({v}, {v}, {v})"
     yield f"declare {v} @llvm.maximum.v{width}f32({v}, {v})"
+    yield f"declare {v} @llvm.minimum.v{width}f32({v}, {v})"
     yield f"declare {v} @llvm.fabs.v{width}f32({v})"
     yield f"declare {v} @llvm.sqrt.v{width}f32({v})"
     if width == AVX512:

@@ -9,6 +9,7 @@ from .keys import apply, flatten, known_keys, upgrade
 from .optimizer import TIMM, OptimizerConfig
 from .resolve import default_recipe, parse_assignments, resolve_config
 from .schema import (
+    AUTO,
     DATASETS,
     DENSE,
     PRETRAINED,
@@ -19,6 +20,7 @@ from .schema import (
 )
 
 __all__ = [
+    "AUTO",
     "DATASETS",
     "DENSE",
     "PRETRAINED",

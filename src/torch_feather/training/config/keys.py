@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import ConfigurationError, nearest, shorten
-from .schema import Config
+from .schema import AUTO, Config
 
 # Keys of version 0.1 that have another name now.
 RENAMED_KEYS = {"system.graph": "system.cuda_graph"}
@@ -146,9 +146,7 @@ def apply(config: Config, values: Mapping[str, Any], where: str) -> Config:
             fields[name if dot else key] = _convert(f"{where}: {key}", value, types_of[key])
         else:
             raise ConfigurationError(f"{where}: unknown key {shorten(key)}{_hint(key, types_of)}")
-    if config.automatic and "automatic" not in top:  # a key that is set is not chosen any more
-        given = {renamed.get(key, key) for key in flat}
-        top["automatic"] = [key for key in config.automatic if key not in given] or None
+    _end_choices(config, top, {renamed.get(key, key) for key in flat})
     try:
         for section, fields in sections.items():
             before = getattr(config, section)
@@ -159,6 +157,16 @@ def apply(config: Config, values: Mapping[str, Any], where: str) -> Config:
         return changed
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error}") from None
+
+
+def _end_choices(config: Config, top: dict[str, Any], given: Collection[str]) -> None:
+    """End in `top` the choices that given keys replace: of settings, and of the method."""
+    if config.automatic and "automatic" not in top:
+        top["automatic"] = [key for key in config.automatic if key not in given] or None
+    if any(key == "method" or key.startswith("options.") for key in given):
+        top.setdefault("method_reason", None)
+    if top.get("method") == AUTO:
+        top["options"] = {}  # those of another method
 
 
 def _check_options(config: Config) -> None:

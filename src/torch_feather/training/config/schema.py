@@ -15,6 +15,7 @@ from .checks import choice, finite, require, within
 from .optimizer import MOST_EPOCHS, OptimizerConfig
 
 DENSE = "dense"
+AUTO = "auto"  # as in methods/choice.py, which imports PyTorch
 PRETRAINED = "pretrained"  # value of `init`
 LOSSES = ("cross-entropy", "binary")
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder", "text")
@@ -227,7 +228,10 @@ class Config:
     recipe: str | None = None  # name of the recipe that the settings started from; for reference
     # A name in torch_feather.models, timm/NAME, or package.module:factory.
     network: str = "resnet20"
-    method: str = "feather"  # see `feather methods`; package.module:factory; or dense
+    # See `feather methods`; package.module:factory; dense; or auto, which chooses when the training
+    # starts.
+    method: str = "feather"
+    method_reason: str | None = None  # what auto chose, and why; written when it chooses
     sparsity: float = 0.95  # final fraction of prunable weights that are zero; dense: 0
     include: list[str] | None = None  # name patterns of prunable weights; null: the default choice
     exclude: list[str] | None = None  # name patterns of weights that stay dense
@@ -283,6 +287,11 @@ class Config:
             not (self.method == DENSE and self.options),
             f"method dense has no options, got {', '.join(self.options)}",
         )
+        require(
+            not (self.method == AUTO and self.options),
+            f"method auto chooses the options too, got {', '.join(self.options)}. Name the method "
+            "that they belong to, such as method=feather, or leave them out",
+        )
 
     def dense(self) -> Config:
         """Return the configuration of the dense baseline: the same training budget, no sparsity.
@@ -291,7 +300,7 @@ class Config:
             >>> Config(epochs=10).dense().method
             'dense'
         """
-        return replace(self, method=DENSE, options={})
+        return replace(self, method=DENSE, options={}, method_reason=None)
 
     def written_out(self) -> Config:
         """Return this configuration with the method's default options filled in.
@@ -308,7 +317,7 @@ class Config:
         """
         from ...methods import method_options, unused_options  # imports PyTorch
 
-        defaults = {} if self.method == DENSE else method_options(self.method)
+        defaults = {} if self.method in (AUTO, DENSE) else method_options(self.method)
         defaults = {option: value for option, value in defaults.items() if _is_plain(value)}
         unused = unused_options(self.method, self.options)
         options = defaults | self.options
