@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import re
+import warnings
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -354,6 +355,67 @@ def test_a_state_that_does_not_fit_changes_no_method(monkeypatch):
     assert all(map(torch.equal, model.parameters(), expected.parameters()))
 
 
+def test_a_warning_that_is_raised_as_an_error_changes_no_method(monkeypatch):
+    """The network stays as it was, instead of one method with the weights of another one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MethodChosen)
+        with monkeypatch.context() as patch:
+            first_rule(patch, "gmp", allocation="uniform")
+            _, optimizer, _ = make()
+            state = copy.deepcopy(optimizer.state_dict())
+        model, other, sparsifier = make()
+        warnings.simplefilter("error", MethodChosen)
+        with pytest.raises(MethodChosen, match="continues with gmp"):
+            other.load_state_dict(state)
+    assert sparsifier.method.choice.method == "feather"
+    expected, second, _ = make("feather")
+    for one in ((model, other), (expected, second)):
+        advance(*one, [0, STEPS])
+    assert all(map(torch.equal, model.parameters(), expected.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore::torch_feather.errors.MethodChosen")
+def test_a_warning_that_sparsify_raises_leaves_the_model_dense(monkeypatch):
+    with monkeypatch.context() as patch:
+        first_rule(patch, "gmp", allocation="uniform")
+        model, optimizer, sparsifier = make()
+        advance(model, optimizer, [0, 5])
+        state = copy.deepcopy(optimizer.state_dict())
+        sparsifier.detach()
+    optimizer.load_state_dict(state)
+    before = copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "method='auto' continues with gmp", MethodChosen)
+        with pytest.raises(MethodChosen):
+            feather.sparsify(model, optimizer, "auto", sparsity=0.9, total_steps=STEPS)
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+    assert (
+        feather.sparsify(model, optimizer, "auto", sparsity=0.9, total_steps=STEPS).step_count == 5
+    )
+
+
+@pytest.mark.parametrize("method", ["spartan", "probmask"])  # with state of each weight
+@pytest.mark.filterwarnings("ignore::torch_feather.errors.MethodChosen")
+def test_the_method_of_a_state_is_that_of_the_weights_after_a_cast(monkeypatch, method):
+    with monkeypatch.context() as patch:
+        first_rule(patch, method)
+        model, optimizer, _ = make()
+        advance(model, optimizer, [0, 5])
+        state = saved(model, optimizer)
+    runs = []
+    for name in ("auto", method):
+        again, other, _ = make(name)
+        again.double()
+        other.load_state_dict(state()[1])
+        for i in range(5, STEPS):
+            x = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(i)).double()
+            again(x).square().mean().backward()
+            other.step()
+            other.zero_grad()
+        runs.append(again)
+    assert all(map(torch.equal, *(run.parameters() for run in runs)))
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "other", "types"])
 @pytest.mark.filterwarnings("ignore::torch_feather.errors.MethodChosen")
 def test_a_damaged_choice_is_an_error(damage):
@@ -403,6 +465,26 @@ def test_a_state_imports_no_module(monkeypatch, name):
     monkeypatch.setattr("torch_feather.methods.registry.import_object", pytest.fail)
     _, other, _ = make()
     with pytest.raises(feather.StateError, match=f"method '{name}', which .* does not exist here"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore::torch_feather.errors.MethodChosen")
+def test_an_option_of_another_version_is_an_error_of_the_state(monkeypatch):
+    """Also before `sparsify`, which then leaves model and optimizer as they were."""
+    with monkeypatch.context() as patch:
+        later = {"method": "feather", "options": {"q": 1}, "reason": "", "evidence": ""}
+        patch.setattr("torch_feather.methods.chosen.asdict", lambda one: later)
+        model, optimizer, sparsifier = make()
+        state = copy.deepcopy(optimizer.state_dict())
+        sparsifier.detach()
+    message = "method 'feather', which .* cannot be used here: .*'q'.*[^.]. Load another"
+    optimizer.load_state_dict(state)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(feather.StateError, match=message):
+        feather.sparsify(model, optimizer, "auto", sparsity=0.9, total_steps=STEPS)
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+    _, other, _ = make()
+    with pytest.raises(feather.StateError, match=message):
         other.load_state_dict(state)
 
 

@@ -86,7 +86,7 @@ class Sparsifier(NotPickled):
         self.step = self.attachment.step
         try:
             self.attachment.adopt_loaded_state()
-        except StateError:
+        except Exception:  # a warning too, if it is raised
             self._restore_latent()
             raise
         remember(model, prunable)

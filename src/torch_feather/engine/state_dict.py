@@ -55,7 +55,7 @@ class StateDicts:
         self._sparsity, self.total_steps = round(sparsity * 1e12), total_steps
         self._method, self.strict = checkpoint.digest(fingerprint), True
         self._chosen = method if isinstance(method, Chosen) else None
-        self._writer: tuple[Chosen, BoundMethod] | None = None  # of a state that is being loaded
+        self._writer: Chosen | None = None  # of a state that is being loaded
 
     def header(self, training: Training, i: int | None, image: int = 0) -> Header:
         """Return the header of a parameter.
@@ -149,8 +149,9 @@ class StateDicts:
         hint: str = checkpoint.RELAXED,
     ) -> dict[int, Loaded]:
         """Return the entries that fit; arguments and errors as for `checkpoint.check_loaded`."""
-        self._writer = self._find_writer(training, found)
-        method = training.method if self._writer is None else self._writer[1]
+        self._writer = None
+        writer = self._find_writer(found)
+        method = training.method if writer is None else self._bind(training, writer)
         fingerprint = checkpoint.digest(method.fingerprint)
         expected = Expected(
             training.binding.names,
@@ -160,24 +161,28 @@ class StateDicts:
             method.facts.absent,
             self.strict,
         )
-        return checkpoint.check_loaded(expected, found, positions, foreign, hint)
+        loaded = checkpoint.check_loaded(expected, found, positions, foreign, hint)
+        if self._chosen is not None and writer is not None:
+            # Before anything changes, since a filter of the user may raise the warning.
+            self._chosen.announce_writer(writer)
+        self._writer = writer
+        return loaded
 
-    def _find_writer(
-        self, training: Training, found: Mapping[int, Entries]
-    ) -> tuple[Chosen, BoundMethod] | None:
+    def _find_writer(self, found: Mapping[int, Entries]) -> Chosen | None:
         """Return the method that wrote a state, if "auto" chose another one now."""
-        if self._chosen is None:
-            return None
         stored = next((own[CHOICE] for own in found.values() if CHOICE in own), None)
-        if stored is None:
+        if self._chosen is None or stored is None:
             return None
         writer = self._chosen.written_by(stored_bytes(stored))
-        if writer is self._chosen:
-            return None
+        return None if writer is self._chosen else writer
+
+    def _bind(self, training: Training, writer: Chosen) -> BoundMethod:
+        """Return the method that wrote a state on the present weights."""
+        assert self._chosen is not None
         method = writer.bind_like(self._chosen, training.weights)
         require_shards_supported(method, training.weights)
         training.binding.check_followed(method)
-        return writer, method
+        return method
 
     def read(
         self, training: Training, held: Sequence[int], state_dict: dict[str, Any]
@@ -235,10 +240,11 @@ class StateDicts:
             training.recover()
         training.absorb_external_writes()
         if self._chosen is not None and self._writer is not None:
-            chosen, method = self._writer
-            self._method, self._writer = checkpoint.digest(method.fingerprint), None
+            method = self._bind(training, self._writer)  # the weights may have moved since `check`
             training.continue_with(method)
-            self._chosen.become(chosen)
+            self._method = checkpoint.digest(method.fingerprint)
+            self._chosen.become(self._writer)
+            self._writer = None
         weights, binding = training.weights, training.binding
         for i in positions:
             if i not in loaded:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..context import MethodContext
-from ..errors import MethodChosen, StateError, printable, warn
+from ..errors import ConfigurationError, MethodChosen, StateError, printable, warn
 from ..weights.latent import LatentWeights
 from .base import AnyMethod, BoundMethod
 from .choice import AUTO, Choice
@@ -76,7 +76,7 @@ class Chosen:
             This object, if it is the same method with the same options.
 
         Raises:
-            StateError: the bytes are damaged, or name a method that does not exist.
+            StateError: the bytes are damaged, or name a method or options that do not exist.
         """
         try:
             choice = Choice(**json.loads(bytes(data.cpu().numpy()) if data is not None else b""))
@@ -89,24 +89,35 @@ class Chosen:
                 "checkpoint."
             ) from None
         if choice.method not in METHODS:  # a state must not import a module
-            raise StateError(
-                f"The state was written with method {printable(choice.method)!r:.80}, which "
-                "method='auto' chose there and which does not exist here. Load another checkpoint, "
-                "or install the version of torch-feather that wrote it."
-            )
-        same = (choice.method, choice.options) == (self.choice.method, self.choice.options)
-        return self if same else Chosen(choice, self._build)
+            raise _not_here(choice, "does not exist here")
+        if (choice.method, choice.options) == (self.choice.method, self.choice.options):
+            return self
+        try:
+            return Chosen(choice, self._build)
+        except ConfigurationError as error:  # an option of another version
+            raise _not_here(choice, f"cannot be used here: {error}") from error
 
     def bind_like(self, other: Chosen, weights: LatentWeights) -> BoundMethod:
         """Return the method on the model that `other` is bound to, with its present weights."""
         model, names, sparsity, total_steps = other._bound
         return self.bind(MethodContext(model, names, weights, sparsity, total_steps))
 
-    def become(self, other: Chosen) -> None:
-        """Take the place of this method by another one, and tell the user."""
-        before, self.choice, self.description = self.choice, other.choice, other.description
+    def announce_writer(self, other: Chosen) -> None:
+        """Tell the user that the method that wrote a loaded state replaces this one."""
         warn(
-            f"method={AUTO!r} continues with {self.choice.name}, with which the loaded state was "
-            f"written. For a new run, it chose {before.name}.",
+            f"method={AUTO!r} continues with {other.choice.name}, with which the loaded state was "
+            f"written. For a new run, it chose {self.choice.name}.",
             MethodChosen,
         )
+
+    def become(self, other: Chosen) -> None:
+        """Replace this method by another one."""
+        self.choice, self.description = other.choice, other.description
+
+
+def _not_here(choice: Choice, why: str) -> StateError:
+    return StateError(
+        f"The state was written with method {printable(choice.method)!r:.80}, which "
+        f"method={AUTO!r} chose there and which {why.rstrip('.')}. Load another checkpoint, or "
+        "install the version of torch-feather that wrote it."
+    )
