@@ -159,7 +159,8 @@ def test_numbers_of_the_page_on_methods_are_those_of_the_tables_it_links(heading
         texts = "".join(file.read_text() for file in files)
         means = re.findall(r"(\d\d\.\d\d)%", text)
         assert [mean for mean in means if f"| {mean} ±" not in texts] == []
-        short = re.findall(r"[+-]\d\.\d \([+-]\d\.\d to [+-]\d\.\d\)", text)
+        short = re.findall(r"[+−]\d\.\d \([+−]\d\.\d to [+−]\d\.\d\)", text)
+        texts = re.sub(r"(?<=[ (])-(?=\d)", "−", texts)
         assert [one for one in short if f"| {one} |" not in texts] == []
         measured = bool(given or means or short or "%" in row[2])
         assert n == ("3" if measured else "–"), row

@@ -90,6 +90,12 @@ def test_codes_of_every_width_are_decoded_part_by_part(width, largest):
     assert np.array_equal(found, positions)
 
 
+@pytest.mark.parametrize("width", [-1, 0, 17, 2**40])
+def test_codes_of_other_widths_do_not_exist(width):
+    with pytest.raises(ValueError, match=f"codes of {width} bits"):
+        decode(np.zeros(8, np.uint8), width, 0, 8)
+
+
 @pytest.mark.parametrize("density", [0.9, 0.5, 0.2, 0.1, 0.05, 0.01, 0.001, 0.0001])
 @pytest.mark.parametrize("rows", [1, 16, 1024])
 def test_gaps_are_never_longer_than_a_bitmask_or_the_columns_of_csr(density, rows):

@@ -66,12 +66,15 @@ def decode(packed: Array, width: int, count: int, size: int) -> Array:
         int64 positions in ascending order.
 
     Raises:
-        ValueError: the codes contain another number of positions, or positions beyond `size`.
+        ValueError: the codes contain another number of positions, or positions beyond `size`; or
+            codes of this width do not exist.
 
     Example:
         >>> decode(np.array([220], dtype=np.uint8), width=1, count=3, size=10)
         array([0, 1, 5])
     """
+    if width not in WIDTHS:
+        raise ValueError(f"codes of {width} bits")
     found = before = 0  # positions so far; weights before the next code
     positions = np.empty(count, np.int64)
     for start in range(0, len(packed), width * CHUNK):  # a whole number of codes
