@@ -359,10 +359,14 @@ def main() -> None:
     parser.add_argument("--compile-times", action="store_true", help="measure compilation alone")
     parser.add_argument("--repeats", type=int, default=1, help="of --compile-times")
     parser.add_argument(
-        "--json", type=Path, help="[default: results/inference_zoo.json or compile_times.json]"
+        "--json",
+        type=Path,
+        help="[default: results/inference_zoo.json, inference_zoo_batchN.json or "
+        "compile_times.json]",
     )
     options = parser.parse_args()
-    name = "compile_times" if options.compile_times else "inference_zoo"
+    batch = f"_batch{options.batch}" if options.batch > 1 else ""
+    name = "compile_times" if options.compile_times else f"inference_zoo{batch}"
     path, make_table = options.json or Path(f"results/{name}.json"), table
     if options.compile_times:
         make_table = compile_table
@@ -371,6 +375,8 @@ def main() -> None:
     if path.exists():
         stored = json.loads(path.read_text())
     rows = stored["rows"]
+    if any(row.get("batch", 1) != options.batch for row in rows):
+        parser.error(f"{path} has another batch. Choose another --json.")
     stored["command"] = " ".join(["python benchmarks/inference.py", *sys.argv[1:]])
     stored |= provenance(torch.device("cpu"))
     for name in options.networks:

@@ -494,6 +494,35 @@ def test_the_zoo_compares_pruned_networks_with_dense_systems(monkeypatch):
     assert zoo.below_goal(several, 3.0) == []
 
 
+def test_batches_of_the_zoo_have_files_of_their_own(monkeypatch, tmp_path, capsys):
+    """Networks of a file with another batch would not be measured, and its heading would change."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    zoo = importlib.import_module("inference_zoo")
+    name, measured = next(iter(zoo.NETWORKS["mobile"])), []
+
+    def measure(name, kind, sparsities, narrow, batch):
+        measured.append(batch)
+        found = {"ms": 1.0, "compile_s": 1.0, "error": 0.0, "empty": [], "in_pytorch": ""}
+        row = {"network": name, "kind": kind, "batch": batch, "dense_ms": {"PyTorch": 9.0}}
+        return row | {"sparse": {"0.95": found}}
+
+    monkeypatch.setattr(zoo, "measure", measure)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    for batch in (1, 8, 8):  # the second time it is there
+        command = ["", "--zoo", "--networks", name, "--batch", str(batch)]
+        monkeypatch.setattr("sys.argv", command)
+        zoo.main()
+    assert measured == [1, 8]
+    files = ["inference_zoo.json", "inference_zoo_batch8.json"]
+    found = [json.loads((tmp_path / "results" / file).read_text())["rows"] for file in files]
+    assert [row["batch"] for rows in found for row in rows] == [1, 8]
+    monkeypatch.setattr("sys.argv", [*command, "--json", "results/inference_zoo.json"])
+    with pytest.raises(SystemExit):
+        zoo.main()
+    assert "inference_zoo.json has another batch" in capsys.readouterr().err
+
+
 def test_compile_times_come_from_processes_that_have_not_compiled(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     zoo = importlib.import_module("inference_zoo")
