@@ -12,10 +12,11 @@ from native_cases import TOLERANCE, compile_and_run, error, library, needs_gcc, 
 from torch import nn
 
 import torch_feather as feather
+from torch_feather.native.export import prepare
 from torch_feather.native.expressions import operand, total
 from torch_feather.native.lowering import Builder, transform
 from torch_feather.native.products import Product
-from torch_feather.native.program import Buffer, Program, View
+from torch_feather.native.program import Buffer, Loops, Program, View
 from torch_feather.runtime import LayerTuning
 from torch_feather.runtime.kernels import Tile
 
@@ -62,6 +63,17 @@ class Windows(nn.Module):
         batch, height, width, channels = x.shape
         x = x.view(batch, height // 3, 3, width // 3, 3, channels).transpose(2, 3)
         return F.relu(self.linear(x.reshape(-1, 9, channels)))
+
+
+class FirstSample(nn.Module):
+    """A linear layer without planes: its tokens are no multiple of the samples of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 9)
+
+    def forward(self, x):
+        return self.linear(x[0])
 
 
 def squeeze_excite(y):
@@ -133,6 +145,7 @@ PRODUCTS = (
 )
 CASES = {
     "products": (Function(*PRODUCTS), IMAGE),
+    "dense": (FirstSample(), TOKENS),
     "tiles": (Attention(torch.rand(37, 37) > 0.3, False), (2, 37, 16)),
     "activations": (Function(*ACTIVATIONS), IMAGE),
     "poolings": (Function(*POOLINGS), IMAGE),
@@ -350,3 +363,17 @@ def test_products_of_adjacent_columns_are_computed_in_tiles(shapes, row):
     tiled, single = (Product.of(op.nest) for op in builder.program.operations)
     assert (tiled.row, tiled.columns) == (row, 1)
     assert single is None
+
+
+@pytest.mark.parametrize(("model", "copies"), [(Attention(), 1), (FirstSample(), 0)])
+def test_factors_are_transposed_only_for_tiles(model, copies):
+    """A loop that sums one number, as in C source, reads adjacent numbers of the second factor."""
+    strides, counts = {}, {}
+    for tiles in (True, False):
+        operations = prepare(model, torch.zeros(TOKENS), tiles)[0].operations
+        nests = [op.nest for op in operations if isinstance(op, Loops)]
+        products = [n for n in nests if total(operand(0) * operand(1)) in n.expression.walk()]
+        strides[tiles] = products[-1].operands[1][-2:]  # of columns, and of the summed index
+        counts[tiles] = len(nests)
+    assert strides[True][0] == strides[False][1] == 1
+    assert counts[True] - counts[False] == copies  # of the values

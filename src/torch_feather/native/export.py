@@ -129,7 +129,7 @@ def export_c(
         ['example.c', 'example_data.h', 'model.c', 'model.h']
     """
     check_name(name)
-    program, example, expected = prepare(model, example_input)
+    program, example, expected = prepare(model, example_input, tiles=False)
     source = CSource(program)
     outputs = range(len(program.outputs))
     with TemporaryDirectory() as folder:
@@ -174,12 +174,15 @@ def c_sizes(directory: Path, name: str = "model") -> tuple[int, int]:
     return 4 * int(found["WORKSPACE"]), int(found["CONSTANT_BYTES"])
 
 
-def prepare(model: nn.Module, example_input: Tensor) -> tuple[Program, Tensor, list[Tensor]]:
+def prepare(
+    model: nn.Module, example_input: Tensor, tiles: bool = True
+) -> tuple[Program, Tensor, list[Tensor]]:
     """Return the program of a network, an input, and the outputs of the model for it.
 
     Args:
         model: takes one tensor.
         example_input: (batch, ...), float32.
+        tiles: whether products of matrices are computed in tiles, see `lowering.Builder`.
 
     Raises:
         ConfigurationError: the example is no batch of float32, or the model is not float32.
@@ -205,7 +208,8 @@ def prepare(model: nn.Module, example_input: Tensor) -> tuple[Program, Tensor, l
             )
     example = torch.randn(example_input.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        program = lower(capture(model, example, any_batch=False, decompose=True).module, SUPPORTED)
+        captured = capture(model, example, any_batch=False, decompose=True)
+        program = lower(captured.module, SUPPORTED, tiles)
         found = model(example)
     flat = [v for v in torch.utils._pytree.tree_leaves(found) if isinstance(v, Tensor)]
     return program, example, flat

@@ -24,12 +24,15 @@ from .program import Buffer, Convolution, Loops, Nest, Program, View
 aten = torch.ops.aten
 
 
-def lower(module: GraphModule, supported: dict[Any, Callable[..., Any]]) -> Program:
+def lower(
+    module: GraphModule, supported: dict[Any, Callable[..., Any]], tiles: bool = True
+) -> Program:
     """Return the program of a network.
 
     Args:
         module: captured for one batch size, with fused layers.
         supported: functions that add an operation of PyTorch to a program, see `operations`.
+        tiles: see `Builder`.
 
     Raises:
         NativeExportError: the network has an operation that is not supported.
@@ -48,7 +51,7 @@ def lower(module: GraphModule, supported: dict[Any, Callable[..., Any]]) -> Prog
         for n in graph.nodes
         if isinstance(n.target, Layer) and can_run_sparse(n, given.shape[0])
     ]
-    return _Lowering(module, Plan.build(graph, layers), supported).program.place()
+    return _Lowering(module, Plan.build(graph, layers), supported, tiles).program.place()
 
 
 class Builder:
@@ -56,6 +59,9 @@ class Builder:
 
     Attributes:
         program: the program so far.
+        tiles: whether products of matrices are computed in tiles, which read adjacent columns of
+            the second factor, see `products`. Otherwise each number is the sum of a loop, which
+            reads a column.
 
     Example:
         >>> builder = Builder(Program(batch=1))
@@ -63,8 +69,8 @@ class Builder:
         (2, 3)
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, tiles: bool = True) -> None:
+        self.program, self.tiles = program, tiles
         self._constants: dict[int, tuple[Tensor, View]] = {}
 
     def constant(self, value: Tensor) -> View:
@@ -74,6 +80,12 @@ class Builder:
             buffer = Buffer("constant", data.size, data)
             self._constants[id(value)] = value, View.contiguous(buffer, tuple(value.shape))
         return self._constants[id(value)][1]
+
+    def transposed(self, weight: Tensor) -> View:
+        """Return a constant weight (out, in) as the second factor of a product, (in, out)."""
+        if self.tiles:
+            return self.constant(weight.t())
+        return transform(self.constant(weight), lambda t: t.t())
 
     def view(self, value: Any) -> View:
         """Return a value as a view; constants of the model become constants of the program."""
@@ -152,14 +164,16 @@ def _view_of(buffer: Buffer, x: Tensor) -> View:
 class _Lowering:
     """Lowers the steps of one plan."""
 
-    def __init__(self, module: GraphModule, plan: Plan, supported: dict[Any, Any]) -> None:
+    def __init__(
+        self, module: GraphModule, plan: Plan, supported: dict[Any, Any], tiles: bool
+    ) -> None:
         self.plan, self.supported = plan, supported
         graph = module.graph
         self.values: dict[Node, Any] = dict(attributes(module))
         given = next(n for n in graph.nodes if n.op == "placeholder")
         shape = tuple(given.meta["val"].shape)
         self.program = Program(batch=shape[0])
-        self.builder = Builder(self.program)
+        self.builder = Builder(self.program, tiles)
         self.memory: dict[Planes, Buffer] = {}
         self.values[given] = View.contiguous(Buffer("input", math.prod(shape)), shape)
         self.program.inputs.append(self.values[given])
@@ -321,8 +335,7 @@ class _Lowering:
         low, high = (None if math.isinf(b) else b for b in (layer.low, layer.high))
         bias = transform(builder.constant(layer.bias), lambda t: t.unsqueeze(-1))
         result = clamp(result, low, high)
-        # Adjacent columns of a product are computed together.
-        columns = transform(builder.constant(layer.folded_weight().t()), lambda t: t.t())
+        columns = transform(builder.transposed(layer.folded_weight()), lambda t: t.t())
         return builder.compute(result, rows, columns, bias, *more, reduced=1)
 
 

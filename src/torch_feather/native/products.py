@@ -53,7 +53,7 @@ class Product:
             return None
         last = len(nest.sizes) - 1
         (term,) = sums[0].args
-        if sums[0].op != "fold_add" or term.op != "mul" or any(e.args for e in term.args):
+        if sums[0].op != "fold_add" or term.op != "mul":
             return None
         if any(e.op != "operand" for e in term.args):
             return None

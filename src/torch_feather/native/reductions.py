@@ -151,21 +151,20 @@ def matmul(builder: Builder, a: Any, b: Any) -> View:
 
 def _product(builder: Builder, formula: Expr, a: Any, b: Any, *more: View) -> View:
     """Add a nest over the products of rows of `a` and columns of `b`, summed by the formula."""
-    if isinstance(b, Tensor) and b.dim() > 1:
-        b = b.contiguous()
     a, b = builder.view(a), builder.view(b)
     if len(a.shape) < 2 or len(b.shape) < 2:
         raise NativeExportError("both factors need at least two dimensions")
-    if b.strides[-1] != 1 and b.shape[-1] > 1 and a.shape[-2] >= ROWS:
-        b = builder.copy(b)  # adjacent columns are computed together
+    if builder.tiles and b.strides[-1] != 1 and b.shape[-1] > 1 and a.shape[-2] >= ROWS:
+        b = builder.copy(b)
     rows = transform(a, lambda t: t.unsqueeze(-2))
     columns = transform(b, lambda t: t.transpose(-1, -2).unsqueeze(-3))
     return builder.compute(formula, rows, columns, *more, reduced=1)
 
 
 def _linear(builder: Builder, x: Any, weight: Any, bias: Any = None) -> View:
-    transposed = weight.t() if isinstance(weight, Tensor) else transform(weight, lambda t: t.t())
-    found = matmul(builder, x, transposed)
+    is_constant = isinstance(weight, Tensor)
+    factor = builder.transposed(weight) if is_constant else transform(weight, lambda t: t.t())
+    found = matmul(builder, x, factor)
     return found if bias is None else _affine(builder, found, None, bias)
 
 
