@@ -68,12 +68,12 @@ class Windows(nn.Module):
 class FirstSample(nn.Module):
     """A linear layer without planes: its tokens are no multiple of the samples of the batch."""
 
-    def __init__(self):
+    def __init__(self, tokens=7):
         super().__init__()
-        self.linear = nn.Linear(16, 9)
+        self.linear, self.tokens = nn.Linear(16, 9), tokens
 
     def forward(self, x):
-        return self.linear(x[0])
+        return self.linear(x[0, : self.tokens])
 
 
 def squeeze_excite(y):
@@ -146,6 +146,7 @@ PRODUCTS = (
 CASES = {
     "products": (Function(*PRODUCTS), IMAGE),
     "dense": (FirstSample(), TOKENS),
+    "dense, few rows": (FirstSample(tokens=1), TOKENS),
     "tiles": (Attention(torch.rand(37, 37) > 0.3, False), (2, 37, 16)),
     "activations": (Function(*ACTIVATIONS), IMAGE),
     "poolings": (Function(*POOLINGS), IMAGE),
@@ -377,3 +378,10 @@ def test_factors_are_transposed_only_for_tiles(model, copies):
         counts[tiles] = len(nests)
     assert strides[True][0] == strides[False][1] == 1
     assert counts[True] - counts[False] == copies  # of the values
+
+
+def test_a_factor_of_too_few_rows_for_a_tile_is_not_transposed():
+    for tokens, strides in ((3, (16, 1)), (5, (1, 9))):  # of columns, and of the summed index
+        program, *_ = prepare(FirstSample(tokens), torch.zeros(TOKENS))
+        (nest,) = (op.nest for op in program.operations if op.nest.reduced)
+        assert nest.operands[1][-2:] == strides

@@ -19,6 +19,7 @@ from ..runtime.plan import Copy, Operation, Plan, Pointwise, Sparse, Torch, can_
 from ..runtime.planes import Planes
 from .errors import NativeExportError
 from .expressions import Expr, clamp, expr, operand, total
+from .products import ROWS
 from .program import Buffer, Convolution, Loops, Nest, Program, View
 
 aten = torch.ops.aten
@@ -81,9 +82,17 @@ class Builder:
             self._constants[id(value)] = value, View.contiguous(buffer, tuple(value.shape))
         return self._constants[id(value)][1]
 
-    def transposed(self, weight: Tensor) -> View:
-        """Return a constant weight (out, in) as the second factor of a product, (in, out)."""
-        if self.tiles:
+    def transposed(self, weight: Tensor, rows: int) -> View:
+        """Return a constant weight (out, in) as the second factor of a product, (in, out).
+
+        Its columns are adjacent in memory if tiles read them. Otherwise, and for too few rows for a
+        tile, the numbers of a column are adjacent: reads at large equal distances are slow.
+
+        Args:
+            weight: (out, in).
+            rows: of the first factor.
+        """
+        if self.tiles and rows >= ROWS:
             return self.constant(weight.t())
         return transform(self.constant(weight), lambda t: t.t())
 
@@ -326,7 +335,8 @@ class _Lowering:
                 f"{layer.name}: the samples of a batch must be the first dimension of its input. "
                 "Export with --format onnx."
             )
-        rows = transform(builder.view(x), lambda t: t.unsqueeze(-2))
+        x = builder.view(x)
+        rows = transform(x, lambda t: t.unsqueeze(-2))
         result = total(operand(0) * operand(1)) + operand(2)
         more = []
         if residual is not None:
@@ -335,7 +345,8 @@ class _Lowering:
         low, high = (None if math.isinf(b) else b for b in (layer.low, layer.high))
         bias = transform(builder.constant(layer.bias), lambda t: t.unsqueeze(-1))
         result = clamp(result, low, high)
-        columns = transform(builder.transposed(layer.folded_weight()), lambda t: t.t())
+        factor = builder.transposed(layer.folded_weight(), math.prod(x.shape[:-1]))
+        columns = transform(factor, lambda t: t.t())
         return builder.compute(result, rows, columns, bias, *more, reduced=1)
 
 

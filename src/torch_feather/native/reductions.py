@@ -162,8 +162,11 @@ def _product(builder: Builder, formula: Expr, a: Any, b: Any, *more: View) -> Vi
 
 
 def _linear(builder: Builder, x: Any, weight: Any, bias: Any = None) -> View:
-    is_constant = isinstance(weight, Tensor)
-    factor = builder.transposed(weight) if is_constant else transform(weight, lambda t: t.t())
+    x = builder.view(x)
+    if isinstance(weight, Tensor):
+        factor = builder.transposed(weight, math.prod(x.shape[:-1]))
+    else:
+        factor = transform(weight, lambda t: t.t())
     found = matmul(builder, x, factor)
     return found if bias is None else _affine(builder, found, None, bias)
 
