@@ -391,7 +391,7 @@ def main() -> None:
         versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
         heading = f"{stored['hardware']['cpu']}, one thread, batch {options.batch}, float32\n"
         path.with_suffix(".txt").write_text(
-            f"{heading}{versions}, commit {', '.join(dict.fromkeys(r['commit'] for r in rows))}\n"
+            f"{heading}{versions}, commit {', '.join(dict.fromkeys(r['commit'] or 'unknown' for r in rows))}\n"
             f"{stored['command']}\n\n{make_table(rows)}"
         )
         print(make_table(rows[-1:]), flush=True)
