@@ -64,7 +64,9 @@ EVERY = {
     "runtime/test_networks.py": {"test_networks_for_cifar": 3, "test_networks_of_timm": 5},
     "runtime/test_resampling.py": {
         "test_interpolation_and_adaptive_pooling_stay_in_planes": 7,
-        "test_several_threads_and_eight_samples": 3,
+        "test_several_threads_and_eight_samples": 6,
+        "test_files_hold_the_taps": 3,
+        "test_softmax_over_channels_stays_in_planes": 3,
     },
     "runtime/test_strides.py": {
         "test_strides_of_outputs": 3,
@@ -94,6 +96,7 @@ EVERY = {
     "training/test_distributed.py": {"test_a_step_in_parts_equals_the_step_of_the_whole_batch": 3},
     "training/test_image_data.py": {"test_bad_files_are_a_one_line_error_that_names_them": 3},
     "training/test_initial_weights.py": {"test_every_form_of_a_file_gives_the_same_network": 2},
+    "training/test_method_auto.py": {"test_a_resumed_run_keeps_its_method": 3},
     "training/test_resume_data.py": {"test_changed_images_are_refused_and_can_be_accepted": 6},
     "training/test_signals.py": {
         "test_sigterm_ends_the_process_within_an_operation_of_any_length": 2
