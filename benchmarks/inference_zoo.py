@@ -390,9 +390,9 @@ def main() -> None:
         path.write_text(json.dumps(stored, indent=1) + "\n")
         versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())
         heading = f"{stored['hardware']['cpu']}, one thread, batch {options.batch}, float32\n"
+        commits = ", ".join(dict.fromkeys(r["commit"] or "unknown" for r in rows))
         path.with_suffix(".txt").write_text(
-            f"{heading}{versions}, commit {', '.join(dict.fromkeys(r['commit'] or 'unknown' for r in rows))}\n"
-            f"{stored['command']}\n\n{make_table(rows)}"
+            f"{heading}{versions}, commit {commits}\n{stored['command']}\n\n{make_table(rows)}"
         )
         print(make_table(rows[-1:]), flush=True)
 

@@ -148,6 +148,7 @@ CASES = {
     "dense": (FirstSample(), TOKENS),
     "dense, few rows": (FirstSample(tokens=1), TOKENS),
     "tiles": (Attention(torch.rand(37, 37) > 0.3, False), (2, 37, 16)),
+    "a query without keys": (Attention(torch.arange(7)[:, None] > torch.arange(7)), TOKENS),
     "activations": (Function(*ACTIVATIONS), IMAGE),
     "poolings": (Function(*POOLINGS), IMAGE),
     "moves": (Function(*MOVES), IMAGE),

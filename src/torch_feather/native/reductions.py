@@ -17,6 +17,9 @@ from .program import View
 
 aten = torch.ops.aten
 
+FLOAT = torch.finfo(torch.float32)
+LARGEST, SMALLEST = FLOAT.max, FLOAT.tiny
+
 
 def _last(builder: Builder, x: Any, dims: Sequence[int]) -> View:
     """Return a tensor with these dimensions moved to the end."""
@@ -202,7 +205,15 @@ def _attention(
         masks = [transform(builder.view(mask), lambda t: t.unsqueeze(-1))]
     keys = transform(k, lambda t: t.transpose(-1, -2))
     found = _product(builder, scores, q, keys, *masks)
-    return matmul(builder, _softmax(builder, found, -1), v)
+    return matmul(builder, _probabilities(builder, found), v)
+
+
+def _probabilities(builder: Builder, scores: View) -> View:
+    """Return the softmax of each row; as in PyTorch, 0 if all scores of a row are -inf."""
+    high = reduction(lambda x, n: call("max", largest(x), -LARGEST))(builder, scores, [-1], True)
+    powers = builder.compute(call("exp", operand(0) - operand(1)), scores, high)
+    sums = _sum(builder, powers, [-1], True)
+    return builder.compute(operand(0) / call("max", operand(1), SMALLEST), powers, sums)
 
 
 def _batch_norm(
