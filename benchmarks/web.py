@@ -119,7 +119,7 @@ def report(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         f"Commit {commit}, PyTorch {facts['versions']['torch']}, "
         f"Chromium {facts['chromium']}, onnxruntime-web {rows[0]['version']}, one thread, batch 1; "
         f"{facts['hardware']['cpu']}. Median and quartiles of {facts['rounds']} alternating "
-        "measurements in milliseconds. The machine was busy with other work: the load was "
+        "measurements in milliseconds. The load of the machine was "
         f"{min(r['load_average'] for r in rows):.1f} to {max(r['load_average'] for r in rows):.1f} "
         f"on {os.cpu_count()} cores.",
         "",
