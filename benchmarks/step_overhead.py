@@ -12,7 +12,7 @@ machine. `official` is the official implementation, which wraps modules.
     python benchmarks/step_overhead.py --method all --json results/method_overhead.json
 
 `--suite` measures all that has a limit. On a CPU, these are six networks and the added time from
-0.1 to 100 million weights, with one thread, in at most ten minutes (`step_suite.py`). With
+0.1 to 100 million weights, with one thread, in about twelve minutes (`step_suite.py`). With
 `--reference` or on a GPU, they are the networks that the official implementation trains too.
 
 Methods with an option `schedule` are at the final sparsity in all repetitions (but see `--at`).

@@ -27,6 +27,8 @@ from torch_feather.training.provenance import provenance
 
 CONTROL = 0.02
 """Largest distance of the control's ratio from 1: beyond it, the machine was not quiet."""
+ATTEMPTS = 3
+"""How often a part is measured at most: until its control is within `CONTROL` of 1."""
 THETA_LIMIT = 1.5
 """Nanoseconds per weight that theta = 1/2 may add to theta = 1."""
 QUICK_SIZES = (10**4, 10**5)
@@ -78,8 +80,7 @@ def run(file: Path, command: str, threads: int, quick: bool, seed: int) -> None:
     print(header(record), flush=True)
     for label, measure in planned_parts(quick, seed):
         if label not in record["parts"]:
-            load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-            record["parts"][label] = {**measure(), "load_before": load}
+            record["parts"][label] = measure_quietly(measure, 1 if quick else ATTEMPTS)
             write(file, json.dumps(record, indent=1))
         print("\n".join(["", f"{label}:", *part_lines(record["parts"][label])]), flush=True)
     text = verdicts(record)
@@ -90,6 +91,26 @@ def run(file: Path, command: str, threads: int, quick: bool, seed: int) -> None:
         [part for part in record["parts"].values() if "sparsity" in part],
         file.with_suffix(".svg"),
     )
+
+
+def measure_quietly(measure: Callable[[], dict[str, Any]], attempts: int) -> dict[str, Any]:
+    """Measure a part until its control is within 2% of 1; only the control decides.
+
+    Returns:
+        the attempt whose control is closest to 1, with the controls of the others in `discarded`.
+    """
+    found: list[dict[str, Any]] = []
+    while len(found) < attempts and not any(is_quiet(control_of(part)) for part in found):
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        found.append({**measure(), "load_before": load})
+    best = min(found, key=lambda part: abs(control_of(part) - 1))
+    return {**best, "discarded": [control_of(part) for part in found if part is not best]}
+
+
+def control_of(part: dict[str, Any]) -> float:
+    """Return the ratio of the control to the dense contestant; 1 for a part without a control."""
+    control = part.get("contestants", {}).get("control") or part.get("control")
+    return control["ratio"] if control else 1.0
 
 
 def write(file: Path, text: str) -> None:
@@ -125,6 +146,8 @@ def header(record: dict[str, Any]) -> str:
         "Medians over repetitions of ratios and differences to the dense step of the same "
         "repetition, with 95% CI.",
         "By number of weights: means of these medians over copies at other places in memory.",
+        f"A part whose control is not within {CONTROL:.0%} of 1 is measured again, at most "
+        f"{ATTEMPTS} times; only the control decides.",
     ]
     if record["settings"]["quick"]:
         lines.append("(--quick: two steps per part; shows that all parts run, is no measurement)")
@@ -140,7 +163,9 @@ def table(record: dict[str, Any]) -> str:
 def part_lines(part: dict[str, Any]) -> list[str]:
     """Return the lines of one part."""
     load = "" if part["load_before"] is None else f", load before {part['load_before']:.1f}"
-    lines = [f"  {part['repetitions']} repetitions{load}"]
+    controls = ", ".join(f"{ratio:.3f}" for ratio in part.get("discarded", []))
+    again = f"; attempts discarded for their control: {controls}" if controls else ""
+    lines = [f"  {part['repetitions']} repetitions{load}{again}"]
     for name, row in part.get("contestants", {}).items():
         low, high = row["interval"]
         judged = verdict(row["ratio"], row["limit"], control=name == "control")
@@ -202,9 +227,8 @@ def verdicts(record: dict[str, Any]) -> str:
             for name, row in part.get("gains", {}).items()
             if row["aim"] is not None and row["ratio"] < row["aim"]
         ]
-        control = rows.get("control") or part.get("control")
-        if control and not is_quiet(control["ratio"]):
-            outside.append(f"{label}: {control['ratio']:.3f}")
+        if not is_quiet(control_of(part)):
+            outside.append(f"{label}: {control_of(part):.3f}")
     lines = ["", "Over their limit: " + ("; ".join(over) or "none")]
     lines.append("Below their aim: " + ("; ".join(below) or "none"))
     lines.append(f"Controls outside of 1.00 ± {CONTROL:.2f}: " + ("; ".join(outside) or "none"))

@@ -218,6 +218,25 @@ def test_the_suite_tells_which_values_are_over_their_limits(step_overhead):
     assert suite.verdict(1.51, 1.5).strip() == "OVER 1.5"
 
 
+def test_the_suite_measures_a_part_again_only_while_its_control_shows_noise(step_overhead):
+    suite = step_overhead.step_suite
+
+    def part(control, plain):
+        rows = {"control": {"ratio": control, "limit": None}}
+        return {"contestants": rows, "added": {"plain": {"ns": plain, "limit": 5.0}}}
+
+    attempts = iter([part(1.03, 1.0), part(0.99, 9.0), part(1.0, 1.0)])
+    found = suite.measure_quietly(lambda: next(attempts), 3)
+    assert found["added"]["plain"]["ns"] == 9.0  # over its limit, and not measured again
+    assert found["discarded"] == [1.03]
+    attempts = iter([part(1.05, 1.0), part(0.97, 2.0), part(1.04, 1.0)])
+    found = suite.measure_quietly(lambda: next(attempts), 3)
+    assert found["added"]["plain"]["ns"] == 2.0
+    assert found["discarded"] == [1.05, 1.04]
+    attempts = iter([{"gains": {}}])
+    assert suite.measure_quietly(lambda: next(attempts), 3)["discarded"] == []
+
+
 def test_commands_of_a_gpu_round_have_known_options(step_overhead, monkeypatch, tmp_path):
     round_ = importlib.import_module("gpu_round")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
