@@ -13,6 +13,7 @@ from torch import nn
 import torch_feather as feather
 from torch_feather import ConfigurationError, FileFormatError, StateError
 from torch_feather.runtime import InputError, saved
+from torch_feather.runtime.kernels import build
 from torch_feather.runtime.stored_weights import (
     check_dtype,
     load_taps,
@@ -122,8 +123,8 @@ def test_tokens_and_named_inputs(tmp_path):
         loaded(given["ids"], given["mask"])
 
 
-def change(path, function):
-    """Rewrite a file with another header."""
+def change(path, function, damage):
+    """Rewrite a file with another header, as another program would or as damage would leave it."""
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
@@ -131,10 +132,12 @@ def change(path, function):
         header = json.loads(file.metadata()[saved.KEY])
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     function(header, arrays)
+    if not damage:
+        header["sha256"] = saved.checksum(header, arrays)
     save_file(arrays, path, {saved.KEY: json.dumps(header)})
 
 
-DAMAGE = {
+UNFIT = {
     "another format": (lambda h, _: h.update(format=99), "format 99"),
     "another system": (
         lambda h, _: h.update(processor=["arm64-apple-macosx", "apple-m1", ""]),
@@ -145,17 +148,38 @@ DAMAGE = {
         "lacks future",
     ),
     "another version": (lambda h, _: h.update(fingerprint="0"), "another version"),
-    "other weights": (lambda _, a: a["array.0"].fill(0), "checksum differs"),
     "no plan": (lambda h, _: h.pop("plan"), "damaged"),
+}
+DAMAGE = {
+    "other weights": lambda _, a: a["array.0"].fill(0),
+    "other strides": lambda h, _: h["strides"].clear(),
+    "another chunk size": lambda h, _: h.update(plan_chunk_size=77),
+    "no plan": lambda h, _: h.pop("plan"),
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("name", UNFIT)
 def test_files_that_do_not_fit_are_rejected(name, path):
-    function, message = DAMAGE[name]
-    change(path, function)
+    function, message = UNFIT[name]
+    change(path, function, damage=False)
     with pytest.raises(FileFormatError, match=message):
         feather.load_compiled(path)
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_files_are_rejected(name, path):
+    change(path, DAMAGE[name], damage=True)
+    with pytest.raises(FileFormatError, match="checksum differs"):
+        feather.load_compiled(path)
+
+
+def test_files_of_an_application_without_source_files(monkeypatch):
+    """Their fingerprint is that of the emitted functions."""
+    monkeypatch.setattr(build.Path, "glob", lambda *_: [])
+    found = build.fingerprint()
+    assert found == build.fingerprint()
+    monkeypatch.setattr(build, "emit_run", lambda _: iter(["; another function"]))
+    assert found != build.fingerprint()
 
 
 def test_other_files_are_rejected(tmp_path):

@@ -40,7 +40,7 @@ from .plan import Recurrence, Sparse
 from .stored_weights import check_dtype
 from .tuning import LayerTuning
 
-KEY, FORMAT = "torch-feather-compiled", 3
+KEY, FORMAT = "torch-feather-compiled", 4
 CODE = ("code.base", "code.kernels")
 
 
@@ -114,7 +114,7 @@ def save_compiled(
     arrays = dict(encoder.arrays)
     for name, data in zip(CODE, (library().base, code), strict=True):
         arrays[name] = np.frombuffer(data, np.uint8)
-    header["sha256"] = _checksum(arrays)
+    header["sha256"] = checksum(header, arrays)
     data = safetensors.save(arrays, {KEY: json.dumps(header)})
     replace_file(to_path(path), lambda file: file.write(data))
 
@@ -225,8 +225,15 @@ def _kernels(
     return [*variants, *recurrent], compile_object(host(), text)
 
 
-def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    found = hashlib.sha256()
+def checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the hash of a file's header, without the entry of the hash itself, and arrays.
+
+    Example:
+        >>> checksum({"sha256": "a"}, {}) == checksum({}, {})
+        True
+    """
+    rest = {name: value for name, value in header.items() if name != "sha256"}
+    found = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(arrays):
         found.update(name.encode())
         found.update(np.ascontiguousarray(arrays[name]).data)
@@ -251,7 +258,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 f"{path} has format {header['format']}, and this version reads {FORMAT}. Compile "
                 "the model again."
             )
-        if _checksum(arrays) != header["sha256"]:
+        if checksum(header, arrays) != header["sha256"]:
             raise FileFormatError(f"{path} is damaged: its checksum differs. Save it again.")
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise FileFormatError(

@@ -125,10 +125,9 @@ class Taps:
         (dy, a), (dx, b) = np.divmod(y, layer.stride[0]), np.divmod(x, layer.stride[1])
         number = a * layer.stride[1] + b  # of the phase
         key = key.astype(np.int32, copy=False)
-        occurs = np.array([len(key) > 0])
-        if places > 1:
-            occurs = np.bincount(key % places, minlength=places) > 0
-        used = np.unique(number[occurs])
+        occurs = _places_that_occur(key, places)
+        # numpy.unique would import numpy.ma, which takes longer than most files do.
+        used = np.array(sorted(set(number[occurs].tolist())), np.int32)
         phases = tuple(divmod(int(p), layer.stride[1]) for p in used) or ((0, 0),)
         reach = tuple(int(np.abs(d[occurs]).max(initial=0)) for d in (dy, dx))
         starts = np.zeros(channels + 1, np.int32)
@@ -313,3 +312,16 @@ class GroupedTaps:
         work = self.rows[1:] + np.arange(1, groups + 1) * GROUP_COST
         targets = work[-1] * np.arange(1, count) / count
         return np.array([0, *np.searchsorted(work, targets), groups], np.int64)
+
+
+def _places_that_occur(key: np.ndarray, places: int) -> np.ndarray:
+    """Return for each place of a kernel whether one of the weights is there.
+
+    In most layers, a part of the weights is in all places, and the rest need not be read.
+    """
+    occurs = np.zeros(places, bool)
+    for start in range(0, len(key), BLOCK):
+        occurs |= np.bincount(key[start : start + BLOCK] % places, minlength=places) > 0
+        if occurs.all():
+            break
+    return occurs
