@@ -129,7 +129,7 @@ def test_every_method_has_a_page_that_names_its_options_and_where_they_come_from
     assert page.read_text().startswith(f"# `{name}`\n")
     assert "    " in section(page, "Formulas")
     assert section(page, "Source").strip()
-    measured = "([measured](../../results/README.md#of-every-method))"
+    measured = "([measured](../../results/README.md#of-every-method-version-01))"
     assert measured in section(page, "When to use it")
     defaults = section(page, "Defaults")
     assert [option for option in method_options(name) if f"`{option}`" not in defaults] == []
