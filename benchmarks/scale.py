@@ -9,6 +9,8 @@ model extrapolates to networks that do not fit on this machine; its output is ma
     python benchmarks/scale.py --sizes 1e7 1e8 --ranks 1 2
     python benchmarks/scale.py --sizes 1e9 --ranks 1 --dtype bfloat16 --json results/scale.json \\
         --plot results/scale.svg
+    python benchmarks/scale.py --memory --sizes 1e7 1e8 --ranks 1 2 --json results/scale_memory.json
+    python benchmarks/scale.py --sizes --json results/scale.json  # only the cost model, again
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import Any
 import engine_parts
 import torch
 import torch.distributed as dist
+from scale_model import MODELLED, memory_table, model, model_table
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -40,13 +43,9 @@ from torch_feather.training.provenance import provenance
 COLUMNS = 4096
 SPARSITY = 0.95
 CHECKED = 10**7  # weights up to which the number of zeros is checked
+# What a record of memory alone has of each measurement.
+OF_MEMORY = {"size", "ranks", "dtype", "layers", "baseline_bytes", "peak_bytes_per_local_weight"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WIDTH = {"float32": 4, "bfloat16": 2}
-# Weights and processes that the cost model is evaluated for.
-MODELLED = [(1e9, 8), (1e10, 64), (1e11, 512)]
-LAYERS = 300
-NEAR = 0.06
-"""Most normally distributed weights that share the first digit of their magnitude."""
 
 
 class AlmostThere:
@@ -89,6 +88,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one process's part of a measurement."""
     torch.set_num_threads(1)
     torch.manual_seed(dist.get_rank())
+    baseline = warm_up(arguments)
     model = network(int(arguments.size), arguments.layers, DTYPES[arguments.dtype])
     before = peak()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -129,13 +129,30 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "cpu_ns_per_local_weight": 1e9 * statistics.median(cpu) / local,
         "exchanged": exchanged,
-        "peak_bytes_per_local_weight": held / local,
+        "baseline_bytes": baseline,
+        "peak_bytes_per_local_weight": (baseline + held) / local,
     }
+
+
+def warm_up(arguments: argparse.Namespace) -> int:
+    """Train a tiny network; return the bytes that it takes: what any number of weights needs."""
+    model = network(1, arguments.layers, DTYPES[arguments.dtype])
+    start = peak()
+    sparsifier = feather.sparsify(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), sparsity=SPARSITY, total_steps=1000
+    )
+    for _ in range(2):
+        engine_parts.step(sparsifier)
+    return peak() - start
 
 
 def peak() -> int:
     """Return the peak memory of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:  # of this process alone: `getrusage` may begin with the peak of the process that forked
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def launch(size: float, ranks: int, dtype: str, layers: int, repeats: int) -> dict[str, Any]:
@@ -158,33 +175,18 @@ def launch(size: float, ranks: int, dtype: str, layers: int, repeats: int) -> di
     return json.loads(reports[0])
 
 
-def model(weights: float, ranks: int, dtype: str, ns: float | None) -> dict[str, Any]:
-    """Return the cost for each process, derived from the code; docs/scale.md explains the terms."""
-    width, local, bits = WIDTH[dtype], weights / ranks, (int(weights) - 1).bit_length()
-    # Digits of a float32, then of an index if scores are tied; flags of external writes; the sum.
-    counts = [2**11, 2**10, 2**10]
-    if dtype == "bfloat16":  # scores of float32 are seldom tied
-        counts += [*[2**11] * (bits // 11), 2 ** (bits % 11)]
-    count_width = 4 if weights < 2**31 else 8
-    return {
-        "weights": weights,
-        "ranks": ranks,
-        "dtype": dtype,
-        "gib_kept": width * local / 2**30,
-        "gib_temporary": 8 * NEAR * local / 2**30,
-        "bytes_exchanged": count_width * sum(counts) + 4 * LAYERS + 4,
-        "collectives": len(counts) + 2,
-        "cpu_seconds_extrapolated": None if ns is None else ns * local / 1e9,
-    }
-
-
-def table(record: dict[str, Any]) -> str:
-    hardware = record["hardware"]
-    lines = [
-        f"{hardware['cpu']}, one thread per process",
+def head(record: dict[str, Any]) -> list[str]:
+    return [
+        f"{record['hardware']['cpu']}, one thread per process",
         ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         f"commit {record['commit'] or 'unknown'}, {record['date']}",
         record["command"],
+    ]
+
+
+def table(record: dict[str, Any]) -> str:
+    lines = [
+        *head(record),
         "",
         "medians; CPU ns of a step, ns of threshold and effective weights, per local weight",
         f"{'weights':>14} {'ranks':>5} {'type':>9} {'step s':>8} {'CPU ns':>7} {'threshold':>13}"
@@ -199,21 +201,12 @@ def table(record: dict[str, Any]) -> str:
             f" {row['exchanged']['calls']:>5} {row['exchanged']['bytes']:>8,}"
             f" {row['peak_bytes_per_local_weight']:>7.1f}"
         )
-    lines += [
-        "",
-        f"cost model per process; {LAYERS} layers; seconds of one CPU thread, extrapolated",
-        f"{'weights':>16} {'ranks':>5} {'type':>9} {'GiB kept':>9} {'GiB temp.':>11} {'calls':>5}"
-        f" {'bytes':>8} {'seconds':>8}",
-    ]
-    for row in record["model"]:
-        seconds = row["cpu_seconds_extrapolated"]
-        lines.append(
-            f"{int(row['weights']):>16,} {row['ranks']:>5} {row['dtype']:>9}"
-            f" {row['gib_kept']:>9.2f}"
-            f" {row['gib_temporary']:>11.2f} {row['collectives']:>5}"
-            f" {row['bytes_exchanged']:>8,} {'' if seconds is None else f'{seconds:.2f}':>8}"
-        )
+    lines += ["", *memory_table(record["measured"]), "", *model_table(record["model"])]
     return "\n".join(lines)
+
+
+def table_of_memory(record: dict[str, Any]) -> str:
+    return "\n".join([*head(record), "", *memory_table(record["measured"])])
 
 
 def draw(record: dict[str, Any], file: Path) -> None:
@@ -246,16 +239,53 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", type=float, nargs="+", default=[1e6, 1e7], help="weights")
+    parser.add_argument("--sizes", type=float, nargs="*", default=[1e6, 1e7], help="weights")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="processes")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="show and record memory, no times")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the measurements to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the record into FILE")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--size", type=float, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def record_of(
+    measured: list[dict[str, Any]], command: str, before: dict[str, Any] | None, memory: bool
+) -> dict[str, Any]:
+    """Return measurements after those of an earlier record, with the cost model of all.
+
+    Args:
+        measured: new measurements.
+        command: their command.
+        before: the earlier record; None for none.
+        memory: whether only memory is recorded.
+    """
+    if memory:
+        measured = [{k: v for k, v in row.items() if k in OF_MEMORY} for row in measured]
+    record = before
+    if measured or before is None:
+        record = {
+            "command": command if before is None else f"{before['command']}\n{command}",
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **provenance(torch.device("cpu")),
+            "measured": [*(before["measured"] if before else []), *measured],
+        }
+    if memory:
+        return record
+    largest = {
+        dtype: max(rows, key=lambda row: row["size"])["cpu_ns_per_local_weight"]
+        for dtype in DTYPES
+        if (rows := [row for row in record["measured"] if row["dtype"] == dtype])
+    }
+    modelled = [
+        model(weights, ranks, dtype, largest.get(dtype))
+        for dtype in DTYPES
+        for weights, ranks in MODELLED
+    ]
+    return record | {"model": modelled}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -275,31 +305,16 @@ def main(argv: list[str] | None = None) -> None:
         for size in arguments.sizes
         for ranks in arguments.ranks
     ]
-    commands = [" ".join(["python", "benchmarks/scale.py", *(argv or sys.argv[1:])])]
+    command = " ".join(["python", "benchmarks/scale.py", *(argv or sys.argv[1:])])
+    before = None
     if arguments.json and arguments.json.exists():  # sizes can be measured one at a time
         before = json.loads(arguments.json.read_text())
-        measured = [*before["measured"], *measured]
-        commands = [before["command"], *commands]
-    largest = {
-        dtype: max(rows, key=lambda row: row["size"])["cpu_ns_per_local_weight"]
-        for dtype in DTYPES
-        if (rows := [row for row in measured if row["dtype"] == dtype])
-    }
-    record = {
-        "command": "\n".join(commands),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **provenance(torch.device("cpu")),
-        "measured": measured,
-        "model": [
-            model(weights, ranks, dtype, largest.get(dtype))
-            for dtype in DTYPES
-            for weights, ranks in MODELLED
-        ],
-    }
-    print(table(record))
+    record = record_of(measured, command, before, arguments.memory)
+    text = table_of_memory(record) if arguments.memory else table(record)
+    print(text)
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-        arguments.json.with_suffix(".txt").write_text(table(record) + "\n")
+        arguments.json.with_suffix(".txt").write_text(text + "\n")
     if arguments.plot:
         draw(record, arguments.plot)
 
