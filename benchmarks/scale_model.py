@@ -18,6 +18,7 @@ MEASURED = 1e8
 LAYERS = 300
 NEAR = 0.06
 """Most normally distributed weights that share the first digit of their magnitude."""
+STEPS, PEAK = "steps_bytes_per_local_weight", "peak_bytes_per_local_weight"
 COUNTED = (1e7, 1e8)
 """Sizes of which the predicted memory is compared with the measured one."""
 
@@ -83,7 +84,7 @@ def baselines(rows: Sequence[dict[str, Any]]) -> dict[tuple[int, str], float]:
     for row in sorted(rows, key=lambda row: row["size"], reverse=True):
         local = row["size"] / row["ranks"]
         kept, _ = memory(row["size"], row["ranks"], row["dtype"])
-        found[row["ranks"], row["dtype"]] = row["peak_bytes_per_local_weight"] * local - kept
+        found[row["ranks"], row["dtype"]] = row[PEAK] * local - kept
     return found
 
 
@@ -101,7 +102,8 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "baseline": base,
                 "estimated": "baseline_bytes" not in row,
                 "predicted": [base + kept, base + kept + temporary],
-                "measured": row["peak_bytes_per_local_weight"] * row["size"] / row["ranks"],
+                "measured": row.get(STEPS, row[PEAK]) * row["size"] / row["ranks"],
+                "peak": row[PEAK] * row["size"] / row["ranks"],
             }
         )
     return found
@@ -111,9 +113,10 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return lines that compare the predicted and the measured memory."""
     lines = [
         "peak memory of a process without parameters, MB: predicted without and with temporary",
-        "memory, and measured; baseline: of any number of weights (~: estimated)",
+        "memory, and measured in steps; all: with the first selection, when the sparsity jumps",
+        "baseline: of any number of weights (~: estimated, and measured with the first selection)",
         f"{'weights':>14} {'ranks':>5} {'type':>9} {'baseline':>9} {'predicted':>15}"
-        f" {'measured':>8} {'/ pred.':>7}",
+        f" {'measured':>8} {'/ pred.':>7} {'all':>6}",
     ]
     for row in compared(rows):
         low, high = row["predicted"]
@@ -121,7 +124,7 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(
             f"{row['size']:>14,} {row['ranks']:>5} {row['dtype']:>9} {base:>9}"
             f" {f'{low / 1e6:.1f} to {high / 1e6:.1f}':>15} {row['measured'] / 1e6:>8.1f}"
-            f" {row['measured'] / high:>7.2f}"
+            f" {row['measured'] / high:>7.2f} {row['peak'] / 1e6:>6.1f}"
         )
     return lines
 
