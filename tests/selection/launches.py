@@ -11,21 +11,20 @@ from unittest import mock
 
 import numpy as np
 import torch
-from test_passes import OPERATORS, make_weights, same_bits
-from torch import Tensor, nn
+from device_checks import CHECKS, Place, a_step_has_few_launches, work_of_a_step
+from test_passes import make_weights
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-import torch_feather as feather
 from torch_feather import devices, launching
+from torch_feather.gradient_rules import Linear
 from torch_feather.operators import Hard
 from torch_feather.selection import triton_kernels
-from torch_feather.weights import passes, triton_passes
+from torch_feather.weights import triton_passes
 from torch_feather.weights.exchange import write_latent
 from torch_feather.weights.latent import LatentWeights
 from torch_feather.weights.segments import Segment
 from torch_feather.weights.selecting import select_each, select_weights
 
-SHAPES = ((3,), (90, 71), (5, 7), (11, 3, 3), (1,))
 HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
 launch = launching.launch
 
@@ -64,61 +63,7 @@ def triton_on_a_cpu() -> Iterator[None]:
         yield
 
 
-def trained(layers: int, steps: int, dtype: torch.dtype, **options: Any) -> list[Tensor]:
-    """Return parameters and latent weights after training."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(30 + i, 31 + i) for i in range(layers))).to(dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    sparsifier = feather.sparsify(model, optimizer, sparsity=0.8, total_steps=steps, **options)
-    for step in range(steps):
-        if step == 2:  # an external write
-            with torch.no_grad():
-                model[1].weight[3] = 0.5
-        model(torch.randn(8, 30, dtype=dtype)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    ends = [p.detach().clone() for p in model.parameters()]
-    return [*ends, *sparsifier.latent_weights().values()]
-
-
-def steps_have_the_bits_of_the_cpu() -> None:
-    for dtype, options in (
-        (torch.float32, {"theta": 0.5}),
-        (torch.float32, {"p": 1.0}),
-        (torch.float32, {"p": 2.0}),
-        (torch.float32, {"p": float("inf"), "theta": 0.0}),
-        (torch.float32, {"allocation": "uniform"}),
-        (torch.float32, {"allocation": "sigma"}),
-        (torch.bfloat16, {"theta": 0.3}),
-        (torch.float64, {"p": float("inf")}),
-    ):
-        on_cpu = trained(3, 6, dtype, **options)
-        with triton_on_a_cpu(), mock.patch.object(passes, "_write_device", None):
-            on_device = trained(3, 6, dtype, **options)
-        for a, b in zip(on_cpu, on_device, strict=True):
-            assert torch.equal(a, b), (dtype, options, (a != b).sum())
-
-
-def effective_weights_have_the_bits_of_pytorch() -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        kinds = ("normal", "ties", "special", "scaled", "tiny")
-        for operator, kind in itertools.product(OPERATORS, kinds):
-            weights = make_weights(
-                1, ties=kind == "ties", special=kind == "special", dtype=dtype, shapes=SHAPES
-            )
-            if kind == "tiny":  # effective weights would vanish
-                weights.views[1].mul_(torch.finfo(dtype).tiny)
-            scale = torch.tensor(1.7) if kind == "scaled" else None
-            scales = None if scale is None else [scale] * len(weights.views)
-            for fraction in (0.0, 0.6):
-                k = torch.tensor(int(fraction * weights.size))
-                segment = Segment(0, weights.size, select_weights(weights, k, scales), scale)
-                found, expected = [[torch.ones_like(v) for v in weights.views] for _ in range(2)]
-                with triton_on_a_cpu():
-                    assert triton_passes.write_effective(weights, [segment], operator, found)
-                passes._write_device(weights, [segment], operator, expected)
-                for a, b in zip(found, expected, strict=True):
-                    assert same_bits(a, b), (dtype, operator, kind, fraction)
+HERE = Place(torch.device("cpu"), triton_on_a_cpu)
 
 
 def one_launch_serves_many_cutoffs() -> None:
@@ -156,45 +101,53 @@ def other_layouts_take_the_form_of_pytorch() -> None:
     assert all(map(torch.equal, copies, empty.views))
 
 
-def launches_of_a_step(layers: int, **options: Any) -> tuple[list[str], list[str]]:
-    """Return the launches of a step beside the optimizer's, and of the gradient hook of a layer."""
-    model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(layers)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)
-    sparsifier = feather.sparsify(model, optimizer, sparsity=0.8, total_steps=100, **options)
-    for _ in range(2):  # tables and workspaces are made
-        model(torch.randn(4, 20)).square().sum().backward()
-        optimizer.step()
-    [one] = sparsifier.step.optimizers
-    hooks = list((model[0].weight._backward_hooks or {}).values())
-    gradient = torch.randn(20, 20)
-
-    def counted(work: Callable[[], object]) -> list[str]:
-        count = Launches()
-        with torch.no_grad(), count, mock.patch.object(launching, "launch", count.launch):
-            work()
-        return count.names
-
-    step = counted(lambda: sparsifier.step.before(one, closure=False))
-    step += counted(lambda: sparsifier.step.after(one))
-    return step, counted(lambda: [hook(gradient) for hook in hooks])
+def launches_of(work: Callable[[], None]) -> list[str]:
+    count = Launches()
+    with count, mock.patch.object(launching, "launch", count.launch):
+        work()
+    return count.names
 
 
-def a_step_has_few_launches() -> None:
+def counted(*arguments: Any, **options: Any) -> tuple[int, int, int]:
+    """Return the launches of a step with 2 and 20 layers, and those of a gradient hook."""
+    few, many = (work_of_a_step(HERE.device, n, *arguments, **options) for n in (2, 20))
+    return len(launches_of(few.step)), len(launches_of(many.step)), len(launches_of(few.hook))
+
+
+def steps_have_few_launches() -> None:
     # A few weights are enough for the form of many.
     with triton_on_a_cpu(), mock.patch.object(triton_kernels, "SMALL", 100):
-        for p, theta in itertools.product((1.0, 2.0, 3.0, float("inf")), (1.0, 0.5)):
-            few, hook = launches_of_a_step(2, p=p, theta=theta)
-            many, _ = launches_of_a_step(20, p=p, theta=theta)
-            assert few == many, (few, many)
-            assert len(few) <= 18, few
-            assert len(hook) == (0 if theta == 1.0 else 1), hook
+        a_step_has_few_launches(HERE, lambda work: len(launches_of(work)))
+
+
+def exceptions_have_more_launches() -> None:
+    """Print what the page of results says about types, exponents and schedules of theta."""
+    scheduled = {"theta": Linear(1.0, 0.0)}
+    with triton_on_a_cpu(), mock.patch.object(triton_kernels, "SMALL", 100):
+        for method, dtype, options, expected in (
+            ("feather", torch.float32, {}, (15, 15, 0)),
+            ("feather", torch.float32, {"theta": 0.5}, (15, 15, 1)),
+            ("feather", torch.float32, scheduled, (15, 15, 10)),
+            ("feather", torch.float64, {"p": 1.0}, (18, 18, 0)),
+            ("feather", torch.float64, {"p": float("inf")}, (18, 18, 0)),
+            ("feather", torch.float64, {"p": 2.0}, (68, 104, 0)),
+            ("feather", torch.float64, {"p": 3.0}, (70, 106, 0)),
+            ("feather", torch.float64, {"theta": 0.5}, (70, 106, 7)),
+            ("feather", torch.float32, {"p": 2.5}, (73, 109, 0)),
+            ("feather-ham", torch.float32, {}, (25, 43, 0)),
+        ):
+            found = counted(method, dtype, **options)
+            print(
+                f"{method}, {dtype}, {options}: 2 layers {found[0]}, 20 {found[1]}, hook {found[2]}"
+            )
+            assert found == expected
 
 
 def selections_per_layer_have_launches_of_their_own() -> None:
     """With one cutoff per layer, launches grow with the layers; at most 18 is for `global`."""
     with triton_on_a_cpu(), mock.patch.object(triton_kernels, "SMALL", 100):
-        for options in ({"allocation": "uniform"}, {"allocation": "erk"}):
-            few, many = (len(launches_of_a_step(n, **options)[0]) for n in (2, 20))
+        for allocation in ("uniform", "erk"):
+            few, many, _ = counted(allocation=allocation)
             assert many > few > 0
 
 
@@ -213,13 +166,14 @@ def a_selection_has_few_launches() -> None:
 if __name__ == "__main__":
     np.seterr(all="ignore")
     for check in (
-        a_step_has_few_launches,
+        steps_have_few_launches,
+        exceptions_have_more_launches,
         selections_per_layer_have_launches_of_their_own,
         a_selection_has_few_launches,
-        steps_have_the_bits_of_the_cpu,
-        effective_weights_have_the_bits_of_pytorch,
         one_launch_serves_many_cutoffs,
         other_layouts_take_the_form_of_pytorch,
     ):
         check()
+    for shared in CHECKS:
+        shared(HERE)
     print("checked")

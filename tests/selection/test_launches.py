@@ -20,14 +20,14 @@ needs_triton = pytest.mark.skipif(
 @pytest.mark.slow
 @needs_triton
 def test_interpreted_steps_have_few_launches_and_the_bits_of_the_cpu():
-    """See `launches.py`: at most 18 launches for any number of tensors, and no host read."""
+    """See `launches.py` and `device_checks.py`; a step reads nothing on the host."""
     script = Path(__file__).parent / "launches.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.strip() == "checked"
+    assert run.stdout.strip().endswith("checked")
 
 
 def arguments_of_write(kind: str) -> dict[str, str]:
