@@ -475,6 +475,29 @@ def test_the_table_of_optimizers_tells_working_ones_from_others(monkeypatch, tmp
     assert "SGD " not in capsys.readouterr().out  # completed ones are not repeated
 
 
+def test_formats_are_judged_by_the_bytes_of_their_files(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    formats = importlib.import_module("formats")
+    nonzero = torch.arange(1.0, 401)
+    weight = nonzero * (torch.arange(400) % 4 == 0)
+    for shift in range(4):  # a file need not align its tensors
+        content = b"x" * shift + weight.numpy().tobytes()
+        assert formats.zero_words(content) == 300
+        assert formats.described(0, content, [weight]) == ("dense", 1.0)
+    kept = weight[weight != 0].numpy().tobytes()
+    assert formats.described(0, kept, [weight]) == ("unknown", 0.0)
+    assert formats.described(3, kept, [weight]) == ("3 sparse tensors", 0.0)
+    assert formats.described(0, nonzero.numpy().tobytes(), [nonzero]) == ("dense", None)
+    assert formats.described(0, nonzero.half().numpy().tobytes(), [nonzero]) == ("unknown", None)
+
+    model = torch.nn.Linear(20, 20).eval()
+    with torch.no_grad():
+        model.weight[::2] = 0.0
+    assert formats.exported_program(model, torch.zeros(1, 20), tmp_path / "network") == 0
+    content = (tmp_path / "network.pt2").read_bytes()
+    assert formats.described(0, content, [model.weight])[0] == "dense"
+
+
 def test_the_zoo_compares_pruned_networks_with_dense_systems(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     zoo = importlib.import_module("inference_zoo")
