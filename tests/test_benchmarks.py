@@ -541,6 +541,22 @@ def test_the_zoo_compares_pruned_networks_with_dense_systems(monkeypatch):
     assert zoo.below_goal(several, 3.0) == []
 
 
+def test_kept_multiply_adds_are_counted_per_layer(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    kept = importlib.import_module("kept_multiply_adds")
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3, bias=False), torch.nn.Flatten())
+    model.append(torch.nn.Linear(8, 5, bias=False))
+    with torch.no_grad():
+        model[2].weight[:, 2:] = 0.0  # a quarter of 40 is kept; of the convolution, all 18
+    monkeypatch.setattr(kept, "create", lambda _: (model, torch.ones(1, 1, 4, 4)))
+    monkeypatch.setattr(kept, "pruned", lambda *_: (model, []))
+    row = kept.measure("small", 0.8)
+    assert row["dense"] == 4 * 18 + 40
+    assert row["kept"] == 4 * 18 + 10
+    assert row["in_dense_layers"] == 4 * 18
+    assert kept.table([row]).endswith("73.2%                64.3%")
+
+
 def test_the_zoo_times_other_engines_on_the_pruned_weights(monkeypatch):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
