@@ -80,7 +80,7 @@ def kernel_call(
         "rows": grouped.rows,
         "channels": grouped.order,
         "bias": np.ascontiguousarray(layer.bias.numpy()),
-        "blocks": grouped.blocks(1),
+        "blocks": grouped.blocks(None if layer.channelwise else 1),
     }
     mask = step.out.mask(batch)
     if mask is not None:
@@ -96,11 +96,15 @@ def kernel_call(
         memory["residual"] = operation.residual, edge
     pixels = tile.vectors * tile.width
     record = np.zeros((), CONVOLUTION)
-    record["n_blocks"], record["plane"], record["last"] = 1, plane, plane - pixels
+    record["plane"], record["last"] = plane, plane - pixels
+    record["n_blocks"], record["n_tiles"] = len(tables["blocks"]) - 1, -(-plane // pixels)
+    record["strip"] = record["n_tiles"] if layer.channelwise else 1
     record["lead_bytes"] = record["trail_bytes"] = edge
     record["low"], record["high"] = layer.low, layer.high
     variant = Variant(tile, layer.combine, operation.residual is not None, mask is not None)
-    return KernelCall(variant, record, packed, tables, memory, -(-plane // pixels))
+    return KernelCall(
+        variant, record, packed, tables, memory, int(record["n_blocks"] * record["n_tiles"])
+    )
 
 
 def choose_tile(step: Sparse, plane: int, target: Target, measured: Tile | None = None) -> Tile:

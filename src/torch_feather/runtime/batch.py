@@ -72,7 +72,7 @@ class BatchPlan:
                 "rows": grouped.rows,
                 "channels": grouped.order,
                 "bias": np.ascontiguousarray(step.layer.bias.numpy()),
-                "blocks": grouped.blocks(self.threads),
+                "blocks": grouped.blocks(None if step.layer.channelwise else self.threads),
             }
             mask = step.out.mask(self.batch)
             if mask is not None:

@@ -27,7 +27,7 @@ POINTWISE = {
     *(aten.leaky_relu.default, aten.elu.default, aten.mish.default, aten.tanh.default),
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor),
 }
-BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
+BINARY = {aten.add.Tensor: "add", aten.sub.Tensor: "subtract", aten.mul.Tensor: "multiply"}
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
 # More channels of a single token are slower in planes, where a vector has one number of each token.

@@ -138,6 +138,14 @@ class Layer:
         return self.weight.dim() == 2
 
     @property
+    def channelwise(self) -> bool:
+        """Whether each channel of the result reads one channel of the input, such as depthwise.
+
+        Kernels then compute one channel after the other, so that memory is read in its order.
+        """
+        return not self.linear and self.weight.shape[1] == 1
+
+    @property
     def channels(self) -> tuple[int, int]:
         """Number of channels of the input and of the result."""
         return self.weight.shape[1] * self.groups, self.weight.shape[0]

@@ -94,11 +94,13 @@ class Records:
         used = step.out.pixels(self.plan.batch)
         record["plane"], record["last"] = plane, used - pixels
         record["tail"] = (plane - used) // tile.width
-        record["n_blocks"] = len(tables["blocks"]) - 1
+        blocks, tiles = len(tables["blocks"]) - 1, -(-used // pixels)
+        record["n_blocks"], record["n_tiles"] = blocks, tiles
+        record["strip"] = tiles if step.layer.channelwise else 1
         record["low"], record["high"] = step.layer.low, step.layer.high
         if step.layer.activation is not None:
             record["activation"] = library().activation(step.layer.activation, tile.width)
-        operation["items"] = -(-used // pixels) * (len(tables["blocks"]) - 1)
+        operation["items"] = tiles * blocks
         operation["record"] = record.ctypes.data
 
     def operation(self, step: Operation, operation: np.void) -> None:
@@ -200,6 +202,7 @@ class Records:
         channels = step.out.channels * step.out.phases // len(step.phases)
         phases = self._phases(step)
         record["phases"], record["out"] = phases.ctypes.data, self._first_pixel(step.out)
+        record["n_phases"] = len(step.phases)
         record["images"], record["channels"] = batch, channels
         record["all_channels"], record["fill"] = step.out.channels, step.padding_value
         record["plane"], record["image"] = step.out.channel_stride(batch), layout.image_stride

@@ -118,8 +118,8 @@ class Operation:
 
     Attributes:
         name: "mean", "scale", "scale_pixels", "activate", "layer_norm", "softmax", "log_softmax",
-            "group_norm", "interleave", "repeat", "gather", "rows", "columns", "max_rows" or
-            "max_columns".
+            "group_norm", "interleave", "repeat", "gather", "rows", "columns", "max_rows",
+            "max_columns", "add", "subtract" or "multiply".
         x: inputs.
         out: result.
         activation: function of "activate", one of `kernels.ACTIVATIONS`.

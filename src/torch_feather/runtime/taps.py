@@ -299,16 +299,18 @@ class GroupedTaps:
             table[part, 1:] = self.values[part].view(np.int32)
         return table
 
-    def blocks(self, count: int) -> np.ndarray:
+    def blocks(self, count: int | None) -> np.ndarray:
         """Return where to split the groups into blocks of about equal work.
 
         Args:
-            count: number of blocks.
+            count: number of blocks. None for a block per group.
 
         Returns:
             int64 of shape (count + 1,), the first group of each block.
         """
         groups = len(self.rows) - 1
+        if count is None:
+            return np.arange(groups + 1)
         work = self.rows[1:] + np.arange(1, groups + 1) * GROUP_COST
         targets = work[-1] * np.arange(1, count) / count
         return np.array([0, *np.searchsorted(work, targets), groups], np.int64)

@@ -15,13 +15,14 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .batch import BatchPlan
+from .functions import BINARY
 from .kernels import OPERATION, library
 from .memory import aligned_zeros
 from .planes import Planes
 from .reading import read_by
 from .records import Records
 from .recurrent_records import RecurrentRecords
-from .steps import Attention, Copy, Operation, Pointwise, Recurrence, Sparse, Torch
+from .steps import Attention, Copy, Operation, Pointwise, Recurrence, Sparse, Step, Torch
 
 Values = list[Any]  # values of the nodes of a graph
 Native = Sparse | Copy | Operation | Attention | Recurrence  # steps in machine code
@@ -138,7 +139,7 @@ class Workspace:
         return value
 
     def _calls(self) -> Iterator[Call]:
-        steps = self.plan.plan.steps
+        steps = [_in_machine_code(step) for step in self.plan.plan.steps]
         last_use = self._last_uses()
         machine_code = (Sparse, Copy, Operation, Attention, Recurrence)
         for native, group in itertools.groupby(
@@ -316,3 +317,14 @@ class Workspace:
                 values[i] = None
 
         return call_mixed
+
+
+def _in_machine_code(step: Step) -> Step:
+    """Return the operation that does what a step of a PyTorch function does, or the step."""
+    if not isinstance(step, Pointwise) or step.node.kwargs:
+        return step
+    name = BINARY.get(step.node.target)
+    if name is None:
+        return step
+    planes = dict(zip(step.node.all_input_nodes, step.x, strict=True))
+    return Operation(name, tuple(planes[node] for node in step.node.args), step.out)

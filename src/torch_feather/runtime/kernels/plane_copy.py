@@ -6,7 +6,7 @@ and fills the padding to the right of each row, below the image, and after the l
     if i0 == 0:
         fill the memory before the output
     for i in range(i0, i1):
-        phase, block, image = index of item i
+        block, image, phase = index of item i    # phases last: they read the same cache lines
         for y in range(rows):                    # including the padding below the image
             for square in the columns of row y:
                 for c in block:
@@ -57,8 +57,6 @@ def emit_copy(column_stride: int | None, width: int = 4) -> Iterator[str]:
     if masked:
         _prepare_masks(code, width)
     block = CHANNEL_BLOCK if column_stride is None else 1
-    code(f"%channels.up = add i64 %channels, {block - 1}")
-    code(f"%blocks = udiv i64 %channels.up, {block}")
     with code.loop("%i", "%i0", "%i1"):
         _locate_item(code, block)
         with code.loop("%y", "0", "%rows"):
@@ -104,10 +102,10 @@ def _fill_edges(code: FunctionText) -> None:
 
 def _locate_item(code: FunctionText, block: int) -> None:
     """Compute image, channels and phase of an item, and where it begins in source and output."""
-    code("%n = urem i64 %i, %images")
-    code("%i.block = udiv i64 %i, %images")
-    code("%block = urem i64 %i.block, %blocks")
-    code("%phase = udiv i64 %i.block, %blocks")
+    code("%phase = urem i64 %i, %n_phases")
+    code("%i.image = udiv i64 %i, %n_phases")
+    code("%n = urem i64 %i.image, %images")
+    code("%block = udiv i64 %i.image, %images")
     code(f"%c0 = mul i64 %block, {block}")
     code(f"%c.full = add i64 %c0, {block}")
     code("%c.over = icmp sgt i64 %c.full, %channels")

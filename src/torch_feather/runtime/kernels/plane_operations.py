@@ -28,9 +28,10 @@ from .text import FunctionText, VectorText
 
 FACTORS = (1, 2, 3, 4, 8)  # columns of the result of `interleave` for each column of its input
 INTERLEAVE = tuple(f"interleave_{n}" for n in FACTORS)
+ARITHMETIC = {"add": "fadd", "subtract": "fsub", "multiply": "fmul"}  # instructions
 OPERATIONS = (
     *("mean", "scale", "scale_masked", "scale_pixels", "activate"),
-    *("group_norm", "group_norm_masked", "gather"),
+    *("group_norm", "group_norm_masked", "gather", *ARITHMETIC),
     *(*INTERLEAVE, *RESAMPLINGS, *OVER_CHANNELS),
 )
 FIELD_TYPES = {
@@ -61,6 +62,7 @@ def emit_plane_operation(name: str, width: int) -> Iterator[str]:
         "scale_masked": partial(_scale, masked=True),
         "activate": _activate,
         "gather": gather,
+        **{n: partial(_combine, instruction=op) for n, op in ARITHMETIC.items()},
         "scale_pixels": _scale_pixels,
         "group_norm": _group_norm,
         "group_norm_masked": partial(_group_norm, masked=True),
@@ -136,6 +138,20 @@ def _activate(code: VectorText) -> None:
     code.pointer("to", "%out", ("%i", "%plane"))
     code(f"%vectors = udiv i64 %plane, {code.width}")
     code("call void %activation(ptr %row, ptr %to, ptr %mask, i64 %vectors)")
+
+
+def _combine(code: VectorText, instruction: str) -> None:
+    """Combine two planes, including their padding, which stays 0."""
+    for name, of in (("row", "x"), ("other", "y")):
+        code.pointer(name, f"%{of}", ("%i", f"%{of}_plane"))
+    code.pointer("to", "%out", ("%i", "%plane"))
+    code(f"%vectors = udiv i64 %plane, {code.width}")
+    with code.loop("%p", "0", "%vectors"):
+        code(f"%p.first = mul i64 %p, {code.width}")
+        a = code.load("a", code.at("a.at", "%row", "%p.first"))
+        b = code.load("b", code.at("b.at", "%other", "%p.first"))
+        code(f"%result = {instruction} {code.vector} {a}, {b}")
+        code.store("%result", code.at("to.at", "%to", "%p.first"))
 
 
 def _scale_pixels(code: VectorText) -> None:

@@ -23,6 +23,8 @@ CONVOLUTION = np.dtype(
         ("mask", "i8"),  # int32: all bits set at pixels of an image, 0 between images
         ("blocks", "i8"),  # int64 (n_blocks + 1,): first group of each block of groups
         ("n_blocks", "i8"),
+        ("n_tiles", "i8"),
+        ("strip", "i8"),  # tiles of a strip
         ("plane", "i8"),  # pixels between consecutive channels of out and residual
         ("last", "i8"),  # first pixel of the last tile, which may overlap the previous tile
         ("tail", "i8"),  # vectors after the last tile that are set to 0, in each channel
@@ -131,6 +133,7 @@ COPY = np.dtype(
         # int64 (n, 5): first pixel in the source, rows, columns, first pixel in the output, and
         # the pixel there up to which the rest of the channel is filled
         ("phases", "i8"),
+        ("n_phases", "i8"),
         ("out", "i8"),  # address of the first pixel
         ("images", "i8"),
         ("channels", "i8"),  # of the source
