@@ -1,4 +1,4 @@
-"""Dense systems that run a network on a CPU: PyTorch, torch.compile, ONNX Runtime and OpenVINO."""
+"""Systems that run a network on a CPU: PyTorch, torch.compile, ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from torch_feather.export import export_onnx
 
 System = Callable[[Tensor], object]
 
@@ -37,11 +39,7 @@ def dense_systems(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            session = onnxruntime.InferenceSession(path, options)
-        name = session.get_inputs()[0].name
-        systems["onnxruntime"] = lambda x: session.run(None, {name: x.numpy()})
+            systems["onnxruntime"] = onnx_session(onnxruntime, path, threads)
     except ImportError:
         pass
     try:
@@ -49,7 +47,6 @@ def dense_systems(
     except ImportError:
         return systems
     graph = openvino.convert_model(model, example_input=x, input=list(x.shape))
-    core = openvino.Core()
     graphs: dict[str, tuple[Any, str | None]] = {"OpenVINO f32": (graph, "f32")}
     if compiles:
         graphs["OpenVINO default"] = graph, None
@@ -61,10 +58,49 @@ def dense_systems(
             data = nncf.Dataset([x.numpy()])
             graphs["OpenVINO int8"] = nncf.quantize(graph, data, subset_size=1), "f32"
     for label, (network, precision) in graphs.items():
-        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        settings["ENABLE_CPU_PINNING"] = False  # other systems use the threads too
-        if precision:
-            settings["INFERENCE_PRECISION_HINT"] = precision
-        request = core.compile_model(network, "CPU", settings).create_infer_request()
-        systems[label] = lambda x, request=request: request.infer([x.numpy()], share_inputs=True)
+        systems[label] = openvino_request(openvino, network, threads, precision)
     return systems
+
+
+def engines_on_pruned_weights(model: nn.Module, x: Tensor, threads: int) -> dict[str, System]:
+    """Return the engines that are installed, for a pruned network and inputs of the size of `x`.
+
+    ONNX Runtime reads sparse initializers, OpenVINO the same weights with their zeros.
+
+    Args:
+        model: takes one tensor and returns one tensor.
+        x: an input.
+        threads: CPU threads.
+    """
+    systems: dict[str, System] = {}
+    with suppress(ImportError), tempfile.TemporaryDirectory() as folder:
+        import onnxruntime
+
+        path = Path(folder) / "model.onnx"
+        export_onnx(model, x[:1], path, sparse_initializers=True)
+        systems["onnxruntime, sparse"] = onnx_session(onnxruntime, path, threads)
+    with suppress(ImportError):
+        import openvino
+
+        graph = openvino.convert_model(model, example_input=x, input=list(x.shape))
+        systems["OpenVINO f32, pruned"] = openvino_request(openvino, graph, threads, "f32")
+    return systems
+
+
+def onnx_session(onnxruntime: Any, path: Path, threads: int) -> System:
+    """Return a function that runs an ONNX file."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options)
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x.numpy()})
+
+
+def openvino_request(openvino: Any, graph: Any, threads: int, precision: str | None) -> System:
+    """Return a function that runs a graph of OpenVINO."""
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    settings["ENABLE_CPU_PINNING"] = False  # other systems use the threads too
+    if precision:
+        settings["INFERENCE_PRECISION_HINT"] = precision
+    request = openvino.Core().compile_model(graph, "CPU", settings).create_infer_request()
+    return lambda x: request.infer([x.numpy()], share_inputs=True)

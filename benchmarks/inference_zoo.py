@@ -10,9 +10,10 @@ weight are reported.
     python benchmarks/inference.py --zoo --json results/inference_zoo.json
 
 Networks that the file has already are not measured again. Options: --networks NAME ...,
---sparsity S ..., --narrow (OpenVINO in bfloat16, and in int8 with NNCF), --batch N. Optional
-packages: pip install timm torchvision openvino onnxruntime onnx onnxscript nncf. Missing ones are
-skipped.
+--sparsity S ..., --narrow (OpenVINO in bfloat16, and in int8 with NNCF), --batch N,
+--pruned-engines (ONNX Runtime with sparse initializers, and OpenVINO, on the pruned weights).
+Optional packages: pip install timm torchvision openvino onnxruntime onnx onnxscript nncf. Missing
+ones are skipped. Each row has the fraction of the time of each kind of step, for each sparsity.
 
     python benchmarks/inference.py --zoo --compile-times --repeats 3
 
@@ -40,7 +41,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inference_systems import dense_systems
+from inference_details import breakdown
+from inference_systems import dense_systems, engines_on_pruned_weights
 from torch import Tensor, nn
 
 import torch_feather as feather
@@ -135,7 +137,12 @@ def first(output: Any) -> Tensor:
 
 
 def measure(
-    name: str, kind: str, sparsities: list[float], narrow: bool = False, batch: int = 1
+    name: str,
+    kind: str,
+    sparsities: list[float],
+    narrow: bool = False,
+    batch: int = 1,
+    pruned_engines: bool = False,
 ) -> dict[str, Any]:
     """Return the row of a network.
 
@@ -146,14 +153,18 @@ def measure(
         narrow: whether to measure OpenVINO in bfloat16 and int8, too.
         batch: number of images. If it is above 1, networks that compute one image at a time, and
             whole batches, are measured beside those that choose.
+        pruned_engines: whether to measure other engines on the pruned weights, too.
     """
     from torch_feather.runtime.timing import alternate
 
     model, x = create(name)
     x = x if batch == 1 else torch.randn(batch, *x.shape[1:])
     systems = dense_systems(model, x, threads=1, compiles=False, narrow=narrow)
-    networks, row = {}, {"network": name, "kind": kind, "size": x.shape[-1], "sparse": {}}
+    networks: dict[tuple[float, str], Callable[[Tensor], object]] = {}
+    row: dict[str, Any] = {"network": name, "kind": kind, "size": x.shape[-1], "sparse": {}}
     row["batch"] = batch
+    if pruned_engines:
+        row["pruned_ms"] = {}
     for sparsity in sparsities:
         sparse_model, empty = pruned(name, sparsity)
         begin = time.process_time()
@@ -161,12 +172,16 @@ def measure(
         seconds = time.process_time() - begin
         with torch.inference_mode():
             found, expected = first(network(x)), first(sparse_model(x))
+            parts = parts_of_time(network, x)
         networks[sparsity, "ms"] = network
         if batch > 1:
             for form, size in FORMS.items():
                 networks[sparsity, form] = feather.compile_sparse(
                     sparse_model, x, threads=1, chunk_size=size
                 )
+        if pruned_engines:
+            for engine, run in engines_on_pruned_weights(sparse_model, x, threads=1).items():
+                networks[sparsity, engine] = run
         row["sparse"][str(sparsity)] = {
             "compile_s": seconds,
             "error": float((found - expected).abs().max() / expected.abs().max()),
@@ -176,6 +191,7 @@ def measure(
             "in_pytorch": repr(network).rpartition("in PyTorch: ")[2][:-2]
             if "in PyTorch" in repr(network)
             else "",
+            "parts": parts,
         }
     calls: list[Callable[[], object]] = [partial(run, x) for run in systems.values()]
     calls += [partial(network, x) for network in networks.values()]
@@ -183,8 +199,18 @@ def measure(
         times = alternate(calls, rounds=9, burst=3, clock=time.process_time)
     row["dense_ms"] = dict(zip(systems, times, strict=False))
     for (sparsity, form), ms in zip(networks, times[len(systems) :], strict=True):
-        row["sparse"][str(sparsity)][form] = ms
+        if form == "ms" or form in FORMS:
+            row["sparse"][str(sparsity)][form] = ms
+        else:
+            row["pruned_ms"].setdefault(str(sparsity), {})[form] = ms
     return row
+
+
+def parts_of_time(network: feather.runtime.SparseModule, x: Tensor) -> dict[str, float]:
+    """Return the fraction of the time of each kind of step, the largest first."""
+    spent = breakdown(network, x)
+    parts = {name: ms / sum(spent.values()) for name, ms in spent.items()}
+    return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
 def best_dense(row: dict[str, Any]) -> float | None:
@@ -218,6 +244,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         narrow = [f"{n} {ms:.2f}" for n, ms in dense.items() if n not in names]
         if narrow:
             lines.append(f"{'':34} {', '.join(narrow)}")
+        for sparsity, found in row.get("pruned_ms", {}).items():
+            times = ", ".join(f"{n} {ms:.2f}" for n, ms in found.items())
+            lines.append(f"{'':34} weights of {100 * float(sparsity):g}%: {times}")
         empty = {n for found in row["sparse"].values() for n in found["empty"]}
         if empty:
             lines.append(f"{'':34} empty layers: {', '.join(sorted(empty))}")
@@ -226,7 +255,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def below_goal(row: dict[str, Any], best: float | None) -> list[str]:
-    """Return, for each sparsity below its goal, what the network computes outside of kernels."""
+    """Return, for each sparsity below its goal, where the network spends its time."""
     found = []
     if row.get("batch", 1) > 1:  # the goals are for one image
         return found
@@ -239,7 +268,9 @@ def below_goal(row: dict[str, Any], best: float | None) -> list[str]:
             text = (
                 f"below {goal}x at {100 * float(sparsity):g}%: {dense} dense layers; in PyTorch: "
             )
-            found.append(f"{text}{outside[:200]}")
+            parts = list(result.get("parts", {}).items())[:3]  # older rows have none
+            time_of = ", ".join(f"{name} {100 * part:.0f}%" for name, part in parts)
+            found.append(f"{text}{outside[:200]}{f'; time: {time_of}' if parts else ''}")
     return found
 
 
@@ -356,6 +387,9 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95, 0.98])
     parser.add_argument("--narrow", action="store_true", help="OpenVINO in bfloat16 and int8 too")
     parser.add_argument("--batch", type=int, default=1, help="images")
+    parser.add_argument(
+        "--pruned-engines", action="store_true", help="other engines on the pruned weights too"
+    )
     parser.add_argument("--compile-times", action="store_true", help="measure compilation alone")
     parser.add_argument("--repeats", type=int, default=1, help="of --compile-times")
     parser.add_argument(
@@ -385,7 +419,14 @@ def main() -> None:
         if options.compile_times:
             row = compile_row(name, options.sparsity, options.repeats)
         else:
-            row = measure(name, kinds[name], options.sparsity, options.narrow, options.batch)
+            row = measure(
+                name,
+                kinds[name],
+                options.sparsity,
+                options.narrow,
+                options.batch,
+                options.pruned_engines,
+            )
         rows.append(row | {"commit": stored["commit"]})
         path.write_text(json.dumps(stored, indent=1) + "\n")
         versions = ", ".join(f"{name} {number}" for name, number in stored["versions"].items())

@@ -475,6 +475,29 @@ def test_the_table_of_optimizers_tells_working_ones_from_others(monkeypatch, tmp
     assert "SGD " not in capsys.readouterr().out  # completed ones are not repeated
 
 
+def test_formats_are_judged_by_the_bytes_of_their_files(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    formats = importlib.import_module("formats")
+    nonzero = torch.arange(1.0, 401)
+    weight = nonzero * (torch.arange(400) % 4 == 0)
+    for shift in range(4):  # a file need not align its tensors
+        content = b"x" * shift + weight.numpy().tobytes()
+        assert formats.zero_words(content) == 300
+        assert formats.described(0, content, [weight]) == ("dense", 1.0)
+    kept = weight[weight != 0].numpy().tobytes()
+    assert formats.described(0, kept, [weight]) == ("unknown", 0.0)
+    assert formats.described(3, kept, [weight]) == ("3 sparse tensors", 0.0)
+    assert formats.described(0, nonzero.numpy().tobytes(), [nonzero]) == ("dense", None)
+    assert formats.described(0, nonzero.half().numpy().tobytes(), [nonzero]) == ("unknown", None)
+
+    model = torch.nn.Linear(20, 20).eval()
+    with torch.no_grad():
+        model.weight[::2] = 0.0
+    assert formats.exported_program(model, torch.zeros(1, 20), tmp_path / "network") == 0
+    content = (tmp_path / "network.pt2").read_bytes()
+    assert formats.described(0, content, [model.weight])[0] == "dense"
+
+
 def test_the_zoo_compares_pruned_networks_with_dense_systems(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     zoo = importlib.import_module("inference_zoo")
@@ -497,12 +520,17 @@ def test_the_zoo_compares_pruned_networks_with_dense_systems(monkeypatch):
         assert found["ms"] > 0
         assert found["layers"] == 2
         assert not found["empty"]
+        assert sum(found["parts"].values()) == pytest.approx(1)
+        assert "3x3" in found["parts"]
     row["dense_ms"] = {"PyTorch": 9.0, "onnxruntime": 3.0, "OpenVINO f32": 4.0}
-    row["sparse"]["0.95"] |= {"ms": 2.5, "in_pytorch": "sort"}
+    parts = {"3x3": 0.9, "copies": 0.06, "pooling": 0.03, "linear": 0.01}
+    row["sparse"]["0.95"] |= {"ms": 2.5, "in_pytorch": "sort", "parts": parts}
     assert zoo.best_dense(row) == 3.0
     (line,) = zoo.below_goal(row, 3.0)
     assert line.startswith("below 1.5x at 95%")
-    assert line.endswith("sort")
+    assert line.endswith("in PyTorch: sort; time: 3x3 90%, copies 6%, pooling 3%")
+    del row["sparse"]["0.95"]["parts"]
+    assert zoo.below_goal(row, 3.0)[0].endswith("in PyTorch: sort")  # a row of before
     assert "95%: 2.50 (1.20x)" in zoo.table([row])
 
     several = zoo.measure("small", "mobile", [0.95], batch=2)
@@ -513,13 +541,51 @@ def test_the_zoo_compares_pruned_networks_with_dense_systems(monkeypatch):
     assert zoo.below_goal(several, 3.0) == []
 
 
+def test_kept_multiply_adds_are_counted_per_layer(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    kept = importlib.import_module("kept_multiply_adds")
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3, bias=False), torch.nn.Flatten())
+    model.append(torch.nn.Linear(8, 5, bias=False))
+    with torch.no_grad():
+        model[2].weight[:, 2:] = 0.0  # a quarter of 40 is kept; of the convolution, all 18
+    monkeypatch.setattr(kept, "create", lambda _: (model, torch.ones(1, 1, 4, 4)))
+    monkeypatch.setattr(kept, "pruned", lambda *_: (model, []))
+    row = kept.measure("small", 0.8)
+    assert row["dense"] == 4 * 18 + 40
+    assert row["kept"] == 4 * 18 + 10
+    assert row["in_dense_layers"] == 4 * 18
+    assert kept.table([row]).endswith("73.2%                64.3%")
+
+
+def test_the_zoo_times_other_engines_on_the_pruned_weights(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    zoo = importlib.import_module("inference_zoo")
+
+    def create(name):
+        torch.manual_seed(0)
+        layers = torch.nn.Conv2d(3, 64, 3), torch.nn.Flatten(), torch.nn.Linear(64, 16)
+        return torch.nn.Sequential(*layers).eval(), torch.randn(1, 3, 3, 3)
+
+    monkeypatch.setattr(zoo, "create", create)
+    monkeypatch.setattr(zoo, "dense_systems", lambda model, x, **_: {"PyTorch": model})
+    row = zoo.measure("small", "mobile", [0.9], pruned_engines=True)
+    assert row["pruned_ms"]["0.9"]["onnxruntime, sparse"] > 0
+    assert set(row["sparse"]["0.9"]) >= {"ms", "parts"}
+    assert "weights of 90%: onnxruntime, sparse 0." in zoo.table([row])
+    model, x = zoo.pruned("small", 0.9)[0], create("small")[1]
+    run = zoo.engines_on_pruned_weights(model, x, threads=1)["onnxruntime, sparse"]
+    torch.testing.assert_close(torch.tensor(run(x)[0]), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_batches_of_the_zoo_have_files_of_their_own(monkeypatch, tmp_path, capsys):
     """Networks of a file with another batch would not be measured, and its heading would change."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     zoo = importlib.import_module("inference_zoo")
     name, measured = next(iter(zoo.NETWORKS["mobile"])), []
 
-    def measure(name, kind, sparsities, narrow, batch):
+    def measure(name, kind, sparsities, narrow, batch, pruned_engines):
         measured.append(batch)
         found = {"ms": 1.0, "compile_s": 1.0, "error": 0.0, "empty": [], "in_pytorch": ""}
         row = {"network": name, "kind": kind, "batch": batch, "dense_ms": {"PyTorch": 9.0}}

@@ -59,7 +59,7 @@ EVERY = {
         "test_fused_optimizers_under_a_grad_scaler": 4,
     },
     "native/test_native_operations.py": {"test_native_and_c_agree_with_pytorch": 6},
-    "native/test_native_targets.py": {"test_networks": 5, "test_the_digits_network": 3},
+    "native/test_native_targets.py": {"test_networks": 5},
     "runtime/test_compile.py": {"test_single_samples_are_computed_correctly": 3},
     "runtime/test_networks.py": {"test_networks_for_cifar": 3, "test_networks_of_timm": 5},
     "runtime/test_resampling.py": {

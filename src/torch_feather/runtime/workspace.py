@@ -321,10 +321,8 @@ class Workspace:
 
 def _in_machine_code(step: Step) -> Step:
     """Return the operation that does what a step of a PyTorch function does, or the step."""
-    if not isinstance(step, Pointwise) or step.node.kwargs:
-        return step
-    name = BINARY.get(step.node.target)
-    if name is None:
+    if not isinstance(step, Pointwise) or step.node.kwargs or step.node.target not in BINARY:
         return step
     planes = dict(zip(step.node.all_input_nodes, step.x, strict=True))
-    return Operation(name, tuple(planes[node] for node in step.node.args), step.out)
+    a, b = (planes[x] for x in step.node.args if isinstance(x, Node))
+    return Operation(BINARY[step.node.target], (a, b), step.out)
