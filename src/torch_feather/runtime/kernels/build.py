@@ -110,6 +110,7 @@ def emit_convolutions(
         recurrent: some of `recurrence_names`.
 
     Example:
+        >>> from torch_feather.runtime.kernels import Tile
         >>> kernel = Variant(Tile(4, 4, 1), "fma", residual=False, mask=False)
         >>> "@fma_4x4x1(" in emit_convolutions(Target("riscv64-linux-gnu"), [kernel])
         True
@@ -191,6 +192,7 @@ class KernelLibrary:
 
     Example:
         >>> kernels = library()
+        >>> from torch_feather.runtime.kernels import Tile
         >>> kernel = Variant(Tile(2, kernels.target.widths[0], 1), "fma", False, False)
         >>> kernels.convolution(kernel) == kernels.convolution(kernel)
         True
