@@ -67,11 +67,11 @@ def test_the_tables_of_native_libraries_are_those_recorded():
     for row in record["rows"]:
         targets, cells = row["targets"], []
         if "onnx" in row and row["network"] != "resnet20, digits, 8":
-            host, onnx = targets["host"], row["onnx"]
-            bytes_ = host["object_bytes"], host["library_bytes"], *onnx.values()
+            packaged, onnx = targets["x86-64-v4"], row["onnx"]
+            bytes_ = packaged["object_bytes"], packaged["library_bytes"], *onnx.values()
             cells.append([f"{n:,}" for n in bytes_ if isinstance(n, int)])
         if "riscv64" in targets:
-            error = max(found["error"] for found in targets.values())
+            error = max(found["error"] or 0 for found in targets.values())
             each = [targets[t]["instructions_per_mac"] for t in ("x86-64-v3", "aarch64", "riscv64")]
             cells.append([row["network"], f"{error:.1e}", *(f"{n:.2f}" for n in each)])
         if small := targets.get("cortex-m4"):

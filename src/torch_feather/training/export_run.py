@@ -238,6 +238,8 @@ def describe(run: RunDirectory, path: Path, format: str) -> str:
         workspace, constants = c_sizes(path)
         return f"{text}; RAM: {workspace:,} bytes; flash: {constants:,} bytes of constants"
     size = path.stat().st_size
+    if format == "onnx-sparse":
+        return f"{size:,} bytes; tensors of mostly zeros as sparse initializers"
     if format != "sparse":
         return f"{size:,} bytes, all zeros stored"
     with SparseFile(path) as file:
