@@ -62,6 +62,17 @@ def test_links_lead_somewhere(page):
             assert heading in headings(other), (target, heading)
 
 
+def test_no_column_of_a_table_lacks_a_heading():
+    """A screen reader has nothing to say for an empty one."""
+    empty = [
+        (str(page.relative_to(ROOT)), header)
+        for page in WITH_TESTS
+        for header in re.findall(r"^\|(.+)\|\n\|[ :|-]+\|$", page.read_text(), re.MULTILINE)
+        if not all(cell.strip() for cell in header.split("|"))
+    ]
+    assert empty == []
+
+
 def names_of_tests(file: Path) -> list[str]:
     return re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
 
