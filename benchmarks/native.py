@@ -62,6 +62,7 @@ SIDES = {  # of the images of networks of timm
     "convnext_atto": 64,
     "deit_tiny_patch16_224": 224,
 }
+DIGITS = ", 8"  # end of the labels of networks for digits, which have 8 × 8 pixels
 PACKAGED = "resnet50, 224"  # its files are compared with those of ONNX Runtime
 CALLS = """
 #include "model.h"
@@ -110,7 +111,7 @@ def networks(run: Path | None) -> dict[str, Callable[[], tuple[nn.Module, Tensor
     found: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {}
     if run is not None:
         found["resnet8, trained on digits, 8"] = lambda: load_network(RunDirectory(run))
-    found["resnet20, digits, 8"] = lambda: digits_network("resnet20")
+    found["resnet20, not trained, 8"] = lambda: digits_network("resnet20")
     for name, side in SIDES.items():
         found[f"{name}, {side}"] = lambda name=name, side=side: (
             pruned(name, SPARSITY)[0],
@@ -231,9 +232,9 @@ def measure(label: str, model: nn.Module, x: Tensor) -> dict[str, Any]:
         for target in (AVX512,) if label == PACKAGED else TARGETS:
             if target == AVX512 or emulators.available(target):
                 row["targets"][target] = measure_library(model, x, target, macs)
-        if "digits" in label and emulators.available(emulators.CORTEX_M4):
+        if label.endswith(DIGITS) and emulators.available(emulators.CORTEX_M4):
             row["targets"][emulators.CORTEX_M4] = measure_cortex(model, x, macs)
-    if "digits" in label or label == PACKAGED:
+    if label.endswith(DIGITS) or label == PACKAGED:
         row["onnx"] = onnx_bytes(model, x)
     return row
 

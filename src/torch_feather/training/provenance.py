@@ -73,10 +73,13 @@ def _hardware(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
+    """Return the model and the vector instructions that PyTorch uses: some models hide theirs."""
+    name = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+                name = line.partition(":")[2].strip()
+                break
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
