@@ -28,7 +28,7 @@ from torch_feather.training.provenance import provenance
 CONTROL = 0.02
 """Largest distance of the control's ratio from 1: beyond it, the machine was not quiet."""
 ATTEMPTS = 3
-"""How often a part is measured at most: until its control is within `CONTROL` of 1."""
+"""Maximum number of measurements of a part, until its control is within `CONTROL` of 1."""
 THETA_LIMIT = 1.5
 """Nanoseconds per weight that theta = 1/2 may add to theta = 1."""
 QUICK_SIZES = (10**4, 10**5)

@@ -63,7 +63,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_no_column_of_a_table_lacks_a_heading():
-    """A screen reader has nothing to say for an empty one."""
+    """Screen readers cannot announce an empty heading."""
     empty = [
         (str(page.relative_to(ROOT)), header)
         for page in WITH_TESTS

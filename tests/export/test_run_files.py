@@ -114,6 +114,7 @@ def test_the_onnx_file_computes_the_logits_for_any_batch_size(run, export, forma
     (run / "report.json").write_text(json.dumps(report))
     code, output, _ = export(run, "--format", format)
     assert (code, "all zeros stored" in output) == (0, format == "onnx")
+    assert ("sparse initializers" in output) == (format == "onnx-sparse")
     session = onnxruntime.InferenceSession(run / f"model{name}.onnx")
     for batch in (1, 5):
         x = torch.randn(batch, 1, 8, 8)

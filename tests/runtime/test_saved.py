@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -149,12 +150,15 @@ UNFIT = {
     ),
     "another version": (lambda h, _: h.update(fingerprint="0"), "another version"),
     "no plan": (lambda h, _: h.pop("plan"), "damaged"),
+    "no processor": (lambda h, _: h.pop("processor"), "not a file of save_compiled"),
 }
 DAMAGE = {
     "other weights": lambda _, a: a["array.0"].fill(0),
     "other strides": lambda h, _: h["strides"].clear(),
     "another chunk size": lambda h, _: h.update(plan_chunk_size=77),
     "no plan": lambda h, _: h.pop("plan"),
+    "another type": lambda _, a: a.update({"array.0": a["array.0"].view(np.int32)}),
+    "another shape": lambda _, a: a.update({"array.0": a["array.0"].reshape(-1, 1)}),
 }
 
 
@@ -173,13 +177,46 @@ def test_damaged_files_are_rejected(name, path):
         feather.load_compiled(path)
 
 
-def test_files_of_an_application_without_source_files(monkeypatch):
+def test_files_of_an_application_without_source_files(monkeypatch, tmp_path):
     """Their fingerprint is that of the emitted functions."""
-    monkeypatch.setattr(build.Path, "glob", lambda *_: [])
+    monkeypatch.setattr(build.resources, "files", lambda _: tmp_path)
     found = build.fingerprint()
     assert found == build.fingerprint()
     monkeypatch.setattr(build, "emit_run", lambda _: iter(["; another function"]))
     assert found != build.fingerprint()
+
+
+def test_line_ends_of_the_source_do_not_matter(monkeypatch, tmp_path):
+    before = build.fingerprint()
+    for file in build.resources.files(build.__package__).iterdir():
+        if file.name.endswith(".py"):
+            text = file.read_text("utf-8")
+            (tmp_path / file.name).write_text(text, encoding="utf-8", newline="\r\n")
+    monkeypatch.setattr(build.resources, "files", lambda _: tmp_path)
+    assert build.fingerprint() == before
+
+
+def test_numbers_without_dimensions_keep_their_shape(tmp_path):
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = pruned(nn.Linear(8, 8))
+            self.register_buffer("c", torch.tensor(2.0))
+
+        def forward(self, x):
+            return torch.sin(self.layer(x)), self.c * 3
+
+    model, x = Constant().eval(), torch.randn(2, 8)
+    feather.save_compiled(compiled(model, x), tmp_path / "x")
+    found = feather.load_compiled(tmp_path / "x")(x)
+    assert found[1].shape == ()
+    assert float(found[1]) == 6.0
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5])
+def test_threads_are_checked_before_the_file_is_read(threads):
+    with pytest.raises(InputError, match="threads"):
+        feather.load_compiled("missing", threads=threads)
 
 
 def test_other_files_are_rejected(tmp_path):
@@ -187,7 +224,7 @@ def test_other_files_are_rejected(tmp_path):
     with pytest.raises(FileNotFoundError):
         feather.load_compiled(path)
     path.write_bytes(b"no network")
-    with pytest.raises(FileFormatError, match="no file of save_compiled"):
+    with pytest.raises(FileFormatError, match="not a file of save_compiled"):
         feather.load_compiled(path)
 
 

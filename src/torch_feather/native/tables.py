@@ -97,14 +97,15 @@ def kernel_call(
     pixels = tile.vectors * tile.width
     record = np.zeros((), CONVOLUTION)
     record["plane"], record["last"] = plane, plane - pixels
-    record["n_blocks"], record["n_tiles"] = len(tables["blocks"]) - 1, -(-plane // pixels)
-    record["strip"] = record["n_tiles"] if layer.channelwise else 1
+    blocks, n_tiles = len(tables["blocks"]) - 1, -(-plane // pixels)
+    record["by_block"], record["inner"] = (
+        layer.channelwise,
+        n_tiles if layer.channelwise else blocks,
+    )
     record["lead_bytes"] = record["trail_bytes"] = edge
     record["low"], record["high"] = layer.low, layer.high
     variant = Variant(tile, layer.combine, operation.residual is not None, mask is not None)
-    return KernelCall(
-        variant, record, packed, tables, memory, int(record["n_blocks"] * record["n_tiles"])
-    )
+    return KernelCall(variant, record, packed, tables, memory, blocks * n_tiles)
 
 
 def choose_tile(step: Sparse, plane: int, target: Target, measured: Tile | None = None) -> Tile:

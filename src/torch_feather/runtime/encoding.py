@@ -60,7 +60,7 @@ class Encoder:
             name = self._names[id(value)] = f"array.{len(self.arrays)}"
             self._alive.append(value)
             data = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-            self.arrays[name] = np.ascontiguousarray(data)
+            self.arrays[name] = np.asarray(data, order="C")  # keeps numbers without dimensions
         return self._names[id(value)]
 
     def value(self, value: Any) -> Any:

@@ -22,12 +22,12 @@ from .transposed import MAX_STRIDE
 
 aten = torch.ops.aten
 # Elementwise functions that map 0 to 0, so that padding stays 0.
+BINARY = {aten.add.Tensor: "add", aten.sub.Tensor: "subtract", aten.mul.Tensor: "multiply"}
 POINTWISE = {
     *(aten.relu.default, aten.gelu.default, aten.silu.default, aten.hardswish.default),
     *(aten.leaky_relu.default, aten.elu.default, aten.mish.default, aten.tanh.default),
-    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor),
+    *BINARY,
 }
-BINARY = {aten.add.Tensor: "add", aten.sub.Tensor: "subtract", aten.mul.Tensor: "multiply"}
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
 # More channels of a single token are slower in planes, where a vector has one number of each token.

@@ -139,9 +139,9 @@ class Layer:
 
     @property
     def channelwise(self) -> bool:
-        """Whether each channel of the result reads one channel of the input, such as depthwise.
+        """Whether each output channel reads one input channel, as in depthwise convolutions.
 
-        Kernels then compute one channel after the other, so that memory is read in its order.
+        Kernels then compute channel by channel, so that memory is read sequentially.
         """
         return not self.linear and self.weight.shape[1] == 1
 

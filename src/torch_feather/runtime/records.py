@@ -95,8 +95,8 @@ class Records:
         record["plane"], record["last"] = plane, used - pixels
         record["tail"] = (plane - used) // tile.width
         blocks, tiles = len(tables["blocks"]) - 1, -(-used // pixels)
-        record["n_blocks"], record["n_tiles"] = blocks, tiles
-        record["strip"] = tiles if step.layer.channelwise else 1
+        record["by_block"] = step.layer.channelwise
+        record["inner"] = tiles if step.layer.channelwise else blocks
         record["low"], record["high"] = step.layer.low, step.layer.high
         if step.layer.activation is not None:
             record["activation"] = library().activation(step.layer.activation, tile.width)

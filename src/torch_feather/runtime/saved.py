@@ -22,6 +22,7 @@ from torch.utils._pytree import treespec_dumps, treespec_loads
 from ..errors import FileFormatError, StateError, install_hint
 from ..files import replace_file, to_path
 from .capture import Captured
+from .checks import check_count
 from .encoding import Decoder, Encoder
 from .errors import InputError
 from .inputs import Inputs
@@ -40,7 +41,7 @@ from .plan import Recurrence, Sparse
 from .stored_weights import check_dtype
 from .tuning import LayerTuning
 
-KEY, FORMAT = "torch-feather-compiled", 4
+KEY, FORMAT = "torch-feather-compiled", 5
 CODE = ("code.base", "code.kernels")
 
 
@@ -137,6 +138,7 @@ def load_compiled(path: str | Path, threads: int | None = None) -> SparseModule:
     Raises:
         FileFormatError: the file is damaged, holds something else, was written by another version,
             or is for another kind of processor.
+        InputError: `threads` is not an integer of at least 1.
         OSError: the file cannot be read.
         ImportError: safetensors or llvmlite is not installed.
 
@@ -145,6 +147,8 @@ def load_compiled(path: str | Path, threads: int | None = None) -> SparseModule:
         Traceback (most recent call last):
         FileNotFoundError: missing.compiled does not exist.
     """
+    if threads is not None:
+        check_count("threads", threads)
     path = to_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
@@ -235,7 +239,7 @@ def checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str
     rest = {name: value for name, value in header.items() if name != "sha256"}
     found = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(arrays):
-        found.update(name.encode())
+        found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         found.update(np.ascontiguousarray(arrays[name]).data)
     return found.hexdigest()
 
@@ -253,17 +257,19 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         with safe_open(path, framework="np") as file:
             header = json.loads((file.metadata() or {})[KEY])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header["format"] != FORMAT:
-            raise FileFormatError(
-                f"{path} has format {header['format']}, and this version reads {FORMAT}. Compile "
-                "the model again."
-            )
-        if checksum(header, arrays) != header["sha256"]:
-            raise FileFormatError(f"{path} is damaged: its checksum differs. Save it again.")
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        known, expected = header["format"], header.get("sha256")
+        if known == FORMAT:
+            header["processor"], header["fingerprint"]  # KeyError if there are none
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise FileFormatError(
-            f"{path} is no file of save_compiled, or is damaged ({error!r:.200})."
+            f"{path} is not a file of save_compiled, or is damaged ({error!r:.200})."
         ) from error
+    if known != FORMAT:
+        raise FileFormatError(
+            f"{path} has format {known}, and this version reads {FORMAT}. Compile the model again."
+        )
+    if checksum(header, arrays) != expected:
+        raise FileFormatError(f"{path} is damaged: its checksum differs. Save it again.")
     return header, arrays
 
 
@@ -279,8 +285,8 @@ def _check_processor(path: Path, header: Mapping[str, Any]) -> None:
         )
     if header["fingerprint"] != fingerprint():
         raise FileFormatError(
-            f"{path} was written by another version of torch-feather or on a processor with other "
-            f"features ({cpu}). Compile the model again."
+            f"{path} was written by another version of torch-feather, by an installation without "
+            f"source files, or on a processor with other features ({cpu}). Compile the model again."
         )
 
 
@@ -325,7 +331,7 @@ def _network(
         constants=decoder.constants,
         plan=decoder.plan,
         tuning=tuning,
-        threads=threads or header["threads"],
+        threads=header["threads"] if threads is None else threads,
         given_chunk_size=header["chunk_size"],
         chosen=header["plan_chunk_size"],
         batch_size=min(strides),

@@ -125,8 +125,8 @@ class Taps:
         (dy, a), (dx, b) = np.divmod(y, layer.stride[0]), np.divmod(x, layer.stride[1])
         number = a * layer.stride[1] + b  # of the phase
         key = key.astype(np.int32, copy=False)
-        occurs = _places_that_occur(key, places)
-        # numpy.unique would import numpy.ma, which takes longer than most files do.
+        occurs = _positions_that_occur(key, places)
+        # Avoid numpy.unique: it imports numpy.ma, which takes longer than loading most files.
         used = np.array(sorted(set(number[occurs].tolist())), np.int32)
         phases = tuple(divmod(int(p), layer.stride[1]) for p in used) or ((0, 0),)
         reach = tuple(int(np.abs(d[occurs]).max(initial=0)) for d in (dy, dx))
@@ -310,16 +310,16 @@ class GroupedTaps:
         """
         groups = len(self.rows) - 1
         if count is None:
-            return np.arange(groups + 1)
+            return np.arange(groups + 1, dtype=np.int64)
         work = self.rows[1:] + np.arange(1, groups + 1) * GROUP_COST
         targets = work[-1] * np.arange(1, count) / count
         return np.array([0, *np.searchsorted(work, targets), groups], np.int64)
 
 
-def _places_that_occur(key: np.ndarray, places: int) -> np.ndarray:
-    """Return for each place of a kernel whether one of the weights is there.
+def _positions_that_occur(key: np.ndarray, places: int) -> np.ndarray:
+    """Return for each kernel position whether a nonzero weight is there.
 
-    In most layers, a part of the weights is in all places, and the rest need not be read.
+    Reading stops when all positions are found.
     """
     occurs = np.zeros(places, bool)
     for start in range(0, len(key), BLOCK):

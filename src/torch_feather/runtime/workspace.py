@@ -320,7 +320,7 @@ class Workspace:
 
 
 def _in_machine_code(step: Step) -> Step:
-    """Return the operation that does what a step of a PyTorch function does, or the step."""
+    """Return the machine-code operation equivalent to a step, or the step itself."""
     if not isinstance(step, Pointwise) or step.node.kwargs or step.node.target not in BINARY:
         return step
     planes = dict(zip(step.node.all_input_nodes, step.x, strict=True))

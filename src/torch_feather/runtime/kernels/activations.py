@@ -19,8 +19,8 @@ from .text import FunctionText
 ZERO_AT_ZERO = ("silu", "gelu", "gelu_tanh", "hardswish", "tanh")
 ACTIVATIONS = (*ZERO_AT_ZERO, "sigmoid", "hardsigmoid")
 
-# Coefficients of e^r, from r^5 to r^2, with the smallest largest relative error, 1.05e-7, for
-# |r| ≤ ln(2)/2 (found by iteratively reweighted least squares).
+# Minimax coefficients of e^r, from r^5 to r^2: largest relative error 1.06e-7 for |r| ≤ ln(2)/2
+# (found by iteratively reweighted least squares).
 EXP = (0.008312501432, 0.04189033218, 0.1666711539, 0.499992303)
 # The complementary error function is t·exp(-z² + P(t)) with t = 1 / (1 + z/2) for z ≥ 0, with a
 # relative error below 1.2e-7: the Chebyshev fit of "Numerical Recipes", from t^9 to t^0.
@@ -33,7 +33,7 @@ LN2 = math.log(2)
 SATURATED = 10.0  # beyond it tanh is 1
 LARGE = 1e15  # beyond it the error function is 1
 AVX512 = 16  # numbers in a vector
-TOGETHER = 4  # vectors whose instructions alternate: one waits while others are computed
+TOGETHER = 4  # vectors computed concurrently: their instructions are interleaved to hide latency
 LOWEST, HIGHEST = -87.0, 88.0  # exponents between which e^x is a normal number
 SMALLEST, LARGEST = -87.336544, 88.72283  # the lowest and highest ones, to six digits
 
@@ -207,8 +207,11 @@ class VectorCode:
 
     def sigmoid(self, x: str) -> str:
         """Append 1 / (1 + e^-x)."""
-        x = self.at_most(self.at_most(x, -LOWEST), -HIGHEST, "olt")
-        power = self._exp(x, -1)
+        return self._sigmoid(self.at_most(x, -HIGHEST, "olt"))
+
+    def _sigmoid(self, x: str) -> str:
+        """Append 1 / (1 + e^-x) for x ≥ -HIGHEST."""
+        power = self._exp(self.at_most(x, -LOWEST), -1)
         return self.reciprocal(self.op("fadd", power, self.constant(1.0)))
 
     def normal(self, x: str) -> str:
@@ -240,15 +243,19 @@ class VectorCode:
 
     def apply(self, activation: str, x: str) -> str:
         """Append an activation function."""
-        if activation in ("sigmoid", "hardsigmoid"):
-            return self.sigmoid(x) if activation == "sigmoid" else self.hard_sigmoid(x)
+        if activation == "sigmoid":  # the arithmetic with bits makes a number of some NaN
+            return self.choose("uno", x, x, x, self.sigmoid(x))
+        if activation == "hardsigmoid":
+            return self.hard_sigmoid(x)
         if activation == "tanh":
             return self.tanh(x)
+        if activation in ("silu", "gelu_tanh"):  # the second factor does not fall below 6e-39
+            x = self.at_most(x, -HIGHEST, "olt")
         if activation == "gelu_tanh":  # 1 + tanh(u) is 2 · sigmoid(2u)
             cube = self.fma(self.op("fmul", x, x), self.constant(0.044715), self.constant(1.0))
             inner = self.op("fmul", self.op("fmul", x, self.constant(1.5957691216057308)), cube)
             return self.op("fmul", x, self.sigmoid(inner))
-        factor = {"silu": self.sigmoid, "gelu": self.normal, "hardswish": self.hard_sigmoid}
+        factor = {"silu": self._sigmoid, "gelu": self.normal, "hardswish": self.hard_sigmoid}
         return self.op("fmul", x, factor[activation](x))
 
 

@@ -8,7 +8,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 from .activations import ACTIVATIONS, emit_activation, function_name
@@ -335,11 +335,11 @@ def fingerprint() -> str:
         64
     """
     found = hashlib.sha256(repr((host().widths, bool(openmp()))).encode())
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = [f for f in resources.files(__package__).iterdir() if f.name.endswith(".py")]
     if files:
-        for file in files:
-            found.update(file.read_bytes())
-    else:  # an application without source files, such as a zip archive
+        for file in sorted(files, key=lambda file: file.name):
+            found.update(file.read_text("utf-8").encode())  # line ends are \n on every system
+    else:  # an application without source files
         found.update(emit_module(host(), team=bool(openmp())).encode())
         found.update(emit_convolutions(host(), (), recurrence_names()).encode())
     return found.hexdigest()

@@ -18,15 +18,12 @@ the weight's value. A work item is one tile of pixels of one block of groups of 
             if p == last:
                 set the rows of padding below the last image to 0
 
-where tiles are divided into strips, and in `order` each block is computed for all tiles of a strip
-before the next block:
+where the inner loop of `order` is over the tiles of a block, or over the blocks of a tile:
 
-    order = [
-        (tile, block)
-        for first in range(0, n_tiles, strip)
-        for block in range(n_blocks)
-        for tile in range(first, min(first + strip, n_tiles))
-    ]
+    if by_block:
+        order = [(tile, block) for block in range(n_blocks) for tile in range(n_tiles)]
+    else:
+        order = [(tile, block) for tile in range(n_tiles) for block in range(n_blocks)]
 
 `p` stands for `tile_pixels` consecutive pixels. Each function below emits one level of this
 loop nest. Comparisons propagate NaN, as in PyTorch.
@@ -45,7 +42,7 @@ from .tiles import Tile
 FIELD_TYPES = {
     "low": "float",
     "high": "float",
-    **dict.fromkeys(("n_blocks", "n_tiles", "strip", "plane", "last", "tail"), "i64"),
+    **dict.fromkeys(("inner", "by_block", "plane", "last", "tail"), "i64"),
     **dict.fromkeys(("lead_bytes", "trail_bytes"), "i64"),
 }
 
@@ -169,38 +166,27 @@ def _clear_edges() -> Iterator[str]:
     yield "  br label %begin"
     yield "begin:"
     yield "  %some = icmp ult i64 %i0, %i1"
-    yield "  br i1 %some, label %strips, label %exit"
+    yield "  br i1 %some, label %start, label %exit"
 
 
 def _find_first_item() -> Iterator[str]:
-    """Find the tile and the block of item i0."""
-    yield "strips:"
-    yield "  %strip.items = mul i64 %strip.value, %n_blocks.value"
-    yield "  %strip.0 = udiv i64 %i0, %strip.items"
-    yield "  %strip.item = mul i64 %strip.0, %strip.items"
-    yield "  %item.0 = sub i64 %i0, %strip.item"
-    yield "  %first.0 = mul i64 %strip.0, %strip.value"
-    yield from _end_of_strip("end.0", "%first.0")
-    yield "  %tiles.0 = sub i64 %end.0, %first.0"
-    yield "  %block.0 = udiv i64 %item.0, %tiles.0"
-    yield "  %block.item = mul i64 %block.0, %tiles.0"
-    yield "  %tile.0 = sub i64 %item.0, %block.item"
-    yield "  %t.0 = add i64 %first.0, %tile.0"
+    """Divide the number of item i0 into those of the outer and the inner loop."""
+    yield "start:"
+    yield "  %outer.0 = udiv i64 %i0, %inner.value"
+    yield "  %outer.items = mul i64 %outer.0, %inner.value"
+    yield "  %within.0 = sub i64 %i0, %outer.items"
     yield "  br label %item"
-
-
-def _end_of_strip(name: str, first: str) -> Iterator[str]:
-    yield f"  %{name}.unbound = add i64 {first}, %strip.value"
-    yield f"  %{name}.over = icmp ugt i64 %{name}.unbound, %n_tiles.value"
-    yield f"  %{name} = select i1 %{name}.over, i64 %n_tiles.value, i64 %{name}.unbound"
 
 
 def _begin_item(variant: Variant) -> Iterator[str]:
     yield from _find_first_item()
     yield "item:"
-    yield "  %i = phi i64 [ %i0, %strips ], [ %i.next, %item.end ]"
-    for name in ("t", "block", "first", "end"):
-        yield f"  %{name} = phi i64 [ %{name}.0, %strips ], [ %{name}.next, %item.end ]"
+    yield "  %i = phi i64 [ %i0, %start ], [ %i.next, %item.end ]"
+    for name in ("outer", "within"):
+        yield f"  %{name} = phi i64 [ %{name}.0, %start ], [ %{name}.next, %item.end ]"
+    yield "  %is.by.block = icmp ne i64 %by_block.value, 0"
+    yield "  %t = select i1 %is.by.block, i64 %within, i64 %outer"
+    yield "  %block = select i1 %is.by.block, i64 %outer, i64 %within"
     yield "  %block.at = getelementptr i64, ptr %blocks.value, i64 %block"
     yield "  %g0 = load i64, ptr %block.at"
     yield "  %block.after = getelementptr i64, ptr %block.at, i64 1"
@@ -365,15 +351,11 @@ def _store(variant: Variant, cell: str, row: str, j: int, suffix: str = "") -> I
 
 def _end_item() -> Iterator[str]:
     yield "item.end:"
-    yield "  %t.after = add i64 %t, 1"
-    yield "  %block.done = icmp eq i64 %t.after, %end"
-    yield "  %block.step = zext i1 %block.done to i64"
-    yield "  %block.then = add i64 %block, %block.step"
-    yield "  %strip.done = icmp eq i64 %block.then, %n_blocks.value"
-    yield "  %block.next = select i1 %strip.done, i64 0, i64 %block.then"
-    yield "  %first.next = select i1 %strip.done, i64 %end, i64 %first"
-    yield "  %t.next = select i1 %block.done, i64 %first.next, i64 %t.after"
-    yield from _end_of_strip("end.next", "%first.next")
+    yield "  %within.after = add i64 %within, 1"
+    yield "  %within.done = icmp eq i64 %within.after, %inner.value"
+    yield "  %within.next = select i1 %within.done, i64 0, i64 %within.after"
+    yield "  %outer.step = zext i1 %within.done to i64"
+    yield "  %outer.next = add i64 %outer, %outer.step"
     yield "  %i.next = add i64 %i, 1"
     yield "  %i.more = icmp ult i64 %i.next, %i1"
     yield "  br i1 %i.more, label %item, label %exit"

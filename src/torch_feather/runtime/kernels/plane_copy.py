@@ -6,7 +6,7 @@ and fills the padding to the right of each row, below the image, and after the l
     if i0 == 0:
         fill the memory before the output
     for i in range(i0, i1):
-        block, image, phase = index of item i    # phases last: they read the same cache lines
+        block, image, phase = index of item i    # phases innermost: they read the same cache lines
         for y in range(rows):                    # including the padding below the image
             for square in the columns of row y:
                 for c in block:

@@ -22,9 +22,8 @@ CONVOLUTION = np.dtype(
         ("residual", "i8"),
         ("mask", "i8"),  # int32: all bits set at pixels of an image, 0 between images
         ("blocks", "i8"),  # int64 (n_blocks + 1,): first group of each block of groups
-        ("n_blocks", "i8"),
-        ("n_tiles", "i8"),
-        ("strip", "i8"),  # tiles of a strip
+        ("inner", "i8"),  # iterations of the inner loop: all tiles, or all blocks
+        ("by_block", "i8"),  # whether the inner loop is over the tiles of a block
         ("plane", "i8"),  # pixels between consecutive channels of out and residual
         ("last", "i8"),  # first pixel of the last tile, which may overlap the previous tile
         ("tail", "i8"),  # vectors after the last tile that are set to 0, in each channel
