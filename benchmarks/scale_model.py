@@ -62,7 +62,6 @@ def model(weights: float, ranks: int, dtype: str, ns: float | None) -> dict[str,
     """
     kept, temporary = memory(weights, ranks, dtype)
     kinds = {"without ties": False, "with ties": True}
-    extrapolated = ns is not None and weights > MEASURED
     return {
         "weights": weights,
         "ranks": ranks,
@@ -71,7 +70,9 @@ def model(weights: float, ranks: int, dtype: str, ns: float | None) -> dict[str,
         "gib_temporary": temporary / 2**30,
         "exchanged": {name: exchanged(weights, LAYERS, ties=ties) for name, ties in kinds.items()},
         "most_tensors": {name: most_tensors(weights, dtype, ties=t) for name, t in kinds.items()},
-        "cpu_seconds_extrapolated": ns * weights / ranks / 1e9 if ns and extrapolated else None,
+        "cpu_seconds_extrapolated": None
+        if ns is None or weights <= MEASURED
+        else ns * weights / ranks / 1e9,
     }
 
 

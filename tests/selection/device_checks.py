@@ -26,7 +26,7 @@ SHAPES = ((3,), (90, 71), (5, 7), (11, 3, 3), (1,))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Place(NamedTuple):
+class KernelDevice(NamedTuple):
     """Where the kernels run."""
 
     device: torch.device
@@ -34,18 +34,18 @@ class Place(NamedTuple):
     """Within it, tensors of `device` take the path of a GPU with Triton."""
 
 
-def moved(weights: LatentWeights, place: Place) -> LatentWeights:
-    return LatentWeights([view.to(place.device) for view in weights.views])
+def moved(weights: LatentWeights, on: KernelDevice) -> LatentWeights:
+    return LatentWeights([view.to(on.device) for view in weights.views])
 
 
-def copies_are_exact(place: Place) -> None:
+def copies_are_exact(on: KernelDevice) -> None:
     for dtype in (*DTYPES, torch.float64):
-        ours = moved(make_weights(1, special=True, dtype=dtype, shapes=SHAPES), place)
+        ours = moved(make_weights(1, special=True, dtype=dtype, shapes=SHAPES), on)
         new = make_weights(2, special=True, dtype=dtype, shapes=SHAPES).views
-        sources = [view.to(place.device) for view in new]
+        sources = [view.to(on.device) for view in new]
         written = [torch.zeros_like(view) for view in sources]
         every = range(len(new))
-        with place.path():
+        with on.path():
             assert triton_passes.copy(ours, every, sources, reads=True)
             assert triton_passes.copy(ours, every, written, reads=False)
         for latent, back, one in zip(ours.views, written, new, strict=True):
@@ -53,7 +53,7 @@ def copies_are_exact(place: Place) -> None:
             assert same_bits(back.cpu(), one), dtype
 
 
-def modified_values_are_adopted(place: Place) -> None:
+def modified_values_are_adopted(on: KernelDevice) -> None:
     for dtype in (*DTYPES, torch.float64):
         latent = make_weights(1, dtype=dtype, shapes=SHAPES)
         given = make_weights(2, ties=True, dtype=dtype, shapes=SHAPES).views
@@ -61,15 +61,15 @@ def modified_values_are_adopted(place: Place) -> None:
         for one in held:
             one.view(-1)[::3] = 0.5
         held[1].view(-1)[7] = torch.nan
-        ours = moved(latent, place)
-        lists = [[one.to(place.device) for one in each] for each in (held, given)]
-        with place.path():
+        ours = moved(latent, on)
+        lists = [[one.to(on.device) for one in each] for each in (held, given)]
+        with on.path():
             assert triton_passes.adopt(ours, range(len(given)), *lists)
         for found, old, now, before in zip(ours.views, latent.views, held, given, strict=True):
             assert same_bits(found.cpu(), torch.where(now != before, now, old)), dtype
 
 
-def effective_weights_have_the_bits_of_pytorch(place: Place) -> None:
+def effective_weights_have_the_bits_of_pytorch(on: KernelDevice) -> None:
     kinds = ("normal", "ties", "special", "scaled", "tiny")
     for dtype, operator, kind in itertools.product(DTYPES, OPERATORS, kinds):
         weights = make_weights(
@@ -85,19 +85,19 @@ def effective_weights_have_the_bits_of_pytorch(place: Place) -> None:
             passes._write_device(
                 weights, [Segment(0, weights.size, cutoff, scale)], operator, expected
             )
-            ours = moved(weights, place)
+            ours = moved(weights, on)
             found = [torch.ones_like(v) for v in ours.views]
             there = Segment(
-                0, weights.size, Cutoff(*(field.to(place.device) for field in cutoff)),
-                None if scale is None else scale.to(place.device),
+                0, weights.size, Cutoff(*(field.to(on.device) for field in cutoff)),
+                None if scale is None else scale.to(on.device),
             )  # fmt: skip
-            with place.path():
+            with on.path():
                 assert triton_passes.write_effective(ours, [there], operator, found)
             for a, b in zip(found, expected, strict=True):
                 assert same_bits(a.cpu(), b), (dtype, operator, kind, fraction)
 
 
-def gradients_have_the_bits_of_the_rule(place: Place) -> None:
+def gradients_have_the_bits_of_the_rule(on: KernelDevice) -> None:
     for dtype, theta in itertools.product(DTYPES, (0.0, 0.3, 0.5)):
         gradient, effective = torch.randn(2, 9001, generator=torch.Generator().manual_seed(0))
         gradient, effective = gradient.to(dtype), effective.to(dtype)
@@ -106,13 +106,13 @@ def gradients_have_the_bits_of_the_rule(place: Place) -> None:
         # With a cutoff at 0 only zeros are pruned, which count as kept.
         for cutoff, expected in ((0.7, ruled), (0.0, gradient)):
             arguments = (gradient, effective, torch.tensor(cutoff))
-            with place.path():
-                found = triton_passes.pull_back(*(a.to(place.device) for a in arguments), theta)
+            with on.path():
+                found = triton_passes.pull_back(*(a.to(on.device) for a in arguments), theta)
             assert found is not None
             assert same_bits(found.cpu() + 0.0, expected + 0.0), (dtype, theta, cutoff)
 
 
-def numbers_have_the_bits_of_the_cpu(place: Place) -> None:
+def numbers_have_the_bits_of_the_cpu(on: KernelDevice) -> None:
     steps = 37
     targets = 0.95 * (1 - (1 - torch.arange(steps + 1).double() / steps) ** 3)
     rests = 1 - targets
@@ -122,20 +122,20 @@ def numbers_have_the_bits_of_the_cpu(place: Place) -> None:
         step = torch.tensor(at)
         target = scalars.scheduled(step, targets, rests, begin, size)
         expected = (target, scalars.count_of(target, size), scalars.progress(step, steps))
-        on = [None if t is None else t.to(place.device) for t in (step, targets, rests, begin)]
-        with place.path():
-            there = scalars.scheduled(*on, size)
-            found = (there, scalars.count_of(there, size), scalars.progress(on[0], steps))
+        given = [None if t is None else t.to(on.device) for t in (step, targets, rests, begin)]
+        with on.path():
+            there = scalars.scheduled(*given, size)
+            found = (there, scalars.count_of(there, size), scalars.progress(given[0], steps))
         for a, b in zip(found, expected, strict=True):
             assert a.dtype == b.dtype
             assert torch.equal(a.cpu(), b), (at, a, b)
     halves = torch.tensor([0.5, 1.5, 2.5, 3.5]).double() / 4  # rounded half to even
-    with place.path():
-        counts = [int(scalars.count_of(half.to(place.device), 4)) for half in halves]
+    with on.path():
+        counts = [int(scalars.count_of(half.to(on.device), 4)) for half in halves]
     assert counts == [0, 2, 2, 4]
 
 
-def trained(place: Place, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+def trained(on: KernelDevice, dtype: torch.dtype, **options: Any) -> list[Tensor]:
     """Return parameters and latent weights after training with given gradients.
 
     The optimizer's arithmetic is exact but for one rounding, so all devices agree: its factors are
@@ -145,7 +145,7 @@ def trained(place: Place, dtype: torch.dtype, **options: Any) -> list[Tensor]:
     model = nn.Sequential(*(nn.Linear(30 + i, 31 + i) for i in range(3))).to(dtype)
     for p in model.parameters():
         p.data.copy_(torch.randn(p.shape, generator=random))
-    model.to(place.device)
+    model.to(on.device)
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=2.0**-4, momentum=0.5)
     sparsifier = feather.sparsify(model, optimizer, sparsity=0.8, total_steps=6, **options)
@@ -173,12 +173,12 @@ IN_THE_INTERPRETER = ((torch.float32, {"allocation": "sigma"}),)
 """Sums over weights have another order on a GPU."""
 
 
-def steps_have_the_bits_of_the_cpu(place: Place) -> None:
-    cases = ON_EVERY_DEVICE + (IN_THE_INTERPRETER if place.device.type == "cpu" else ())
+def steps_have_the_bits_of_the_cpu(on: KernelDevice) -> None:
+    cases = ON_EVERY_DEVICE + (IN_THE_INTERPRETER if on.device.type == "cpu" else ())
     for dtype, options in cases:
-        on_cpu = trained(Place(torch.device("cpu")), dtype, **options)
-        with place.path(), mock.patch.object(passes, "_write_device", None):
-            on_device = trained(place, dtype, **options)
+        on_cpu = trained(KernelDevice(torch.device("cpu")), dtype, **options)
+        with on.path(), mock.patch.object(passes, "_write_device", None):
+            on_device = trained(on, dtype, **options)
         for a, b in zip(on_cpu, on_device, strict=True):
             assert torch.equal(a, b), (dtype, options, (a != b).sum())
 
@@ -195,7 +195,7 @@ CHECKS = (
 # Launches
 
 MOST_LAUNCHES = 18
-"""Of a step of `feather` in float32 or half precision, beside the optimizer's."""
+"""Of a step of `feather` in float32 or half precision, excluding the optimizer's."""
 
 
 class Work(NamedTuple):
@@ -237,12 +237,10 @@ def work_of_a_step(
     return Work(torch.no_grad()(step), torch.no_grad()(hook))
 
 
-def a_step_has_few_launches(place: Place, count: Callable[[Callable[[], None]], int]) -> None:
+def a_step_has_few_launches(on: KernelDevice, count: Callable[[Callable[[], None]], int]) -> None:
     """Check the number of launches of `feather`, for few and many layers."""
     for dtype, p, theta in itertools.product(DTYPES, (1.0, 2.0, 3.0, float("inf")), (1.0, 0.5)):
-        few, many = (
-            work_of_a_step(place.device, n, dtype=dtype, p=p, theta=theta) for n in (2, 20)
-        )
+        few, many = (work_of_a_step(on.device, n, dtype=dtype, p=p, theta=theta) for n in (2, 20))
         counts = count(few.step), count(many.step)
         assert counts[0] == counts[1] <= MOST_LAUNCHES, (dtype, p, theta, counts)
         assert count(few.hook) == (0 if theta == 1.0 else 1), (dtype, p, theta)

@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from device_checks import CHECKS, Place, a_step_has_few_launches, work_of_a_step
+from device_checks import CHECKS, KernelDevice, a_step_has_few_launches, work_of_a_step
 from test_passes import make_weights
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -63,7 +63,7 @@ def triton_on_a_cpu() -> Iterator[None]:
         yield
 
 
-HERE = Place(torch.device("cpu"), triton_on_a_cpu)
+INTERPRETER = KernelDevice(torch.device("cpu"), triton_on_a_cpu)
 
 
 def one_launch_serves_many_cutoffs() -> None:
@@ -110,14 +110,14 @@ def launches_of(work: Callable[[], None]) -> list[str]:
 
 def counted(*arguments: Any, **options: Any) -> tuple[int, int, int]:
     """Return the launches of a step with 2 and 20 layers, and those of a gradient hook."""
-    few, many = (work_of_a_step(HERE.device, n, *arguments, **options) for n in (2, 20))
+    few, many = (work_of_a_step(INTERPRETER.device, n, *arguments, **options) for n in (2, 20))
     return len(launches_of(few.step)), len(launches_of(many.step)), len(launches_of(few.hook))
 
 
 def steps_have_few_launches() -> None:
     # A few weights are enough for the form of many.
     with triton_on_a_cpu(), mock.patch.object(triton_kernels, "SMALL", 100):
-        a_step_has_few_launches(HERE, lambda work: len(launches_of(work)))
+        a_step_has_few_launches(INTERPRETER, lambda work: len(launches_of(work)))
 
 
 def exceptions_have_more_launches() -> None:
@@ -175,5 +175,5 @@ if __name__ == "__main__":
     ):
         check()
     for shared in CHECKS:
-        shared(HERE)
+        shared(INTERPRETER)
     print("checked")

@@ -20,7 +20,7 @@ needs_triton = pytest.mark.skipif(
 @pytest.mark.slow
 @needs_triton
 def test_interpreted_steps_have_few_launches_and_the_bits_of_the_cpu():
-    """See `launches.py` and `device_checks.py`; a step reads nothing on the host."""
+    """See `launches.py` and `device_checks.py`; a step does not synchronize with the host."""
     script = Path(__file__).parent / "launches.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(

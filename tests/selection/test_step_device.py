@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from device_checks import CHECKS, Place, a_step_has_few_launches
+from device_checks import CHECKS, KernelDevice, a_step_has_few_launches
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -16,7 +16,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_kernels_have_the_bits_of_the_cpu_on_a_device(check):
-    check(Place(torch.device("cuda")))
+    check(KernelDevice(torch.device("cuda")))
 
 
 def kernels(work) -> int:
@@ -33,4 +33,4 @@ def test_the_profiler_sees_few_launches_in_a_step():
 
     # A few weights are enough for the form of many.
     with mock.patch.object(triton_kernels, "SMALL", 100):
-        a_step_has_few_launches(Place(torch.device("cuda")), kernels)
+        a_step_has_few_launches(KernelDevice(torch.device("cuda")), kernels)
