@@ -653,3 +653,24 @@ def test_the_report_of_pages_counts_networks_that_reach_the_aim(monkeypatch):
     text = web.report(rows, facts)
     assert "Reached by 1 of 2 networks" in text
     assert "| a | 95.0% | 2 (1 to 3) | 8 (8 to 8) | 4.0× | 1e-07 |" in text
+
+
+def test_native_libraries_are_timed_in_turn_with_the_compiled_network(monkeypatch):
+    pytest.importorskip("llvmlite")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    speed = importlib.import_module("native_speed")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.ReLU()).eval()
+    with torch.no_grad():
+        model[0].weight[:, 1:] = 0.0
+    monkeypatch.setattr(speed, "create", lambda _: (model, torch.randn(1, 3, 9, 9)))
+    monkeypatch.setattr(speed, "pruned", lambda *_: (model, []))
+    try:
+        row = speed.measure("small")
+    except OSError:
+        pytest.skip("no linker for libmodel.so")
+    assert row["error"] < 1e-5
+    times = row["compiled_ms"], row["library_ms"], row["library_with_measured_tiles_ms"]
+    assert all(time > 0 for time in times)
+    row |= {"compiled_ms": 1.0, "library_ms": 2.0, "library_with_measured_tiles_ms": 3.0}
+    assert "1.00 ms   2.00 ms         3.00 ms" in speed.table([row])
